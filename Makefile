@@ -1,0 +1,48 @@
+# Everything here sets itself up: a virtual environment in .venv, from Python 3.11 or newer.
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test lint format clean
+
+help: ## list what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(INSTALLED) ## start a server, send it a message, stop it
+	@$(BIN)/python -m echo_async.server --port 0 >$(VENV)/demo & server=$$!; trap 'kill $$server 2>/dev/null' EXIT; \
+	until grep listening $(VENV)/demo; do kill -0 $$server || exit 1; sleep 0.1; done; \
+	$(BIN)/python -m echo_async.client --port "$$(sed 's/.*://' $(VENV)/demo)" && \
+	kill -INT $$server && wait $$server && echo 'the server has stopped cleanly'
+
+serve: $(INSTALLED) ## run the server on 127.0.0.1:5500 until Ctrl-C
+	@$(BIN)/python -m echo_async.server
+
+test: $(INSTALLED) ## run the tests, with branch coverage
+	@$(BIN)/coverage erase
+	@$(BIN)/coverage run -m pytest -q
+	@$(BIN)/coverage combine -q
+	@$(BIN)/coverage report
+
+lint: $(INSTALLED) ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## put the code in its format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove what was made
+	rm -rf $(VENV) .venv-* build dist .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "setting up $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(INSTALLED)

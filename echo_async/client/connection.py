@@ -1,0 +1,262 @@
+"""One connection: the bytes that were sent must come back, in order, and no others.
+
+Nothing that arrives is stored. Every byte is compared, as it comes, with the bytes that are out; so
+memory is bounded by what was sent, however the replies are split and whatever else a server sends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections import deque
+from typing import cast
+
+from ..errors import ReplyDifferent, ReplyError, ReplyLate, ReplyLost
+from .messages import readable
+
+__all__ = ["Connection", "Exchange"]
+
+log = logging.getLogger("echo_async.client")
+
+SHOWN = 40  # bytes of a wrong reply that an error shows
+STALLED = 0.1  # seconds: a timer that is later than this tells that the loop stood still, not the server
+
+
+class Exchange:
+    """Whole messages that were sent in one write, and how much of them came back.
+
+    ``progress`` is called, from the event loop, when more whole messages are back, all are, or
+    ``error`` was set; it must not raise.
+    """
+
+    __slots__ = ("data", "error", "returned")
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.returned = 0
+        self.error: ReplyError | None = None
+
+    def progress(self) -> None:
+        raise NotImplementedError
+
+    def current_message(self) -> tuple[int, int]:
+        """Where the first message that is not back yet starts and ends in ``data``."""
+        data, returned = self.data, min(self.returned, len(self.data) - 1)
+        return data.rfind(b"\n", 0, returned) + 1, data.find(b"\n", returned) + 1
+
+
+class _Echo(Exchange):
+    """One message, and the caller who waits for it."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, data: bytes, future: asyncio.Future[None]) -> None:
+        self.data = data
+        self.returned = 0
+        self.error = None
+        self.future = future
+
+    def progress(self) -> None:
+        future = self.future
+        if future.done():  # cancelled: the reply still had to come, for those after it
+            return
+        if self.error is not None:
+            future.set_exception(self.error)
+        elif self.returned == len(self.data):
+            future.set_result(None)
+
+
+class Connection(asyncio.Protocol):
+    """Sends, and compares what comes back.
+
+    ``open``: more can be sent. ``replies``: exchanges that came back whole. ``partial``: it was lost
+    in the middle of a reply. ``stray``: the error of
+    bytes that came when nothing was out; it belongs to whoever uses the connection next.
+    ``closed`` is done once the transport has let go of the socket.
+    """
+
+    _transport: asyncio.Transport
+
+    def __init__(self, name: str, timeout: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._name = name
+        self._timeout = timeout
+        self._out: deque[Exchange] = deque()
+        self._since = 0.0  # when the first of them was sent, or came to be the first
+        self._timer: asyncio.TimerHandle | None = None
+        self._overdue = False
+        self._logs = log.isEnabledFor(logging.DEBUG)
+        self.open = False
+        self.replies = 0
+        self.partial = False
+        self.stray: ReplyDifferent | None = None
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+
+    # Sending
+
+    def echo(self, data: bytes) -> asyncio.Future[None]:
+        """Send one message; the future is done when it is back."""
+        future = self._loop.create_future()
+        self.send(_Echo(data, future))
+        return future
+
+    def send(self, exchange: Exchange) -> None:
+        out = self._out
+        if not out:
+            self._since = self._loop.time()
+            if self._timer is None:
+                self._timer = self._loop.call_at(self._since + self._timeout, self._look_at_time)
+        out.append(exchange)
+        if self._logs:
+            log.debug("sending %d bytes", len(exchange.data))
+        try:
+            self._transport.write(exchange.data)
+        except RuntimeError as error:  # uvloop: "the handler is closed"
+            self._lose(f"the connection to {self._name} broke ({error})")
+
+    def close(self) -> None:
+        """Close; what is still out is lost. To call it twice does no harm."""
+        if self._out:
+            self._lose(f"the connection to {self._name} was closed by this client")
+        else:
+            self.open = False
+            self._transport.close()
+
+    # asyncio calls these
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's do not inherit from it
+        self.open = True
+
+    def data_received(self, data: bytes) -> None:
+        out = self._out
+        if out and not (exchange := out[0]).returned and data == exchange.data:  # the common case
+            out.popleft()
+            exchange.returned = len(data)
+            self.replies += 1
+            if out:
+                self._since = self._loop.time()
+            exchange.progress()
+        elif self.open:
+            self._compare(data)
+
+    def eof_received(self) -> None:
+        self._lose(f"{self._name} closed the connection")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if error is None:
+            self._lose(f"{self._name} closed the connection")
+        else:
+            number = getattr(error, "errno", None)
+            self._lose(f"the connection to {self._name} broke ({os.strerror(number).lower() if number else error})")
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    # Comparing
+
+    def _compare(self, data: bytes) -> None:
+        """``data`` in any pieces: the end of one reply, several replies, the start of another."""
+        out, at = self._out, 0
+        back: list[Exchange] = []
+        while out and at < len(data):
+            exchange = out[0]
+            size = min(len(exchange.data) - exchange.returned, len(data) - at)
+            if not _same(exchange.data, exchange.returned, data, at, size):
+                self._tell(back)
+                return self._differ(exchange, data, at)
+            at += size
+            exchange.returned += size
+            if exchange.returned < len(exchange.data):
+                if data.find(b"\n", at - size) >= 0:
+                    self._since = self._loop.time()
+                    exchange.progress()
+                break
+            back.append(out.popleft())
+            self.replies += 1
+            self._since = self._loop.time()
+        if at < len(data):
+            self._too_much(back, data[at:])
+        self._tell(back)
+
+    def _tell(self, exchanges: list[Exchange]) -> None:
+        for exchange in exchanges:
+            exchange.progress()
+
+    def _differ(self, exchange: Exchange, data: bytes, at: int) -> None:
+        expected = exchange.data
+        got, want = data[at:], expected[exchange.returned :]
+        same = next(i for i, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1])
+        exchange.returned += same
+        start, end = exchange.current_message()
+        offset = exchange.returned - start
+        head = expected[max(start, exchange.returned - SHOWN // 2) : exchange.returned]
+        exchange.error = ReplyDifferent(
+            f"{self._name} answered something else: byte {offset} of the reply differs, "
+            f"came {_shown(head + got[same:])}, expected {_shown(expected[exchange.returned - len(head) : end])}",
+            offset,
+        )
+        self._lose(f"the connection to {self._name} was dropped after a reply that differs")
+
+    def _too_much(self, back: list[Exchange], more: bytes) -> None:
+        """Bytes that nobody asked for: they spoil the reply they came with, or else the next one."""
+        text = f"{self._name} sent {len(more)} bytes more than it was sent: {_shown(more)}"
+        if back:
+            last = back[-1]
+            offset = len(last.data) - (last.data.rfind(b"\n", 0, -1) + 1)
+            last.error = ReplyDifferent(text, offset)
+        else:
+            self.stray = ReplyDifferent(text, 0)
+        self._lose(f"the connection to {self._name} was dropped after bytes that nobody asked for")
+
+    # Losing
+
+    def _lose(self, why: str) -> None:
+        """Nothing more can be matched here: tell all who wait, and let go of the socket at once."""
+        if self.open:
+            self.open = False
+            self._transport.abort()
+        out = self._out
+        self.partial = bool(out and out[0].returned)
+        while out:
+            exchange = out.popleft()
+            if exchange.error is None:
+                start, end = exchange.current_message()
+                part = exchange.returned - start
+                when = f"after {part} of the {end - start} bytes of" if part else "before"
+                exchange.error = ReplyLost(f"{why} {when} the reply")
+            exchange.progress()
+
+    def _look_at_time(self) -> None:
+        """The one timer of a connection, set for the reply that has to come next."""
+        self._timer = None
+        if not self._out:
+            return
+        now = self._loop.time()
+        left = self._since + self._timeout - now
+        if left < -STALLED:  # the loop stood still: nobody looked at the socket, so the reply gets its time anew
+            self._since, left = now, self._timeout
+        if left > 0:
+            self._overdue = False
+            self._timer = self._loop.call_later(left, self._look_at_time)
+        elif not self._overdue:  # uvloop looks at timers before sockets: one more round before we blame the server
+            self._overdue = True
+            self._timer = self._loop.call_later(0, self._look_at_time)
+        else:
+            self._out[0].error = ReplyLate(f"{self._name} did not send the reply within {self._timeout:g} s")
+            self._lose(f"the connection to {self._name} was dropped after a reply that is late")
+
+
+def _same(expected: bytes, start: int, data: bytes, at: int, size: int) -> bool:
+    """Whether ``size`` bytes of both are equal; without a copy where one of them is taken whole."""
+    if size == len(data):
+        return expected.startswith(data, start)
+    if size == len(expected):
+        return data.startswith(expected, at)
+    return expected[start : start + size] == data[at : at + size]
+
+
+def _shown(data: bytes) -> str:
+    return f'"{readable(data[:SHOWN])}"' + ("..." if len(data) > SHOWN else "")

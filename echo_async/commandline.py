@@ -1,0 +1,79 @@
+"""What the commands share: one line for a bad option, options that come from the environment as well."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import IO, Any
+
+import click
+
+from .errors import ConfigError
+
+__all__ = ["BAD_OPTION", "CONTEXT", "Seconds", "complain", "drop_output", "run_command", "version_option"]
+
+BAD_OPTION = 2
+
+CONTEXT = {
+    "auto_envvar_prefix": "ECHO_ASYNC",
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+    "show_default": True,
+}
+
+
+class Seconds(click.ParamType[float]):
+    """A time that can pass: a number over 0, finite; or 0 too, where ``zero`` says so."""
+
+    name = "seconds"
+
+    def __init__(self, *, zero: bool = False) -> None:
+        self.zero = zero
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            seconds = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        if 0 < seconds < float("inf") or (self.zero and seconds == 0):
+            return seconds
+        self.fail(f"{value} makes no sense: give seconds, {'0 or' if self.zero else ''} more than 0.", param, ctx)
+
+
+def version_option() -> Callable[[Any], Any]:
+    return click.version_option(package_name="echo-async", prog_name="echo-async")
+
+
+def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
+    """Run ``command`` and return its exit code. A bad option is one line on stderr, and exit code 2."""
+    try:
+        code = command.main(None if argv is None else list(argv), standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.Abort:
+        return 130
+    except (click.ClickException, ConfigError) as error:
+        text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        complain(" ".join(text.split()))
+        return BAD_OPTION
+    except BrokenPipeError:  # nobody reads the help text to its end
+        drop_output(sys.stdout)
+        return 0
+    return int(code or 0)
+
+
+def complain(text: str) -> None:
+    """One line on stderr, if there is one."""
+    try:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        drop_output(sys.stderr)
+
+
+def drop_output(stream: IO[str] | None) -> None:
+    """Nobody reads ``stream`` any more: let what is left in it go nowhere, so that the last flush is quiet."""
+    if stream is not None:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,0 +1,108 @@
+"""Every option and its default, once. The commands, ``serve`` and the engines all take them from here.
+
+A :class:`ServerConfig` that exists is valid: making one with a value that makes no sense raises
+:exc:`~echo_async.ConfigError`, which names the option, the value and what it takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypedDict, get_args
+
+from .errors import ConfigError
+
+__all__ = ["CONNECT_TIMEOUT", "HOST", "PORT", "REPLY_TIMEOUT", "EngineName", "Mode", "ServerConfig", "ServerOptions"]
+
+HOST = "127.0.0.1"
+PORT = 5500
+
+# The client's: seconds for a connection to be there, and for each reply.
+CONNECT_TIMEOUT = 10.0
+REPLY_TIMEOUT = 10.0
+
+Mode = Literal["message", "stream", "raw"]
+EngineName = Literal["streams", "protocol", "threads"]
+
+
+class ServerOptions(TypedDict, total=False):
+    """The keyword arguments of ``serve``: the fields of :class:`ServerConfig`, each of them optional."""
+
+    host: str
+    port: int
+    uds: str | None
+    mode: Mode
+    chunk_size: int
+    engine: EngineName
+    backlog: int
+    limit_connections: int | None
+    limit_message_size: int
+    timeout_idle: float
+    timeout_message: float
+    timeout_write: float
+    timeout_graceful_shutdown: float
+    no_access_log: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """How a server serves. Sizes are in bytes, times in seconds."""
+
+    host: str = HOST
+    port: int = PORT
+    """0: any free port."""
+    uds: str | None = None
+    """The path of a Unix socket, instead of ``host`` and ``port``."""
+    mode: Mode = "message"
+    chunk_size: int = 20
+    """Bytes asked for at each read. 20 is what the project started with."""
+    engine: EngineName = "streams"
+    backlog: int = 512
+    """Connections the kernel keeps waiting; it cuts the number to ``net.core.somaxconn``."""
+    limit_connections: int | None = None
+    """Connections at a time. None: what the descriptor limit of the process leaves room for."""
+    limit_message_size: int = 1_048_576
+    """Bytes of a message, newline included."""
+    timeout_idle: float = 600.0
+    """Nothing received, and nothing begun."""
+    timeout_message: float = 60.0
+    """A message begun but not finished."""
+    timeout_write: float = 30.0
+    """A client that does not read what it is sent."""
+    timeout_graceful_shutdown: float = 10.0
+    """What clients get to finish at a stop."""
+    no_access_log: bool = False
+    """No log line for each message."""
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, get_args(Mode))
+        _one_of("engine", self.engine, get_args(EngineName))
+        _whole("port", self.port, 0, 65535)
+        _whole("chunk_size", self.chunk_size, 1, 2**30)
+        _whole("backlog", self.backlog, 1, 2**31 - 1)
+        _whole("limit_message_size", self.limit_message_size, 1, 2**40)
+        if self.limit_connections is not None:
+            _whole("limit_connections", self.limit_connections, 1, 2**31 - 1)
+        for name in ("timeout_idle", "timeout_message", "timeout_write", "timeout_graceful_shutdown"):
+            check_seconds(name, getattr(self, name))
+        if not self.host:
+            raise ConfigError("host is empty: give a name or an address (0.0.0.0 or :: for all of the machine's)")
+        if self.uds is not None and not self.uds:
+            raise ConfigError("uds is empty: give the path of a Unix socket")
+
+
+def check_seconds(name: str, value: float) -> None:
+    """:exc:`~echo_async.ConfigError` unless ``value`` is a time that can pass: over 0 and finite."""
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name} {value} makes no sense: give seconds, more than 0")
+
+
+def _one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} {value!r} does not exist: give one of {', '.join(choices)}")
+
+
+def _whole(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} {value!r} is out of range: give a whole number from {low} to {high}")

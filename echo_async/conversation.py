@@ -1,0 +1,209 @@
+"""The wire rules, without IO: bytes in, bytes out, end of input, finished.
+
+This file imports nothing that reads, writes, waits or logs, and gives the same answer however its
+input is split. An engine calls ``receive`` once for each read, sends what it returns, and looks at
+``finished``; all engines use these classes, so all engines give the same answers.
+
+How it stays fast. Every byte is searched for a newline once, with ``find``/``rfind``/``replace``,
+which use ``memchr``; a message that arrives in pieces is gathered in a ``BytesIO``, which grows
+without copying what it holds and hands the whole over without copying it either. What arrives whole,
+between two messages, is answered with the very object that came in.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+__all__ = ["Conversation", "MessageConversation", "RawConversation", "StreamConversation", "conversation"]
+
+NEWLINE = 10  # ord("\n"): the type of data[-1]
+
+
+class Conversation:
+    """What one client said, and what it is answered. Use :func:`conversation` to make one.
+
+    ``finished``: nothing that arrives from now on is answered; send what was returned, end the
+    sending side, and discard the rest of the input.
+    ``too_long``: it is finished because a message was over ``limit`` bytes.
+    ``unfinished``: bytes of a message that has begun and has no newline yet.
+    ``received``: bytes that came in. ``discarded``: those of them that will never be answered.
+    ``messages``: complete messages that were answered.
+    """
+
+    __slots__ = (
+        "_begun",
+        "_between",
+        "_last",
+        "discarded",
+        "finished",
+        "limit",
+        "messages",
+        "received",
+        "too_long",
+        "unfinished",
+    )
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.messages = 0
+        self.received = 0
+        self.discarded = 0
+        self.unfinished = 0
+        self.finished = False
+        self.too_long = False
+        self._between = True  # nothing begun and not finished: what comes next starts a message
+        self._begun: BytesIO | None = None  # the unfinished message, where there is one
+        self._last = False  # finish with the message that has begun
+
+    @property
+    def answered(self) -> int:
+        """Bytes that were returned as replies."""
+        return self.received - self.unfinished - self.discarded
+
+    def receive(self, data: bytes) -> bytes:
+        """Take what one read brought (at least one byte); return what to send now, perhaps nothing."""
+        raise NotImplementedError
+
+    def receive_eof(self) -> None:
+        """The client ended its side: a message without a newline will not be answered."""
+        self.finish()
+
+    def stop(self) -> None:
+        """Finish with the message that has begun, or at once where none has."""
+        if self.unfinished:
+            self._last = True
+        else:
+            self.finish()
+
+    def finish(self) -> None:
+        """Answer nothing from now on. ``unfinished`` still tells how much of a message was lost."""
+        self.finished = True
+        self._between = False
+        self._begun = None
+
+    def _refuse(self) -> None:
+        self.too_long = True
+        self.finish()
+
+    def _discard(self, data: bytes) -> bytes:
+        self.received += len(data)
+        self.discarded += len(data)
+        return b""
+
+    def _keep(self, data: bytes) -> None:
+        """Put by the beginning of a message, or more of it, up to ``limit``."""
+        self.unfinished += len(data)
+        if self.unfinished >= self.limit:  # its newline is still to come, and counts
+            return self._refuse()
+        if self._begun is None:
+            self._begun = BytesIO()
+            self._between = False
+        self._begun.write(data)
+
+    def _complete(self, end: bytes) -> bytes:
+        """The message that was put by, with the last of it."""
+        begun = self._begun
+        if begun is None:
+            return end
+        begun.write(end)
+        self._begun = None
+        self._between = True
+        self.unfinished = 0
+        return begun.getvalue()
+
+
+class StreamConversation(Conversation):
+    """``stream``: message after message, answered in order, until the client ends its side."""
+
+    __slots__ = ()
+
+    def receive(self, data: bytes) -> bytes:
+        # The common case, in as few steps as it goes: only whole messages, none over the limit.
+        if self._between and data[-1] == NEWLINE and (size := len(data)) <= self.limit:
+            self.received += size
+            if size - data.find(b"\n") == 1:
+                self.messages += 1
+            else:  # counts by memchr; bytes.count looks at each byte in turn
+                self.messages += size - len(data.replace(b"\n", b""))
+            return data
+        return self._receive_pieces(data)
+
+    def _receive_pieces(self, data: bytes) -> bytes:
+        if self.finished:
+            return self._discard(data)
+        self.received += len(data)
+        end = data.rfind(b"\n") + 1
+        if not end:
+            self._keep(data)
+            return b""
+        size = self.unfinished + end
+        if size > self.limit and (allowed := self._allowed(data)) < end:
+            reply = self._complete(data[:allowed]) if allowed else b""
+            self.messages += allowed - len(data[:allowed].replace(b"\n", b""))
+            self.unfinished += len(data) - allowed
+            self._refuse()
+            return reply
+        whole = data if end == len(data) else data[:end]
+        self.messages += end - len(whole.replace(b"\n", b""))
+        reply = self._complete(whole)
+        if end < len(data):
+            self._keep(data[end:])
+        if self._last:
+            self.finish()
+        return reply
+
+    def _allowed(self, data: bytes) -> int:
+        """Where the last complete message ends before the first that is over the limit."""
+        start, end = -self.unfinished, data.find(b"\n") + 1
+        while end and end - start <= self.limit:
+            start, end = end, data.find(b"\n", end) + 1
+        return max(start, 0)
+
+
+class MessageConversation(Conversation):
+    """``message``: one message, one reply; what comes after the newline is discarded."""
+
+    __slots__ = ()
+
+    def receive(self, data: bytes) -> bytes:
+        if self.finished:
+            return self._discard(data)
+        self.received += len(data)
+        end = data.find(b"\n") + 1
+        if not end:
+            self._keep(data)
+            return b""
+        if self.unfinished + end > self.limit:
+            self.unfinished += end
+            self.discarded += len(data) - end
+            self._refuse()
+            return b""
+        self.messages = 1
+        self.discarded += len(data) - end
+        reply = self._complete(data if end == len(data) else data[:end])
+        self.finish()
+        return reply
+
+
+class RawConversation(Conversation):
+    """``raw``: RFC 862, every byte goes back as it arrives; there are no messages to count or limit."""
+
+    __slots__ = ()
+
+    def receive(self, data: bytes) -> bytes:
+        if self.finished:
+            return self._discard(data)
+        self.received += len(data)
+        return data
+
+
+MODES: dict[str, type[Conversation]] = {
+    "message": MessageConversation,
+    "stream": StreamConversation,
+    "raw": RawConversation,
+}
+
+
+def conversation(mode: str, limit: int) -> Conversation:
+    """Begin a conversation in ``mode`` whose messages have at most ``limit`` bytes, newline included."""
+    return MODES[mode](limit)

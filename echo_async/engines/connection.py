@@ -1,0 +1,156 @@
+"""One client, as every engine sees it: who it is, what was said, and whether its time is up.
+
+Nothing here does IO. An engine's connection derives from :class:`Connection`, and adds how bytes are
+read and sent and how a connection is ended.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Literal
+
+from ..conversation import conversation
+from ..logs import excerpt, log
+
+if TYPE_CHECKING:
+    from .registry import Registry
+
+__all__ = ["Connection", "Overdue", "format_address"]
+
+Overdue = Literal["idle", "message", "write", "linger"]
+
+
+def format_address(address: object) -> str:
+    """``127.0.0.1:5500``, ``[::1]:5500``, the path of a Unix socket, or what its client is called."""
+    if isinstance(address, tuple):
+        host, port = address[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if isinstance(address, bytes):  # an address in Linux' abstract namespace
+        return "@" + address[1:].decode("utf-8", "backslashreplace")
+    return str(address) if address else "unix client"
+
+
+class Connection:
+    """The part of a connection that does not depend on its engine.
+
+    Time is kept without a timer a message: a sweep calls :meth:`overdue` now and then, which compares
+    the conversation's counters with what they were. So a limit is kept to within one sweep.
+    """
+
+    __slots__ = (
+        "_begun_at",
+        "_ended_at",
+        "_messages",
+        "_peername",
+        "_quiet_since",
+        "_received",
+        "_sent",
+        "_sent_at",
+        "conversation",
+        "registry",
+    )
+
+    def __init__(self, registry: Registry) -> None:
+        config = registry.config
+        self.registry = registry
+        self.conversation = conversation(config.mode, config.limit_message_size)
+        self._peername: object = None
+        now = registry.now()
+        self._received = 0
+        self._quiet_since = now
+        self._sent = 0
+        self._sent_at = now
+        self._messages = 0
+        self._begun_at: float | None = None  # since when a message has been unfinished
+        self._ended_at: float | None = None  # since when only the client's end is waited for
+
+    @property
+    def peer(self) -> str:
+        """The client's address, for people."""
+        return format_address(self._peername)
+
+    # What an engine provides.
+
+    def unsent(self) -> int:
+        """Bytes of replies that the operating system has not taken yet."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Answer nothing more: deliver what is due, end the sending side, discard input until the client ends its.
+
+        Closing with unread input would send a reset, which can overtake the last reply (RFC 1122 4.2.2.13).
+        """
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """The server stops: answer what was received, let a message that has begun be finished, then :meth:`finish`."""
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """End at once, whatever is not delivered."""
+        raise NotImplementedError
+
+    # What every engine uses.
+
+    def overdue(self, now: float) -> Overdue | None:
+        """The time limit that this connection has overrun, if it has."""
+        said, config = self.conversation, self.registry.config
+        unsent = self.unsent()
+        sent = said.answered - unsent
+        if not unsent or sent != self._sent:
+            self._sent, self._sent_at = sent, now
+        elif now - self._sent_at >= config.timeout_write:
+            return "write"
+        if unsent:  # it has to read first: the other clocks stand still
+            self._quiet_since = now
+            self._begun_at = self._begun_at and now
+            self._ended_at = self._ended_at and now
+        elif said.finished:
+            if self._ended_at is None:
+                self._ended_at = now
+            elif now - self._ended_at >= self.registry.linger:
+                return "linger"
+        elif said.unfinished:
+            if self._begun_at is None or said.messages != self._messages:
+                self._begun_at, self._messages = now, said.messages
+            elif now - self._begun_at >= config.timeout_message:
+                return "message"
+        else:
+            self._begun_at = None
+            if said.received != self._received:
+                self._received, self._quiet_since = said.received, now
+            elif now - self._quiet_since >= config.timeout_idle:
+                return "idle"
+        return None
+
+    def log_opened(self) -> None:
+        log.debug("%s connected", self.peer)
+
+    def log_chunk(self, chunk: bytes) -> None:
+        log.debug("%s sent a chunk of %d bytes: %s", self.peer, len(chunk), excerpt(chunk))
+
+    def log_replies(self, reply: bytes) -> None:
+        """A line for each message in ``reply``, as the project's first server showed on its console."""
+        peer, info = self.peer, self.registry.access_info
+        if self.registry.config.mode == "raw":
+            return info("%s %d bytes: %s", peer, reply)
+        for message in reply.split(b"\n")[:-1]:
+            info("%s %d bytes: %s", peer, message + b"\n")
+        return None
+
+    def log_closed(self) -> None:
+        """Say how it ended, where that is worth a line."""
+        said = self.conversation
+        if said.too_long:
+            log.warning(
+                "%s closed: its message is over the limit of %d bytes (%d received)",
+                self.peer,
+                said.limit,
+                said.unfinished,
+            )
+        elif said.unfinished:
+            log.warning("%s lost in mid-message, after %d bytes without a newline", self.peer, said.unfinished)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug(
+                "%s closed: %d messages, %d bytes in, %d out", self.peer, said.messages, said.received, said.answered
+            )

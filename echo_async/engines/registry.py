@@ -1,0 +1,147 @@
+"""The connections of one server: who is in, what they did, whose time is up.
+
+Engines add a connection before it runs and remove it when its socket is closed; the server counts,
+sweeps, stops and aborts through here. Loop-free and safe to use from several threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import threading
+import time
+from collections.abc import Callable
+
+from ..config import ServerConfig
+from ..logs import Seldom, access_log, excerpt, log
+from ..stats import Stats
+from .connection import Connection
+
+__all__ = ["LINGER", "RESERVED_DESCRIPTORS", "Registry"]
+
+LINGER = 5.0  # seconds that input is discarded after the last reply, while the client has not ended its side
+LINGER_AT_STOP = 0.5  # the same once the server stops
+RESERVED_DESCRIPTORS = 32  # for listeners, logs, the event loop, and what the host program has open
+
+
+class Registry:
+    """Every connection of one server, and the counters of those that are gone."""
+
+    now = staticmethod(time.monotonic)
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.limit = config.limit_connections or _descriptors()
+        self.linger = LINGER
+        self.log_messages = not config.no_access_log and access_log.isEnabledFor(logging.INFO)
+        self.log_chunks = log.isEnabledFor(logging.DEBUG)
+        self.connections: set[Connection] = set()
+        self.on_empty: Callable[[], object] | None = None
+        self._lock = threading.Lock()
+        self._gone = dict.fromkeys(Stats.__slots__, 0)
+        self._say_refused = Seldom(log.warning, "refused a client: %d are connected, the limit")
+
+    def add(self, connection: Connection) -> None:
+        self.connections.add(connection)
+        if self.log_chunks:
+            connection.log_opened()
+
+    def remove(self, connection: Connection) -> None:
+        """A connection has ended: keep its counters. Does nothing the second time."""
+        with self._lock:
+            if connection not in self.connections:
+                return
+            self.connections.remove(connection)
+            said, gone = connection.conversation, self._gone
+            gone["accepted"] += 1
+            gone["messages"] += said.messages
+            gone["bytes_in"] += said.received
+            gone["bytes_out"] += said.answered
+            gone["too_long"] += said.too_long
+            gone["lost"] += bool(said.unfinished) and not said.too_long
+        connection.log_closed()
+        if self.on_empty is not None and not self.connections:
+            self.on_empty()
+
+    def withdraw(self, connection: Connection) -> None:
+        """A connection that was added could not be served after all: it counts as refused."""
+        self.connections.discard(connection)
+        self.count("refused")
+
+    def count(self, what: str) -> None:
+        with self._lock:
+            self._gone[what] += 1
+
+    def refuse(self) -> bool:
+        """Whether a new client has to be closed at once; counts it then, and says so at most once a second."""
+        if len(self.connections) < self.limit:
+            return False
+        self.count("refused")
+        self._say_refused(len(self.connections))
+        return True
+
+    @property
+    def stats(self) -> Stats:
+        """A snapshot: the connections that are gone and those that are open, added up."""
+        with self._lock:
+            open_now = list(self.connections)
+            total = dict(self._gone)
+        total["active"] = len(open_now)
+        total["accepted"] += len(open_now)
+        for connection in open_now:
+            said = connection.conversation
+            total["messages"] += said.messages
+            total["bytes_in"] += said.received
+            total["bytes_out"] += said.answered
+        return Stats(**total)
+
+    @property
+    def sweep_interval(self) -> float:
+        """Seconds between two sweeps: a twentieth of the shortest time limit, one second at most."""
+        config = self.config
+        return min(1.0, min(config.timeout_idle, config.timeout_message, config.timeout_write) / 20)
+
+    def sweep(self) -> None:
+        """End every connection that has overrun a time limit."""
+        now = self.now()
+        for connection in list(self.connections):
+            overdue = connection.overdue(now)
+            if overdue is None:
+                continue
+            if overdue != "linger":
+                self.count(f"timeouts_{overdue}")
+                log.info("%s closed: %s", connection.peer, self._reason(overdue))
+            if overdue in ("idle", "message"):
+                connection.finish()
+            else:
+                connection.abort()
+
+    def _reason(self, overdue: str) -> str:
+        seconds = getattr(self.config, f"timeout_{overdue}")
+        return {
+            "idle": f"nothing received for {seconds:g} s",
+            "message": f"a message was begun and not finished in {seconds:g} s",
+            "write": f"it read nothing of what it was sent for {seconds:g} s",
+        }[overdue]
+
+    def stop(self) -> None:
+        """Ask every connection to end as soon as what was received is answered."""
+        self.linger = LINGER_AT_STOP
+        for connection in list(self.connections):
+            connection.stop()
+
+    def abort(self) -> None:
+        """End every connection at once."""
+        for connection in list(self.connections):
+            connection.abort()
+
+    def access_info(self, template: str, peer: str, message: bytes) -> None:
+        text = excerpt(message)
+        facts = {"client": peer, "bytes": len(message), "text": text}
+        access_log.info(template, peer, len(message), text, extra={"facts": facts})
+
+
+def _descriptors() -> int:
+    """How many connections the descriptor limit of this process leaves room for."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**31 if soft == resource.RLIM_INFINITY else max(1, soft - RESERVED_DESCRIPTORS)

@@ -1,0 +1,32 @@
+"""The clock of the asyncio engines: one repeated timer for all connections of a server."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Self
+
+from .registry import Registry
+
+__all__ = ["Sweeper"]
+
+
+class Sweeper:
+    """While it is entered, ``registry.sweep()`` runs every ``registry.sweep_interval`` seconds."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._interval = registry.sweep_interval
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> Self:
+        self._timer = self._loop.call_later(self._interval, self._sweep)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._timer is not None
+        self._timer.cancel()
+
+    def _sweep(self) -> None:
+        self._registry.sweep()
+        self._timer = self._loop.call_later(self._interval, self._sweep)

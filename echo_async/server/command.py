@@ -1,0 +1,188 @@
+"""``python -m echo_async.server``: options in, a running server until a signal comes, an exit code.
+
+Only this file touches signals, configures logging and prints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any, get_args
+
+import click
+from click.core import ParameterSource
+
+from ..commandline import CONTEXT, Seconds, complain, drop_output, run_command, version_option
+from ..config import EngineName, Mode, ServerConfig
+from ..engines.connection import format_address
+from ..errors import StartError
+from ..logs import LogFormat, LogLevel, configure, log
+from ..loops import LoopName, loop_factory
+from .base import BaseServer
+from .service import EchoServer, start_server
+from .workers import WorkerServer, WorkerSettings
+
+__all__ = ["main"]
+
+COULD_NOT_START = 3
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+_DEFAULTS = {field.name: field.default for field in fields(ServerConfig)}
+
+
+def _option(name: str, type: Any, help: str, **more: Any) -> Callable[[Any], Any]:
+    """An option for one field of :class:`ServerConfig`, which has the default."""
+    default = _DEFAULTS[name.removeprefix("--").replace("-", "_")]
+    if default is not None:
+        more.setdefault("default", default)
+    return click.option(name, type=type, help=help, show_envvar=True, **more)
+
+
+@click.command(context_settings=CONTEXT)
+@_option("--host", str, "Name or address to listen on. 0.0.0.0 or :: for all of the machine's.")
+@_option("--port", click.IntRange(0, 65535), "Port to listen on; 0 takes any free one.")
+@_option("--uds", click.Path(), "Listen on a Unix socket at this path instead.")
+@_option(
+    "--mode",
+    click.Choice(get_args(Mode)),
+    "message: one message, one reply, close. stream: message after message. raw: every byte as it comes (RFC 862).",
+)
+@_option("--chunk-size", click.IntRange(1, 2**30), "Bytes asked for at each read.")
+@_option(
+    "--engine",
+    click.Choice(get_args(EngineName)),
+    "streams: a coroutine a client. protocol: callbacks, for throughput. threads: a thread a client.",
+)
+@click.option("--threaded", is_flag=True, show_envvar=True, help="The same as --engine threads.")
+@click.option(
+    "--loop",
+    type=click.Choice(get_args(LoopName)),
+    default="auto",
+    show_envvar=True,
+    help="Event loop; auto is uvloop where it is installed.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 1024),
+    default=1,
+    show_envvar=True,
+    help="Processes that share the listening socket; limits and time-outs hold for each.",
+)
+@_option("--backlog", click.IntRange(1, 2**31 - 1), "Connections that the kernel keeps waiting.")
+@_option(
+    "--limit-connections",
+    click.IntRange(1, 2**31 - 1),
+    "Connections at a time; more are closed at once.",
+    show_default="fits the descriptor limit",
+)
+@_option("--limit-message-size", click.IntRange(1, 2**40), "Bytes of a message, newline included.")
+@_option("--timeout-idle", Seconds(), "Seconds until a client that sends nothing is closed.")
+@_option("--timeout-message", Seconds(), "Seconds until a message that was begun has to be finished.")
+@_option("--timeout-write", Seconds(), "Seconds until a client that does not read is closed.")
+@_option("--timeout-graceful-shutdown", Seconds(), "Seconds that clients get to finish at a stop.")
+@click.option(
+    "--log-level", type=click.Choice(get_args(LogLevel)), default="info", show_envvar=True, help="Least level shown."
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(get_args(LogFormat)),
+    default="text",
+    show_envvar=True,
+    help="Shape of a log line.",
+)
+@_option("--no-access-log", bool, "No log line for each message.", is_flag=True)
+@version_option()
+def command(
+    loop: LoopName, threaded: bool, workers: int, log_level: LogLevel, log_format: LogFormat, **options: Any
+) -> int:
+    """Send back every message that clients send, byte for byte.
+
+    A message ends with a newline. What is bound goes to stdout, one line an address; the log goes to
+    stderr. SIGINT or SIGTERM stops the server once what was received is answered; a second one, at once.
+
+    \b
+    Examples:
+      python -m echo_async.server
+      python -m echo_async.server --port 7 --mode raw --host ::
+      ECHO_ASYNC_PORT=6000 python -m echo_async.server --mode stream --log-format json
+
+    Exit codes: 0 stopped as asked, 2 a bad option, 3 could not start.
+    """
+    if threaded:
+        _refuse_other_engine()
+        options["engine"] = "threads"
+    config = ServerConfig(**options)
+    if config.engine == "threads" and loop == "uvloop":
+        raise click.UsageError("--loop uvloop makes no sense with --engine threads, which runs no event loop")
+    configure(log_level, log_format)
+    try:
+        factory = loop_factory("asyncio" if config.engine == "threads" else loop)
+        start: Callable[[], Awaitable[EchoServer | WorkerServer]] = partial(start_server, config)
+        if workers > 1:
+            start = partial(WorkerServer.start, config, workers, WorkerSettings(loop, log_level, log_format))
+            factory = loop_factory("asyncio")  # the parent serves nobody
+        with asyncio.Runner(loop_factory=factory) as runner:
+            return runner.run(_serve_until_signalled(start))
+    except StartError as error:
+        complain(str(error))
+        return COULD_NOT_START
+
+
+def _refuse_other_engine() -> None:
+    context = click.get_current_context()
+    engine = context.params["engine"]
+    if engine != "threads" and context.get_parameter_source("engine") == ParameterSource.COMMANDLINE:
+        raise click.UsageError(f"--threaded is --engine threads: leave out one of it and --engine {engine}")
+
+
+class _Stop:
+    """What the signals do: the first stops the server, the next one ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.server: BaseServer | None = None
+
+    def __call__(self, number: int, *_: object) -> None:
+        self.asked += 1
+        log.info("%s: stopping%s", signal.Signals(number).name, " at once" if self.asked > 1 else "")
+        if self.server is not None:
+            self.server.close() if self.asked == 1 else self.server.abort()
+
+    def started(self, server: BaseServer) -> None:
+        self.server = server
+        if self.asked:  # while it was starting
+            server.close()
+        else:
+            announce(server)
+
+
+async def _serve_until_signalled(start: Callable[[], Awaitable[EchoServer | WorkerServer]]) -> int:
+    stop = _Stop()
+    for number in SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    server = await start()
+    stop.started(server)
+    await server.wait_closed()
+    log.info("stopped: %s", server.stats)
+    return 0
+
+
+def announce(server: BaseServer) -> None:
+    """Say on stdout what can be reached now, a line an address; and in the log, how it is served."""
+    with contextlib.suppress(ValueError, AttributeError):  # stdout was closed before we started
+        try:
+            for address in server.addresses:
+                print(f"listening on {format_address(address)}", flush=True)
+        except OSError:
+            drop_output(sys.stdout)
+    log.info("serving %s mode with the %s engine", server.config.mode, server.config.engine)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with ``argv`` (the process's arguments if None); return its exit code."""
+    return run_command(command, argv)

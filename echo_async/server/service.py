@@ -1,0 +1,174 @@
+"""The server object: it owns its listening sockets and every connection, so it can always end.
+
+It differs from :class:`asyncio.Server` in what matters at the end: ``close`` also ends the connections
+(asyncio's leaves them), and ``wait_closed`` ends within ``timeout_graceful_shutdown``, on every Python
+and loop (asyncio's returns at once on 3.11 and on uvloop, and waits for every client from 3.12 on).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self, Unpack
+
+from ..config import ServerConfig, ServerOptions
+from ..engines import protocol, streams
+from ..engines.sweeper import Sweeper
+from ..opening import Opening
+from . import sockets as listening
+from .base import BaseServer
+
+__all__ = ["EchoServer", "serve", "start_server"]
+
+ENGINES = {"streams": streams.listen, "protocol": protocol.listen}
+ACCEPT_TURNS = 10  # turns of the loop in which clients that the kernel has connected are still let in
+ABORT_TURNS = 10  # turns of the loop in which a transport that was aborted reports that it is closed
+DRAIN_TICK = 0.05  # seconds between two sweeps while the server stops
+
+
+def serve(**options: Unpack[ServerOptions]) -> Opening[EchoServer]:
+    """Start an echo server in the running event loop: ``async with serve(port=0) as server:``.
+
+    ``server = await serve(...)`` works as well; then call ``close()`` and ``await wait_closed()`` at the
+    end. ``options`` are the fields of :class:`~echo_async.ServerConfig` (sizes in bytes, times in seconds).
+
+    Raises :exc:`~echo_async.ConfigError` for an option that makes no sense, :exc:`~echo_async.StartError`
+    if the address cannot be bound.
+    """
+    config = ServerConfig(**options)
+    return Opening(lambda: start_server(config))
+
+
+async def start_server(config: ServerConfig, sockets: Sequence[socket.socket] | None = None) -> EchoServer:
+    """Serve on ``sockets``, which are listening already, or on those that ``config`` names."""
+    if config.engine == "threads":
+        from .threaded import ThreadedEchoServer
+
+        return await ThreadedEchoServer.start(config, sockets)
+    return await EchoServer.start(config, sockets)
+
+
+class EchoServer(BaseServer):
+    """A running echo server; :func:`serve` makes one."""
+
+    def __init__(self, config: ServerConfig, sockets: Sequence[socket.socket], path: str | None = None) -> None:
+        super().__init__(config, sockets, path)
+        self._loop = asyncio.get_running_loop()
+        self._servers: list[asyncio.Server] = []
+        self._sweeper = Sweeper(self._registry)
+        self._stopper: asyncio.Task[None] | None = None
+        self._closed = asyncio.Event()
+
+    @classmethod
+    async def start(cls, config: ServerConfig, sockets: Sequence[socket.socket] | None = None) -> Self:
+        """Serve on ``sockets``, which are listening already, or on those that ``config`` names."""
+        if sockets is None:
+            self = cls(config, listening.bind(config, await _resolve(config)), config.uds)
+        else:
+            self = cls(config, sockets)
+        await self._listen()
+        return self
+
+    async def _listen(self) -> None:
+        listen = ENGINES[self.config.engine]
+        for each in self._sockets:
+            self._servers.append(await listen(self._registry, self._loop, sock=each, backlog=self.config.backlog))
+        self._sweeper.__enter__()
+
+    def close(self) -> None:
+        """Stop: accept no more, answer what was received, end the connections. Returns at once.
+
+        Can be called twice, and from any thread. What is not done within ``timeout_graceful_shutdown``
+        seconds is aborted.
+        """
+        self._stopping = True
+        if _is_running(self._loop):
+            self._begin_to_stop()
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and everything with it
+                self._loop.call_soon_threadsafe(self._begin_to_stop)
+
+    def abort(self) -> None:
+        """Stop without waiting for any client. To be called in the server's event loop."""
+        self.close()
+        self._registry.abort()
+
+    async def wait_closed(self) -> None:
+        """Wait until it is closed: no socket, connection or task of its own is left. Always ends after ``close``.
+
+        If it is cancelled once the server stops, the connections are aborted.
+        """
+        try:
+            await self._closed.wait()
+        except asyncio.CancelledError:
+            if self._stopping:
+                self.abort()
+                await self._closed.wait()
+            raise
+
+    async def serve_forever(self) -> None:
+        """Wait until it is closed; close it if this is cancelled."""
+        try:
+            await self._closed.wait()
+        finally:
+            self.close()
+            await self.wait_closed()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        await self.wait_closed()
+
+    def _begin_to_stop(self) -> None:
+        if self._stopper is None:
+            self._stopper = self._loop.create_task(self._stop())
+
+    async def _stop(self) -> None:
+        registry = self._registry
+        emptied = asyncio.Event()
+        registry.on_empty = emptied.set
+        deadline = self._loop.time() + self.config.timeout_graceful_shutdown
+        try:
+            # Closing a listener resets the clients that the kernel has connected and nobody has accepted.
+            for _ in range(ACCEPT_TURNS):
+                await asyncio.sleep(0)
+            self._stop_listening()
+            registry.stop()
+            while registry.connections and self._loop.time() < deadline:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(DRAIN_TICK):
+                        await emptied.wait()
+                registry.sweep()
+        finally:
+            self._stop_listening()
+            registry.abort()
+            self._sweeper.__exit__()
+            for _ in range(ABORT_TURNS):
+                if registry.connections:
+                    await asyncio.sleep(0)
+            self._closed.set()
+
+    def _stop_listening(self) -> None:
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+        self._close_sockets()
+
+
+async def _resolve(config: ServerConfig) -> Sequence[listening.AddressInfo]:
+    infos = listening.numeric(config)
+    return await asyncio.to_thread(listening.resolve, config) if infos is None else infos
+
+
+def _is_running(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False

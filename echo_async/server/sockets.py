@@ -1,0 +1,144 @@
+"""Listening sockets: names resolved, bound, and told apart; opened once, whoever serves them afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+from collections.abc import Sequence
+from typing import Any
+
+from ..config import ServerConfig
+from ..engines.connection import format_address
+from ..errors import StartError
+
+__all__ = ["Address", "AddressInfo", "address_of", "bind", "numeric", "resolve", "unlink"]
+
+Address = tuple[str, int] | str
+"""``(host, port)``, or the path of a Unix socket."""
+
+AddressInfo = tuple[socket.AddressFamily, Any, int, str, tuple[Any, ...]]
+"""What ``getaddrinfo`` gives for one address."""
+
+
+def numeric(config: ServerConfig) -> Sequence[AddressInfo] | None:
+    """The address of ``config`` if its host is one already: nothing to ask a resolver for. Else None."""
+    if config.uds is not None:
+        return []
+    try:
+        return _getaddrinfo(config, socket.AI_NUMERICHOST)
+    except OSError:
+        return None
+
+
+def resolve(config: ServerConfig) -> Sequence[AddressInfo]:
+    """Every address that the host of ``config`` has here. Blocks while the resolver is asked."""
+    if config.uds is not None:
+        return []
+    try:
+        return _getaddrinfo(config, 0)
+    except (OSError, UnicodeError) as error:
+        raise no_such_host(config, error) from error
+
+
+def _getaddrinfo(config: ServerConfig, flags: int) -> Sequence[AddressInfo]:
+    return socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | flags)
+
+
+def no_such_host(config: ServerConfig, error: Exception) -> StartError:
+    reason = getattr(error, "strerror", None) or error
+    return StartError(f"cannot listen on host {config.host!r}: {reason}; give a name or an address of this machine")
+
+
+def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.socket]:
+    """Open the listening sockets of ``config``: one for each address, or one Unix socket.
+
+    With port 0 all of them get the port that the first was given. :exc:`StartError` if any cannot be
+    bound; then none is left open.
+    """
+    with contextlib.ExitStack() as opened:
+        sockets: list[socket.socket] = []
+        if config.uds is not None:
+            sockets.append(opened.enter_context(_bind_unix(config.uds)))
+        for family, kind, protocol, _, address in dict.fromkeys(infos if config.uds is None else ()):
+            if address[1] == 0 and sockets:
+                address = (address[0], sockets[0].getsockname()[1], *address[2:])
+            listener = opened.enter_context(_socket(family, kind, protocol, address))
+            _bind(listener, address)
+            sockets.append(listener)
+        for listener in sockets:
+            listener.listen(config.backlog)
+            listener.setblocking(False)
+        opened.pop_all()
+        return sockets
+
+
+def _socket(family: int, kind: int, protocol: int, address: object) -> socket.socket:
+    try:
+        return socket.socket(family, kind, protocol)
+    except OSError as error:  # an address family that this machine does not have
+        raise _cannot_listen(address, error) from error
+
+
+def _bind(listener: socket.socket, address: Any) -> None:
+    if listener.family != socket.AF_UNIX:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if listener.family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        raise _cannot_listen(address, error) from error
+
+
+def _bind_unix(path: str) -> socket.socket:
+    _remove_stale(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _bind(listener, path)
+    except StartError:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket that a server which was killed left behind; one that is answered stays."""
+    with contextlib.suppress(OSError):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)  # a full queue is an answer too
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+
+
+_ADVICE = {
+    errno.EADDRINUSE: "; another server has it: stop that one, or take another (port 0 finds a free one)",
+    errno.EADDRNOTAVAIL: "; give an address of this machine",
+    errno.EACCES: "; take a port from 1024 up, or run with the right to bind it",
+}
+
+
+def _cannot_listen(address: object, error: OSError) -> StartError:
+    reason = error.strerror or str(error)  # "AF_UNIX path too long" comes without a number
+    advice = _ADVICE.get(error.errno or 0, "")
+    return StartError(f"cannot listen on {format_address(address)}: {reason.lower()}{advice}")
+
+
+def address_of(listener: socket.socket) -> Address:
+    """Where clients reach ``listener``: what :func:`echo_async.connect` takes."""
+    name = listener.getsockname()
+    if isinstance(name, tuple):
+        return name[0], name[1]
+    return name if isinstance(name, str) else name.decode("utf-8", "surrogateescape")
+
+
+def unlink(path: str) -> None:
+    """Remove the path of a Unix socket; a client then sees that nobody is there."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)

@@ -1,0 +1,72 @@
+"""One worker of several: a process that serves sockets which its parent opened, until the parent says stop or dies.
+
+Run by :mod:`echo_async.server.workers` only: ``python -m echo_async.server.worker CHANNEL SOCKET...``, where
+the arguments are inherited descriptors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from ..commandline import complain
+from ..config import ServerConfig
+from ..errors import StartError
+from ..logs import configure
+from ..loops import loop_factory
+from .service import EchoServer, start_server
+
+COULD_NOT_START = 3
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent passes it on
+    channel, *listeners = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    with channel.makefile("rb", buffering=0) as lines:
+        settings = json.loads(lines.readline())
+    configure(settings["log_level"], settings["log_format"])
+    try:
+        with asyncio.Runner(loop_factory=loop_factory(settings["loop"])) as runner:
+            runner.run(_serve(ServerConfig(**settings["config"]), channel, listeners))
+    except StartError as error:
+        complain(str(error))
+        return COULD_NOT_START
+    return 0
+
+
+async def _serve(config: ServerConfig, channel: socket.socket, listeners: list[socket.socket]) -> None:
+    server = await start_server(config, listeners)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
+    reader, writer = await asyncio.open_connection(sock=channel)
+    writer.write(_line(ready=True))
+    orders = asyncio.create_task(_obey(server, reader))
+    await server.wait_closed()
+    orders.cancel()
+    writer.write(_line(stats=asdict(server.stats)))
+    writer.close()
+    with contextlib.suppress(ConnectionError):  # the parent is gone
+        await writer.wait_closed()
+
+
+async def _obey(server: EchoServer, reader: asyncio.StreamReader) -> None:
+    """Do what the parent says; end at once when it is gone."""
+    while line := await reader.readline():
+        if json.loads(line)["do"] == "stop":
+            server.close()
+        else:
+            server.abort()
+    server.abort()
+
+
+def _line(**facts: Any) -> bytes:
+    return json.dumps(facts).encode() + b"\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

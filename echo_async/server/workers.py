@@ -1,0 +1,194 @@
+"""Several processes that serve one listening socket: opened once by the parent, inherited by each worker.
+
+The parent serves nobody. It starts the workers, replaces one that dies, passes a stop on, and adds their
+counters up. A socket that is shared (not one for each worker, with SO_REUSEPORT) keeps the clients that wait
+in its queue when a worker ends. Parent and worker talk over a socket pair, a JSON object a line; when the
+parent dies the worker reads its end, and ends too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Self
+
+from ..config import ServerConfig
+from ..errors import StartError
+from ..logs import LogFormat, LogLevel, log
+from ..loops import LoopName
+from ..stats import Stats
+from . import sockets as listening
+from .base import BaseServer
+
+__all__ = ["WorkerServer", "WorkerSettings"]
+
+START = 30.0  # seconds for a new worker to be ready
+PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds between the tries of a replacement to start; after the last the service ends
+MARGIN = 2.0  # seconds over the graceful stop until a worker that has not ended is killed
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a worker has to know besides the server's configuration."""
+
+    loop: LoopName
+    log_level: LogLevel
+    log_format: LogFormat
+
+
+class WorkerServer(BaseServer):
+    """A server of ``workers`` processes; the same object to start, stop and wait for as one of a single process.
+
+    ``limit_connections`` and the time-outs hold for each worker.
+    """
+
+    def __init__(self, config: ServerConfig, workers: int, settings: WorkerSettings) -> None:
+        super().__init__(config, listening.bind(config, listening.resolve(config)), config.uds)
+        self._settings = {"config": asdict(config), **asdict(settings)}
+        self._workers: set[Worker] = set()
+        self._ended = Stats()  # the counters of workers that are gone
+        self._keepers: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def start(cls, config: ServerConfig, workers: int, settings: WorkerSettings) -> Self:
+        """Start the workers. :exc:`~echo_async.StartError` if they cannot; the first one says why on stderr."""
+        self = cls(config, workers, settings)
+        try:
+            first = await self._start_worker()  # alone: what is wrong is said once
+            rest = await asyncio.gather(*(self._start_worker() for _ in range(workers - 1)))
+        except StartError:
+            self.abort()
+            await self._wait_for_workers()
+            self._close_sockets()
+            raise
+        self._keepers = [asyncio.create_task(self._keep(worker)) for worker in (first, *rest)]
+        return self
+
+    @property
+    def stats(self) -> Stats:
+        """The counters of the workers that have ended; one that was killed takes its own with it."""
+        return self._ended
+
+    def close(self) -> None:
+        self._stopping = True
+        for worker in self._workers:
+            worker.tell("stop")
+
+    def abort(self) -> None:
+        self._stopping = True
+        for worker in self._workers:
+            worker.tell("abort")
+
+    async def wait_closed(self) -> None:
+        """Wait until all workers have ended. :exc:`~echo_async.StartError` if a replacement could not start."""
+        try:
+            await asyncio.gather(*self._keepers)
+        finally:
+            self.close()
+            await self._wait_for_workers()
+            self._close_sockets()
+
+    async def _start_worker(self) -> Worker:
+        worker = await Worker.start(self._settings, self._sockets)
+        self._workers.add(worker)
+        try:
+            await worker.wait_ready()
+        except StartError:
+            self._workers.discard(worker)
+            raise
+        if self._stopping:
+            worker.tell("stop")
+        return worker
+
+    async def _keep(self, worker: Worker) -> None:
+        """Wait for the end of ``worker`` and put another in its place, until the server stops."""
+        while True:
+            code = await worker.wait_ended()
+            self._workers.discard(worker)
+            self._ended += worker.stats
+            if self._stopping:
+                return
+            log.error("worker %d ended with %d: starting another", worker.pid, code)
+            worker = await self._replace()
+
+    async def _replace(self) -> Worker:
+        for pause in PAUSES:
+            try:
+                return await self._start_worker()
+            except StartError:
+                if self._stopping:
+                    raise
+            await asyncio.sleep(pause)
+        return await self._start_worker()
+
+    async def _wait_for_workers(self) -> None:
+        """Wait for the end of those that were told to stop; kill who takes longer than it may."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.timeout_graceful_shutdown + MARGIN):
+                await asyncio.gather(*self._keepers, return_exceptions=True)
+                await asyncio.gather(*(worker.process.wait() for worker in self._workers))
+        for worker in self._workers:
+            with contextlib.suppress(ProcessLookupError):
+                worker.process.kill()
+            await worker.process.wait()
+
+
+class Worker:
+    """One worker process, seen from the parent."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.process = process
+        self.pid = process.pid
+        self.stats = Stats()
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def start(cls, settings: dict[str, object], sockets: Sequence[socket.socket]) -> Self:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            descriptors = [each.fileno() for each in (theirs, *sockets)]
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "echo_async.server.worker",
+                *map(str, descriptors),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                pass_fds=descriptors,
+            )
+        self = cls(process, *await asyncio.open_connection(sock=ours))
+        self._writer.write(json.dumps(settings).encode() + b"\n")
+        return self
+
+    def tell(self, what: str) -> None:
+        self._writer.write(json.dumps({"do": what}).encode() + b"\n")
+
+    async def wait_ready(self) -> None:
+        try:
+            async with asyncio.timeout(START):
+                answer = await self._reader.readline()
+        except (TimeoutError, ConnectionError):
+            answer = b""
+        if not answer:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+            await self.process.wait()
+            self._writer.close()
+            raise StartError("a worker could not start: the reason is in the line before")
+
+    async def wait_ended(self) -> int:
+        """Wait for its end; keep the counters that it sends last. Returns the exit code."""
+        with contextlib.suppress(ConnectionError):
+            while line := await self._reader.readline():
+                self.stats = Stats(**json.loads(line)["stats"])
+        code = await self.process.wait()
+        self._writer.close()
+        return code

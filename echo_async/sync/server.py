@@ -1,0 +1,219 @@
+"""The server object on threads: one accepts clients and keeps the time, and each client has its own.
+
+The blocking twin of :mod:`echo_async.server.service`: same names, no event loop. Its threads are no
+daemons (those are killed in the middle of a reply when the interpreter exits), so it has to be closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import selectors
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self, Unpack
+
+from ..config import ServerConfig, ServerOptions
+from ..engines.threads import ThreadConnection
+from ..errors import ConfigError
+from ..logs import Seldom, log
+from ..server import sockets as listening
+from ..server.base import BaseServer
+
+__all__ = ["EchoServer", "serve"]
+
+STACK = 256 * 1024  # bytes of address space for a client's thread
+TAKE = 64  # clients accepted before the clock is looked at again
+BACK_OFF = 0.1  # seconds without accepting, when the system has no descriptor or memory for a client
+DRAIN_TICK = 0.05  # seconds between two sweeps while the server stops
+JOIN = 5.0  # seconds for threads whose sockets were shut down to notice
+
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+
+_starting = threading.Lock()  # threading.stack_size is one for the whole process
+
+
+def serve(**options: Unpack[ServerOptions]) -> EchoServer:
+    """Start an echo server on threads: ``with sync.serve(port=0) as server:``. Returns once it can be reached.
+
+    ``options`` are the fields of :class:`~echo_async.ServerConfig`; the engine is ``threads``. Raises
+    :exc:`~echo_async.ConfigError` for an option that makes no sense, :exc:`~echo_async.StartError` if the
+    address cannot be bound.
+    """
+    options.setdefault("engine", "threads")
+    if options["engine"] != "threads":
+        raise ConfigError(
+            f"engine {options['engine']!r} needs an event loop: use echo_async.serve, or engine 'threads'"
+        )
+    return EchoServer.start(ServerConfig(**options))
+
+
+class EchoServer(BaseServer):
+    """A running echo server on threads; :func:`serve` makes one."""
+
+    def __init__(self, config: ServerConfig, sockets: Sequence[socket.socket], path: str | None = None) -> None:
+        super().__init__(config, sockets, path)
+        self.on_closed: Callable[[], object] = bool
+        self._threads: set[threading.Thread] = set()
+        self._finished: deque[threading.Thread] = deque()  # those that are about to end: joining them takes no time
+        self._waker, self._wakened = socket.socketpair()
+        self._waker.setblocking(False)
+        self._aborting = False
+        self._exhausted = Seldom(log.warning, "cannot accept clients for want of resources: %s")
+        self._acceptor = threading.Thread(target=self._run, name="echo-async accept")
+
+    @classmethod
+    def start(cls, config: ServerConfig, sockets: Sequence[socket.socket] | None = None) -> Self:
+        """Serve on ``sockets``, which are listening already, or on those that ``config`` names."""
+        if sockets is None:
+            self = cls(config, listening.bind(config, listening.resolve(config)), config.uds)
+        else:
+            self = cls(config, sockets)
+        self.start_accepting()
+        return self
+
+    def start_accepting(self) -> None:
+        """Let clients in: once, after the server is made."""
+        self._acceptor.start()
+
+    def close(self) -> None:
+        """Stop: accept no more, answer what was received, end the connections. Returns at once.
+
+        Can be called twice, from any thread, and from a signal handler. What is not done within
+        ``timeout_graceful_shutdown`` seconds is aborted.
+        """
+        self._stopping = True
+        self._wake()
+
+    def abort(self) -> None:
+        """Stop without waiting for any client."""
+        self._aborting = True
+        self.close()
+
+    def wait_closed(self) -> None:
+        """Wait until it is closed: no socket, connection or thread of its own is left. Always ends after ``close``."""
+        self._acceptor.join()
+
+    def serve_forever(self) -> None:
+        """Wait until it is closed; close it if this is interrupted."""
+        try:
+            self.wait_closed()
+        finally:
+            self.close()
+            self.wait_closed()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        self.wait_closed()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # it is awake already, or closed
+            self._waker.send(b"\0")
+
+    # From here on: the accepting thread.
+
+    def _run(self) -> None:
+        try:
+            self._accept_until_stopped()
+            self._close_sockets()
+            self._registry.stop()
+            self._wait_for_clients(self.config.timeout_graceful_shutdown, or_abort=True)
+        finally:
+            self._close_sockets()
+            self._registry.abort()
+            self._wait_for_clients(JOIN)
+            self._waker.close()
+            self._wakened.close()
+            self.on_closed()
+
+    def _accept_until_stopped(self) -> None:
+        registry, interval = self._registry, self._registry.sweep_interval
+        next_sweep = registry.now() + interval
+        with selectors.DefaultSelector() as selector, selectors.DefaultSelector() as wakeup:
+            wakeup.register(self._wakened, selectors.EVENT_READ)
+            selector.register(self._wakened, selectors.EVENT_READ)
+            for listener in self._sockets:
+                selector.register(listener, selectors.EVENT_READ, listener)
+            while not self._stopping:
+                for key, _ in selector.select(max(0.0, next_sweep - registry.now())):
+                    if key.data is not None and not self._accept(key.data):
+                        wakeup.select(BACK_OFF)
+                self._join_finished()
+                if registry.now() >= next_sweep:
+                    registry.sweep()
+                    next_sweep = registry.now() + interval
+            for listener in self._sockets:  # closing would reset the clients that the kernel has connected
+                self._accept(listener)
+
+    def _accept(self, listener: socket.socket) -> bool:
+        """Let in who waits; False if the system has no means for it just now."""
+        for _ in range(TAKE):
+            try:
+                client, peername = listener.accept()
+            except BlockingIOError:
+                return True
+            except OSError as error:
+                if error.errno in EXHAUSTED:
+                    self._exhausted(error.strerror)
+                    return False
+                continue  # that client is gone already
+            if self._registry.refuse():
+                client.close()
+            else:
+                self._start_thread(client, peername)
+        return True
+
+    def _start_thread(self, client: socket.socket, peername: object) -> None:
+        client.setblocking(True)
+        if client.family != socket.AF_UNIX:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = ThreadConnection(self._registry, client, peername)
+        thread = threading.Thread(target=self._serve_client, args=(connection,), name="echo-async client")
+        self._registry.add(connection)
+        self._threads.add(thread)
+        try:
+            with _starting:
+                usual = threading.stack_size(STACK)
+                try:
+                    thread.start()
+                finally:
+                    threading.stack_size(usual)
+        except (RuntimeError, MemoryError) as error:  # "can't start new thread": this client only
+            self._exhausted(error)
+            self._threads.discard(thread)
+            self._registry.withdraw(connection)
+            client.close()
+
+    def _serve_client(self, connection: ThreadConnection) -> None:
+        try:
+            connection.run()
+        finally:
+            self._finished.append(threading.current_thread())
+            if self._stopping:
+                self._wake()
+
+    def _join_finished(self) -> None:
+        while self._finished:
+            thread = self._finished.popleft()
+            thread.join()
+            self._threads.discard(thread)
+
+    def _wait_for_clients(self, seconds: float, *, or_abort: bool = False) -> None:
+        registry = self._registry
+        deadline = registry.now() + seconds
+        with selectors.DefaultSelector() as wakeup:
+            wakeup.register(self._wakened, selectors.EVENT_READ)
+            self._join_finished()
+            while self._threads and registry.now() < deadline and not (or_abort and self._aborting):
+                if wakeup.select(DRAIN_TICK):
+                    self._wakened.recv(4096)
+                registry.sweep()
+                self._join_finished()

@@ -1,0 +1,91 @@
+"""What several tests need: event loops by name, raw clients, a server in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from echo_async.loops import LoopName, loop_factory
+
+T = TypeVar("T")
+
+LOOPS: tuple[LoopName, ...] = ("asyncio", "uvloop")
+PATIENCE = 20.0  # seconds after which a test that waits has failed; no test waits that long
+
+
+def run(main: Callable[[], Coroutine[Any, Any, T]], loop: LoopName = "asyncio") -> T:
+    """Run ``main()`` in a new event loop of that name, with asyncio's debug checks."""
+    with asyncio.Runner(loop_factory=loop_factory(loop), debug=True) as runner:
+        return runner.run(main())
+
+
+def receive_all(client: socket.socket) -> bytes:
+    """Everything that comes until the other side ends."""
+    received = bytearray()
+    while data := client.recv(65536):
+        received += data
+    return bytes(received)
+
+
+class ServerProcess:
+    """``python -m echo_async.server`` in a process of its own, once it can be reached."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        assert process.stdout is not None
+        self.announced = process.stdout.readline()
+        self._stderr: list[str] = []
+        self._reader = threading.Thread(target=self._read_stderr)
+        self._reader.start()
+
+    def _read_stderr(self) -> None:
+        assert self.process.stderr is not None
+        self._stderr.extend(self.process.stderr)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.announced.removeprefix("listening on ").strip().rpartition(":")
+        return host.strip("[]"), int(port)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, PATIENCE)
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal, wait for the end: exit code, and all that was on stderr."""
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> tuple[int, str]:
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return code, "".join(self._stderr)
+
+
+@contextmanager
+def server_process(*args: str, env: dict[str, str] | None = None, **popen: Any) -> Iterator[ServerProcess]:
+    """A server on a free port, ended with the block."""
+    command = [sys.executable, "-m", "echo_async.server", "--port", "0", *args]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(env or {})},
+        **popen,
+    )
+    with process:
+        server = ServerProcess(process)
+        try:
+            yield server
+        finally:
+            if process.poll() is None:
+                process.kill()
+            server.wait()

@@ -1,0 +1,416 @@
+"""One suite for all engines: what the interface promises on the wire, over real sockets.
+
+A new engine joins by its line in ``ENGINES``. Clients are blocking sockets in the test's own thread;
+the server runs in an event loop in another, so nothing here depends on how an engine works inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Unpack
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import LOOPS, PATIENCE, receive_all
+
+import echo_async
+from echo_async.config import EngineName, Mode, ServerOptions
+from echo_async.loops import LoopName, loop_factory
+
+ENGINES: tuple[tuple[EngineName, LoopName], ...] = (
+    *(("streams", loop) for loop in LOOPS),
+    *(("protocol", loop) for loop in LOOPS),
+    ("threads", "asyncio"),
+)
+
+Start = Callable[..., AbstractContextManager[echo_async.EchoServer]]
+
+
+class Hosted:
+    """A server in an event loop of its own, in a thread of its own."""
+
+    def __init__(self, loop: LoopName, options: ServerOptions) -> None:
+        self._runner = asyncio.Runner(loop_factory=loop_factory(loop))
+        self._options = options
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.problems: list[str] = []
+
+    def _run(self) -> None:
+        with self._runner as runner:
+            runner.get_loop().set_exception_handler(lambda _, context: self.problems.append(str(context)))
+            try:
+                runner.run(self._serve())
+            finally:
+                self._started.set()
+
+    async def _serve(self) -> None:
+        async with echo_async.serve(**self._options) as self.server:
+            self._started.set()
+            await self.server.wait_closed()
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "the server left a task behind"
+
+    def __enter__(self) -> echo_async.EchoServer:
+        self._thread.start()
+        self._started.wait(PATIENCE)
+        return self.server
+
+    def __exit__(self, *exception: object) -> None:
+        self.server.close()
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+        assert not self.problems
+
+
+@pytest.fixture(params=ENGINES, ids="-".join)
+def start(request: pytest.FixtureRequest) -> Iterator[Start]:
+    """Starts servers of one engine on one loop; checks in the end that no descriptor or thread is left."""
+    engine, loop = request.param
+    with asyncio.Runner(loop_factory=loop_factory(loop)) as runner:  # what a loop opens once for all
+        runner.run(asyncio.sleep(0))
+    gc.collect()
+    descriptors, threads = os.listdir("/proc/self/fd"), threading.active_count()
+
+    @contextmanager
+    def start(**options: Unpack[ServerOptions]) -> Iterator[echo_async.EchoServer]:
+        options.setdefault("port", 0)
+        with Hosted(loop, {"engine": engine, **options}) as server:
+            yield server
+
+    yield start
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == len(descriptors)
+
+
+def connect(server: echo_async.EchoServer) -> socket.socket:
+    if isinstance(server.address, str):
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(PATIENCE)
+        client.connect(server.address)
+        return client
+    return socket.create_connection(server.address, PATIENCE)
+
+
+def receive_line(client: socket.socket) -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
+        data = client.recv(65536)
+        assert data, f"closed after {line!r}"
+        line += data
+    return line
+
+
+def reset(client: socket.socket) -> None:
+    """Close with a reset, as a client does that crashed."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what the server does in its own time."""
+    pause = threading.Event()
+    for _ in range(int(PATIENCE / 0.005)):
+        if condition():
+            return
+        pause.wait(0.005)
+    pytest.fail("it did not happen")
+
+
+EDGES = [b"x" * (size - 1) + b"\n" for size in (1, 2, 19, 20, 21, 40, 41, 10_000)]
+TEXTS = ["ñandú " * 9 + "\n", "😀" * 30 + "\n", *(" " * pad + "ñ€😀 eñe\n" for pad in range(14, 22))]
+BYTES = [b"\xff\xfe\xc0\x80\xed\xa0\x80\xf0\x9f\n", b"nul \0 and\rreturn\r\n", b"\x1b[2J\xe2\x80\xae\n"]
+MESSAGES = [*EDGES, *(text.encode() for text in TEXTS), *BYTES]
+
+
+def test_one_message_comes_back_byte_for_byte_and_the_server_closes(start: Start) -> None:
+    with start() as server:
+        for message in MESSAGES:
+            with connect(server) as client:
+                client.sendall(message)
+                assert receive_all(client) == message
+        assert server.stats.messages == len(MESSAGES)
+        assert server.stats.bytes_out == sum(map(len, MESSAGES))
+
+
+def test_messages_come_back_in_order_on_one_connection(start: Start) -> None:
+    with start(mode="stream") as server, connect(server) as client:
+        for message in MESSAGES:
+            client.sendall(message)
+            assert receive_line(client) == message
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == b""
+    assert server.stats.messages == len(MESSAGES)
+
+
+def test_raw_bytes_come_back_as_they_arrive(start: Start) -> None:
+    with start(mode="raw") as server, connect(server) as client:
+        client.sendall(b"no newline")
+        assert client.recv(100) == b"no newline"
+        for message in MESSAGES:
+            client.sendall(message)
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == b"".join(MESSAGES)
+
+
+@pytest.mark.parametrize("mode", ["message", "stream", "raw"])
+def test_bytes_that_come_one_at_a_time_make_the_same_message(start: Start, mode: Mode) -> None:
+    message = "¡Hola Server! ñ😀\n".encode()
+    with start(mode=mode) as server, connect(server) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for index in range(len(message)):
+            client.sendall(message[index : index + 1])
+        assert receive_line(client) == message
+
+
+def test_many_messages_in_one_packet_are_all_answered(start: Start) -> None:
+    messages = b"".join(b"%d\n" % number for number in range(10_000))
+    with start(mode="stream") as server, connect(server) as client:
+        sender = threading.Thread(target=client.sendall, args=(messages,))
+        sender.start()
+        received = b""
+        while len(received) < len(messages):
+            received += client.recv(65536)
+        sender.join()
+        assert received == messages
+    assert server.stats.messages == 10_000
+
+
+@pytest.mark.parametrize("mode", ["stream", "raw"])
+def test_everything_comes_back_to_a_client_that_ends_its_side_first(start: Start, mode: Mode) -> None:
+    with start(mode=mode) as server, connect(server) as client:
+        client.sendall(b"one\ntwo\n")
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == b"one\ntwo\n"
+
+
+@pytest.mark.parametrize("mode", ["message", "stream"])
+def test_an_unfinished_rest_is_not_answered_and_counted_as_lost(start: Start, mode: Mode) -> None:
+    with start(mode=mode) as server, connect(server) as client:
+        client.sendall(b"one\ntwo" if mode == "stream" else b"two")
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == (b"one\n" if mode == "stream" else b"")
+        until(lambda: server.stats.active == 0)
+        assert server.stats.lost == 1
+
+
+def test_a_reply_is_whole_although_the_client_sent_more_than_one_message(start: Start) -> None:
+    with start() as server:
+        for _ in range(1000):
+            with connect(server) as client:
+                client.sendall(b"first, a little over one chunk\nsecond\n")
+                assert receive_all(client) == b"first, a little over one chunk\n"
+
+
+def test_no_reset_overtakes_a_reply_to_a_client_that_goes_on_sending(start: Start) -> None:
+    more = b"x" * 300_000
+    with start() as server, connect(server) as client:
+        client.sendall(b"first\n" + more)
+        client.sendall(more)  # the server discards it
+        assert receive_all(client) == b"first\n"
+        client.sendall(more)
+        client.shutdown(socket.SHUT_WR)
+        until(lambda: server.stats.active == 0)
+        assert server.stats.bytes_in == 6 + 3 * len(more)
+
+
+def test_a_message_at_the_limit_is_answered_and_one_over_it_closes(start: Start) -> None:
+    with start(mode="stream", limit_message_size=64) as server:
+        with connect(server) as client:
+            client.sendall(b"x" * 63 + b"\n" + b"ok\n" + b"y" * 64 + b"\nnever\n")
+            assert receive_all(client) == b"x" * 63 + b"\nok\n"
+        with connect(server) as client:
+            client.sendall(b"z" * 100_000)
+            assert receive_all(client) == b""
+        until(lambda: server.stats.active == 0)
+        assert server.stats.too_long == 2
+        assert server.stats.lost == 0
+
+
+def test_a_large_message_comes_back_whole_to_a_client_that_reads_late(start: Start) -> None:
+    message = os.urandom(4_000_000).replace(b"\n", b"") + b"\n"
+    with start(limit_message_size=8_000_000, chunk_size=65536) as server, connect(server) as client:
+        client.sendall(message)  # nothing is answered, so nothing is read, before it is all there
+        assert receive_all(client) == message
+
+
+@pytest.mark.parametrize("mode", ["stream", "raw"])
+def test_a_client_that_does_not_read_is_not_read_from_either(start: Start, mode: Mode) -> None:
+    message = bytes(range(32, 127)) * 10 + b"\n"
+    with start(mode=mode, chunk_size=4096) as server, connect(server) as client:
+        client.settimeout(0.5)
+        sent = 0
+        with pytest.raises(TimeoutError):
+            while True:
+                sent += client.send(message[sent % len(message) :])
+        client.settimeout(PATIENCE)
+        whole = sent - sent % len(message) if mode == "stream" else sent
+        received = bytearray()
+        while len(received) < whole:
+            received += client.recv(65536)
+        expected = message * (sent // len(message) + 1)
+        assert received == expected[:whole]
+
+
+def test_clients_that_vanish_leave_nothing_behind(start: Start) -> None:
+    with start(mode="stream", no_access_log=True) as server:
+        for number in range(60):
+            client = connect(server)
+            client.sendall([b"", b"begun", b"one\ntwo\n" * 1000][number % 3])
+            reset(client)
+        until(lambda: server.stats.accepted == 60 and server.stats.active == 0)
+        with connect(server) as client:
+            client.sendall(b"still there\n")
+            assert receive_line(client) == b"still there\n"
+
+
+def test_a_stop_ends_idle_clients_and_frees_the_port(start: Start) -> None:
+    with start(mode="stream") as server:
+        clients = [connect(server) for _ in range(50)]
+        until(lambda: server.stats.active == 50)
+        address = server.address
+        server.close()
+        server.close()
+        for client in clients:
+            assert receive_all(client) == b""
+            client.close()
+    assert not server.is_serving()
+    assert server.sockets == ()
+    assert isinstance(address, tuple)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address)
+    with start(port=address[1]) as again:
+        assert again.address == address
+
+
+def test_a_stop_answers_what_was_received_and_lets_a_message_be_finished(start: Start) -> None:
+    with start(mode="stream") as server, connect(server) as idle, connect(server) as busy:
+        busy.sendall(b"done\nbegun, ")
+        assert receive_line(busy) == b"done\n"
+        server.close()
+        assert receive_all(idle) == b""  # the stop has reached the connections
+        busy.sendall(b"finished\n")
+        assert receive_all(busy) == b"begun, finished\n"
+
+
+def test_a_stop_does_not_wait_longer_than_it_was_told(start: Start) -> None:
+    with start(mode="stream", timeout_graceful_shutdown=0.3) as server, connect(server) as client:
+        client.sendall(b"never finished")
+        until(lambda: server.stats.bytes_in == 14)
+    assert server.stats.active == 0
+    assert server.stats.lost == 1
+
+
+def test_clients_over_the_limit_are_closed_at_once_and_counted(start: Start) -> None:
+    with start(mode="stream", limit_connections=2) as server:
+        with connect(server) as first, connect(server) as second:
+            for client in (first, second):
+                client.sendall(b"in\n")
+                assert receive_line(client) == b"in\n"
+            with connect(server) as third, pytest.raises(ConnectionError):
+                if not third.recv(1):
+                    raise ConnectionError
+            assert server.stats.refused == 1
+        until(lambda: server.stats.active == 0)
+        with connect(server) as client:
+            client.sendall(b"room again\n")
+            assert receive_line(client) == b"room again\n"
+
+
+def test_a_client_that_sends_nothing_is_closed_and_an_active_one_is_not(start: Start) -> None:
+    with start(mode="stream", timeout_idle=0.4) as server, connect(server) as idle, connect(server) as active:
+        idle.settimeout(0.02)
+        ended = False
+        while not ended:
+            active.sendall(b"here\n")
+            assert receive_line(active) == b"here\n"
+            try:
+                ended = idle.recv(1) == b""
+            except TimeoutError:
+                pass
+        assert server.stats.timeouts_idle == 1
+
+
+def test_a_message_that_is_never_finished_is_closed_however_often_bytes_come(start: Start) -> None:
+    with start(timeout_message=0.3, timeout_idle=0.2) as server, connect(server) as client:
+        client.settimeout(0.02)
+        ended = False
+        while not ended:
+            client.sendall(b".")
+            try:
+                ended = client.recv(1) == b""
+            except TimeoutError:
+                pass
+        assert server.stats.timeouts_message == 1
+
+
+def test_a_client_that_never_reads_is_closed(start: Start) -> None:
+    with start(mode="raw", timeout_write=0.3, chunk_size=65536) as server, connect(server) as client:
+        client.settimeout(PATIENCE)
+        with pytest.raises(ConnectionError):
+            while True:
+                client.sendall(bytes(65536))
+        assert server.stats.timeouts_write == 1
+
+
+@pytest.mark.parametrize("mode", ["message", "stream"])
+def test_the_same_over_a_unix_socket(start: Start, mode: Mode, tmp_path: Path) -> None:
+    path = str(tmp_path / "echo")
+    with start(uds=path, mode=mode) as server:
+        assert server.address == path
+        with connect(server) as client:
+            client.sendall(b"one\n")
+            assert receive_line(client) == b"one\n"
+            client.shutdown(socket.SHUT_WR)
+            assert receive_all(client) == b""
+    assert not os.path.exists(path)
+
+
+def test_the_same_over_ipv6(start: Start) -> None:
+    with start(host="::1") as server, connect(server) as client:
+        assert server.address == ("::1", server.port)
+        client.sendall(b"one\n")
+        assert receive_all(client) == b"one\n"
+
+
+def test_a_name_with_several_addresses_has_one_port(start: Start) -> None:
+    with start(host="localhost") as server:
+        assert len({port for _, port in server.addresses}) == 1
+        for address in server.addresses:
+            with socket.create_connection(address, PATIENCE) as client:
+                client.sendall(b"one\n")
+                assert receive_all(client) == b"one\n"
+
+
+def test_it_can_be_started_and_stopped_again_and_again(start: Start) -> None:
+    for _ in range(20):
+        with start() as server, connect(server) as client:
+            client.sendall(b"one\n")
+            assert receive_all(client) == b"one\n"
+
+
+SPLITS = st.lists(st.binary(max_size=60).map(lambda data: data.replace(b"\n", b"")), max_size=12)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(messages=SPLITS, cuts=st.lists(st.integers(1, 50), max_size=40))
+def test_any_messages_in_any_split_come_back(start: Start, messages: list[bytes], cuts: list[int]) -> None:
+    sent = b"".join(message + b"\n" for message in messages)
+    with start(mode="stream", no_access_log=True) as server, connect(server) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        rest = sent
+        for cut in cuts:
+            client.sendall(rest[:cut])
+            rest = rest[cut:]
+        client.sendall(rest)
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == sent
+    assert server.stats.messages == len(messages)
