@@ -15,7 +15,7 @@ The library installs no signal handler, sets no event loop policy, configures no
 ``echo_async``), and prints nothing.
 """
 
-# CLIENT from .client import EchoClient, connect, echo
+from .client import EchoClient, connect, echo
 from .config import ServerConfig
 from .engines.streams import handle_echo
 from .errors import (

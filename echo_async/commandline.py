@@ -48,6 +48,7 @@ def version_option() -> Callable[[Any], Any]:
 
 def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
     """Run ``command`` and return its exit code. A bad option is one line on stderr, and exit code 2."""
+    _fill_standard_descriptors()
     try:
         code = command.main(None if argv is None else list(argv), standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -58,14 +59,25 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
         text = error.format_message() if isinstance(error, click.ClickException) else str(error)
         complain(" ".join(text.split()))
         return BAD_OPTION
-    except BrokenPipeError:  # nobody reads the help text to its end
+    except SystemExit:  # what click makes of a help text that nobody reads to its end
         drop_output(sys.stdout)
         return 0
     return int(code or 0)
 
 
+def _fill_standard_descriptors() -> None:
+    """Open what of 0, 1 and 2 is closed: a socket with such a number would be taken for stdin, stdout or stderr."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+
+
 def complain(text: str) -> None:
     """One line on stderr, if there is one."""
+    if sys.stderr is None:
+        return
     try:
         print(f"error: {text}", file=sys.stderr, flush=True)
     except (OSError, ValueError):

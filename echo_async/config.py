@@ -88,14 +88,14 @@ class ServerConfig:
             check_seconds(name, getattr(self, name))
         if not self.host:
             raise ConfigError("host is empty: give a name or an address (0.0.0.0 or :: for all of the machine's)")
-        if self.uds is not None and not self.uds:
-            raise ConfigError("uds is empty: give the path of a Unix socket")
+        if self.uds is not None and (not self.uds or "\0" in self.uds[1:]):
+            raise ConfigError(f"uds {self.uds!r} is no path: give the path of a Unix socket")
 
 
 def check_seconds(name: str, value: float) -> None:
     """:exc:`~echo_async.ConfigError` unless ``value`` is a time that can pass: over 0 and finite."""
-    if not 0 < value < math.inf:
-        raise ConfigError(f"{name} {value} makes no sense: give seconds, more than 0")
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"{name} {value!r} makes no sense: give seconds, more than 0")
 
 
 def _one_of(name: str, value: str, choices: Iterable[str]) -> None:

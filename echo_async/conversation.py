@@ -82,6 +82,9 @@ class Conversation:
         self._begun = None
 
     def _refuse(self) -> None:
+        """The message that has begun is too long: its first ``limit`` bytes have no newline at their end."""
+        self.discarded += self.unfinished - self.limit
+        self.unfinished = self.limit
         self.too_long = True
         self.finish()
 
@@ -99,6 +102,23 @@ class Conversation:
             self._begun = BytesIO()
             self._between = False
         self._begun.write(data)
+
+    def _receive_last(self, data: bytes) -> bytes:
+        """One message, and no other after it."""
+        self.received += len(data)
+        end = data.find(b"\n") + 1
+        if not end:
+            self._keep(data)
+            return b""
+        if self.unfinished + end > self.limit:
+            self.unfinished += len(data)
+            self._refuse()
+            return b""
+        self.messages += 1
+        self.discarded += len(data) - end
+        reply = self._complete(data if end == len(data) else data[:end])
+        self.finish()
+        return reply
 
     def _complete(self, end: bytes) -> bytes:
         """The message that was put by, with the last of it."""
@@ -131,6 +151,8 @@ class StreamConversation(Conversation):
     def _receive_pieces(self, data: bytes) -> bytes:
         if self.finished:
             return self._discard(data)
+        if self._last:
+            return self._receive_last(data)
         self.received += len(data)
         end = data.rfind(b"\n") + 1
         if not end:
@@ -148,8 +170,6 @@ class StreamConversation(Conversation):
         reply = self._complete(whole)
         if end < len(data):
             self._keep(data[end:])
-        if self._last:
-            self.finish()
         return reply
 
     def _allowed(self, data: bytes) -> int:
@@ -168,21 +188,7 @@ class MessageConversation(Conversation):
     def receive(self, data: bytes) -> bytes:
         if self.finished:
             return self._discard(data)
-        self.received += len(data)
-        end = data.find(b"\n") + 1
-        if not end:
-            self._keep(data)
-            return b""
-        if self.unfinished + end > self.limit:
-            self.unfinished += end
-            self.discarded += len(data) - end
-            self._refuse()
-            return b""
-        self.messages = 1
-        self.discarded += len(data) - end
-        reply = self._complete(data if end == len(data) else data[:end])
-        self.finish()
-        return reply
+        return self._receive_last(data)
 
 
 class RawConversation(Conversation):

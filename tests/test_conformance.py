@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Unpack
 
@@ -107,6 +107,13 @@ def receive_line(client: socket.socket) -> bytes:
         assert data, f"closed after {line!r}"
         line += data
     return line
+
+
+def is_closed(client: socket.socket) -> bool:
+    try:
+        return client.recv(1) == b""
+    except ConnectionError:
+        return True
 
 
 def reset(client: socket.socket) -> None:
@@ -248,7 +255,7 @@ def test_a_client_that_does_not_read_is_not_read_from_either(start: Start, mode:
     with start(mode=mode, chunk_size=4096) as server, connect(server) as client:
         client.settimeout(0.5)
         sent = 0
-        with pytest.raises(TimeoutError):
+        with suppress(TimeoutError):
             while True:
                 sent += client.send(message[sent % len(message) :])
         client.settimeout(PATIENCE)
@@ -315,9 +322,8 @@ def test_clients_over_the_limit_are_closed_at_once_and_counted(start: Start) -> 
             for client in (first, second):
                 client.sendall(b"in\n")
                 assert receive_line(client) == b"in\n"
-            with connect(server) as third, pytest.raises(ConnectionError):
-                if not third.recv(1):
-                    raise ConnectionError
+            with connect(server) as third:
+                assert is_closed(third)
             assert server.stats.refused == 1
         until(lambda: server.stats.active == 0)
         with connect(server) as client:
@@ -332,10 +338,8 @@ def test_a_client_that_sends_nothing_is_closed_and_an_active_one_is_not(start: S
         while not ended:
             active.sendall(b"here\n")
             assert receive_line(active) == b"here\n"
-            try:
+            with suppress(TimeoutError):
                 ended = idle.recv(1) == b""
-            except TimeoutError:
-                pass
         assert server.stats.timeouts_idle == 1
 
 
@@ -345,17 +349,14 @@ def test_a_message_that_is_never_finished_is_closed_however_often_bytes_come(sta
         ended = False
         while not ended:
             client.sendall(b".")
-            try:
+            with suppress(TimeoutError):
                 ended = client.recv(1) == b""
-            except TimeoutError:
-                pass
         assert server.stats.timeouts_message == 1
 
 
 def test_a_client_that_never_reads_is_closed(start: Start) -> None:
     with start(mode="raw", timeout_write=0.3, chunk_size=65536) as server, connect(server) as client:
-        client.settimeout(PATIENCE)
-        with pytest.raises(ConnectionError):
+        with suppress(ConnectionError):
             while True:
                 client.sendall(bytes(65536))
         assert server.stats.timeouts_write == 1
@@ -383,8 +384,9 @@ def test_the_same_over_ipv6(start: Start) -> None:
 
 def test_a_name_with_several_addresses_has_one_port(start: Start) -> None:
     with start(host="localhost") as server:
-        assert len({port for _, port in server.addresses}) == 1
-        for address in server.addresses:
+        addresses = [address for address in server.addresses if isinstance(address, tuple)]
+        assert len({port for _, port in addresses}) == 1
+        for address in addresses:
             with socket.create_connection(address, PATIENCE) as client:
                 client.sendall(b"one\n")
                 assert receive_all(client) == b"one\n"

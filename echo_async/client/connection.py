@@ -188,7 +188,7 @@ class Connection(asyncio.Protocol):
     def _differ(self, exchange: Exchange, data: bytes, at: int) -> None:
         expected = exchange.data
         got, want = data[at:], expected[exchange.returned :]
-        same = next(i for i, pair in enumerate(zip(got, want, strict=False)) if pair[0] != pair[1])
+        same = _common(got, want)
         exchange.returned += same
         start, end = exchange.current_message()
         offset = exchange.returned - start
@@ -215,11 +215,11 @@ class Connection(asyncio.Protocol):
 
     def _lose(self, why: str) -> None:
         """Nothing more can be matched here: tell all who wait, and let go of the socket at once."""
+        out = self._out
         if self.open:
             self.open = False
+            self.partial = bool(out and out[0].returned)
             self._transport.abort()
-        out = self._out
-        self.partial = bool(out and out[0].returned)
         while out:
             exchange = out.popleft()
             if exchange.error is None:
@@ -256,6 +256,18 @@ def _same(expected: bytes, start: int, data: bytes, at: int, size: int) -> bool:
     if size == len(expected):
         return data.startswith(expected, at)
     return expected[start : start + size] == data[at : at + size]
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """How many bytes both begin with, by comparing halves of halves."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _shown(data: bytes) -> str:

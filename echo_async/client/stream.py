@@ -280,20 +280,24 @@ class _AsyncMessages:
                     self._room.clear()
                     await self._room.wait()
         except Exception as error:
-            self.failure = error
+            self._end(error, notify)
         except BaseException as error:  # cancelled, by us or by the user's own code: not an end like any other
-            self.failure = error
+            self._end(error, notify)
             raise
-        finally:
-            self._done = True
+        else:
+            self._end(None, notify)
+
+    def _end(self, failure: BaseException | None, notify: Callable[[], None]) -> None:
+        if not self._done:
+            self._done, self.failure = True, failure
             notify()
 
     def take(self, count: int, size: int) -> Batch | None:
         batch, _, failure = _take(self._drain(), count, size)
         if failure is not None:
             self._taken.clear()
-            self._pump.cancel()
             self._done, self.failure = True, failure
+            self._pump.cancel()
         self._room.set()
         return batch
 

@@ -10,7 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Literal
 
 from ..conversation import conversation
-from ..logs import excerpt, log
+from ..logs import escape, excerpt, log
 
 if TYPE_CHECKING:
     from .registry import Registry
@@ -25,9 +25,12 @@ def format_address(address: object) -> str:
     if isinstance(address, tuple):
         host, port = address[:2]
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    if isinstance(address, bytes):  # an address in Linux' abstract namespace
-        return "@" + address[1:].decode("utf-8", "backslashreplace")
-    return str(address) if address else "unix client"
+    if isinstance(address, bytes):
+        address = address.decode("utf-8", "surrogateescape")
+    if not address:
+        return "unix client"
+    path = str(address)
+    return escape("@" + path[1:] if path.startswith("\0") else path)  # Linux' abstract names begin with NUL
 
 
 class Connection:

@@ -25,18 +25,18 @@ class ThreadConnection(Connection):
 
     ``_busy`` is held while a chunk is answered, so that whoever stops the server never ends the sending
     side in the middle of a reply. Nobody waits for it but the thread itself: who finds it taken leaves a
-    mark (``_stopping``, ``_finishing``), and the thread looks for marks when it has let go.
+    mark, and the thread looks for marks when it has let go.
     """
 
-    __slots__ = ("_busy", "_finishing", "_shut", "_socket", "_stopping", "_unsent")
+    __slots__ = ("_busy", "_finishing", "_marked", "_shut", "_socket", "_unsent")
 
     def __init__(self, registry: Registry, client: socket.socket, peername: object) -> None:
         super().__init__(registry)
         self._socket = client
         self._peername = peername
         self._busy = threading.Lock()
-        self._stopping = False
-        self._finishing = False
+        self._marked = False  # the server stops, or this client's time is up
+        self._finishing = False  # the latter
         self._shut = False  # our sending side is ended
         self._unsent = 0
 
@@ -56,20 +56,20 @@ class ThreadConnection(Connection):
     def _echo(self) -> None:
         """Read a chunk, answer what it completed; until the client ends its side. Then close."""
         conversation, receive, size = self.conversation, self._socket.recv, self.registry.config.chunk_size
-        log_chunks = self.registry.log_chunks
+        answer, busy = self._answer_and_log if self.registry.log_chunks else self.conversation.receive, self._busy
         while chunk := receive(size):
-            if log_chunks:
-                self.log_chunk(chunk)
-            with self._busy:
-                reply = conversation.receive(chunk)
-                if reply:
+            with busy:
+                if reply := answer(chunk):
                     self._send(reply)
+            if conversation.finished or self._marked:
+                self._heed()
                 if conversation.finished:
                     size = DISCARD
-                    self._end_sending()
-            if self._stopping or self._finishing:
-                self._heed()
         conversation.receive_eof()
+
+    def _answer_and_log(self, chunk: bytes) -> bytes:
+        self.log_chunk(chunk)
+        return self.conversation.receive(chunk)
 
     def _send(self, reply: bytes) -> None:
         """Like ``sendall``, but it can be seen from outside whether it gets on."""
@@ -84,25 +84,22 @@ class ThreadConnection(Connection):
         if self.registry.log_messages:
             self.log_replies(reply)
 
-    def _end_sending(self) -> None:
-        if not self._shut:
-            self._shut = True
-            self._socket.shutdown(socket.SHUT_WR)
-
     def _heed(self) -> None:
-        """Do what the marks say, unless the thread is busy: then it will see them."""
-        if self._busy.acquire(blocking=False):
-            try:
-                if self._finishing:
-                    self.conversation.finish()
-                elif not self._has_input():
-                    self.conversation.stop()
-                if self.conversation.finished:
-                    self._end_sending()
-            except OSError:
-                self.abort()
-            finally:
-                self._busy.release()
+        """Do what is due at the end, unless the thread is busy: then it does so itself when it has let go."""
+        if self._shut or not self._busy.acquire(blocking=False):
+            return
+        try:
+            if self._finishing:
+                self.conversation.finish()
+            elif self._marked and not self._has_input():
+                self.conversation.stop()
+            if self.conversation.finished:
+                self._shut = True
+                self._socket.shutdown(socket.SHUT_WR)
+        except OSError:  # the client reset the connection
+            self.abort()
+        finally:
+            self._busy.release()
 
     def _has_input(self) -> bool:
         """Whether the client has sent something that waits to be read."""
@@ -115,11 +112,11 @@ class ThreadConnection(Connection):
         return self._unsent
 
     def finish(self) -> None:
-        self._finishing = True
+        self._finishing = self._marked = True
         self._heed()
 
     def stop(self) -> None:
-        self._stopping = True
+        self._marked = True
         self._heed()
 
     def abort(self) -> None:

@@ -169,6 +169,7 @@ async def _serve_until_signalled(start: Callable[[], Awaitable[EchoServer | Work
     stop.started(server)
     await server.wait_closed()
     log.info("stopped: %s", server.stats)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # only the end of the process is left: it is not to be killed
     return 0
 
 

@@ -29,7 +29,7 @@ def numeric(config: ServerConfig) -> Sequence[AddressInfo] | None:
         return []
     try:
         return _getaddrinfo(config, socket.AI_NUMERICHOST)
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 
@@ -39,7 +39,7 @@ def resolve(config: ServerConfig) -> Sequence[AddressInfo]:
         return []
     try:
         return _getaddrinfo(config, 0)
-    except (OSError, UnicodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not even the form of a name
         raise no_such_host(config, error) from error
 
 
@@ -69,8 +69,7 @@ def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.sock
             _bind(listener, address)
             sockets.append(listener)
         for listener in sockets:
-            listener.listen(config.backlog)
-            listener.setblocking(False)
+            _listen(listener, config.backlog)
         opened.pop_all()
         return sockets
 
@@ -85,12 +84,21 @@ def _socket(family: int, kind: int, protocol: int, address: object) -> socket.so
 def _bind(listener: socket.socket, address: Any) -> None:
     if listener.family != socket.AF_UNIX:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for the sockets that are accepted
     if listener.family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     try:
         listener.bind(address)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _cannot_listen(address, error) from error
+
+
+def _listen(listener: socket.socket, backlog: int) -> None:
+    listener.setblocking(False)
+    try:
+        listener.listen(backlog)
+    except OSError as error:  # another server took the address between bind and listen
+        raise _cannot_listen(listener.getsockname(), error) from error
 
 
 def _bind_unix(path: str) -> socket.socket:
@@ -106,7 +114,7 @@ def _bind_unix(path: str) -> socket.socket:
 
 def _remove_stale(path: str) -> None:
     """Remove the socket that a server which was killed left behind; one that is answered stays."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -122,11 +130,16 @@ _ADVICE = {
     errno.EADDRNOTAVAIL: "; give an address of this machine",
     errno.EACCES: "; take a port from 1024 up, or run with the right to bind it",
 }
+_ADVICE_UNIX = {
+    errno.EADDRINUSE: "; another server has it, or a file is there: take another path",
+    errno.EACCES: "; take a path in a folder that you may write to",
+    errno.ENOENT: "; take a path in a folder that exists",
+}
 
 
-def _cannot_listen(address: object, error: OSError) -> StartError:
-    reason = error.strerror or str(error)  # "AF_UNIX path too long" comes without a number
-    advice = _ADVICE.get(error.errno or 0, "")
+def _cannot_listen(address: object, error: Exception) -> StartError:
+    reason = getattr(error, "strerror", None) or str(error)  # "AF_UNIX path too long" comes without a number
+    advice = (_ADVICE if isinstance(address, tuple) else _ADVICE_UNIX).get(getattr(error, "errno", None) or 0, "")
     return StartError(f"cannot listen on {format_address(address)}: {reason.lower()}{advice}")
 
 
@@ -140,5 +153,5 @@ def address_of(listener: socket.socket) -> Address:
 
 def unlink(path: str) -> None:
     """Remove the path of a Unix socket; a client then sees that nobody is there."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a name that is no path
         os.unlink(path)

@@ -26,7 +26,6 @@ from ..server.base import BaseServer
 __all__ = ["EchoServer", "serve"]
 
 STACK = 256 * 1024  # bytes of address space for a client's thread
-TAKE = 64  # clients accepted before the clock is looked at again
 BACK_OFF = 0.1  # seconds without accepting, when the system has no descriptor or memory for a client
 DRAIN_TICK = 0.05  # seconds between two sweeps while the server stops
 JOIN = 5.0  # seconds for threads whose sockets were shut down to notice
@@ -58,7 +57,7 @@ class EchoServer(BaseServer):
         super().__init__(config, sockets, path)
         self.on_closed: Callable[[], object] = bool
         self._threads: set[threading.Thread] = set()
-        self._finished: deque[threading.Thread] = deque()  # those that are about to end: joining them takes no time
+        self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
         self._aborting = False
@@ -146,35 +145,32 @@ class EchoServer(BaseServer):
                 for key, _ in selector.select(max(0.0, next_sweep - registry.now())):
                     if key.data is not None and not self._accept(key.data):
                         wakeup.select(BACK_OFF)
-                self._join_finished()
+                self._forget_ended()
                 if registry.now() >= next_sweep:
                     registry.sweep()
                     next_sweep = registry.now() + interval
             for listener in self._sockets:  # closing would reset the clients that the kernel has connected
-                self._accept(listener)
+                while self._accept(listener):
+                    pass
 
     def _accept(self, listener: socket.socket) -> bool:
-        """Let in who waits; False if the system has no means for it just now."""
-        for _ in range(TAKE):
-            try:
-                client, peername = listener.accept()
-            except BlockingIOError:
-                return True
-            except OSError as error:
-                if error.errno in EXHAUSTED:
-                    self._exhausted(error.strerror)
-                    return False
-                continue  # that client is gone already
-            if self._registry.refuse():
-                client.close()
-            else:
-                self._start_thread(client, peername)
+        """Let in one client that waits, if one does; False if there was none, or no means to serve it."""
+        try:
+            client, peername = listener.accept()
+        except BlockingIOError:  # another worker took it
+            return False
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                self._exhausted(error.strerror)
+                return False
+            return True  # that client is gone already
+        if self._registry.refuse():
+            client.close()
+        else:
+            self._start_thread(client, peername)
         return True
 
     def _start_thread(self, client: socket.socket, peername: object) -> None:
-        client.setblocking(True)
-        if client.family != socket.AF_UNIX:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = ThreadConnection(self._registry, client, peername)
         thread = threading.Thread(target=self._serve_client, args=(connection,), name="echo-async client")
         self._registry.add(connection)
@@ -200,20 +196,20 @@ class EchoServer(BaseServer):
             if self._stopping:
                 self._wake()
 
-    def _join_finished(self) -> None:
-        while self._finished:
-            thread = self._finished.popleft()
-            thread.join()
-            self._threads.discard(thread)
+    def _forget_ended(self) -> None:
+        """Let go of threads that have ended; one that is about to would make the next client wait."""
+        while self._finished and not self._finished[0].is_alive():
+            self._threads.discard(self._finished.popleft())
 
     def _wait_for_clients(self, seconds: float, *, or_abort: bool = False) -> None:
         registry = self._registry
         deadline = registry.now() + seconds
         with selectors.DefaultSelector() as wakeup:
             wakeup.register(self._wakened, selectors.EVENT_READ)
-            self._join_finished()
             while self._threads and registry.now() < deadline and not (or_abort and self._aborting):
-                if wakeup.select(DRAIN_TICK):
+                if self._finished:
+                    self._finished[0].join()
+                elif wakeup.select(DRAIN_TICK):
                     self._wakened.recv(4096)
+                self._forget_ended()
                 registry.sweep()
-                self._join_finished()

@@ -1,0 +1,501 @@
+"""``python -m echo_async.client`` as its users meet it: processes, pipes, exit codes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import PATIENCE, server_process
+
+import echo_async
+from echo_async.client.command import main
+
+Start = Callable[[Callable[[Any], None]], Any]
+
+COMMAND = [sys.executable, "-W", "error", "-m", "echo_async.client"]
+
+
+def answer_all(peer: Any) -> None:
+    for message in peer.messages():
+        peer.send(message)
+
+
+def answer_one(peer: Any) -> None:
+    peer.send(peer.message())
+
+
+def client(server: Any, *args: str | bytes, **more: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run the command against a scripted server, with nothing on stdin unless it is given."""
+    if "input" not in more:
+        more.setdefault("stdin", subprocess.DEVNULL)
+    command = [*COMMAND, "--port", str(server.address[1]), *args]
+    return subprocess.run(command, capture_output=True, timeout=PATIENCE, **more)
+
+
+def with_env(**values: str) -> dict[str, str]:
+    return {**os.environ, **values}
+
+
+# What is sent, and what is shown
+
+
+def test_the_default_message(script: Start) -> None:
+    server = script(answer_one)
+    done = client(server)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"Hola Server!\n", b"")
+    assert server.received == [[b"Hola Server!\n"]]
+
+
+def test_stdin_closed_is_the_default_message(script: Start) -> None:
+    server = script(answer_one)
+    done = subprocess.run(
+        ["sh", "-c", '"$@" <&-', "sh", *COMMAND, "--port", str(server.address[1])],
+        capture_output=True,
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"Hola Server!\n", b"")
+
+
+@pytest.mark.parametrize("serve", [answer_one, answer_all])
+def test_messages_from_the_command_line(script: Start, serve: Callable[[Any], None]) -> None:
+    server = script(serve)
+    done = client(server, "one", "", "ñandú 🎉", "two\nthree\n", b"\xff\xfe", "--", "--four")
+    expected = "one\n\nñandú 🎉\ntwo\nthree\n".encode() + b"\xff\xfe\n--four\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, b"")
+
+
+@pytest.mark.parametrize("args", [[], ["-"]])
+def test_each_line_of_stdin_is_a_message(script: Start, args: list[str]) -> None:
+    server = script(answer_all)
+    done = client(server, *args, input=b"one\n\xff\x00\n\n" + b"x" * 200_000 + b"\nno newline at the end")
+    assert done.stdout == b"one\n\xff\x00\n\n" + b"x" * 200_000 + b"\nno newline at the end\n"
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_stdin_between_messages_of_the_command_line(script: Start) -> None:
+    done = client(script(answer_all), "first", "-", "last", input=b"one\ntwo\n")
+    assert (done.returncode, done.stdout) == (0, b"first\none\ntwo\nlast\n")
+
+
+def test_a_file_on_stdin(script: Start, tmp_path: Path) -> None:
+    file = tmp_path / "lines"
+    file.write_bytes(b"one\ntwo\n")
+    with file.open("rb") as stdin:
+        assert client(script(answer_one), stdin=stdin).stdout == b"one\ntwo\n"
+
+
+def test_empty_stdin(script: Start) -> None:
+    server = script(answer_all)
+    done = client(server, "-", input=b"")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize(("mode", "lines"), [("message", 1_000), ("stream", 100_000)])
+def test_many_lines(mode: str, lines: int) -> None:
+    text = "".join(f"{number}\n" for number in range(1, lines + 1)).encode()
+    with server_process("--mode", mode, "--log-level", "error") as server:
+        done = client(server, "-", input=text)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == text
+
+
+def test_replies_come_while_stdin_is_still_open(script: Start) -> None:
+    server = script(answer_all)
+    command = [*COMMAND, "--port", str(server.address[1]), "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for line in (b"one\n", b"two\n", b"three\n", b"four\n"):
+            process.stdin.write(line)
+            process.stdin.flush()
+            assert process.stdout.readline() == line
+    assert process.returncode == 0
+
+
+def test_environment_and_command_line(script: Start) -> None:
+    server = script(answer_all)
+    environment = with_env(ECHO_ASYNC_PORT=str(server.address[1]), ECHO_ASYNC_JSON="1", ECHO_ASYNC_TIMEOUT="5")
+    done = subprocess.run([*COMMAND, "hola"], env=environment, capture_output=True, timeout=PATIENCE, check=True)
+    assert json.loads(done.stdout)["text"] == "hola"
+    environment["ECHO_ASYNC_PORT"] = "1"
+    assert client(server, "hola", env=environment).returncode == 0
+
+
+def test_no_locale_and_no_utf_8_mode(script: Start) -> None:
+    environment = with_env(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="")
+    done = client(script(answer_all), "ñ 🎉", env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ñ 🎉\n".encode(), b"")
+
+
+def test_json(script: Start) -> None:
+    def serve(peer: Any) -> None:
+        peer.send(peer.message().replace(b"two", b"TWO"))
+
+    done = client(script(serve), "--json", "Hola Server!", "two", b"\xff")
+    first, second, third = map(json.loads, done.stdout.splitlines())
+    assert first.pop("seconds") > 0
+    assert first == {"seq": 1, "bytes": 13, "text": "Hola Server!", "ok": True}
+    assert second.keys() == {"seq", "ok", "error"}
+    assert (second["seq"], second["ok"]) == (2, False)
+    assert (third["seq"], third["text"]) == (3, "\\xff")
+    assert done.returncode == 1
+
+
+def test_a_terminal_gets_replies_escaped(script: Start) -> None:
+    server = script(answer_all)
+    primary, secondary = pty.openpty()
+    with os.fdopen(primary, "rb", 0) as terminal:
+        command = [*COMMAND, "--port", str(server.address[1]), b"\x1b[2J\xff\\", "ñ\u202e"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=secondary, timeout=PATIENCE)
+        os.close(secondary)
+        assert terminal.read(1000) == "\\x1b[2J\\xff\\\\\r\nñ\\u202e\r\n".encode()
+    assert done.returncode == 0
+
+
+def test_a_terminal_on_stdin_is_the_default_message(script: Start) -> None:
+    server = script(answer_all)
+    primary, secondary = pty.openpty()
+    try:
+        assert client(server, stdin=secondary).stdout == b"Hola Server!\n"
+    finally:
+        os.close(primary)
+        os.close(secondary)
+
+
+def test_verbose_tells_the_steps(script: Start) -> None:
+    done = client(script(answer_all), "--verbose", "Hola")
+    assert done.stdout == b"Hola\n"
+    steps = re.sub(rb"[\d.]+ ms", b"x ms", re.sub(rb":\d+", b"", done.stderr)).decode().splitlines()
+    assert steps == [
+        "* connecting to 127.0.0.1",
+        "* connected to 127.0.0.1 in x ms",
+        "* sending 5 bytes",
+        "* reply 1: 5 bytes after x ms",
+    ]
+
+
+# What goes wrong
+
+
+def test_nobody_there(closed_port: int, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--port", str(closed_port), "hola"]) == 3
+    assert capfd.readouterr() == (
+        "",
+        f"error: cannot connect to 127.0.0.1:{closed_port}: connection refused; is the server running there?\n",
+    )
+    assert main(["--port", str(closed_port), "--quiet", "hola"]) == 3
+    assert capfd.readouterr() == ("", "")
+
+
+def test_lost_replies_are_told_and_the_rest_goes_on(script: Start) -> None:
+    def serve(peer: Any) -> None:
+        for message in peer.messages():
+            if message == b"4\n":
+                return
+            peer.send(message)
+
+    done = client(script(serve), *"123456")
+    assert done.stdout == b"1\n2\n3\n5\n6\n"
+    assert re.fullmatch(rb"error: message 4: .* closed the connection before the reply\n", done.stderr)
+    assert done.returncode == 1
+
+
+def test_late_and_different_replies_are_told_and_the_rest_goes_on(script: Start) -> None:
+    def serve(peer: Any) -> None:
+        for message in peer.messages():
+            if message != b"late\n":
+                peer.send(message.replace(b"good", b"bad!") if message == b"good 4\n" else message)
+
+    done = client(script(serve), "--timeout", "0.1", "good 1", "good 2", "late", "good 4", "good 5")
+    assert done.stdout == b"good 1\ngood 2\ngood 5\n"
+    late, different = done.stderr.decode().splitlines()
+    assert late.startswith("error: message 3: ")
+    assert late.endswith("did not send the reply within 0.1 s")
+    assert 'byte 0 of the reply differs, came "bad! 4\\n", expected "good 4\\n"' in different
+    assert done.returncode == 1
+
+
+def test_a_server_that_goes_away(script: Start) -> None:
+    def serve(peer: Any) -> None:
+        peer.send(peer.message())
+        server.stop_listening()
+
+    server = script(serve)
+    done = client(server, "one", "two", "three")
+    assert done.stdout == b"one\n"
+    assert b"connection refused" in done.stderr
+    assert done.returncode == 3
+
+
+def test_a_server_that_goes_away_with_a_message(script: Start) -> None:
+    def serve(peer: Any) -> None:
+        for _ in range(2):
+            peer.send(peer.message())
+        peer.message()
+        server.stop_listening()
+
+    server = script(serve)
+    done = client(server, "--quiet", "one", "two", "three", "four")
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"one\ntwo\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--port", "-1"], "--port"),
+        (["--port", "65536"], "--port"),
+        (["--port", "0"], "--port"),
+        (["--port", "abc"], "--port"),
+        (["--port", ""], "--port"),
+        (["--host", ""], "host"),
+        (["--timeout", "0"], "--timeout"),
+        (["--timeout", "-1"], "--timeout"),
+        (["--timeout", "nan"], "--timeout"),
+        (["--timeout", "inf"], "--timeout"),
+        (["--connect-timeout", "soon"], "--connect-timeout"),
+        (["--retry", "-1"], "--retry"),
+        (["--count", "-1"], "--count"),
+        (["--count", "2", "a", "b"], "--count"),
+        (["--count", "2", "-"], "--count"),
+        (["--count", "2", "a\nb"], "--count"),
+        (["--interval", "2"], "--interval"),
+        (["--nonsense"], "--nonsense"),
+        (["--ssl-ca-certs", "/nonexistent"], "ssl_ca_certs"),
+        (["--ssl-certfile", "/nonexistent"], "ssl_certfile"),
+        (["--ssl-keyfile", "/nonexistent"], "ssl_keyfile"),
+    ],
+)
+def test_a_bad_option_is_one_line_that_names_it(args: list[str], text: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    stdout, stderr = capfd.readouterr()
+    assert stdout == ""
+    assert re.fullmatch(r"error: .*\n", stderr)
+    assert text in stderr
+
+
+def test_help_and_version(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capfd.readouterr().out
+    assert "Examples:" in text
+    for name in ("--host", "--port", "--count", "ECHO_ASYNC_RETRY"):
+        assert name in text
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"echo-async, version \d+\.\d+\.\d+.*\n", capfd.readouterr().out)
+
+
+def test_help_is_silent_on_stderr() -> None:
+    assert subprocess.run([*COMMAND, "--help"], capture_output=True, timeout=PATIENCE, check=True).stderr == b""
+
+
+def _pipe(*args: str, tail: str, server: Any) -> subprocess.CompletedProcess[bytes]:
+    """The command in a shell pipeline; stdout ends with the command's own exit code."""
+    line = f'{{ "$@"; echo "$?" >&2; }} {tail}'
+    command = ["sh", "-c", line, "sh", *COMMAND, "--port", str(server.address[1]), *args]
+    return subprocess.run(command, capture_output=True, timeout=PATIENCE, input=b"x\n" * 100_000)
+
+
+def test_a_reader_that_has_had_enough(script: Start) -> None:
+    done = _pipe("-", tail="| head -1", server=script(answer_all))
+    assert (done.stdout, done.stderr) == (b"x\n", b"141\n")
+
+
+def test_stdout_closed(script: Start) -> None:
+    server = script(answer_all)
+    assert _pipe("one", tail=">&-", server=server).stderr == b"0\n"
+    assert server.received == [[b"one\n"]]
+
+
+def test_stderr_closed(script: Start, closed_port: int) -> None:
+    line = '"$@" 2>&-; echo "$?"'
+    for port, expected in ((script(answer_all).address[1], b"hola\n0\n"), (closed_port, b"3\n")):
+        command = ["sh", "-c", line, "sh", *COMMAND, "--verbose", "--port", str(port), "hola"]
+        assert subprocess.run(command, capture_output=True, timeout=PATIENCE).stdout == expected
+
+
+def test_a_full_disk(script: Start) -> None:
+    done = _pipe("one", tail=">/dev/full", server=script(answer_all))
+    assert done.stderr == b"error: cannot write to stdout: no space left on device\n1\n"
+
+
+def test_stdin_that_cannot_be_read(script: Start) -> None:
+    done = _pipe("-", tail="</", server=script(answer_all))
+    assert done.stderr == b"error: cannot read stdin: is a directory\n1\n"
+    done = _pipe("-", tail="<&-", server=script(answer_all))
+    assert done.stderr == b"error: cannot read stdin: it is closed\n1\n"
+
+
+def test_ctrl_c_ends_it_quietly(script: Start) -> None:
+    reached = threading.Event()
+
+    def serve(peer: Any) -> None:
+        peer.message()
+        reached.set()
+        peer.message()
+
+    server = script(serve)
+    for args in (["hola"], ["-"]):
+        command = [*COMMAND, "--port", str(server.address[1]), *args]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdin is not None
+            process.stdin.write(b"hola\n")  # and stdin stays open
+            process.stdin.flush()
+            assert reached.wait(PATIENCE)
+            reached.clear()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(PATIENCE) == 130
+            assert process.stderr is not None
+            assert process.stdout is not None
+            assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
+
+
+def test_a_server_that_is_gone_while_stdin_is_still_open(script: Start) -> None:
+    def serve(peer: Any) -> None:
+        peer.message()
+        server.stop_listening()
+
+    server = script(serve)
+    command = [*COMMAND, "--port", str(server.address[1]), "-"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write(b"one\ntwo\n")
+        process.stdin.flush()
+        assert process.wait(PATIENCE) == 1
+        lost, gone = process.stderr.read().splitlines()
+        assert b"closed the connection before the reply" in lost
+        assert b"connection refused" in gone
+
+
+def test_retry_waits_for_the_server(bound: socket.socket) -> None:
+    command = [*COMMAND, "--port", str(bound.getsockname()[1]), "--retry", "10", "--verbose", "hola"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        assert any(b"trying again" in line for line in process.stderr)
+        bound.listen()
+        with bound.accept()[0] as connected:
+            connected.sendall(connected.recv(100))
+            assert process.stdout.read() == b"hola\n"
+    assert process.returncode == 0
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with subprocess.Popen([*COMMAND, "--uds", str(path), "hola"], stdout=subprocess.PIPE) as process:
+            with listener.accept()[0] as connected:
+                connected.sendall(connected.recv(100))
+            assert process.stdout is not None
+            assert process.stdout.read() == b"hola\n"
+
+
+# --count
+
+
+def test_count_has_the_shape_of_ping(script: Start) -> None:
+    done = client(script(answer_all), "--count", "3", "--interval", "0.01", "hola")
+    text = re.sub(r":\d+", "", re.sub(r"\d+\.\d+", "t", done.stdout.decode()))
+    assert re.sub(r"\d+ ms", "t ms", text) == (
+        "ECHO 127.0.0.1: 5 bytes\n"
+        "5 bytes from 127.0.0.1: seq=1 time=t ms\n"
+        "5 bytes from 127.0.0.1: seq=2 time=t ms\n"
+        "5 bytes from 127.0.0.1: seq=3 time=t ms\n"
+        "--- 127.0.0.1 echo statistics ---\n"
+        "3 sent, 3 received, 0 lost (0%), time t ms\n"
+        "round trip min/avg/median/p99/max = t/t/t/t/t ms\n"
+    ).replace("127.0.0.1", "t.t")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("serve", [answer_one, answer_all])
+def test_count_with_every_kind_of_server(script: Start, serve: Callable[[Any], None]) -> None:
+    done = client(script(serve), "--count", "10", "--interval", "0", "--quiet")
+    assert b"10 sent, 10 received, 0 lost" in done.stdout
+    assert b"seq=" not in done.stdout
+    assert done.returncode == 0
+
+
+def test_count_goes_on_after_a_loss(script: Start) -> None:
+    def serve(peer: Any) -> None:
+        messages = itertools.islice(peer.messages(), 10) if peer.number == 0 else peer.messages()
+        for message in messages:
+            peer.send(message)
+        peer.message()
+
+    done = client(script(serve), "--count", "20", "--interval", "0.01")
+    assert b"20 sent, 19 received, 1 lost (5%)" in done.stdout
+    assert b"seq=10 " in done.stdout
+    assert b"seq=11 " not in done.stdout
+    assert b"seq=12 " in done.stdout
+    assert re.fullmatch(rb"error: message 11: .* closed the connection before the reply\n", done.stderr)
+    assert done.returncode == 1
+
+
+def test_count_with_nobody_there(closed_port: int, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--port", str(closed_port), "--count", "3"]) == 3
+    assert capfd.readouterr().out == ""
+
+
+def test_count_with_json(script: Start) -> None:
+    done = client(script(answer_all), "--count", "2", "--interval", "0", "--json")
+    assert [json.loads(line)["seq"] for line in done.stdout.splitlines()] == [1, 2]
+    assert b"2 sent, 2 received, 0 lost (0%)" in done.stderr
+
+
+def test_ctrl_c_ends_count_with_the_summary(script: Start) -> None:
+    server = script(answer_all)
+    command = [*COMMAND, "--port", str(server.address[1]), "--count", "0", "--interval", "0.01"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            if b"seq=5 " in line:
+                process.send_signal(signal.SIGINT)
+                break
+        *_, counts, times = process.stdout.read().splitlines()
+        assert re.match(rb"(\d+) sent, \1 received, 0 lost \(0%\)", counts)
+        assert times.startswith(b"round trip min/avg/median/p99/max = ")
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_ctrl_c_before_anything_came_back(script: Start) -> None:
+    reached = threading.Event()
+
+    def serve(peer: Any) -> None:
+        peer.message()
+        reached.set()
+        peer.message()
+
+    command = [*COMMAND, "--port", str(script(serve).address[1]), "--count", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert reached.wait(PATIENCE)
+        process.send_signal(signal.SIGINT)
+        assert b"0 sent, 0 received, 0 lost (0%)" in process.stdout.read()
+
+
+def test_the_command_and_the_library_have_the_same_options() -> None:
+    import inspect
+
+    from echo_async.client.command import command
+
+    of_the_command = {parameter.name for parameter in command.params}
+    of_the_library = set(inspect.signature(echo_async.connect).parameters)
+    assert of_the_library <= of_the_command

@@ -1,0 +1,295 @@
+"""``connect``, ``echo`` and ``EchoClient`` against servers that do as they should: what comes back is what was sent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+import echo_async
+from echo_async.client import EchoClient, connect, echo
+
+OnLoop = Callable[[Callable[[], Any]], Any]
+Start = Callable[[Callable[[Any], None]], Any]
+
+MESSAGES = ["", "a", "Hola Server!", "ñandú 🎉", "\x00\x1b[2J\r", "x" * 19, "x" * 20, "x" * 21, "x" * 41, "x" * 10_000]
+
+
+def answer_all(peer: Any) -> None:
+    for message in peer.messages():
+        peer.send(message)
+
+
+def answer_one(peer: Any) -> None:
+    peer.send(peer.message())
+
+
+def keep_silent(peer: Any) -> None:
+    for _ in peer.messages():
+        pass
+
+
+def answer_byte_by_byte(peer: Any) -> None:
+    peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for message in peer.messages():
+        for byte in message:
+            peer.send(bytes([byte]))
+
+
+@pytest.mark.parametrize("mode", ["message", "stream"])
+def test_every_message_comes_back(on_loop: OnLoop, mode: Any) -> None:
+    async def main() -> None:
+        async with echo_async.serve(port=0, mode=mode) as server, connect(*server.address) as client:
+            for message in MESSAGES:
+                assert await client.echo(message) == message
+                assert await client.echo(message.encode()) == message.encode()
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("message", ["Hola\n", b"Hola\n", "Hola", b"Hola", b"\xff\x00", "", b"\n"])
+def test_a_reply_is_of_the_type_and_shape_of_the_message(on_loop: OnLoop, script: Start, message: str | bytes) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        reply = await echo(cast(str, message), *server.address)
+        assert reply == message
+        assert type(reply) is type(message)
+
+    on_loop(main)
+    sent = message.encode() if isinstance(message, str) else message
+    assert server.received == [[sent if sent.endswith(b"\n") else sent + b"\n"]]
+
+
+def test_a_newline_inside_a_message_is_refused_and_nothing_is_sent(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            with pytest.raises(echo_async.MessageError, match="newline inside, at byte 3"):
+                await client.echo("one\ntwo")
+            assert await client.echo("after") == "after"
+
+    on_loop(main)
+    assert server.received == [[b"after\n"]]
+
+
+def test_what_is_no_text_is_refused(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            with pytest.raises(echo_async.MessageError, match="cannot be sent as UTF-8"):
+                await client.echo("\udcff")
+            with pytest.raises(TypeError, match="str or bytes, not int"):
+                await client.echo(cast(str, 5))
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("serve", [answer_all, answer_byte_by_byte])
+def test_a_server_that_never_closes_gets_all_messages_on_one_connection(
+    on_loop: OnLoop, script: Start, serve: Callable[[Any], None]
+) -> None:
+    server = script(serve)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            assert [await client.echo(message) for message in ("one", "two", "three")] == ["one", "two", "three"]
+
+    on_loop(main)
+    assert server.received == [[b"one\n", b"two\n", b"three\n"]]
+
+
+def test_a_server_that_closes_after_a_reply_gets_a_connection_for_each_message(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_one)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            assert [await client.echo(str(number)) for number in range(20)] == [str(number) for number in range(20)]
+
+    on_loop(main)
+    assert [messages for messages in server.received if messages] == [[b"%d\n" % number] for number in range(20)]
+
+
+def test_a_server_that_resets_after_a_reply_is_one_that_closes(on_loop: OnLoop, script: Start) -> None:
+    def answer_and_reset(peer: Any) -> None:
+        peer.send(peer.message())
+        peer.message()  # so the reset comes with the second message on its way
+        peer.reset()
+
+    server = script(answer_and_reset)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            assert [await client.echo(message) for message in ("one", "two", "three")] == ["one", "two", "three"]
+
+    on_loop(main)
+    assert server.received == [[b"one\n", b"two\n"], [b"two\n"], [b"three\n"]]
+
+
+def test_a_server_that_closes_between_messages_is_connected_to_again(on_loop: OnLoop, script: Start) -> None:
+    def answer_two(peer: Any) -> None:
+        peer.send(peer.message())
+        peer.send(peer.message())
+
+    server = script(answer_two)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            for number in range(6):
+                assert await client.echo(str(number)) == str(number)
+                if number % 2:  # the end is there before the next message
+                    assert client._connection is not None
+                    await client._connection.closed
+
+    on_loop(main)
+    assert server.received == [[b"0\n", b"1\n"], [b"2\n", b"3\n"], [b"4\n", b"5\n"]]
+
+
+@pytest.mark.parametrize(("mode", "number"), [("message", 200), ("stream", 1000)])
+def test_many_messages_at_once_on_one_client(on_loop: OnLoop, mode: Any, number: int) -> None:
+    async def main() -> None:
+        async with echo_async.serve(port=0, mode=mode) as server, connect(*server.address) as client:
+            messages = list(map(str, range(number)))
+            assert await asyncio.gather(*map(client.echo, messages)) == messages
+
+    on_loop(main)
+
+
+def test_many_clients_at_once(on_loop: OnLoop) -> None:
+    async def main() -> None:
+        async with echo_async.serve(port=0) as server:
+            messages = [str(number) for number in range(300)]
+            assert await asyncio.gather(*(echo(message, *server.address) for message in messages)) == messages
+
+    on_loop(main)
+
+
+def test_ten_mebibytes_each_way(on_loop: OnLoop) -> None:
+    async def main() -> None:
+        options: Any = {"mode": "stream", "engine": "protocol", "limit_message_size": 2**30}
+        async with echo_async.serve(port=0, **options) as server, connect(*server.address) as client:
+            message = bytes(range(11, 256)) * 42_800
+            assert await client.echo(message) == message
+            assert await asyncio.gather(*[client.echo(message)] * 3) == [message] * 3
+
+    on_loop(main)
+
+
+def test_a_message_whose_sender_gave_up_is_no_harm_to_the_others(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            for first in range(0, 9, 3):  # in the first round, the server is not known yet
+                tasks = [asyncio.create_task(client.echo(str(first + number))) for number in range(3)]
+                await asyncio.sleep(0)
+                tasks[0].cancel()
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+                assert isinstance(results[0], asyncio.CancelledError)
+                assert results[1:] == [str(first + 1), str(first + 2)]
+
+    on_loop(main)
+
+
+def test_ping_tells_the_time_of_a_round_trip(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            assert 0 < await client.ping() < 5
+
+    on_loop(main)
+    assert server.received == [[b"ping\n"]]
+
+
+def test_closing_twice_and_sending_afterwards(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        client = await connect(*server.address)
+        assert await client.echo("one") == "one"
+        client.close()
+        client.close()
+        await client.wait_closed()
+        await client.wait_closed()
+        with pytest.raises(echo_async.EchoError, match="is closed; connect again"):
+            await client.echo("two")
+
+    on_loop(main)
+
+
+def test_closing_with_a_message_on_its_way(on_loop: OnLoop, script: Start) -> None:
+    server = script(keep_silent)
+
+    async def main() -> None:
+        client = await connect(*server.address)
+        waiting = asyncio.create_task(client.echo("one"))
+        await asyncio.sleep(0)
+        client.close()
+        with pytest.raises(echo_async.ReplyLost, match="closed by this client before the reply"):
+            await waiting
+        await client.wait_closed()
+
+    on_loop(main)
+
+
+def test_closing_while_connecting_again(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_one)
+
+    async def main() -> None:
+        client = await connect(*server.address)
+        for message in ("one", "two"):
+            await client.echo(message)
+        waiting = asyncio.create_task(client.echo("three"))
+        await asyncio.sleep(0)
+        client.close()
+        with pytest.raises(echo_async.EchoError, match="is closed"):
+            await waiting
+        await client.wait_closed()
+
+    on_loop(main)
+
+
+def test_a_unix_socket(on_loop: OnLoop, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+
+    async def main() -> None:
+        async with echo_async.serve(uds=str(path)):
+            assert await echo("Hola", uds=path) == "Hola"
+
+    on_loop(main)
+
+
+def test_a_unix_socket_with_a_full_queue_is_waited_for(on_loop: OnLoop, tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+
+    async def main() -> None:
+        with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
+            listener.bind(path)
+            listener.listen(0)
+            stack.enter_context(socket.socket(socket.AF_UNIX)).connect(path)
+            waiting = asyncio.create_task(echo("Hola", uds=path))
+            for _ in range(2):  # the one that filled the queue, and ours
+                connected = stack.enter_context(await asyncio.to_thread(lambda: listener.accept()[0]))
+            connected.sendall(await asyncio.to_thread(connected.recv, 100))
+            assert await waiting == "Hola"
+
+    on_loop(main)
+
+
+def test_the_client_is_told_apart_by_its_name(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            assert isinstance(client, EchoClient)
+            assert client.name == f"127.0.0.1:{server.address[1]}"
+
+    on_loop(main)

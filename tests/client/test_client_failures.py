@@ -1,0 +1,450 @@
+"""What goes wrong, and what the client says of it: each error tells which, and nothing partial is ever a reply."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import echo_async
+from echo_async.client import connect, echo
+from echo_async.client.target import Target
+
+OnLoop = Callable[[Callable[[], Any]], Any]
+Start = Callable[[Callable[[Any], None]], Any]
+
+
+def answer_with(reply: bytes, *, reset: bool = False) -> Callable[[Any], None]:
+    def serve(peer: Any) -> None:
+        peer.message()
+        peer.send(reply)
+        if reset:
+            peer.reset()
+
+    return serve
+
+
+def keep_silent(peer: Any) -> None:
+    for _ in peer.messages():
+        pass
+
+
+def answer_all(peer: Any) -> None:
+    for message in peer.messages():
+        peer.send(message)
+
+
+# Connecting
+
+
+def test_nobody_there(on_loop: OnLoop, closed_port: int) -> None:
+    async def main() -> None:
+        started = time.monotonic()
+        with pytest.raises(echo_async.ConnectError) as caught:
+            await echo("Hola", port=closed_port)
+        assert time.monotonic() - started < 1
+        assert str(caught.value) == (
+            f"cannot connect to 127.0.0.1:{closed_port}: connection refused; is the server running there?"
+        )
+
+    on_loop(main)
+
+
+def test_no_such_unix_socket(on_loop: OnLoop, tmp_path: Path) -> None:
+    async def main() -> None:
+        with pytest.raises(echo_async.ConnectError, match="no such file or directory; is the server running there"):
+            await connect(uds=tmp_path / "nobody")
+        with pytest.raises(echo_async.ConnectError, match="path too long"):
+            await connect(uds=tmp_path / ("x" * 200))
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("host", ["does-not-exist.invalid", "a..b", "x" * 300])
+def test_no_such_host(on_loop: OnLoop, host: str) -> None:
+    async def main() -> None:
+        with pytest.raises(echo_async.ConnectError, match="check the host"):
+            await connect(host)
+
+    on_loop(main)
+
+
+def test_a_black_hole(on_loop: OnLoop, black_hole: tuple[str, int]) -> None:
+    async def main() -> None:
+        with pytest.raises(echo_async.ConnectTimeout, match=r"cannot connect to .* within 0\.1 s"):
+            await connect(*black_hole, connect_timeout=0.1)
+
+    on_loop(main)
+
+
+def test_a_unix_socket_whose_queue_stays_full(on_loop: OnLoop, tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+
+    async def main() -> None:
+        with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as filler:
+            listener.bind(path)
+            listener.listen(0)
+            filler.connect(path)
+            with pytest.raises(echo_async.ConnectTimeout):
+                await connect(uds=path, connect_timeout=0.1)
+
+    on_loop(main)
+
+
+def test_connecting_can_be_cancelled(on_loop: OnLoop, black_hole: tuple[str, int]) -> None:
+    async def main() -> None:
+        with pytest.raises(TimeoutError) as caught:
+            async with asyncio.timeout(0.05):
+                await connect(*black_hole)
+        assert not isinstance(caught.value, echo_async.EchoError)
+
+    on_loop(main)
+
+
+def _resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> None:
+    async def resolve(target: Target) -> Any:
+        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address) for address in addresses]
+
+    monkeypatch.setattr(Target, "_resolve", resolve)
+
+
+def test_a_name_with_a_dead_and_a_living_address(
+    on_loop: OnLoop, script: Start, monkeypatch: pytest.MonkeyPatch, black_hole: tuple[str, int], closed_port: int
+) -> None:
+    server = script(answer_all)
+    _resolve_to(monkeypatch, ("127.0.0.1", closed_port), black_hole, server.address)
+
+    async def main() -> None:
+        assert await echo("Hola", "several.example") == "Hola"
+
+    on_loop(main)
+
+
+def test_a_name_with_dead_addresses_only(on_loop: OnLoop, monkeypatch: pytest.MonkeyPatch, closed_port: int) -> None:
+    _resolve_to(monkeypatch, ("127.0.0.1", closed_port), ("127.0.0.2", closed_port))
+
+    async def main() -> None:
+        with pytest.raises(echo_async.ConnectError, match=r"several\.example:5500: connection refused"):
+            await echo("Hola", "several.example")
+
+    on_loop(main)
+
+
+def test_localhost_is_found(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        assert await echo("Hola", "localhost", server.address[1]) == "Hola"
+
+    on_loop(main)
+
+
+def test_retry_waits_for_a_server_that_is_still_starting(on_loop: OnLoop, bound: socket.socket) -> None:
+    async def main() -> None:
+        waiting = asyncio.create_task(echo("Hola", *bound.getsockname(), retry=10))
+        done, _ = await asyncio.wait([waiting], timeout=0.1)  # it is refused now
+        assert not done
+        bound.listen()
+        with (await asyncio.to_thread(bound.accept))[0] as connected:
+            connected.sendall(await asyncio.to_thread(connected.recv, 100))
+            assert await waiting == "Hola"
+
+    on_loop(main)
+
+
+def test_retry_ends(on_loop: OnLoop, closed_port: int, black_hole: tuple[str, int]) -> None:
+    async def main() -> None:
+        started = time.monotonic()
+        with pytest.raises(echo_async.ConnectError):
+            await echo("Hola", port=closed_port, retry=0.2)
+        with pytest.raises(echo_async.ConnectTimeout):
+            await echo("Hola", *black_hole, retry=0.2, connect_timeout=0.1)
+        assert 0.4 <= time.monotonic() - started < 2
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"port": 0}, "port 0 is out of range"),
+        ({"port": 65536}, "port 65536 is out of range"),
+        ({"port": "5500"}, "port '5500' is out of range"),
+        ({"host": ""}, "host is empty"),
+        ({"host": "a\0b"}, "makes no sense"),
+        ({"timeout": 0}, "timeout 0 makes no sense"),
+        ({"timeout": float("nan")}, "timeout nan makes no sense"),
+        ({"connect_timeout": -1}, "connect_timeout -1 makes no sense"),
+        ({"retry": float("inf")}, "retry inf makes no sense"),
+        ({"server_hostname": "x"}, "give ssl as well"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(echo_async.ConfigError, match=text):
+        connect(**options)
+
+
+# Replies that are lost
+
+
+@pytest.mark.parametrize(
+    ("reply", "text"),
+    [
+        (b"", "closed the connection before the reply"),
+        (b"Hola ", "closed the connection after 5 of the 13 bytes of the reply"),
+        (b"Hola Server!", "closed the connection after 12 of the 13 bytes of the reply"),
+    ],
+)
+def test_a_server_that_closes_too_early(on_loop: OnLoop, script: Start, reply: bytes, text: str) -> None:
+    server = script(answer_with(reply))
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            with pytest.raises(echo_async.ReplyLost, match=text):
+                await client.echo("Hola Server!")
+
+    on_loop(main)
+    assert len(server.received) == 1  # on a fresh connection, it is not tried again
+
+
+def test_a_server_that_resets(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_with(b"", reset=True))
+
+    async def main() -> None:
+        with pytest.raises(echo_async.ReplyLost, match=r"broke \(connection reset by peer\) before the reply"):
+            await echo("Hola", *server.address)
+
+    on_loop(main)
+
+
+def test_a_second_reply_that_is_cut_is_lost_not_asked_for_again(on_loop: OnLoop, script: Start) -> None:
+    def serve(peer: Any) -> None:
+        peer.send(peer.message())
+        peer.send(peer.message()[:2])
+
+    server = script(serve)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            assert await client.echo("one") == "one"
+            with pytest.raises(echo_async.ReplyLost, match="after 2 of the 4 bytes"):
+                await client.echo("two")
+
+    on_loop(main)
+
+
+def test_a_server_that_keeps_connections_open_hides_no_loss(on_loop: OnLoop, script: Start) -> None:
+    def serve(peer: Any) -> None:
+        for _ in range(3):
+            peer.send(peer.message())
+        peer.message()
+
+    server = script(serve)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            for message in ("0", "1", "2"):
+                assert await client.echo(message) == message
+            with pytest.raises(echo_async.ReplyLost):
+                await client.echo("lost")
+            assert await client.echo("3") == "3"
+            results = await asyncio.gather(*map(client.echo, "456"), return_exceptions=True)
+            assert results[:2] == ["4", "5"]
+            assert isinstance(results[2], echo_async.ReplyLost)
+
+    on_loop(main)
+
+
+# Replies that are late
+
+
+def test_a_server_that_never_answers(on_loop: OnLoop, script: Start) -> None:
+    server = script(lambda peer: keep_silent(peer) if peer.number == 0 else answer_all(peer))
+
+    async def main() -> None:
+        async with connect(*server.address, timeout=0.1) as client:
+            started = time.monotonic()
+            with pytest.raises(echo_async.ReplyLate, match=r"did not send the reply within 0\.1 s"):
+                await client.echo("Hola")
+            assert 0.09 < time.monotonic() - started < 1
+            assert await client.echo("again") == "again"
+
+    on_loop(main)
+    assert server.received == [[b"Hola\n"], [b"again\n"]]
+
+
+def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(on_loop: OnLoop, script: Start) -> None:
+    go_on = threading.Event()
+
+    def trickle(peer: Any) -> None:
+        for byte in peer.message():
+            peer.send(bytes([byte]))
+            go_on.wait(0.05)
+
+    server = script(trickle)
+
+    async def main() -> None:
+        with pytest.raises(echo_async.ReplyLate):
+            await echo("x" * 100, *server.address, timeout=0.2)
+
+    on_loop(main)
+    go_on.set()
+
+
+def test_all_that_wait_behind_a_late_reply_are_told(on_loop: OnLoop, script: Start) -> None:
+    def serve(peer: Any) -> None:
+        for message in itertools.islice(peer.messages(), 2):
+            peer.send(message)
+        keep_silent(peer)
+
+    server = script(serve)
+
+    async def main() -> None:
+        async with connect(*server.address, timeout=0.1) as client:
+            assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
+            late, *behind = await asyncio.gather(*map(client.echo, "234"), return_exceptions=True)
+            assert isinstance(late, echo_async.ReplyLate)
+            assert [str(error).partition(" was ")[2] for error in behind] == [
+                "dropped after a reply that is late before the reply"
+            ] * 2
+
+    on_loop(main)
+
+
+def test_a_loop_that_stands_still_is_not_the_fault_of_the_server(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        async with connect(*server.address, timeout=0.05) as client:
+            waiting = asyncio.create_task(client.echo("Hola"))
+            await asyncio.sleep(0)
+            time.sleep(0.2)  # noqa: ASYNC251
+            assert await waiting == "Hola"
+
+    on_loop(main)
+
+
+def test_a_timer_that_is_still_set_does_not_make_a_later_reply_late(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        async with connect(*server.address, timeout=0.2) as client:
+            ends = time.monotonic() + 0.5
+            while time.monotonic() < ends:
+                assert await client.echo("Hola") == "Hola"
+
+    on_loop(main)
+
+
+# Replies that are different
+
+
+@pytest.mark.parametrize(
+    ("reply", "offset", "text"),
+    [
+        (b"Hola Sirver!\n", 6, 'byte 6 of the reply differs, came "Hola Sirver!\\\\n", expected "Hola Server!\\\\n"'),
+        (b"\x1b[2J\n", 0, 'came "\\\\x1b[2J\\\\n", expected "Hola'),
+        (b"\xffola\n", 0, 'came "\\\\xffola\\\\n"'),
+        (b"Hola\n", 4, 'came "Hola\\\\n", expected'),
+        (b"Hola Server! \n", 12, 'came "Hola Server! \\\\n", expected "Hola Server!\\\\n"'),
+        (b"Hola Server!\nmore", 13, 'sent 4 bytes more than it was sent: "more"'),
+    ],
+)
+def test_a_server_that_answers_something_else(
+    on_loop: OnLoop, script: Start, reply: bytes, offset: int, text: str
+) -> None:
+    server = script(answer_with(reply))
+
+    async def main() -> None:
+        with pytest.raises(echo_async.ReplyDifferent) as caught:
+            await echo("Hola Server!", *server.address)
+        assert caught.value.offset == offset
+        assert text.replace("\\\\", "\\") in str(caught.value)
+
+    on_loop(main)
+
+
+def test_only_a_few_bytes_of_a_long_reply_are_shown(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_with(b"x" * 50_000 + b"y" * 50_001))
+
+    async def main() -> None:
+        with pytest.raises(echo_async.ReplyDifferent) as caught:
+            await echo("x" * 100_000, *server.address)
+        assert caught.value.offset == 50_000
+        assert "x" * 20 + "y" * 20 + '"...' in str(caught.value)
+        assert len(str(caught.value)) < 300
+
+    on_loop(main)
+
+
+def test_those_behind_a_different_reply_are_lost(on_loop: OnLoop, script: Start) -> None:
+    def serve(peer: Any) -> None:
+        for message in peer.messages():
+            peer.send(message.replace(b"bad", b"BAD"))
+
+    server = script(serve)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
+            good, bad, behind = await asyncio.gather(*map(client.echo, ("2", "bad", "3")), return_exceptions=True)
+            assert good == "2"
+            assert isinstance(bad, echo_async.ReplyDifferent)
+            assert isinstance(behind, echo_async.ReplyLost)
+            assert await client.echo("4") == "4"
+
+    on_loop(main)
+
+
+def test_bytes_that_nobody_asked_for_spoil_the_next_reply(on_loop: OnLoop, script: Start) -> None:
+    sent = threading.Event()
+
+    def serve(peer: Any) -> None:
+        if peer.number == 0:
+            peer.send(b"220 mail.example ESMTP\r\n")
+            sent.set()
+        answer_all(peer)
+
+    server = script(serve)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            assert client._connection is not None
+            await client._connection.closed  # the client drops what it cannot match
+            with pytest.raises(echo_async.ReplyDifferent, match="sent 24 bytes more than it was sent") as caught:
+                await client.echo("Hola")
+            assert caught.value.offset == 0
+            assert await client.echo("Hola") == "Hola"
+
+    on_loop(main)
+
+
+def test_an_endless_reply_takes_no_memory(on_loop: OnLoop, script: Start) -> None:
+    def serve(peer: Any) -> None:
+        peer.message()
+        while True:
+            peer.send(b"\0" * 1_000_000)
+
+    server = script(serve)
+
+    async def main() -> None:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(echo_async.ReplyDifferent):
+            await echo("\0" * 100_000, *server.address)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
+
+    on_loop(main)
+
+
+def test_code_that_catches_the_errors_of_the_standard_library_catches_ours() -> None:
+    assert issubclass(echo_async.ReplyLost, ConnectionError)
+    assert issubclass(echo_async.ReplyLate, TimeoutError)
+    assert issubclass(echo_async.ConnectError, OSError)

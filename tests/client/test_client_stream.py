@@ -1,0 +1,420 @@
+"""``EchoClient.stream``: in order, bounded both ways, and nothing left behind however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from typing import Any, cast
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import run
+
+import echo_async
+from echo_async.client import EchoClient, connect
+from echo_async.client.stream import WINDOW_BYTES
+
+OnLoop = Callable[[Callable[[], Any]], Any]
+Start = Callable[[Callable[[Any], None]], Any]
+
+
+def answer_all(peer: Any) -> None:
+    for message in peer.messages():
+        peer.send(message)
+
+
+LINE = st.characters(exclude_categories=["Cs"], exclude_characters="\n")
+
+
+async def one_by_one(messages: list[str]) -> AsyncIterator[str]:
+    for message in messages:
+        await asyncio.sleep(0)
+        yield message
+
+
+async def collect(replies: Any) -> list[Any]:
+    return [reply async for reply in replies]
+
+
+async def collect_into(collected: list[str], replies: AsyncIterator[str]) -> None:
+    async for reply in replies:
+        collected.append(reply)
+
+
+@pytest.mark.parametrize("mode", ["message", "stream"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("window", [1, 2, 1024])
+def test_replies_come_in_order(on_loop: OnLoop, mode: Any, asynchronous: bool, window: int) -> None:
+    async def main() -> None:
+        messages = [str(number) for number in range(50 if mode == "message" else 1000)]
+        async with echo_async.serve(port=0, mode=mode) as server, connect(*server.address) as client:
+            given = one_by_one(messages) if asynchronous else messages
+            assert await collect(client.stream(given, window=window)) == messages
+            assert await client.echo("after") == "after"
+
+    on_loop(main)
+
+
+def test_messages_keep_their_shape(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            text = ["a", "b\n", "", "\n", "ñ", "x" * 100_000]
+            assert await collect(client.stream(text)) == text
+            data = [b"a", b"b\n", b"", b"\n", b"\xff", b"x" * 100_000]
+            assert await collect(client.stream(data)) == data
+            assert await collect(client.stream([])) == []
+
+    on_loop(main)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    messages=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"))),
+    window=st.integers(1, 9),
+)
+def test_any_messages_come_back_in_any_window(messages: list[str], window: int) -> None:
+    async def main() -> None:
+        async with echo_async.serve(port=0, mode="stream") as server, connect(*server.address) as client:
+            await collect(client.stream(["so that", "it pipelines"]))
+            assert await collect(client.stream(messages, window=window)) == messages
+
+    run(main)
+
+
+def test_messages_are_pipelined_up_to_the_window(on_loop: OnLoop, script: Start) -> None:
+    seen = threading.Event()
+
+    def serve(peer: Any) -> None:
+        for message in itertools.islice(peer.messages(), 2):
+            peer.send(message)
+        while True:
+            window = list(itertools.islice(peer.messages(), 8))
+            seen.set()
+            peer.send(b"".join(window))
+
+    server = script(serve)
+    taken = 0
+
+    def messages() -> Iterator[str]:
+        nonlocal taken
+        for number in range(2 + 8 * 5):
+            taken += 1
+            yield str(number)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            replies = 0
+            async for _ in client.stream(messages(), window=8):
+                assert taken <= replies + 8 + 1
+                replies += 1
+            assert replies == 42
+
+    on_loop(main)
+    assert seen.is_set()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_nothing_piles_up_while_the_server_is_slow(on_loop: OnLoop, script: Start, asynchronous: bool) -> None:
+    held, go_on = threading.Event(), threading.Event()
+
+    def serve(peer: Any) -> None:
+        for number, message in enumerate(peer.messages()):
+            if number == 2:
+                held.set()
+                go_on.wait()
+            peer.send(message)
+
+    server = script(serve)
+    taken = 0
+
+    def messages() -> Iterator[bytes]:
+        nonlocal taken
+        for _ in range(2000):
+            taken += 1
+            yield b"x" * 999
+
+    async def as_they_come() -> AsyncIterator[bytes]:
+        for message in messages():
+            yield message
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            task = asyncio.create_task(collect(client.stream(as_they_come() if asynchronous else messages())))
+            await asyncio.to_thread(held.wait)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            allowed = 3 * WINDOW_BYTES if asynchronous else 2 * WINDOW_BYTES
+            assert taken * 1000 < allowed
+            go_on.set()
+            assert len(await task) == 2000
+
+    on_loop(main)
+
+
+def test_nothing_piles_up_while_the_reader_is_slow(on_loop: OnLoop) -> None:
+    taken = 0
+
+    def messages() -> Iterator[str]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield str(taken)
+
+    async def main() -> None:
+        async with (
+            echo_async.serve(port=0, mode="stream") as server,
+            connect(*server.address) as client,
+            aclosing(client.stream(messages(), window=16)) as replies,
+        ):
+            for number in range(1, 100):
+                assert await anext(replies) == str(number)
+                await asyncio.sleep(0)
+                assert taken <= number + 16
+
+    on_loop(main)
+
+
+def test_replies_come_while_the_next_message_is_waited_for(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        queue: asyncio.Queue[str] = asyncio.Queue()
+
+        async def messages() -> AsyncIterator[str]:
+            while (message := await queue.get()) != "end":
+                yield message
+
+        async with connect(*server.address) as client, aclosing(client.stream(messages())) as replies:
+            for number in range(5):
+                queue.put_nowait(str(number))
+                assert await anext(replies) == str(number)
+            queue.put_nowait("end")
+            assert [reply async for reply in replies] == []
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_leaving_early_leaves_nothing_behind(on_loop: OnLoop, script: Start, asynchronous: bool) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        messages = [str(number) for number in range(1000)]
+        async with connect(*server.address) as client:
+            for _ in range(3):
+                async with aclosing(client.stream(one_by_one(messages) if asynchronous else messages)) as replies:
+                    assert [await anext(replies) for _ in range(5)] == messages[:5]
+                assert asyncio.all_tasks() == {asyncio.current_task()}
+                assert await client.echo("after") == "after"
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_cancelling_leaves_nothing_behind(on_loop: OnLoop, script: Start, asynchronous: bool) -> None:
+    reached = threading.Event()
+
+    def serve(peer: Any) -> None:
+        for number, message in enumerate(peer.messages()):
+            if number < 5:
+                peer.send(message)
+            else:
+                reached.set()
+
+    server = script(serve)
+
+    async def main() -> None:
+        messages = [str(number) for number in range(1000)]
+        async with connect(*server.address) as client:
+            task = asyncio.create_task(collect(client.stream(one_by_one(messages) if asynchronous else messages)))
+            await asyncio.to_thread(reached.wait)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_error_of_the_messages_comes_after_the_replies_before_it(
+    on_loop: OnLoop, script: Start, asynchronous: bool
+) -> None:
+    server = script(answer_all)
+
+    def messages() -> Iterator[str]:
+        yield from ("0", "1", "2", "3")
+        raise ZeroDivisionError
+
+    async def as_they_come() -> AsyncIterator[str]:
+        for message in messages():
+            yield message
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            replies: list[str] = []
+            with pytest.raises(ZeroDivisionError):
+                await collect_into(replies, client.stream(as_they_come() if asynchronous else messages()))
+            assert replies == ["0", "1", "2", "3"]
+
+    on_loop(main)
+
+
+def test_messages_that_are_cancelled_are_not_at_their_end(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_all)
+
+    async def messages() -> AsyncIterator[str]:
+        yield "0"
+        raise asyncio.CancelledError
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            with pytest.raises(asyncio.CancelledError):
+                await collect(client.stream(messages()))
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [("a\nb", echo_async.MessageError), ("\udcff", echo_async.MessageError), (5, TypeError), (b"x", None)],
+)
+def test_a_message_that_cannot_be_sent(
+    on_loop: OnLoop, script: Start, bad: Any, error: type[Exception] | None, asynchronous: bool
+) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            assert await collect(client.stream(["a", "b"])) == ["a", "b"]
+            messages = cast(list[str], ["0", "1", bad, "2"])
+            replies = []
+            caught: Exception | None = None
+            try:
+                async for reply in client.stream(one_by_one(messages) if asynchronous else messages):
+                    replies.append(reply)
+            except (echo_async.MessageError, TypeError) as raised:
+                caught = raised
+            assert type(caught) is (error or type(None))
+            assert replies == (["0", "1"] if error else messages)
+
+    on_loop(main)
+
+
+def test_one_message_is_no_stream_of_messages(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            with pytest.raises(TypeError, match="not one message"):
+                client.stream("Hola")
+            with pytest.raises(echo_async.ConfigError, match="window 0 makes no sense"):
+                client.stream(["Hola"], window=0)
+
+    on_loop(main)
+
+
+def _drop_fifth(peer: Any) -> None:
+    for _ in range(5):
+        peer.send(peer.message())
+    peer.message()
+    peer.send(b"5")
+
+
+def _change_fifth(peer: Any) -> None:
+    for message in peer.messages():
+        peer.send(message.replace(b"5", b"V"))
+
+
+def _keep_fifth(peer: Any) -> None:
+    for message in peer.messages():
+        if message != b"5\n":
+            peer.send(message)
+        else:
+            peer.socket.recv(65536)
+            peer.message()
+
+
+@pytest.mark.parametrize(
+    ("serve", "error"),
+    [
+        (_drop_fifth, echo_async.ReplyLost),
+        (_change_fifth, echo_async.ReplyDifferent),
+        (_keep_fifth, echo_async.ReplyLate),
+    ],
+)
+def test_the_first_reply_that_fails_raises_after_those_before_it(
+    on_loop: OnLoop, script: Start, serve: Callable[[Any], None], error: type[Exception]
+) -> None:
+    server = script(serve)
+
+    async def main() -> None:
+        async with connect(*server.address, timeout=0.2) as client:
+            replies: list[str] = []
+            with pytest.raises(error):
+                await collect_into(replies, client.stream(map(str, range(9))))
+            assert replies == ["0", "1", "2", "3", "4"]
+            assert await client.echo("after") == "after"
+
+    on_loop(main)
+
+
+def test_a_server_that_goes_away(on_loop: OnLoop, script: Start) -> None:
+    server = script(_drop_fifth)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            with pytest.raises(echo_async.ReplyLost):
+                await collect(client.stream(map(str, range(9))))
+            server.stop()
+            with pytest.raises(echo_async.ConnectError):
+                await collect(client.stream(["a"]))
+
+    on_loop(main)
+
+
+def test_a_stream_and_echoes_at_once(on_loop: OnLoop) -> None:
+    async def main() -> None:
+        async with echo_async.serve(port=0, mode="stream") as server, connect(*server.address) as client:
+            messages = [str(number) for number in range(500)]
+
+            async def echo_all(client: EchoClient) -> list[str]:
+                return [await client.echo(message) for message in messages]
+
+            tasks = (collect(client.stream(messages)), echo_all(client))
+            assert await asyncio.gather(*tasks) == [messages] * 2
+
+    on_loop(main)
+
+
+def test_a_connection_that_ends_between_messages_is_made_anew(on_loop: OnLoop, script: Start) -> None:
+    def serve(peer: Any) -> None:
+        for _ in range(2):
+            peer.send(peer.message())
+
+    server = script(serve)
+
+    async def main() -> None:
+        queue: asyncio.Queue[str] = asyncio.Queue()
+
+        async def messages() -> AsyncIterator[str]:
+            while True:
+                yield await queue.get()
+
+        async with connect(*server.address) as client, aclosing(client.stream(messages())) as replies:
+            for number in range(6):
+                if number and number % 2 == 0:
+                    assert client._connection is not None
+                    await client._connection.closed
+                queue.put_nowait(str(number))
+                assert await anext(replies) == str(number)
+
+    on_loop(main)
+    assert server.received == [[b"0\n", b"1\n"], [b"2\n", b"3\n"], [b"4\n", b"5\n"]]

@@ -1,0 +1,681 @@
+"""The command, as people run it: a process of its own, its two outputs, signals and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from support import LOOPS, PATIENCE, receive_all, server_process
+
+from echo_async.server.command import main
+
+SERVER = (sys.executable, "-m", "echo_async.server")
+
+
+# Signals reach an event loop and threads in different ways.
+KINDS = [*(("--loop", loop) for loop in LOOPS), ("--engine", "threads")]
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=[name for _, name in KINDS])
+
+
+def run_server(*arguments: str | bytes, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """A server that cannot start, or has no need to: it ends by itself."""
+    command = [os.fsencode(each) for each in (*SERVER, *arguments)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=PATIENCE,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def exchange(address: tuple[str, int], message: bytes) -> bytes:
+    with socket.create_connection(address, PATIENCE) as client:
+        client.sendall(message)
+        return receive_all(client)
+
+
+@contextmanager
+def taken_port() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield str(other.getsockname()[1])
+
+
+def assert_harmless(lines: str) -> None:
+    """Nothing in what was written drives a terminal."""
+    for line in lines.splitlines():
+        assert line.isprintable(), ascii(line)
+    assert not re.search("[^\n -\U0010ffff]", lines)
+    assert "Traceback" not in lines
+
+
+# What it says
+
+
+def test_stdout_has_the_address_and_nothing_else_and_stderr_the_log() -> None:
+    with server_process() as server:
+        host, port = server.address
+        assert server.announced == f"listening on 127.0.0.1:{port}\n"
+        with server.connect() as client:
+            client_port = client.getsockname()[1]
+            client.sendall(b"Hola Server!\n")
+            assert receive_all(client) == b"Hola Server!\n"
+        assert exchange((host, port), "¡Ñandú! 😀\n".encode()) == "¡Ñandú! 😀\n".encode()
+        code, log = server.stop(signal.SIGINT)
+        assert code == 0
+        assert server.process.stdout is not None
+        assert server.process.stdout.read() == ""
+    assert f" INFO 127.0.0.1:{client_port} 13 bytes: Hola Server!\n" in log
+    assert re.search(r" INFO 127\.0\.0\.1:\d+ 16 bytes: ¡Ñandú! 😀\n", log)
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} [A-Z]+ ", line) for line in log.splitlines())
+    assert log.count(" bytes: ") == 2
+    assert "messages=2 bytes_in=29 bytes_out=29 " in log
+
+
+def test_the_json_log_is_one_object_a_line_with_the_facts() -> None:
+    with server_process("--log-format", "json") as server:
+        exchange(server.address, "¡Ñandú!\n".encode())
+        code, log = server.stop()
+    assert code == 0
+    entries = [json.loads(line) for line in log.splitlines()]
+    assert all({"time", "level", "logger", "message"} <= set(entry) for entry in entries)
+    (message,) = (entry for entry in entries if entry["logger"] == "echo_async.access")
+    assert (message["bytes"], message["text"], message["level"]) == (11, "¡Ñandú!", "info")
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", message["client"])
+
+
+def test_without_the_access_log_no_message_is_logged() -> None:
+    with server_process("--no-access-log") as server:
+        assert exchange(server.address, b"Hola Server!\n") == b"Hola Server!\n"
+        code, log = server.stop()
+    assert code == 0
+    assert "Hola" not in log
+    assert "messages=1 " in log
+
+
+def test_the_debug_log_shows_each_connection_and_chunk() -> None:
+    with server_process("--log-level", "debug", "--loop", "asyncio") as server:
+        exchange(server.address, b"a message of more than twenty bytes\n")
+        _, log = server.stop()
+    chunks = re.findall(r" DEBUG 127\.0\.0\.1:\d+ sent a chunk of (\d+) bytes: (.*)\n", log)
+    assert chunks == [("20", "a message of more th"), ("16", "an twenty bytes")]
+    assert len(re.findall(r" DEBUG 127\.0\.0\.1:\d+ connected\n", log)) == 1
+    assert len(re.findall(r" DEBUG 127\.0\.0\.1:\d+ closed: 1 messages, 36 bytes in, 36 out\n", log)) == 1
+
+
+def test_a_higher_log_level_says_nothing_of_what_goes_well() -> None:
+    with server_process("--log-level", "warning") as server:
+        exchange(server.address, b"Hola Server!\n")
+        assert server.stop() == (0, "")
+
+
+HOSTILE = [
+    b"\x1b[2J\x1b]0;title\x07\n",
+    b"nul\0 return\r tab\t backspace\x08 del\x7f\n",
+    b"\x9b31m \xc2\x9b31m \xc2\x85 \xe2\x80\xa8 \x0b \x0c \x1c\n",
+    "\u202eright to left\u2066 \u200f \ufeff\n".encode(),
+    b"\xff\xfe\xed\xa0\x80\n",
+    b"fake\r2026-01-01 00:00:00.000 INFO 10.0.0.1:1 5 bytes: fake\n",
+    b"%s %d {} \\x1b \\\n",
+    b"\x1b" * 100_000 + b"\n",
+]
+
+
+@pytest.mark.parametrize("format", ["text", "json"])
+def test_hostile_bytes_come_back_and_are_one_harmless_log_line_each(format: str) -> None:
+    with server_process("--log-format", format, env={"PYTHONIOENCODING": "utf-8"}) as server:
+        for message in HOSTILE:
+            assert exchange(server.address, message) == message
+        code, log = server.stop()
+    assert code == 0
+    assert_harmless(log)
+    of_messages = [line for line in log.splitlines() if re.search(r"127\.0\.0\.1:\d+ \d+ bytes: ", line)]
+    assert len(of_messages) == len(HOSTILE)
+
+
+def test_hostile_chunks_are_harmless_in_the_debug_log_too() -> None:
+    with server_process("--log-level", "debug", "--mode", "raw") as server:
+        with server.connect() as client:
+            client.sendall(b"".join(HOSTILE[:-1]))
+            client.shutdown(socket.SHUT_WR)
+            assert receive_all(client) == b"".join(HOSTILE[:-1])
+        _, log = server.stop()
+    assert_harmless(log)
+
+
+def test_the_name_that_a_unix_client_gives_itself_is_harmless_in_the_log(tmp_path: Path) -> None:
+    path = str(tmp_path / "echo")
+    with server_process("--uds", path, "--log-level", "debug") as server:
+        for number, name in enumerate(["\0evil\x1b[2J\n%s \u202e", str(tmp_path / "evil\x1b[2J\n%s \u202e")]):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.bind(name)
+                client.settimeout(PATIENCE)
+                client.connect(path)
+                client.sendall(b"number %d\n" % number)
+                assert receive_all(client) == b"number %d\n" % number
+        code, log = server.stop()
+    assert code == 0
+    assert_harmless(log)
+    assert len(re.findall(r" INFO .*evil.* 9 bytes: number \d\n", log)) == 2
+
+
+def test_an_unfinished_message_is_logged_with_its_size() -> None:
+    with server_process() as server:
+        with server.connect() as client:
+            client.sendall(b"no newline")
+            client.shutdown(socket.SHUT_WR)
+            assert receive_all(client) == b""
+        _, log = server.stop()
+    assert re.search(r" WARNING 127\.0\.0\.1:\d+ lost in mid-message, after 10 bytes without a newline\n", log)
+
+
+def test_a_message_over_the_limit_is_logged_and_never_answered() -> None:
+    with server_process("--limit-message-size", "100", "--mode", "stream") as server:
+        assert exchange(server.address, b"one\n" + b"x" * 1000 + b"\ntwo\n") == b"one\n"
+        _, log = server.stop()
+    assert re.search(r" WARNING 127\.0\.0\.1:\d+ closed: its message is over the limit of 100 bytes", log)
+    assert log.count(" bytes: ") == 1
+
+
+# How it stops
+
+
+@each_kind
+def test_one_signal_ends_it_with_a_hundred_idle_clients(kind: tuple[str, str]) -> None:
+    with server_process(*kind, "--mode", "stream") as server, ExitStack() as clients:
+        connected = [clients.enter_context(server.connect()) for _ in range(100)]
+        connected[-1].sendall(b"one\n")
+        assert connected[-1].recv(100) == b"one\n"  # so the others have been let in too
+        begun = monotonic()
+        code, log = server.stop(signal.SIGINT)
+        assert monotonic() - begun < 2
+        assert code == 0
+        assert [client.recv(1) for client in connected] == [b""] * 100
+    assert_harmless(log)
+    assert " INFO SIGINT: stopping\n" in log
+    assert "accepted=100 active=0 " in log
+    assert not re.search("error|exception|never retrieved|destroyed", log, re.IGNORECASE)
+
+
+@each_kind
+def test_what_was_received_before_the_signal_is_answered(kind: tuple[str, str]) -> None:
+    with server_process(*kind, "--mode", "stream") as server:
+        messages = b"".join(b"%d\n" % number for number in range(1000))
+        with server.connect() as client:
+            client.sendall(messages)
+            server.process.send_signal(signal.SIGTERM)
+            assert receive_all(client) == messages
+        code, log = server.wait()
+    assert code == 0
+    assert_harmless(log)
+
+
+@each_kind
+def test_a_message_that_was_begun_can_be_finished_after_the_signal(kind: tuple[str, str]) -> None:
+    with server_process(*kind) as server:
+        with server.connect() as client, server.connect() as idle:
+            client.sendall(b"begun, ")
+            server.process.send_signal(signal.SIGTERM)
+            assert receive_all(idle) == b""  # it stops
+            client.sendall(b"finished\n")
+            assert receive_all(client) == b"begun, finished\n"
+        assert server.wait()[0] == 0
+
+
+@each_kind
+def test_a_begun_message_holds_the_stop_until_the_grace_time_ends(kind: tuple[str, str]) -> None:
+    with (
+        server_process(*kind, "--timeout-graceful-shutdown", "0.5") as server,
+        server.connect() as client,
+        server.connect() as idle,
+    ):
+        client.sendall(b"never finished")
+        server.process.send_signal(signal.SIGTERM)
+        begun = monotonic()
+        assert receive_all(idle) == b""
+        code, log = server.wait()
+        assert 0.4 < monotonic() - begun < 2
+    assert code == 0
+    assert_harmless(log)
+    assert "lost in mid-message, after 14 bytes" in log
+
+
+@each_kind
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_it_at_once(kind: tuple[str, str], second: signal.Signals) -> None:
+    with server_process(*kind) as server, server.connect() as client, server.connect() as idle:
+        client.sendall(b"never finished")
+        server.process.send_signal(signal.SIGTERM)
+        assert receive_all(idle) == b""  # the first has arrived; the begun message holds the stop for 10 s
+        assert server.process.poll() is None
+        begun = monotonic()
+        code, log = server.stop(second)
+        assert monotonic() - begun < 1
+    assert code == 0
+    assert_harmless(log)
+    assert f" INFO {second.name}: stopping at once\n" in log
+
+
+@each_kind
+def test_signals_that_come_after_the_end_change_nothing(kind: tuple[str, str]) -> None:
+    with subprocess.Popen([*SERVER, "--port", "0", *kind], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert " serving " in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        log = process.stderr.readline()
+        while " stopped: " not in log:
+            log += process.stderr.readline()
+        while process.returncode is None:  # the interpreter takes its time to end
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(0.001)
+        log += process.stderr.read()
+    assert process.returncode == 0
+    assert_harmless(log)
+
+
+# What it cannot start with
+
+
+def one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """What is said: one line on stderr, nothing on stdout."""
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.endswith("\n")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def assert_names(said: str, option: str, value: str) -> None:
+    assert option in said or option.removeprefix("--").replace("-", "_") in said
+    assert value in said
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--port", "65536"), ("--mode", "echo"), ("--timeout-idle", "nan"), ("--host", ""), ("--chunk-size", "0")],
+)
+def test_a_bad_option_is_one_line_that_names_it_and_exit_code_2(option: str, value: str) -> None:
+    # A port in use, so that an option which is let through does not begin to serve.
+    with taken_port() as port:
+        done = run_server(f"{option}={value}", env={"ECHO_ASYNC_PORT": port})
+    assert done.returncode == 2
+    assert_names(one_line(done), option, value)
+
+
+BAD_OPTIONS = [
+    *(("--port", value) for value in ["-1", "65536", "abc", "", "1.5"]),
+    *(("--mode", value) for value in ["echo", ""]),
+    *(("--engine", value) for value in ["gevent"]),
+    *(("--loop", value) for value in ["trio"]),
+    *(("--chunk-size", value) for value in ["-20", "x"]),
+    *(("--workers", value) for value in ["0", "-1", "many"]),
+    *(("--backlog", value) for value in ["0", "-1"]),
+    *(("--limit-connections", value) for value in ["0"]),
+    *(("--limit-message-size", value) for value in ["0", "1M"]),
+    *(("--timeout-idle", value) for value in ["0", "-1", "nan", "inf", "soon", ""]),
+    *((f"--timeout-{name}", "-0.5") for name in ["message", "write", "graceful-shutdown"]),
+    *(("--log-level", value) for value in ["loud"]),
+    *(("--log-format", value) for value in ["xml"]),
+    *((name, "") for name in ["--host", "--uds"]),
+]
+
+
+@pytest.mark.parametrize(("option", "value"), BAD_OPTIONS)
+def test_every_option_refuses_what_makes_no_sense_by_name(
+    option: str, value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with taken_port() as port:
+        monkeypatch.setenv("ECHO_ASYNC_PORT", port)
+        assert main([f"{option}={value}"]) == 2
+    output, said = capsys.readouterr()
+    assert output == ""
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert_names(said, option, value)
+
+
+def test_an_option_that_does_not_exist_is_one_line_that_names_it() -> None:
+    done = run_server("--prot", "80")
+    assert done.returncode == 2
+    said = one_line(done)
+    assert "--prot" in said
+    assert "--port" in said  # a near miss is shown the way
+
+
+@pytest.mark.parametrize("options", [("--threaded", "--engine", "protocol"), ("--threaded", "--loop", "uvloop")])
+def test_options_that_contradict_each_other_are_one_line_that_names_them(options: tuple[str, ...]) -> None:
+    done = run_server("--port", "0", *options)
+    assert done.returncode == 2
+    said = one_line(done)
+    assert options[-2] in said
+    assert options[-1] in said
+
+
+def test_threaded_is_the_threads_engine() -> None:
+    with server_process("--threaded") as server:
+        assert exchange(server.address, b"one\n") == b"one\n"
+        code, log = server.stop()
+    assert code == 0
+    assert "the threads engine" in log
+
+
+def test_an_argument_too_many_is_one_line_that_names_it() -> None:
+    done = run_server("5500")
+    assert done.returncode == 2
+    assert "5500" in one_line(done)
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "999.1.1.1", "a..b", "x" * 64, b"\xff\xfe"], ids=ascii)
+def test_a_host_that_does_not_exist_is_one_line_that_names_it_and_exit_code_3(host: str | bytes) -> None:
+    done = run_server("--port", "0", "--host", host)
+    assert done.returncode == 3
+    said = one_line(done)
+    assert ascii(os.fsdecode(host))[1:-1] in said
+
+
+def test_a_port_in_use_is_one_line_that_names_the_address_and_exit_code_3() -> None:
+    with taken_port() as port:
+        done = run_server("--port", port)
+    assert done.returncode == 3
+    assert f" 127.0.0.1:{port}: address already in use" in one_line(done)
+
+
+def test_an_address_of_another_machine_is_one_line_and_exit_code_3() -> None:
+    done = run_server("--port", "0", "--host", "192.0.2.1")
+    assert done.returncode == 3
+    assert "192.0.2.1" in one_line(done)
+
+
+def test_a_file_at_the_path_of_the_socket_stays_and_is_exit_code_3(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    path.write_text("dear diary")
+    done = run_server("--uds", str(path))
+    assert done.returncode == 3
+    assert str(path) in one_line(done)
+    assert path.read_text() == "dear diary"
+
+
+def test_uvloop_without_uvloop_is_one_line_and_exit_code_3(tmp_path: Path) -> None:
+    (tmp_path / "uvloop.py").write_text("raise ImportError('No module named uvloop')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = run_server("--port", "0", "--loop", "uvloop", env={"PYTHONPATH": path})
+    assert done.returncode == 3
+    assert "uvloop" in one_line(done)
+    with server_process(env={"PYTHONPATH": path}) as server:  # auto
+        assert exchange(server.address, b"one\n") == b"one\n"
+
+
+# The environment
+
+
+def test_every_value_from_the_environment_is_used_and_the_command_line_wins() -> None:
+    with taken_port() as port:
+        env = {"ECHO_ASYNC_PORT": port, "ECHO_ASYNC_MODE": "stream", "ECHO_ASYNC_LOG_FORMAT": "json"}
+        done = run_server(env=env)
+        assert done.returncode == 3
+        assert f":{port}: " in one_line(done)
+        with server_process("--log-format", "text", env=env) as server:  # with --port 0
+            with server.connect() as client:
+                client.sendall(b"one\n")
+                assert client.recv(100) == b"one\n"
+                client.sendall(b"two\n")
+                assert client.recv(100) == b"two\n"
+            _, log = server.stop()
+    assert " bytes: two\n" in log
+    assert "{" not in log
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PORT", "http"), ("PORT", "65536"), ("MODE", "echo"), ("TIMEOUT_IDLE", "-1"), ("NO_ACCESS_LOG", "perhaps")],
+)
+def test_a_bad_value_in_the_environment_is_one_line_that_names_it(name: str, value: str) -> None:
+    done = run_server("--host", "192.0.2.1", env={f"ECHO_ASYNC_{name}": value})
+    assert done.returncode == 2
+    said = one_line(done)
+    assert value in said
+    assert f"--{name.lower().replace('_', '-')}" in said or f"ECHO_ASYNC_{name}" in said
+
+
+def test_the_access_log_can_be_switched_off_from_the_environment() -> None:
+    with server_process(env={"ECHO_ASYNC_NO_ACCESS_LOG": "1"}) as server:
+        exchange(server.address, b"Hola Server!\n")
+        assert "Hola" not in server.stop()[1]
+
+
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def test_the_c_locale_is_no_reason_to_fail() -> None:
+    with server_process(env=C_LOCALE) as server:
+        message = "¡Ñandú! 😀\n".encode()
+        assert exchange(server.address, message) == message
+        code, log = server.stop()
+    assert code == 0
+    assert re.search(r" INFO 127\.0\.0\.1:\d+ 16 bytes: \\xa1\\xd1and\\xfa! \\U0001f600\n", log)
+
+
+def test_the_c_locale_is_no_reason_to_hide_what_is_wrong() -> None:
+    done = run_server("--host", "ñ.invalid", "--port", "0", env=C_LOCALE)
+    assert done.returncode == 3
+    assert one_line(done).isascii()
+
+
+# Outputs that are not there
+
+
+class Shell:
+    """A server started by a shell with a redirection, found by the Unix socket that it listens on."""
+
+    def __init__(self, redirection: str, directory: Path) -> None:
+        self.path = str(directory / "echo")
+        self.errors = directory / "errors"
+        command = 'exec "$@" ' + redirection
+        with open(self.errors, "wb") as errors:
+            self.process = subprocess.Popen(
+                ["/bin/sh", "-c", command, "sh", *SERVER, "--uds", self.path],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+            )
+
+    def exchange(self, message: bytes) -> bytes:
+        """Waits for the server first: the path appears when it is bound, which is seen in its directory."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(PATIENCE)
+            deadline = monotonic() + PATIENCE
+            while client.connect_ex(self.path) != 0:
+                assert self.process.poll() is None, self.errors.read_text()
+                assert monotonic() < deadline
+            client.sendall(message)
+            return receive_all(client)
+
+    def stop(self) -> tuple[int, str]:
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(PATIENCE)
+        return code, self.errors.read_text()
+
+
+@contextmanager
+def started_with(redirection: str, directory: Path) -> Iterator[Shell]:
+    shell = Shell(redirection, directory)
+    with shell.process:
+        try:
+            yield shell
+        finally:
+            shell.process.kill()
+
+
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full", "<&-"])
+def test_it_serves_without_a_stdout_or_stdin(redirection: str, tmp_path: Path) -> None:
+    with started_with(redirection, tmp_path) as server:
+        assert server.exchange(b"one\n") == b"one\n"
+        code, log = server.stop()
+    assert code == 0
+    assert " 4 bytes: one\n" in log
+    assert_harmless(log)
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_it_serves_without_a_stderr(redirection: str, tmp_path: Path) -> None:
+    with started_with(redirection, tmp_path) as server:
+        assert server.exchange(b"one\n") == b"one\n"
+        assert server.exchange(b"two\n") == b"two\n"
+        assert server.stop() == (0, "")
+        assert server.process.stdout is not None
+        assert server.process.stdout.read() in (b"", f"listening on {server.path}\n".encode())
+
+
+@pytest.mark.parametrize("gone", ["stdout", "stderr"])
+def test_it_serves_when_nobody_reads_its_output_any_more(gone: str, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    path = str(tmp_path / "echo")
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, gone: writer}
+    with subprocess.Popen([*SERVER, "--uds", path], text=True, **streams) as process:  # type: ignore[call-overload]
+        os.close(writer)
+        other = process.stderr if gone == "stdout" else process.stdout
+        assert other.readline()  # it has started
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(PATIENCE)
+            client.connect(path)
+            client.sendall(b"one\n")
+            assert receive_all(client) == b"one\n"
+        process.send_signal(signal.SIGTERM)
+        rest = other.read()
+        assert process.wait(PATIENCE) == 0
+    assert "Traceback" not in rest
+    assert "Exception ignored" not in rest
+
+
+def test_what_is_wrong_never_goes_to_stdout() -> None:
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$@" 2>&-', "sh", *SERVER, "--port", "abc"], capture_output=True, timeout=PATIENCE
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_a_reader_that_leaves_early_ends_the_help_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen([*SERVER, "--help"], stdout=writer, stderr=subprocess.PIPE) as process:
+        os.close(writer)
+        assert process.communicate(timeout=PATIENCE)[1] == b""
+    assert process.returncode == 0
+
+
+# Where it listens
+
+
+def test_a_unix_socket_is_announced_served_and_removed(tmp_path: Path) -> None:
+    path = str(tmp_path / "echo")
+    with server_process("--uds", path) as server:
+        assert server.announced == f"listening on {path}\n"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(PATIENCE)
+            client.connect(path)
+            client.sendall(b"one\n")
+            assert receive_all(client) == b"one\n"
+        code, log = server.stop()
+    assert code == 0
+    assert " INFO unix client 4 bytes: one\n" in log
+    assert not os.path.exists(path)
+
+
+def test_a_path_that_is_no_text_is_announced_too(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff"
+    env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most languages' locales
+    with subprocess.Popen([*SERVER, "--uds", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
+        assert process.stderr is not None
+        assert b"serving" in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        announced, log = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    assert announced.startswith(b"listening on " + os.fsencode(tmp_path) + b"/")
+    assert announced.count(b"\n") == 1
+    assert b"Traceback" not in log
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
+def test_an_ipv6_address_is_announced_in_brackets() -> None:
+    with server_process("--host", "::1") as server:
+        assert re.fullmatch(r"listening on \[::1\]:\d+\n", server.announced)
+        assert exchange(server.address, b"one\n") == b"one\n"
+        _, log = server.stop()
+    assert re.search(r" INFO \[::1\]:\d+ 4 bytes: one\n", log)
+
+
+def test_a_name_is_announced_by_each_of_its_addresses() -> None:
+    with server_process("--host", "localhost") as server:
+        _, log = server.stop()
+        assert server.process.stdout is not None
+        announced = server.announced + server.process.stdout.read()
+    addresses = {info[4][0] for info in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}
+    assert announced.count("\n") == len(addresses)
+    assert len({line.rpartition(":")[2] for line in announced.splitlines()}) == 1
+    assert_harmless(log)
+
+
+# What it can do
+
+
+def test_the_help_shows_every_option_its_default_and_its_variable() -> None:
+    done = run_server("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    text = " ".join(done.stdout.split())
+    for option, default in {
+        "--host": "127.0.0.1",
+        "--port": "5500",
+        "--uds": None,
+        "--mode": "message",
+        "--chunk-size": "20",
+        "--engine": "streams",
+        "--threaded": None,
+        "--loop": "auto",
+        "--workers": "1",
+        "--backlog": "512",
+        "--limit-connections": "(fits the descriptor limit)",
+        "--limit-message-size": "1048576",
+        "--timeout-idle": "600",
+        "--timeout-message": "60",
+        "--timeout-write": "30",
+        "--timeout-graceful-shutdown": "10",
+        "--log-level": "info",
+        "--log-format": "text",
+        "--no-access-log": None,
+    }.items():
+        assert f"{option} " in text
+        variable = "ECHO_ASYNC_" + option.removeprefix("--").replace("-", "_").upper()
+        _, found, rest = text.partition(f"[env var: {variable}")
+        assert found, option
+        if default is not None:
+            assert f"default: {default}" in rest[: rest.index("]")], option
+    assert "--version" in text
+    assert "Exit codes: 0 " in text
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    done = run_server("--version")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"echo-async, version {metadata.version('echo-async')}\n"
+
+
+@pytest.mark.parametrize("help", ["-h", "--help"])
+def test_help_is_silent_on_stderr_even_if_warnings_are_errors(help: str) -> None:
+    done = run_server(help, env={"PYTHONWARNINGS": "error"})
+    assert (done.returncode, done.stderr) == (0, "")

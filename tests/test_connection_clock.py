@@ -1,0 +1,331 @@
+"""The time limits of a connection and the counters of a server, with a clock that the test sets."""
+
+from __future__ import annotations
+
+import logging
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from echo_async import ServerConfig, Stats
+from echo_async.config import Mode
+from echo_async.engines.connection import Connection
+from echo_async.engines.registry import LINGER, LINGER_AT_STOP, Registry
+
+IDLE, MESSAGE, WRITE = 600.0, 60.0, 30.0
+
+
+class Clocked(Registry):
+    """A registry whose time passes only when the test says so."""
+
+    time = 1000.0
+
+    def __init__(self, config: ServerConfig) -> None:
+        super().__init__(config)
+        self.now = lambda: self.time
+
+
+class Client(Connection):
+    """A connection without a socket: the test says what is stuck in it."""
+
+    def __init__(self, registry: Clocked) -> None:
+        super().__init__(registry)
+        self.clock = registry
+        self.stuck = 0
+        self.ended: list[str] = []
+        registry.add(self)
+
+    def unsent(self) -> int:
+        return self.stuck
+
+    def finish(self) -> None:
+        self.conversation.finish()
+        self.ended.append("finish")
+
+    def stop(self) -> None:
+        self.conversation.stop()
+        self.ended.append("stop")
+
+    def abort(self) -> None:
+        self.ended.append("abort")
+        self.registry.remove(self)
+
+    def sends(self, data: bytes) -> None:
+        self.conversation.receive(data)
+
+    def after(self, seconds: float) -> str | None:
+        """Let that much time pass, with a sweep each half second; what is overdue first."""
+        for _ in range(int(seconds * 2)):
+            self.clock.time += 0.5
+            if overdue := self.overdue(self.clock.time):
+                return overdue
+        return None
+
+
+def client(mode: Mode = "stream") -> Client:
+    return Client(Clocked(ServerConfig(mode=mode)))
+
+
+@pytest.mark.parametrize("mode", ["message", "stream", "raw"])
+def test_a_client_that_sends_nothing_is_idle_when_the_time_is_up_and_not_before(mode: Mode) -> None:
+    silent = client(mode)
+    assert silent.after(IDLE - 0.5) is None
+    assert silent.after(0.5) == "idle"
+
+
+@pytest.mark.parametrize("mode", ["stream", "raw"])
+def test_whatever_is_received_begins_the_idle_time_again(mode: Mode) -> None:
+    active = client(mode)
+    for _ in range(5):
+        assert active.after(IDLE - 1) is None
+        active.sends(b"\n")
+    assert active.after(IDLE) is None
+    assert active.after(0.5) == "idle"
+
+
+@pytest.mark.parametrize("mode", ["message", "stream"])
+def test_a_begun_message_has_to_be_finished_however_often_bytes_come(mode: Mode) -> None:
+    slow = client(mode)
+    overdue, seconds = None, 0
+    while overdue is None:
+        slow.sends(b".")
+        overdue = slow.after(1)
+        seconds += 1
+    assert overdue == "message"
+    assert MESSAGE <= seconds <= MESSAGE + 1
+
+
+def test_a_begun_message_is_not_idle_even_where_the_idle_time_is_the_shorter() -> None:
+    registry = Clocked(ServerConfig(timeout_idle=5, timeout_message=60))
+    slow = Client(registry)
+    slow.sends(b"begun")
+    assert slow.after(59) is None
+    assert slow.after(2) == "message"
+
+
+def test_each_message_has_the_whole_time() -> None:
+    slow = client()
+    slow.sends(b"a message that is begun")
+    for _ in range(5):
+        assert slow.after(MESSAGE - 1) is None
+        slow.sends(b" and finished\nand the next, begun in the same packet")
+    assert slow.after(MESSAGE + 1) == "message"
+
+
+def test_the_idle_time_begins_with_the_end_of_a_message() -> None:
+    slow = Client(Clocked(ServerConfig(mode="stream", timeout_idle=10)))
+    slow.sends(b"begun")
+    assert slow.after(50) is None
+    slow.sends(b", finished\n")
+    assert slow.after(10) is None
+    assert slow.after(0.5) == "idle"
+
+
+def test_there_is_no_time_for_a_message_in_raw_mode() -> None:
+    talking = client("raw")
+    talking.sends(b"never a newline")
+    assert talking.after(IDLE) is None
+
+
+def test_a_client_that_reads_nothing_of_what_it_is_sent_is_overdue() -> None:
+    deaf = client("raw")
+    deaf.sends(b"x" * 1000)
+    deaf.stuck = 1000
+    assert deaf.after(WRITE - 1) is None
+    assert deaf.after(2) == "write"
+
+
+def test_the_time_to_read_begins_when_something_is_stuck_and_not_before() -> None:
+    deaf = client()
+    assert deaf.after(500) is None
+    deaf.sends(b"one\n")
+    deaf.stuck = 4
+    assert deaf.after(WRITE - 1) is None
+    assert deaf.after(2) == "write"
+
+
+def test_any_progress_begins_the_time_to_read_again() -> None:
+    slow = client("raw")
+    slow.sends(b"x" * 1000)
+    slow.stuck = 1000
+    for _ in range(5):
+        assert slow.after(WRITE - 1) is None
+        slow.stuck -= 1
+    assert slow.after(WRITE + 1) == "write"
+
+
+def test_more_to_read_is_no_progress() -> None:
+    deaf = client("raw")
+    deaf.sends(b"x" * 1000)
+    deaf.stuck = 1000
+    assert deaf.after(WRITE - 1) is None
+    deaf.sends(b"y" * 1000)
+    deaf.stuck += 1000
+    assert deaf.after(2) == "write"
+
+
+def test_the_other_clocks_stand_still_while_output_is_stuck() -> None:
+    registry = Clocked(ServerConfig(mode="stream", timeout_idle=5, timeout_message=5, timeout_write=30))
+    slow, begun, ended = Client(registry), Client(registry), Client(registry)
+    for each in (slow, begun, ended):
+        each.sends(b"one\n")
+    begun.sends(b"begun")
+    ended.conversation.receive_eof()
+    for each in (slow, begun, ended):
+        each.after(1)
+        each.stuck = 4
+        assert each.after(29) is None
+        each.stuck = 0
+        assert each.after(4) is None
+    assert slow.after(1.5) == "idle"
+    assert begun.after(1.5) == "message"
+    assert ended.after(1.5) == "linger"
+
+
+def test_a_finished_client_gets_a_moment_to_end_its_side() -> None:
+    done = client("message")
+    done.sends(b"one\n")
+    assert done.after(LINGER) is None
+    assert done.after(0.5) == "linger"
+
+
+def test_input_that_is_discarded_does_not_prolong_the_moment() -> None:
+    chatty = client("message")
+    chatty.sends(b"one\n")
+    overdue, seconds = None, 0.0
+    while overdue is None:
+        chatty.sends(b"and on\n")
+        overdue = chatty.after(0.5)
+        seconds += 0.5
+    assert overdue == "linger"
+    assert LINGER <= seconds <= LINGER + 1
+
+
+def test_a_stop_makes_the_moment_shorter() -> None:
+    done = client("message")
+    done.sends(b"one\n")
+    done.registry.stop()
+    assert done.ended == ["stop"]
+    assert done.after(LINGER_AT_STOP) is None
+    assert done.after(0.5) == "linger"
+
+
+def test_an_active_client_is_never_overdue() -> None:
+    active = client()
+    for number in range(2000):
+        active.sends(b"a whole message, and another that is beg")
+        active.stuck = 20 * (number % 2)
+        assert active.after(0.5) is None
+        active.sends(b"un\n")
+        active.stuck = 0
+        assert active.after(9.5) is None
+    assert active.conversation.messages == 2000
+
+
+def test_a_sweep_ends_and_counts_every_overdue_client(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "echo_async")
+    registry = Clocked(ServerConfig(mode="stream", timeout_idle=60, timeout_message=60, timeout_write=60))
+    idle, begun, deaf, active = (Client(registry) for _ in range(4))
+    begun.sends(b"begun")
+    deaf.sends(b"one\n")
+    deaf.stuck = 4
+    for _ in range(61):
+        registry.time += 1
+        active.sends(b"one\n")
+        registry.sweep()
+    assert (idle.ended, begun.ended, deaf.ended, active.ended) == (["finish"], ["finish"], ["abort"], [])
+    stats = registry.stats
+    assert (stats.timeouts_idle, stats.timeouts_message, stats.timeouts_write) == (1, 1, 1)
+    for _ in range(int(LINGER) + 2):
+        registry.time += 1
+        active.sends(b"one\n")
+        registry.sweep()
+    assert registry.connections == {active}
+    assert (idle.ended, begun.ended) == (["finish", "abort"], ["finish", "abort"])
+    assert registry.stats.timeouts_idle == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert sorted(line for line in said if "unix client closed: " in line) == [
+        "unix client closed: a message was begun and not finished in 60 s",
+        "unix client closed: it read nothing of what it was sent for 60 s",
+        "unix client closed: nothing received for 60 s",
+    ]
+
+
+def test_a_sweep_is_often_enough_for_the_shortest_limit() -> None:
+    assert Registry(ServerConfig()).sweep_interval == 1
+    assert Registry(ServerConfig(timeout_write=0.5)).sweep_interval <= 0.05
+
+
+def test_the_counters_are_those_of_the_open_and_the_gone_together() -> None:
+    registry = Clocked(ServerConfig(mode="stream", limit_message_size=20))
+    whole, begun, long, open = (Client(registry) for _ in range(4))
+    whole.sends(b"one\ntwo\n")
+    begun.sends(b"three\nbegun")
+    long.sends(b"x" * 30)
+    open.sends(b"four\nfive")
+    before = registry.stats
+    assert before == Stats(accepted=4, active=4, messages=4, bytes_in=58, bytes_out=19)
+    for each in (whole, begun, long):
+        registry.remove(each)
+        registry.remove(each)  # the second time is none
+    assert registry.stats == Stats(accepted=4, active=1, messages=4, bytes_in=58, bytes_out=19, lost=1, too_long=1)
+    registry.remove(open)
+    assert registry.stats == Stats(accepted=4, active=0, messages=4, bytes_in=58, bytes_out=19, lost=2, too_long=1)
+
+
+def test_a_snapshot_does_not_change_later() -> None:
+    registry = Clocked(ServerConfig())
+    Client(registry).sends(b"one\n")
+    before = registry.stats
+    registry.abort()
+    assert before.active == 1
+    assert registry.stats.active == 0
+
+
+def test_the_counters_of_two_servers_can_be_added_up_and_shown() -> None:
+    both = Stats(accepted=2, messages=3, bytes_in=10) + Stats(accepted=1, active=1, bytes_in=5)
+    assert both == Stats(accepted=3, active=1, messages=3, bytes_in=15)
+    assert str(both).startswith("accepted=3 active=1 refused=0 messages=3 bytes_in=15 ")
+
+
+def test_the_last_connection_to_end_says_so_once() -> None:
+    registry = Clocked(ServerConfig())
+    calls: list[int] = []
+    registry.on_empty = lambda: calls.append(len(registry.connections))
+    first, second = Client(registry), Client(registry)
+    registry.remove(first)
+    assert calls == []
+    registry.remove(second)
+    registry.remove(second)
+    assert calls == [0]
+
+
+def test_clients_over_the_limit_are_all_counted_and_logged_once_a_second(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seconds = 1000.0
+    monkeypatch.setattr("echo_async.logs.time", SimpleNamespace(monotonic=lambda: seconds))
+    registry = Clocked(ServerConfig(limit_connections=2))
+    assert not registry.refuse()
+    first = Client(registry)
+    assert not registry.refuse()
+    Client(registry)
+    for _ in range(1000):  # over 10 seconds
+        assert registry.refuse()
+        seconds += 0.01
+    assert registry.stats.refused == 1000
+    assert caplog.messages[0] == "refused a client: 2 are connected, the limit"
+    assert 9 <= len(caplog.messages) - 1 <= 10
+    assert all(
+        re.fullmatch(r"refused a client: 2 are connected, the limit \(1\d\d times since the last such line\)", line)
+        for line in caplog.messages[1:]
+    )
+    registry.remove(first)
+    assert not registry.refuse()
+    assert registry.stats.refused == 1000
+
+
+def test_without_a_limit_there_is_room_for_what_the_descriptors_allow() -> None:
+    assert 1 <= Registry(ServerConfig()).limit <= 2**31
+    assert Registry(ServerConfig(limit_connections=7)).limit == 7

@@ -1,0 +1,191 @@
+"""What the log shows: whatever a client sends, one line without anything that drives a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+from collections.abc import Iterator
+from datetime import datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echo_async import ServerConfig
+from echo_async.engines.registry import Registry
+from echo_async.logs import LogFormat, access_log, configure, escape, excerpt, log
+
+ESCAPED = [
+    ("\0", r"\x00"),
+    ("\t", r"\t"),
+    ("\n", r"\n"),
+    ("\r", r"\r"),
+    ("\x1b[2J", r"\x1b[2J"),
+    ("\x7f", r"\x7f"),
+    ("\x85", r"\x85"),  # C1: next line
+    ("\x9b31m", r"\x9b31m"),  # C1: what ESC [ is in one character
+    ("\u2028", r"\u2028"),
+    ("\u202e", r"\u202e"),  # from here on right to left
+    ("\u2066", r"\u2066"),
+    ("\ufeff", r"\ufeff"),
+    ("\ud800", r"\ud800"),
+    ("\udcff", r"\udcff"),
+    ("\U000e0001", r"\U000e0001"),
+    ("\\", r"\\"),
+    (r"\x1b", r"\\x1b"),  # what looks escaped has not been
+]
+
+
+@pytest.mark.parametrize(("text", "shown"), ESCAPED, ids=ascii)
+def test_what_drives_a_terminal_or_forges_a_line_is_escaped(text: str, shown: str) -> None:
+    assert escape(text) == shown
+    assert escape(f"before {text} after") == f"before {shown} after"
+
+
+@pytest.mark.parametrize("text", ["", "Hola Server!", "ñandú €", "😀", "日本語", "'\"%s {} $(x)"])
+def test_readable_text_is_shown_as_it_is(text: str) -> None:
+    assert escape(text) == text
+    assert excerpt(text.encode()) == text
+
+
+def test_the_joiners_of_emoji_and_scripts_stay() -> None:
+    family = "👩\u200d👧"
+    assert escape(family) == family
+    assert excerpt(family.encode()) == family
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        (b"Hola Server!\n", "Hola Server!"),
+        (b"\n", ""),
+        (b"\r\n", r"\r"),
+        (b"one\ntwo\n", r"one\ntwo"),
+        (b"\xff\xfe\n", r"\xff\xfe"),
+        (b"\xc0\x80", r"\xc0\x80"),
+        (b"\xed\xa0\x80", r"\xed\xa0\x80"),
+        ("ñ".encode()[:1] + b"\n", r"\xc3"),
+        ("\u202e\x1b[2J".encode(), r"\u202e\x1b[2J"),
+        (b"\\n\n", r"\\n"),
+    ],
+)
+def test_a_message_is_shown_without_its_newline_and_escaped(message: bytes, shown: str) -> None:
+    assert excerpt(message) == shown
+
+
+@pytest.mark.parametrize("character", ["x", "ñ", "€", "😀"])
+def test_a_message_is_cut_at_80_characters(character: str) -> None:
+    assert excerpt((character * 80 + "\n").encode()) == character * 80
+    assert excerpt((character * 81 + "\n").encode()) == character * 80 + "..."
+    assert excerpt((character * 10_000).encode()) == character * 80 + "..."
+
+
+@pytest.mark.parametrize("pad", range(74, 81))
+def test_no_escape_is_cut_in_two(pad: int) -> None:
+    shown = excerpt(b"x" * pad + b"\x1b" + b"x" * 80)
+    kept = shown.removesuffix("...")
+    assert kept.rstrip("x") in ("", "x" * pad + r"\x1b")
+    assert len(shown) <= 83
+
+
+ANY_TEXT = st.text(st.characters(codec=None))  # lone surrogates as well
+
+
+def is_one_harmless_line(text: str) -> bool:
+    return text.replace("\u200c", "").replace("\u200d", "").isprintable() and len(text.splitlines()) <= 1
+
+
+@given(ANY_TEXT)
+def test_escaped_text_is_always_one_harmless_line(text: str) -> None:
+    assert is_one_harmless_line(escape(text))
+
+
+@given(ANY_TEXT)
+def test_escaped_text_still_tells_what_it_was(text: str) -> None:
+    escape_sequence = re.compile(r"\\(?:\\|[abfnrtv]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
+    restored = escape_sequence.sub(lambda found: found[0].encode("ascii").decode("unicode_escape"), escape(text))
+    assert restored == text
+
+
+@given(st.binary(max_size=500) | ANY_TEXT.map(lambda text: text.encode("utf-8", "surrogatepass") * 9))
+def test_an_excerpt_is_always_short_and_one_harmless_line(message: bytes) -> None:
+    shown = excerpt(message)
+    assert is_one_harmless_line(shown)
+    assert len(shown) <= 83
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before() -> Iterator[None]:
+    package = logging.getLogger("echo_async")
+    handlers, level, propagate, raising = package.handlers, package.level, package.propagate, logging.raiseExceptions
+    yield
+    package.handlers, package.propagate, logging.raiseExceptions = handlers, propagate, raising
+    package.setLevel(level)
+
+
+Captured = pytest.CaptureFixture[str]
+
+
+def log_a_message(format: LogFormat, message: bytes) -> None:
+    configure("info", format)
+    Registry(ServerConfig()).access_info("%s %d bytes: %s", "127.0.0.1:40000", message)
+
+
+def test_a_text_line_has_time_level_client_size_and_text(capsys: Captured) -> None:
+    log_a_message("text", "¡Hola %s {}!\n".encode())
+    line = capsys.readouterr().err
+    assert line.endswith(" INFO 127.0.0.1:40000 14 bytes: ¡Hola %s {}!\n")
+    assert datetime.fromisoformat(line[: line.index(" INFO")])
+
+
+def test_a_json_line_is_one_object_with_the_facts_of_the_event(capsys: Captured) -> None:
+    log_a_message("json", "¡Hola\x1b!\n".encode())
+    (line,) = capsys.readouterr().err.splitlines()
+    entry = json.loads(line)
+    assert datetime.fromisoformat(entry.pop("time")).utcoffset() is not None
+    assert entry == {
+        "level": "info",
+        "logger": "echo_async.access",
+        "message": r"127.0.0.1:40000 9 bytes: ¡Hola\x1b!",
+        "client": "127.0.0.1:40000",
+        "bytes": 9,
+        "text": r"¡Hola\x1b!",
+    }
+
+
+def test_a_json_line_holds_an_exception_too(capsys: Captured) -> None:
+    configure("info", "json")
+    try:
+        raise ValueError("the reason")
+    except ValueError:
+        log.exception("it failed")
+    (line,) = capsys.readouterr().err.splitlines()
+    entry = json.loads(line)
+    assert (entry["level"], entry["message"]) == ("error", "it failed")
+    assert "ValueError: the reason" in entry["exception"]
+
+
+def test_what_is_below_the_level_is_not_shown(capsys: Captured) -> None:
+    configure("warning", "text")
+    access_log.info("no")
+    log.warning("yes")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(" WARNING yes")
+
+
+def test_configuring_twice_does_not_show_a_line_twice(capsys: Captured) -> None:
+    log_a_message("text", b"first\n")
+    log_a_message("text", b"second\n")
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    closed = io.StringIO()
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stderr", closed)
+        configure("info", "text")
+    closed.close()
+    log.info("nobody reads this")
+    assert capsys.readouterr() == ("", "")

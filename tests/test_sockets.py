@@ -1,0 +1,351 @@
+"""Listening sockets: what can be bound is, what cannot is one error that names it, and nothing is left open."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from support import PATIENCE, receive_all, run
+
+import echo_async
+from echo_async import ServerConfig, StartError
+from echo_async.server.sockets import Address, AddressInfo, address_of, bind, numeric, resolve
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
+
+
+@pytest.fixture(autouse=True)
+def _no_descriptor_is_left_open() -> Iterator[None]:
+    before = sorted(os.listdir("/proc/self/fd"))
+    yield
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@contextmanager
+def bound(**options: Any) -> Iterator[list[socket.socket]]:
+    """The listening sockets for these options; the port is any free one."""
+    config = ServerConfig(**{"port": 0, **options})
+    infos: Any = [] if config.uds else numeric(config) or resolve(config)
+    with ExitStack() as opened:
+        sockets = bind(config, infos)
+        for each in sockets:
+            opened.enter_context(each)
+        yield sockets
+        if config.uds and os.path.exists(config.uds):
+            os.unlink(config.uds)
+
+
+def is_reachable(address: Address) -> bool:
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    with socket.socket(family) as client:
+        try:
+            client.connect(address)
+        except OSError:
+            return False
+        return True
+
+
+def refusal(**options: Any) -> str:
+    """What is said where nothing can be bound."""
+    with pytest.raises(StartError) as refused, bound(**options):
+        pass
+    text = str(refused.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_free_port_is_found_and_reported() -> None:
+    with bound() as [listener]:
+        host, port = cast(tuple[str, int], address_of(listener))
+        assert host == "127.0.0.1"
+        assert port != 0
+        assert is_reachable((host, port))
+
+
+def test_a_given_port_is_used() -> None:
+    with bound() as [first]:
+        port = first.getsockname()[1]
+    with bound(port=port) as [second]:
+        assert address_of(second) == ("127.0.0.1", port)
+
+
+def test_a_listening_socket_never_blocks_and_is_not_inherited() -> None:
+    with bound() as [listener]:
+        assert not listener.getblocking()
+        assert not listener.get_inheritable()
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+def test_several_addresses_get_the_port_that_the_first_was_given() -> None:
+    infos: list[AddressInfo] = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{number}", 0)) for number in (1, 2, 3)
+    ]
+    with ExitStack() as opened:
+        sockets = [opened.enter_context(each) for each in bind(ServerConfig(port=0), infos)]
+        addresses = [cast(tuple[str, int], address_of(each)) for each in sockets]
+        assert [host for host, _ in addresses] == ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
+        assert len({port for _, port in addresses}) == 1
+        assert all(is_reachable(address) for address in addresses)
+
+
+def test_an_address_that_the_resolver_gives_twice_is_bound_once() -> None:
+    info: AddressInfo = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
+    (listener,) = bind(ServerConfig(port=0), [info, info])
+    listener.close()
+
+
+@needs_ipv6
+def test_an_ipv6_address_is_bound() -> None:
+    with bound(host="::1") as [listener]:
+        host, port = cast(tuple[str, int], address_of(listener))
+        assert host == "::1"
+        assert is_reachable((host, port))
+
+
+@needs_ipv6
+def test_all_ipv6_addresses_leave_the_same_ipv4_port_to_others() -> None:
+    with bound(host="::") as [six]:
+        port = six.getsockname()[1]
+        with bound(host="0.0.0.0", port=port) as [four]:
+            assert address_of(four) == ("0.0.0.0", port)
+
+
+@needs_ipv6
+def test_an_ipv6_address_with_a_zone_is_bound_as_any_other() -> None:
+    assert "fe80::1" in refusal(host="fe80::1%lo")  # the loopback interface has no such address
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+def test_an_address_needs_no_resolver(host: str) -> None:
+    infos = numeric(ServerConfig(host=host, port=0))
+    assert infos is not None
+    assert [info[4][0] for info in infos] == [host]
+
+
+def test_a_name_does() -> None:
+    assert numeric(ServerConfig(host="localhost")) is None
+    assert {info[4][0] for info in resolve(ServerConfig(host="localhost"))} <= {"127.0.0.1", "::1"}
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "no-such-host.invalid",
+        "127.0.0.256",
+        "[::1]",
+        "127.0.0.1:80",
+        "a name",
+        ".",
+        "a..b",
+        "x" * 64,
+        "x" * 300,
+        "\udcff",
+    ],
+    ids=ascii,
+)
+def test_a_host_that_does_not_exist_is_one_error_that_names_it(host: str) -> None:
+    text = refusal(host=host)
+    assert text.startswith(f"cannot listen on host {host!r}: ")
+    assert "give a name or an address of this machine" in text
+
+
+def test_a_host_that_does_not_exist_stops_a_server_too() -> None:
+    async def start() -> None:
+        await echo_async.serve(host="x" * 64, port=0)
+
+    with pytest.raises(StartError, match="cannot listen on host 'xxx"):
+        run(start)
+
+
+def test_an_address_in_use_is_one_error_that_names_it() -> None:
+    with bound() as [listener]:
+        port = listener.getsockname()[1]
+        text = refusal(port=port)
+    assert text.startswith(f"cannot listen on 127.0.0.1:{port}: address already in use; ")
+    assert "port 0 finds a free one" in text
+
+
+def test_where_one_of_several_addresses_is_in_use_none_is_bound() -> None:
+    with bound(host="127.0.0.2") as [taken]:
+        port = taken.getsockname()[1]
+        infos: list[AddressInfo] = [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.1", "127.0.0.2")
+        ]
+        with pytest.raises(StartError, match=rf"127\.0\.0\.2:{port}: address already in use"):
+            bind(ServerConfig(port=port), infos)
+        assert not is_reachable(("127.0.0.1", port))
+
+
+def test_an_address_that_is_taken_between_bind_and_listen_is_in_use_as_well() -> None:
+    # Two sockets may be bound to one port until one of them listens: protocol 6 and 0 are both TCP.
+    infos: list[AddressInfo] = [
+        (socket.AF_INET, socket.SOCK_STREAM, protocol, "", ("127.0.0.1", 0)) for protocol in (6, 0)
+    ]
+    with pytest.raises(StartError, match=r"127\.0\.0\.1:\d+: address already in use"):
+        bind(ServerConfig(port=0), infos)
+
+
+def test_a_port_whose_last_connections_are_still_closing_can_be_bound_again() -> None:
+    with bound() as [listener]:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+            listener.setblocking(True)
+            accepted, _ = listener.accept()
+            accepted.close()  # first: it is the server's port that has to wait
+            assert receive_all(client) == b""
+    with bound(port=port) as [again]:
+        assert is_reachable(again.getsockname())
+
+
+def test_an_address_of_another_machine_is_one_error_that_names_it() -> None:
+    text = refusal(host="192.0.2.1")  # kept free for documentation
+    assert text.startswith("cannot listen on 192.0.2.1:0: cannot assign requested address; ")
+    assert "an address of this machine" in text
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As a user without special rights, where the tests run as root."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def first_unprivileged_port() -> int:
+    return int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
+
+
+@pytest.mark.skipif(first_unprivileged_port() < 2, reason="this machine lets everyone bind every port")
+def test_a_port_that_needs_special_rights_is_one_error_that_says_so() -> None:
+    with unprivileged():
+        text = refusal(port=1)
+    assert text.startswith("cannot listen on 127.0.0.1:1: permission denied; take a port from 1024 up")
+
+
+def path_in(directory: Path) -> str:
+    return str(directory / "echo.sock")
+
+
+def test_a_unix_socket_is_bound(tmp_path: Path) -> None:
+    path = path_in(tmp_path)
+    with bound(uds=path) as [listener]:
+        assert address_of(listener) == path
+        assert stat.S_ISSOCK(os.stat(path).st_mode)
+        assert is_reachable(path)
+
+
+def test_a_unix_socket_that_a_killed_server_left_behind_is_replaced(tmp_path: Path) -> None:
+    path = path_in(tmp_path)
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(path)
+        killed.listen()
+    assert not is_reachable(path)
+    with bound(uds=path):
+        assert is_reachable(path)
+
+
+def test_a_unix_socket_of_a_running_server_stays_with_it(tmp_path: Path) -> None:
+    path = path_in(tmp_path)
+    with bound(uds=path):
+        assert refusal(uds=path).startswith(f"cannot listen on {path}: address already in use")
+        assert is_reachable(path)
+
+
+def test_a_unix_socket_of_a_server_whose_queue_is_full_stays_with_it(tmp_path: Path) -> None:
+    path = path_in(tmp_path)
+    with bound(uds=path, backlog=1), ExitStack() as clients:
+        for _ in range(10):
+            client = clients.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            try:
+                client.connect(path)
+            except BlockingIOError:
+                break
+        else:
+            pytest.fail("the queue was never full")
+        assert "address already in use" in refusal(uds=path)
+        assert os.path.exists(path)
+
+
+def test_a_file_at_the_path_is_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    path.write_text("dear diary")
+    assert refusal(uds=str(path)).startswith(f"cannot listen on {path}: ")
+    assert path.read_text() == "dear diary"
+
+
+def test_a_directory_at_the_path_is_not_removed(tmp_path: Path) -> None:
+    assert refusal(uds=str(tmp_path)).startswith(f"cannot listen on {tmp_path}: ")
+    assert tmp_path.is_dir()
+
+
+def test_a_unix_socket_of_another_kind_at_the_path_is_not_removed(tmp_path: Path) -> None:
+    path = path_in(tmp_path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
+        datagrams.bind(path)
+        refusal(uds=path)
+        assert os.path.exists(path)
+
+
+def test_a_path_without_its_directory_is_one_error_that_names_it(tmp_path: Path) -> None:
+    path = str(tmp_path / "missing" / "echo.sock")
+    assert refusal(uds=path).startswith(f"cannot listen on {path}: no such file or directory")
+
+
+def test_a_path_that_is_too_long_is_one_error_that_names_it(tmp_path: Path) -> None:
+    path = str(tmp_path / ("x" * 200))
+    assert refusal(uds=path) == f"cannot listen on {path}: af_unix path too long"
+
+
+def test_a_path_that_may_not_be_written_is_one_error_that_speaks_of_no_port() -> None:
+    with unprivileged():
+        text = refusal(uds="/echo-async-test.sock")
+    assert text.startswith("cannot listen on /echo-async-test.sock: permission denied")
+    assert "port" not in text
+
+
+def test_a_unix_socket_needs_no_file() -> None:
+    name = f"\0echo-async-test-{os.getpid()}"  # in Linux' abstract namespace
+    with bound(uds=name) as [listener], socket.socket(socket.AF_UNIX) as client:
+        client.connect(name)
+        listener.setblocking(True)
+        accepted, _ = listener.accept()
+        accepted.close()
+
+
+def test_a_path_with_a_nul_in_it_is_an_error_of_the_package(tmp_path: Path) -> None:
+    with pytest.raises(echo_async.EchoError, match=r"uds|cannot listen on"), bound(uds=f"{tmp_path}/a\0b"):
+        pass
+
+
+def test_sockets_that_are_listening_already_are_served_as_they_are() -> None:
+    async def serve(listener: socket.socket) -> None:
+        server = await echo_async.EchoServer.start(ServerConfig(port=0), [listener])
+        assert server.address == ("127.0.0.1", listener.getsockname()[1])
+        server.close()
+        await server.wait_closed()
+
+    with bound() as [listener], closing(listener):
+        run(lambda: serve(listener))
+        assert listener.fileno() == -1
