@@ -4,34 +4,42 @@ Layout, in reading order:
 
 ``conversation``  the wire rules, without IO: what the bytes mean
 ``engines``       how they are carried: streams, protocol, threads
-``server``        who looks after it: the server object, its sockets, the command
+``server``        who looks after it: the server object, its sockets, workers, the command
 ``client``        the other side: connect, echo, the command
 ``sync``          the same names for threads, without an event loop
 ``config``        every option and its default
 ``errors``        everything that goes wrong, as one tree
-``stats`` ``logs`` ``loops`` ``opening``   counters, log lines, event loops, ``await`` and ``async with``
+``stats`` ``logs`` ``loops`` ``opening`` ``commandline``   counters, log lines, event loops, and other small things
 
 The library installs no signal handler, sets no event loop policy, configures no logging (logger
-``echo_async``), and prints nothing.
+``echo_async``), and prints nothing. ``import echo_async`` costs nothing: a name brings its module when
+it is first used (:pep:`562`).
 """
 
-from .client import EchoClient, connect, echo
-from .config import ServerConfig
-from .engines.streams import handle_echo
-from .errors import (
-    ConfigError,
-    ConnectError,
-    ConnectTimeout,
-    EchoError,
-    MessageError,
-    ReplyDifferent,
-    ReplyError,
-    ReplyLate,
-    ReplyLost,
-    StartError,
-)
-from .server import EchoServer, serve
-from .stats import Stats
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from . import sync
+    from .client import EchoClient, connect, echo
+    from .config import ServerConfig
+    from .engines.streams import handle_echo
+    from .errors import (
+        ConfigError,
+        ConnectError,
+        ConnectTimeout,
+        EchoError,
+        MessageError,
+        ReplyDifferent,
+        ReplyError,
+        ReplyLate,
+        ReplyLost,
+        StartError,
+    )
+    from .server import EchoServer, serve
+    from .stats import Stats
+
+__version__ = "0.1.0"
 
 __all__ = [
     "ConfigError",
@@ -52,4 +60,30 @@ __all__ = [
     "echo",
     "handle_echo",
     "serve",
+    "sync",
 ]
+
+_HOMES = {
+    "EchoClient": ".client",
+    "EchoServer": ".server",
+    "ServerConfig": ".config",
+    "Stats": ".stats",
+    "connect": ".client",
+    "echo": ".client",
+    "handle_echo": ".engines.streams",
+    "serve": ".server",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "sync":
+        return import_module(".sync", __name__)
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES.get(name, ".errors"), __name__), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

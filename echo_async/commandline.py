@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import click
 
+from . import __version__
 from .errors import ConfigError
 
 __all__ = ["BAD_OPTION", "CONTEXT", "Seconds", "complain", "drop_output", "run_command", "version_option"]
@@ -43,7 +44,7 @@ class Seconds(click.ParamType[float]):
 
 
 def version_option() -> Callable[[Any], Any]:
-    return click.version_option(package_name="echo-async", prog_name="echo-async")
+    return click.version_option(__version__, prog_name="echo-async")
 
 
 def run_command(command: click.Command, argv: Sequence[str] | None) -> int:

@@ -138,6 +138,16 @@ BYTES = [b"\xff\xfe\xc0\x80\xed\xa0\x80\xf0\x9f\n", b"nul \0 and\rreturn\r\n", b
 MESSAGES = [*EDGES, *(text.encode() for text in TEXTS), *BYTES]
 
 
+def test_a_client_of_the_first_kind_gets_its_reply(start: Start) -> None:
+    """As the course's client did it: one message, then 20 bytes at a time until the newline."""
+    with start() as server, connect(server) as client:
+        client.sendall("¡Hola Server! Esto es más largo que veinte bytes.\n".encode())
+        reply = bytearray()
+        while not reply.endswith(b"\n"):
+            reply += client.recv(20)
+        assert reply.decode() == "¡Hola Server! Esto es más largo que veinte bytes.\n"
+
+
 def test_one_message_comes_back_byte_for_byte_and_the_server_closes(start: Start) -> None:
     with start() as server:
         for message in MESSAGES:

@@ -30,8 +30,8 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def imported() -> set[str]:
-    """The modules that are there after ``import echo_async`` and were not after ``import asyncio``."""
-    code = "import asyncio, sys; before = set(sys.modules); import echo_async; print(*set(sys.modules) - before)"
+    """The modules that are there once every public name is, and were not after ``import asyncio``."""
+    code = "import asyncio, sys; before = set(sys.modules); from echo_async import *; print(*set(sys.modules) - before)"
     done = python("-c", code)
     assert done.stderr == ""
     return set(done.stdout.split())
@@ -74,8 +74,17 @@ def test_the_documented_names_are_exported() -> None:
 
 def test_what_is_imported_into_the_package_is_exported() -> None:
     tree = ast.parse((ROOT / "__init__.py").read_text())
-    names = {each.asname or each.name for node in tree.body if isinstance(node, ast.ImportFrom) for each in node.names}
+    [typed] = [node for node in tree.body if isinstance(node, ast.If)]
+    names = {each.name for node in typed.body if isinstance(node, ast.ImportFrom) for each in node.names}
     assert names == set(echo_async.__all__)
+
+
+def test_importing_the_package_alone_brings_no_other_module_of_it() -> None:
+    done = python("-c", "import sys, echo_async; print(*(name for name in sys.modules if 'echo_async' in name))")
+    assert (done.stdout, done.stderr) == ("echo_async\n", "")
+    assert set(echo_async.__all__) <= set(dir(echo_async))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        echo_async.nonsense  # noqa: B018
 
 
 def test_every_error_is_exported_and_in_one_tree() -> None:

@@ -145,12 +145,7 @@ class Connection:
         """Say how it ended, where that is worth a line."""
         said = self.conversation
         if said.too_long:
-            log.warning(
-                "%s closed: its message is over the limit of %d bytes (%d received)",
-                self.peer,
-                said.limit,
-                said.unfinished,
-            )
+            log.warning("%s closed: its message is over the limit of %d bytes", self.peer, said.limit)
         elif said.unfinished:
             log.warning("%s lost in mid-message, after %d bytes without a newline", self.peer, said.unfinished)
         if log.isEnabledFor(logging.DEBUG):

@@ -23,9 +23,10 @@ DISCARD = 64 * 1024  # bytes asked for at each read whose input is discarded
 class ThreadConnection(Connection):
     """One client of the ``threads`` engine.
 
-    ``_busy`` is held while a chunk is answered, so that whoever stops the server never ends the sending
-    side in the middle of a reply. Nobody waits for it but the thread itself: who finds it taken leaves a
-    mark, and the thread looks for marks when it has let go.
+    ``_busy`` is held from before a chunk leaves the kernel until it is answered. So whoever stops the server
+    sees all that was received and not answered, and never ends the sending side in the middle of a reply.
+    Nobody waits for it but the thread itself: who finds it taken leaves a mark, and the thread looks for
+    marks when it has let go.
     """
 
     __slots__ = ("_busy", "_finishing", "_marked", "_shut", "_socket", "_unsent")
@@ -56,16 +57,21 @@ class ThreadConnection(Connection):
     def _echo(self) -> None:
         """Read a chunk, answer what it completed; until the client ends its side. Then close."""
         conversation, receive, size = self.conversation, self._socket.recv, self.registry.config.chunk_size
-        answer, busy = self._answer_and_log if self.registry.log_chunks else self.conversation.receive, self._busy
-        while chunk := receive(size):
-            with busy:
+        answer = self._answer_and_log if self.registry.log_chunks else conversation.receive
+        while not conversation.finished:
+            chunk = None
+            with self._busy, contextlib.suppress(BlockingIOError):
+                chunk = receive(size, socket.MSG_DONTWAIT)
+                if not chunk:
+                    return conversation.receive_eof()
                 if reply := answer(chunk):
                     self._send(reply)
-            if conversation.finished or self._marked:
+            if self._marked or conversation.finished:
                 self._heed()
-                if conversation.finished:
-                    size = DISCARD
-        conversation.receive_eof()
+            if chunk is None:
+                receive(1, socket.MSG_PEEK)  # wait
+        while chunk := receive(DISCARD):
+            conversation.receive(chunk)
 
     def _answer_and_log(self, chunk: bytes) -> bytes:
         self.log_chunk(chunk)

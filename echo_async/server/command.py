@@ -168,8 +168,10 @@ async def _serve_until_signalled(start: Callable[[], Awaitable[EchoServer | Work
     server = await start()
     stop.started(server)
     await server.wait_closed()
+    for number in SIGNALS:  # only the end of the process is left: nothing is to kill it any more
+        asyncio.get_running_loop().remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
     log.info("stopped: %s", server.stats)
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # only the end of the process is left: it is not to be killed
     return 0
 
 

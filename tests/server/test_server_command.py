@@ -11,13 +11,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from time import monotonic
 
 import pytest
 from support import LOOPS, PATIENCE, receive_all, server_process
 
+import echo_async
 from echo_async.server.command import main
 
 SERVER = (sys.executable, "-m", "echo_async.server")
@@ -672,7 +672,7 @@ def test_the_help_shows_every_option_its_default_and_its_variable() -> None:
 def test_the_version_is_that_of_the_package() -> None:
     done = run_server("--version")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"echo-async, version {metadata.version('echo-async')}\n"
+    assert done.stdout == f"echo-async, version {echo_async.__version__}\n"
 
 
 @pytest.mark.parametrize("help", ["-h", "--help"])
