@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypedDict, get_args
 
 from .errors import ConfigError
@@ -32,6 +32,7 @@ class ServerOptions(TypedDict, total=False):
     host: str
     port: int
     uds: str | None
+    fd: int | None
     mode: Mode
     chunk_size: int
     engine: EngineName
@@ -42,6 +43,10 @@ class ServerOptions(TypedDict, total=False):
     timeout_message: float
     timeout_write: float
     timeout_graceful_shutdown: float
+    ssl_certfile: str | None
+    ssl_keyfile: str | None
+    ssl_keyfile_password: str | None
+    ssl_ca_certs: str | None
     no_access_log: bool
 
 
@@ -54,6 +59,8 @@ class ServerConfig:
     """0: any free port."""
     uds: str | None = None
     """The path of a Unix socket, instead of ``host`` and ``port``."""
+    fd: int | None = None
+    """The descriptor of a listening socket that was handed over, instead of any address. The server closes it."""
     mode: Mode = "message"
     chunk_size: int = 20
     """Bytes asked for at each read. 20 is what the project started with."""
@@ -72,6 +79,13 @@ class ServerConfig:
     """A client that does not read what it is sent."""
     timeout_graceful_shutdown: float = 10.0
     """What clients get to finish at a stop."""
+    ssl_certfile: str | None = None
+    """The path of a certificate and its chain, in PEM: then clients have to use TLS, 1.2 or newer."""
+    ssl_keyfile: str | None = None
+    """The path of its key; None if the key is in the file of the certificate."""
+    ssl_keyfile_password: str | None = field(default=None, repr=False)
+    ssl_ca_certs: str | None = None
+    """The path of CA certificates: then a client has to show a certificate that one of them signed."""
     no_access_log: bool = False
     """No log line for each message."""
 
@@ -86,6 +100,14 @@ class ServerConfig:
             _whole("limit_connections", self.limit_connections, 1, 2**31 - 1)
         for name in ("timeout_idle", "timeout_message", "timeout_write", "timeout_graceful_shutdown"):
             check_seconds(name, getattr(self, name))
+        if self.fd is not None:
+            _whole("fd", self.fd, 0, 2**31 - 1)
+            if self.uds is not None:
+                raise ConfigError("fd and uds are two places to listen: give one of them")
+        if self.ssl_certfile is None:
+            for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name} makes no sense without ssl_certfile: give the server's certificate too")
         if not self.host:
             raise ConfigError("host is empty: give a name or an address (0.0.0.0 or :: for all of the machine's)")
         if self.uds is not None and (not self.uds or "\0" in self.uds[1:]):

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Literal
 
 from .errors import StartError
+from .logs import Seldom, log
 
-__all__ = ["LoopName", "loop_factory"]
+__all__ = ["LoopName", "loop_factory", "report_in_one_line"]
 
 LoopName = Literal["auto", "asyncio", "uvloop"]
 
@@ -33,3 +34,13 @@ def loop_factory(name: LoopName = "auto") -> Callable[[], asyncio.AbstractEventL
             f"cannot use --loop uvloop: {error}; install it (pip install 'echo-async[uvloop]') or take --loop auto"
         ) from error
     return uvloop.new_event_loop
+
+
+def report_in_one_line(loop: asyncio.AbstractEventLoop) -> None:
+    """Log what goes wrong inside ``loop`` as one line, and at most one a second.
+
+    By itself asyncio logs a traceback each time; for want of descriptors that is one for every place in the
+    backlog, every second.
+    """
+    say = Seldom(log.error, "%s: %r")
+    loop.set_exception_handler(lambda _, context: say(context["message"], context.get("exception")))

@@ -17,6 +17,10 @@ class Stats:
     """Those of them that are open now."""
     refused: int = 0
     """Connections closed at once, because ``limit_connections`` were open."""
+    tls_failures: int = 0
+    """Connections that failed in the TLS handshake."""
+    timeouts_handshake: int = 0
+    """Connections closed because the TLS handshake took too long."""
     messages: int = 0
     """Complete messages that were answered (none in ``raw`` mode)."""
     bytes_in: int = 0

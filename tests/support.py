@@ -13,6 +13,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import echo_async
+from echo_async.config import EngineName, ServerOptions
 from echo_async.loops import LoopName, loop_factory
 
 T = TypeVar("T")
@@ -25,6 +27,68 @@ def run(main: Callable[[], Coroutine[Any, Any, T]], loop: LoopName = "asyncio") 
     """Run ``main()`` in a new event loop of that name, with asyncio's debug checks."""
     with asyncio.Runner(loop_factory=loop_factory(loop), debug=True) as runner:
         return runner.run(main())
+
+
+def engines() -> list[tuple[EngineName, LoopName]]:
+    """Every engine, on every loop that it runs on."""
+    asyncio_engines: tuple[EngineName, ...] = ("streams", "protocol")
+    return [*((engine, loop) for engine in asyncio_engines for loop in LOOPS), ("threads", "asyncio")]
+
+
+class Hosted:
+    """A server in an event loop of its own, in a thread of its own."""
+
+    def __init__(self, loop: LoopName, options: ServerOptions) -> None:
+        self._runner = asyncio.Runner(loop_factory=loop_factory(loop))
+        self._options = options
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.problems: list[str] = []
+
+    def _run(self) -> None:
+        with self._runner as runner:
+            runner.get_loop().set_exception_handler(lambda _, context: self.problems.append(str(context)))
+            try:
+                runner.run(self._serve())
+            finally:
+                self._started.set()
+
+    async def _serve(self) -> None:
+        async with echo_async.serve(**self._options) as self.server:
+            self._started.set()
+            await self.server.wait_closed()
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "the server left a task behind"
+
+    def __enter__(self) -> echo_async.EchoServer:
+        self._thread.start()
+        self._started.wait(PATIENCE)
+        return self.server
+
+    def __exit__(self, *exception: object) -> None:
+        self.server.close()
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+        assert not self.problems
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what the server does in its own time."""
+    pause = threading.Event()
+    for _ in range(int(PATIENCE / 0.005)):
+        if condition():
+            return
+        pause.wait(0.005)
+    raise AssertionError("it did not happen")
+
+
+def receive_line(client: socket.socket, size: int = 0) -> bytes:
+    """What comes until a newline that ends at least ``size`` bytes."""
+    line = b""
+    while len(line) < size or not line.endswith(b"\n"):
+        data = client.recv(65536)
+        assert data, f"closed after {line!r}"
+        line += data
+    return line
 
 
 def receive_all(client: socket.socket) -> bytes:

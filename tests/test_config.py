@@ -17,6 +17,7 @@ DEFAULTS = {
     "host": "127.0.0.1",
     "port": 5500,
     "uds": None,
+    "fd": None,
     "mode": "message",
     "chunk_size": 20,
     "engine": "streams",
@@ -27,6 +28,10 @@ DEFAULTS = {
     "timeout_message": 60,
     "timeout_write": 30,
     "timeout_graceful_shutdown": 10,
+    "ssl_certfile": None,
+    "ssl_keyfile": None,
+    "ssl_keyfile_password": None,
+    "ssl_ca_certs": None,
     "no_access_log": False,
 }
 

@@ -1,6 +1,6 @@
 """One suite for all engines: what the interface promises on the wire, over real sockets.
 
-A new engine joins by its line in ``ENGINES``. Clients are blocking sockets in the test's own thread;
+A new engine joins by its line in ``support.engines``. Clients are blocking sockets in the test's own thread;
 the server runs in an event loop in another, so nothing here depends on how an engine works inside.
 """
 
@@ -20,58 +20,16 @@ from typing import Unpack
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import LOOPS, PATIENCE, receive_all
+from support import PATIENCE, Hosted, engines, receive_all, receive_line, until
 
 import echo_async
-from echo_async.config import EngineName, Mode, ServerOptions
-from echo_async.loops import LoopName, loop_factory
-
-ENGINES: tuple[tuple[EngineName, LoopName], ...] = (
-    *(("streams", loop) for loop in LOOPS),
-    *(("protocol", loop) for loop in LOOPS),
-    ("threads", "asyncio"),
-)
+from echo_async.config import Mode, ServerOptions
+from echo_async.loops import loop_factory
 
 Start = Callable[..., AbstractContextManager[echo_async.EchoServer]]
 
 
-class Hosted:
-    """A server in an event loop of its own, in a thread of its own."""
-
-    def __init__(self, loop: LoopName, options: ServerOptions) -> None:
-        self._runner = asyncio.Runner(loop_factory=loop_factory(loop))
-        self._options = options
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self.problems: list[str] = []
-
-    def _run(self) -> None:
-        with self._runner as runner:
-            runner.get_loop().set_exception_handler(lambda _, context: self.problems.append(str(context)))
-            try:
-                runner.run(self._serve())
-            finally:
-                self._started.set()
-
-    async def _serve(self) -> None:
-        async with echo_async.serve(**self._options) as self.server:
-            self._started.set()
-            await self.server.wait_closed()
-        assert asyncio.all_tasks() == {asyncio.current_task()}, "the server left a task behind"
-
-    def __enter__(self) -> echo_async.EchoServer:
-        self._thread.start()
-        self._started.wait(PATIENCE)
-        return self.server
-
-    def __exit__(self, *exception: object) -> None:
-        self.server.close()
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive()
-        assert not self.problems
-
-
-@pytest.fixture(params=ENGINES, ids="-".join)
+@pytest.fixture(params=engines(), ids="-".join)
 def start(request: pytest.FixtureRequest) -> Iterator[Start]:
     """Starts servers of one engine on one loop; checks in the end that no descriptor or thread is left."""
     engine, loop = request.param
@@ -100,15 +58,6 @@ def connect(server: echo_async.EchoServer) -> socket.socket:
     return socket.create_connection(server.address, PATIENCE)
 
 
-def receive_line(client: socket.socket) -> bytes:
-    line = b""
-    while not line.endswith(b"\n"):
-        data = client.recv(65536)
-        assert data, f"closed after {line!r}"
-        line += data
-    return line
-
-
 def is_closed(client: socket.socket) -> bool:
     try:
         return client.recv(1) == b""
@@ -120,16 +69,6 @@ def reset(client: socket.socket) -> None:
     """Close with a reset, as a client does that crashed."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what the server does in its own time."""
-    pause = threading.Event()
-    for _ in range(int(PATIENCE / 0.005)):
-        if condition():
-            return
-        pause.wait(0.005)
-    pytest.fail("it did not happen")
 
 
 EDGES = [b"x" * (size - 1) + b"\n" for size in (1, 2, 19, 20, 21, 40, 41, 10_000)]

@@ -15,6 +15,8 @@ from ..logs import escape, excerpt, log
 if TYPE_CHECKING:
     from .registry import Registry
 
+FRESH = 0.5  # seconds that a client which has just connected gets at a stop to begin its message
+
 __all__ = ["Connection", "Overdue", "format_address"]
 
 Overdue = Literal["idle", "message", "write", "linger"]
@@ -125,6 +127,10 @@ class Connection:
             elif now - self._quiet_since >= config.timeout_idle:
                 return "idle"
         return None
+
+    def is_fresh(self, now: float) -> bool:
+        """Whether it has connected just now and said nothing yet: its message may be on its way."""
+        return not self.conversation.received and now - self._quiet_since < FRESH
 
     def log_opened(self) -> None:
         log.debug("%s connected", self.peer)

@@ -7,18 +7,27 @@ every read. Only ``bytes`` are written: a transport keeps what it could not send
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 from typing import cast
 
 from ..logs import log
 from .connection import Connection
 from .registry import Registry
+from .tls import Listener, TlsListener
 
 __all__ = ["ProtocolConnection", "listen"]
 
 
-async def listen(registry: Registry, loop: asyncio.AbstractEventLoop, **where: object) -> asyncio.Server:
-    """Begin to accept clients, on the socket that ``where`` names."""
-    return await loop.create_server(lambda: ProtocolConnection(registry), **where)  # type: ignore[call-overload, no-any-return]
+async def listen(
+    registry: Registry, loop: asyncio.AbstractEventLoop, listener: socket.socket, context: ssl.SSLContext | None
+) -> Listener:
+    """Begin to accept clients on ``listener``, over TLS if there is a ``context``."""
+    if context is None:
+        return await loop.create_server(
+            lambda: ProtocolConnection(registry), sock=listener, backlog=registry.config.backlog
+        )
+    return TlsListener(registry, loop, listener, context, lambda: TlsProtocolConnection(registry))
 
 
 class ProtocolConnection(Connection, asyncio.Protocol):
@@ -30,12 +39,15 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if self.registry.refuse():
+        if not self._is_let_in():
             return self._transport.abort()
         self._peername = transport.get_extra_info("peername")
         self._receive = self._receive_and_log if self.registry.log_chunks else self.conversation.receive
         self._send = self._send_and_log if self.registry.log_messages else self._transport.write
         self.registry.add(self)
+
+    def _is_let_in(self) -> bool:
+        return not self.registry.refuse()
 
     def data_received(self, data: bytes) -> None:
         reply = self._receive(data)
@@ -90,3 +102,13 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     def _send_and_log(self, reply: bytes) -> None:
         self._transport.write(reply)
         self.log_replies(reply)
+
+
+class TlsProtocolConnection(ProtocolConnection):
+    """The same over TLS, where a client was let in before its handshake."""
+
+    __slots__ = ()
+
+    def _is_let_in(self) -> bool:
+        self.registry.end_handshake()
+        return True

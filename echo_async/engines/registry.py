@@ -6,6 +6,7 @@ sweeps, stops and aborts through here. Loop-free and safe to use from several th
 
 from __future__ import annotations
 
+import errno
 import logging
 import resource
 import threading
@@ -14,10 +15,15 @@ from collections.abc import Callable
 
 from ..config import ServerConfig
 from ..logs import Seldom, access_log, excerpt, log
+from ..reasons import reason
 from ..stats import Stats
 from .connection import Connection
 
-__all__ = ["LINGER", "RESERVED_DESCRIPTORS", "Registry"]
+__all__ = ["BACK_OFF", "EXHAUSTED", "HANDSHAKE_TIMEOUT", "LINGER", "RESERVED_DESCRIPTORS", "Registry"]
+
+HANDSHAKE_TIMEOUT = 10.0  # seconds for a client's TLS handshake
+BACK_OFF = 0.1  # seconds without accepting, when the system has no descriptor or memory for a client
+EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # accept fails for want of these
 
 LINGER = 5.0  # seconds that input is discarded after the last reply, while the client has not ended its side
 LINGER_AT_STOP = 0.5  # the same once the server stops
@@ -33,12 +39,16 @@ class Registry:
         self.config = config
         self.limit = config.limit_connections or _descriptors()
         self.linger = LINGER
+        self._stopping = False
         self.log_messages = not config.no_access_log and access_log.isEnabledFor(logging.INFO)
         self.log_chunks = log.isEnabledFor(logging.DEBUG)
         self.connections: set[Connection] = set()
         self.on_empty: Callable[[], object] | None = None
         self._lock = threading.Lock()
         self._gone = dict.fromkeys(Stats.__slots__, 0)
+        self._handshakes = 0  # clients that are not let in yet
+        self.say_exhausted = Seldom(log.warning, "cannot accept clients for want of resources: %s")
+        self._say_handshake_failed = Seldom(log.warning, "%s closed: its TLS handshake failed: %s")
         self._say_refused = Seldom(log.warning, "refused a client: %d are connected, the limit")
 
     def add(self, connection: Connection) -> None:
@@ -74,11 +84,32 @@ class Registry:
 
     def refuse(self) -> bool:
         """Whether a new client has to be closed at once; counts it then, and says so at most once a second."""
-        if len(self.connections) < self.limit:
+        if len(self.connections) + self._handshakes < self.limit:
             return False
         self.count("refused")
-        self._say_refused(len(self.connections))
+        self._say_refused(len(self.connections) + self._handshakes)
         return True
+
+    def begin_handshake(self) -> None:
+        """A client was accepted and has to prove itself first: it counts for the limit until then."""
+        with self._lock:
+            self._handshakes += 1
+
+    def end_handshake(self) -> None:
+        """The handshake is over."""
+        with self._lock:
+            self._handshakes -= 1
+
+    def fail_handshake(self, peer: str, error: Exception) -> None:
+        """The handshake is over, and the client is not let in."""
+        self.end_handshake()
+        if isinstance(error, TimeoutError):
+            self.count("timeouts_handshake")
+            why = f"not done in {HANDSHAKE_TIMEOUT:g} s"
+        else:
+            self.count("tls_failures")
+            why = reason(error)
+        self._say_handshake_failed(peer, why)
 
     @property
     def stats(self) -> Stats:
@@ -107,6 +138,8 @@ class Registry:
         for connection in list(self.connections):
             overdue = connection.overdue(now)
             if overdue is None:
+                if self._stopping and not connection.is_fresh(now):
+                    connection.stop()
                 continue
             if overdue != "linger":
                 self.count(f"timeouts_{overdue}")
@@ -125,10 +158,10 @@ class Registry:
         }[overdue]
 
     def stop(self) -> None:
-        """Ask every connection to end as soon as what was received is answered."""
+        """From this sweep on, ask connections to end as soon as what was received is answered."""
         self.linger = LINGER_AT_STOP
-        for connection in list(self.connections):
-            connection.stop()
+        self._stopping = True
+        self.sweep()
 
     def abort(self) -> None:
         """End every connection at once."""

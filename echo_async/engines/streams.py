@@ -7,6 +7,8 @@ costs: some 0.5 to 1 microsecond of Python for every chunk, however small.
 from __future__ import annotations
 
 import asyncio
+import socket
+import ssl
 from typing import Unpack
 
 from ..config import ServerConfig, ServerOptions
@@ -14,6 +16,7 @@ from ..logs import log
 from .connection import Connection
 from .registry import Registry
 from .sweeper import Sweeper
+from .tls import Listener, TlsListener
 
 __all__ = ["StreamConnection", "handle_echo", "listen", "read_ahead"]
 
@@ -43,22 +46,34 @@ async def handle_echo(
         await connection.run()
 
 
-async def listen(registry: Registry, loop: asyncio.AbstractEventLoop, **where: object) -> asyncio.Server:
-    """Begin to accept clients, on the socket that ``where`` names."""
+async def listen(
+    registry: Registry, loop: asyncio.AbstractEventLoop, listener: socket.socket, context: ssl.SSLContext | None
+) -> Listener:
+    """Begin to accept clients on ``listener``, over TLS if there is a ``context``."""
     tasks: set[asyncio.Task[None]] = set()  # the event loop keeps weak references only
+    limit = read_ahead(registry.config)
 
     # A plain function, not a coroutine: asyncio reports a cancelled handler of its own with a traceback.
     def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if registry.refuse():
-            writer.transport.abort()
-            return
+        if context is not None:
+            registry.end_handshake()
+        elif registry.refuse():
+            return writer.transport.abort()
         connection = StreamConnection(registry, reader, writer)
         registry.add(connection)
         task = loop.create_task(connection.run())
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
-    return await asyncio.start_server(connected, limit=read_ahead(registry.config), **where)  # type: ignore[arg-type]
+    if context is None:
+        return await asyncio.start_server(connected, sock=listener, limit=limit, backlog=registry.config.backlog)
+    return TlsListener(
+        registry,
+        loop,
+        listener,
+        context,
+        lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader(limit, loop), connected, loop),
+    )
 
 
 class StreamConnection(Connection):

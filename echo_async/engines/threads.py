@@ -14,6 +14,7 @@ import threading
 from ..logs import log
 from .connection import Connection
 from .registry import Registry
+from .tls_socket import TlsSocket
 
 __all__ = ["ThreadConnection"]
 
@@ -31,7 +32,7 @@ class ThreadConnection(Connection):
 
     __slots__ = ("_busy", "_finishing", "_marked", "_shut", "_socket", "_unsent")
 
-    def __init__(self, registry: Registry, client: socket.socket, peername: object) -> None:
+    def __init__(self, registry: Registry, client: socket.socket | TlsSocket, peername: object) -> None:
         super().__init__(registry)
         self._socket = client
         self._peername = peername

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from ..config import ServerConfig
 from ..engines.registry import Registry
+from ..errors import StartError
 from ..stats import Stats
 from .sockets import Address, address_of, unlink
+from .tls import load_certificates, server_context
 
 __all__ = ["BaseServer"]
 
@@ -23,6 +25,11 @@ class BaseServer:
         self._addresses = [address_of(each) for each in sockets]
         self._registry = Registry(config)
         self._stopping = False
+        try:
+            self._context = server_context(config)
+        except StartError:
+            self._close_sockets()
+            raise
 
     @property
     def address(self) -> Address:
@@ -52,6 +59,14 @@ class BaseServer:
     def is_serving(self) -> bool:
         """Whether it accepts clients."""
         return bool(self._sockets) and not self._stopping
+
+    def reload_certificates(self) -> None:
+        """Take up what the certificate files hold now, for the clients to come. Nobody is dropped.
+
+        :exc:`~echo_async.StartError` if they are of no use; then the old ones stay.
+        """
+        if self._context is not None:
+            load_certificates(self._context, self.config)
 
     def close(self) -> None:
         """Stop: accept no more, answer what was received, end the connections. Returns at once."""

@@ -22,15 +22,17 @@ from ..config import EngineName, Mode, ServerConfig
 from ..engines.connection import format_address
 from ..errors import StartError
 from ..logs import LogFormat, LogLevel, configure, log
-from ..loops import LoopName, loop_factory
+from ..loops import LoopName, loop_factory, report_in_one_line
 from .base import BaseServer
 from .service import EchoServer, start_server
+from .sockets import adopt
+from .systemd import listen_descriptors, notify
 from .workers import WorkerServer, WorkerSettings
 
 __all__ = ["main"]
 
 COULD_NOT_START = 3
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _DEFAULTS = {field.name: field.default for field in fields(ServerConfig)}
 
@@ -47,6 +49,7 @@ def _option(name: str, type: Any, help: str, **more: Any) -> Callable[[Any], Any
 @_option("--host", str, "Name or address to listen on. 0.0.0.0 or :: for all of the machine's.")
 @_option("--port", click.IntRange(0, 65535), "Port to listen on; 0 takes any free one.")
 @_option("--uds", click.Path(), "Listen on a Unix socket at this path instead.")
+@_option("--fd", click.IntRange(0, 2**31 - 1), "Take over the listening socket that has this descriptor.")
 @_option(
     "--mode",
     click.Choice(get_args(Mode)),
@@ -85,6 +88,10 @@ def _option(name: str, type: Any, help: str, **more: Any) -> Callable[[Any], Any
 @_option("--timeout-message", Seconds(), "Seconds until a message that was begun has to be finished.")
 @_option("--timeout-write", Seconds(), "Seconds until a client that does not read is closed.")
 @_option("--timeout-graceful-shutdown", Seconds(), "Seconds that clients get to finish at a stop.")
+@_option("--ssl-certfile", click.Path(), "Certificate and chain (PEM): clients have to use TLS. SIGHUP reads it again.")
+@_option("--ssl-keyfile", click.Path(), "Its key (PEM), if it is in a file of its own.")
+@_option("--ssl-keyfile-password", str, "The password of the key; better given in the environment.")
+@_option("--ssl-ca-certs", click.Path(), "CA certificates (PEM): clients have to show a certificate of theirs.")
 @click.option(
     "--log-level", type=click.Choice(get_args(LogLevel)), default="info", show_envvar=True, help="Least level shown."
 )
@@ -122,9 +129,11 @@ def command(
     configure(log_level, log_format)
     try:
         factory = loop_factory("asyncio" if config.engine == "threads" else loop)
-        start: Callable[[], Awaitable[EchoServer | WorkerServer]] = partial(start_server, config)
+        sockets = [adopt(number) for number in listen_descriptors()] or None
+        start: Callable[[], Awaitable[EchoServer | WorkerServer]] = partial(start_server, config, sockets)
         if workers > 1:
-            start = partial(WorkerServer.start, config, workers, WorkerSettings(loop, log_level, log_format))
+            settings = WorkerSettings(loop, log_level, log_format)
+            start = partial(WorkerServer.start, config, workers, settings, sockets)
             factory = loop_factory("asyncio")  # the parent serves nobody
         with asyncio.Runner(loop_factory=factory) as runner:
             return runner.run(_serve_until_signalled(start))
@@ -140,49 +149,67 @@ def _refuse_other_engine() -> None:
         raise click.UsageError(f"--threaded is --engine threads: leave out one of it and --engine {engine}")
 
 
-class _Stop:
-    """What the signals do: the first stops the server, the next one ends it at once."""
+class _Signals:
+    """What the signals do: the first stops the server, the next one ends it at once; SIGHUP brings new certificates."""
 
     def __init__(self) -> None:
-        self.asked = 0
-        self.server: BaseServer | None = None
-
-    def __call__(self, number: int, *_: object) -> None:
-        self.asked += 1
-        log.info("%s: stopping%s", signal.Signals(number).name, " at once" if self.asked > 1 else "")
-        if self.server is not None:
-            self.server.close() if self.asked == 1 else self.server.abort()
+        self._server: BaseServer | None = None
+        self._asked = 0
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._stop, number)
 
     def started(self, server: BaseServer) -> None:
-        self.server = server
-        if self.asked:  # while it was starting
+        self._server = server
+        if server.config.ssl_certfile is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+        if self._asked:  # while it was starting
             server.close()
         else:
             announce(server)
 
+    def stopped(self) -> None:
+        """Only the end of the process is left: no signal is to kill it any more."""
+        for number in STOP_SIGNALS:
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+
+    def _stop(self, number: int) -> None:
+        self._asked += 1
+        log.info("%s: stopping%s", signal.Signals(number).name, " at once" if self._asked > 1 else "")
+        notify("STOPPING=1")
+        if self._server is not None:
+            self._server.close() if self._asked == 1 else self._server.abort()
+
+    def _reload(self) -> None:
+        assert self._server is not None
+        try:
+            self._server.reload_certificates()
+            log.info("SIGHUP: the certificates were read again")
+        except StartError as error:
+            log.error("SIGHUP: the certificates stay as they were: %s", error)
+
 
 async def _serve_until_signalled(start: Callable[[], Awaitable[EchoServer | WorkerServer]]) -> int:
-    stop = _Stop()
-    for number in SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    report_in_one_line(asyncio.get_running_loop())
+    signals = _Signals()
     server = await start()
-    stop.started(server)
+    signals.started(server)
     await server.wait_closed()
-    for number in SIGNALS:  # only the end of the process is left: nothing is to kill it any more
-        asyncio.get_running_loop().remove_signal_handler(number)
-        signal.signal(number, signal.SIG_IGN)
+    signals.stopped()
     log.info("stopped: %s", server.stats)
     return 0
 
 
 def announce(server: BaseServer) -> None:
-    """Say on stdout what can be reached now, a line an address; and in the log, how it is served."""
+    """Say what can be reached now: on stdout a line an address, to the service manager, and in the log."""
     with contextlib.suppress(ValueError, AttributeError):  # stdout was closed before we started
         try:
             for address in server.addresses:
                 print(f"listening on {format_address(address)}", flush=True)
         except OSError:
             drop_output(sys.stdout)
+    notify("READY=1")
     log.info("serving %s mode with the %s engine", server.config.mode, server.config.engine)
 
 

@@ -17,6 +17,7 @@ from typing import Self, Unpack
 from ..config import ServerConfig, ServerOptions
 from ..engines import protocol, streams
 from ..engines.sweeper import Sweeper
+from ..engines.tls import Listener
 from ..opening import Opening
 from . import sockets as listening
 from .base import BaseServer
@@ -57,7 +58,7 @@ class EchoServer(BaseServer):
     def __init__(self, config: ServerConfig, sockets: Sequence[socket.socket], path: str | None = None) -> None:
         super().__init__(config, sockets, path)
         self._loop = asyncio.get_running_loop()
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[Listener] = []
         self._sweeper = Sweeper(self._registry)
         self._stopper: asyncio.Task[None] | None = None
         self._closed = asyncio.Event()
@@ -75,7 +76,7 @@ class EchoServer(BaseServer):
     async def _listen(self) -> None:
         listen = ENGINES[self.config.engine]
         for each in self._sockets:
-            self._servers.append(await listen(self._registry, self._loop, sock=each, backlog=self.config.backlog))
+            self._servers.append(await listen(self._registry, self._loop, each, self._context))
         self._sweeper.__enter__()
 
     def close(self) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 from ..config import ServerConfig
 from ..engines.connection import format_address
 from ..errors import StartError
+from ..reasons import reason
 
-__all__ = ["Address", "AddressInfo", "address_of", "bind", "numeric", "resolve", "unlink"]
+__all__ = ["Address", "AddressInfo", "address_of", "adopt", "bind", "numeric", "resolve", "unlink"]
 
 Address = tuple[str, int] | str
 """``(host, port)``, or the path of a Unix socket."""
@@ -25,7 +26,7 @@ AddressInfo = tuple[socket.AddressFamily, Any, int, str, tuple[Any, ...]]
 
 def numeric(config: ServerConfig) -> Sequence[AddressInfo] | None:
     """The address of ``config`` if its host is one already: nothing to ask a resolver for. Else None."""
-    if config.uds is not None:
+    if _has_no_name(config):
         return []
     try:
         return _getaddrinfo(config, socket.AI_NUMERICHOST)
@@ -35,7 +36,7 @@ def numeric(config: ServerConfig) -> Sequence[AddressInfo] | None:
 
 def resolve(config: ServerConfig) -> Sequence[AddressInfo]:
     """Every address that the host of ``config`` has here. Blocks while the resolver is asked."""
-    if config.uds is not None:
+    if _has_no_name(config):
         return []
     try:
         return _getaddrinfo(config, 0)
@@ -43,13 +44,18 @@ def resolve(config: ServerConfig) -> Sequence[AddressInfo]:
         raise no_such_host(config, error) from error
 
 
+def _has_no_name(config: ServerConfig) -> bool:
+    return config.uds is not None or config.fd is not None
+
+
 def _getaddrinfo(config: ServerConfig, flags: int) -> Sequence[AddressInfo]:
     return socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | flags)
 
 
 def no_such_host(config: ServerConfig, error: Exception) -> StartError:
-    reason = getattr(error, "strerror", None) or error
-    return StartError(f"cannot listen on host {config.host!r}: {reason}; give a name or an address of this machine")
+    return StartError(
+        f"cannot listen on host {config.host!r}: {reason(error)}; give a name or an address of this machine"
+    )
 
 
 def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.socket]:
@@ -58,6 +64,8 @@ def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.sock
     With port 0 all of them get the port that the first was given. :exc:`StartError` if any cannot be
     bound; then none is left open.
     """
+    if config.fd is not None:
+        return [adopt(config.fd)]
     with contextlib.ExitStack() as opened:
         sockets: list[socket.socket] = []
         if config.uds is not None:
@@ -72,6 +80,19 @@ def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.sock
             _listen(listener, config.backlog)
         opened.pop_all()
         return sockets
+
+
+def adopt(descriptor: int) -> socket.socket:
+    """The listening socket that was handed over as ``descriptor``. :exc:`~echo_async.StartError` if it is none."""
+    try:
+        listener = socket.socket(fileno=descriptor)
+    except OSError as error:
+        raise StartError(f"descriptor {descriptor} is not a socket: {reason(error)}; give one that listens") from error
+    if listener.type != socket.SOCK_STREAM or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        listener.detach()
+        raise StartError(f"descriptor {descriptor} is not a listening stream socket: give one that is")
+    listener.setblocking(False)
+    return listener
 
 
 def _socket(family: int, kind: int, protocol: int, address: object) -> socket.socket:
@@ -138,9 +159,8 @@ _ADVICE_UNIX = {
 
 
 def _cannot_listen(address: object, error: Exception) -> StartError:
-    reason = getattr(error, "strerror", None) or str(error)  # "AF_UNIX path too long" comes without a number
     advice = (_ADVICE if isinstance(address, tuple) else _ADVICE_UNIX).get(getattr(error, "errno", None) or 0, "")
-    return StartError(f"cannot listen on {format_address(address)}: {reason.lower()}{advice}")
+    return StartError(f"cannot listen on {format_address(address)}: {reason(error)}{advice}")
 
 
 def address_of(listener: socket.socket) -> Address:

@@ -19,7 +19,7 @@ from ..commandline import complain
 from ..config import ServerConfig
 from ..errors import StartError
 from ..logs import configure
-from ..loops import loop_factory
+from ..loops import loop_factory, report_in_one_line
 from .service import EchoServer, start_server
 
 COULD_NOT_START = 3
@@ -41,6 +41,7 @@ def main() -> int:
 
 
 async def _serve(config: ServerConfig, channel: socket.socket, listeners: list[socket.socket]) -> None:
+    report_in_one_line(asyncio.get_running_loop())
     server = await start_server(config, listeners)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
     reader, writer = await asyncio.open_connection(sock=channel)
@@ -57,10 +58,14 @@ async def _serve(config: ServerConfig, channel: socket.socket, listeners: list[s
 async def _obey(server: EchoServer, reader: asyncio.StreamReader) -> None:
     """Do what the parent says; end at once when it is gone."""
     while line := await reader.readline():
-        if json.loads(line)["do"] == "stop":
-            server.close()
-        else:
-            server.abort()
+        match json.loads(line)["do"]:
+            case "stop":
+                server.close()
+            case "abort":
+                server.abort()
+            case "reload":
+                with contextlib.suppress(StartError):  # the parent has tried it, and said what is wrong
+                    server.reload_certificates()
     server.abort()
 
 

@@ -47,17 +47,31 @@ class WorkerServer(BaseServer):
     ``limit_connections`` and the time-outs hold for each worker.
     """
 
-    def __init__(self, config: ServerConfig, workers: int, settings: WorkerSettings) -> None:
-        super().__init__(config, listening.bind(config, listening.resolve(config)), config.uds)
+    def __init__(
+        self, config: ServerConfig, settings: WorkerSettings, sockets: Sequence[socket.socket], path: str | None
+    ) -> None:
+        super().__init__(config, sockets, path)
         self._settings = {"config": asdict(config), **asdict(settings)}
         self._workers: set[Worker] = set()
         self._ended = Stats()  # the counters of workers that are gone
         self._keepers: list[asyncio.Task[None]] = []
 
     @classmethod
-    async def start(cls, config: ServerConfig, workers: int, settings: WorkerSettings) -> Self:
-        """Start the workers. :exc:`~echo_async.StartError` if they cannot; the first one says why on stderr."""
-        self = cls(config, workers, settings)
+    async def start(
+        cls,
+        config: ServerConfig,
+        workers: int,
+        settings: WorkerSettings,
+        sockets: Sequence[socket.socket] | None = None,
+    ) -> Self:
+        """Serve on ``sockets``, which are listening already, or on those that ``config`` names.
+
+        :exc:`~echo_async.StartError` if the workers cannot start; the first one says why on stderr.
+        """
+        if sockets is None:
+            self = cls(config, settings, listening.bind(config, listening.resolve(config)), config.uds)
+        else:
+            self = cls(config, settings, sockets, None)
         try:
             first = await self._start_worker()  # alone: what is wrong is said once
             rest = await asyncio.gather(*(self._start_worker() for _ in range(workers - 1)))
@@ -83,6 +97,11 @@ class WorkerServer(BaseServer):
         self._stopping = True
         for worker in self._workers:
             worker.tell("abort")
+
+    def reload_certificates(self) -> None:
+        super().reload_certificates()  # finds out what is wrong once, here
+        for worker in self._workers:
+            worker.tell("reload")
 
     async def wait_closed(self) -> None:
         """Wait until all workers have ended. :exc:`~echo_async.StartError` if a replacement could not start."""

@@ -7,30 +7,30 @@ daemons (those are killed in the middle of a reply when the interpreter exits), 
 from __future__ import annotations
 
 import contextlib
-import errno
 import selectors
 import socket
+import ssl
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Self, Unpack
 
 from ..config import ServerConfig, ServerOptions
+from ..engines.connection import format_address
+from ..engines.registry import BACK_OFF, EXHAUSTED, HANDSHAKE_TIMEOUT
 from ..engines.threads import ThreadConnection
+from ..engines.tls_socket import TlsSocket
 from ..errors import ConfigError
-from ..logs import Seldom, log
 from ..server import sockets as listening
 from ..server.base import BaseServer
 
 __all__ = ["EchoServer", "serve"]
 
 STACK = 256 * 1024  # bytes of address space for a client's thread
-BACK_OFF = 0.1  # seconds without accepting, when the system has no descriptor or memory for a client
 DRAIN_TICK = 0.05  # seconds between two sweeps while the server stops
 JOIN = 5.0  # seconds for threads whose sockets were shut down to notice
-
-EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 _starting = threading.Lock()  # threading.stack_size is one for the whole process
 
@@ -57,11 +57,11 @@ class EchoServer(BaseServer):
         super().__init__(config, sockets, path)
         self.on_closed: Callable[[], object] = bool
         self._threads: set[threading.Thread] = set()
+        self._handshaking: set[socket.socket] = set()
         self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
         self._aborting = False
-        self._exhausted = Seldom(log.warning, "cannot accept clients for want of resources: %s")
         self._acceptor = threading.Thread(target=self._run, name="echo-async accept")
 
     @classmethod
@@ -123,10 +123,12 @@ class EchoServer(BaseServer):
         try:
             self._accept_until_stopped()
             self._close_sockets()
+            self._cut_handshakes()
             self._registry.stop()
             self._wait_for_clients(self.config.timeout_graceful_shutdown, or_abort=True)
         finally:
             self._close_sockets()
+            self._cut_handshakes()
             self._registry.abort()
             self._wait_for_clients(JOIN)
             self._waker.close()
@@ -161,7 +163,7 @@ class EchoServer(BaseServer):
             return False
         except OSError as error:
             if error.errno in EXHAUSTED:
-                self._exhausted(error.strerror)
+                self._registry.say_exhausted(error.strerror)
                 return False
             return True  # that client is gone already
         if self._registry.refuse():
@@ -171,9 +173,18 @@ class EchoServer(BaseServer):
         return True
 
     def _start_thread(self, client: socket.socket, peername: object) -> None:
-        connection = ThreadConnection(self._registry, client, peername)
-        thread = threading.Thread(target=self._serve_client, args=(connection,), name="echo-async client")
-        self._registry.add(connection)
+        serve: Callable[[], None]
+        withdraw: Callable[[], None]
+        if self._context is None:
+            connection = ThreadConnection(self._registry, client, peername)
+            self._registry.add(connection)
+            serve, withdraw = connection.run, partial(self._registry.withdraw, connection)
+        else:
+            self._registry.begin_handshake()
+            self._handshaking.add(client)
+            serve = partial(self._serve_over_tls, self._context, client, peername)
+            withdraw = partial(self._end_handshake, client, peername, RuntimeError("no thread for it"))
+        thread = threading.Thread(target=self._serve_client, args=(serve,), name="echo-async client")
         self._threads.add(thread)
         try:
             with _starting:
@@ -183,18 +194,42 @@ class EchoServer(BaseServer):
                 finally:
                     threading.stack_size(usual)
         except (RuntimeError, MemoryError) as error:  # "can't start new thread": this client only
-            self._exhausted(error)
+            self._registry.say_exhausted(error)
             self._threads.discard(thread)
-            self._registry.withdraw(connection)
+            withdraw()
             client.close()
 
-    def _serve_client(self, connection: ThreadConnection) -> None:
+    def _serve_client(self, serve: Callable[[], object]) -> None:
         try:
-            connection.run()
+            serve()
         finally:
             self._finished.append(threading.current_thread())
             if self._stopping:
                 self._wake()
+
+    def _serve_over_tls(self, context: ssl.SSLContext, client: socket.socket, peername: object) -> None:
+        secured = TlsSocket(client, context)
+        try:
+            secured.handshake(HANDSHAKE_TIMEOUT)
+        except OSError as error:
+            self._end_handshake(client, peername, error)
+            return client.close()
+        connection = ThreadConnection(self._registry, secured, peername)
+        self._registry.add(connection)
+        self._end_handshake(client, peername)
+        connection.run()
+
+    def _end_handshake(self, client: socket.socket, peername: object, error: Exception | None = None) -> None:
+        self._handshaking.discard(client)
+        if error is None:
+            self._registry.end_handshake()
+        else:
+            self._registry.fail_handshake(format_address(peername), error)
+
+    def _cut_handshakes(self) -> None:
+        for client in list(self._handshaking):
+            with contextlib.suppress(OSError):  # it is over just now
+                client.shutdown(socket.SHUT_RDWR)
 
     def _forget_ended(self) -> None:
         """Let go of threads that have ended; one that is about to would make the next client wait."""

@@ -1,0 +1,83 @@
+"""A blocking socket with TLS on it, as far as the ``threads`` engine needs one.
+
+:class:`ssl.SSLSocket` will not do: it takes no flags for ``recv``, and shutting it down from another thread
+turns it into a plain socket under the feet of the one that reads. Here TLS is done in memory, and the plain
+socket stays what it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import time
+
+__all__ = ["TlsSocket"]
+
+RECORD = 16 * 1024  # bytes of data that one TLS record takes (RFC 8446 5.1)
+
+
+class TlsSocket:
+    """The methods of :class:`socket.socket` that :class:`~echo_async.engines.threads.ThreadConnection` calls."""
+
+    def __init__(self, plain: socket.socket, context: ssl.SSLContext) -> None:
+        self._plain = plain
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+
+    def handshake(self, seconds: float) -> None:
+        """:exc:`OSError` (of which :exc:`ssl.SSLError` is one) if it fails, :exc:`TimeoutError` if it takes longer."""
+        deadline = time.monotonic() + seconds
+        try:
+            while True:
+                try:
+                    self._tls.do_handshake()
+                    return
+                except ssl.SSLWantReadError:
+                    self._flush()
+                self._plain.settimeout(max(0.001, deadline - time.monotonic()))
+                self._take(0)
+        finally:
+            self._flush()
+            self._plain.settimeout(None)
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Decrypted bytes; ``b""`` when the client has ended its side. With ``MSG_PEEK``, whether there may be some."""
+        if flags & socket.MSG_PEEK:
+            return b"?" if self._tls.pending() else self._plain.recv(1, flags)
+        while True:
+            try:
+                return self._tls.read(size)
+            except ssl.SSLWantReadError:
+                self._take(flags)
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):  # ended by close_notify, or without
+                return b""
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Encrypt and send one record's worth of ``data``; return how much that was."""
+        sent = self._tls.write(data[:RECORD])
+        self._flush()
+        return sent
+
+    def shutdown(self, how: int) -> None:
+        """With ``SHUT_WR``, say close_notify first; the client can still be heard. Else end at once."""
+        if how == socket.SHUT_WR:
+            with contextlib.suppress(ssl.SSLError):  # what the client says to it is still to come
+                self._tls.unwrap()
+            self._flush()
+        self._plain.shutdown(how)
+
+    def close(self) -> None:
+        self._plain.close()
+
+    def _take(self, flags: int) -> None:
+        data = self._plain.recv(4 * RECORD, flags)
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def _flush(self) -> None:
+        if data := self._outgoing.read():
+            self._plain.sendall(data)

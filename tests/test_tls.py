@@ -1,0 +1,320 @@
+"""TLS, over every engine and loop: the same answers, and nothing that a handshake can hold up."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Unpack
+
+import pytest
+import trustme
+from support import PATIENCE, Hosted, engines, receive_all, receive_line, server_process, until
+
+import echo_async
+from echo_async.config import EngineName, Mode, ServerOptions
+from echo_async.engines import registry
+from echo_async.loops import LoopName
+
+Start = Callable[..., AbstractContextManager[echo_async.EchoServer]]
+
+
+class Files:
+    """Certificates in files, made once: of the server, of a client, of others."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ca, self.other_ca = trustme.CA(), trustme.CA()
+        self.ca_file = self.write("ca.pem", self.ca.cert_pem)
+        now = datetime.datetime.now(datetime.UTC)
+        self.server = self.issue("server", self.ca)
+        self.client = self.issue("client", self.ca)
+        self.stranger = self.issue("stranger", self.other_ca)
+        self.expired = self.issue("expired", self.ca, now - datetime.timedelta(days=1))
+
+    def issue(self, name: str, ca: trustme.CA, not_after: datetime.datetime | None = None) -> Path:
+        cert = ca.issue_cert("localhost", "127.0.0.1", not_after=not_after)
+        self.write(f"{name}.key", cert.private_key_pem)
+        self.write(f"{name}.crt", cert.cert_chain_pems[0])
+        return self.write(f"{name}.pem", cert.private_key_and_cert_chain_pem)
+
+    def write(self, name: str, blob: trustme.Blob) -> Path:
+        path = self.folder / name
+        blob.write_to_path(str(path))
+        return path
+
+    def context(self, certificate: Path | None = None) -> ssl.SSLContext:
+        """A client's, which trusts the CA."""
+        context = ssl.create_default_context(cafile=str(self.ca_file))
+        if certificate is not None:
+            context.load_cert_chain(certificate)
+        return context
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(params=engines(), ids="-".join)
+def start(request: pytest.FixtureRequest, files: Files) -> Start:
+    engine: EngineName
+    loop: LoopName
+    engine, loop = request.param
+
+    @contextmanager
+    def start(**options: Unpack[ServerOptions]) -> Iterator[echo_async.EchoServer]:
+        options.setdefault("ssl_certfile", str(files.server))
+        with Hosted(loop, {"engine": engine, "port": 0, **options}) as server:
+            yield server
+
+    return start
+
+
+def plain(server: echo_async.EchoServer) -> socket.socket:
+    assert isinstance(server.address, tuple)
+    return socket.create_connection(server.address, PATIENCE)
+
+
+def secure(server: echo_async.EchoServer, context: ssl.SSLContext) -> ssl.SSLSocket:
+    return context.wrap_socket(plain(server), server_hostname="localhost")
+
+
+@pytest.mark.parametrize("mode", ["message", "stream", "raw"])
+def test_messages_come_back_in_every_mode(start: Start, files: Files, mode: Mode) -> None:
+    message = "ñ😀 a little more than one chunk of twenty\n".encode()
+    with start(mode=mode) as server:
+        for _ in range(3):
+            with secure(server, files.context()) as client:
+                client.sendall(message)
+                assert receive_line(client) == message
+        with secure(server, files.context()) as client:
+            client.sendall(message + b"second\n")
+            if mode == "message":
+                assert receive_all(client) == message
+            else:
+                assert receive_line(client, len(message) + 7) == message + b"second\n"
+    assert server.stats.accepted == 4
+    assert server.stats.tls_failures == 0
+
+
+def test_a_large_message_comes_back_whole(start: Start, files: Files) -> None:
+    message = os.urandom(2_000_000).replace(b"\n", b"") + b"\n"
+    with start(limit_message_size=4_000_000, chunk_size=65536) as server, secure(server, files.context()) as client:
+        client.sendall(message)
+        assert receive_all(client) == message
+
+
+def test_plain_text_on_a_tls_port_is_closed_and_counted(start: Start) -> None:
+    with start() as server, plain(server) as client:
+        client.sendall(b"Hola Server!\n")
+        with suppress(ConnectionError):
+            assert not receive_all(client).endswith(b"Hola Server!\n")
+        until(lambda: server.stats.tls_failures == 1)
+        assert server.stats.accepted == server.stats.timeouts_handshake == 0
+
+
+def test_tls_on_a_plain_port_gets_no_connection(start: Start, files: Files) -> None:
+    with start(ssl_certfile=None, timeout_message=0.2) as server, plain(server) as client:
+        client.settimeout(PATIENCE)
+        with pytest.raises(OSError, match=r"(?i)wrong version|EOF|reset|unknown|record|protocol"):
+            files.context().wrap_socket(client, server_hostname="localhost")
+
+
+def test_silent_clients_are_counted_from_the_start_and_gone_in_time(
+    start: Start, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("registry", "tls"):
+        monkeypatch.setattr(f"echo_async.engines.{module}.HANDSHAKE_TIMEOUT", 0.3)
+    monkeypatch.setattr("echo_async.sync.server.HANDSHAKE_TIMEOUT", 0.3)
+    assert registry.HANDSHAKE_TIMEOUT == 0.3
+    with start(limit_connections=20) as server:
+        silent = [plain(server) for _ in range(20)]
+        with plain(server) as one_more:
+            until(lambda: server.stats.refused == 1)
+            one_more.close()
+        until(lambda: server.stats.timeouts_handshake == 20)
+        for client in silent:
+            with suppress(ConnectionError):
+                assert receive_all(client) == b""
+            client.close()
+        with secure(server, files.context()) as client:
+            client.sendall(b"room again\n")
+            assert receive_line(client) == b"room again\n"
+
+
+def test_a_client_certificate_is_required_where_a_ca_is_given(start: Start, files: Files) -> None:
+    with start(ssl_ca_certs=str(files.ca_file)) as server:
+        with secure(server, files.context(files.client)) as client:
+            client.sendall(b"welcome\n")
+            assert receive_line(client) == b"welcome\n"
+        for wrong in (None, files.stranger):
+            with pytest.raises(OSError, match=r"(?i)alert|reset|broken|EOF|closed"):
+                exchange(server, files.context(wrong))
+        until(lambda: server.stats.tls_failures == 2)
+
+
+def exchange(server: echo_async.EchoServer, context: ssl.SSLContext) -> None:
+    """One message; with TLS 1.3 a client learns that it was refused when it reads."""
+    with secure(server, context) as client:
+        client.sendall(b"x\n")
+        if receive_all(client) != b"x\n":
+            raise ConnectionError("closed")
+
+
+def test_old_tls_is_refused(start: Start, files: Files) -> None:
+    context = files.context()
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    with start() as server:
+        with pytest.raises(OSError, match=r"(?i)alert|reset|EOF|no protocols|version"):
+            secure(server, context)
+        with secure(server, files.context()) as client:
+            assert client.version() in ("TLSv1.2", "TLSv1.3")
+
+
+def test_clients_that_break_off_in_any_state_leave_nothing_behind(start: Start, files: Files) -> None:
+    with start(mode="stream") as server:
+        for number in range(12):
+            if number % 2:
+                client: socket.socket = plain(server)
+                client.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc"[: number % 9])
+            else:
+                client = secure(server, files.context())
+                client.sendall(b"in\nbegun")
+                assert receive_line(client) == b"in\n"
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            socket.socket.close(client)
+        until(lambda: server.stats.accepted == 6 and server.stats.tls_failures == 6 and server.stats.active == 0)
+
+
+def test_a_stop_ends_clients_and_handshakes(start: Start, files: Files) -> None:
+    with start(mode="stream") as server:
+        clients = [secure(server, files.context()) for _ in range(5)]
+        in_handshake = plain(server)
+        clients[0].sendall(b"answered\n")
+        assert receive_line(clients[0]) == b"answered\n"
+        until(lambda: server.stats.active == 5)
+        server.close()
+        for client in (*clients, in_handshake):
+            with suppress(ConnectionError, ssl.SSLError):
+                assert receive_all(client) == b""
+            client.close()
+
+
+def test_new_certificates_are_taken_up_and_nobody_is_dropped(start: Start, files: Files, tmp_path: Path) -> None:
+    served = tmp_path / "served.pem"
+    shutil.copy(files.server, served)
+    with start(mode="stream", ssl_certfile=str(served)) as server, secure(server, files.context()) as old:
+        before = old.getpeercert(binary_form=True)
+        shutil.copy(files.client, served)
+        server.reload_certificates()
+        with secure(server, files.context()) as new:
+            assert new.getpeercert(binary_form=True) != before
+            served.write_text("nonsense")
+            with pytest.raises(echo_async.StartError, match=r"served\.pem"):
+                server.reload_certificates()
+        for client in (old, secure(server, files.context())):
+            client.sendall(b"still there\n")
+            assert receive_line(client) == b"still there\n"
+            client.close()
+
+
+# Certificates that are no good: found at start, by name.
+
+
+def bad_certificates(files: Files) -> dict[str, list[str]]:
+    folder = files.folder
+    nonsense = folder / "nonsense.pem"
+    nonsense.write_text("nonsense")
+    encrypted = folder / "encrypted.key"
+    subprocess.run(
+        ["openssl", "pkey", "-in", folder / "server.key", "-aes256", "-passout", "pass:secret", "-out", encrypted],
+        check=True,
+    )
+    return {
+        "missing": ["--ssl-certfile", str(folder / "missing.pem")],
+        "a folder": ["--ssl-certfile", str(folder)],
+        "nonsense": ["--ssl-certfile", str(nonsense)],
+        "missing key": ["--ssl-certfile", str(files.server), "--ssl-keyfile", str(folder / "missing.key")],
+        "no key": ["--ssl-certfile", str(folder / "server.crt")],
+        "another key": ["--ssl-certfile", str(folder / "server.crt"), "--ssl-keyfile", str(folder / "client.key")],
+        "expired": ["--ssl-certfile", str(files.expired)],
+        "encrypted": ["--ssl-certfile", str(folder / "server.crt"), "--ssl-keyfile", str(encrypted)],
+        "nonsense CA": ["--ssl-certfile", str(files.server), "--ssl-ca-certs", str(nonsense)],
+    }
+
+
+def test_certificates_that_are_no_good_are_one_line_that_names_the_file(files: Files) -> None:
+    for what, options in bad_certificates(files).items():
+        for more in ([], ["--threaded"], ["--workers", "2"]):
+            done = subprocess.run(
+                [sys.executable, "-m", "echo_async.server", "--port", "0", *options, *more],
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+                stdin=subprocess.DEVNULL,
+            )
+            assert (done.returncode, done.stdout) == (3, ""), what
+            [line] = done.stderr.splitlines()
+            assert options[-1] in line, what
+
+
+def test_a_password_opens_the_key_and_is_shown_nowhere(files: Files) -> None:
+    options = bad_certificates(files)["encrypted"]
+    with server_process(*options, env={"ECHO_ASYNC_SSL_KEYFILE_PASSWORD": "secret"}) as server:
+        with files.context().wrap_socket(server.connect(), server_hostname="localhost") as client:
+            client.sendall(b"open\n")
+            assert receive_all(client) == b"open\n"
+        code, log = server.stop()
+    assert code == 0
+    assert "secret" not in log
+    assert "secret" not in repr(echo_async.ServerConfig(ssl_certfile="c", ssl_keyfile_password="secret"))
+
+
+@pytest.mark.parametrize("kind", [[], ["--threaded"], ["--workers", "2"]], ids=" ".join)
+def test_sighup_brings_new_certificates(kind: list[str], files: Files, tmp_path: Path) -> None:
+    served = tmp_path / "served.pem"
+    shutil.copy(files.server, served)
+    with server_process("--mode", "stream", "--ssl-certfile", str(served), *kind) as server:
+        with files.context().wrap_socket(server.connect(), server_hostname="localhost") as old:
+            shutil.copy(files.client, served)
+            server.process.send_signal(signal.SIGHUP)
+            before = old.getpeercert(binary_form=True)
+
+            def is_new() -> bool:
+                with files.context().wrap_socket(server.connect(), server_hostname="localhost") as new:
+                    return new.getpeercert(binary_form=True) != before
+
+            until(is_new)
+            old.sendall(b"not dropped\n")
+            assert receive_line(old) == b"not dropped\n"
+        assert server.stop()[0] == 0
+
+
+def test_many_clients_at_once_all_get_their_reply(start: Start, files: Files) -> None:
+    context = files.context()
+    replies: list[bytes] = []
+    with start() as server:
+
+        def one(number: int) -> None:
+            with secure(server, context) as client:
+                client.sendall(b"%d\n" % number)
+                replies.append(receive_all(client))
+
+        threads = [threading.Thread(target=one, args=(number,)) for number in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(map(int, replies)) == list(range(40))
