@@ -133,7 +133,7 @@ def test_tls_on_a_plain_port_gets_no_connection(start: Start, files: Files) -> N
 def test_silent_clients_are_counted_from_the_start_and_gone_in_time(
     start: Start, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("registry", "tls"):
+    for module in ("registry", "accepting"):
         monkeypatch.setattr(f"echo_async.engines.{module}.HANDSHAKE_TIMEOUT", 0.3)
     monkeypatch.setattr("echo_async.sync.server.HANDSHAKE_TIMEOUT", 0.3)
     assert registry.HANDSHAKE_TIMEOUT == 0.3

@@ -12,9 +12,9 @@ import ssl
 from typing import cast
 
 from ..logs import log
+from .accepting import BATCH, Listener, TlsListener, restore_backlog
 from .connection import Connection
 from .registry import Registry
-from .tls import Listener, TlsListener
 
 __all__ = ["ProtocolConnection", "listen"]
 
@@ -24,9 +24,9 @@ async def listen(
 ) -> Listener:
     """Begin to accept clients on ``listener``, over TLS if there is a ``context``."""
     if context is None:
-        return await loop.create_server(
-            lambda: ProtocolConnection(registry), sock=listener, backlog=registry.config.backlog
-        )
+        server = await loop.create_server(lambda: ProtocolConnection(registry), sock=listener, backlog=BATCH)
+        restore_backlog(listener, registry)
+        return server
     return TlsListener(registry, loop, listener, context, lambda: TlsProtocolConnection(registry))
 
 

@@ -13,10 +13,10 @@ from typing import Unpack
 
 from ..config import ServerConfig, ServerOptions
 from ..logs import log
+from .accepting import BATCH, Listener, TlsListener, restore_backlog
 from .connection import Connection
 from .registry import Registry
 from .sweeper import Sweeper
-from .tls import Listener, TlsListener
 
 __all__ = ["StreamConnection", "handle_echo", "listen", "read_ahead"]
 
@@ -66,7 +66,9 @@ async def listen(
         task.add_done_callback(tasks.discard)
 
     if context is None:
-        return await asyncio.start_server(connected, sock=listener, limit=limit, backlog=registry.config.backlog)
+        server = await asyncio.start_server(connected, sock=listener, limit=limit, backlog=BATCH)
+        restore_backlog(listener, registry)
+        return server
     return TlsListener(
         registry,
         loop,

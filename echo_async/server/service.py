@@ -16,8 +16,8 @@ from typing import Self, Unpack
 
 from ..config import ServerConfig, ServerOptions
 from ..engines import protocol, streams
+from ..engines.accepting import Listener
 from ..engines.sweeper import Sweeper
-from ..engines.tls import Listener
 from ..opening import Opening
 from . import sockets as listening
 from .base import BaseServer

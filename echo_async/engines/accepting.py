@@ -1,8 +1,9 @@
-"""Clients over TLS: accepted one by one, counted from then on, and let in when their handshake is done.
+"""How the asyncio engines accept clients: as the event loop does it, and over TLS one by one.
 
-An event loop's own server tells nobody of a handshake that fails or does not end; this one counts both.
-Half a TLS connection cannot be closed, so a connection that is finished is closed as a whole: the
-transport sends what is left, and its close_notify, first.
+An event loop's own server tells nobody of a handshake that fails or does not end, so :class:`TlsListener`
+accepts by itself: it counts a client from then on, and lets it in when its handshake is done. Half a TLS
+connection cannot be closed, so one that is finished is closed as a whole: the transport sends what is left,
+and its close_notify, first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from typing import Protocol
 from .connection import format_address
 from .registry import BACK_OFF, EXHAUSTED, HANDSHAKE_TIMEOUT, LINGER, Registry
 
-__all__ = ["Listener", "TlsListener"]
+__all__ = ["BATCH", "Listener", "TlsListener", "restore_backlog"]
+
+# asyncio accepts this many clients before it looks at any of them (it takes its ``backlog`` for both). A few turns'
+# worth has to fit into the descriptors that are kept in reserve, or clients that are refused use up the rest.
+BATCH = 5
 
 
 class Listener(Protocol):
@@ -80,3 +85,8 @@ class TlsListener:
         except asyncio.CancelledError:
             self._registry.fail_handshake(peer, ConnectionError("the server stops"))
             client.close()
+
+
+def restore_backlog(listener: socket.socket, registry: Registry) -> None:
+    """Let the kernel keep as many clients waiting as was asked for: a loop's server has just made that ``BATCH``."""
+    listener.listen(registry.config.backlog)
