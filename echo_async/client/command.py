@@ -20,7 +20,8 @@ from ..loops import loop_factory
 from ..opening import Opening
 from .conversing import converse
 from .echo_client import ClientOptions, EchoClient, connect
-from .output import JsonOutput, Output, OutputClosed
+from .interrupts import Interrupts
+from .output import Interrupted, JsonOutput, Output, OutputClosed
 from .pinging import ping
 from .stdin import Lines, stdin_has_lines
 from .stream import Source
@@ -157,15 +158,16 @@ async def _converse(opening: Opening[EchoClient], messages: Source, output: Outp
 def _run(main: Coroutine[Any, Any, bool], output: Output) -> int:
     """Run ``main`` to its end, which is whether every message came back; return the exit code."""
     try:
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            return EVERY_MESSAGE_CAME_BACK if runner.run(main) else NOT_ALL_CAME_BACK
+        with Interrupts(output) as interrupts, asyncio.Runner(loop_factory=loop_factory()) as runner:
+            everything = runner.run(interrupts.cancel(main))
+        return EVERY_MESSAGE_CAME_BACK if everything else NOT_ALL_CAME_BACK
     except ConnectError as error:
-        output.error(str(error))
+        output.unreachable(error)
         return COULD_NOT_CONNECT
     except EchoError as error:
         output.error(str(error))
         return NOT_ALL_CAME_BACK
-    except KeyboardInterrupt:
+    except (asyncio.CancelledError, KeyboardInterrupt, Interrupted):
         return INTERRUPTED
     except OutputClosed:
         drop_output(sys.stdout)

@@ -7,18 +7,23 @@ memory is bounded by what was sent, however the replies are split and whatever e
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections import deque
+from time import monotonic
 from typing import cast
 
 from ..errors import ReplyDifferent, ReplyError, ReplyLate, ReplyLost
+from ..reasons import reason
 from .messages import readable
 
 __all__ = ["Connection", "Exchange"]
 
 log = logging.getLogger("echo_async.client")
 
+REST = 65_536  # bytes of one read after a connection broke
+LARGE = 65_536  # bytes of a message that a server may not take
 SHOWN = 40  # bytes of a wrong reply that an error shows
 STALLED = 0.1  # seconds: a timer that is later than this tells that the loop stood still, not the server
 
@@ -71,9 +76,8 @@ class Connection(asyncio.Protocol):
     """Sends, and compares what comes back.
 
     ``open``: more can be sent. ``replies``: exchanges that came back whole. ``partial``: it was lost
-    in the middle of a reply. ``stray``: the error of
-    bytes that came when nothing was out; it belongs to whoever uses the connection next.
-    ``closed`` is done once the transport has let go of the socket.
+    in the middle of a reply. ``stray``: the error of bytes that came when nothing was out; it belongs
+    to whoever uses the connection next. ``closed`` is done once the socket was let go.
     """
 
     _transport: asyncio.Transport
@@ -104,16 +108,16 @@ class Connection(asyncio.Protocol):
     def send(self, exchange: Exchange) -> None:
         out = self._out
         if not out:
-            self._since = self._loop.time()
+            self._since = monotonic()
             if self._timer is None:
-                self._timer = self._loop.call_at(self._since + self._timeout, self._look_at_time)
+                self._timer = self._loop.call_later(self._timeout, self._look_at_time)
         out.append(exchange)
         if self._logs:
             log.debug("sending %d bytes", len(exchange.data))
         try:
             self._transport.write(exchange.data)
         except RuntimeError as error:  # uvloop: "the handler is closed"
-            self._lose(f"the connection to {self._name} broke ({error})")
+            self._lose(f"the connection to {self._name} broke ({reason(error)})")
 
     def close(self) -> None:
         """Close; what is still out is lost. To call it twice does no harm."""
@@ -136,7 +140,7 @@ class Connection(asyncio.Protocol):
             exchange.returned = len(data)
             self.replies += 1
             if out:
-                self._since = self._loop.time()
+                self._since = monotonic()
             exchange.progress()
         elif self.open:
             self._compare(data)
@@ -148,12 +152,21 @@ class Connection(asyncio.Protocol):
         if error is None:
             self._lose(f"{self._name} closed the connection")
         else:
-            number = getattr(error, "errno", None)
-            self._lose(f"the connection to {self._name} broke ({os.strerror(number).lower() if number else error})")
+            self._read_what_came_before()
+            self._lose(f"the connection to {self._name} broke ({reason(error)})")
         if self._timer is not None:
             self._timer.cancel()
         if not self.closed.done():
             self.closed.set_result(None)
+
+    def _read_what_came_before(self) -> None:
+        """A write that fails ends a transport at once, with replies unread that had come before."""
+        if self._transport.get_extra_info("ssl_object") is not None:
+            return
+        with contextlib.suppress(OSError):
+            descriptor = self._transport.get_extra_info("socket").fileno()
+            while self._out and (data := os.read(descriptor, REST)):
+                self.data_received(data)
 
     # Comparing
 
@@ -171,12 +184,12 @@ class Connection(asyncio.Protocol):
             exchange.returned += size
             if exchange.returned < len(exchange.data):
                 if data.find(b"\n", at - size) >= 0:
-                    self._since = self._loop.time()
+                    self._since = monotonic()
                     exchange.progress()
                 break
             back.append(out.popleft())
             self.replies += 1
-            self._since = self._loop.time()
+            self._since = monotonic()
         if at < len(data):
             self._too_much(back, data[at:])
         self._tell(back)
@@ -187,18 +200,20 @@ class Connection(asyncio.Protocol):
 
     def _differ(self, exchange: Exchange, data: bytes, at: int) -> None:
         expected = exchange.data
-        got, want = data[at:], expected[exchange.returned :]
-        same = _common(got, want)
+        same = _common(data[at:], expected[exchange.returned :])
         exchange.returned += same
         start, end = exchange.current_message()
         offset = exchange.returned - start
-        head = expected[max(start, exchange.returned - SHOWN // 2) : exchange.returned]
+        shared = expected[max(start, exchange.returned - SHOWN // 2) : exchange.returned]
+        came, _, more = data[at + same :].partition(b"\n")
+        came += b"\n" if more or data.endswith(b"\n") else b""
+        wanted = expected[exchange.returned : end]
         exchange.error = ReplyDifferent(
             f"{self._name} answered something else: byte {offset} of the reply differs, "
-            f"came {_shown(head + got[same:])}, expected {_shown(expected[exchange.returned - len(head) : end])}",
+            f"came {_shown(shared + came)}, expected {_shown(shared + wanted)}; is it an echo server?",
             offset,
         )
-        self._lose(f"the connection to {self._name} was dropped after a reply that differs")
+        self._drop("a reply before it was different")
 
     def _too_much(self, back: list[Exchange], more: bytes) -> None:
         """Bytes that nobody asked for: they spoil the reply they came with, or else the next one."""
@@ -209,9 +224,12 @@ class Connection(asyncio.Protocol):
             last.error = ReplyDifferent(text, offset)
         else:
             self.stray = ReplyDifferent(text, 0)
-        self._lose(f"the connection to {self._name} was dropped after bytes that nobody asked for")
+        self._drop("bytes came that nobody asked for")
 
     # Losing
+
+    def _drop(self, why: str) -> None:
+        self._lose(f"the connection to {self._name} was dropped ({why})")
 
     def _lose(self, why: str) -> None:
         """Nothing more can be matched here: tell all who wait, and let go of the socket at once."""
@@ -226,15 +244,17 @@ class Connection(asyncio.Protocol):
                 start, end = exchange.current_message()
                 part = exchange.returned - start
                 when = f"after {part} of the {end - start} bytes of" if part else "before"
-                exchange.error = ReplyLost(f"{why} {when} the reply")
+                advice = f"; does it take messages of {end - start} bytes?" if end - start > LARGE else ""
+                exchange.error = ReplyLost(f"{why} {when} the reply{advice}")
             exchange.progress()
 
     def _look_at_time(self) -> None:
         """The one timer of a connection, set for the reply that has to come next."""
         self._timer = None
         if not self._out:
+            self._overdue = False
             return
-        now = self._loop.time()
+        now = monotonic()
         left = self._since + self._timeout - now
         if left < -STALLED:  # the loop stood still: nobody looked at the socket, so the reply gets its time anew
             self._since, left = now, self._timeout
@@ -245,8 +265,11 @@ class Connection(asyncio.Protocol):
             self._overdue = True
             self._timer = self._loop.call_later(0, self._look_at_time)
         else:
-            self._out[0].error = ReplyLate(f"{self._name} did not send the reply within {self._timeout:g} s")
-            self._lose(f"the connection to {self._name} was dropped after a reply that is late")
+            self._out[0].error = ReplyLate(
+                f"{self._name} did not send the reply within {self._timeout:g} s; "
+                "is it an echo server, or does it need a longer timeout?"
+            )
+            self._drop("a reply before it was late")
 
 
 def _same(expected: bytes, start: int, data: bytes, at: int, size: int) -> bool:

@@ -28,5 +28,5 @@ async def converse(client: EchoClient, messages: Source, output: Output) -> bool
         except ConnectError as error:
             if everything:
                 raise
-            output.error(str(error))
+            output.unreachable(error)
     return everything

@@ -86,7 +86,7 @@ class EchoClient:
     def stream(self, messages: Iterable[M] | AsyncIterable[M], *, window: int = WINDOW) -> AsyncGenerator[M, None]:
         """Send ``messages`` and yield the replies, in order: ``async for reply in client.stream(messages)``.
 
-        At most ``window`` messages are on their way at a time(and 256 KiB, unless one message is
+        At most ``window`` messages are on their way at a time (and 256 KiB, unless one message is
         larger): a slow server, and a slow reader of the replies, hold up the taking of more messages,
         and nothing piles up. With a server that closes after each reply, one is on its way at a time.
 

@@ -6,18 +6,23 @@ A terminal gets replies escaped. A reader of stdout who goes away ends the comma
 from __future__ import annotations
 
 import json
-import os
+import select
 import sys
 
 from ..commandline import drop_output
 from ..errors import EchoError
+from ..reasons import reason
 from .messages import readable
 
-__all__ = ["JsonOutput", "Output", "OutputClosed"]
+__all__ = ["Interrupted", "JsonOutput", "Output", "OutputClosed"]
 
 
 class OutputClosed(Exception):
     """Nobody reads stdout any more."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, while the reader of stdout held us up."""
 
 
 class Output:
@@ -29,6 +34,7 @@ class Output:
         self._stdout, self._stderr = sys.stdout, sys.stderr
         self._terminal = self._stdout is not None and self._stdout.isatty()
         self.number = 0
+        self._writing = self._interrupted = False
 
     def replies(self, data: bytes, seconds: float) -> None:
         """Show whole replies that came ``seconds`` after they were sent."""
@@ -44,6 +50,22 @@ class Output:
         """Tell what befell the next message."""
         self.number += 1
         self.error(f"message {self.number}: {error}")
+
+    def unreachable(self, error: EchoError) -> None:
+        """Tell why no more messages can be sent."""
+        self.error(str(error))
+
+    def interrupt(self) -> None:
+        """Ctrl-C: do not wait any more, now or later, for whoever reads stdout and does not."""
+        self._interrupted = True
+        if self._writing and self._held_up():
+            raise KeyboardInterrupt
+
+    def _held_up(self) -> bool:
+        try:
+            return not select.select([], [self._stdout.fileno()], [], 0)[1]
+        except (OSError, ValueError):
+            return False
 
     def heading(self, text: str) -> None:
         """What is going to be pinged."""
@@ -77,13 +99,21 @@ class Output:
         if self._stdout is None:
             return
         try:
+            self._writing = True
+            if self._interrupted and self._held_up():
+                raise KeyboardInterrupt
             self._stdout.buffer.write(data)
             self._stdout.buffer.flush()
         except BrokenPipeError as error:
             raise OutputClosed from error
         except OSError as error:
             drop_output(self._stdout)
-            raise EchoError(f"cannot write to stdout: {os.strerror(error.errno or 0).lower()}") from error
+            raise EchoError(f"cannot write to stdout: {reason(error)}") from error
+        except KeyboardInterrupt as error:
+            drop_output(self._stdout)
+            raise Interrupted from error
+        finally:
+            self._writing = False
 
     def _say(self, text: str) -> None:
         if self._stderr is not None:
@@ -109,6 +139,14 @@ class JsonOutput(Output):
 
     def failure(self, error: EchoError) -> None:
         super().failure(error)
+        self._failed(error)
+
+    def unreachable(self, error: EchoError) -> None:
+        super().unreachable(error)
+        self.number += 1
+        self._failed(error)
+
+    def _failed(self, error: EchoError) -> None:
         self._line(json.dumps({"seq": self.number, "ok": False, "error": str(error)}))
 
     def _show(self, data: bytes, seconds: float) -> None:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from ..errors import EchoError
+from ..reasons import reason
 from .stream import Batch
 
 __all__ = ["Lines", "stdin_has_lines"]
@@ -87,7 +88,7 @@ class Lines:
                 else:
                     self._hand_over(part)
         except OSError as error:
-            failure = EchoError(f"cannot read stdin: {os.strerror(error.errno or 0).lower()}")
+            failure = EchoError(f"cannot read stdin: {reason(error)}")
         except EchoError as error:
             failure = error
         self._call(self._end, failure)

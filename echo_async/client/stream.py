@@ -335,12 +335,12 @@ def _take(messages: Iterator[Message], count: int, size: int) -> tuple[Batch | N
 
 def _join(messages: list[Any]) -> bytes | None:
     """``messages`` as they go over the wire, each with a newline added; None if that cannot be done to all of them."""
-    if not messages:
-        return b""
+    kinds = set(map(type, messages))
+    if kinds != {str} and kinds != {bytes}:
+        return None if messages else b""
     try:
-        text = isinstance(messages[0], str)
-        data = "\n".join([*messages, ""]).encode() if text else b"\n".join([*messages, b""])
-    except (TypeError, UnicodeEncodeError):
+        data = "\n".join([*messages, ""]).encode() if kinds == {str} else b"\n".join([*messages, b""])
+    except UnicodeEncodeError:
         return None
     newlines = len(data) - len(data.replace(b"\n", b""))  # by memchr; bytes.count looks at each byte in turn
     return data if newlines == len(messages) else None

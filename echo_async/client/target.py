@@ -10,12 +10,14 @@ import math
 import os
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, TypeVar
 
 from ..config import check_seconds
 from ..errors import ConfigError, ConnectError, ConnectTimeout
+from ..reasons import reason
 
 __all__ = ["Target"]
 
@@ -76,7 +78,7 @@ class Target:
                 log.debug("%s; trying again", error)
             await asyncio.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)
-            seconds = min(self._connect_timeout, max(left - pause, FIRST_PAUSE))
+            seconds = min(self._connect_timeout, max(give_up - loop.time(), FIRST_PAUSE))
 
     async def _attempt(self, factory: Callable[[], P], seconds: float) -> P:
         started = perf_counter()
@@ -87,12 +89,12 @@ class Target:
                 log.debug("connected to %s in %.3f ms", self.name, 1e3 * (perf_counter() - started))
                 return await self._carry(connected, factory)
         except TimeoutError as error:
-            within = f" within {seconds:g} s" if not error.errno else f": {os.strerror(error.errno).lower()}"
+            within = f": {reason(error)}" if error.errno else f" within {seconds:g} s"
             raise ConnectTimeout(f"cannot connect to {self.name}{within}; is it the right address?") from error
         except ssl.SSLError as error:
-            raise ConnectError(f"cannot connect to {self.name}: TLS: {_tls_reason(error)}") from error
+            raise ConnectError(f"cannot connect to {self.name}: TLS: {reason(error)}") from error
         except (OSError, UnicodeError) as error:
-            raise ConnectError(f"cannot connect to {self.name}: {_reason(error)}{_advice(error)}") from error
+            raise ConnectError(f"cannot connect to {self.name}: {reason(error)}{_advice(error)}") from error
 
     async def _carry(self, connected: socket.socket, factory: Callable[[], P]) -> P:
         """Hand the connected socket to the event loop, with TLS where it is asked for."""
@@ -116,8 +118,7 @@ class Target:
         return await _race(infos)
 
     async def _resolve(self) -> Sequence[AddressInfo]:
-        loop = asyncio.get_running_loop()
-        return list(dict.fromkeys(await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)))
+        return list(dict.fromkeys(await _getaddrinfo(self._host, self._port)))
 
 
 def _check_address(host: str, port: int) -> None:
@@ -147,6 +148,33 @@ def _numeric(host: str, port: int) -> Sequence[AddressInfo] | None:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     except (OSError, UnicodeError):
         return None
+
+
+async def _getaddrinfo(host: str, port: int) -> Sequence[AddressInfo]:
+    """Ask the resolver, in a thread of our own: an event loop waits at its end for those that it started itself."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[Sequence[AddressInfo]] = loop.create_future()
+
+    def tell(infos: Sequence[AddressInfo], error: Exception | None) -> None:
+        if answer.done():  # cancelled, or out of time
+            return
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(infos)
+
+    def ask() -> None:
+        infos: Sequence[AddressInfo] = []
+        failure: Exception | None = None
+        try:
+            infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(tell, infos, failure)
+
+    threading.Thread(target=ask, name=f"resolve {host}", daemon=True).start()
+    return await answer
 
 
 async def _connect_to(info: AddressInfo) -> socket.socket:
@@ -215,17 +243,3 @@ def _advice(error: OSError | UnicodeError) -> str:
     if isinstance(error, socket.gaierror | UnicodeError):
         return "; check the host"
     return _ADVICE.get(error.errno or 0, "")
-
-
-def _reason(error: OSError | UnicodeError) -> str:
-    if isinstance(error, UnicodeError):
-        return "not a host name"
-    if isinstance(error, socket.gaierror):
-        return str(error.strerror or error).lower()
-    return os.strerror(error.errno).lower() if error.errno else str(error) or type(error).__name__
-
-
-def _tls_reason(error: ssl.SSLError) -> str:
-    detail = getattr(error, "verify_message", "")
-    reason = (error.reason or str(error)).lower().replace("_", " ")
-    return f"{reason}: {detail}" if detail else reason

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import ssl
 
 from ..errors import ConfigError
+from ..reasons import reason
 
 __all__ = ["client_context"]
 
@@ -19,7 +19,7 @@ def client_context(
     try:
         context = ssl.create_default_context(cafile=ca_certs)
     except OSError as error:
-        raise ConfigError(f"ssl_ca_certs {ca_certs}: {_reason(error)}; give a file of certificates (PEM)") from error
+        raise ConfigError(f"ssl_ca_certs {ca_certs}: {reason(error)}; give a file of certificates (PEM)") from error
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if not verify:
         context.check_hostname = False
@@ -29,13 +29,5 @@ def client_context(
             context.load_cert_chain(certfile, keyfile, password="")  # never ask on the terminal
         except OSError as error:
             names = f"ssl_certfile {certfile}" + (f", ssl_keyfile {keyfile}" if keyfile else "")
-            raise ConfigError(
-                f"{names}: {_reason(error)}; give a certificate and its key (PEM, no password)"
-            ) from error
+            raise ConfigError(f"{names}: {reason(error)}; give a certificate and its key (PEM, no password)") from error
     return context
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, ssl.SSLError):
-        return (error.reason or str(error)).lower().replace("_", " ")
-    return os.strerror(error.errno).lower() if error.errno else str(error)

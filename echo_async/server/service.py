@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import select
 import socket
 from collections.abc import Sequence
 from types import TracebackType
@@ -25,7 +26,7 @@ from .base import BaseServer
 __all__ = ["EchoServer", "serve", "start_server"]
 
 ENGINES = {"streams": streams.listen, "protocol": protocol.listen}
-ACCEPT_TURNS = 10  # turns of the loop in which clients that the kernel has connected are still let in
+ACCEPT_TURNS = 10  # turns of the loop until a client that was accepted has its connection, and what it sent is read
 ABORT_TURNS = 10  # turns of the loop in which a transport that was aborted reports that it is closed
 DRAIN_TICK = 0.05  # seconds between two sweeps while the server stops
 
@@ -137,9 +138,7 @@ class EchoServer(BaseServer):
         registry.on_empty = emptied.set
         deadline = self._loop.time() + self.config.timeout_graceful_shutdown
         try:
-            # Closing a listener resets the clients that the kernel has connected and nobody has accepted.
-            for _ in range(ACCEPT_TURNS):
-                await asyncio.sleep(0)
+            await self._accept_who_waits()
             self._stop_listening()
             registry.stop()
             while registry.connections and self._loop.time() < deadline:
@@ -155,6 +154,18 @@ class EchoServer(BaseServer):
                 if registry.connections:
                     await asyncio.sleep(0)
             self._closed.set()
+
+    async def _accept_who_waits(self) -> None:
+        """Empty the kernel's queues: closing a listener resets the clients in it, whatever they have sent."""
+        waiting = select.poll()
+        for each in self._sockets:
+            waiting.register(each, select.POLLIN)
+        turns = len(self._sockets) * self.config.backlog  # who connects now is not let in for ever
+        while waiting.poll(0) and turns:
+            turns -= 1
+            await asyncio.sleep(0)
+        for _ in range(ACCEPT_TURNS):
+            await asyncio.sleep(0)
 
     def _stop_listening(self) -> None:
         for server in self._servers:

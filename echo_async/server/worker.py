@@ -44,6 +44,7 @@ async def _serve(config: ServerConfig, channel: socket.socket, listeners: list[s
     report_in_one_line(asyncio.get_running_loop())
     server = await start_server(config, listeners)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the parent held it back until now
     reader, writer = await asyncio.open_connection(sock=channel)
     writer.write(_line(ready=True))
     orders = asyncio.create_task(_obey(server, reader))

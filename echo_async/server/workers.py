@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Self
 
@@ -29,6 +30,7 @@ __all__ = ["WorkerServer", "WorkerSettings"]
 
 START = 30.0  # seconds for a new worker to be ready
 PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds between the tries of a replacement to start; after the last the service ends
+HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 MARGIN = 2.0  # seconds over the graceful stop until a worker that has not ended is killed
 
 
@@ -90,11 +92,12 @@ class WorkerServer(BaseServer):
 
     def close(self) -> None:
         self._stopping = True
+        self._close_sockets()  # or the kernel would let clients in that no worker accepts any more
         for worker in self._workers:
             worker.tell("stop")
 
     def abort(self) -> None:
-        self._stopping = True
+        self.close()
         for worker in self._workers:
             worker.tell("abort")
 
@@ -113,6 +116,8 @@ class WorkerServer(BaseServer):
             self._close_sockets()
 
     async def _start_worker(self) -> Worker:
+        if self._stopping:
+            raise StartError("the server stops")
         worker = await Worker.start(self._settings, self._sockets)
         self._workers.add(worker)
         try:
@@ -133,15 +138,17 @@ class WorkerServer(BaseServer):
             if self._stopping:
                 return
             log.error("worker %d ended with %d: starting another", worker.pid, code)
-            worker = await self._replace()
+            try:
+                worker = await self._replace()
+            except StartError:
+                if self._stopping:
+                    return
+                raise
 
     async def _replace(self) -> Worker:
         for pause in PAUSES:
-            try:
+            with contextlib.suppress(StartError):
                 return await self._start_worker()
-            except StartError:
-                if self._stopping:
-                    raise
             await asyncio.sleep(pause)
         return await self._start_worker()
 
@@ -155,6 +162,16 @@ class WorkerServer(BaseServer):
             with contextlib.suppress(ProcessLookupError):
                 worker.process.kill()
             await worker.process.wait()
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """What is started here begins with SIGINT and SIGTERM held back: it is not to die of one before it can obey."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Worker:
@@ -172,7 +189,7 @@ class Worker:
     @classmethod
     async def start(cls, settings: dict[str, object], sockets: Sequence[socket.socket]) -> Self:
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, _signals_held():
             descriptors = [each.fileno() for each in (theirs, *sockets)]
             process = await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -1,5 +1,6 @@
 """The blocking twins, for programs without an event loop: ``serve`` on threads, ``connect`` and ``echo``."""
 
+from .client import EchoClient, connect, echo
 from .server import EchoServer, serve
 
-__all__ = ["EchoServer", "serve"]
+__all__ = ["EchoClient", "EchoServer", "connect", "echo", "serve"]

@@ -74,12 +74,12 @@ class Peer:
 
     def message(self) -> bytes:
         """The next message, read as the seed does; the thread ends with the client."""
-        while b"\n" not in self._rest:
-            data = self.socket.recv(20)
-            if not data:
+        parts = [self._rest]
+        while b"\n" not in parts[-1]:
+            parts.append(self.socket.recv(20))
+            if not parts[-1]:
                 raise ConnectionResetError
-            self._rest += data
-        line, _, self._rest = self._rest.partition(b"\n")
+        line, _, self._rest = b"".join(parts).partition(b"\n")
         self.received.append(line + b"\n")
         return line + b"\n"
 
@@ -109,6 +109,9 @@ def nothing_left_behind() -> Iterator[None]:
     """No test ends with more descriptors or threads than there were at its beginning."""
     descriptors, threads = os.listdir("/proc/self/fd"), threading.active_count()
     yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("resolve "):  # it has answered, or nobody waits for it any more
+            thread.join(PATIENCE)
     assert len(os.listdir("/proc/self/fd")) <= len(descriptors)
     assert threading.active_count() <= threads
 

@@ -1,0 +1,54 @@
+"""The figures of ``--count``: exact while they are few, bounded when they are many."""
+
+from __future__ import annotations
+
+import pytest
+
+from echo_async.client import pinging
+from echo_async.client.pinging import RoundTrips
+
+
+def figures(trips: RoundTrips) -> list[float]:
+    *_, line = trips.summary("server")
+    return [float(figure) for figure in line.rpartition(" = ")[2].removesuffix(" ms").split("/")]
+
+
+def test_the_figures_of_a_hundred_round_trips() -> None:
+    trips = RoundTrips()
+    for milliseconds in range(100, 0, -1):
+        trips.sent += 1
+        trips.add(milliseconds / 1000)
+    assert figures(trips) == [1, 50.5, 50, 99, 100]
+
+
+def test_one_round_trip_is_all_of_them() -> None:
+    trips = RoundTrips()
+    trips.sent += 1
+    trips.add(0.001)
+    assert figures(trips) == [1] * 5
+
+
+def test_what_is_lost_is_told() -> None:
+    trips = RoundTrips()
+    trips.sent += 3
+    trips.add(0.001)
+    assert trips.lost == 2
+    assert trips.summary("server")[1].startswith("3 sent, 1 received, 2 lost (66.7%), time ")
+
+
+def test_nothing_came_back() -> None:
+    trips = RoundTrips()
+    trips.sent += 1
+    heading, counts = trips.summary("server")
+    assert heading == "--- server echo statistics ---"
+    assert counts.startswith("1 sent, 0 received, 1 lost (100%), time ")
+
+
+def test_of_very_many_a_choice_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinging, "SAMPLES", 1000)
+    trips = RoundTrips()
+    for number in range(10_000):
+        trips.add(0.001 if number % 2 else 0.003)
+    assert len(trips._samples) == 1000
+    least, average, _, p99, most = figures(trips)
+    assert (least, average, p99, most) == (1, 2, 3, 3)

@@ -1,0 +1,199 @@
+"""TLS: certificates checked, what is wrong told in one line, and no goodbye before the replies are read."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from support import PATIENCE
+
+import echo_async
+from echo_async.client import connect, echo
+from echo_async.client.tls import client_context
+
+OnLoop = Callable[[Callable[[], Any]], Any]
+Start = Callable[[Callable[[Any], None]], Any]
+
+
+COMMAND = [sys.executable, "-W", "error", "-m", "echo_async.client"]
+
+
+class Files:
+    """A certificate authority, a server's certificate and a client's, as files."""
+
+    def __init__(self, folder: Path) -> None:
+        authority = trustme.CA()
+        self.authority = authority
+        self.ca_certs = str(folder / "ca.pem")
+        self.server, self.client = str(folder / "server.pem"), str(folder / "client.pem")
+        authority.cert_pem.write_to_path(self.ca_certs)
+        authority.issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(self.server)
+        authority.issue_cert("client@example.org").private_key_and_cert_chain_pem.write_to_path(self.client)
+
+    def server_context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(self.server)
+        return context
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("tls"))
+
+
+def answer_all(peer: Any) -> None:
+    for message in peer.messages():
+        peer.send(message)
+
+
+def answer_one(peer: Any) -> None:
+    peer.send(peer.message())
+
+
+def over_tls(context: ssl.SSLContext, serve: Callable[[Any], None] = answer_all) -> Callable[[Any], None]:
+    def serve_over_tls(peer: Any) -> None:
+        peer.socket = context.wrap_socket(peer.socket, server_side=True)
+        serve(peer)
+
+    return serve_over_tls
+
+
+@pytest.mark.parametrize("serve", [answer_one, answer_all])
+def test_every_message_comes_back(on_loop: OnLoop, script: Start, files: Files, serve: Callable[[Any], None]) -> None:
+    server = script(over_tls(files.server_context(), serve))
+
+    async def main() -> None:
+        context = client_context(ca_certs=files.ca_certs)
+        async with connect(*server.address, ssl=context) as client:
+            for message in ("a", "", "ñ 🎉", "b"):
+                assert await client.echo(message) == message
+            messages = [str(number) for number in range(10)]
+            assert [reply async for reply in client.stream(messages)] == messages
+
+    on_loop(main)
+
+
+def test_a_mebibyte_comes_back(on_loop: OnLoop, script: Start, files: Files) -> None:
+    server = script(over_tls(files.server_context()))
+
+    async def main() -> None:
+        context = client_context(ca_certs=files.ca_certs)
+        async with connect(*server.address, ssl=context) as client:
+            message = "x" * 1_048_575
+            assert await asyncio.gather(*[client.echo(message)] * 3) == [message] * 3
+
+    on_loop(main)
+
+
+def test_a_certificate_that_nobody_vouches_for(on_loop: OnLoop, script: Start, files: Files) -> None:
+    server = script(over_tls(files.server_context()))
+
+    async def main() -> None:
+        with pytest.raises(echo_async.ConnectError, match="TLS: certificate verify failed: "):
+            await echo("Hola", *server.address, ssl=True, retry=5)  # to try again would not help
+
+    on_loop(main)
+
+
+def test_a_certificate_of_somebody_else(on_loop: OnLoop, script: Start, files: Files) -> None:
+    server = script(over_tls(files.server_context()))
+
+    async def main() -> None:
+        context = client_context(ca_certs=files.ca_certs)
+        with pytest.raises(echo_async.ConnectError, match=r"'somebody\.example'"):
+            await echo("Hola", *server.address, ssl=context, server_hostname="somebody.example")
+        assert await echo("Hola", *server.address, ssl=context, server_hostname="localhost") == "Hola"
+
+    on_loop(main)
+
+
+def test_no_check_if_it_is_given_up(on_loop: OnLoop, script: Start, files: Files) -> None:
+    server = script(over_tls(files.server_context()))
+
+    async def main() -> None:
+        assert await echo("Hola", *server.address, ssl=client_context(verify=False)) == "Hola"
+
+    on_loop(main)
+
+
+def test_a_client_certificate(on_loop: OnLoop, script: Start, files: Files) -> None:
+    demanding = files.server_context()
+    demanding.verify_mode = ssl.CERT_REQUIRED
+    demanding.load_verify_locations(files.ca_certs)
+    server = script(over_tls(demanding))
+
+    async def main() -> None:
+        context = client_context(ca_certs=files.ca_certs, certfile=files.client)
+        assert await echo("Hola", *server.address, ssl=context) == "Hola"
+        # Which of the two the client sees first is up to the network.
+        with pytest.raises(echo_async.ReplyLost, match=r"certificate required|connection reset by peer"):
+            await echo("Hola", *server.address, ssl=client_context(ca_certs=files.ca_certs))
+
+    on_loop(main)
+
+
+def test_a_server_that_does_not_speak_tls(on_loop: OnLoop, script: Start) -> None:
+    server = script(lambda peer: peer.send(b"Hola\n"))
+
+    async def main() -> None:
+        with pytest.raises(echo_async.ConnectError, match=r"cannot connect to .*: "):
+            await echo("Hola", *server.address, ssl=True)
+
+    on_loop(main)
+
+
+def test_a_server_that_never_shakes_hands(on_loop: OnLoop, script: Start) -> None:
+    go_on = threading.Event()
+    server = script(lambda _: wait(go_on))
+
+    async def main() -> None:
+        with pytest.raises(echo_async.ConnectTimeout):
+            await echo("Hola", *server.address, ssl=True, connect_timeout=0.1)
+
+    on_loop(main)
+    go_on.set()
+
+
+def wait(event: threading.Event) -> None:
+    event.wait(PATIENCE)
+
+
+def test_the_command(script: Start, files: Files) -> None:
+    server = script(over_tls(files.server_context()))
+
+    def client(*args: str) -> tuple[int, bytes, bytes]:
+        command = [*COMMAND, "--port", str(server.address[1]), *args, "hola"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE)
+        return done.returncode, done.stdout, done.stderr
+
+    assert client("--ssl-ca-certs", files.ca_certs) == (0, b"hola\n", b"")
+    code, _, stderr = client("--ssl")
+    assert (code, stderr.count(b"\n")) == (3, 1)
+    assert b"certificate verify failed" in stderr
+    assert client("--ssl-no-verify", "--quiet") == (0, b"hola\n", b"")
+    code, _, stderr = client("--ssl-no-verify", "--verbose")
+    assert b"warning: the server's certificate is not checked" in stderr
+    assert b"* TLSv1.3 in " in stderr
+    assert code == 0
+
+
+def test_what_is_wrong_with_a_file_is_told(files: Files, tmp_path: Path) -> None:
+    nonsense = tmp_path / "nonsense.pem"
+    nonsense.write_text("nonsense")
+    for options, text in (
+        ({"ca_certs": "/nonexistent"}, "ssl_ca_certs /nonexistent: no such file or directory"),
+        ({"ca_certs": str(nonsense)}, "no certificate or crl found"),
+        ({"certfile": str(nonsense)}, f"ssl_certfile {nonsense}: "),
+        ({"keyfile": files.client}, "give ssl_certfile as well"),
+    ):
+        with pytest.raises(echo_async.ConfigError, match=text):
+            client_context(**options)  # type: ignore[arg-type]
+    assert client_context().minimum_version is ssl.TLSVersion.TLSv1_2

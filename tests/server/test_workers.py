@@ -1,0 +1,375 @@
+"""Several processes on one listening socket, as people run them: it outlives them all, and none outlives the parent."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+import socket
+import struct
+import termios
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from support import PATIENCE, ServerProcess, receive_all, receive_line, server_process, until
+
+from echo_async.config import EngineName
+
+AT_ONCE = 1.0  # seconds within which a worker is replaced, and within which an orphan has ended
+
+each_engine = pytest.mark.parametrize("engine", ["streams", "protocol", "threads"])
+
+
+@contextmanager
+def two_workers(
+    engine: EngineName, *args: str, env: dict[str, str] | None = None, group: bool = False
+) -> Iterator[ServerProcess]:
+    """A server of two workers in ``stream`` mode, which are there when it is announced."""
+    arguments = ("--workers", "2", "--engine", engine, "--mode", "stream", "--no-access-log", *args)
+    with server_process(*arguments, env=env, start_new_session=group) as server:
+        assert len(workers(server)) == 2
+        yield server
+
+
+def workers(server: ServerProcess) -> list[int]:
+    children = Path(f"/proc/{server.process.pid}/task").glob("*/children")
+    return [int(number) for each in children for number in each.read_text().split()]
+
+
+def log(server: ServerProcess) -> str:
+    """What is on stderr so far."""
+    return "".join(server._stderr)
+
+
+def counters(lines: str) -> dict[str, int]:
+    """The numbers of the last line."""
+    return {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", lines.splitlines()[-1])}
+
+
+def is_gone(process: int) -> bool:
+    try:
+        return re.search(r"^State:\s+Z", Path(f"/proc/{process}/status").read_text(), re.M) is not None
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@contextmanager
+def held(process: int) -> Iterator[None]:
+    """While this is entered, ``process`` does nothing: another worker has to take what comes."""
+    os.kill(process, signal.SIGSTOP)
+    try:
+        until(lambda: all("\nState:\tT" in each.read_text() for each in Path(f"/proc/{process}/task").glob("*/status")))
+        yield
+    finally:
+        os.kill(process, signal.SIGCONT)
+
+
+def exchange(client: socket.socket, message: bytes) -> bytes:
+    client.sendall(message)
+    return receive_line(client)
+
+
+def client_of(server: ServerProcess, other: int) -> socket.socket:
+    """A client of the worker that is not ``other``."""
+    with held(other):
+        client = server.connect()
+        assert exchange(client, b"hello\n") == b"hello\n"
+        return client
+
+
+def is_cut(client: socket.socket) -> bool:
+    """Whether the connection ends, with a reset or without, and with nothing more on it."""
+    try:
+        return client.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def received(client: socket.socket) -> bytes | None:
+    """Everything that comes until the other side ends; None if it is reset."""
+    try:
+        return receive_all(client)
+    except ConnectionError:
+        return None
+
+
+class Load:
+    """Threads that connect, get one reply and close, again and again; when each attempt that failed was begun."""
+
+    def __init__(self, server: ServerProcess, threads: int = 2) -> None:
+        self._server = server
+        self._end = threading.Event()
+        self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
+        self.done = 0
+        self.failed: list[tuple[float, Exception]] = []
+
+    def _run(self) -> None:
+        while not self._end.is_set():
+            began = monotonic()
+            try:
+                with self._server.connect() as client:
+                    assert exchange(client, b"under load\n") == b"under load\n"
+                self.done += 1
+            except (OSError, AssertionError) as error:
+                self.failed.append((began, error))
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        until(lambda: self.done > 20)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+
+
+# Serving
+
+
+@each_engine
+def test_one_address_is_announced_and_the_counters_of_both_workers_are_added_up(engine: EngineName) -> None:
+    messages = [b"%d\n" % number for number in range(50)]
+    with two_workers(engine) as server, ExitStack() as clients:
+        first, second = workers(server)
+        for other in (first, second):
+            client = clients.enter_context(client_of(server, other))
+            for message in messages:
+                assert exchange(client, message) == message
+        clients.close()
+        code, lines = server.stop()
+        assert server.process.stdout is not None
+        assert server.process.stdout.read() == ""
+    assert code == 0
+    assert re.fullmatch(r"listening on 127\.0\.0\.1:\d+\n", server.announced)
+    size = 2 * (len(b"".join(messages)) + len(b"hello\n"))
+    expected = {"accepted": 2, "messages": 102, "bytes_in": size, "bytes_out": size}
+    assert {name: count for name, count in counters(lines).items() if count} == expected
+
+
+def test_a_unix_socket_is_shared_and_its_path_removed(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with two_workers("protocol", "--uds", path) as server:
+        assert server.announced == f"listening on {path}\n"
+        for other in workers(server):
+            with held(other), socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(PATIENCE)
+                client.connect(path)
+                assert exchange(client, b"hello\n") == b"hello\n"
+        code, lines = server.stop()
+    assert code == 0
+    assert counters(lines)["messages"] == 2
+    assert not os.path.exists(path)
+
+
+# A worker that dies
+
+
+@each_engine
+def test_a_worker_that_is_killed_is_replaced_at_once_and_only_its_own_clients_notice(engine: EngineName) -> None:
+    with two_workers(engine) as server:
+        victim, survivor = workers(server)
+        with client_of(server, survivor) as lost, client_of(server, victim) as kept, Load(server) as load:
+            os.kill(victim, signal.SIGKILL)
+            until(lambda: is_gone(victim))
+            died = monotonic()
+            client_of(server, survivor).close()  # the replacement alone answers
+            assert monotonic() - died < AT_ONCE
+            assert is_cut(lost)
+            assert exchange(kept, b"still there\n") == b"still there\n"
+            done = load.done
+            until(lambda: load.done > done + 20)
+        assert [failure for failure in load.failed if failure[0] >= died] == []
+        code, lines = server.stop()
+    assert code == 0
+    assert lines.count("starting another") == 1
+    assert f"worker {victim} ended with -9: starting another" in lines
+
+
+def sitecustomize(folder: Path, code: str) -> dict[str, str]:
+    """The environment of a Python in which ``code`` runs first."""
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+
+def no_worker_while(trouble: Path, tries: Path) -> str:
+    """Code that ends every worker as it starts, while there is ``trouble``; a byte in ``tries`` for each."""
+    return f"""
+import os, sys
+if "echo_async.server.worker" in sys.orig_argv and os.path.exists({str(trouble)!r}):
+    with open({str(tries)!r}, "a") as tries:
+        tries.write(".")
+    os.write(2, b"no worker today\\n")
+    os._exit(1)
+"""
+
+
+def test_workers_that_cannot_start_are_exit_code_3_after_one_try(tmp_path: Path) -> None:
+    trouble, tries = tmp_path / "trouble", tmp_path / "tries"
+    trouble.touch()
+    env = sitecustomize(tmp_path, no_worker_while(trouble, tries))
+    with server_process("--workers", "4", env=env) as server:
+        code, lines = server.wait()
+    assert code == 3
+    assert server.announced == ""
+    assert lines.splitlines()[0] == "no worker today"
+    assert len(lines.splitlines()) == 2
+    assert tries.read_text() == "."
+
+
+def test_a_replacement_that_cannot_start_ends_the_service_after_a_few_tries(tmp_path: Path) -> None:
+    trouble, tries = tmp_path / "trouble", tmp_path / "tries"
+    env = sitecustomize(tmp_path, no_worker_while(trouble, tries))
+    with two_workers("protocol", env=env) as server:
+        trouble.touch()
+        victim, survivor = workers(server)
+        with client_of(server, victim) as client:
+            os.kill(victim, signal.SIGKILL)
+            assert receive_all(client) == b""  # the other worker is stopped in good order
+            code, lines = server.wait()
+    assert code == 3
+    assert 2 <= len(tries.read_text()) <= 8
+    assert lines.count("starting another") == 1
+    assert "Traceback" not in lines
+    assert is_gone(survivor)
+
+
+def test_no_uvloop_is_said_once_by_the_parent(tmp_path: Path) -> None:
+    env = sitecustomize(tmp_path, "import sys; sys.modules['uvloop'] = None")
+    with server_process("--workers", "2", "--loop", "uvloop", env=env) as server:
+        code, lines = server.wait()
+    assert code == 3
+    assert len(lines.splitlines()) == 1
+    assert "cannot use --loop uvloop" in lines
+
+
+# The stop
+
+
+def acknowledged(client: socket.socket) -> bool:
+    """Whether everything that was sent has reached the kernel of the other side."""
+    (unsent,) = struct.unpack("i", fcntl.ioctl(client, termios.TIOCOUTQ, b"\0" * 4))
+    return bool(unsent == 0)
+
+
+@each_engine
+def test_a_stop_under_load_gives_each_client_the_whole_reply_or_nothing(engine: EngineName) -> None:
+    with two_workers(engine) as server, Load(server, 4) as load:
+        code, lines = server.stop()
+    assert code == 0
+    assert "Traceback" not in lines
+    assert counters(lines)["messages"] >= load.done
+    for _, failure in load.failed:
+        assert isinstance(failure, ConnectionError) or str(failure).startswith("closed after b''"), failure
+
+
+@each_engine
+def test_a_stop_answers_every_message_that_was_received(engine: EngineName) -> None:
+    """Those of clients who are served, and those of clients whom the kernel has connected and nobody has accepted."""
+    sent = b"".join(b"%060d\n" % number for number in range(200))
+    with two_workers(engine) as server, ExitStack() as stack:
+        clients = [stack.enter_context(client_of(server, other)) for other in workers(server)]
+        with ExitStack() as holding:
+            for worker in workers(server):
+                holding.enter_context(held(worker))
+            clients += [stack.enter_context(server.connect()) for _ in range(100)]
+            for client in clients:
+                client.sendall(sent)
+            until(lambda: all(map(acknowledged, clients)))
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: " SIGTERM: stopping" in log(server))
+        answered = sum(received(client) == sent for client in clients)
+        code, lines = server.wait()
+    assert (code, answered) == (0, len(clients))
+    assert counters(lines)["messages"] == 200 * len(clients) + 2
+
+
+def test_who_connects_during_the_stop_is_refused() -> None:
+    with two_workers("protocol") as server, server.connect() as busy:
+        assert exchange(busy, b"done\n") == b"done\n"
+        busy.sendall(b"begun, ")
+        until(lambda: acknowledged(busy))
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: " SIGTERM: stopping" in log(server))
+
+        def is_refused() -> bool:
+            try:
+                server.connect().close()
+            except ConnectionRefusedError:
+                return True
+            return False
+
+        until(is_refused)
+        assert exchange(busy, b"finished\n") == b"begun, finished\n"
+        code, _ = server.wait()
+    assert code == 0
+
+
+@pytest.mark.parametrize("engine", ["protocol", "threads"])
+def test_a_second_signal_ends_it_at_once_while_a_client_holds_the_stop(engine: EngineName) -> None:
+    with two_workers(engine) as server, server.connect() as idle, ExitStack() as clients:
+        busy = [clients.enter_context(client_of(server, other)) for other in workers(server)]
+        for client in busy:
+            client.sendall(b"never finished")
+        until(lambda: all(map(acknowledged, busy)))
+        server.process.send_signal(signal.SIGTERM)
+        assert receive_all(idle) == b""  # the stop has reached the workers
+        began = monotonic()
+        code, lines = server.stop()
+        assert monotonic() - began < AT_ONCE
+        assert all(map(is_cut, busy))
+    assert code == 0
+    assert "Traceback" not in lines
+    assert counters(lines)["lost"] == 2
+
+
+def test_ctrl_c_reaches_all_processes_and_is_one_clean_stop() -> None:
+    with two_workers("protocol", group=True) as server, server.connect() as client:
+        assert exchange(client, b"one\n") == b"one\n"
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert receive_all(client) == b""
+        code, lines = server.wait()
+    assert code == 0
+    assert "Traceback" not in lines
+    assert lines.count("SIGINT: stopping") == 1
+    assert lines.count("stopped: ") == 1
+    assert counters(lines)["messages"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_while_a_worker_is_starting_is_a_clean_stop(number: signal.Signals) -> None:
+    with two_workers("protocol", group=True) as server:
+        before = workers(server)
+        os.kill(before[0], signal.SIGKILL)
+        until(lambda: any(each not in before for each in workers(server)))
+        os.killpg(server.process.pid, number)
+        code, lines = server.wait()
+    assert code == 0, lines
+    assert "Traceback" not in lines
+
+
+# The parent's death
+
+
+@each_engine
+def test_workers_do_not_outlive_their_parent_and_the_port_is_free(engine: EngineName) -> None:
+    with two_workers(engine) as server, ExitStack() as clients:
+        both = workers(server)
+        for other in both:
+            client = clients.enter_context(client_of(server, other))
+            client.sendall(b"begun")
+        server.process.kill()
+        died = monotonic()
+        until(lambda: all(map(is_gone, both)))
+        with suppress(OSError):
+            clients.close()
+        with socket.create_server(server.address):
+            assert monotonic() - died < AT_ONCE
+        _, lines = server.wait()
+    assert "Traceback" not in lines

@@ -1,0 +1,939 @@
+"""The blocking client: what comes back is what was sent, and every failure is told as the async client tells it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import itertools
+import os
+import resource
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import PATIENCE
+
+import echo_async
+from echo_async import client as asynchronous
+from echo_async import sync
+from echo_async.client.stream import WINDOW_BYTES
+from echo_async.client.tls import client_context
+from echo_async.config import EngineName, Mode
+
+Serve = Callable[["Peer"], None]
+
+
+class Peer:
+    """One connection of a :class:`Script`. ``number``: how many were there before it."""
+
+    def __init__(self, connected: socket.socket, number: int) -> None:
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a reset drops what was sent before it
+        self.socket = connected
+        self.number = number
+        self.received: list[bytes] = []
+        self._lines = connected.makefile("rb")
+
+    def message(self) -> bytes:
+        """The next message; the thread ends with the client."""
+        line = self._lines.readline()
+        if not line.endswith(b"\n"):
+            raise ConnectionResetError
+        self.received.append(line)
+        return line
+
+    def messages(self) -> Iterator[bytes]:
+        while True:
+            yield self.message()
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def reset(self) -> None:
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def close(self) -> None:
+        self._lines.close()
+        self.socket.close()
+
+
+class Script:
+    """A server that does to each connection what ``serve`` does, in a thread for each."""
+
+    def __init__(self, serve: Serve) -> None:
+        self._serve = serve
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.address: tuple[str, int] = self._listener.getsockname()
+        self.peers: list[Peer] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    @property
+    def received(self) -> list[list[bytes]]:
+        """The whole messages of each connection, in the order of connecting."""
+        return [peer.received for peer in self.peers]
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self.peers.append(Peer(self._listener.accept()[0], len(self.peers)))
+                self._threads.append(threading.Thread(target=self._run, args=self.peers[-1:]))
+                self._threads[-1].start()
+
+    def _run(self, peer: Peer) -> None:
+        with contextlib.suppress(OSError, ValueError), contextlib.closing(peer):
+            self._serve(peer)
+
+    def stop(self) -> None:
+        for each in (self._listener, *(peer.socket for peer in self.peers)):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(PATIENCE)
+        self._listener.close()
+
+
+Start = Callable[[Serve], Script]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No test ends with other descriptors or threads than there were at its beginning."""
+    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    yield
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.fixture
+def script() -> Iterator[Start]:
+    """Start a server that does what it is told; it is stopped with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(serve: Serve) -> Script:
+            server = Script(serve)
+            stack.callback(server.stop)
+            return server
+
+        yield start
+
+
+@pytest.fixture
+def bound() -> Iterator[socket.socket]:
+    """A socket that has an address and does not listen yet: nobody is there, and nobody else can be."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound
+
+
+@pytest.fixture
+def black_hole() -> Iterator[tuple[str, int]]:
+    """An address that never answers: its queue of connections is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, contextlib.ExitStack() as stack:
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()
+
+
+MESSAGES = ["", "a", "Hola Server!", "ñandú 🎉", "\x00\x1b[2J\r", "x" * 19, "x" * 20, "x" * 21, "x" * 10_000]
+
+
+def answer_all(peer: Peer) -> None:
+    for message in peer.messages():
+        peer.send(message)
+
+
+def answer_one(peer: Peer) -> None:
+    peer.send(peer.message())
+
+
+def answer_byte_by_byte(peer: Peer) -> None:
+    for message in peer.messages():
+        for byte in message:
+            peer.send(bytes([byte]))
+
+
+def keep_silent(peer: Peer) -> None:
+    for _ in peer.messages():
+        pass
+
+
+def answer_with(reply: bytes, *, reset: bool = False) -> Serve:
+    def serve(peer: Peer) -> None:
+        peer.message()
+        peer.send(reply)
+        if reset:
+            peer.reset()
+
+    return serve
+
+
+@contextlib.contextmanager
+def hosted(engine: EngineName, mode: Mode) -> Iterator[tuple[str, int]]:
+    """The address of a server of that engine, in an event loop in another thread."""
+    started: list[echo_async.EchoServer] = []
+    ready = threading.Event()
+
+    async def main() -> None:
+        async with echo_async.serve(port=0, engine=engine, mode=mode) as server:
+            started.append(server)
+            ready.set()
+            await server.wait_closed()
+
+    thread = threading.Thread(target=asyncio.run, args=[main()])
+    thread.start()
+    ready.wait(PATIENCE)
+    try:
+        yield cast(tuple[str, int], started[0].address)
+    finally:
+        started[0].close()
+        thread.join(PATIENCE)
+
+
+# What it is a twin of
+
+
+@pytest.mark.parametrize("name", ["connect", "echo"])
+def test_a_function_takes_what_its_twin_takes(name: str) -> None:
+    ours, theirs = (inspect.signature(getattr(each, name)) for each in (sync, asynchronous))
+    assert ours.parameters == theirs.parameters
+
+
+def test_a_client_can_do_what_its_twin_can() -> None:
+    def public(client: type) -> set[str]:
+        return {name for name in dir(client) if not name.startswith("_")}
+
+    only_async = {"wait_closed", "exchange", "keeps_open", "pipelines", "ready"}
+    assert public(sync.EchoClient) == public(echo_async.EchoClient) - only_async
+
+
+# Replies that are right
+
+
+@pytest.mark.parametrize("mode", ["message", "stream"])
+@pytest.mark.parametrize("engine", ["streams", "protocol", "threads"])
+def test_every_message_comes_back_from_every_engine(engine: EngineName, mode: Mode) -> None:
+    with hosted(engine, mode) as address, sync.connect(*address) as client:
+        for message in MESSAGES:
+            assert client.echo(message) == message
+            assert client.echo(message.encode()) == message.encode()
+        assert list(client.stream(MESSAGES)) == MESSAGES
+        assert 0 < client.ping() < PATIENCE
+        assert sync.echo("once", *address) == "once"
+
+
+@pytest.mark.parametrize("mode", ["message", "stream"])
+def test_every_message_comes_back_from_the_blocking_server(mode: Mode) -> None:
+    with sync.serve(port=0, mode=mode) as server, sync.connect(*server.address) as client:
+        assert [client.echo(message) for message in MESSAGES] == MESSAGES
+
+
+@pytest.mark.parametrize("message", ["Hola\n", b"Hola\n", "Hola", b"Hola", b"\xff\x00", "", b"\n"])
+def test_a_reply_is_of_the_type_and_shape_of_the_message(script: Start, message: str | bytes) -> None:
+    server = script(answer_all)
+    reply = sync.echo(cast(str, message), *server.address)
+    assert reply == message
+    assert type(reply) is type(message)
+    sent = message.encode() if isinstance(message, str) else message
+    assert server.received == [[sent if sent.endswith(b"\n") else sent + b"\n"]]
+
+
+def test_what_cannot_be_sent_is_refused_and_nothing_is_sent(script: Start) -> None:
+    server = script(answer_all)
+    with sync.connect(*server.address) as client:
+        with pytest.raises(echo_async.MessageError, match="newline inside, at byte 3"):
+            client.echo("one\ntwo")
+        with pytest.raises(echo_async.MessageError, match="cannot be sent as UTF-8"):
+            client.echo("\udcff")
+        with pytest.raises(TypeError, match="str or bytes, not int"):
+            client.echo(cast(str, 5))
+        assert client.echo("after") == "after"
+    assert server.received == [[b"after\n"]]
+
+
+def test_a_client_can_be_used_without_a_with_statement(script: Start) -> None:
+    server = script(answer_all)
+    client = sync.connect(*server.address)
+    assert client.name == f"127.0.0.1:{server.address[1]}"
+    assert client.echo("one") == "one"
+    client.close()
+    client.close()
+    with pytest.raises(echo_async.EchoError, match="is closed; connect again"):
+        client.echo("two")
+
+
+def test_a_unix_socket(tmp_path: Path) -> None:
+    with sync.serve(uds=str(tmp_path / "socket")) as server:
+        assert sync.echo("Hola", uds=cast(str, server.address)) == "Hola"
+
+
+@pytest.mark.parametrize("mode", ["message", "stream"])
+def test_ten_mebibytes_each_way(mode: Mode) -> None:
+    message = bytes(range(11, 256)) * 42_800
+    options: Any = {"mode": mode, "limit_message_size": 2**30, "chunk_size": 65_536, "no_access_log": True}
+    with sync.serve(port=0, **options) as server, sync.connect(*server.address) as client:
+        assert client.echo(message) == message
+        assert list(client.stream([message] * 3)) == [message] * 3
+
+
+# Connecting again
+
+
+@pytest.mark.parametrize("serve", [answer_all, answer_byte_by_byte])
+def test_a_server_that_never_closes_gets_all_messages_on_one_connection(script: Start, serve: Serve) -> None:
+    server = script(serve)
+    with sync.connect(*server.address) as client:
+        assert [client.echo(message) for message in ("one", "two", "three")] == ["one", "two", "three"]
+        assert list(client.stream(["four", "five"])) == ["four", "five"]
+    assert server.received == [[b"one\n", b"two\n", b"three\n", b"four\n", b"five\n"]]
+
+
+def test_a_server_that_closes_after_a_reply_gets_a_connection_for_each_message(script: Start) -> None:
+    server = script(answer_one)
+    with sync.connect(*server.address) as client:
+        expected = [str(number) for number in range(20)]
+        assert [client.echo(message) for message in expected[:10]] == expected[:10]
+        assert list(client.stream(expected[10:])) == expected[10:]
+    assert [messages for messages in server.received if messages] == [[b"%d\n" % number] for number in range(20)]
+
+
+def test_a_server_that_resets_after_a_reply_is_one_that_closes(script: Start) -> None:
+    def answer_and_reset(peer: Peer) -> None:
+        peer.send(peer.message())
+        peer.message()  # so the reset comes with the second message on its way
+        peer.reset()
+
+    server = script(answer_and_reset)
+    with sync.connect(*server.address) as client:
+        assert [client.echo(message) for message in ("one", "two", "three")] == ["one", "two", "three"]
+    assert server.received == [[b"one\n", b"two\n"], [b"two\n"], [b"three\n"]]
+
+
+def test_a_server_that_closes_between_messages_is_connected_to_again(script: Start) -> None:
+    closed = threading.Semaphore(0)
+
+    def answer_two(peer: Peer) -> None:
+        peer.send(peer.message())
+        peer.send(peer.message())
+        peer.close()
+        closed.release()
+
+    server = script(answer_two)
+    with sync.connect(*server.address) as client:
+        for number in range(6):
+            assert client.echo(str(number)) == str(number)
+            if number % 2:  # the end is there before the next message
+                assert closed.acquire(timeout=PATIENCE)
+    assert server.received == [[b"0\n", b"1\n"], [b"2\n", b"3\n"], [b"4\n", b"5\n"]]
+
+
+def test_a_server_that_keeps_connections_open_hides_no_loss(script: Start) -> None:
+    def serve(peer: Peer) -> None:
+        for _ in range(3):
+            peer.send(peer.message())
+        peer.message()
+
+    server = script(serve)
+    with sync.connect(*server.address) as client:
+        for message in ("0", "1", "2"):
+            assert client.echo(message) == message
+        with pytest.raises(echo_async.ReplyLost):
+            client.echo("lost")
+        assert client.echo("3") == "3"
+
+
+def test_a_second_reply_that_is_cut_is_lost_not_asked_for_again(script: Start) -> None:
+    def serve(peer: Peer) -> None:
+        peer.send(peer.message())
+        peer.send(peer.message()[:2])
+
+    server = script(serve)
+    with sync.connect(*server.address) as client:
+        assert client.echo("one") == "one"
+        with pytest.raises(echo_async.ReplyLost, match="after 2 of the 4 bytes"):
+            client.echo("two")
+
+
+# Replies that are lost, late or different
+
+
+@pytest.mark.parametrize(
+    ("reply", "text"),
+    [
+        (b"", "closed the connection before the reply"),
+        (b"Hola ", "closed the connection after 5 of the 13 bytes of the reply"),
+        (b"Hola Server!", "closed the connection after 12 of the 13 bytes of the reply"),
+    ],
+)
+def test_a_server_that_closes_too_early(script: Start, reply: bytes, text: str) -> None:
+    server = script(answer_with(reply))
+    with sync.connect(*server.address) as client, pytest.raises(echo_async.ReplyLost, match=text):
+        client.echo("Hola Server!")
+    assert len(server.received) == 1  # on a fresh connection, it is not tried again
+
+
+def test_a_server_that_resets(script: Start) -> None:
+    server = script(answer_with(b"", reset=True))
+    with pytest.raises(echo_async.ReplyLost, match=r"broke \(connection reset by peer\) before the reply"):
+        sync.echo("Hola", *server.address)
+
+
+def test_a_server_that_resets_while_it_is_sent_a_long_message(script: Start) -> None:
+    def serve(peer: Peer) -> None:
+        peer.socket.recv(100)
+        peer.reset()
+
+    server = script(serve)
+    with pytest.raises(echo_async.ReplyLost, match=r"broke \(.+\) before the reply"):
+        sync.echo("x" * 10_000_000, *server.address)
+
+
+def test_replies_that_came_before_a_write_that_failed_count(script: Start) -> None:
+    closed = threading.Event()
+
+    def serve(peer: Peer) -> None:
+        for _ in range(3):
+            peer.send(peer.message())
+        peer.reset()
+        closed.set()
+
+    def messages() -> Iterator[str]:
+        yield from ("0", "1", "2")
+        assert closed.wait(PATIENCE)  # the reply and the reset are there, and the client has read neither
+        yield "3"
+
+    server = script(serve)
+    replies: list[str] = []
+    with sync.connect(*server.address) as client, pytest.raises(echo_async.ReplyLost):
+        replies.extend(client.stream(messages()))
+    assert replies == ["0", "1", "2"]
+
+
+def test_a_server_that_never_answers(script: Start) -> None:
+    server = script(lambda peer: keep_silent(peer) if peer.number == 0 else answer_all(peer))
+    with sync.connect(*server.address, timeout=0.1) as client:
+        started = time.monotonic()
+        with pytest.raises(echo_async.ReplyLate, match=r"did not send the reply within 0\.1 s"):
+            client.echo("Hola")
+        assert 0.09 < time.monotonic() - started < 1
+        assert client.echo("again") == "again"
+    assert server.received == [[b"Hola\n"], [b"again\n"]]
+
+
+def test_a_server_that_reads_nothing_is_late_too(script: Start) -> None:
+    go_on = threading.Event()
+
+    def read_nothing(_: Peer) -> None:
+        go_on.wait(PATIENCE)
+
+    server = script(read_nothing)
+    with sync.connect(*server.address, timeout=0.2) as client, pytest.raises(echo_async.ReplyLate):
+        client.echo(b"x" * 20_000_000)
+    go_on.set()
+
+
+def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(script: Start) -> None:
+    go_on = threading.Event()
+
+    def trickle(peer: Peer) -> None:
+        for byte in peer.message():
+            peer.send(bytes([byte]))
+            go_on.wait(0.02)
+
+    server = script(trickle)
+    with pytest.raises(echo_async.ReplyLate):
+        sync.echo("x" * 1000, *server.address, timeout=0.15)
+    go_on.set()
+
+
+@pytest.mark.parametrize(
+    ("reply", "offset", "text"),
+    [
+        (b"Hola Sirver!\n", 6, 'byte 6 of the reply differs, came "Hola Sirver!\\n", expected "Hola Server!\\n"'),
+        (b"\x1b[2J\n", 0, 'came "\\x1b[2J\\n", expected "Hola'),
+        (b"\xffola\n", 0, 'came "\\xffola\\n"'),
+        (b"Hola\n", 4, 'came "Hola\\n", expected'),
+        (b"Hola Server!\nmore", 13, 'sent 4 bytes more than it was sent: "more"'),
+    ],
+)
+def test_a_server_that_answers_something_else(script: Start, reply: bytes, offset: int, text: str) -> None:
+    server = script(answer_with(reply))
+    with pytest.raises(echo_async.ReplyDifferent) as caught:
+        sync.echo("Hola Server!", *server.address)
+    assert caught.value.offset == offset
+    assert text in str(caught.value).replace("\\\\", "\\")
+
+
+def test_bytes_that_nobody_asked_for_spoil_the_next_reply(script: Start) -> None:
+    sent = threading.Event()
+
+    def serve(peer: Peer) -> None:
+        if peer.number == 0:
+            peer.send(b"220 mail.example ESMTP\r\n")
+            sent.set()
+        answer_all(peer)
+
+    server = script(serve)
+    with sync.connect(*server.address) as client:
+        assert sent.wait(PATIENCE)
+        with pytest.raises(echo_async.ReplyDifferent, match="sent 24 bytes more than it was sent") as caught:
+            client.echo("Hola")
+        assert caught.value.offset == 0
+        assert client.echo("Hola") == "Hola"
+
+
+def test_an_endless_reply_takes_no_memory(script: Start) -> None:
+    def serve(peer: Peer) -> None:
+        peer.message()
+        while True:
+            peer.send(b"\0" * 1_000_000)
+
+    server = script(serve)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(echo_async.ReplyDifferent):
+        sync.echo("\0" * 100_000, *server.address)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
+
+
+# Connecting
+
+
+def test_nobody_there(bound: socket.socket) -> None:
+    port = bound.getsockname()[1]
+    with pytest.raises(echo_async.ConnectError) as caught:
+        sync.echo("Hola", port=port)
+    assert str(caught.value) == (
+        f"cannot connect to 127.0.0.1:{port}: connection refused; is the server running there?"
+    )
+
+
+def test_no_such_unix_socket(tmp_path: Path) -> None:
+    with pytest.raises(echo_async.ConnectError, match="no such file or directory; is the server running there"):
+        sync.connect(uds=tmp_path / "nobody")
+    with pytest.raises(echo_async.ConnectError, match="path too long"):
+        sync.connect(uds=tmp_path / ("x" * 200))
+
+
+@pytest.mark.parametrize("host", ["does-not-exist.invalid", "a..b", "x" * 300])
+def test_no_such_host(host: str) -> None:
+    with pytest.raises(echo_async.ConnectError, match="check the host"):
+        sync.connect(host)
+
+
+def test_no_descriptor_left() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(echo_async.ConnectError, match="too many open files"):
+            sync.connect(port=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_black_hole(black_hole: tuple[str, int]) -> None:
+    with pytest.raises(echo_async.ConnectTimeout, match=r"cannot connect to .* within 0\.1 s"):
+        sync.connect(*black_hole, connect_timeout=0.1)
+
+
+def test_a_unix_socket_whose_queue_stays_full(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as filler:
+        listener.bind(path)
+        listener.listen(0)
+        filler.connect(path)
+        with pytest.raises(echo_async.ConnectTimeout):
+            sync.connect(uds=path, connect_timeout=0.05)
+
+
+def _resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> None:
+    real = socket.getaddrinfo
+
+    def resolve(host: str, *args: Any, **kwargs: Any) -> Any:
+        if host != "several.example" or kwargs.get("flags"):
+            return real(host, *args, **kwargs)
+        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+
+def test_a_name_with_a_dead_and_a_living_address(
+    script: Start, monkeypatch: pytest.MonkeyPatch, black_hole: tuple[str, int], bound: socket.socket
+) -> None:
+    server = script(answer_all)
+    _resolve_to(monkeypatch, bound.getsockname(), black_hole, server.address)
+    assert sync.echo("Hola", "several.example") == "Hola"
+
+
+def test_a_name_with_dead_addresses_only(monkeypatch: pytest.MonkeyPatch, bound: socket.socket) -> None:
+    port = bound.getsockname()[1]
+    _resolve_to(monkeypatch, ("127.0.0.1", port), ("127.0.0.2", port))
+    with pytest.raises(echo_async.ConnectError, match=r"several\.example:5500: connection refused"):
+        sync.echo("Hola", "several.example")
+
+
+def test_localhost_is_found(script: Start) -> None:
+    assert sync.echo("Hola", "localhost", script(answer_all).address[1]) == "Hola"
+
+
+def test_retry_waits_for_a_server_that_is_still_starting(
+    bound: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = threading.Event()
+
+    def serve() -> None:
+        refused.wait(PATIENCE)
+        bound.listen()
+        with bound.accept()[0] as connected:
+            connected.sendall(connected.recv(100))
+
+    class Watch:
+        """Sees the client's log: the line of its first failure."""
+
+        def filter(self, record: Any) -> bool:
+            if "trying again" in record.getMessage():
+                refused.set()
+            return True
+
+    caplog.set_level("DEBUG", "echo_async.client")
+    caplog.handler.addFilter(watch := Watch())
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        assert sync.echo("Hola", *bound.getsockname(), retry=PATIENCE) == "Hola"
+    finally:
+        thread.join(PATIENCE)
+        caplog.handler.removeFilter(watch)
+    assert refused.is_set()
+
+
+def test_retry_ends(bound: socket.socket, black_hole: tuple[str, int]) -> None:
+    started = time.monotonic()
+    with pytest.raises(echo_async.ConnectError):
+        sync.echo("Hola", *bound.getsockname(), retry=0.1)
+    with pytest.raises(echo_async.ConnectTimeout):
+        sync.echo("Hola", *black_hole, retry=0.1, connect_timeout=0.05)
+    assert 0.2 <= time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"port": 0}, "port 0 is out of range"),
+        ({"host": ""}, "host is empty"),
+        ({"timeout": 0}, "timeout 0 makes no sense"),
+        ({"connect_timeout": -1}, "connect_timeout -1 makes no sense"),
+        ({"retry": float("inf")}, "retry inf makes no sense"),
+        ({"server_hostname": "x"}, "give ssl as well"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(echo_async.ConfigError, match=text):
+        sync.connect(**options)
+
+
+# Streams
+
+
+@pytest.mark.parametrize("mode", ["message", "stream"])
+@pytest.mark.parametrize("window", [1, 3, 1024])
+def test_replies_come_in_order(mode: Mode, window: int) -> None:
+    messages = [str(number) for number in range(20 if mode == "message" else 500)]
+    with sync.serve(port=0, mode=mode) as server, sync.connect(*server.address) as client:
+        assert list(client.stream(messages, window=window)) == messages
+        assert client.echo("after") == "after"
+
+
+def test_messages_keep_their_shape(script: Start) -> None:
+    server = script(answer_all)
+    with sync.connect(*server.address) as client:
+        text = ["a", "b\n", "", "\n", "ñ", "x" * 100_000]
+        assert list(client.stream(text)) == text
+        data = [b"a", b"b\n", b"", b"\n", b"\xff", b"x" * 100_000]
+        assert list(client.stream(data)) == data
+        assert list(client.stream(cast(list[str], []))) == []
+
+
+LINES = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n")))
+
+
+@settings(max_examples=30, deadline=None)
+@given(messages=LINES, window=st.integers(1, 9))
+def test_any_messages_come_back_in_any_window(messages: list[str], window: int) -> None:
+    with sync.serve(port=0, mode="stream", no_access_log=True) as server, sync.connect(*server.address) as client:
+        assert list(client.stream(["so that", "it pipelines"])) == ["so that", "it pipelines"]
+        assert list(client.stream(messages, window=window)) == messages
+
+
+def test_messages_are_pipelined_up_to_the_window(script: Start) -> None:
+    def serve(peer: Peer) -> None:
+        for message in itertools.islice(peer.messages(), 2):
+            peer.send(message)
+        while True:  # nothing is answered before a whole window is there
+            peer.send(b"".join(itertools.islice(peer.messages(), 8)))
+
+    server = script(serve)
+    taken = 0
+
+    def messages() -> Iterator[str]:
+        nonlocal taken
+        for number in range(2 + 8 * 5):
+            taken += 1
+            yield str(number)
+
+    with sync.connect(*server.address) as client:
+        for replies, reply in enumerate(client.stream(messages(), window=8)):
+            assert reply == str(replies)
+            assert taken <= replies + 1 + 8
+    assert taken == 42
+
+
+def test_nothing_piles_up_while_the_reader_is_slow(script: Start) -> None:
+    server = script(answer_all)
+    taken = 0
+
+    def messages() -> Iterator[bytes]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield b"x" * 9_999
+
+    with sync.connect(*server.address) as client:
+        for _ in itertools.islice(client.stream(messages(), window=10**6), 100):
+            assert taken * 10_000 < 2 * WINDOW_BYTES + 1_000_000
+
+
+def test_the_time_of_a_slow_reader_and_of_a_slow_source_is_not_the_servers(script: Start) -> None:
+    server = script(answer_all)
+    pause = threading.Event()
+
+    def messages() -> Iterator[bytes]:
+        for number in range(6):
+            pause.wait(0.15 if number == 4 else 0)
+            yield b"x" * 4_000_000
+
+    with sync.connect(*server.address, timeout=0.1) as client:
+        for number, _ in enumerate(client.stream([b"1", b"2", b"3"])):
+            pause.wait(0.15 if number == 1 else 0)
+        with sync.connect(*server.address, timeout=1) as other:
+            assert len(list(other.stream(messages()))) == 6
+
+
+def test_a_source_of_messages_that_come_one_by_one_is_sent_as_it_comes(script: Start) -> None:
+    arrived = threading.Semaphore(0)
+
+    def serve(peer: Peer) -> None:
+        for message in peer.messages():
+            arrived.release()
+            peer.send(message)
+
+    def messages() -> Iterator[str]:
+        for number in range(10):
+            yield str(number)
+            assert arrived.acquire(timeout=PATIENCE)  # a batch that waited for more would wait for ever
+
+    server = script(serve)
+    with sync.connect(*server.address) as client:
+        assert list(client.stream(messages(), window=1)) == [str(number) for number in range(10)]
+
+
+def test_leaving_early_does_no_harm_to_what_comes_after(script: Start) -> None:
+    server = script(answer_all)
+    messages = [str(number) for number in range(1000)]
+    with sync.connect(*server.address) as client:
+        for _ in range(3):
+            with contextlib.closing(client.stream(messages)) as replies:
+                assert list(itertools.islice(replies, 5)) == messages[:5]
+            assert client.echo("after") == "after"
+    assert len(server.received) == 1
+
+
+def test_a_ping_in_the_middle_of_a_stream(script: Start) -> None:
+    server = script(answer_all)
+    messages = [str(number) for number in range(100)]
+    replies = []
+    with sync.connect(*server.address) as client:
+        for reply in client.stream(messages):
+            replies.append(reply)
+            assert client.ping() > 0
+    assert replies == messages
+
+
+def test_an_error_of_the_messages_comes_after_the_replies_before_it(script: Start) -> None:
+    def messages() -> Iterator[str]:
+        yield from ("0", "1", "2", "3")
+        raise ZeroDivisionError
+
+    server = script(answer_all)
+    with sync.connect(*server.address) as client:
+        stream = client.stream(messages())
+        assert list(itertools.islice(stream, 4)) == ["0", "1", "2", "3"]
+        with pytest.raises(ZeroDivisionError):
+            next(stream)
+
+
+@pytest.mark.parametrize(("bad", "error"), [("a\nb", echo_async.MessageError), (5, TypeError)])
+def test_a_message_that_cannot_be_sent(script: Start, bad: Any, error: type[Exception]) -> None:
+    server = script(answer_all)
+    with sync.connect(*server.address) as client:
+        stream = client.stream(["0", "1", "2", bad, "never"])
+        assert list(itertools.islice(stream, 3)) == ["0", "1", "2"]
+        with pytest.raises(error):
+            next(stream)
+
+
+def test_one_message_is_no_stream_of_messages(script: Start) -> None:
+    with sync.connect(*script(answer_all).address) as client:
+        with pytest.raises(TypeError, match="not one message"):
+            client.stream("Hola")
+        with pytest.raises(echo_async.ConfigError, match="window 0 makes no sense"):
+            client.stream(["Hola"], window=0)
+
+
+def _drop_fifth(peer: Peer) -> None:
+    for _ in range(5):
+        peer.send(peer.message())
+    peer.message()
+    peer.send(b"5")
+
+
+def _reset_fifth(peer: Peer) -> None:
+    for _ in range(5):
+        peer.send(peer.message())
+    peer.message()
+    peer.reset()
+
+
+def _change_fifth(peer: Peer) -> None:
+    for message in peer.messages():
+        peer.send(message.replace(b"5", b"V"))
+
+
+def _keep_fifth(peer: Peer) -> None:
+    for message in peer.messages():
+        if message == b"5\n":
+            return keep_silent(peer)
+        peer.send(message)
+
+
+@pytest.mark.parametrize(
+    ("serve", "error"),
+    [
+        (_drop_fifth, echo_async.ReplyLost),
+        (_reset_fifth, echo_async.ReplyLost),
+        (_change_fifth, echo_async.ReplyDifferent),
+        (_keep_fifth, echo_async.ReplyLate),
+    ],
+)
+def test_the_first_reply_that_fails_raises_after_those_before_it(
+    script: Start, serve: Serve, error: type[Exception]
+) -> None:
+    server = script(serve)
+    with sync.connect(*server.address, timeout=0.2) as client:
+        stream = client.stream(map(str, range(9)))
+        assert list(itertools.islice(stream, 5)) == ["0", "1", "2", "3", "4"]
+        with pytest.raises(error):
+            next(stream)
+        assert client.echo("after") == "after"
+
+
+def test_a_server_that_goes_away(script: Start) -> None:
+    server = script(answer_all)
+    with sync.connect(*server.address) as client:
+        assert list(client.stream(["a", "b"])) == ["a", "b"]
+        server.stop()
+        with pytest.raises(echo_async.ConnectError):
+            client.echo("c")
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def over_tls(authority: trustme.CA, serve: Serve) -> Serve:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
+
+    def serve_over_tls(peer: Peer) -> None:
+        peer._lines.close()
+        peer.socket = context.wrap_socket(peer.socket, server_side=True)
+        peer._lines = peer.socket.makefile("rb")
+        serve(peer)
+
+    return serve_over_tls
+
+
+@pytest.fixture
+def context(authority: trustme.CA, tmp_path: Path) -> ssl.SSLContext:
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    return client_context(ca_certs=str(tmp_path / "ca.pem"))
+
+
+@pytest.mark.parametrize("serve", [answer_one, answer_all])
+def test_every_message_comes_back_over_tls(
+    script: Start, authority: trustme.CA, context: ssl.SSLContext, serve: Serve
+) -> None:
+    server = script(over_tls(authority, serve))
+    with sync.connect(*server.address, ssl=context) as client:
+        for message in ("a", "", "ñ 🎉", "x" * 3_000_000):
+            assert client.echo(message) == message
+        messages = [str(number) for number in range(10)]
+        assert list(client.stream(messages)) == messages
+
+
+def test_a_certificate_that_nobody_vouches_for(script: Start, authority: trustme.CA) -> None:
+    server = script(over_tls(authority, answer_all))
+    with pytest.raises(echo_async.ConnectError, match="TLS: certificate verify failed: "):
+        sync.echo("Hola", *server.address, ssl=True, retry=5)  # to try again would not help
+
+
+def test_a_server_that_speaks_no_tls(script: Start, context: ssl.SSLContext) -> None:
+    def greet(peer: Peer) -> None:
+        peer.send(b"220 mail.example ESMTP\r\n")
+        keep_silent(peer)
+
+    server = script(greet)
+    with pytest.raises(echo_async.ConnectError, match="TLS: "):
+        sync.connect(*server.address, ssl=context)
+    silent = script(keep_silent)
+    with pytest.raises(echo_async.ConnectTimeout):
+        sync.connect(*silent.address, ssl=context, connect_timeout=0.1)
+
+
+# Around it
+
+
+def test_no_warning_and_nothing_left_to_collect() -> None:
+    code = """
+from echo_async import sync
+with sync.serve(port=0) as server:
+    with sync.connect(*server.address) as client:
+        assert [client.echo(str(number)) for number in range(5)] == list("01234")
+        assert list(client.stream("abc"[at] for at in range(3))) == list("abc")
+    assert sync.echo(b"once", *server.address) == b"once"
+try:
+    sync.echo("Hola", *server.address)
+except ConnectionError as error:
+    print(type(error).__name__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", code], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ConnectError\n", "")

@@ -1,0 +1,222 @@
+"""``handle_echo`` in a server of the user's own: it keeps every rule of the wire, and ends with the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+import pytest
+from support import LOOPS, PATIENCE, receive_all, run
+
+import echo_async
+from echo_async.config import Mode
+from echo_async.loops import LoopName
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+OnLoop = Callable[..., None]
+
+
+@pytest.fixture(params=LOOPS)
+def on_loop(request: pytest.FixtureRequest) -> OnLoop:
+    """Run a coroutine function on each event loop, in debug mode, ``then`` something without it.
+
+    Nothing may be reported to the loop, and no descriptor left open.
+    """
+    loop: LoopName = request.param
+    run(lambda: asyncio.sleep(0), loop)  # what a loop opens once for all
+
+    def run_and_look(main: Callable[[], Awaitable[None]], then: Callable[[], None] = lambda: None) -> None:
+        problems: list[dict[str, Any]] = []
+        descriptors = len(os.listdir("/proc/self/fd"))
+
+        async def watched() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+            async with asyncio.timeout(PATIENCE):
+                await main()
+
+        run(watched, loop)
+        then()
+        gc.collect()
+        assert problems == []
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+
+    return run_and_look
+
+
+@asynccontextmanager
+async def served(handler: Any) -> AsyncIterator[tuple[str, int]]:
+    server = await asyncio.start_server(handler, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()
+
+
+@asynccontextmanager
+async def connected(address: tuple[str, int]) -> AsyncIterator[Streams]:
+    reader, writer = await asyncio.open_connection(*address)
+    yield reader, writer
+    writer.close()
+    await writer.wait_closed()
+
+
+async def all_gone() -> None:
+    """Wait until no handler runs any more."""
+    while len(asyncio.all_tasks()) > 1:
+        await asyncio.sleep(0)
+
+
+def test_alone_it_answers_one_message_and_closes(on_loop: OnLoop) -> None:
+    message = "¡Hola Server! Esto es más largo que veinte bytes.\n".encode()
+
+    async def main() -> None:
+        async with served(echo_async.handle_echo) as address, connected(address) as (reader, writer):
+            writer.write(message + b"discarded")
+            assert await reader.read() == message
+        await all_gone()
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize(("mode", "reply"), [("message", b"one\n"), ("stream", b"one\ntwo\n"), ("raw", None)])
+def test_every_mode(on_loop: OnLoop, mode: Mode, reply: bytes | None) -> None:
+    sent = b"one\ntwo\nunfinished"
+
+    async def main() -> None:
+        handler = partial(echo_async.handle_echo, mode=mode, chunk_size=3)
+        async with served(handler) as address, connected(address) as (reader, writer):
+            writer.write(sent)
+            writer.write_eof()
+            assert await reader.read() == (sent if reply is None else reply)
+        await all_gone()
+
+    on_loop(main)
+
+
+def test_ten_thousand_messages_in_a_row(on_loop: OnLoop) -> None:
+    sent = b"".join(b"%d\n" % number for number in range(10_000))
+
+    async def main() -> None:
+        async with served(partial(echo_async.handle_echo, mode="stream")) as address:
+            async with connected(address) as (reader, writer):
+                writer.write(sent)
+                assert await reader.readexactly(len(sent)) == sent
+            await all_gone()
+
+    on_loop(main)
+
+
+def test_a_message_over_the_limit_closes_after_the_replies_before_it(on_loop: OnLoop) -> None:
+    handler = partial(echo_async.handle_echo, mode="stream", limit_message_size=64)
+
+    async def main() -> None:
+        async with served(handler) as address, connected(address) as (reader, writer):
+            writer.write(b"x" * 63 + b"\n" + b"y" * 64 + b"\nnever\n")
+            assert await reader.read() == b"x" * 63 + b"\n"
+        await all_gone()
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize(("sent", "option"), [(b"", "timeout_idle"), (b"begun", "timeout_message")])
+def test_a_client_whose_time_is_up_is_closed(on_loop: OnLoop, sent: bytes, option: str) -> None:
+    handler = partial(echo_async.handle_echo, **{option: 0.1})  # type: ignore[arg-type]
+
+    async def main() -> None:
+        async with served(handler) as address, connected(address) as (reader, writer):
+            writer.write(sent)
+            assert await reader.read() == b""
+        await all_gone()
+
+    on_loop(main)
+
+
+def test_a_client_that_does_not_read_is_closed(on_loop: OnLoop) -> None:
+    handler = partial(echo_async.handle_echo, mode="raw", chunk_size=65536, timeout_write=0.1)
+
+    async def main() -> None:
+        async with served(handler) as address:
+            reader, writer = await asyncio.open_connection(*address, limit=1)
+            with pytest.raises((ConnectionError, RuntimeError)):  # uvloop says RuntimeError
+                while True:
+                    writer.write(bytes(65536))
+                    await writer.drain()
+            writer.transport.abort()
+            await all_gone()
+            del reader
+
+    on_loop(main)
+
+
+def test_a_client_that_resets_is_nothing_to_report(on_loop: OnLoop) -> None:
+    async def main() -> None:
+        async with served(partial(echo_async.handle_echo, mode="stream")) as address:
+            for sent in (b"", b"begun", b"one\n" * 10_000):
+                _, writer = await asyncio.open_connection(*address)
+                writer.write(sent)
+                writer.transport.abort()
+                await asyncio.sleep(0)
+            await all_gone()
+
+    on_loop(main)
+
+
+def test_bad_options_are_named(on_loop: OnLoop) -> None:
+    async def main() -> None:
+        with pytest.raises(echo_async.ConfigError, match="mode 'loud' does not exist"):
+            await echo_async.handle_echo(asyncio.StreamReader(), None, mode="loud")  # type: ignore[arg-type]
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("sent", [b"", b"begun", b"whole\n"])
+def test_the_end_of_the_loop_ends_every_connection(on_loop: OnLoop, sent: bytes) -> None:
+    clients: list[socket.socket] = []
+
+    async def main() -> None:
+        server = await asyncio.start_server(partial(echo_async.handle_echo, mode="stream"), "127.0.0.1", 0)
+        for _ in range(10):
+            clients.append(socket.create_connection(server.sockets[0].getsockname(), PATIENCE))
+            clients[-1].sendall(sent)
+        while len(asyncio.all_tasks()) < 11:
+            await asyncio.sleep(0)
+        server.close()
+
+    def then() -> None:
+        for client in clients:
+            with client:
+                assert everything(client) in (b"", sent)
+
+    on_loop(main, then)
+
+
+def everything(client: socket.socket) -> bytes:
+    try:
+        return receive_all(client)
+    except ConnectionResetError:
+        return b""
+
+
+def test_a_handler_that_is_cancelled_says_so_and_closes(on_loop: OnLoop) -> None:
+    async def main() -> None:
+        started: asyncio.Future[asyncio.Task[None]] = asyncio.get_running_loop().create_future()
+
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            started.set_result(asyncio.create_task(echo_async.handle_echo(reader, writer)))
+
+        async with served(connected) as address:
+            reader, writer = await asyncio.open_connection(*address)
+            task = await started
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            with suppress(ConnectionResetError):
+                assert await reader.read() == b""
+            writer.close()
+        await all_gone()
+
+    on_loop(main)
