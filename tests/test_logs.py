@@ -130,7 +130,7 @@ Captured = pytest.CaptureFixture[str]
 
 def log_a_message(format: LogFormat, message: bytes) -> None:
     configure("info", format)
-    Registry(ServerConfig()).access_info("%s %d bytes: %s", "127.0.0.1:40000", message)
+    Registry(ServerConfig()).access_info("127.0.0.1:40000", message)
 
 
 def test_a_text_line_has_time_level_client_size_and_text(capsys: Captured) -> None:

@@ -14,8 +14,9 @@ import ssl
 from collections.abc import Callable
 from typing import Protocol
 
+from ..reasons import reason
 from .connection import format_address
-from .registry import BACK_OFF, EXHAUSTED, HANDSHAKE_TIMEOUT, LINGER, Registry
+from .registry import BACK_OFF, CLIENT_GONE, HANDSHAKE_TIMEOUT, LINGER, Registry
 
 __all__ = ["BATCH", "Listener", "TlsListener", "restore_backlog"]
 
@@ -57,10 +58,10 @@ class TlsListener:
             try:
                 client, address = await self._loop.sock_accept(listener)
             except OSError as error:
-                if error.errno in EXHAUSTED:
-                    self._registry.say_exhausted(error.strerror)
-                    await asyncio.sleep(BACK_OFF)
-                continue  # else: that client is gone already
+                if error.errno not in CLIENT_GONE:
+                    self._registry.say_cannot_accept(reason(error))
+                await asyncio.sleep(0 if error.errno in CLIENT_GONE else BACK_OFF)
+                continue
             if self._registry.refuse():
                 client.close()
                 continue

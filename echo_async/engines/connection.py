@@ -7,6 +7,7 @@ read and sent and how a connection is ended.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from ..conversation import conversation
@@ -15,6 +16,7 @@ from ..logs import escape, excerpt, log
 if TYPE_CHECKING:
     from .registry import Registry
 
+LINES = 250  # log lines that one client is given before the others get their turn
 FRESH = 0.5  # seconds that a client which has just connected gets at a stop to begin its message
 
 __all__ = ["Connection", "Overdue", "format_address"]
@@ -30,7 +32,7 @@ def format_address(address: object) -> str:
     if isinstance(address, bytes):
         address = address.decode("utf-8", "surrogateescape")
     if not address:
-        return "unix client"
+        return "unix client" if address is not None else "a client that is gone"
     path = str(address)
     return escape("@" + path[1:] if path.startswith("\0") else path)  # Linux' abstract names begin with NUL
 
@@ -138,14 +140,28 @@ class Connection:
     def log_chunk(self, chunk: bytes) -> None:
         log.debug("%s sent a chunk of %d bytes: %s", self.peer, len(chunk), excerpt(chunk))
 
-    def log_replies(self, reply: bytes) -> None:
-        """A line for each message in ``reply``, as the project's first server showed on its console."""
+    def log_reply(self, reply: bytes) -> Iterator[None]:
+        """A line for each message in ``reply``, as the project's first server showed on its console.
+
+        Yields after every so many lines: one reply can hold very many messages, and the other clients are
+        to have their turn in between.
+        """
         peer, info = self.peer, self.registry.access_info
         if self.registry.config.mode == "raw":
-            return info("%s %d bytes: %s", peer, reply)
-        for message in reply.split(b"\n")[:-1]:
-            info("%s %d bytes: %s", peer, message + b"\n")
+            return info(peer, reply)
+        start = lines = 0
+        while end := reply.find(b"\n", start) + 1:
+            info(peer, reply[start:end])
+            start, lines = end, lines + 1
+            if lines % LINES == 0:
+                yield
         return None
+
+    def fail(self, error: Exception) -> None:
+        """An error of the server's own: it ends this connection only, and is counted and logged."""
+        self.registry.count("failed")
+        log.error("%s closed for an error of the server's: %r", self.peer, error)
+        self.abort()
 
     def log_closed(self) -> None:
         """Say how it ended, where that is worth a line."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections.abc import Callable, Iterator
 from typing import cast
 
 from ..logs import log
@@ -23,38 +24,48 @@ async def listen(
     registry: Registry, loop: asyncio.AbstractEventLoop, listener: socket.socket, context: ssl.SSLContext | None
 ) -> Listener:
     """Begin to accept clients on ``listener``, over TLS if there is a ``context``."""
-    if context is None:
-        server = await loop.create_server(lambda: ProtocolConnection(registry), sock=listener, backlog=BATCH)
-        restore_backlog(listener, registry)
-        return server
-    return TlsListener(registry, loop, listener, context, lambda: TlsProtocolConnection(registry))
+    make = LoggedProtocolConnection if registry.log_messages or registry.log_chunks else ProtocolConnection
+    if context is not None:
+        return TlsListener(registry, loop, listener, context, lambda: make(registry, let_in=True))
+    server = await loop.create_server(lambda: make(registry), sock=listener, backlog=BATCH)
+    restore_backlog(listener, registry)
+    return server
 
 
 class ProtocolConnection(Connection, asyncio.Protocol):
     """One client of the ``protocol`` engine."""
 
-    __slots__ = ("_receive", "_send", "_transport")
+    __slots__ = ("_let_in", "_receive", "_transport", "_write", "_writing_paused")
 
     _transport: asyncio.Transport
+    _receive: Callable[[bytes], bytes]
+    _write: Callable[[bytes], object]
+
+    def __init__(self, registry: Registry, *, let_in: bool = False) -> None:
+        super().__init__(registry)
+        self._let_in = let_in  # already, before its TLS handshake
+        self._writing_paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if not self._is_let_in():
+        if self._let_in:
+            self.registry.end_handshake()
+        elif self.registry.refuse():
             return self._transport.abort()
         self._peername = transport.get_extra_info("peername")
-        self._receive = self._receive_and_log if self.registry.log_chunks else self.conversation.receive
-        self._send = self._send_and_log if self.registry.log_messages else self._transport.write
+        self._receive = self.conversation.receive
+        self._write = self._transport.write
         self.registry.add(self)
 
-    def _is_let_in(self) -> bool:
-        return not self.registry.refuse()
-
     def data_received(self, data: bytes) -> None:
-        reply = self._receive(data)
-        if reply:
-            self._send(reply)
-        if self.conversation.finished and self._ended_at is None:
-            self.finish()
+        try:
+            reply = self._receive(data)
+            if reply:
+                self._write(reply)
+            if self.conversation.finished and self._ended_at is None:
+                self.finish()
+        except Exception as error:
+            self.fail(error)
 
     def eof_received(self) -> bool:
         self.conversation.receive_eof()
@@ -67,10 +78,15 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The client does not read: what it sends has to wait as well."""
+        self._writing_paused = True
         self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if not self._transport.is_closing():
+        self._writing_paused = False
+        self._read_on()
+
+    def _read_on(self) -> None:
+        if not self._writing_paused and not self._transport.is_closing():
             self._transport.resume_reading()
 
     def unsent(self) -> int:
@@ -95,20 +111,45 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     def abort(self) -> None:
         self._transport.abort()
 
+
+class LoggedProtocolConnection(ProtocolConnection):
+    """The same with the log on. The lines for one read are written in turns; no more is read until they are."""
+
+    __slots__ = ("_lines", "_loop")
+
+    def __init__(self, registry: Registry, *, let_in: bool = False) -> None:
+        super().__init__(registry, let_in=let_in)
+        self._loop = asyncio.get_running_loop()
+        self._lines: Iterator[None] | None = None  # those that are still to be written
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        if self.registry.log_chunks:
+            self._receive = self._receive_and_log
+        if self.registry.log_messages:
+            self._write = self._write_and_log
+
     def _receive_and_log(self, data: bytes) -> bytes:
         self.log_chunk(data)
         return self.conversation.receive(data)
 
-    def _send_and_log(self, reply: bytes) -> None:
+    def _write_and_log(self, reply: bytes) -> None:
         self._transport.write(reply)
-        self.log_replies(reply)
+        self._lines = self.log_reply(reply)
+        for _ in self._lines:
+            self._transport.pause_reading()
+            self._loop.call_soon(self._log_on)
+            return
+        self._lines = None
 
+    def _log_on(self) -> None:
+        assert self._lines is not None
+        for _ in self._lines:
+            self._loop.call_soon(self._log_on)
+            return
+        self._lines = None
+        self._read_on()
 
-class TlsProtocolConnection(ProtocolConnection):
-    """The same over TLS, where a client was let in before its handshake."""
-
-    __slots__ = ()
-
-    def _is_let_in(self) -> bool:
-        self.registry.end_handshake()
-        return True
+    def _read_on(self) -> None:
+        if self._lines is None:
+            super()._read_on()

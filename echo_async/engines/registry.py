@@ -19,11 +19,11 @@ from ..reasons import reason
 from ..stats import Stats
 from .connection import Connection
 
-__all__ = ["BACK_OFF", "EXHAUSTED", "HANDSHAKE_TIMEOUT", "LINGER", "RESERVED_DESCRIPTORS", "Registry"]
+__all__ = ["BACK_OFF", "CLIENT_GONE", "HANDSHAKE_TIMEOUT", "LINGER", "RESERVED_DESCRIPTORS", "Registry"]
 
 HANDSHAKE_TIMEOUT = 10.0  # seconds for a client's TLS handshake
-BACK_OFF = 0.1  # seconds without accepting, when the system has no descriptor or memory for a client
-EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # accept fails for want of these
+BACK_OFF = 0.1  # seconds without accepting, when the system cannot: it has no descriptor or memory, or does not let us
+CLIENT_GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EINTR}  # accept(2) fails with these, and can go on at once
 
 LINGER = 5.0  # seconds that input is discarded after the last reply, while the client has not ended its side
 LINGER_AT_STOP = 0.5  # the same once the server stops
@@ -47,7 +47,7 @@ class Registry:
         self._lock = threading.Lock()
         self._gone = dict.fromkeys(Stats.__slots__, 0)
         self._handshakes = 0  # clients that are not let in yet
-        self.say_exhausted = Seldom(log.warning, "cannot accept clients for want of resources: %s")
+        self.say_cannot_accept = Seldom(log.warning, "cannot accept clients just now: %s")
         self._say_handshake_failed = Seldom(log.warning, "%s closed: its TLS handshake failed: %s")
         self._say_refused = Seldom(log.warning, "refused a client: %d are connected, the limit")
 
@@ -168,10 +168,10 @@ class Registry:
         for connection in list(self.connections):
             connection.abort()
 
-    def access_info(self, template: str, peer: str, message: bytes) -> None:
+    def access_info(self, peer: str, message: bytes) -> None:
         text = excerpt(message)
         facts = {"client": peer, "bytes": len(message), "text": text}
-        access_log.info(template, peer, len(message), text, extra={"facts": facts})
+        access_log.info("%s %d bytes: %s", peer, len(message), text, extra={"facts": facts})
 
 
 def _descriptors() -> int:

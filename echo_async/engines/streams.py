@@ -20,7 +20,7 @@ from .sweeper import Sweeper
 
 __all__ = ["StreamConnection", "handle_echo", "listen", "read_ahead"]
 
-TURN = 100  # chunks that one client is served before the others get their turn
+TURN = 50  # chunks that one client is served before the others get their turn
 DRAIN_ABOVE = 16 * 1024  # bytes of replies that may wait before the next chunk is read
 DISCARD = 64 * 1024  # bytes asked for at each read whose input is discarded
 
@@ -30,27 +30,44 @@ def read_ahead(config: ServerConfig) -> int:
     return max(config.chunk_size, 16 * 1024)
 
 
-async def handle_echo(
+_tasks: set[asyncio.Task[None]] = set()  # of handlers: an event loop keeps weak references only
+
+
+def handle_echo(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, **options: Unpack[ServerOptions]
-) -> None:
+) -> asyncio.Task[None]:
     """Echo to one client of a server of your own: ``asyncio.start_server(echo_async.handle_echo, ...)``.
 
     ``options`` are those of :func:`echo_async.serve` that concern one connection (``mode``, ``chunk_size``,
-    the message limit, the time-outs); give them with :func:`functools.partial`. Returns when the
-    connection is closed; raises nothing but :exc:`asyncio.CancelledError`, and closes then too.
+    the message limit, the time-outs); give them with :func:`functools.partial`. What it returns can be
+    awaited: it is done when the connection is closed, and raises nothing but :exc:`asyncio.CancelledError`.
+
+    (It is no coroutine function because Python 3.11 and 3.12 report a traceback for every handler of
+    ``start_server`` that is cancelled with its loop.)
     """
     registry = Registry(ServerConfig(**options))
+    task = _serve(registry, reader, writer, asyncio.get_running_loop())
+    sweeper = Sweeper(registry)
+    sweeper.__enter__()
+    task.add_done_callback(sweeper.__exit__)
+    return task
+
+
+def _serve(
+    registry: Registry, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, loop: asyncio.AbstractEventLoop
+) -> asyncio.Task[None]:
     connection = StreamConnection(registry, reader, writer)
     registry.add(connection)
-    with Sweeper(registry):
-        await connection.run()
+    task = loop.create_task(connection.run())
+    _tasks.add(task)
+    task.add_done_callback(connection.ended)
+    return task
 
 
 async def listen(
     registry: Registry, loop: asyncio.AbstractEventLoop, listener: socket.socket, context: ssl.SSLContext | None
 ) -> Listener:
     """Begin to accept clients on ``listener``, over TLS if there is a ``context``."""
-    tasks: set[asyncio.Task[None]] = set()  # the event loop keeps weak references only
     limit = read_ahead(registry.config)
 
     # A plain function, not a coroutine: asyncio reports a cancelled handler of its own with a traceback.
@@ -59,11 +76,7 @@ async def listen(
             registry.end_handshake()
         elif registry.refuse():
             return writer.transport.abort()
-        connection = StreamConnection(registry, reader, writer)
-        registry.add(connection)
-        task = loop.create_task(connection.run())
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        _serve(registry, reader, writer, loop)
 
     if context is None:
         server = await asyncio.start_server(connected, sock=listener, limit=limit, backlog=BATCH)
@@ -107,11 +120,13 @@ class StreamConnection(Connection):
             # The connection broke. uvloop says RuntimeError where asyncio says ConnectionError.
             log.debug("%s broke off: %s", self.peer, error)
         except Exception as error:
-            self.registry.count("failed")
-            log.error("%s closed for an error of the server's: %r", self.peer, error)
-        finally:
-            self._transport.abort()  # does nothing where it is closed already
-            self.registry.remove(self)
+            self.fail(error)
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        """The task is done; it may have been cancelled before it ran at all."""
+        _tasks.discard(task)
+        self._transport.abort()  # does nothing where it is closed already
+        self.registry.remove(self)
 
     async def _echo_until_woken(self) -> None:
         self._reading = True
@@ -139,7 +154,8 @@ class StreamConnection(Connection):
             if reply:
                 write(reply)
                 if log_messages:
-                    self.log_replies(reply)
+                    for _ in self.log_reply(reply):
+                        await asyncio.sleep(0)
                 if transport.get_write_buffer_size() > DRAIN_ABOVE:
                     await self._writer.drain()
             if conversation.finished:
@@ -162,7 +178,8 @@ class StreamConnection(Connection):
                 reply = conversation.receive(chunk)
                 self._writer.write(reply)
                 if reply and self.registry.log_messages:
-                    self.log_replies(reply)
+                    for _ in self.log_reply(reply):
+                        await asyncio.sleep(0)
                 await self._writer.drain()
         except TimeoutError:
             conversation.finish()
@@ -186,6 +203,7 @@ class StreamConnection(Connection):
         self._wake()
 
     def abort(self) -> None:
+        self.conversation.finish()  # what was read ahead is not answered any more
         self._transport.abort()
 
     def _wake(self) -> None:

@@ -49,8 +49,7 @@ class ThreadConnection(Connection):
         except OSError as error:
             log.debug("%s broke off: %s", self.peer, error)
         except Exception as error:
-            self.registry.count("failed")
-            log.error("%s closed for an error of the server's: %r", self.peer, error)
+            self.fail(error)
         finally:
             self._socket.close()
             self.registry.remove(self)
@@ -89,7 +88,8 @@ class ThreadConnection(Connection):
                 rest = rest[self._socket.send(rest) :]
                 self._unsent = len(rest)
         if self.registry.log_messages:
-            self.log_replies(reply)
+            for _ in self.log_reply(reply):
+                pass  # threads take turns by themselves
 
     def _heed(self) -> None:
         """Do what is due at the end, unless the thread is busy: then it does so itself when it has let go."""

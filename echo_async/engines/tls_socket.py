@@ -65,7 +65,9 @@ class TlsSocket:
         if how == socket.SHUT_WR:
             with contextlib.suppress(ssl.SSLError):  # what the client says to it is still to come
                 self._tls.unwrap()
-            self._flush()
+            # Whoever ends a connection does not wait for its client: what does not fit is let go.
+            with contextlib.suppress(BlockingIOError):
+                self._plain.send(self._outgoing.read(), socket.MSG_DONTWAIT)
         self._plain.shutdown(how)
 
     def close(self) -> None:

@@ -62,6 +62,7 @@ class EchoServer(BaseServer):
         self._servers: list[Listener] = []
         self._sweeper = Sweeper(self._registry)
         self._stopper: asyncio.Task[None] | None = None
+        self._aborting = False
         self._closed = asyncio.Event()
 
     @classmethod
@@ -95,6 +96,7 @@ class EchoServer(BaseServer):
 
     def abort(self) -> None:
         """Stop without waiting for any client. To be called in the server's event loop."""
+        self._aborting = True
         self.close()
         self._registry.abort()
 
@@ -141,7 +143,7 @@ class EchoServer(BaseServer):
             await self._accept_who_waits()
             self._stop_listening()
             registry.stop()
-            while registry.connections and self._loop.time() < deadline:
+            while registry.connections and not self._aborting and self._loop.time() < deadline:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(DRAIN_TICK):
                         await emptied.wait()
@@ -161,9 +163,13 @@ class EchoServer(BaseServer):
         for each in self._sockets:
             waiting.register(each, select.POLLIN)
         turns = len(self._sockets) * self.config.backlog  # who connects now is not let in for ever
-        while waiting.poll(0) and turns:
+        while waiting.poll(0) and turns and not self._aborting:
             turns -= 1
             await asyncio.sleep(0)
+        # asyncio resets a client that it has accepted and whose connection is not made yet when its server is closed.
+        for each in self._sockets:
+            with contextlib.suppress(RuntimeError):  # uvloop accepts in another way, which has no such gap
+                self._loop.remove_reader(each)
         for _ in range(ACCEPT_TURNS):
             await asyncio.sleep(0)
 

@@ -29,7 +29,9 @@ from .base import BaseServer
 __all__ = ["WorkerServer", "WorkerSettings"]
 
 START = 30.0  # seconds for a new worker to be ready
-PAUSES = (0.1, 0.2, 0.4, 0.8)  # seconds between the tries of a replacement to start; after the last the service ends
+TRIES = 5  # times in a row that a replacement may fail to start before the service ends
+SHORT_LIFE = 1.0  # seconds: a worker that ends sooner is replaced after a pause
+LONGEST_PAUSE = 10.0  # seconds; the first is 0.1, and each is twice the one before
 HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 MARGIN = 2.0  # seconds over the graceful stop until a worker that has not ended is killed
 
@@ -54,6 +56,7 @@ class WorkerServer(BaseServer):
     ) -> None:
         super().__init__(config, sockets, path)
         self._settings = {"config": asdict(config), **asdict(settings)}
+        self._loop = asyncio.get_running_loop()
         self._workers: set[Worker] = set()
         self._ended = Stats()  # the counters of workers that are gone
         self._keepers: list[asyncio.Task[None]] = []
@@ -131,13 +134,20 @@ class WorkerServer(BaseServer):
 
     async def _keep(self, worker: Worker) -> None:
         """Wait for the end of ``worker`` and put another in its place, until the server stops."""
+        short_lives = 0
         while True:
+            started = self._loop.time()
             code = await worker.wait_ended()
             self._workers.discard(worker)
             self._ended += worker.stats
             if self._stopping:
                 return
             log.error("worker %d ended with %d: starting another", worker.pid, code)
+            if self._loop.time() - started < SHORT_LIFE:
+                await self._pause(short_lives)
+                short_lives += 1
+            else:
+                short_lives = 0
             try:
                 worker = await self._replace()
             except StartError:
@@ -146,11 +156,14 @@ class WorkerServer(BaseServer):
                 raise
 
     async def _replace(self) -> Worker:
-        for pause in PAUSES:
+        for failed in range(TRIES - 1):
             with contextlib.suppress(StartError):
                 return await self._start_worker()
-            await asyncio.sleep(pause)
+            await self._pause(failed)
         return await self._start_worker()
+
+    async def _pause(self, failed: int) -> None:
+        await asyncio.sleep(min(LONGEST_PAUSE, 0.1 * 2**failed))
 
     async def _wait_for_workers(self) -> None:
         """Wait for the end of those that were told to stop; kill who takes longer than it may."""

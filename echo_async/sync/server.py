@@ -19,10 +19,11 @@ from typing import Self, Unpack
 
 from ..config import ServerConfig, ServerOptions
 from ..engines.connection import format_address
-from ..engines.registry import BACK_OFF, EXHAUSTED, HANDSHAKE_TIMEOUT
+from ..engines.registry import BACK_OFF, CLIENT_GONE, HANDSHAKE_TIMEOUT
 from ..engines.threads import ThreadConnection
 from ..engines.tls_socket import TlsSocket
 from ..errors import ConfigError
+from ..reasons import reason
 from ..server import sockets as listening
 from ..server.base import BaseServer
 
@@ -62,6 +63,7 @@ class EchoServer(BaseServer):
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
         self._aborting = False
+        self._closed = threading.Event()
         self._acceptor = threading.Thread(target=self._run, name="echo-async accept")
 
     @classmethod
@@ -94,6 +96,7 @@ class EchoServer(BaseServer):
 
     def wait_closed(self) -> None:
         """Wait until it is closed: no socket, connection or thread of its own is left. Always ends after ``close``."""
+        self._closed.wait()  # and not the join alone, which Ctrl-C would leave with the thread taken for ended
         self._acceptor.join()
 
     def serve_forever(self) -> None:
@@ -133,6 +136,7 @@ class EchoServer(BaseServer):
             self._wait_for_clients(JOIN)
             self._waker.close()
             self._wakened.close()
+            self._closed.set()
             self.on_closed()
 
     def _accept_until_stopped(self) -> None:
@@ -162,10 +166,9 @@ class EchoServer(BaseServer):
         except BlockingIOError:  # another worker took it
             return False
         except OSError as error:
-            if error.errno in EXHAUSTED:
-                self._registry.say_exhausted(error.strerror)
-                return False
-            return True  # that client is gone already
+            if error.errno not in CLIENT_GONE:
+                self._registry.say_cannot_accept(reason(error))
+            return error.errno in CLIENT_GONE
         if self._registry.refuse():
             client.close()
         else:
@@ -194,7 +197,7 @@ class EchoServer(BaseServer):
                 finally:
                     threading.stack_size(usual)
         except (RuntimeError, MemoryError) as error:  # "can't start new thread": this client only
-            self._registry.say_exhausted(error)
+            self._registry.say_cannot_accept(reason(error))
             self._threads.discard(thread)
             withdraw()
             client.close()

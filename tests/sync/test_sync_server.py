@@ -1,0 +1,284 @@
+"""The server on threads: it can be started and stopped by anybody, any number of times, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from time import monotonic
+from typing import Any, cast
+
+import pytest
+from support import PATIENCE, receive_all, receive_line, server_process, until
+
+import echo_async
+from echo_async import sync
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No test ends with other descriptors or threads than there were at its beginning."""
+    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    yield
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def exchange(address: Any, message: bytes) -> bytes:
+    with socket.create_connection(address, PATIENCE) as client:
+        client.sendall(message)
+        return receive_line(client)
+
+
+@contextmanager
+def thread(function: Any) -> Iterator[None]:
+    """``function`` runs in a thread of its own, which ends with the block."""
+    running = threading.Thread(target=function)
+    running.start()
+    try:
+        yield
+    finally:
+        running.join(PATIENCE)
+        assert not running.is_alive()
+
+
+# Starting and stopping
+
+
+def test_it_is_started_and_stopped_500_times_from_several_threads_at_once() -> None:
+    def start_and_stop(times: int) -> int:
+        for _ in range(times):
+            with sync.serve(port=0, no_access_log=True) as server:
+                assert exchange(server.address, b"Hola\n") == b"Hola\n"
+        return times
+
+    with ThreadPoolExecutor(5) as threads:
+        assert sum(threads.map(start_and_stop, [100] * 5)) == 500
+
+
+def test_what_it_says_of_itself() -> None:
+    with sync.serve(port=0, mode="stream") as server:
+        assert server.is_serving()
+        assert server.address == ("127.0.0.1", server.port)
+        assert server.addresses == [server.address]
+        assert [each.fileno() >= 0 for each in server.sockets] == [True]
+        assert exchange(server.address, b"Hola\n") == b"Hola\n"
+    assert not server.is_serving()
+    assert server.sockets == ()
+    assert server.stats == echo_async.Stats(accepted=1, messages=1, bytes_in=5, bytes_out=5)
+
+
+def test_it_can_be_closed_twice_and_waited_for_twice() -> None:
+    server = sync.serve(port=0)
+    server.close()
+    server.close()
+    server.wait_closed()
+    server.wait_closed()
+    server.close()
+    server.abort()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(cast(tuple[str, int], server.address))
+
+
+def test_it_is_closed_when_its_block_ends_with_an_error() -> None:
+    with pytest.raises(ZeroDivisionError), sync.serve(port=0) as server:
+        raise ZeroDivisionError
+    assert not server.is_serving()
+
+
+def test_it_serves_until_another_thread_closes_it() -> None:
+    server = sync.serve(port=0)
+
+    def use_and_close() -> None:
+        assert exchange(server.address, b"Hola\n") == b"Hola\n"
+        server.close()
+
+    with thread(use_and_close):
+        server.serve_forever()
+    assert server.stats.messages == 1
+
+
+def test_it_serves_until_a_signal_handler_closes_it() -> None:
+    server = sync.serve(port=0)
+    before = signal.signal(signal.SIGUSR1, lambda *_: server.close())
+    try:
+        with thread(lambda: os.kill(os.getpid(), signal.SIGUSR1)):
+            server.serve_forever()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert not server.is_serving()
+
+
+def interrupt_who_waits() -> None:
+    """Ctrl-C, once the main thread waits for the end of a server."""
+    main = threading.main_thread().ident
+    assert main is not None
+    until(lambda: "wait_closed" in [each.name for each in traceback.extract_stack(sys._current_frames()[main])])
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_it_is_closed_by_ctrl_c_and_waited_for() -> None:
+    server = sync.serve(port=0, mode="stream", timeout_graceful_shutdown=0.2)
+    with socket.create_connection(cast(tuple[str, int], server.address), PATIENCE) as client:
+        client.sendall(b"Hola\nbegun")  # it holds the stop as long as it may
+        assert receive_line(client) == b"Hola\n"
+        with thread(interrupt_who_waits), pytest.raises(KeyboardInterrupt):
+            server.serve_forever()
+        assert not server.is_serving()
+        assert server.stats.active == 0
+
+
+def test_it_is_closed_from_within_a_clients_own_thread() -> None:
+    class CloseAtFirstMessage(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            server.close()
+
+    access, handler = logging.getLogger("echo_async.access"), CloseAtFirstMessage()
+    access.addHandler(handler)
+    access.setLevel(logging.INFO)
+    try:
+        server = sync.serve(port=0, mode="stream")
+        with socket.create_connection(cast(tuple[str, int], server.address), PATIENCE) as client:
+            client.sendall(b"Hola\n")
+            assert receive_all(client) == b"Hola\n"
+        server.wait_closed()
+    finally:
+        access.removeHandler(handler)
+        access.setLevel(logging.NOTSET)
+
+
+def test_many_threads_close_it_at_once_while_clients_come_and_go() -> None:
+    for _ in range(20):
+        with sync.serve(port=0, no_access_log=True) as server, ExitStack() as threads:
+
+            def use_until_closed(server: sync.EchoServer = server) -> None:
+                with suppress(OSError, AssertionError):
+                    while True:
+                        exchange(server.address, b"Hola\n")
+
+            for _ in range(3):
+                threads.enter_context(thread(use_until_closed))
+            until(lambda server=server: server.stats.messages > 5)  # type: ignore[misc]
+            for _ in range(3):
+                threads.enter_context(thread(server.close))
+            server.wait_closed()
+        assert server.stats.active == 0
+
+
+def test_the_port_is_free_at_once() -> None:
+    with sync.serve(port=0) as server:
+        assert exchange(server.address, b"Hola\n") == b"Hola\n"
+    with sync.serve(port=cast(int, server.port)) as again:
+        assert exchange(again.address, b"Hola\n") == b"Hola\n"
+
+
+# Refusing to start
+
+
+@pytest.mark.parametrize("engine", ["streams", "protocol"])
+def test_an_engine_that_needs_an_event_loop_is_refused(engine: Any) -> None:
+    with pytest.raises(echo_async.ConfigError, match=f"engine '{engine}' needs an event loop: use echo_async.serve"):
+        sync.serve(engine=engine)
+
+
+def test_an_option_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(echo_async.ConfigError, match="mode 'loud' does not exist"):
+        sync.serve(mode=cast(Any, "loud"))
+
+
+def test_a_port_in_use_is_refused() -> None:
+    with sync.serve(port=0) as server, pytest.raises(echo_async.StartError, match="another server has it"):
+        sync.serve(port=cast(int, server.port))
+
+
+# Want of resources
+
+
+def test_a_client_for_whom_there_is_no_thread_is_refused_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, refused = threading.Thread.start, threading.Event()
+
+    def start_all_but_one(self: threading.Thread) -> None:
+        if self.name == "echo-async client" and not refused.is_set():
+            refused.set()
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start_all_but_one)
+    with sync.serve(port=0) as server:
+        with socket.create_connection(cast(tuple[str, int], server.address), PATIENCE) as client:
+            assert receive_all(client) == b""
+        assert exchange(server.address, b"Hola\n") == b"Hola\n"
+        assert (server.stats.refused, server.stats.accepted) == (1, 1)
+
+
+def answered(clients: list[socket.socket]) -> list[socket.socket]:
+    """Those of ``clients`` for whom something is there to be read: not an end, but bytes."""
+    ready, _, _ = select.select(clients, [], [], 0)
+    return [client for client in ready if peeked(client)]
+
+
+def peeked(client: socket.socket) -> bytes:
+    try:
+        return client.recv(1, socket.MSG_PEEK)
+    except ConnectionError:
+        return b""
+
+
+@pytest.mark.parametrize("options", [(), ("--limit-connections", "1000")], ids=["own limit", "no limit"])
+def test_it_serves_on_with_64_descriptors_and_200_clients(options: tuple[str, ...]) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+    args = ("--threaded", "--mode", "stream", "--no-access-log", *options)
+    with server_process(*args, preexec_fn=limit) as server, ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(200)]
+        for client in clients:
+            with suppress(ConnectionError):
+                client.sendall(b"Hola\n")
+        until(lambda: any(words in "".join(server._stderr) for words in ("the limit", "cannot accept clients")))
+        served = answered(clients)
+        assert 20 <= len(served) < 64
+        for client in served:  # those that were let in live
+            assert receive_line(client) == b"Hola\n"
+            client.sendall(b"still there\n")
+            assert receive_line(client) == b"still there\n"
+            client.close()
+        if options:  # nobody was refused: the others have waited for their turn
+            until(lambda: bool(answered([client for client in clients if client not in served])))
+        stack.close()
+        assert exchange(server.address, b"room again\n") == b"room again\n"
+        code, log = server.stop()
+    assert code == 0
+    assert "Traceback" not in log
+    assert len(log.splitlines()) < 30
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_descriptors")
+def test_one_ctrl_c_ends_it_within_two_seconds_with_1000_idle_clients() -> None:
+    with server_process("--threaded", "--no-access-log") as server, ExitStack() as clients:
+        connected = [clients.enter_context(server.connect()) for _ in range(1000)]
+        assert exchange(server.address, b"Hola\n") == b"Hola\n"  # those before it are let in
+        began = monotonic()
+        code, log = server.stop(signal.SIGINT)
+        assert monotonic() - began < 2
+        assert {receive_all(client) for client in connected} == {b""}
+    assert code == 0
+    assert "Traceback" not in log
+    assert "accepted=1001 active=0 refused=0 " in log
