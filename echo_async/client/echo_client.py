@@ -44,7 +44,7 @@ class ClientOptions(TypedDict, total=False):
     server_hostname: str | None
 
 
-class _Server(enum.Enum):
+class Server(enum.Enum):
     """What the client knows of its server."""
 
     UNKNOWN = enum.auto()
@@ -62,7 +62,7 @@ class EchoClient:
         self.name = target.name
         self._target = target
         self._timeout = timeout
-        self._server = _Server.UNKNOWN
+        self._server = Server.UNKNOWN
         self._connection: Connection | None = None
         self._connections: set[Connection] = set()  # those that have not let go of their sockets yet
         self._one_by_one = asyncio.Lock()  # held while the server is not known to keep connections open
@@ -118,19 +118,19 @@ class EchoClient:
     @property
     def keeps_open(self) -> bool:
         """Whether the server is known to answer message after message on one connection."""
-        return self._server is _Server.KEEPS_OPEN
+        return self._server is Server.KEEPS_OPEN
 
     @property
     def pipelines(self) -> bool:
         """Whether a message can be sent now, without connecting and without waiting for the replies before it."""
         connection = self._connection
-        return self._server is _Server.KEEPS_OPEN and connection is not None and connection.open
+        return self._server is Server.KEEPS_OPEN and connection is not None and connection.open
 
     async def exchange(self, data: bytes) -> float:
         """Send one message, as ``encode`` makes it; return the seconds until it is back."""
         async with self._one_by_one:
             connection = await self._connected()
-            if self._server is not _Server.KEEPS_OPEN:
+            if self._server is not Server.KEEPS_OPEN:
                 return await self._exchange_alone(connection, data)
         return await _timed(connection, data)
 
@@ -146,13 +146,13 @@ class EchoClient:
         except ReplyLost:
             if connection.replies != 1 or connection.partial or self._closed:
                 raise
-            self._server = _Server.CLOSES_AFTER_REPLY
+            self._server = Server.CLOSES_AFTER_REPLY
             connection = await self._connected()
             seconds = await _timed(connection, data)
-        if self._server is _Server.CLOSES_AFTER_REPLY:
+        if self._server is Server.CLOSES_AFTER_REPLY:
             connection.close()
         elif connection.replies > 1:
-            self._server = _Server.KEEPS_OPEN
+            self._server = Server.KEEPS_OPEN
         return seconds
 
     async def _connected(self) -> Connection:

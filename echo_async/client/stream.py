@@ -15,7 +15,8 @@ from time import perf_counter
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from ..errors import MessageError, ReplyError
-from .connection import Connection, Exchange
+from .comparing import Exchange
+from .connection import Connection
 from .messages import encode
 
 __all__ = ["WINDOW", "WINDOW_BYTES", "Batch", "Result", "Source", "flow", "stream"]
@@ -95,7 +96,7 @@ class Client(Protocol):
     async def ready(self) -> Connection: ...
 
 
-class _Window:
+class Window:
     """Batches on their way, in order."""
 
     def __init__(self, count: int) -> None:
@@ -146,7 +147,7 @@ async def flow(client: Client, source: Source, window: int = WINDOW) -> AsyncGen
     their way are sent again on a new connection. It ends with the source: by raising its failure, if any.
     """
     changed = asyncio.Event()
-    out = _Window(window)
+    out = Window(window)
     again: deque[Batch] = deque()
 
     def take(count: int) -> Batch | None:
@@ -209,7 +210,7 @@ def _unanswered(batches: list[Batch]) -> Iterator[Batch]:
             yield Batch(rest, batch.count)
 
 
-class _MessageBatch(Batch):
+class MessageBatch(Batch):
     """Messages as the user gave them, and so as the user gets them back."""
 
     __slots__ = ("_given", "_messages")
@@ -226,7 +227,7 @@ class _MessageBatch(Batch):
         return self._messages[given : self._given]
 
 
-class _Messages:
+class Messages:
     """A source that takes from an iterable of messages."""
 
     def __init__(self, messages: Iterable[Message]) -> None:
@@ -330,7 +331,7 @@ def _take(messages: Iterator[Message], count: int, size: int) -> tuple[Batch | N
         except (MessageError, TypeError) as error:
             ended, failure = True, error
         data, taken = b"".join(lines), taken[: len(lines)]
-    return (_MessageBatch(data, taken) if taken else None), ended, failure
+    return (MessageBatch(data, taken) if taken else None), ended, failure
 
 
 def _join(messages: list[Any]) -> bytes | None:
@@ -348,10 +349,10 @@ def _join(messages: list[Any]) -> bytes | None:
 
 async def stream(client: Client, messages: Iterable[M] | AsyncIterable[M], window: int) -> AsyncGenerator[M, None]:
     """The replies to ``messages``, in order; the first that fails raises its error."""
-    source = _AsyncMessages(messages, window) if isinstance(messages, AsyncIterable) else _Messages(messages)
+    source = _AsyncMessages(messages, window) if isinstance(messages, AsyncIterable) else Messages(messages)
     async with aclosing(flow(client, source, window)) as results:
         async for batch, start, end, _, error in results:
-            for reply in cast(_MessageBatch, batch).replies(start, end):
+            for reply in cast(MessageBatch, batch).replies(start, end):
                 yield cast(M, reply)
             if error is not None:
                 raise error

@@ -57,17 +57,17 @@ class Target:
             self.name = os.fspath(uds)
         if server_hostname is not None and not ssl:
             raise ConfigError("server_hostname is for TLS: give ssl as well")
-        self._host, self._port, self._uds = host, port, None if uds is None else os.fspath(uds)
-        self._connect_timeout, self._retry = connect_timeout, retry
-        self._tls: dict[str, Any] = {} if not ssl else _tls_arguments(ssl, server_hostname or _host_name(host, uds))
-        self._numeric = _numeric(host, port) if uds is None else None
+        self.host, self.port, self.uds = host, port, None if uds is None else os.fspath(uds)
+        self.connect_timeout, self.retry = connect_timeout, retry
+        self.tls: dict[str, Any] = {} if not ssl else _tls_arguments(ssl, server_hostname or _host_name(host, uds))
+        self.numeric = _numeric(host, port) if uds is None else None
 
     async def open(self, factory: Callable[[], P]) -> P:
         """Connect, again and again for ``retry`` seconds if need be; return the protocol made by ``factory``."""
         loop = asyncio.get_running_loop()
-        give_up = loop.time() + self._retry
+        give_up = loop.time() + self.retry
         pause = FIRST_PAUSE
-        seconds = self._connect_timeout
+        seconds = self.connect_timeout
         while True:
             try:
                 return await self._attempt(factory, seconds)
@@ -78,7 +78,7 @@ class Target:
                 log.debug("%s; trying again", error)
             await asyncio.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)
-            seconds = min(self._connect_timeout, max(give_up - loop.time(), FIRST_PAUSE))
+            seconds = min(self.connect_timeout, max(give_up - loop.time(), FIRST_PAUSE))
 
     async def _attempt(self, factory: Callable[[], P], seconds: float) -> P:
         started = perf_counter()
@@ -94,31 +94,31 @@ class Target:
         except ssl.SSLError as error:
             raise ConnectError(f"cannot connect to {self.name}: TLS: {reason(error)}") from error
         except (OSError, UnicodeError) as error:
-            raise ConnectError(f"cannot connect to {self.name}: {reason(error)}{_advice(error)}") from error
+            raise ConnectError(f"cannot connect to {self.name}: {reason(error)}{advice(error)}") from error
 
     async def _carry(self, connected: socket.socket, factory: Callable[[], P]) -> P:
         """Hand the connected socket to the event loop, with TLS where it is asked for."""
         loop = asyncio.get_running_loop()
         started = perf_counter()
         # From here the transport owns the socket, and closes it also when this is cancelled.
-        create = loop.create_connection if self._uds is None else loop.create_unix_connection
-        transport, protocol = await create(factory, sock=connected, **self._tls)
-        if self._tls and log.isEnabledFor(logging.DEBUG):
+        create = loop.create_connection if self.uds is None else loop.create_unix_connection
+        transport, protocol = await create(factory, sock=connected, **self.tls)
+        if self.tls and log.isEnabledFor(logging.DEBUG):
             tls = transport.get_extra_info("ssl_object")
             seconds = perf_counter() - started
             log.debug("%s in %.3f ms (%s)", tls.version(), 1e3 * seconds, tls.cipher()[0])
         return protocol
 
     async def _connect(self) -> socket.socket:
-        if self._uds is not None:
-            return await _connect_unix(self._uds)
-        infos = self._numeric or await self._resolve()
+        if self.uds is not None:
+            return await _connect_unix(self.uds)
+        infos = self.numeric or await self._resolve()
         if len(infos) == 1:
             return await _connect_to(infos[0])
         return await _race(infos)
 
     async def _resolve(self) -> Sequence[AddressInfo]:
-        return list(dict.fromkeys(await _getaddrinfo(self._host, self._port)))
+        return list(dict.fromkeys(await _getaddrinfo(self.host, self.port)))
 
 
 def _check_address(host: str, port: int) -> None:
@@ -239,7 +239,7 @@ _ADVICE = {
 }
 
 
-def _advice(error: OSError | UnicodeError) -> str:
+def advice(error: OSError | UnicodeError) -> str:
     if isinstance(error, socket.gaierror | UnicodeError):
         return "; check the host"
     return _ADVICE.get(error.errno or 0, "")

@@ -23,19 +23,17 @@ from time import monotonic, perf_counter, sleep
 from types import TracebackType
 from typing import Self, TypeVar, Unpack, cast
 
-from ..client.connection import SHOWN, Exchange, _common, _same, _shown
-from ..client.echo_client import ClientOptions, _Server
+from ..client.comparing import Comparing, Exchange
+from ..client.echo_client import ClientOptions, Server
 from ..client.messages import encode
-from ..client.stream import BATCH_BYTES, WINDOW, _MessageBatch, _Messages, _Window
-from ..client.target import FIRST_PAUSE, HEAD_START, LONGEST_PAUSE, UNIX_PAUSE, AddressInfo, Target, _advice
+from ..client.stream import BATCH_BYTES, WINDOW, MessageBatch, Messages, Window
+from ..client.target import FIRST_PAUSE, HEAD_START, LONGEST_PAUSE, UNIX_PAUSE, AddressInfo, Target, advice
 from ..config import CONNECT_TIMEOUT, HOST, PORT, REPLY_TIMEOUT, check_seconds
 from ..errors import (
     ConfigError,
     ConnectError,
     ConnectTimeout,
     EchoError,
-    ReplyDifferent,
-    ReplyLate,
     ReplyLost,
 )
 from ..reasons import reason
@@ -100,7 +98,7 @@ class EchoClient:
         self.name = target.name
         self._target = target
         self._timeout = timeout
-        self._server = _Server.UNKNOWN
+        self._server = Server.UNKNOWN
         self._connection: Connection | None = None
         self._closed = False
 
@@ -132,7 +130,7 @@ class EchoClient:
             raise TypeError("stream takes an iterable of messages, not one message; echo sends one")
         if window < 1:
             raise ConfigError(f"window {window} makes no sense: give messages, 1 or more")
-        return self._stream(_Messages(messages), window)
+        return self._stream(Messages(messages), window)
 
     def ping(self) -> float:
         """Send a small message; return the seconds until it is back, without those for connecting."""
@@ -155,29 +153,29 @@ class EchoClient:
     def _exchange(self, data: bytes) -> float:
         """Send one message, as ``encode`` makes it; return the seconds until it is back."""
         connection = self._connected()
-        if self._server is _Server.KEEPS_OPEN:
+        if self._server is Server.KEEPS_OPEN:
             return connection.exchange(data)
         try:
             seconds = connection.exchange(data)
         except ReplyLost:
             if connection.replies != 1 or connection.partial or self._closed:
                 raise
-            self._server = _Server.CLOSES_AFTER_REPLY
+            self._server = Server.CLOSES_AFTER_REPLY
             connection = self._connected()
             seconds = connection.exchange(data)
-        if self._server is _Server.CLOSES_AFTER_REPLY:
+        if self._server is Server.CLOSES_AFTER_REPLY:
             connection.close()
         elif connection.replies > 1:
-            self._server = _Server.KEEPS_OPEN
+            self._server = Server.KEEPS_OPEN
         return seconds
 
-    def _stream(self, source: _Messages, window: int) -> Generator[M, None, None]:
-        out = _Window(window)
+    def _stream(self, source: Messages, window: int) -> Generator[M, None, None]:
+        out = Window(window)
         at_once = 1  # messages of a batch: twice as many each time, while they come without waiting
         while True:
             began = monotonic()
             for batch, start, end, _, error in out.results():
-                for reply in cast(_MessageBatch, batch).replies(start, end):
+                for reply in cast(MessageBatch, batch).replies(start, end):
                     yield cast(M, reply)
                 if error is not None:
                     raise error
@@ -187,7 +185,7 @@ class EchoClient:
                 at_once = min(2 * at_once, window) if monotonic() - asked < PROMPT else 1
                 if taken is None:
                     break
-                if self._server is _Server.KEEPS_OPEN:
+                if self._server is Server.KEEPS_OPEN:
                     connection = self._connection if out.batches else self._connected()
                     assert connection is not None
                     out.add(taken)
@@ -195,7 +193,7 @@ class EchoClient:
                 else:
                     at_once = 1
                     self._exchange(taken.data)
-                    for reply in cast(_MessageBatch, taken).replies(0, len(taken.data)):
+                    for reply in cast(MessageBatch, taken).replies(0, len(taken.data)):
                         yield cast(M, reply)
             if out.batches:
                 assert self._connection is not None
@@ -207,7 +205,7 @@ class EchoClient:
         if source.failure is not None:
             raise source.failure
 
-    def _room(self, out: _Window) -> int:
+    def _room(self, out: Window) -> int:
         """Messages that may be sent now. None while replies of a lost connection are to be told of first."""
         if not out.batches:
             return out.room()
@@ -239,103 +237,12 @@ class _Echo(Exchange):
         pass
 
 
-class Comparing:
-    """The bytes that were sent must come back, in order, and no others: what :class:`Connection` does without IO.
-
-    Nothing that arrives is stored. ``open``: more can be sent. ``replies``: exchanges that came back whole.
-    ``partial``: it was lost in the middle of a reply. ``stray``: the error of bytes that came when nothing
-    was out; it belongs to whoever uses the connection next.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._out: deque[Exchange] = deque()
-        self._since = 0.0  # when the first of them was sent, or came to be the first
-        self.open = True
-        self.replies = 0
-        self.partial = False
-        self.stray: ReplyDifferent | None = None
-
-    def _let_go(self) -> None:
-        """Close the socket at once."""
-        raise NotImplementedError
-
-    def _expect(self, exchange: Exchange) -> None:
-        if not self._out:
-            self._since = monotonic()
-        self._out.append(exchange)
-
-    def _compare(self, data: bytes) -> None:
-        """``data`` in any pieces: the end of one reply, several replies, the start of another."""
-        out, at = self._out, 0
-        last: Exchange | None = None
-        while out and at < len(data):
-            exchange = out[0]
-            size = min(len(exchange.data) - exchange.returned, len(data) - at)
-            if not _same(exchange.data, exchange.returned, data, at, size):
-                return self._differ(exchange, data, at)
-            at += size
-            exchange.returned += size
-            if exchange.returned < len(exchange.data):
-                if data.find(b"\n", at - size) >= 0:
-                    self._since = monotonic()
-                return None
-            last = out.popleft()
-            self.replies += 1
-            self._since = monotonic()
-        if at < len(data):
-            self._too_much(last, data[at:])
-        return None
-
-    def _differ(self, exchange: Exchange, data: bytes, at: int) -> None:
-        expected = exchange.data
-        same = _common(data[at:], expected[exchange.returned :])
-        exchange.returned += same
-        start, end = exchange.current_message()
-        offset = exchange.returned - start
-        shared = expected[max(start, exchange.returned - SHOWN // 2) : exchange.returned]
-        came, _, more = data[at + same :].partition(b"\n")
-        came += b"\n" if more or data.endswith(b"\n") else b""
-        exchange.error = ReplyDifferent(
-            f"{self._name} answered something else: byte {offset} of the reply differs, "
-            f"came {_shown(shared + came)}, expected {_shown(shared + expected[exchange.returned : end])}",
-            offset,
-        )
-        self._drop("a reply before it was different")
-
-    def _too_much(self, last: Exchange | None, more: bytes) -> None:
-        """Bytes that nobody asked for: they spoil the reply they came with, or else the next one."""
-        text = f"{self._name} sent {len(more)} bytes more than it was sent: {_shown(more)}"
-        if last is not None:
-            last.error = ReplyDifferent(text, len(last.data) - (last.data.rfind(b"\n", 0, -1) + 1))
-        else:
-            self.stray = ReplyDifferent(text, 0)
-        self._drop("bytes came that nobody asked for")
-
-    def _drop(self, why: str) -> None:
-        self._lose(f"the connection to {self._name} was dropped ({why})")
-
-    def _lose(self, why: str) -> None:
-        """Nothing more can be matched here: tell all that are out, and let go of the socket."""
-        out = self._out
-        if self.open:
-            self.open = False
-            self.partial = bool(out and out[0].returned)
-            self._let_go()
-        while out:
-            exchange = out.popleft()
-            if exchange.error is None:
-                start, end = exchange.current_message()
-                part = exchange.returned - start
-                when = f"after {part} of the {end - start} bytes of" if part else "before"
-                exchange.error = ReplyLost(f"{why} {when} the reply")
-
-
 class Connection(Comparing):
     """One connection: a socket that never blocks, and what is still to be sent on it."""
 
     def __init__(self, name: str, connected: socket.socket, timeout: float) -> None:
         super().__init__(name)
+        self.open = True
         self._socket = connected
         self._timeout = timeout
         self._unsent: deque[memoryview] = deque()
@@ -358,7 +265,9 @@ class Connection(Comparing):
     def send(self, exchange: Exchange) -> None:
         """Begin to send; :meth:`work` does the rest."""
         log.debug("sending %d bytes", len(exchange.data))
-        self._expect(exchange)
+        if not self._out:
+            self._since = monotonic()
+        self._out.append(exchange)
         self._unsent.append(memoryview(exchange.data))
         self._flush()
 
@@ -371,7 +280,7 @@ class Connection(Comparing):
         happened = self._poll.poll(1e3 * max(0.0, min(left, LONGEST_WAIT)))  # looks once, however late it is
         if not happened:
             if monotonic() >= self._since + self._timeout:
-                self._out[0].error = ReplyLate(f"{self._name} did not send the reply within {self._timeout:g} s")
+                self._out[0].error = self._late(self._timeout)
                 self._drop("a reply before it was late")
             return
         if happened[0][1] != select.POLLOUT:
@@ -444,9 +353,9 @@ class Connection(Comparing):
 
 def open_socket(target: Target) -> socket.socket:
     """Connect to ``target``, again and again for its ``retry`` seconds if need be. What it gives does not block."""
-    give_up = monotonic() + target._retry
+    give_up = monotonic() + target.retry
     pause = FIRST_PAUSE
-    seconds = target._connect_timeout
+    seconds = target.connect_timeout
     while True:
         try:
             return _attempt(target, seconds)
@@ -457,7 +366,7 @@ def open_socket(target: Target) -> socket.socket:
             log.debug("%s; trying again", error)
         sleep(min(pause, left))
         pause = min(2 * pause, LONGEST_PAUSE)
-        seconds = min(target._connect_timeout, max(give_up - monotonic(), FIRST_PAUSE))
+        seconds = min(target.connect_timeout, max(give_up - monotonic(), FIRST_PAUSE))
 
 
 def _attempt(target: Target, seconds: float) -> socket.socket:
@@ -466,20 +375,20 @@ def _attempt(target: Target, seconds: float) -> socket.socket:
     try:
         connected = _connect(target, started + seconds)
         log.debug("connected to %s in %.3f ms", target.name, 1e3 * (monotonic() - started))
-        return _secure(target, connected, started + seconds) if target._tls else connected
+        return _secure(target, connected, started + seconds) if target.tls else connected
     except TimeoutError as error:
         within = f": {reason(error)}" if error.errno else f" within {seconds:g} s"
         raise ConnectTimeout(f"cannot connect to {target.name}{within}; is it the right address?") from error
     except ssl.SSLError as error:
         raise ConnectError(f"cannot connect to {target.name}: TLS: {reason(error)}") from error
     except (OSError, UnicodeError) as error:
-        raise ConnectError(f"cannot connect to {target.name}: {reason(error)}{_advice(error)}") from error
+        raise ConnectError(f"cannot connect to {target.name}: {reason(error)}{advice(error)}") from error
 
 
 def _connect(target: Target, deadline: float) -> socket.socket:
-    if target._uds is not None:
-        return _connect_unix(target._uds, deadline)
-    infos = target._numeric or dict.fromkeys(socket.getaddrinfo(target._host, target._port, type=socket.SOCK_STREAM))
+    if target.uds is not None:
+        return _connect_unix(target.uds, deadline)
+    infos = target.numeric or dict.fromkeys(socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM))
     return _race(list(infos), deadline)
 
 
@@ -551,7 +460,7 @@ def _first_done(poll: select.poll, deadline: float, seconds: float) -> list[int]
 
 def _secure(target: Target, connected: socket.socket, deadline: float) -> socket.socket:
     """The socket with TLS on it, once the server has shown its certificate."""
-    context, name = target._tls["ssl"], target._tls["server_hostname"]
+    context, name = target.tls["ssl"], target.tls["server_hostname"]
     started = monotonic()
     poll = select.poll()
     with contextlib.ExitStack() as unless_secured:
