@@ -23,7 +23,7 @@ serve: $(INSTALLED) ## run the server on 127.0.0.1:5500 until Ctrl-C
 
 test: $(INSTALLED) ## run the tests, with branch coverage
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest -q
+	@$(BIN)/coverage run -m pytest -q -n 2
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report
 

@@ -202,7 +202,7 @@ def test_a_large_message_comes_back_whole_to_a_client_that_reads_late(start: Sta
 def test_a_client_that_does_not_read_is_not_read_from_either(start: Start, mode: Mode) -> None:
     message = bytes(range(32, 127)) * 10 + b"\n"
     with start(mode=mode, chunk_size=4096) as server, connect(server) as client:
-        client.settimeout(0.5)
+        client.settimeout(0.2)
         sent = 0
         with suppress(TimeoutError):
             while True:

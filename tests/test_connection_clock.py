@@ -265,7 +265,7 @@ def test_the_counters_are_those_of_the_open_and_the_gone_together() -> None:
     long.sends(b"x" * 30)
     open.sends(b"four\nfive")
     before = registry.stats
-    assert before == Stats(accepted=4, active=4, messages=4, bytes_in=58, bytes_out=19)
+    assert before == Stats(accepted=4, active=4, messages=4, bytes_in=58, bytes_out=19, too_long=1)
     for each in (whole, begun, long):
         registry.remove(each)
         registry.remove(each)  # the second time is none

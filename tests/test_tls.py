@@ -257,7 +257,7 @@ def bad_certificates(files: Files) -> dict[str, list[str]]:
 
 def test_certificates_that_are_no_good_are_one_line_that_names_the_file(files: Files) -> None:
     for what, options in bad_certificates(files).items():
-        for more in ([], ["--threaded"], ["--workers", "2"]):
+        for more in [[], ["--threaded"], ["--workers", "2"]] if what == "expired" else [[]]:
             done = subprocess.run(
                 [sys.executable, "-m", "echo_async.server", "--port", "0", *options, *more],
                 capture_output=True,

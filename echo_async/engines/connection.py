@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from ..conversation import conversation
 from ..logs import escape, excerpt, log
 
 if TYPE_CHECKING:
@@ -58,9 +57,8 @@ class Connection:
     )
 
     def __init__(self, registry: Registry) -> None:
-        config = registry.config
         self.registry = registry
-        self.conversation = conversation(config.mode, config.limit_message_size)
+        self.conversation = registry.conversation()
         self._peername: object = None
         now = registry.now()
         self._received = 0

@@ -12,8 +12,10 @@ import resource
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from ..config import ServerConfig
+from ..conversation import Conversation, conversation
 from ..logs import Seldom, access_log, excerpt, log
 from ..reasons import reason
 from ..stats import Stats
@@ -37,6 +39,7 @@ class Registry:
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
+        self.conversation: Callable[[], Conversation] = partial(conversation, config.mode, config.limit_message_size)
         self.limit = config.limit_connections or _descriptors()
         self.linger = LINGER
         self._stopping = False
@@ -124,6 +127,7 @@ class Registry:
             total["messages"] += said.messages
             total["bytes_in"] += said.received
             total["bytes_out"] += said.answered
+            total["too_long"] += said.too_long
         return Stats(**total)
 
     @property

@@ -144,6 +144,7 @@ class EchoServer(BaseServer):
             self._stop_listening()
             registry.stop()
             while registry.connections and not self._aborting and self._loop.time() < deadline:
+                emptied.clear()  # it may have been empty before: clients still came from the queue
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(DRAIN_TICK):
                         await emptied.wait()

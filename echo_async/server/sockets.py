@@ -8,7 +8,7 @@ import os
 import socket
 import stat
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..config import ServerConfig
 from ..engines.connection import format_address
@@ -17,8 +17,8 @@ from ..reasons import reason
 
 __all__ = ["Address", "AddressInfo", "address_of", "adopt", "bind", "numeric", "resolve", "unlink"]
 
-Address = tuple[str, int] | str
-"""``(host, port)``, or the path of a Unix socket."""
+Address: TypeAlias = Any
+"""``(host, port)``, or the path of a Unix socket. Any, as for sockets: who chose knows which it is."""
 
 AddressInfo = tuple[socket.AddressFamily, Any, int, str, tuple[Any, ...]]
 """What ``getaddrinfo`` gives for one address."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 
 from ..sync.server import EchoServer as SyncEchoServer
 from .service import EchoServer
@@ -19,6 +20,10 @@ class ThreadedEchoServer(EchoServer):
         self._path = None
         self._threads.on_closed = self._on_closed
         self._threads.start_accepting()
+
+    @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        return self._threads.sockets
 
     def close(self) -> None:
         self._stopping = True

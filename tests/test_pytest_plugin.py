@@ -1,0 +1,272 @@
+"""The fixtures, in sessions of pytest as their users run them; and the server behind them, on its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from ssl import SSLCertVerificationError
+
+import pytest
+from support import PATIENCE, receive_all, receive_line, run
+
+import echo_async
+from echo_async import sync
+from echo_async.config import Mode
+from echo_async.testing import HostedServer
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """No test ends with more descriptors or threads than there were at its beginning."""
+    descriptors, threads = os.listdir("/proc/self/fd"), threading.active_count()
+    yield
+    assert len(os.listdir("/proc/self/fd")) <= len(descriptors)
+    assert threading.active_count() <= threads
+
+
+@pytest.fixture
+def session(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A session with the fixtures, whether or not the package is installed, and with no other plugin."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p echo_async.pytest_plugin -W error")
+    return pytester
+
+
+def connect(server: HostedServer) -> socket.socket:
+    assert not isinstance(server.address, str)
+    return socket.create_connection(server.address, PATIENCE)
+
+
+# Sessions of pytest
+
+
+def test_a_test_of_three_lines(session: pytest.Pytester) -> None:
+    session.makepyfile("""
+        def test_it(echo_server):
+            from echo_async import sync
+            assert sync.echo("Hola Server!", *echo_server.address) == "Hola Server!"
+    """)
+    session.runpytest_inprocess().assert_outcomes(passed=1)
+
+
+def test_every_test_has_a_server_of_its_own_that_ends_with_it(session: pytest.Pytester) -> None:
+    session.makepyfile("""
+        import socket, threading
+        import pytest
+
+        seen = []
+        threads = threading.active_count()
+
+        def test_first(echo_server):
+            seen.append((echo_server, socket.create_connection(echo_server.address)))
+            seen[0][1].sendall(b"one\\nbegun")
+            assert seen[0][1].recv(10) == b"one\\n"
+
+        def test_second(echo_server):
+            first, client = seen[0]
+            with client, pytest.raises(ConnectionRefusedError):
+                assert client.recv(10) == b""
+                socket.create_connection(first.address)
+            assert (first.received, echo_server.received) == ([b"one\\n"], [])
+            assert first.address != echo_server.address
+
+        def test_nothing_is_left():
+            assert threading.active_count() == threads
+    """)
+    session.runpytest_inprocess().assert_outcomes(passed=3)
+
+
+def test_options_are_overridden_by_module_by_class_and_by_parameter(session: pytest.Pytester) -> None:
+    session.makepyfile("""
+        import socket
+        import pytest
+
+        def answer(server, sent):
+            with socket.create_connection(server.address) as client:
+                client.sendall(sent)
+                client.shutdown(socket.SHUT_WR)
+                return client.makefile("rb").read()
+
+        @pytest.fixture
+        def echo_server_options():
+            return {"mode": "message"}
+
+        def test_module(echo_server):
+            assert answer(echo_server, b"one\\ntwo\\n") == b"one\\n"
+
+        class TestClass:
+            @pytest.fixture
+            def echo_server_options(self, echo_server_options):
+                return echo_server_options | {"limit_message_size": 4}
+
+            def test_class(self, echo_server):
+                assert answer(echo_server, b"one\\n") == b"one\\n"
+                assert answer(echo_server, b"four\\n") == b""
+
+        @pytest.mark.parametrize("echo_server_options", [{}, {"mode": "raw"}])
+        def test_parameter(echo_server):
+            assert answer(echo_server, b"one\\ntwo\\n") == b"one\\ntwo\\n"
+    """)
+    session.runpytest_inprocess().assert_outcomes(passed=4)
+
+
+def test_servers_of_the_factory_run_until_they_are_closed_or_the_session_ends(session: pytest.Pytester) -> None:
+    session.makeconftest("""
+        import threading
+
+        threads = threading.active_count()
+
+        def pytest_unconfigure():
+            print("more threads at the end:", threading.active_count() - threads)
+    """)
+    session.makepyfile("""
+        import pytest
+        from echo_async import ConnectError, sync
+
+        @pytest.fixture(scope="module")
+        def shared(make_echo_server):
+            return make_echo_server(mode="message")
+
+        def test_many(shared, make_echo_server):
+            other = make_echo_server()
+            assert other.port != shared.port
+            assert sync.echo("one", *shared.address) == sync.echo("one", *other.address)
+            other.close()
+            with pytest.raises(ConnectError):
+                sync.connect(*other.address)
+
+        def test_it_still_runs(shared):
+            assert sync.echo("two", *shared.address) == "two"
+            assert shared.received == [b"one\\n", b"two\\n"]
+    """)
+    result = session.runpytest_inprocess("-s")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["*more threads at the end: 0"])
+
+
+def test_an_option_that_makes_no_sense_is_told_in_one_line(session: pytest.Pytester) -> None:
+    session.makepyfile("""
+        def test_it(make_echo_server):
+            make_echo_server(mode="nonsense")
+    """)
+    result = session.runpytest_inprocess()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E *ConfigError: mode 'nonsense' does not exist: give one of message, stream, raw"])
+
+
+def test_loading_the_plugin_loads_nothing_else() -> None:
+    code = "import sys, pytest; old = {*sys.modules}; import echo_async.pytest_plugin; print(*{*sys.modules} - old)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.stderr == ""
+    assert set(done.stdout.split()) == {"echo_async", "echo_async.pytest_plugin"}
+
+
+def test_pytest_finds_the_plugin_where_the_package_is_installed() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["pytest11"] == {"echo_async": "echo_async.pytest_plugin"}
+
+
+# The server on its own
+
+
+def test_a_message_is_there_before_its_reply() -> None:
+    with HostedServer() as server, connect(server) as client:
+        for number in range(1000):
+            message = b"%d\r\n" % number
+            client.sendall(message)
+            assert receive_line(client) == message
+            assert server.received[-1] == message
+        assert len(server.received) == server.stats.messages == 1000
+
+
+@pytest.mark.parametrize(
+    ("mode", "received"),
+    [("message", [b"one\n"]), ("stream", [b"one\n", b"\xff\r\n", b"\n", b"a long message, in several chunks\n"])],
+)
+def test_only_whole_messages_are_received(mode: Mode, received: list[bytes]) -> None:
+    with HostedServer(mode=mode) as server, connect(server) as client:
+        client.sendall(b"one\n\xff\r\n\na long message, in several chunks\nunfinished")
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == b"".join(received)
+        assert server.received == received
+
+
+def test_what_is_received_in_raw_mode_is_every_byte() -> None:
+    sent = bytes(range(256)) * 10
+    with HostedServer(mode="raw") as server, connect(server) as client:
+        client.sendall(sent)
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == b"".join(server.received) == sent
+
+
+def test_the_messages_of_many_clients_are_each_there_once() -> None:
+    messages = [str(number).encode() for number in range(200)]
+
+    async def main(server: HostedServer) -> None:
+        assert await asyncio.gather(*(echo_async.echo(message, *server.address) for message in messages)) == messages
+
+    with HostedServer() as server:
+        run(lambda: main(server))
+        assert sorted(server.received) == sorted(message + b"\n" for message in messages)
+
+
+def test_it_says_where_it_is_also_when_it_is_closed(tmp_path: Path) -> None:
+    with HostedServer() as server:
+        assert server.address == ("127.0.0.1", server.port)
+    assert server.address == ("127.0.0.1", server.port)
+    path = str(tmp_path / "echo.sock")
+    with HostedServer(uds=path) as server:
+        assert (server.address, server.port) == (path, None)
+        assert sync.echo("one", uds=path) == "one"
+
+
+@pytest.mark.parametrize("sent", [b"", b"begun", b"one\nbegun"])
+def test_it_stops_at_once_whatever_its_clients_have_begun(sent: bytes) -> None:
+    with HostedServer(timeout_graceful_shutdown=PATIENCE) as server, connect(server) as client:
+        client.sendall(sent)
+        if b"\n" in sent:
+            assert receive_line(client) == b"one\n"
+        client.settimeout(1)  # far less than a server waits that stops gracefully
+        closing = threading.Thread(target=server.close)
+        closing.start()
+        assert receive_all(client) == b""
+        closing.join()
+        server.close()
+        with pytest.raises(ConnectionRefusedError):
+            connect(server)
+
+
+def test_over_tls_only_who_has_the_context_trusts_it() -> None:
+    with HostedServer(tls=True) as server, HostedServer(tls=True) as other:
+        for name in ("127.0.0.1", "localhost"):
+            reply = sync.echo("in private", *server.address, ssl=server.client_context, server_hostname=name)
+            assert reply == "in private"
+        with pytest.raises(echo_async.ConnectError) as caught:
+            sync.echo("in private", *server.address, ssl=other.client_context)
+        assert isinstance(caught.value.__cause__, SSLCertVerificationError)
+        assert server.received == 2 * [b"in private\n"]
+
+
+def test_without_tls_there_is_no_context() -> None:
+    with HostedServer() as server:
+        assert server.client_context is None
+
+
+def test_tls_without_trustme_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trustme", None)
+    with pytest.raises(echo_async.StartError, match="pip install trustme"):
+        HostedServer(tls=True)
+
+
+def test_an_engine_with_an_event_loop_is_refused() -> None:
+    with pytest.raises(echo_async.ConfigError, match="engine 'protocol' needs an event loop"):
+        HostedServer(engine="protocol")
