@@ -48,8 +48,8 @@ def handle_echo(
     registry = Registry(ServerConfig(**options))
     task = _serve(registry, reader, writer, asyncio.get_running_loop())
     sweeper = Sweeper(registry)
-    sweeper.__enter__()
-    task.add_done_callback(sweeper.__exit__)
+    sweeper.start()
+    task.add_done_callback(sweeper.stop)
     return task
 
 

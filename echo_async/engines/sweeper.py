@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Self
 
 from .registry import Registry
 
@@ -11,7 +10,7 @@ __all__ = ["Sweeper"]
 
 
 class Sweeper:
-    """While it is entered, ``registry.sweep()`` runs every ``registry.sweep_interval`` seconds."""
+    """Between ``start`` and ``stop``, ``registry.sweep()`` runs every ``registry.sweep_interval`` seconds."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
@@ -19,14 +18,13 @@ class Sweeper:
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
         self._timer = self._loop.call_later(self._interval, self._sweep)
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        assert self._timer is not None
-        self._timer.cancel()
+    def stop(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _sweep(self) -> None:
         self._registry.sweep()
-        self._timer = self._loop.call_later(self._interval, self._sweep)
+        self.start()

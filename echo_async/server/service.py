@@ -79,7 +79,7 @@ class EchoServer(BaseServer):
         listen = ENGINES[self.config.engine]
         for each in self._sockets:
             self._servers.append(await listen(self._registry, self._loop, each, self._context))
-        self._sweeper.__enter__()
+        self._sweeper.start()
 
     def close(self) -> None:
         """Stop: accept no more, answer what was received, end the connections. Returns at once.
@@ -152,7 +152,7 @@ class EchoServer(BaseServer):
         finally:
             self._stop_listening()
             registry.abort()
-            self._sweeper.__exit__()
+            self._sweeper.stop()
             for _ in range(ABORT_TURNS):
                 if registry.connections:
                     await asyncio.sleep(0)
