@@ -335,6 +335,29 @@ async def a_flood(kind: str, scale: float) -> None:
         it.stop()
 
 
+async def idle_tls(kind: str, scale: float) -> None:
+    """Hundreds of idle clients over TLS: what one costs."""
+    import ssl
+
+    import trustme
+
+    count = int(500 * scale)
+    ca = trustme.CA()
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "server.pem")
+        ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(path))
+        context = ssl.create_default_context(cadata=ca.cert_pem.bytes().decode())
+        with server(*KINDS[kind], "--mode", "stream", "--ssl-certfile", str(path)) as it:
+            before = it.memory
+            opened = [await asyncio.open_connection("127.0.0.1", it.port, ssl=context) for _ in range(count)]
+            answers = [await echo(client, b"Hola Server!\n") for client in opened]
+            check(f"{count} clients answered", sum(answers), all(answers))
+            check("memory a client, KiB", (it.memory - before) / count, True)
+            for _, writer in opened:
+                writer.transport.abort()
+            it.stop()
+
+
 async def silent_tls(kind: str, scale: float) -> None:
     """A thousand clients that never begin their handshake: gone after its time, and counted."""
     import trustme
@@ -363,6 +386,7 @@ SCENARIOS: dict[str, Callable[[str, float], Coroutine[None, None, None]]] = {
     "handover": handover,
     "slow-reader": a_slow_reader,
     "flood": a_flood,
+    "idle-tls": idle_tls,
     "silent-tls": silent_tls,
 }
 

@@ -1,0 +1,289 @@
+"""A listening socket that is handed over, and what a service manager is told: restarts that no client notices."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support import PATIENCE, ServerProcess, receive_all, until
+
+SERVER = (sys.executable, "-m", "echo_async.server")
+
+KINDS = [
+    ["--loop", "asyncio"],
+    ["--loop", "uvloop"],
+    ["--engine", "protocol", "--loop", "asyncio"],
+    ["--engine", "protocol", "--loop", "uvloop"],
+    ["--engine", "threads"],
+    ["--workers", "2"],
+]
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=" ".join)
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
+        yield listener
+
+
+@contextmanager
+def started(command: list[str], pass_fds: list[int], env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
+    """A server that can be reached, ended with the block."""
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=pass_fds,
+        env={**os.environ, **(env or {})},
+    ) as process:
+        server = ServerProcess(process)
+        try:
+            yield server
+        finally:
+            if process.poll() is None:
+                process.kill()
+            server.wait()
+
+
+@contextmanager
+def under(listener: socket.socket, *options: str, env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
+    """A server under ``--fd``."""
+    number = listener.fileno()
+    with started([*SERVER, "--fd", str(number), *options], [number], env) as server:
+        yield server
+
+
+def exchange(address: tuple[str, int], message: bytes) -> bytes:
+    with socket.create_connection(address, PATIENCE) as client:
+        client.sendall(message)
+        return receive_all(client)
+
+
+# --fd
+
+
+@each_kind
+def test_a_socket_that_is_handed_over_is_served_and_stays_open_for_the_next(
+    kind: list[str], listener: socket.socket
+) -> None:
+    for number in range(2):
+        with under(listener, *kind) as server:
+            assert server.address == listener.getsockname()
+            assert exchange(server.address, b"%d\n" % number) == b"%d\n" % number
+            assert server.stop()[0] == 0
+
+
+def test_a_unix_socket_that_is_handed_over_stays_where_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "echo"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(512)
+        with under(listener) as server, socket.socket(socket.AF_UNIX) as client:
+            assert server.announced == f"listening on {path}\n"
+            client.settimeout(PATIENCE)
+            client.connect(str(path))
+            client.sendall(b"one\n")
+            assert receive_all(client) == b"one\n"
+            assert server.stop()[0] == 0
+        assert path.exists()
+
+
+def handed_over_and_refused(kind: list[str], number: int, *, passed: bool = True) -> str:
+    done = subprocess.run(
+        [*SERVER, "--fd", str(number), *kind],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        pass_fds=[number] if passed else [],
+        stdin=subprocess.DEVNULL,
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("kind", [[], ["--workers", "2"]], ids=" ".join)
+def test_what_is_no_listening_socket_is_one_line_and_exit_code_3(
+    kind: list[str], listener: socket.socket, tmp_path: Path
+) -> None:
+    with (
+        open(tmp_path / "file", "w") as file,
+        socket.socket() as deaf,
+        socket.socket(type=socket.SOCK_DGRAM) as datagrams,
+        socket.create_connection(listener.getsockname()) as connected,
+    ):
+        deaf.bind(("127.0.0.1", 0))
+        assert f"descriptor {file.fileno()} is not a socket" in handed_over_and_refused(kind, file.fileno())
+        for other in (deaf, datagrams, connected):
+            said = handed_over_and_refused(kind, other.fileno())
+            assert f"descriptor {other.fileno()} is not a listening stream socket" in said
+        said = handed_over_and_refused(kind, listener.fileno(), passed=False)  # closed, seen from the server
+        assert re.search(rf"descriptor {listener.fileno()} is not a socket: bad file descriptor", said)
+
+
+# LISTEN_FDS, as systemd sets it: for the very process that it becomes, from descriptor 3 on
+
+AS_SYSTEMD_DOES = """
+import os, sys
+pid, count, numbers, *command = sys.argv[1:]
+for place, number in enumerate(map(int, numbers.split(",")), 3):
+    os.dup2(number, place, inheritable=True)
+os.environ["LISTEN_PID"] = pid or str(os.getpid())
+os.environ["LISTEN_FDS"] = count
+os.execv(command[0], command)
+"""
+
+
+@contextmanager
+def activated(*listeners: socket.socket, pid: str = "", options: tuple[str, ...] = ()) -> Iterator[ServerProcess]:
+    moved = [os.dup(listener.fileno()) for listener in listeners]  # clear of 3 and up, where they will be
+    high = [os.dup2(number, 100 + place) for place, number in enumerate(moved)]
+    for number in moved:
+        os.close(number)
+    try:
+        numbers = ",".join(map(str, high))
+        command = [sys.executable, "-c", AS_SYSTEMD_DOES, pid, str(len(listeners)), numbers, *SERVER, *options]
+        with started(command, high) as server:
+            yield server
+    finally:
+        for number in high:
+            os.close(number)
+
+
+@each_kind
+def test_sockets_from_systemd_are_served_all_of_them(kind: list[str], listener: socket.socket) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as second,
+        activated(listener, second, options=(*kind, "--port", "1")) as server,
+    ):
+        assert server.address == listener.getsockname()
+        for each in (listener, second):
+            assert exchange(each.getsockname(), b"one\n") == b"one\n"
+        code, log = server.stop()
+    assert code == 0
+    assert "messages=2 " in log
+
+
+def test_sockets_for_another_process_are_none_of_ours(listener: socket.socket) -> None:
+    with activated(listener, pid="1", options=("--port", "0")) as server:
+        assert server.address != listener.getsockname()
+        assert exchange(server.address, b"one\n") == b"one\n"
+        assert server.stop()[0] == 0
+
+
+# NOTIFY_SOCKET
+
+
+TOLD = [(["--loop", "asyncio"], False), (["--engine", "threads"], True), (["--workers", "2"], False)]
+
+
+@pytest.mark.parametrize(("kind", "abstract"), TOLD, ids=["asyncio", "threads", "workers"])
+def test_the_service_manager_is_told_of_the_start_and_the_stop(kind: list[str], abstract: bool, tmp_path: Path) -> None:
+    name = f"@echo-async-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("\0" + name[1:] if abstract else name)
+        manager.settimeout(PATIENCE)
+        with started([*SERVER, "--port", "0", *kind], [], {"NOTIFY_SOCKET": name}) as server:
+            assert manager.recv(100) == b"READY=1"
+            assert exchange(server.address, b"one\n") == b"one\n"  # that is what ready means
+            server.process.send_signal(signal.SIGTERM)
+            assert manager.recv(100) == b"STOPPING=1"
+            code, log = server.wait()
+        assert code == 0
+        assert "cannot tell" not in log
+        manager.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            manager.recv(100)
+
+
+def test_a_service_manager_that_is_not_there_stops_nothing(tmp_path: Path) -> None:
+    with started([*SERVER, "--port", "0"], [], {"NOTIFY_SOCKET": str(tmp_path / "nobody")}) as server:
+        assert exchange(server.address, b"one\n") == b"one\n"
+        code, log = server.stop()
+    assert code == 0
+    assert log.count("cannot tell the service manager") == 2
+    assert "Traceback" not in log
+
+
+# Restarts
+
+
+class Crowd:
+    """Clients that go on sending one message each, on connections of their own, whoever serves them."""
+
+    def __init__(self, address: tuple[str, int], clients: int) -> None:
+        self._address = address
+        self._rest = clients
+        self._lock = threading.Lock()
+        self.done = 0
+        self.failures: list[str] = []
+        self._threads = [threading.Thread(target=self._work) for _ in range(4)]
+
+    def __enter__(self) -> Crowd:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._rest = min(self._rest, 0 if exception[0] else self._rest)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                number, self._rest = self._rest, self._rest - 1
+            if number <= 0:
+                return
+            message = b"client %d, with a message of more than one chunk\n" % number
+            try:
+                failure = None if exchange(self._address, message) == message else "no reply"
+            except OSError as error:
+                failure = repr(error)
+            with self._lock:
+                self.done += 1
+                if failure is not None:
+                    self.failures.append(f"{number}: {failure}")
+
+
+@each_kind
+def test_no_client_fails_in_a_restart_under_a_socket_that_is_handed_over(
+    kind: list[str], listener: socket.socket
+) -> None:
+    clients = 400
+    with Crowd(listener.getsockname(), clients) as crowd:
+        for part in (clients // 4, clients // 2, clients):
+            with under(listener, *kind, "--no-access-log") as server:
+                until(lambda part=part: crowd.done >= part)  # type: ignore[misc]
+                code, log = server.stop()
+                assert code == 0
+                assert "Traceback" not in log
+    assert crowd.done == clients
+    assert crowd.failures == []
+
+
+@each_kind
+def test_a_client_whose_message_is_on_its_way_at_the_stop_is_answered(kind: list[str], listener: socket.socket) -> None:
+    """It has connected and said nothing yet: it is given a moment, or the next server gets it."""
+    with under(listener, *kind) as server:
+        clients = [socket.create_connection(listener.getsockname(), PATIENCE) for _ in range(20)]
+        server.process.send_signal(signal.SIGTERM)
+        for client in clients:
+            client.sendall(b"on its way\n")
+        with under(listener, *kind):
+            for client in clients:
+                with client:
+                    assert receive_all(client) == b"on its way\n"
+        assert server.wait()[0] == 0
