@@ -207,8 +207,8 @@ def flood_and_reset(client: socket.socket) -> None:
 
 
 def never_read(client: socket.socket) -> None:
-    fill(client)
     with suppress(ConnectionError):  # until the server ends it
+        fill(client)
         while True:
             client.sendall(bytes(65536))
 
