@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test soak lint format clean
+.PHONY: help demo serve test soak bench lint format clean
 
 help: ## list what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ test: $(INSTALLED) ## run the tests, with branch coverage
 
 soak: $(INSTALLED) ## show what takes minutes: many clients, faulty clients, restarts
 	@$(BIN)/python tests/soak.py
+
+bench: $(INSTALLED) ## measure the engines and event loops: table, bench.json, docs/benchmarks.svg
+	@$(BIN)/python -m echo_async.bench compare --save bench.json --plot docs/benchmarks.svg
 
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check

@@ -210,6 +210,7 @@ def commands(code: str) -> Iterator[list[str]]:
     """The simple commands of a shell script: words, without what joins and redirects them."""
     for line in code.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
         words: list[str] = []
         for word in [*lexer, ";"]:
             if not set(word) <= OPERATORS:

@@ -1,0 +1,38 @@
+"""``python -m echo_async.bench.worker``: one process of a load, as its parent runs it.
+
+A line of JSON comes in on stdin: the plan, and the number of the first connection. ``ready`` goes out once the
+connections are open; a line with the moment to start comes in; the tally goes out. Anything more on
+stdin, or its end, stops the load: a worker never outlives its parent.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from io import FileIO
+
+from .generator import Generator, raise_descriptor_limit
+from .plan import Plan
+from .tally import write_tally
+
+__all__ = ["main"]
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends stdin
+    raise_descriptor_limit()
+    commands = FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: what follows stays where a selector sees it
+    asked = json.loads(commands.readline())
+    generator = Generator(Plan.from_json(asked["plan"]), first=asked["first"])
+    generator.connect()
+    print("ready", flush=True)
+    start = commands.readline()
+    if start:
+        generator.stop_on(commands.fileno())
+        write_tally(generator.run(float(start)), sys.stdout.buffer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""``bench compare``: servers started, measured side by side, stopped; in a table, in JSON, in a picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from echo_async import StartError
+from echo_async.bench.command import main
+from echo_async.bench.server import ServerProcess
+
+SHORT = ("--rounds", "2", "--duration", "0.05", "--warmup", "0.02", "--connections", "2")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with ``compare.json`` and ``compare.svg``."""
+    made = tmp_path_factory.mktemp("compared")
+    what = ("--engines", "threads,protocol", "--loops", "uvloop", "--chunk-sizes", "20", "--sizes", "1000")
+    assert (
+        main(["compare", *what, *SHORT, "--save", str(made / "compare.json"), "--plot", str(made / "compare.svg")]) == 0
+    )
+    return made
+
+
+def test_every_model_is_measured_in_every_round(compared: Path) -> None:
+    facts = json.loads((compared / "compare.json").read_text())
+    assert (facts["rounds"], facts["connections"], facts["base"]) == (2, 2, "threads 20 B")
+    names = ["threads 20 B", "protocol uvloop"]
+    results = facts["results"]
+    assert [(each["model"], each["size"]) for each in results] == [(name, 1000) for name in names]
+    for each in results:
+        assert len(each["messages_per_second_rounds"]) == len(each["cpu_per_message_rounds"]) == 2
+        assert each["messages_per_second"] > 0
+        assert 0 < each["cpu_per_message"] < 0.01
+        ratio = each["cpu_per_message_ratio"]
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+        assert 0 < each["service_time"]["p50"] <= each["service_time"]["p99"]
+    assert results[0]["messages_per_second_ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+
+
+def test_the_machine_is_described_and_not_named(compared: Path) -> None:
+    machine = json.loads((compared / "compare.json").read_text())["machine"]
+    assert {"date", "echo_async", "python", "uvloop", "system", "processor", "cpus", "memory_gib"} <= set(machine)
+    assert machine["python"].endswith(sys.version.split()[0])
+
+
+def test_the_picture_is_one(compared: Path) -> None:
+    picture = (compared / "compare.svg").read_text()
+    assert picture.startswith("<?xml")
+    assert "<svg" in picture
+
+
+def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(
+            [
+                "compare",
+                "--engines",
+                "protocol",
+                "--loops",
+                "asyncio",
+                "--sizes",
+                "64,1024",
+                "--rounds",
+                "1",
+                *SHORT[2:],
+            ]
+        )
+        == 0
+    )
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "1,024 bytes a message, 2 connections, 1 in flight on each; 1 round of 0.05 s" in out
+    assert "\n64 bytes a message, 2 connections" in out
+    titles = ["model", "messages/s", "ratio", "CPU µs", "p50 ms", "p99 ms"]
+    assert any(all(title in line for title in titles) for line in out.splitlines())
+    assert any(line.strip().startswith("protocol asyncio ") and "1.00 (1.00-1.00)" in line for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--engines", "fibres"),
+        ("--engines", ""),
+        ("--loops", "asyncio,"),
+        ("--chunk-sizes", "0"),
+        ("--sizes", "1,x"),
+        ("--rounds", "0"),
+        ("--plot", "picture.txt"),
+        ("--plot", "/nonexistent/picture.svg"),
+        ("--save", "/nonexistent/figures.json"),
+    ],
+)
+def test_a_bad_option_is_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_a_picture_without_matplotlib_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["compare", "--plot", str(tmp_path / "picture.svg")]) == 3
+    assert "pip install 'echo-async[bench]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ([sys.executable, "-c", "import sys; sys.exit('no such thing')"], "no such thing"),
+        ([sys.executable, "-c", "print('hello')"], "hello"),
+        (["/nonexistent/server"], "No such file"),
+    ],
+)
+def test_a_server_that_does_not_start_is_told_with_its_own_words(command: list[str], said: str) -> None:
+    with pytest.raises(StartError, match=said), ServerProcess(command):
+        pass

@@ -1,0 +1,477 @@
+"""``bench load``, as people run it: against good servers and bad ones, in a table, in JSON, by exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from support import PATIENCE, ServerProcess, server_process
+
+from echo_async.bench.command import main
+
+LOAD = (sys.executable, "-m", "echo_async.bench", "load")
+SHORT = ("--duration", "0.05", "--warmup", "0.01")
+
+
+class Echo(asyncio.Protocol):
+    """Sends everything back. What a test needs to be wrong, it overrides."""
+
+    transport: asyncio.Transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+
+
+Serve = Callable[[Callable[[], Echo]], int]
+
+
+@contextmanager
+def serving(factory: Callable[[], Echo]) -> Iterator[int]:
+    """The port of a server that makes an :class:`Echo` with ``factory`` for each client."""
+    loop = asyncio.new_event_loop()
+    clients: list[Echo] = []
+
+    def connected() -> Echo:
+        clients.append(factory())
+        return clients[-1]
+
+    async def stop() -> None:
+        listener.close()
+        for client in clients:
+            client.transport.abort()
+        await asyncio.sleep(0)  # until the transports have closed
+
+    listener = loop.run_until_complete(loop.create_server(connected, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield listener.sockets[0].getsockname()[1]
+    finally:
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(PATIENCE)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(PATIENCE)
+        loop.close()
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Start a server; it is stopped with the test."""
+    with ExitStack() as stack:
+        yield lambda factory: stack.enter_context(serving(factory))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ServerProcess]:
+    """This package's server, in stream mode."""
+    with server_process("--mode", "stream", "--engine", "protocol", "--no-access-log") as server:
+        yield server
+
+
+@pytest.fixture
+def port(server: ServerProcess) -> str:
+    return str(server.address[1])
+
+
+def load(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:
+    """The JSON of a load that ends with ``code``."""
+    ended = main(["load", "--json", *arguments])
+    out, err = capsys.readouterr()
+    assert ended == code, err
+    facts: dict[str, Any] = json.loads(out)
+    return facts
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *arguments: str, code: int) -> str:
+    """The one line on stderr of a load that ends with ``code``, and says nothing else."""
+    assert main(["load", *arguments]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("error: ")
+    return err
+
+
+# What it measures
+
+
+def test_a_closed_loop_says_what_it_found(capsys: pytest.CaptureFixture[str], port: str) -> None:
+    facts = load(capsys, "--port", port, "--mode", "stream", "--connections", "3", "--size", "100", *SHORT)
+    expected = {
+        "address": f"127.0.0.1:{port}",
+        "model": "closed",
+        "mode": "stream",
+        "connections": 3,
+        "size": 100,
+        "pipeline": 1,
+        "processes": 1,
+        "rate": None,
+        "tls": False,
+        "response_time": None,
+        "late": 0,
+        "late_by_generator": 0,
+        "lost": 0,
+        "failures": {},
+        "mismatch": None,
+        "expectations": [],
+    }
+    assert {name: facts[name] for name in expected} == expected
+    assert facts["messages"] > 100
+    assert facts["messages_per_second"] == pytest.approx(facts["messages"] / facts["duration"])
+    assert facts["megabytes_per_second"] == pytest.approx(facts["messages_per_second"] * 100 / 1e6)
+    assert facts["duration"] == pytest.approx(0.05, abs=0.1)
+    times = facts["service_time"]
+    assert list(times) == ["min", "mean", "p50", "p90", "p99", "p99.9", "max"]
+    assert 0 < times["min"] <= times["p50"] <= times["p90"] <= times["p99"] <= times["p99.9"] <= times["max"] < 1
+    assert 0 < facts["generator_cpu"][0] <= 1.1
+
+
+def test_an_open_loop_keeps_its_rate_and_shows_both_times(capsys: pytest.CaptureFixture[str], port: str) -> None:
+    facts = load(capsys, "--port", port, "--mode", "stream", "--rate", "1000", *SHORT)
+    assert (facts["model"], facts["rate"]) == ("open", 1000)
+    assert facts["messages"] == pytest.approx(50, abs=40)
+    assert facts["response_time"]["p50"] >= facts["service_time"]["p50"] > 0
+
+
+def test_message_mode_takes_a_connection_for_each_message(capsys: pytest.CaptureFixture[str]) -> None:
+    with server_process("--engine", "protocol", "--no-access-log") as server:
+        facts = load(capsys, "--port", str(server.address[1]), "--connections", "4", *SHORT)
+        _, log = server.stop()
+    assert (facts["mode"], facts["lost"]) == ("message", 0)
+    assert facts["messages"] > 20
+    counted = dict(pair.split("=") for pair in log.split("stopped: ")[1].split() if "=" in pair)
+    assert int(counted["messages"]) >= facts["messages"]
+
+
+def test_pipelining_keeps_so_many_in_flight(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
+    most = 0
+
+    class Watching(Echo):
+        def data_received(self, data: bytes) -> None:
+            nonlocal most
+            most = max(most, data.count(b"\n"))
+            super().data_received(data)
+
+    facts = load(capsys, "--port", str(serve(Watching)), "--pipeline", "7", "--size", "20", *SHORT)
+    assert (facts["mode"], facts["pipeline"], most) == ("stream", 7, 7)
+
+
+@pytest.mark.parametrize("size", [1, 19, 70_000, 300_000])
+def test_messages_of_any_size(size: int, capsys: pytest.CaptureFixture[str], port: str) -> None:
+    facts = load(capsys, "--port", port, "--mode", "stream", "--size", str(size), "--connections", "2", *SHORT)
+    assert facts["messages"] > 0
+    assert facts["lost"] == 0
+
+
+def test_several_processes_share_the_load(capsys: pytest.CaptureFixture[str], port: str) -> None:
+    facts = load(
+        capsys, "--port", port, "--mode", "stream", "--processes", "2", "--connections", "5", "--rate", "500", *SHORT
+    )
+    assert len(facts["generator_cpu"]) == 2
+    assert facts["messages"] == pytest.approx(25, abs=20)
+
+
+def test_a_unix_socket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "echo")
+    with server_process("--uds", path, "--mode", "stream", "--no-access-log"):
+        for mode in ("stream", "message"):
+            facts = load(capsys, "--uds", path, "--mode", mode, *SHORT)
+            assert (facts["address"], facts["lost"]) == (path, 0)
+            assert facts["messages"] > 0
+
+
+def test_tls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    authority = trustme.CA()
+    certificate, trusted = tmp_path / "server.pem", tmp_path / "ca.pem"
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(certificate)
+    authority.cert_pem.write_to_path(trusted)
+    with server_process("--ssl-certfile", str(certificate), "--mode", "stream", "--no-access-log") as server:
+        where = ("--host", "localhost", "--port", str(server.address[1]))
+        for more in (("--mode", "message"), ("--pipeline", "4", "--size", "30000"), ("--mode", "stream")):
+            facts = load(capsys, *where, "--ssl-ca-certs", str(trusted), "--connections", "2", *more, *SHORT)
+            assert (facts["tls"], facts["lost"], facts["failures"]) == (True, 0, {})
+            assert facts["messages"] > 0
+        assert "certificate verify failed" in complaint(capsys, *where, "--ssl", code=3)
+        load(capsys, *where, "--ssl-no-verify", *SHORT)
+
+
+# What it finds
+
+
+def test_one_flipped_byte_in_a_hundred_thousand_messages_is_found(
+    capsys: pytest.CaptureFixture[str], serve: Serve
+) -> None:
+    size, message, offset = 20, 98_765, 7
+    wrong = (message - 1) * size + offset
+
+    class Flipping(Echo):
+        received = 0
+
+        def data_received(self, data: bytes) -> None:
+            at = wrong - self.received
+            self.received += len(data)
+            if 0 <= at < len(data):
+                data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+            super().data_received(data)
+
+    where = ("--port", str(serve(Flipping)), "--connections", "1", "--size", str(size), "--pipeline", "64")
+    assert main(["load", "--json", *where, "--duration", "20", "--warmup", "0"]) == 1
+    out, err = capsys.readouterr()
+    found = json.loads(out)["mismatch"]
+    assert (found["connection"], found["message"], found["offset"]) == (0, message, offset)
+    assert f"message {message} came back different at offset {offset}: sent 0x" in err
+
+
+@pytest.mark.parametrize("what", [b"\n", b"more than was sent\n"])
+def test_more_than_was_sent_is_found(what: bytes, capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
+    class Doubling(Echo):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data + what)
+
+    size = str(len(what))
+    facts = load(capsys, "--port", str(serve(Doubling)), "--size", size, "--mode", "stream", "--duration", "9", code=1)
+    assert facts["mismatch"]["message"] >= 1
+
+
+def test_a_closed_loop_hides_a_pause_and_an_open_loop_shows_it(
+    capsys: pytest.CaptureFixture[str], serve: Serve
+) -> None:
+    class Pausing(Echo):
+        """Stands still for 200 ms of each second, the first time soon."""
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self.later(0.2)
+
+        def later(self, seconds: float) -> None:
+            asyncio.get_running_loop().call_later(seconds, self.pause)
+
+        def pause(self) -> None:
+            time.sleep(0.2)  # everybody waits
+            if not self.transport.is_closing():
+                self.later(0.8)
+
+    where = ("--port", str(serve(Pausing)), "--mode", "stream", "--connections", "1")
+    closed = load(capsys, *where, "--duration", "0.7", "--warmup", "0")
+    assert closed["service_time"]["p99"] < 0.05
+    assert closed["service_time"]["max"] > 0.15
+    opened = load(capsys, *where, "--duration", "0.7", "--warmup", "0", "--rate", "500")
+    assert opened["response_time"]["p99"] > 0.1
+    assert opened["service_time"]["p99"] < 0.05
+    assert opened["late"] > 50
+    assert opened["late_by_generator"] < opened["late"] / 2
+
+
+def test_a_server_that_closes_after_each_reply_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    with server_process("--no-access-log") as server:
+        assert main(["load", "--port", str(server.address[1]), "--mode", "stream", *SHORT]) == 1
+    out, _ = capsys.readouterr()
+    assert "failed: the server closed the connection between replies" in out
+    assert "needs --mode message" in out
+
+
+def test_replies_that_never_come_are_lost(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
+    class Silent(Echo):
+        def data_received(self, data: bytes) -> None:
+            pass
+
+    where = ("--port", str(serve(Silent)), "--timeout", "0.2")
+    closed = load(capsys, *where, "--mode", "stream", *SHORT, code=1)
+    assert (closed["lost"], closed["messages"]) == (10, 0)
+    assert list(closed["failures"]) == ["no reply within 0.2 s after the end"]
+    opened = load(capsys, *where, "--rate", "99", "--expect", "p99<1s", *SHORT, code=1)
+    assert opened["lost"] == 6
+    assert opened["expectations"] == [{"expect": "p99<1s", "value": 0, "met": False}]
+
+
+@pytest.mark.parametrize("mode", ["stream", "message"])
+def test_a_connection_that_breaks_is_opened_again(mode: str, capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
+    class Breaking(Echo):
+        clients = 0
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            Breaking.clients += 1
+            self.number = Breaking.clients
+
+        def data_received(self, data: bytes) -> None:
+            if self.number == 2:  # the first only looks whether we are here
+                self.transport.write(data[:-1])
+                self.transport.close()
+            else:
+                super().data_received(data)
+
+    facts = load(
+        capsys,
+        "--port",
+        str(serve(Breaking)),
+        "--mode",
+        mode,
+        "--connections",
+        "1",
+        "--duration",
+        "0.2",
+        "--warmup",
+        "0",
+        code=1,
+    )
+    assert (facts["lost"], facts["failures"]) == (1, {"the server closed the connection in mid-reply": 1})
+    assert facts["messages"] > 10
+
+
+def test_what_is_expected_decides_the_exit_code(capsys: pytest.CaptureFixture[str], port: str) -> None:
+    where = ("--port", port, "--mode", "stream", *SHORT)
+    facts = load(capsys, *where, "--expect", "p99<9s", "--expect", "rate>1")
+    assert [(each["expect"], each["met"]) for each in facts["expectations"]] == [("p99<9s", True), ("rate>1", True)]
+    assert main(["load", *where, "--expect", "p99<9s", "--expect", "p50<0.1us"]) == 1
+    out, err = capsys.readouterr()
+    assert "expected p99<9s: met, it is " in out
+    assert "expected p50<0.1us: NOT met, it is " in out
+    assert err == "error: not as expected: p50<0.1us\n"
+
+
+# What it says
+
+
+def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str], port: str) -> None:
+    assert main(["load", "--port", port, "--mode", "stream", "--rate", "300", "--size", "2048", *SHORT]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[0] == (
+        f"127.0.0.1:{port}: 10 connections, up to 1 in flight on each, 2,048 bytes a message, "
+        "open loop at 300 messages/s"
+    )
+    titles = ["messages/s", "MB/s", "p50 ms", "p90 ms", "p99 ms", "p99.9 ms", "max ms"]
+    assert any(all(title in line for title in titles) for line in lines)
+    assert any(line.strip().startswith("service time") for line in lines)
+    assert any("response time" in line for line in lines)
+    assert "sent late (over 1 ms): " in out
+    assert "\x1b" not in out
+
+
+def test_a_closed_loop_says_that_it_is_one(capsys: pytest.CaptureFixture[str], port: str) -> None:
+    assert main(["load", "--port", port, *SHORT]) == 0
+    assert "--rate shows what clients would see" in capsys.readouterr().out
+
+
+def test_the_progress_bar_is_on_stderr_and_only_on_a_terminal(port: str) -> None:
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        process = subprocess.Popen([*LOAD, "--port", port, *SHORT, "--json"], stdout=subprocess.PIPE, stderr=theirs)
+        os.close(theirs)
+        out, _ = process.communicate(timeout=PATIENCE)
+        assert terminal.read(65536).startswith(b"\x1b[?25l")
+    assert process.returncode == 0
+    assert json.loads(out)["messages"] > 0
+
+
+def test_ctrl_c_ends_it_early_with_what_there_is(serve: Serve) -> None:
+    begun = threading.Event()
+
+    class Telling(Echo):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            begun.set()
+
+    command = [*LOAD, "--port", str(serve(Telling)), "--warmup", "0", "--duration", "60", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert begun.wait(PATIENCE)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, err) == (0, b"")
+    assert json.loads(out)["duration"] < PATIENCE
+
+
+# What it refuses
+
+
+def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        said = complaint(capsys, "--port", str(port), code=3)
+    assert said == f"error: cannot connect to 127.0.0.1:{port}: connection refused; is the server running there?\n"
+    assert "no such file" in complaint(capsys, "--uds", "/nonexistent", code=3)
+    assert "cannot connect to no.invalid:5500" in complaint(capsys, "--host", "no.invalid", code=3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--port", "0"),
+        ("--port", "65536"),
+        ("--connections", "0"),
+        ("--size", "0"),
+        ("--size", "1GB"),
+        ("--pipeline", "0"),
+        ("--mode", "raw"),
+        ("--mode", "message", "--pipeline", "2"),
+        ("--duration", "0"),
+        ("--duration", "nan"),
+        ("--warmup", "-1"),
+        ("--rate", "0"),
+        ("--rate", "nan"),
+        ("--rate", "inf"),
+        ("--rate", "fast"),
+        ("--processes", "11"),
+        ("--expect", "p99<5"),
+        ("--ssl-ca-certs", "/nonexistent"),
+        ("--nonsense",),
+        ("surplus",),
+    ],
+)
+def test_a_bad_option_is_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    complaint(capsys, *arguments, code=2)
+
+
+@pytest.mark.parametrize("missing", ["numpy", "rich"])
+def test_without_the_extra_one_line_says_how_to_get_it(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    said = complaint(capsys, code=3)
+    assert f"{missing} is needed for this: pip install 'echo-async[bench]'" in said
+
+
+def test_json_needs_no_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], port: str) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    load(capsys, "--port", port, *SHORT)
+
+
+def test_a_rate_that_no_generator_keeps_up_with_ends_in_time_and_says_so(
+    capsys: pytest.CaptureFixture[str], port: str
+) -> None:
+    facts = load(capsys, "--port", port, "--mode", "stream", "--rate", "1e8", "--timeout", "0.1", *SHORT, code=1)
+    assert facts["generator_was_the_limit"]
+    assert "the generator could not keep up with the rate" in facts["failures"]
+
+
+def test_no_command_is_a_bad_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr() == ("", "error: Missing command.\n")
+
+
+def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["load", "--help"], ["compare", "--help"]):
+        assert main(arguments) == 0
+        out, err = capsys.readouterr()
+        assert out.startswith("Usage: ")
+        assert err == ""

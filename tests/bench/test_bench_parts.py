@@ -1,0 +1,200 @@
+"""The parts of the measuring stick that need no server: what is sent, and what is made of the samples."""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from io import BytesIO
+from statistics import mean
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echo_async import ConfigError
+from echo_async.bench.compare import models, spread
+from echo_async.bench.expectation import Expectation
+from echo_async.bench.figures import Distribution
+from echo_async.bench.load import LoadResult
+from echo_async.bench.pattern import LARGEST, Pattern
+from echo_async.bench.plan import Plan
+from echo_async.bench.tally import Tally, read_tally, write_tally
+
+PLAN = Plan(family=socket.AF_INET, address=("127.0.0.1", 1), connections=5, size=1000)
+
+
+def distribution(*times: float, counts: list[int] | None = None) -> Distribution:
+    return Distribution(np.array(times, dtype=np.float64), np.array(counts or [1] * len(times), dtype=np.uint64))
+
+
+def result(*times: float, messages: int = 0, lost: int = 0) -> LoadResult:
+    return LoadResult(plan=PLAN, seconds=2.0, messages=messages, lost=lost, service=distribution(*times), response=None)
+
+
+# What is sent
+
+
+@pytest.mark.parametrize("size", [1, 2, 20, 1024, 100_000, 300_000])
+def test_a_pattern_is_whole_messages_of_the_size_and_goes_on_round(size: int) -> None:
+    pattern = Pattern(size)
+    block = pattern.data[: pattern.length]
+    assert block.count(b"\n") == pattern.messages == len(block) / size
+    assert all(block[end] == ord("\n") for end in range(size - 1, len(block), size))
+    assert len(pattern.data) >= pattern.length + LARGEST
+    assert pattern.data[pattern.length :].startswith(block[: LARGEST - 1][: len(pattern.data) - pattern.length])
+
+
+def test_messages_differ_from_each_other_and_connections_begin_at_different_ones() -> None:
+    pattern = Pattern(20)
+    assert len(set(pattern.data[: pattern.length].splitlines())) == pattern.messages
+    assert len({pattern.start(number) for number in range(100)}) == 100
+
+
+@given(st.integers(0, 5000), st.integers(1, 300), st.integers(0, 299))
+def test_the_first_byte_that_differs_is_found(at: int, length: int, wrong: int) -> None:
+    pattern = Pattern(50)
+    data = bytearray(pattern.data[at : at + length])
+    assert pattern.difference(bytes(data), at) == length
+    data[wrong % length] ^= 1
+    assert pattern.difference(bytes(data), at) == wrong % length
+
+
+# What is made of the samples
+
+
+def test_percentiles_are_samples_by_the_nearest_rank() -> None:
+    times = distribution(*[float(number) for number in range(1000, 0, -1)])
+    assert [times.percentile(percent) for percent in ("0", "0.1", "50", "90", "99", "99.9", "100")] == [
+        *(1, 1, 500, 900, 990, 999, 1000)
+    ]
+    assert (times.min, times.max, times.mean, times.count) == (1, 1000, 500.5, 1000)
+
+
+def test_a_sample_counts_for_all_messages_that_it_stands_for() -> None:
+    times = distribution(5.0, 1.0, 2.0, counts=[1, 8, 1])
+    assert [times.percentile(percent) for percent in (50, 80, 81, 90, 91)] == [1, 1, 2, 2, 5]
+    assert (times.count, times.mean) == (10, 1.5)
+
+
+def test_without_samples_everything_is_nothing() -> None:
+    times = distribution()
+    assert (times.count, times.min, times.mean, times.percentile(99), times.max) == (0, 0, 0, 0, 0)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e3), st.integers(1, 5)), min_size=1, max_size=50), st.integers(1, 100))
+def test_percentiles_are_those_of_the_samples_written_out(samples: list[tuple[float, int]], percent: int) -> None:
+    times = distribution(*(each for each, _ in samples), counts=[count for _, count in samples])
+    written_out = sorted(each for each, count in samples for _ in range(count))
+    assert times.percentile(percent) == written_out[-(-percent * len(written_out) // 100) - 1]
+    assert times.mean == pytest.approx(mean(written_out))
+
+
+def test_a_tally_goes_to_another_process_as_it_is() -> None:
+    tally = Tally()
+    tally.add(0.0, 1.0, 3.0, 2)
+    tally.restart()
+    tally.add(1.0, 2.0, 2.5, 4)
+    tally.end_window()
+    tally.add(1.5, 2.0, 6.0, 1)
+    out = BytesIO()
+    write_tally(tally, out)
+    out.seek(0)
+    facts, service, waits, counts = read_tally(out.readline(), out.read)
+    assert (facts["answered"], facts["in_window"], facts["samples"]) == (7, 4, 2)
+    assert np.frombuffer(service).tolist() == [0.5, 4.0]
+    assert np.frombuffer(waits).tolist() == [1.0, 0.5]
+    assert np.frombuffer(counts, dtype=np.uint64).tolist() == [4, 1]
+
+
+def test_a_result_counts_messages_of_the_window_over_its_time() -> None:
+    half = result(0.1, messages=3000)
+    assert half.messages_per_second == 1500
+    assert half.megabytes_per_second == 1.5
+    assert half.everything_came_back
+    assert not result(0.1, lost=1).everything_came_back
+    half.failures = Counter({"connection refused": 1})
+    assert not half.everything_came_back
+
+
+def test_the_generator_was_the_limit_where_it_had_no_cpu_left_or_came_late_itself() -> None:
+    load = result(*[0.1] * 1000)
+    load.generator_cpu = [0.5, 0.9]
+    assert not load.generator_was_the_limit
+    load.generator_cpu = [0.5, 0.99]
+    assert load.generator_was_the_limit
+    load.generator_cpu, load.behind = [0.5], 11
+    assert load.generator_was_the_limit
+
+
+# What has to hold
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("p50<21ms", True),
+        ("p50<20ms", False),
+        ("p50 <= 20 ms", True),
+        ("p99.9<0.03s", False),
+        ("max<=30000us", True),
+        ("max<30000µs", False),
+        ("min>=10ms", True),
+        ("mean>19ms", True),
+        ("rate>=1500", True),
+        ("rate>1.5e3", False),
+        ("lost<1", False),
+        ("late<1", True),
+    ],
+)
+def test_what_is_expected_holds_or_does_not(text: str, holds: bool) -> None:
+    load = result(0.01, 0.02, 0.03, messages=3000, lost=1)
+    assert Expectation.parse(text).holds(load) is holds
+
+
+def test_nothing_holds_for_the_times_of_no_message() -> None:
+    assert not Expectation.parse("p99<1s").holds(result())
+    assert not Expectation.parse("p99>1s").holds(result())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "p99", "p99<", "p99<5", "p99<5 min", "p101<5ms", "p99=5ms", "q<5ms", "rate>5ms", "p99<1.2.3ms", "lost<x"],
+)
+def test_an_expectation_that_makes_no_sense_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(ConfigError, match="p99<5ms") as refused:
+        Expectation.parse(text)
+    assert repr(text) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+# What is measured
+
+
+def test_processes_share_connections_and_rate() -> None:
+    plan = Plan(connections=5, rate=100.0, processes=2)
+    assert [(each.connections, each.rate) for each in plan.shares()] == [(3, 60.0), (2, 40.0)]
+    assert [each.rate for each in Plan(connections=2, processes=2).shares()] == [None, None]
+
+
+def test_a_plan_goes_to_another_process_as_it_is() -> None:
+    assert Plan.from_json({**PLAN.as_json(), "address": ["127.0.0.1", 1]}) == PLAN
+
+
+def test_only_combinations_that_make_a_difference_are_measured() -> None:
+    made = models(["threads", "streams", "protocol"], ["asyncio", "uvloop"], [20, 4096])
+    assert [each.name for each in made] == [
+        "threads 20 B",
+        "threads 4096 B",
+        "streams asyncio 20 B",
+        "streams asyncio 4096 B",
+        "streams uvloop 20 B",
+        "streams uvloop 4096 B",
+        "protocol asyncio",
+        "protocol uvloop",
+    ]
+
+
+def test_a_spread_is_median_least_and_greatest() -> None:
+    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+    assert spread([]) is None
