@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test soak bench lint format clean
+.PHONY: help demo serve test coverage soak bench lint format clean
 
 help: ## list what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## start a server, send it a message, stop it
 	@$(BIN)/python -m echo_async.server --port 0 >$(VENV)/demo & server=$$!; trap 'kill $$server 2>/dev/null' EXIT; \
@@ -21,7 +21,10 @@ demo: $(INSTALLED) ## start a server, send it a message, stop it
 serve: $(INSTALLED) ## run the server on 127.0.0.1:5500 until Ctrl-C
 	@$(BIN)/python -m echo_async.server
 
-test: $(INSTALLED) ## run the tests, with branch coverage
+test: $(INSTALLED) ## run the tests
+	@$(BIN)/python -m pytest -q -n 2
+
+coverage: $(INSTALLED) ## run the tests, and show which branches they reach
 	@$(BIN)/coverage erase
 	@$(BIN)/coverage run -m pytest -q -n 2
 	@$(BIN)/coverage combine -q
