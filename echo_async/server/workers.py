@@ -13,6 +13,7 @@ import contextlib
 import json
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -170,50 +171,31 @@ class WorkerServer(BaseServer):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.timeout_graceful_shutdown + MARGIN):
                 await asyncio.gather(*self._keepers, return_exceptions=True)
-                await asyncio.gather(*(worker.process.wait() for worker in self._workers))
+                await asyncio.gather(*(worker.wait_exited() for worker in self._workers))
         for worker in self._workers:
-            with contextlib.suppress(ProcessLookupError):
-                worker.process.kill()
-            await worker.process.wait()
-
-
-@contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
-    """What is started here begins with SIGINT and SIGTERM held back: it is not to die of one before it can obey."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            await worker.kill()
 
 
 class Worker:
-    """One worker process, seen from the parent."""
+    """One worker process, seen from the parent.
+
+    A :class:`subprocess.Popen`, not asyncio's: killing one of asyncio's that has just ended takes its exit
+    code away from who waits for it (https://github.com/python/cpython/issues/87744).
+    """
 
     def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        self.process = process
         self.pid = process.pid
         self.stats = Stats()
+        self._process = process
         self._reader = reader
         self._writer = writer
 
     @classmethod
     async def start(cls, settings: dict[str, object], sockets: Sequence[socket.socket]) -> Self:
-        ours, theirs = socket.socketpair()
-        with theirs, _signals_held():
-            descriptors = [each.fileno() for each in (theirs, *sockets)]
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "echo_async.server.worker",
-                *map(str, descriptors),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                pass_fds=descriptors,
-            )
-        self = cls(process, *await asyncio.open_connection(sock=ours))
+        process, channel = _spawn(sockets)
+        self = cls(process, *await asyncio.open_connection(sock=channel))
         self._writer.write(json.dumps(settings).encode() + b"\n")
         return self
 
@@ -227,9 +209,7 @@ class Worker:
         except (TimeoutError, ConnectionError):
             answer = b""
         if not answer:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.kill()
-            await self.process.wait()
+            await self.kill()
             self._writer.close()
             raise StartError("a worker could not start: the reason is in the line before")
 
@@ -238,6 +218,35 @@ class Worker:
         with contextlib.suppress(ConnectionError):
             while line := await self._reader.readline():
                 self.stats = Stats(**json.loads(line)["stats"])
-        code = await self.process.wait()
+        code = await self.wait_exited()
         self._writer.close()
         return code
+
+    async def wait_exited(self) -> int:
+        return await asyncio.to_thread(self._process.wait)
+
+    async def kill(self) -> None:
+        """End it if it has not ended, and wait until it has."""
+        self._process.kill()
+        await self.wait_exited()
+
+
+def _spawn(sockets: Sequence[socket.socket]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a worker that serves ``sockets``; returns it, and the parent's end of the channel to it."""
+    ours, theirs = socket.socketpair()
+    with theirs, _signals_held():
+        descriptors = [each.fileno() for each in (theirs, *sockets)]
+        command = [sys.executable, "-m", "echo_async.server.worker", *map(str, descriptors)]
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=descriptors
+        ), ours
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """What is started here begins with SIGINT and SIGTERM held back: it is not to die of one before it can obey."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
