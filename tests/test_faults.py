@@ -27,6 +27,7 @@ from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, c
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from time import monotonic
 from typing import Any, Unpack
 
@@ -379,8 +380,8 @@ def test_every_place_is_free_again_after_any_kind_of_end(start: Start) -> None:
 def test_ten_mebibytes_come_back_byte_for_byte_to_a_reader_that_pauses(
     start: Start, tls: bool, trusting: ssl.SSLContext
 ) -> None:
-    pattern = b"".join(b"%09d\n" % number for number in range(1024 * 1024))
-    with start(tls=tls, mode="raw", chunk_size=4096) as server, connect(server) as plain:
+    pattern = Random(5500).randbytes(10 * 1024 * 1024)
+    with start(tls=tls, mode="raw", chunk_size=65536) as server, connect(server) as plain:
         client = trusting.wrap_socket(plain, server_hostname="localhost") if tls else plain
         sender = threading.Thread(target=client.sendall, args=(pattern,))
         sender.start()
@@ -443,7 +444,7 @@ class CountingHandler(logging.Handler):
 @pytest.mark.parametrize("chunk_size", [20, 65536])
 def test_a_flood_of_short_messages_is_logged_in_turns(engine: EngineName, loop: LoopName, chunk_size: int) -> None:
     """A read can hold very many messages: their lines are written a share at a time."""
-    flood = b"\n" * 20_000
+    flood = b"\n" * 5_000
     log = CountingHandler()
     access = logging.getLogger("echo_async.access")
 

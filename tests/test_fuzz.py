@@ -124,7 +124,7 @@ class AnyConversation(RuleBasedStateMachine):
 
 
 TestAnyConversation = AnyConversation.TestCase
-TestAnyConversation.settings = settings(max_examples=300, stateful_step_count=20, deadline=None)
+TestAnyConversation.settings = settings(max_examples=100, stateful_step_count=20)
 
 
 # Running servers
@@ -190,7 +190,7 @@ ACTIONS = st.lists(
 CLIENTS = st.lists(st.tuples(ACTIONS, st.sampled_from(["read", "read", "close", "reset"])), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mode=st.sampled_from(MODES), clients=CLIENTS)
 def test_whatever_clients_do_a_server_answers_by_the_rules_and_goes_on(
     server: dict[Mode, echo_async.EchoServer],
@@ -220,7 +220,7 @@ def test_whatever_clients_do_a_server_answers_by_the_rules_and_goes_on(
     caplog.clear()
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(engines()),
     mode=st.sampled_from(MODES),

@@ -152,7 +152,7 @@ def test_a_server_that_closes_between_messages_is_connected_to_again(on_loop: On
     assert server.received == [[b"0\n", b"1\n"], [b"2\n", b"3\n"], [b"4\n", b"5\n"]]
 
 
-@pytest.mark.parametrize(("mode", "number"), [("message", 50), ("stream", 500)])
+@pytest.mark.parametrize(("mode", "number"), [("message", 20), ("stream", 200)])
 def test_many_messages_at_once_on_one_client(on_loop: OnLoop, mode: Any, number: int) -> None:
     async def main() -> None:
         async with echo_async.serve(port=0, mode=mode) as server, connect(*server.address) as client:
@@ -165,7 +165,7 @@ def test_many_messages_at_once_on_one_client(on_loop: OnLoop, mode: Any, number:
 def test_many_clients_at_once(on_loop: OnLoop) -> None:
     async def main() -> None:
         async with echo_async.serve(port=0) as server:
-            messages = [str(number) for number in range(100)]
+            messages = [str(number) for number in range(50)]
             assert await asyncio.gather(*(echo(message, *server.address) for message in messages)) == messages
 
     on_loop(main)

@@ -50,7 +50,7 @@ async def collect_into(collected: list[str], replies: AsyncIterator[str]) -> Non
 @pytest.mark.parametrize("window", [1, 1024])
 def test_replies_come_in_order(on_loop: OnLoop, mode: Any, asynchronous: bool, window: int) -> None:
     async def main() -> None:
-        messages = [str(number) for number in range(20 if mode == "message" else 200)]
+        messages = [str(number) for number in range(10 if mode == "message" else 100)]
         async with echo_async.serve(port=0, mode=mode) as server, connect(*server.address) as client:
             given = one_by_one(messages) if asynchronous else messages
             assert await collect(client.stream(given, window=window)) == messages
@@ -73,7 +73,7 @@ def test_messages_keep_their_shape(on_loop: OnLoop, script: Start) -> None:
     on_loop(main)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     messages=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"))),
     window=st.integers(1, 9),

@@ -670,7 +670,7 @@ def test_messages_keep_their_shape(script: Start) -> None:
 LINES = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n")))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(messages=LINES, window=st.integers(1, 9))
 def test_any_messages_come_back_in_any_window(messages: list[str], window: int) -> None:
     with sync.serve(port=0, mode="stream", no_access_log=True) as server, sync.connect(*server.address) as client:
