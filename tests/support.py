@@ -99,6 +99,15 @@ def receive_all(client: socket.socket) -> bytes:
     return bytes(received)
 
 
+def the_one_line(stdout: str, stderr: str) -> str:
+    """What a command says of what is wrong: one line on stderr, nothing on stdout."""
+    assert stdout == ""
+    assert stderr.startswith("error: ")
+    assert stderr.endswith("\n")
+    assert stderr.count("\n") == 1
+    return stderr
+
+
 class ServerProcess:
     """``python -m echo_async.server`` in a process of its own, once it can be reached."""
 

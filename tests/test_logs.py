@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import re
-from collections.abc import Iterator
 from datetime import datetime
 
 import pytest
@@ -116,14 +114,7 @@ def test_an_excerpt_is_always_short_and_one_harmless_line(message: bytes) -> Non
     assert len(shown) <= 83
 
 
-@pytest.fixture(autouse=True)
-def loggers_as_before() -> Iterator[None]:
-    package = logging.getLogger("echo_async")
-    handlers, level, propagate, raising = package.handlers, package.level, package.propagate, logging.raiseExceptions
-    yield
-    package.handlers, package.propagate, logging.raiseExceptions = handlers, propagate, raising
-    package.setLevel(level)
-
+pytestmark = pytest.mark.usefixtures("loggers_as_before")
 
 Captured = pytest.CaptureFixture[str]
 

@@ -18,12 +18,13 @@ from typing import Unpack
 
 import pytest
 import trustme
-from support import PATIENCE, Hosted, engines, receive_all, receive_line, server_process, until
+from support import PATIENCE, Hosted, engines, receive_all, receive_line, server_process, the_one_line, until
 
 import echo_async
 from echo_async.config import EngineName, Mode, ServerOptions
 from echo_async.engines import registry
 from echo_async.loops import LoopName
+from echo_async.server.command import main
 
 Start = Callable[..., AbstractContextManager[echo_async.EchoServer]]
 
@@ -255,19 +256,14 @@ def bad_certificates(files: Files) -> dict[str, list[str]]:
     }
 
 
-def test_certificates_that_are_no_good_are_one_line_that_names_the_file(files: Files) -> None:
+@pytest.mark.usefixtures("loggers_as_before")
+def test_certificates_that_are_no_good_are_one_line_that_names_the_file(
+    files: Files, capsys: pytest.CaptureFixture[str]
+) -> None:
     for what, options in bad_certificates(files).items():
         for more in [[], ["--threaded"], ["--workers", "2"]] if what == "expired" else [[]]:
-            done = subprocess.run(
-                [sys.executable, "-m", "echo_async.server", "--port", "0", *options, *more],
-                capture_output=True,
-                text=True,
-                timeout=PATIENCE,
-                stdin=subprocess.DEVNULL,
-            )
-            assert (done.returncode, done.stdout) == (3, ""), what
-            [line] = done.stderr.splitlines()
-            assert options[-1] in line, what
+            assert main(["--port", "0", *options, *more]) == 3, what
+            assert options[-1] in the_one_line(*capsys.readouterr()), what
 
 
 def test_a_password_opens_the_key_and_is_shown_nowhere(files: Files) -> None:
