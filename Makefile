@@ -22,11 +22,11 @@ serve: $(INSTALLED) ## run the server on 127.0.0.1:5500 until Ctrl-C
 	@$(BIN)/python -m echo_async.server
 
 test: $(INSTALLED) ## run the tests
-	@$(BIN)/python -m pytest -q -n 2
+	@$(BIN)/python -m pytest -q -n 4
 
 coverage: $(INSTALLED) ## run the tests, and show which branches they reach
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest -q -n 2
+	@$(BIN)/coverage run -m pytest -q -n 4
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report
 
