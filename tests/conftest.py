@@ -1,13 +1,21 @@
-"""For every test."""
+"""What tests of every part may ask for, and what is looked at after each of them."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
+import os
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
+import trustme
 from hypothesis import settings
+from scripted import Script, Serve, Start
+from support import LOOPS, run, until
 
 settings.register_profile("any machine", deadline=None)  # however slow or busy it is
 settings.load_profile("any machine")
@@ -19,6 +27,28 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def loops_are_warm() -> None:
+    """The first event loop of a process opens descriptors that it keeps."""
+    for loop in LOOPS:
+        run(lambda: asyncio.sleep(0), loop)
+
+
+def open_now() -> tuple[int, int]:
+    """How many descriptors and threads there are, without the threads that trio keeps for a while."""
+    threads = [each for each in threading.enumerate() if not each.name.startswith("Trio ")]
+    return len(os.listdir("/proc/self/fd")), len(threads)
+
+
+@pytest.fixture
+def nothing_left_behind(loops_are_warm: None) -> Iterator[None]:
+    """No test ends with more descriptors or threads than there were at its beginning."""
+    before = open_now()
+    yield
+    # A thread that resolves a name may be about to answer, although nobody waits for it any more.
+    until(lambda: all(now <= then for now, then in zip(open_now(), before, strict=True)))
+
+
 @pytest.fixture
 def loggers_as_before() -> Iterator[None]:
     """A command that runs in this process configures the log; it is undone."""
@@ -27,3 +57,46 @@ def loggers_as_before() -> Iterator[None]:
     yield
     package.handlers, package.propagate, logging.raiseExceptions = handlers, propagate, raising
     package.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def script() -> Iterator[Start]:
+    """Start a server that does what it is told; it is stopped with the test."""
+    with ExitStack() as stack:
+
+        def start(serve: Serve) -> Script:
+            server = Script(serve)
+            stack.callback(server.stop)
+            return server
+
+        yield start
+
+
+@pytest.fixture
+def bound() -> Iterator[socket.socket]:
+    """A socket that has an address and does not listen yet: nobody is there, and nobody else can be."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound
+
+
+@pytest.fixture
+def closed_port(bound: socket.socket) -> int:
+    port: int = bound.getsockname()[1]
+    return port
+
+
+@pytest.fixture
+def black_hole() -> Iterator[tuple[str, int]]:
+    """An address that never answers: its queue of connections is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as stack:
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()

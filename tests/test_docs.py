@@ -23,7 +23,6 @@ import logging
 import re
 import shlex
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ import echo_async
 import echo_async.testing  # a session of pytest in pytest forgets what was first imported in it, and imports it again
 
 pytest_plugins = ["pytester"]
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -133,19 +133,14 @@ class Given:
 
 
 @pytest.fixture
-def nothing_left_behind() -> Iterator[None]:
-    """No thread is left by a test, and the loggers are as they were."""
+def loggers_of_examples() -> Iterator[None]:
+    """The loggers are as they were."""
     names = ["echo_async", "echo_async.access", "echo_async.client", "echo_async.server"]
     loggers = [(each, each.level, list(each.handlers)) for each in map(logging.getLogger, names)]
-    threads = threading.active_count()
     yield
     for each, level, handlers in loggers:
         each.setLevel(level)
         each.handlers[:] = handlers
-    for thread in threading.enumerate():
-        if thread.name.startswith("resolve "):  # it has answered
-            thread.join(PATIENCE)
-    assert threading.active_count() == threads
 
 
 def compiled(example: Example) -> CodeType:
@@ -169,7 +164,7 @@ async def run_in_loop(code: CodeType, names: tuple[str, ...]) -> None:
     assert problems == []
 
 
-@pytest.mark.usefixtures("nothing_left_behind")
+@pytest.mark.usefixtures("loggers_of_examples")
 @pytest.mark.parametrize("example", PROGRAMS, ids=str)
 def test_a_program_prints_what_it_says(
     example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

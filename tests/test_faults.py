@@ -45,26 +45,12 @@ from echo_async.engines.threads import ThreadConnection
 from echo_async.engines.tls_socket import TlsSocket
 from echo_async.loops import LoopName, loop_factory
 
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
 Start = Callable[..., AbstractContextManager[echo_async.EchoServer]]
 Kind = tuple[EngineName, LoopName]
 
 each_kind = pytest.mark.parametrize("kind", engines(), ids="-".join)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def loops_are_warm() -> None:
-    """What a loop opens once for all."""
-    for loop in LOOPS:
-        run(lambda: asyncio.sleep(0), loop)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    """No descriptor and no thread more at the end than there was at the beginning."""
-    descriptors, threads = os.listdir("/proc/self/fd"), threading.active_count()
-    yield
-    assert threading.active_count() <= threads
-    assert len(os.listdir("/proc/self/fd")) <= len(descriptors)
 
 
 @pytest.fixture
@@ -82,11 +68,6 @@ def start(kind: Kind, certificate: Path) -> Start:
             yield server
 
     return start
-
-
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
 
 
 @pytest.fixture(scope="module")

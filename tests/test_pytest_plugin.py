@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from ssl import SSLCertVerificationError
 
@@ -22,15 +20,7 @@ from echo_async.config import Mode
 from echo_async.testing import HostedServer
 
 pytest_plugins = ["pytester"]
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    """No test ends with more descriptors or threads than there were at its beginning."""
-    descriptors, threads = os.listdir("/proc/self/fd"), threading.active_count()
-    yield
-    assert len(os.listdir("/proc/self/fd")) <= len(descriptors)
-    assert threading.active_count() <= threads
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 
 @pytest.fixture

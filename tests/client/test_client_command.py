@@ -16,34 +16,20 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted import Peer, Serve, Start, answer_all, answer_one, keep_silent
 from support import PATIENCE, server_process
 
 import echo_async
 from echo_async.client.command import command, main
 
-Start = Callable[[Callable[[Any], None]], Any]
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 PIPES: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 COMMAND = [sys.executable, "-W", "error", "-m", "echo_async.client"]
-
-
-def answer_all(peer: Any) -> None:
-    for message in peer.messages():
-        peer.send(message)
-
-
-def answer_one(peer: Any) -> None:
-    peer.send(peer.message())
-
-
-def keep_silent(peer: Any) -> None:
-    for _ in peer.messages():
-        pass
 
 
 def client(server: Any, *args: Any, **more: Any) -> subprocess.CompletedProcess[bytes]:
@@ -86,7 +72,7 @@ def test_stdin_closed_is_the_default_message(script: Start) -> None:
 
 
 @pytest.mark.parametrize("serve", [answer_one, answer_all])
-def test_messages_from_the_command_line(script: Start, serve: Callable[[Any], None]) -> None:
+def test_messages_from_the_command_line(script: Start, serve: Serve) -> None:
     server = script(serve)
     done = client(server, "one", "", "ñandú 🎉", "two\nthree\n", b"\xff\xfe", "--", "--four")
     expected = "one\n\nñandú 🎉\ntwo\nthree\n".encode() + b"\xff\xfe\n--four\n"
@@ -157,7 +143,7 @@ def test_no_locale_and_no_utf_8_mode(script: Start) -> None:
 
 
 def test_json(script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         peer.send(peer.message().replace(b"two", b"TWO"))
 
     done = client(script(serve), "--json", "Hola Server!", "two", b"\xff")
@@ -224,7 +210,7 @@ def test_nobody_there(closed_port: int, capfd: pytest.CaptureFixture[str]) -> No
 
 
 def test_lost_replies_are_told_and_the_rest_goes_on(script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         for message in peer.messages():
             if message == b"4\n":
                 return
@@ -237,7 +223,7 @@ def test_lost_replies_are_told_and_the_rest_goes_on(script: Start) -> None:
 
 
 def test_late_and_different_replies_are_told_and_the_rest_goes_on(script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         for message in peer.messages():
             if message == b"late\n":
                 return keep_silent(peer)
@@ -253,7 +239,7 @@ def test_late_and_different_replies_are_told_and_the_rest_goes_on(script: Start)
 
 
 def test_a_server_that_goes_away(script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         peer.send(peer.message())
         server.stop_listening()
 
@@ -265,7 +251,7 @@ def test_a_server_that_goes_away(script: Start) -> None:
 
 
 def test_a_server_that_goes_away_with_a_message(script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         for _ in range(2):
             peer.send(peer.message())
         peer.message()
@@ -368,7 +354,7 @@ def test_stdin_that_cannot_be_read(script: Start) -> None:
 def test_ctrl_c_ends_it_quietly(script: Start) -> None:
     reached = threading.Event()
 
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         peer.message()
         reached.set()
         peer.message()
@@ -392,7 +378,7 @@ def test_ctrl_c_ends_it_quietly(script: Start) -> None:
 
 
 def test_ctrl_c_while_the_reader_of_stdout_holds_it_up(script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         while data := peer.socket.recv(65536):
             peer.send(data)
 
@@ -426,7 +412,7 @@ def test_ctrl_c_twice_at_once_is_once(script: Start) -> None:
 
 
 def test_a_server_that_is_gone_while_stdin_is_still_open(script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         peer.message()
         server.stop_listening()
 
@@ -487,7 +473,7 @@ def test_count_has_the_shape_of_ping(script: Start) -> None:
 
 
 @pytest.mark.parametrize("serve", [answer_one, answer_all])
-def test_count_with_every_kind_of_server(script: Start, serve: Callable[[Any], None]) -> None:
+def test_count_with_every_kind_of_server(script: Start, serve: Serve) -> None:
     done = client(script(serve), "--count", "10", "--interval", "0", "--quiet")
     assert b"10 sent, 10 received, 0 lost" in done.stdout
     assert b"seq=" not in done.stdout
@@ -495,7 +481,7 @@ def test_count_with_every_kind_of_server(script: Start, serve: Callable[[Any], N
 
 
 def test_count_goes_on_after_a_loss(script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         messages = itertools.islice(peer.messages(), 10) if peer.number == 0 else peer.messages()
         for message in messages:
             peer.send(message)
@@ -541,7 +527,7 @@ def test_ctrl_c_ends_count_with_the_summary(script: Start) -> None:
 def test_ctrl_c_before_anything_came_back(script: Start) -> None:
     reached = threading.Event()
 
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         peer.message()
         reached.set()
         peer.message()

@@ -10,35 +10,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from scripted import Peer, Serve, Start, answer_all, answer_byte_by_byte, answer_one, keep_silent
 
 import echo_async
 from echo_async.client import EchoClient, connect, echo
 
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
 OnLoop = Callable[[Callable[[], Any]], Any]
-Start = Callable[[Callable[[Any], None]], Any]
 
 MESSAGES = ["", "a", "Hola Server!", "ñandú 🎉", "\x00\x1b[2J\r", "x" * 19, "x" * 20, "x" * 21, "x" * 41, "x" * 10_000]
-
-
-def answer_all(peer: Any) -> None:
-    for message in peer.messages():
-        peer.send(message)
-
-
-def answer_one(peer: Any) -> None:
-    peer.send(peer.message())
-
-
-def keep_silent(peer: Any) -> None:
-    for _ in peer.messages():
-        pass
-
-
-def answer_byte_by_byte(peer: Any) -> None:
-    peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    for message in peer.messages():
-        for byte in message:
-            peer.send(bytes([byte]))
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
@@ -94,7 +75,7 @@ def test_what_is_no_text_is_refused(on_loop: OnLoop, script: Start) -> None:
 
 @pytest.mark.parametrize("serve", [answer_all, answer_byte_by_byte])
 def test_a_server_that_never_closes_gets_all_messages_on_one_connection(
-    on_loop: OnLoop, script: Start, serve: Callable[[Any], None]
+    on_loop: OnLoop, script: Start, serve: Serve
 ) -> None:
     server = script(serve)
 
@@ -118,7 +99,7 @@ def test_a_server_that_closes_after_a_reply_gets_a_connection_for_each_message(o
 
 
 def test_a_server_that_resets_after_a_reply_is_one_that_closes(on_loop: OnLoop, script: Start) -> None:
-    def answer_and_reset(peer: Any) -> None:
+    def answer_and_reset(peer: Peer) -> None:
         peer.send(peer.message())
         peer.message()  # so the reset comes with the second message on its way
         peer.reset()
@@ -134,7 +115,7 @@ def test_a_server_that_resets_after_a_reply_is_one_that_closes(on_loop: OnLoop, 
 
 
 def test_a_server_that_closes_between_messages_is_connected_to_again(on_loop: OnLoop, script: Start) -> None:
-    def answer_two(peer: Any) -> None:
+    def answer_two(peer: Peer) -> None:
         peer.send(peer.message())
         peer.send(peer.message())
 

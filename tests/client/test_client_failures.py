@@ -13,33 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scripted import Peer, Start, answer_all, answer_with, keep_silent
 
 import echo_async
 from echo_async.client import connect, echo
 from echo_async.client.target import Target
 
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
 OnLoop = Callable[[Callable[[], Any]], Any]
-Start = Callable[[Callable[[Any], None]], Any]
-
-
-def answer_with(reply: bytes, *, reset: bool = False) -> Callable[[Any], None]:
-    def serve(peer: Any) -> None:
-        peer.message()
-        peer.send(reply)
-        if reset:
-            peer.reset()
-
-    return serve
-
-
-def keep_silent(peer: Any) -> None:
-    for _ in peer.messages():
-        pass
-
-
-def answer_all(peer: Any) -> None:
-    for message in peer.messages():
-        peer.send(message)
 
 
 # Connecting
@@ -257,7 +239,7 @@ def test_a_message_that_the_server_finds_too_long(on_loop: OnLoop) -> None:
 
 
 def test_a_second_reply_that_is_cut_is_lost_not_asked_for_again(on_loop: OnLoop, script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         peer.send(peer.message())
         peer.send(peer.message()[:2])
 
@@ -273,7 +255,7 @@ def test_a_second_reply_that_is_cut_is_lost_not_asked_for_again(on_loop: OnLoop,
 
 
 def test_a_server_that_keeps_connections_open_hides_no_loss(on_loop: OnLoop, script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         for _ in range(3):
             peer.send(peer.message())
         peer.message()
@@ -297,7 +279,7 @@ def test_a_server_that_keeps_connections_open_hides_no_loss(on_loop: OnLoop, scr
 def test_replies_that_came_before_a_write_that_failed_count(on_loop: OnLoop, script: Start) -> None:
     closed = threading.Event()
 
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         for _ in range(3):
             peer.send(peer.message())
         peer.reset()
@@ -341,7 +323,7 @@ def test_a_server_that_never_answers(on_loop: OnLoop, script: Start) -> None:
 def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(on_loop: OnLoop, script: Start) -> None:
     go_on = threading.Event()
 
-    def trickle(peer: Any) -> None:
+    def trickle(peer: Peer) -> None:
         for byte in peer.message():
             peer.send(bytes([byte]))
             go_on.wait(0.02)
@@ -357,7 +339,7 @@ def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(on_loop: OnLoo
 
 
 def test_all_that_wait_behind_a_late_reply_are_told(on_loop: OnLoop, script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         for message in itertools.islice(peer.messages(), 2):
             peer.send(message)
         keep_silent(peer)
@@ -443,7 +425,7 @@ def test_only_a_few_bytes_of_a_long_reply_are_shown(on_loop: OnLoop, script: Sta
 
 
 def test_those_behind_a_different_reply_are_lost(on_loop: OnLoop, script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         for message in peer.messages():
             peer.send(message.replace(b"bad", b"BAD"))
 
@@ -464,7 +446,7 @@ def test_those_behind_a_different_reply_are_lost(on_loop: OnLoop, script: Start)
 def test_bytes_that_nobody_asked_for_spoil_the_next_reply(on_loop: OnLoop, script: Start) -> None:
     sent = threading.Event()
 
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         if peer.number == 0:
             peer.send(b"220 mail.example ESMTP\r\n")
             sent.set()
@@ -485,7 +467,7 @@ def test_bytes_that_nobody_asked_for_spoil_the_next_reply(on_loop: OnLoop, scrip
 
 
 def test_an_endless_reply_takes_no_memory(on_loop: OnLoop, script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         peer.message()
         while True:
             peer.send(b"\0" * 1_000_000)

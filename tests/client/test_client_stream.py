@@ -12,19 +12,16 @@ from typing import Any, cast
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scripted import Peer, Serve, Start, answer_all
 from support import PATIENCE, run
 
 import echo_async
 from echo_async.client import EchoClient, connect
 from echo_async.client.stream import WINDOW_BYTES
 
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
 OnLoop = Callable[[Callable[[], Any]], Any]
-Start = Callable[[Callable[[Any], None]], Any]
-
-
-def answer_all(peer: Any) -> None:
-    for message in peer.messages():
-        peer.send(message)
 
 
 LINE = st.characters(exclude_categories=["Cs"], exclude_characters="\n")
@@ -90,7 +87,7 @@ def test_any_messages_come_back_in_any_window(messages: list[str], window: int) 
 def test_messages_are_pipelined_up_to_the_window(on_loop: OnLoop, script: Start) -> None:
     seen = threading.Event()
 
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         for message in itertools.islice(peer.messages(), 2):
             peer.send(message)
         while True:
@@ -123,7 +120,7 @@ def test_messages_are_pipelined_up_to_the_window(on_loop: OnLoop, script: Start)
 def test_nothing_piles_up_while_the_server_is_slow(on_loop: OnLoop, script: Start, asynchronous: bool) -> None:
     held, go_on = threading.Event(), threading.Event()
 
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         for number, message in enumerate(peer.messages()):
             if number == 2:
                 held.set()
@@ -220,7 +217,7 @@ def test_leaving_early_leaves_nothing_behind(on_loop: OnLoop, script: Start, asy
 def test_cancelling_leaves_nothing_behind(on_loop: OnLoop, script: Start, asynchronous: bool) -> None:
     reached = threading.Event()
 
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         for number, message in enumerate(peer.messages()):
             if number < 5:
                 peer.send(message)
@@ -327,19 +324,19 @@ def test_one_message_is_no_stream_of_messages(on_loop: OnLoop, script: Start) ->
     on_loop(main)
 
 
-def _drop_fifth(peer: Any) -> None:
+def _drop_fifth(peer: Peer) -> None:
     for _ in range(5):
         peer.send(peer.message())
     peer.message()
     peer.send(b"5")
 
 
-def _change_fifth(peer: Any) -> None:
+def _change_fifth(peer: Peer) -> None:
     for message in peer.messages():
         peer.send(message.replace(b"5", b"V"))
 
 
-def _keep_fifth(peer: Any) -> None:
+def _keep_fifth(peer: Peer) -> None:
     for message in peer.messages():
         if message != b"5\n":
             peer.send(message)
@@ -357,7 +354,7 @@ def _keep_fifth(peer: Any) -> None:
     ],
 )
 def test_the_first_reply_that_fails_raises_after_those_before_it(
-    on_loop: OnLoop, script: Start, serve: Callable[[Any], None], error: type[Exception]
+    on_loop: OnLoop, script: Start, serve: Serve, error: type[Exception]
 ) -> None:
     server = script(serve)
 
@@ -401,7 +398,7 @@ def test_a_stream_and_echoes_at_once(on_loop: OnLoop) -> None:
 
 
 def test_a_connection_that_ends_between_messages_is_made_anew(on_loop: OnLoop, script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         for _ in range(2):
             peer.send(peer.message())
 
@@ -427,7 +424,7 @@ def test_a_connection_that_ends_between_messages_is_made_anew(on_loop: OnLoop, s
 
 
 def test_bytes_that_nobody_asked_for_spoil_the_next_reply(on_loop: OnLoop, script: Start) -> None:
-    def serve(peer: Any) -> None:
+    def serve(peer: Peer) -> None:
         for message in peer.messages():
             peer.send(message)
             if message == b"1\n":

@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 import trustme
+from scripted import Serve, Start, answer_all, answer_one, over_tls
 from support import PATIENCE
 
 import echo_async
 from echo_async.client import connect, echo
 from echo_async.client.tls import client_context
 
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+
 OnLoop = Callable[[Callable[[], Any]], Any]
-Start = Callable[[Callable[[Any], None]], Any]
 
 
 COMMAND = [sys.executable, "-W", "error", "-m", "echo_async.client"]
@@ -49,25 +51,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(tmp_path_factory.mktemp("tls"))
 
 
-def answer_all(peer: Any) -> None:
-    for message in peer.messages():
-        peer.send(message)
-
-
-def answer_one(peer: Any) -> None:
-    peer.send(peer.message())
-
-
-def over_tls(context: ssl.SSLContext, serve: Callable[[Any], None] = answer_all) -> Callable[[Any], None]:
-    def serve_over_tls(peer: Any) -> None:
-        peer.socket = context.wrap_socket(peer.socket, server_side=True)
-        serve(peer)
-
-    return serve_over_tls
-
-
 @pytest.mark.parametrize("serve", [answer_one, answer_all])
-def test_every_message_comes_back(on_loop: OnLoop, script: Start, files: Files, serve: Callable[[Any], None]) -> None:
+def test_every_message_comes_back(on_loop: OnLoop, script: Start, files: Files, serve: Serve) -> None:
     server = script(over_tls(files.server_context(), serve))
 
     async def main() -> None:

@@ -6,16 +6,14 @@ import asyncio
 import contextlib
 import inspect
 import itertools
-import os
 import resource
 import socket
 import ssl
-import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +21,7 @@ import pytest
 import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted import Peer, Serve, Start, answer_all, answer_byte_by_byte, answer_one, answer_with, keep_silent, over_tls
 from support import PATIENCE
 
 import echo_async
@@ -32,154 +31,9 @@ from echo_async.client.stream import WINDOW_BYTES
 from echo_async.client.tls import client_context
 from echo_async.config import EngineName, Mode
 
-Serve = Callable[["Peer"], None]
-
-
-class Peer:
-    """One connection of a :class:`Script`. ``number``: how many were there before it."""
-
-    def __init__(self, connected: socket.socket, number: int) -> None:
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a reset drops what was sent before it
-        self.socket = connected
-        self.number = number
-        self.received: list[bytes] = []
-        self._lines = connected.makefile("rb")
-
-    def message(self) -> bytes:
-        """The next message; the thread ends with the client."""
-        line = self._lines.readline()
-        if not line.endswith(b"\n"):
-            raise ConnectionResetError
-        self.received.append(line)
-        return line
-
-    def messages(self) -> Iterator[bytes]:
-        while True:
-            yield self.message()
-
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def reset(self) -> None:
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.close()
-
-    def close(self) -> None:
-        self._lines.close()
-        self.socket.close()
-
-
-class Script:
-    """A server that does to each connection what ``serve`` does, in a thread for each."""
-
-    def __init__(self, serve: Serve) -> None:
-        self._serve = serve
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.address: tuple[str, int] = self._listener.getsockname()
-        self.peers: list[Peer] = []
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    @property
-    def received(self) -> list[list[bytes]]:
-        """The whole messages of each connection, in the order of connecting."""
-        return [peer.received for peer in self.peers]
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                self.peers.append(Peer(self._listener.accept()[0], len(self.peers)))
-                self._threads.append(threading.Thread(target=self._run, args=self.peers[-1:]))
-                self._threads[-1].start()
-
-    def _run(self, peer: Peer) -> None:
-        with contextlib.suppress(OSError, ValueError), contextlib.closing(peer):
-            self._serve(peer)
-
-    def stop(self) -> None:
-        for each in (self._listener, *(peer.socket for peer in self.peers)):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join(PATIENCE)
-        self._listener.close()
-
-
-Start = Callable[[Serve], Script]
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    """No test ends with other descriptors or threads than there were at its beginning."""
-    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-    yield
-    assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == descriptors
-
-
-@pytest.fixture
-def script() -> Iterator[Start]:
-    """Start a server that does what it is told; it is stopped with the test."""
-    with contextlib.ExitStack() as stack:
-
-        def start(serve: Serve) -> Script:
-            server = Script(serve)
-            stack.callback(server.stop)
-            return server
-
-        yield start
-
-
-@pytest.fixture
-def bound() -> Iterator[socket.socket]:
-    """A socket that has an address and does not listen yet: nobody is there, and nobody else can be."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        yield bound
-
-
-@pytest.fixture
-def black_hole() -> Iterator[tuple[str, int]]:
-    """An address that never answers: its queue of connections is full."""
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, contextlib.ExitStack() as stack:
-        for _ in range(4):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        yield listener.getsockname()
-
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 MESSAGES = ["", "a", "Hola Server!", "ñandú 🎉", "\x00\x1b[2J\r", "x" * 19, "x" * 20, "x" * 21, "x" * 10_000]
-
-
-def answer_all(peer: Peer) -> None:
-    for message in peer.messages():
-        peer.send(message)
-
-
-def answer_one(peer: Peer) -> None:
-    peer.send(peer.message())
-
-
-def answer_byte_by_byte(peer: Peer) -> None:
-    for message in peer.messages():
-        for byte in message:
-            peer.send(bytes([byte]))
-
-
-def keep_silent(peer: Peer) -> None:
-    for _ in peer.messages():
-        pass
-
-
-def answer_with(reply: bytes, *, reset: bool = False) -> Serve:
-    def serve(peer: Peer) -> None:
-        peer.message()
-        peer.send(reply)
-        if reset:
-            peer.reset()
-
-    return serve
 
 
 @contextlib.contextmanager
@@ -862,22 +716,11 @@ def test_a_server_that_goes_away(script: Start) -> None:
 # TLS
 
 
-@pytest.fixture(scope="module")
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-def over_tls(authority: trustme.CA, serve: Serve) -> Serve:
+@pytest.fixture
+def servers_context(authority: trustme.CA) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
-
-    def serve_over_tls(peer: Peer) -> None:
-        peer._lines.close()
-        peer.socket = context.wrap_socket(peer.socket, server_side=True)
-        peer._lines = peer.socket.makefile("rb")
-        serve(peer)
-
-    return serve_over_tls
+    return context
 
 
 @pytest.fixture
@@ -888,9 +731,9 @@ def context(authority: trustme.CA, tmp_path: Path) -> ssl.SSLContext:
 
 @pytest.mark.parametrize("serve", [answer_one, answer_all])
 def test_every_message_comes_back_over_tls(
-    script: Start, authority: trustme.CA, context: ssl.SSLContext, serve: Serve
+    script: Start, servers_context: ssl.SSLContext, context: ssl.SSLContext, serve: Serve
 ) -> None:
-    server = script(over_tls(authority, serve))
+    server = script(over_tls(servers_context, serve))
     with sync.connect(*server.address, ssl=context) as client:
         for message in ("a", "", "ñ 🎉", "x" * 3_000_000):
             assert client.echo(message) == message
@@ -898,8 +741,8 @@ def test_every_message_comes_back_over_tls(
         assert list(client.stream(messages)) == messages
 
 
-def test_a_certificate_that_nobody_vouches_for(script: Start, authority: trustme.CA) -> None:
-    server = script(over_tls(authority, answer_all))
+def test_a_certificate_that_nobody_vouches_for(script: Start, servers_context: ssl.SSLContext) -> None:
+    server = script(over_tls(servers_context))
     with pytest.raises(echo_async.ConnectError, match="TLS: certificate verify failed: "):
         sync.echo("Hola", *server.address, ssl=True, retry=5)  # to try again would not help
 

@@ -23,14 +23,7 @@ from support import PATIENCE, receive_all, receive_line, server_process, until
 import echo_async
 from echo_async import sync
 
-
-@pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
-    """No test ends with other descriptors or threads than there were at its beginning."""
-    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-    yield
-    assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
 
 def exchange(address: Any, message: bytes) -> bytes:

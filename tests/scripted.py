@@ -1,0 +1,138 @@
+"""Servers that behave as no good server does: each does to its clients what a test tells it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import struct
+import threading
+from collections.abc import Callable, Iterator
+
+from support import PATIENCE
+
+
+class Peer:
+    """One connection of a :class:`Script`. ``number``: how many were there before it."""
+
+    def __init__(self, connected: socket.socket, number: int) -> None:
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a reset drops what was sent before it
+        self.socket = connected
+        self.number = number
+        self.received: list[bytes] = []
+        self._lines = connected.makefile("rb")
+
+    def start_tls(self, context: ssl.SSLContext) -> None:
+        self._lines.close()
+        self.socket = context.wrap_socket(self.socket, server_side=True)
+        self._lines = self.socket.makefile("rb")
+
+    def message(self) -> bytes:
+        """The next message; the thread ends with the client."""
+        line = self._lines.readline()
+        if not line.endswith(b"\n"):
+            raise ConnectionResetError
+        self.received.append(line)
+        return line
+
+    def messages(self) -> Iterator[bytes]:
+        while True:
+            yield self.message()
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def reset(self) -> None:
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
+    def close(self) -> None:
+        self._lines.close()
+        self.socket.close()
+
+
+Serve = Callable[[Peer], None]
+
+
+class Script:
+    """A server that does to each connection what ``serve`` does, in a thread for each."""
+
+    def __init__(self, serve: Serve) -> None:
+        self._serve = serve
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.address: tuple[str, int] = self._listener.getsockname()
+        self._peers: list[Peer] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    @property
+    def received(self) -> list[list[bytes]]:
+        """The whole messages of each connection, in the order of connecting."""
+        return [peer.received for peer in self._peers]
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                peer = Peer(self._listener.accept()[0], len(self._peers))
+                self._peers.append(peer)
+                self._threads.append(threading.Thread(target=self._run, args=[peer]))
+                self._threads[-1].start()
+
+    def _run(self, peer: Peer) -> None:
+        with contextlib.suppress(OSError, ValueError), contextlib.closing(peer):
+            self._serve(peer)
+
+    def stop_listening(self) -> None:
+        """Whoever connects from now on is refused."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+
+    def stop(self) -> None:
+        self.stop_listening()
+        for peer in self._peers:
+            with contextlib.suppress(OSError):
+                peer.socket.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(PATIENCE)
+        self._listener.close()
+
+
+Start = Callable[[Serve], Script]
+
+
+def answer_all(peer: Peer) -> None:
+    for message in peer.messages():
+        peer.send(message)
+
+
+def answer_one(peer: Peer) -> None:
+    peer.send(peer.message())
+
+
+def answer_byte_by_byte(peer: Peer) -> None:
+    for message in peer.messages():
+        for byte in message:
+            peer.send(bytes([byte]))
+
+
+def keep_silent(peer: Peer) -> None:
+    for _ in peer.messages():
+        pass
+
+
+def answer_with(reply: bytes, *, reset: bool = False) -> Serve:
+    def serve(peer: Peer) -> None:
+        peer.message()
+        peer.send(reply)
+        if reset:
+            peer.reset()
+
+    return serve
+
+
+def over_tls(context: ssl.SSLContext, serve: Serve = answer_all) -> Serve:
+    def serve_over_tls(peer: Peer) -> None:
+        peer.start_tls(context)
+        serve(peer)
+
+    return serve_over_tls
