@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import os
 import shutil
 import signal
@@ -134,9 +135,9 @@ def test_silent_clients_are_counted_from_the_start_and_gone_in_time(
     start: Start, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("registry", "accepting"):
-        monkeypatch.setattr(f"echo_async.engines.{module}.HANDSHAKE_TIMEOUT", 0.3)
-    monkeypatch.setattr("echo_async.sync.server.HANDSHAKE_TIMEOUT", 0.3)
-    assert registry.HANDSHAKE_TIMEOUT == 0.3
+        monkeypatch.setattr(f"echo_async.engines.{module}.HANDSHAKE_TIMEOUT", 1.0)
+    monkeypatch.setattr("echo_async.sync.server.HANDSHAKE_TIMEOUT", 1.0)
+    assert registry.HANDSHAKE_TIMEOUT == 1.0
     with start(limit_connections=20) as server:
         silent = [plain(server) for _ in range(20)]
         with plain(server) as one_more:
@@ -225,6 +226,50 @@ def test_new_certificates_are_taken_up_and_nobody_is_dropped(start: Start, files
             with pytest.raises(echo_async.StartError, match=r"served\.pem"):
                 server.reload_certificates()
         for client in (old, secure(server, files.context())):
+            client.sendall(b"still there\n")
+            assert receive_line(client) == b"still there\n"
+            client.close()
+
+
+def test_no_handshake_fails_while_certificates_are_read_again(start: Start, files: Files, tmp_path: Path) -> None:
+    served = tmp_path / "served.pem"
+    shutil.copy(files.server, served)
+    done = threading.Event()
+
+    def renew() -> None:
+        for certificate in itertools.cycle([files.client, files.server]):
+            if done.is_set():
+                return
+            shutil.copy(certificate, served)
+            server.reload_certificates()
+
+    with start(mode="stream", ssl_certfile=str(served)) as server:
+        renewing = threading.Thread(target=renew)
+        renewing.start()
+        try:
+            for _ in range(60):
+                with secure(server, files.context()) as client:
+                    client.sendall(b"one\n")
+                    assert receive_line(client) == b"one\n"
+        finally:
+            done.set()
+            renewing.join()
+
+
+def test_a_ca_that_is_taken_out_of_the_file_is_trusted_no_more(start: Start, files: Files, tmp_path: Path) -> None:
+    trusted = tmp_path / "trusted.pem"
+    shutil.copy(files.ca_file, trusted)
+    with (
+        start(mode="stream", ssl_ca_certs=str(trusted)) as server,
+        secure(server, files.context(files.client)) as old,
+    ):
+        old.sendall(b"welcome\n")
+        assert receive_line(old) == b"welcome\n"
+        files.other_ca.cert_pem.write_to_path(str(trusted))
+        server.reload_certificates()
+        with pytest.raises(OSError, match=r"(?i)alert|reset|broken|EOF|closed"):
+            exchange(server, files.context(files.client))
+        for client in (old, secure(server, files.context(files.stranger))):
             client.sendall(b"still there\n")
             assert receive_line(client) == b"still there\n"
             client.close()

@@ -18,7 +18,7 @@ from ..reasons import reason
 from .connection import format_address
 from .registry import BACK_OFF, CLIENT_GONE, HANDSHAKE_TIMEOUT, LINGER, Registry
 
-__all__ = ["BATCH", "Listener", "TlsListener", "restore_backlog"]
+__all__ = ["BATCH", "Listener", "Tls", "TlsListener", "restore_backlog"]
 
 # asyncio accepts this many clients before it looks at any of them (it takes its ``backlog`` for both). A few turns'
 # worth has to fit into the descriptors that are kept in reserve, or clients that are refused use up the rest.
@@ -31,6 +31,13 @@ class Listener(Protocol):
     def close(self) -> None: ...
 
 
+class Tls(Protocol):
+    """What has the ``context`` for a handshake that begins now."""
+
+    @property
+    def context(self) -> ssl.SSLContext: ...
+
+
 class TlsListener:
     """Accepts clients on ``listener`` until it is closed; ``make_protocol`` makes what serves one."""
 
@@ -39,12 +46,12 @@ class TlsListener:
         registry: Registry,
         loop: asyncio.AbstractEventLoop,
         listener: socket.socket,
-        context: ssl.SSLContext,
+        tls: Tls,
         make_protocol: Callable[[], asyncio.Protocol],
     ) -> None:
         self._registry = registry
         self._loop = loop
-        self._context = context
+        self._tls = tls
         self._make_protocol = make_protocol
         self._tasks = {loop.create_task(self._accept(listener))}
 
@@ -75,7 +82,7 @@ class TlsListener:
             await self._loop.connect_accepted_socket(
                 self._make_protocol,
                 client,
-                ssl=self._context,
+                ssl=self._tls.context,
                 ssl_handshake_timeout=HANDSHAKE_TIMEOUT,
                 ssl_shutdown_timeout=LINGER,
             )

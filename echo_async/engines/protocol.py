@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from collections.abc import Callable, Iterator
 from typing import cast
 
 from ..logs import log
-from .accepting import BATCH, Listener, TlsListener, restore_backlog
+from .accepting import BATCH, Listener, Tls, TlsListener, restore_backlog
 from .connection import Connection
 from .registry import Registry
 
@@ -21,12 +20,12 @@ __all__ = ["ProtocolConnection", "listen"]
 
 
 async def listen(
-    registry: Registry, loop: asyncio.AbstractEventLoop, listener: socket.socket, context: ssl.SSLContext | None
+    registry: Registry, loop: asyncio.AbstractEventLoop, listener: socket.socket, tls: Tls | None
 ) -> Listener:
-    """Begin to accept clients on ``listener``, over TLS if there is a ``context``."""
+    """Begin to accept clients on ``listener``, over TLS if there is a ``tls``."""
     make = LoggedProtocolConnection if registry.log_messages or registry.log_chunks else ProtocolConnection
-    if context is not None:
-        return TlsListener(registry, loop, listener, context, lambda: make(registry, let_in=True))
+    if tls is not None:
+        return TlsListener(registry, loop, listener, tls, lambda: make(registry, let_in=True))
     server = await loop.create_server(lambda: make(registry), sock=listener, backlog=BATCH)
     restore_backlog(listener, registry)
     return server

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from typing import Unpack
 
 from ..config import ServerConfig, ServerOptions
 from ..logs import log
-from .accepting import BATCH, Listener, TlsListener, restore_backlog
+from .accepting import BATCH, Listener, Tls, TlsListener, restore_backlog
 from .connection import Connection
 from .registry import Registry
 from .sweeper import Sweeper
@@ -65,20 +64,20 @@ def _serve(
 
 
 async def listen(
-    registry: Registry, loop: asyncio.AbstractEventLoop, listener: socket.socket, context: ssl.SSLContext | None
+    registry: Registry, loop: asyncio.AbstractEventLoop, listener: socket.socket, tls: Tls | None
 ) -> Listener:
-    """Begin to accept clients on ``listener``, over TLS if there is a ``context``."""
+    """Begin to accept clients on ``listener``, over TLS if there is a ``tls``."""
     limit = read_ahead(registry.config)
 
     # A plain function, not a coroutine: asyncio reports a cancelled handler of its own with a traceback.
     def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if context is not None:
+        if tls is not None:
             registry.end_handshake()
         elif registry.refuse():
             return writer.transport.abort()
         _serve(registry, reader, writer, loop)
 
-    if context is None:
+    if tls is None:
         server = await asyncio.start_server(connected, sock=listener, limit=limit, backlog=BATCH)
         restore_backlog(listener, registry)
         return server
@@ -86,7 +85,7 @@ async def listen(
         registry,
         loop,
         listener,
-        context,
+        tls,
         lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader(limit, loop), connected, loop),
     )
 

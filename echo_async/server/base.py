@@ -10,7 +10,7 @@ from ..engines.registry import Registry
 from ..errors import StartError
 from ..stats import Stats
 from .sockets import Address, address_of, unlink
-from .tls import load_certificates, server_context
+from .tls import Certificates
 
 __all__ = ["BaseServer"]
 
@@ -26,7 +26,7 @@ class BaseServer:
         self._registry = Registry(config)
         self._stopping = False
         try:
-            self._context = server_context(config)
+            self._certificates = None if config.ssl_certfile is None else Certificates(config)
         except StartError:
             self._close_sockets()
             raise
@@ -65,8 +65,8 @@ class BaseServer:
 
         :exc:`~echo_async.StartError` if they are of no use; then the old ones stay.
         """
-        if self._context is not None:
-            load_certificates(self._context, self.config)
+        if self._certificates is not None:
+            self._certificates.reload()
 
     def close(self) -> None:
         """Stop: accept no more, answer what was received, end the connections. Returns at once."""

@@ -78,7 +78,7 @@ class EchoServer(BaseServer):
     async def _listen(self) -> None:
         listen = ENGINES[self.config.engine]
         for each in self._sockets:
-            self._servers.append(await listen(self._registry, self._loop, each, self._context))
+            self._servers.append(await listen(self._registry, self._loop, each, self._certificates))
         self._sweeper.start()
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ class ThreadedEchoServer(EchoServer):
 
     async def _listen(self) -> None:
         self._threads = SyncEchoServer(self.config, self._sockets, self._path)
-        self._registry, self._context = self._threads._registry, self._threads._context
+        self._registry, self._certificates = self._threads._registry, self._threads._certificates
         self._path = None
         self._threads.on_closed = self._on_closed
         self._threads.start_accepting()

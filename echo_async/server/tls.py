@@ -8,28 +8,27 @@ from ..config import ServerConfig
 from ..errors import StartError
 from ..reasons import reason
 
-__all__ = ["load_certificates", "server_context"]
+__all__ = ["Certificates"]
 
 
-def server_context(config: ServerConfig) -> ssl.SSLContext | None:
-    """The TLS context that ``config`` asks for, or None. :exc:`~echo_async.StartError` names the file that is wrong."""
-    if config.ssl_certfile is None:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    load_certificates(context, config)
-    return context
+class Certificates:
+    """What the certificate files of ``config`` hold. :exc:`~echo_async.StartError` names the file that is wrong.
 
-
-def load_certificates(context: ssl.SSLContext, config: ServerConfig) -> None:
-    """Load what the files of ``config`` hold now into ``context``, for the handshakes to come.
-
-    What does not work is found out first, on a context of its own: then ``context`` stays as it was.
+    ``context`` is for the handshakes that begin now. It is never changed: loading takes several steps, and another
+    thread can be in the middle of a handshake. :meth:`reload` puts another in its place, once it is proved.
     """
-    fresh = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    _load(fresh, config)
-    _prove(fresh, config)
-    _load(context, config)
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self.reload()
+
+    def reload(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        _load(context, self._config)
+        _prove(context, self._config)
+        _trust(context, self._config)
+        self.context = context
 
 
 def _load(context: ssl.SSLContext, config: ServerConfig) -> None:
@@ -45,6 +44,10 @@ def _load(context: ssl.SSLContext, config: ServerConfig) -> None:
             f"cannot use the certificate {certfile} with the key {keyfile or certfile}: {reason(error)}; "
             "give a certificate and its key in PEM, and ssl_keyfile_password if the key has one"
         ) from error
+
+
+def _trust(context: ssl.SSLContext, config: ServerConfig) -> None:
+    """Let in only who shows a certificate of the CAs that are named, if any are."""
     if config.ssl_ca_certs is not None:
         _read("ssl_ca_certs", config.ssl_ca_certs)
         try:
@@ -73,7 +76,6 @@ def _prove(server: ssl.SSLContext, config: ServerConfig) -> None:
     client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     assert config.ssl_certfile is not None
     client.load_verify_locations(config.ssl_certfile)
-    server.verify_mode = ssl.CERT_NONE
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     sides = [client.wrap_bio(to_client, to_server), server.wrap_bio(to_server, to_client, server_side=True)]
     try:

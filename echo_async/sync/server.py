@@ -178,14 +178,14 @@ class EchoServer(BaseServer):
     def _start_thread(self, client: socket.socket, peername: object) -> None:
         serve: Callable[[], None]
         withdraw: Callable[[], None]
-        if self._context is None:
+        if self._certificates is None:
             connection = ThreadConnection(self._registry, client, peername)
             self._registry.add(connection)
             serve, withdraw = connection.run, partial(self._registry.withdraw, connection)
         else:
             self._registry.begin_handshake()
             self._handshaking.add(client)
-            serve = partial(self._serve_over_tls, self._context, client, peername)
+            serve = partial(self._serve_over_tls, self._certificates.context, client, peername)
             withdraw = partial(self._end_handshake, client, peername, RuntimeError("no thread for it"))
         thread = threading.Thread(target=self._serve_client, args=(serve,), name="echo-async client")
         self._threads.add(thread)
