@@ -20,6 +20,7 @@ from echo_async.loops import LoopName, loop_factory
 T = TypeVar("T")
 
 LOOPS: tuple[LoopName, ...] = ("asyncio", "uvloop")
+SOON = 5.0  # seconds within which what is done at once is done, on a machine that has much else to do
 PATIENCE = 20.0  # seconds after which a test that waits has failed; no test waits that long
 
 

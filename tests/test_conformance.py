@@ -272,7 +272,7 @@ def test_clients_over_the_limit_are_closed_at_once_and_counted(start: Start) -> 
 
 
 def test_a_client_that_sends_nothing_is_closed_and_an_active_one_is_not(start: Start) -> None:
-    with start(mode="stream", timeout_idle=0.4) as server, connect(server) as idle, connect(server) as active:
+    with start(mode="stream", timeout_idle=1) as server, connect(server) as idle, connect(server) as active:
         idle.settimeout(0.02)
         ended = False
         while not ended:
@@ -284,7 +284,7 @@ def test_a_client_that_sends_nothing_is_closed_and_an_active_one_is_not(start: S
 
 
 def test_a_message_that_is_never_finished_is_closed_however_often_bytes_come(start: Start) -> None:
-    with start(timeout_message=0.3, timeout_idle=0.2) as server, connect(server) as client:
+    with start(timeout_message=0.3) as server, connect(server) as client:
         client.settimeout(0.02)
         ended = False
         while not ended:

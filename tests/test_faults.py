@@ -33,13 +33,13 @@ from typing import Any, Unpack
 
 import pytest
 import trustme
-from support import LOOPS, PATIENCE, Hosted, engines, receive_all, receive_line, run, server_process, until
+from support import LOOPS, PATIENCE, SOON, Hosted, engines, receive_all, receive_line, run, server_process, until
 
 import echo_async
 from echo_async import sync
 from echo_async.config import EngineName, ServerOptions
 from echo_async.conversation import StreamConversation
-from echo_async.engines.registry import BACK_OFF, Registry
+from echo_async.engines.registry import Registry
 from echo_async.engines.streams import TURN
 from echo_async.engines.threads import ThreadConnection
 from echo_async.engines.tls_socket import TlsSocket
@@ -577,8 +577,8 @@ def test_accept_that_fails_is_tried_again_after_a_pause(
 ) -> None:
     accept = FailingAccept(monkeypatch)
     with start(tls=tls) as server:
-        accept.begin(number)
         began = monotonic()
+        accept.begin(number)
         with connect(server) as plain:
             until(lambda: accept.failed >= 3)
             assert accept.failed <= 4 + (monotonic() - began) / accept.PAUSE  # no busy waiting
@@ -586,7 +586,7 @@ def test_accept_that_fails_is_tried_again_after_a_pause(
             ended = monotonic()
             client = trusting.wrap_socket(plain, server_hostname="localhost") if tls else plain
             assert echoes(client)
-            assert monotonic() - ended + BACK_OFF - accept.PAUSE < 1
+            assert monotonic() - ended < SOON
             client.close()
         said = [line for line in lines_of(caplog, logging.WARNING) if "cannot accept" in line]
         assert 1 <= len(said) <= 1 + (monotonic() - began)
@@ -616,14 +616,14 @@ def test_a_stop_while_accept_fails(start: Start, tls: bool, monkeypatch: pytest.
     for number in LASTING:
         accept = FailingAccept(monkeypatch)
         with start(tls=tls) as server:
+            began = monotonic()
             accept.begin(number)
             with connect(server):
                 until(lambda accept=accept: accept.failed >= 1)  # type: ignore[misc]
-                began = monotonic()
                 server.close()
                 until(lambda server=server: not server.sockets)  # type: ignore[misc]
-                assert monotonic() - began < 1
-                assert accept.failed < 100
+                assert accept.failed <= 4 + (monotonic() - began) / accept.PAUSE
+                assert monotonic() - began < SOON
         accept.end()
 
 
@@ -667,7 +667,7 @@ def test_64_descriptors_and_200_clients(kind: list[str]) -> None:
             with suppress(ConnectionError, AssertionError):
                 if echoes(client):
                     again.append(client)
-        assert monotonic() - left < 1
+        assert monotonic() - left < SOON
         seconds = monotonic() - began
         code, log = server.stop()
     assert code == 0
@@ -699,7 +699,7 @@ Closing = Callable[[echo_async.EchoServer], None]
 @each_kind
 def test_it_can_be_closed_twice_by_many_and_waited_for_by_many(kind: Kind) -> None:
     async def main() -> None:
-        async with serving(kind) as server, asyncio.timeout(5):
+        async with serving(kind) as server, asyncio.timeout(PATIENCE):
             server.close()
             await asyncio.gather(*(server.wait_closed() for _ in range(3)))
             server.close()
@@ -713,7 +713,7 @@ def test_it_can_be_closed_twice_by_many_and_waited_for_by_many(kind: Kind) -> No
 @each_kind
 def test_it_can_be_closed_before_its_loop_has_turned(kind: Kind) -> None:
     async def main() -> None:
-        async with serving(kind) as server, asyncio.timeout(5):
+        async with serving(kind) as server, asyncio.timeout(PATIENCE):
             server.close()
             await server.wait_closed()
 
@@ -733,7 +733,7 @@ def test_a_stop_from_where_a_client_is_served(kind: Kind, monkeypatch: pytest.Mo
     monkeypatch.setattr(StreamConversation, "receive", stop)
 
     async def main() -> None:
-        async with serving(kind) as server, asyncio.timeout(5):
+        async with serving(kind) as server, asyncio.timeout(PATIENCE):
             servers.append(server)
             with connect(server) as client:
                 client.sendall(b"stop\n")
@@ -746,7 +746,7 @@ def test_a_stop_from_where_a_client_is_served(kind: Kind, monkeypatch: pytest.Mo
 @each_kind
 def test_a_stop_while_one_client_leaves_and_another_comes(kind: Kind) -> None:
     async def main() -> None:
-        async with serving(kind, timeout_graceful_shutdown=1) as server, asyncio.timeout(5):
+        async with serving(kind, timeout_graceful_shutdown=1) as server, asyncio.timeout(PATIENCE):
             leaving = connect(server)
             leaving.sendall(b"one\n")
             await in_some_turns(lambda: server.stats.messages == 1)
@@ -766,7 +766,7 @@ def test_a_stop_while_one_client_leaves_and_another_comes(kind: Kind) -> None:
 @each_kind
 def test_a_task_that_serves_can_be_cancelled(kind: Kind) -> None:
     async def main() -> None:
-        async with serving(kind) as server, asyncio.timeout(5):
+        async with serving(kind) as server, asyncio.timeout(PATIENCE):
             assert isinstance(server.address, tuple)
             reader, writer = await asyncio.open_connection(*server.address)
             writer.write(b"one\n")
@@ -785,7 +785,7 @@ def test_a_task_that_serves_can_be_cancelled(kind: Kind) -> None:
 @each_kind
 def test_a_stop_that_is_cancelled_ends_at_once(kind: Kind) -> None:
     async def main() -> None:
-        async with serving(kind, timeout_graceful_shutdown=600) as server, asyncio.timeout(5):
+        async with serving(kind, timeout_graceful_shutdown=600) as server, asyncio.timeout(PATIENCE):
             with connect(server) as client:
                 client.sendall(b"never finished")
                 await in_some_turns(lambda: server.stats.bytes_in > 0)
@@ -803,7 +803,7 @@ def test_a_stop_that_is_cancelled_ends_at_once(kind: Kind) -> None:
 @pytest.mark.parametrize("accepted", [True, False], ids=["accepted", "still in the queue"])
 def test_an_abort_waits_for_nobody(kind: Kind, accepted: bool) -> None:
     async def main() -> None:
-        async with serving(kind, timeout_graceful_shutdown=600) as server, asyncio.timeout(5):
+        async with serving(kind, timeout_graceful_shutdown=600) as server, asyncio.timeout(PATIENCE):
             with connect(server) as client:
                 client.sendall(b"never finished")
                 await in_some_turns(lambda: not accepted or server.stats.bytes_in > 0)
@@ -830,7 +830,7 @@ def test_a_stop_waits_for_a_slow_reader_as_long_as_it_may(start: Start) -> None:
             while server.stats.active and slow.recv(100):
                 pass
         until(lambda: server.stats.active == 0)
-        assert monotonic() - began < 2
+        assert monotonic() - began < SOON
 
 
 @each_kind
@@ -1038,7 +1038,7 @@ def test_a_stop_in_the_middle_of_a_handshake(start: Start, said: int | None, tru
         server.close()
         with suppress(ConnectionError):
             receive_all(client)
-        assert monotonic() - began < 2
+        assert monotonic() - began < SOON
     assert server.stats.tls_failures == 1
     assert server.stats.accepted == 0
 
@@ -1056,7 +1056,7 @@ def test_a_stop_does_not_wait_for_the_close_notify_of_a_client(
         began = monotonic()
         server.close()
         until(lambda: server.stats.active == 0 and not server.sockets)
-        assert monotonic() - began < 2
+        assert monotonic() - began < SOON
 
 
 @each_kind
@@ -1097,7 +1097,7 @@ def test_ending_the_sending_side_over_tls_never_waits_for_the_client(
                 ours.send(bytes(4096), socket.MSG_DONTWAIT)
         finishing = threading.Thread(target=connection.finish)
         finishing.start()
-        finishing.join(0.5)
+        finishing.join(SOON)
         waits = finishing.is_alive()
         theirs.close()
         finishing.join(PATIENCE)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from scripted import Peer, Start, answer_all, answer_with, keep_silent
+from support import SOON
 
 import echo_async
 from echo_async.client import connect, echo
@@ -32,7 +33,7 @@ def test_nobody_there(on_loop: OnLoop, closed_port: int) -> None:
         started = time.monotonic()
         with pytest.raises(echo_async.ConnectError) as caught:
             await echo("Hola", port=closed_port)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < SOON
         assert str(caught.value) == (
             f"cannot connect to 127.0.0.1:{closed_port}: connection refused; is the server running there?"
         )
@@ -76,7 +77,7 @@ def test_a_resolver_that_does_not_answer(on_loop: OnLoop, monkeypatch: pytest.Mo
 
     started = time.monotonic()
     on_loop(main)
-    assert time.monotonic() - started < 5  # nothing waits for the resolver
+    assert time.monotonic() - started < SOON  # nothing waits for the resolver
     go_on.set()
 
 
@@ -170,7 +171,7 @@ def test_retry_ends(on_loop: OnLoop, closed_port: int, black_hole: tuple[str, in
             await echo("Hola", port=closed_port, retry=0.1)
         with pytest.raises(echo_async.ConnectTimeout):
             await echo("Hola", *black_hole, retry=0.1, connect_timeout=0.05)
-        assert 0.2 <= time.monotonic() - started < 2
+        assert 0.2 <= time.monotonic() - started < SOON
 
     on_loop(main)
 
@@ -313,7 +314,7 @@ def test_a_server_that_never_answers(on_loop: OnLoop, script: Start) -> None:
             started = time.monotonic()
             with pytest.raises(echo_async.ReplyLate, match=r"did not send the reply within 0\.1 s"):
                 await client.echo("Hola")
-            assert 0.09 < time.monotonic() - started < 1
+            assert 0.09 < time.monotonic() - started < SOON
             assert await client.echo("again") == "again"
 
     on_loop(main)

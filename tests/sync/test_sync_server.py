@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any, cast
 
 import pytest
-from support import PATIENCE, receive_all, receive_line, server_process, until
+from support import PATIENCE, SOON, receive_all, receive_line, server_process, until
 
 import echo_async
 from echo_async import sync
@@ -238,15 +238,17 @@ def test_it_serves_on_with_64_descriptors_and_200_clients(options: tuple[str, ..
             with suppress(ConnectionError):
                 client.sendall(b"Hola\n")
         until(lambda: any(words in "".join(server._stderr) for words in ("the limit", "cannot accept clients")))
+        until(lambda: len(answered(clients)) >= 20)
         served = answered(clients)
-        assert 20 <= len(served) < 64
+        assert len(served) < 64
         for client in served:  # those that were let in live
             assert receive_line(client) == b"Hola\n"
             client.sendall(b"still there\n")
             assert receive_line(client) == b"still there\n"
             client.close()
         if options:  # nobody was refused: the others have waited for their turn
-            until(lambda: bool(answered([client for client in clients if client not in served])))
+            others = [client for client in clients if client not in served]
+            until(lambda: len(served) + len(answered(others)) > 64)
         stack.close()
         assert exchange(server.address, b"room again\n") == b"room again\n"
         code, log = server.stop()
@@ -264,13 +266,13 @@ def many_descriptors() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("many_descriptors")
-def test_one_ctrl_c_ends_it_within_two_seconds_with_1000_idle_clients() -> None:
+def test_one_ctrl_c_ends_it_soon_with_1000_idle_clients() -> None:
     with server_process("--threaded", "--no-access-log") as server, ExitStack() as clients:
         connected = [clients.enter_context(server.connect()) for _ in range(1000)]
         assert exchange(server.address, b"Hola\n") == b"Hola\n"  # those before it are let in
         began = monotonic()
         code, log = server.stop(signal.SIGINT)
-        assert monotonic() - began < 2
+        assert monotonic() - began < SOON
         assert {receive_all(client) for client in connected} == {b""}
     assert code == 0
     assert "Traceback" not in log
