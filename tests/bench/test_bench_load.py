@@ -202,12 +202,11 @@ def test_tls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     certificate, trusted = tmp_path / "server.pem", tmp_path / "ca.pem"
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(certificate)
     authority.cert_pem.write_to_path(trusted)
+    longer = ("--duration", "0.3", "--warmup", "0.01")  # a handshake takes its time
     with server_process("--ssl-certfile", str(certificate), "--mode", "stream", "--no-access-log") as server:
         where = ("--host", "localhost", "--port", str(server.address[1]))
         for more in (("--mode", "message"), ("--pipeline", "4", "--size", "30000"), ("--mode", "stream")):
-            facts = load(
-                capsys, *where, "--ssl-ca-certs", str(trusted), "--connections", "2", *more, "--duration", "0.3"
-            )
+            facts = load(capsys, *where, "--ssl-ca-certs", str(trusted), "--connections", "2", *more, *longer)
             assert (facts["tls"], facts["lost"], facts["failures"]) == (True, 0, {})
             assert facts["messages"] > 0
         assert "certificate verify failed" in complaint(capsys, *where, "--ssl", code=3)

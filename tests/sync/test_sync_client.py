@@ -279,11 +279,11 @@ def test_replies_that_came_before_a_write_that_failed_count(script: Start) -> No
 
 def test_a_server_that_never_answers(script: Start) -> None:
     server = script(lambda peer: keep_silent(peer) if peer.number == 0 else answer_all(peer))
-    with sync.connect(*server.address, timeout=0.1) as client:
+    with sync.connect(*server.address, timeout=0.5) as client:
         started = time.monotonic()
-        with pytest.raises(echo_async.ReplyLate, match=r"did not send the reply within 0\.1 s"):
+        with pytest.raises(echo_async.ReplyLate, match=r"did not send the reply within 0\.5 s"):
             client.echo("Hola")
-        assert 0.09 < time.monotonic() - started < SOON
+        assert 0.49 < time.monotonic() - started < SOON
         assert client.echo("again") == "again"
     assert server.received == [[b"Hola\n"], [b"again\n"]]
 
@@ -579,9 +579,9 @@ def test_the_time_of_a_slow_reader_and_of_a_slow_source_is_not_the_servers(scrip
             pause.wait(0.15 if number == 4 else 0)
             yield b"x" * 4_000_000
 
-    with sync.connect(*server.address, timeout=0.1) as client:
+    with sync.connect(*server.address, timeout=0.5) as client:
         for number, _ in enumerate(client.stream([b"1", b"2", b"3"])):
-            pause.wait(0.15 if number == 1 else 0)
+            pause.wait(0.6 if number == 1 else 0)
         with sync.connect(*server.address, timeout=1) as other:
             assert len(list(other.stream(messages()))) == 6
 
@@ -696,7 +696,7 @@ def test_the_first_reply_that_fails_raises_after_those_before_it(
     script: Start, serve: Serve, error: type[Exception]
 ) -> None:
     server = script(serve)
-    with sync.connect(*server.address, timeout=0.2) as client:
+    with sync.connect(*server.address, timeout=0.5) as client:
         stream = client.stream(map(str, range(9)))
         assert list(itertools.islice(stream, 5)) == ["0", "1", "2", "3", "4"]
         with pytest.raises(error):
