@@ -133,6 +133,20 @@ def test_the_ends_of_every_range_are_allowed(name: str, value: Any) -> None:
     assert getattr(ServerConfig(**{name: value}), name) == value
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fd": 3, "uds": "/tmp/echo"}, "fd and uds are two places to listen"),
+        ({"ssl_keyfile": "server.key"}, "ssl_keyfile makes no sense without ssl_certfile"),
+        ({"ssl_keyfile_password": "secret"}, "ssl_keyfile_password makes no sense without ssl_certfile"),
+        ({"ssl_ca_certs": "ca.pem"}, "ssl_ca_certs makes no sense without ssl_certfile"),
+    ],
+)
+def test_options_that_make_no_sense_together_are_refused_by_name(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        ServerConfig(**options)
+
+
 def test_a_bad_option_is_refused_before_anything_is_started() -> None:
     with pytest.raises(ConfigError, match="chunk_size 0"):
         serve(chunk_size=0)

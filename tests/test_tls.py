@@ -337,6 +337,10 @@ def test_sighup_brings_new_certificates(kind: list[str], files: Files, tmp_path:
                     return new.getpeercert(binary_form=True) != before
 
             until(is_new)
+            served.write_text("nonsense")
+            server.process.send_signal(signal.SIGHUP)
+            until(lambda: "the certificates stay as they were: " in "".join(server._stderr))
+            assert is_new()
             old.sendall(b"not dropped\n")
             assert receive_line(old) == b"not dropped\n"
         assert server.stop()[0] == 0

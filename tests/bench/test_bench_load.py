@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import pty
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import trustme
+from scripted import Peer, Start
 from support import PATIENCE, SOON, ServerProcess, server_process
 
 from echo_async.bench.command import main
@@ -335,6 +337,19 @@ def test_a_connection_that_breaks_is_opened_again(mode: str, capsys: pytest.Capt
     )
     assert (facts["lost"], facts["failures"]) == (1, {"the server closed the connection in mid-reply": 1})
     assert facts["messages"] > 10
+
+
+@pytest.mark.parametrize("mode", ["stream", "message"])
+def test_a_server_that_goes_away_is_told(mode: str, capsys: pytest.CaptureFixture[str], script: Start) -> None:
+    def serve(peer: Peer) -> None:
+        for message in itertools.islice(peer.messages(), 1 if mode == "message" else 5):
+            peer.send(message)
+        if peer.number > 0:  # the first only looks whether we are here
+            leaving.stop_listening()
+
+    leaving = script(serve)
+    facts = load(capsys, "--port", str(leaving.address[1]), "--mode", mode, "--connections", "1", *SHORT, code=1)
+    assert "connection refused" in facts["failures"]
 
 
 def test_what_is_expected_decides_the_exit_code(capsys: pytest.CaptureFixture[str], port: str) -> None:
