@@ -340,7 +340,9 @@ def test_sighup_brings_new_certificates(kind: list[str], files: Files, tmp_path:
             served.write_text("nonsense")
             server.process.send_signal(signal.SIGHUP)
             until(lambda: "the certificates stay as they were: " in "".join(server._stderr))
-            assert is_new()
+            with files.context().wrap_socket(server.connect(), server_hostname="localhost") as another:
+                another.sendall(b"served\n")
+                assert receive_line(another) == b"served\n"
             old.sendall(b"not dropped\n")
             assert receive_line(old) == b"not dropped\n"
         assert server.stop()[0] == 0

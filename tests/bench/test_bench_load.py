@@ -348,7 +348,8 @@ def test_a_server_that_goes_away_is_told(mode: str, capsys: pytest.CaptureFixtur
             leaving.stop_listening()
 
     leaving = script(serve)
-    facts = load(capsys, "--port", str(leaving.address[1]), "--mode", mode, "--connections", "1", *SHORT, code=1)
+    long = ("--duration", "1", "--warmup", "0")  # enough to try again
+    facts = load(capsys, "--port", str(leaving.address[1]), "--mode", mode, "--connections", "1", *long, code=1)
     assert "connection refused" in facts["failures"]
 
 
