@@ -55,23 +55,30 @@ class ThreadConnection(Connection):
             self.registry.remove(self)
 
     def _echo(self) -> None:
-        """Read a chunk, answer what it completed; until the client ends its side. Then close."""
-        conversation, receive, size = self.conversation, self._socket.recv, self.registry.config.chunk_size
-        answer = self._answer_and_log if self.registry.log_chunks else conversation.receive
+        """Answer what arrives, until the client ends its side. Then close."""
+        conversation, receive = self.conversation, self._socket.recv
         while not conversation.finished:
-            chunk = None
-            with self._busy, contextlib.suppress(BlockingIOError):
-                chunk = receive(size, socket.MSG_DONTWAIT)
-                if not chunk:
-                    return conversation.receive_eof()
-                if reply := answer(chunk):
-                    self._send(reply)
+            if self._answer_input():
+                return conversation.receive_eof()
             if self._marked or conversation.finished:
                 self._heed()
-            if chunk is None:
+            if not conversation.finished:
                 receive(1, socket.MSG_PEEK)  # wait
         while chunk := receive(DISCARD):
             conversation.receive(chunk)
+
+    def _answer_input(self) -> bool:
+        """Read chunks, answer what they complete, as long as there may be more. True at the client's end."""
+        conversation, receive, size = self.conversation, self._socket.recv, self.registry.config.chunk_size
+        answer = self._answer_and_log if self.registry.log_chunks else conversation.receive
+        with self._busy, contextlib.suppress(BlockingIOError):
+            while chunk := receive(size, socket.MSG_DONTWAIT):
+                if reply := answer(chunk):
+                    self._send(reply)
+                if len(chunk) < size or self._marked or conversation.finished:
+                    return False  # less than was asked for: there was no more
+            return True
+        return False
 
     def _answer_and_log(self, chunk: bytes) -> bytes:
         self.log_chunk(chunk)

@@ -25,6 +25,7 @@ class TlsSocket:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self._ended = False  # the client has ended its side, as far as it was read
 
     def handshake(self, seconds: float) -> None:
         """:exc:`OSError` (of which :exc:`ssl.SSLError` is one) if it fails, :exc:`TimeoutError` if it takes longer."""
@@ -43,16 +44,34 @@ class TlsSocket:
             self._plain.settimeout(None)
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """Decrypted bytes; ``b""`` when the client has ended its side. With ``MSG_PEEK``, whether there may be some."""
+        """Decrypted bytes; ``b""`` when the client has ended its side. With ``MSG_PEEK``, whether there may be some.
+
+        As with a plain socket, less than ``size`` means that there was no more.
+        """
         if flags & socket.MSG_PEEK:
-            return b"?" if self._tls.pending() else self._plain.recv(1, flags)
+            return b"?" if self._ended or self._tls.pending() else self._plain.recv(1, flags)
         while True:
             try:
-                return self._tls.read(size)
+                return self._read(size)
             except ssl.SSLWantReadError:
                 self._take(flags)
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):  # ended by close_notify, or without
                 return b""
+
+    def _read(self, size: int) -> bytes:
+        data = self._tls.read(size)
+        while len(data) < size:
+            try:
+                more = self._tls.read(size - len(data))
+            except ssl.SSLWantReadError:
+                break
+            except ssl.SSLError:  # it says so again when it is asked for the next
+                more = b""
+            if not more:
+                self._ended = True
+                break
+            data += more
+        return data
 
     def send(self, data: bytes | memoryview) -> int:
         """Encrypt and send one record's worth of ``data``; return how much that was."""
