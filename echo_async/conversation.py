@@ -17,6 +17,7 @@ from io import BytesIO
 __all__ = ["Conversation", "MessageConversation", "RawConversation", "StreamConversation", "conversation"]
 
 NEWLINE = 10  # ord("\n"): the type of data[-1]
+COPIED_FAST = 1000  # bytes: up to here a copy costs no more than the call that may find out that none is needed
 
 
 class Conversation:
@@ -141,7 +142,7 @@ class StreamConversation(Conversation):
         # The common case, in as few steps as it goes: only whole messages, none over the limit.
         if self._between and data[-1] == NEWLINE and (size := len(data)) <= self.limit:
             self.received += size
-            if size - data.find(b"\n") == 1:
+            if size > COPIED_FAST and size - data.find(b"\n") == 1:
                 self.messages += 1
             else:  # counts by memchr; bytes.count looks at each byte in turn
                 self.messages += size - len(data.replace(b"\n", b""))
