@@ -26,7 +26,6 @@ __all__ = ["main"]
 ALL_AS_EXPECTED = 0
 NOT_AS_EXPECTED = 1
 COULD_NOT_START = 3
-INTERRUPTED = 130  # as the shell tells of a process that SIGINT ended
 
 LARGEST_MESSAGE = 2**26
 
@@ -109,20 +108,8 @@ def load(expect: Sequence[str], **options: Any) -> int:
       2 a bad option                               3 could not connect, or an extra is missing
     """
     expectations = [Expectation.parse(text) for text in expect]
-    try:
-        need("numpy", *(() if options["json"] else ("rich",)))
-        plan = _plan(options)
-        result = _run(plan)
-    except (StartError, ConnectError) as error:
-        complain(str(error))
-        return COULD_NOT_START
-    except ConfigError:
-        raise
-    except EchoError as error:
-        complain(str(error))
-        return NOT_AS_EXPECTED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    need("numpy", *(() if options["json"] else ("rich",)))
+    result = _run(_plan(options))
     return _tell(result, expectations, options["json"])
 
 
@@ -169,20 +156,8 @@ def compare_command(**options: Any) -> int:
     Exit codes: 0 measured, 1 a server did not echo, 2 a bad option, 3 could not start.
     """
     _check_files(options)
-    try:
-        modules = [*([] if options["json"] else ["rich"]), *(["matplotlib"] if options["plot"] else [])]
-        need("numpy", *modules)
-        comparison = _compare(options)
-    except StartError as error:
-        complain(str(error))
-        return COULD_NOT_START
-    except ConfigError:
-        raise
-    except EchoError as error:
-        complain(str(error))
-        return NOT_AS_EXPECTED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    need("numpy", *([] if options["json"] else ["rich"]), *(["matplotlib"] if options["plot"] else []))
+    comparison = _compare(options)
     text = json.dumps(comparison.as_json(), indent=2)
     click.echo(text) if options["json"] else print_comparison(comparison)
     if options["save"]:
@@ -263,4 +238,11 @@ def _tell(result: LoadResult, expectations: Sequence[Expectation], as_json: bool
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``argv`` (the process's arguments if None); return its exit code."""
-    return run_command(command, argv)
+    try:
+        return run_command(command, argv)
+    except (StartError, ConnectError) as error:
+        complain(str(error))
+        return COULD_NOT_START
+    except EchoError as error:
+        complain(str(error))
+        return NOT_AS_EXPECTED

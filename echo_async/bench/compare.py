@@ -181,7 +181,10 @@ def _model(engine: EngineName, loop: LoopName | None, chunk_size: int | None) ->
 def compare(
     candidates: Sequence[Model], sizes: Sequence[int], plan: Plan, rounds: int, progress: Callable[[float], None] | None
 ) -> Comparison:
-    """Measure ``candidates`` with messages of each size. :exc:`~echo_async.EchoError` if one does not echo."""
+    """Measure ``candidates`` with messages of each size. :exc:`~echo_async.EchoError` if one does not echo.
+
+    :exc:`KeyboardInterrupt` on Ctrl-C: what was cut short is not to be compared.
+    """
     machine = facts()
     cells = [Cell(model, size) for size in sizes for model in candidates]
     server_cpus, load_cpus = separate_cpus()
@@ -201,7 +204,11 @@ def _measure(cell: Cell, plan: Plan, server_cpus: Sequence[int], load_cpus: Sequ
         before = server.cpu_seconds()
         result = run_load(here, cpus=load_cpus)
         after = server.cpu_seconds()
+    if result.interrupted:
+        raise KeyboardInterrupt
     if not result.everything_came_back:
         what = result.mismatch or dict(result.failures)
         raise EchoError(f"{cell.model.name} does not echo {cell.size} bytes a message: {what}")
+    if not result.messages:
+        raise EchoError(f"{cell.model.name} answered nothing in {plan.duration:g} s: give a longer --duration")
     return Round.of(result, None if before is None or after is None else after - before)

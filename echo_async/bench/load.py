@@ -42,6 +42,8 @@ class LoadResult:
     """What a load found. Times in seconds."""
 
     plan: Plan
+    interrupted: bool = False
+    """Ctrl-C ended it early."""
     seconds: float = 0.0
     messages: int = 0
     """Answered within ``seconds``."""
@@ -130,8 +132,8 @@ def run_load(plan: Plan, progress: Progress | None = None, cpus: Sequence[int] =
         start = perf_counter() + HEAD_START
         for worker in workers:
             worker.start(start)
-        _wait(workers, start, start + plan.warmup + plan.duration, progress)
-        return _together(plan, [worker.result() for worker in workers])
+        interrupted = _wait(workers, start, start + plan.warmup + plan.duration, progress)
+        return _together(plan, [worker.result() for worker in workers], interrupted)
 
 
 class Worker:
@@ -188,18 +190,27 @@ class Worker:
         return LoadError(f"a process of the load ended by itself with {self._process.wait()}; try fewer --connections")
 
 
-def _wait(workers: Sequence[Worker], start: float, end: float, progress: Progress | None) -> None:
-    """Until a worker has something to say. Before the end that is a byte that differs: then the others stop as well."""
-    with suppress(KeyboardInterrupt):
+def _wait(workers: Sequence[Worker], start: float, end: float, progress: Progress | None) -> bool:
+    """Until a worker has something to say. Before the end that is a byte that differs: then the others stop as well.
+
+    Returns whether Ctrl-C ended it.
+    """
+    interrupted = False
+    try:
         while not select.select([worker.out for worker in workers], (), (), TICK)[0]:
             if progress is not None:
                 progress(perf_counter() - start)
+    except KeyboardInterrupt:
+        interrupted = True
     if perf_counter() < end:
         for worker in workers:
             worker.stop()
+    return interrupted
 
 
-def _together(plan: Plan, results: Sequence[tuple[dict[str, Any], bytes, bytes, bytes]]) -> LoadResult:
+def _together(
+    plan: Plan, results: Sequence[tuple[dict[str, Any], bytes, bytes, bytes]], interrupted: bool
+) -> LoadResult:
     import numpy as np
 
     facts = [result[0] for result in results]
@@ -209,6 +220,7 @@ def _together(plan: Plan, results: Sequence[tuple[dict[str, Any], bytes, bytes, 
     open_loop = plan.rate is not None
     return LoadResult(
         plan=plan,
+        interrupted=interrupted,
         seconds=max(each["seconds"] for each in facts),
         messages=sum(each["in_window"] for each in facts),
         answered=sum(each["answered"] for each in facts),

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from support import PATIENCE, until
 
 from echo_async import StartError
 from echo_async.bench.command import main
 from echo_async.bench.server import ServerProcess
 
-SHORT = ("--rounds", "2", "--duration", "0.05", "--warmup", "0.02", "--connections", "2")
+SHORT = ("--rounds", "2", "--duration", "0.2", "--warmup", "0.02", "--connections", "2")
 
 
 @pytest.fixture(scope="module")
@@ -55,30 +60,43 @@ def test_the_picture_is_one(compared: Path) -> None:
 
 
 def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(
-            [
-                "compare",
-                "--engines",
-                "protocol",
-                "--loops",
-                "asyncio",
-                "--sizes",
-                "64,1024",
-                "--rounds",
-                "1",
-                *SHORT[2:],
-            ]
-        )
-        == 0
-    )
+    what = ("--engines", "protocol", "--loops", "asyncio", "--sizes", "64,1024", *SHORT, "--rounds", "1")
+    assert main(["compare", *what]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "1,024 bytes a message, 2 connections, 1 in flight on each; 1 round of 0.05 s" in out
+    assert "1,024 bytes a message, 2 connections, 1 in flight on each; 1 round of 0.2 s" in out
     assert "\n64 bytes a message, 2 connections" in out
     titles = ["model", "messages/s", "ratio", "CPU µs", "p50 ms", "p99 ms"]
     assert any(all(title in line for title in titles) for line in out.splitlines())
     assert any(line.strip().startswith("protocol asyncio ") and "1.00 (1.00-1.00)" in line for line in out.splitlines())
+
+
+def test_ctrl_c_ends_it_without_figures() -> None:
+    command = [sys.executable, "-m", "echo_async.bench", "compare", "--engines", "protocol", "--duration", "60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        until(
+            lambda: any("echo_async.bench.worker" in each and sockets >= 10 for each, sockets in children(process.pid))
+        )
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out, err.strip()) == (130, b"", b"")
+
+
+def children(pid: int) -> list[tuple[str, int]]:
+    """The command line of each child of ``pid``, and how many sockets it has open."""
+    found = []
+    for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with suppress(OSError):  # it ends just now
+            descriptors = [os.readlink(each) for each in Path(f"/proc/{number}/fd").iterdir()]
+            found.append((Path(f"/proc/{number}/cmdline").read_text(), sum("socket:" in each for each in descriptors)))
+    return found
+
+
+def test_a_model_that_answers_nothing_cannot_be_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--engines", "protocol", "--sizes", "10000000", "--duration", "1e-6", "--warmup", "0"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "protocol asyncio answered nothing in 1e-06 s: give a longer --duration" in err
 
 
 @pytest.mark.parametrize(
