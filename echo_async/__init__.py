@@ -11,6 +11,7 @@ Layout, in reading order:
 ``testing`` ``pytest_plugin``   a server for tests, and its fixtures
 ``config``        every option and its default
 ``errors``        everything that goes wrong, as one tree
+``proxy``         the PROXY protocol's headers, without IO
 ``stats`` ``logs`` ``loops`` ``opening`` ``commandline``   counters, log lines, event loops, and other small things
 
 The library installs no signal handler, sets no event loop policy, configures no logging (logger

@@ -13,7 +13,17 @@ from typing import Literal, TypedDict, get_args
 
 from .errors import ConfigError
 
-__all__ = ["CONNECT_TIMEOUT", "HOST", "PORT", "REPLY_TIMEOUT", "EngineName", "Mode", "ServerConfig", "ServerOptions"]
+__all__ = [
+    "CONNECT_TIMEOUT",
+    "HOST",
+    "PORT",
+    "REPLY_TIMEOUT",
+    "EngineName",
+    "Mode",
+    "ProxyProtocol",
+    "ServerConfig",
+    "ServerOptions",
+]
 
 HOST = "127.0.0.1"
 PORT = 5500
@@ -24,6 +34,9 @@ REPLY_TIMEOUT = 10.0
 
 Mode = Literal["message", "stream", "raw"]
 EngineName = Literal["streams", "protocol", "threads"]
+ProxyProtocol = Literal["off", "v1", "v2", "auto"]
+
+LOOPBACK = "127.0.0.1,::1"
 
 
 class ServerOptions(TypedDict, total=False):
@@ -47,6 +60,8 @@ class ServerOptions(TypedDict, total=False):
     ssl_keyfile: str | None
     ssl_keyfile_password: str | None
     ssl_ca_certs: str | None
+    proxy_protocol: ProxyProtocol
+    proxy_allow_from: str
     no_access_log: bool
 
 
@@ -86,6 +101,10 @@ class ServerConfig:
     ssl_keyfile_password: str | None = field(default=None, repr=False)
     ssl_ca_certs: str | None = None
     """The path of CA certificates: then a client has to show a certificate that one of them signed."""
+    proxy_protocol: ProxyProtocol = "off"
+    """The PROXY header that every connection has to begin with, in clear before TLS; ``auto``: ``v1`` or ``v2``."""
+    proxy_allow_from: str = LOOPBACK
+    """Who may connect then: addresses and networks with commas between them, ``*`` for all. Unix sockets always may."""
     no_access_log: bool = False
     """No log line for each message."""
 
@@ -100,6 +119,9 @@ class ServerConfig:
             _whole("limit_connections", self.limit_connections, 1, 2**31 - 1)
         for name in ("timeout_idle", "timeout_message", "timeout_write", "timeout_graceful_shutdown"):
             check_seconds(name, getattr(self, name))
+        _one_of("proxy_protocol", self.proxy_protocol, get_args(ProxyProtocol))
+        if self.proxy_allow_from != LOOPBACK:
+            _check_senders(self.proxy_allow_from)
         if self.fd is not None:
             _whole("fd", self.fd, 0, 2**31 - 1)
             if self.uds is not None:
@@ -118,6 +140,17 @@ def check_seconds(name: str, value: float) -> None:
     """:exc:`~echo_async.ConfigError` unless ``value`` is a time that can pass: over 0 and finite."""
     if not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ConfigError(f"{name} {value!r} makes no sense: give seconds, more than 0")
+
+
+def _check_senders(text: str) -> None:
+    from .proxy import Senders  # most servers have no need of it
+
+    try:
+        Senders(text)
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"proxy_allow_from {text!r} makes no sense: give addresses and networks with commas between them, or *"
+        ) from error
 
 
 def _one_of(name: str, value: str, choices: Iterable[str]) -> None:

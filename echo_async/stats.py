@@ -21,6 +21,8 @@ class Stats:
     """Connections that failed in the TLS handshake."""
     timeouts_handshake: int = 0
     """Connections closed because the TLS handshake took too long."""
+    proxy_failures: int = 0
+    """Connections closed for a PROXY header that was bad or missing, or whose sender was not allowed to send one."""
     messages: int = 0
     """Complete messages that were answered (none in ``raw`` mode)."""
     bytes_in: int = 0

@@ -32,6 +32,8 @@ DEFAULTS = {
     "ssl_keyfile": None,
     "ssl_keyfile_password": None,
     "ssl_ca_certs": None,
+    "proxy_protocol": "off",
+    "proxy_allow_from": "127.0.0.1,::1",
     "no_access_log": False,
 }
 
@@ -82,6 +84,8 @@ def test_every_option_can_come_from_the_environment(name: str) -> None:
 BAD: list[tuple[str, Any]] = [
     *(("mode", value) for value in ["", "Message", "echo", None]),
     *(("engine", value) for value in ["", "asyncio", None]),
+    *(("proxy_protocol", value) for value in ["", "on", "V1", None]),
+    *(("proxy_allow_from", value) for value in ["", "localhost", "10.0.0.1/8", "127.0.0.1;::1", "::1,", "10.0.0.0/33"]),
     *(("port", value) for value in [-1, 65536, 5500.0, "5500", None]),
     *(("chunk_size", value) for value in [0, -1, 2**30 + 1, 20.0]),
     *(("backlog", value) for value in [0, -1, 2**31]),
@@ -125,6 +129,8 @@ def test_what_is_no_path_is_refused_by_name_and_value(path: str) -> None:
         ("backlog", 1),
         ("limit_message_size", 1),
         ("limit_connections", 1),
+        ("proxy_allow_from", "*"),
+        ("proxy_allow_from", "10.0.0.0/8, fd00::/8, 192.0.2.1"),
         *((name, 0.001) for name in TIMEOUTS),
         *((name, 86_400) for name in TIMEOUTS),
     ],

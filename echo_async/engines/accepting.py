@@ -1,9 +1,9 @@
-"""How the asyncio engines accept clients: as the event loop does it, and over TLS one by one.
+"""How the asyncio engines accept clients: as the event loop does it, and one by one where they are not let in at once.
 
-An event loop's own server tells nobody of a handshake that fails or does not end, so :class:`TlsListener`
-accepts by itself: it counts a client from then on, and lets it in when its handshake is done. Half a TLS
-connection cannot be closed, so one that is finished is closed as a whole: the transport sends what is left,
-and its close_notify, first.
+An event loop's own server tells nobody of a handshake that fails or does not end, so :class:`DoorListener`
+accepts by itself: it counts a client from then on, and lets it in when its PROXY header has come and its TLS
+handshake is done, whichever of them is asked for. Half a TLS connection cannot be closed, so one that is
+finished is closed as a whole: the transport sends what is left, and its close_notify, first.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Callable
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
+from ..proxy import HeaderError, Source
 from ..reasons import reason
 from .connection import format_address
+from .header import read_header
 from .registry import BACK_OFF, CLIENT_GONE, HANDSHAKE_TIMEOUT, LINGER, Registry
 
-__all__ = ["BATCH", "Listener", "Tls", "TlsListener", "restore_backlog"]
+__all__ = ["BATCH", "DoorListener", "Listener", "Tls", "restore_backlog"]
 
 # asyncio accepts this many clients before it looks at any of them (it takes its ``backlog`` for both). A few turns'
 # worth has to fit into the descriptors that are kept in reserve, or clients that are refused use up the rest.
@@ -26,7 +29,7 @@ BATCH = 5
 
 
 class Listener(Protocol):
-    """What accepts clients: an :class:`asyncio.Server`, or a :class:`TlsListener`."""
+    """What accepts clients: an :class:`asyncio.Server`, or a :class:`DoorListener`."""
 
     def close(self) -> None: ...
 
@@ -38,25 +41,28 @@ class Tls(Protocol):
     def context(self) -> ssl.SSLContext: ...
 
 
-class TlsListener:
-    """Accepts clients on ``listener`` until it is closed; ``make_protocol`` makes what serves one."""
+class DoorListener:
+    """Accepts clients on ``listener`` until it is closed; ``make_protocol`` makes what serves one.
+
+    It is told where the client comes from, if a PROXY header says so.
+    """
 
     def __init__(
         self,
         registry: Registry,
         loop: asyncio.AbstractEventLoop,
         listener: socket.socket,
-        tls: Tls,
-        make_protocol: Callable[[], asyncio.Protocol],
+        tls: Tls | None,
+        make_protocol: Callable[[Source], asyncio.Protocol],
     ) -> None:
         self._registry = registry
         self._loop = loop
-        self._tls = tls
         self._make_protocol = make_protocol
+        self._tls = tls
         self._tasks = {loop.create_task(self._accept(listener))}
 
     def close(self) -> None:
-        """Accept no more. A client that is in the middle of its handshake is cut off."""
+        """Accept no more. A client that is in the middle of its header or handshake is cut off."""
         for task in self._tasks:
             task.cancel()
 
@@ -69,23 +75,38 @@ class TlsListener:
                     self._registry.say_cannot_accept(reason(error))
                 await asyncio.sleep(0 if error.errno in CLIENT_GONE else BACK_OFF)
                 continue
-            if self._registry.refuse():
+            if self._registry.refuse() or not self._registry.may_connect(address):
                 client.close()
                 continue
             self._registry.begin_handshake()
-            task = self._loop.create_task(self._handshake(client, format_address(address)))
+            task = self._loop.create_task(self._let_in(client, format_address(address)))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _handshake(self, client: socket.socket, peer: str) -> None:
+    async def _let_in(self, client: socket.socket, peer: str) -> None:
+        source: Source = None
+        if self._registry.wants_header:
+            header = self._registry.new_header()
+            try:
+                await read_header(self._loop, client, header, self._registry.config.timeout_message)
+            except (HeaderError, OSError, asyncio.CancelledError) as error:
+                self._registry.fail_header(peer, error)
+                return client.close()
+            source = header.source
+        await self._hand_over(client, source, peer if source is None else format_address(source))
+
+    async def _hand_over(self, client: socket.socket, source: Source, peer: str) -> None:
+        tls: dict[str, Any] = {}
+        if self._tls is None:  # it takes no time: a stop does not cut it off
+            self._tasks.discard(cast(asyncio.Task[None], asyncio.current_task()))
+        else:
+            tls = {
+                "ssl": self._tls.context,
+                "ssl_handshake_timeout": HANDSHAKE_TIMEOUT,
+                "ssl_shutdown_timeout": LINGER,
+            }
         try:
-            await self._loop.connect_accepted_socket(
-                self._make_protocol,
-                client,
-                ssl=self._tls.context,
-                ssl_handshake_timeout=HANDSHAKE_TIMEOUT,
-                ssl_shutdown_timeout=LINGER,
-            )
+            await self._loop.connect_accepted_socket(partial(self._make_protocol, source), client, **tls)
         except ConnectionAbortedError:  # how an event loop says that the time was up
             self._registry.fail_handshake(peer, TimeoutError())
         except (OSError, RuntimeError) as error:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import cast
 
 from ..logs import log
-from .accepting import BATCH, Listener, Tls, TlsListener, restore_backlog
+from ..proxy import Source
+from .accepting import BATCH, DoorListener, Listener, Tls, restore_backlog
 from .connection import Connection
 from .registry import Registry
 
@@ -24,8 +25,8 @@ async def listen(
 ) -> Listener:
     """Begin to accept clients on ``listener``, over TLS if there is a ``tls``."""
     make = LoggedProtocolConnection if registry.log_messages or registry.log_chunks else ProtocolConnection
-    if tls is not None:
-        return TlsListener(registry, loop, listener, tls, lambda: make(registry, let_in=True))
+    if tls is not None or registry.wants_header:
+        return DoorListener(registry, loop, listener, tls, lambda source: make(registry, let_in=True, source=source))
     server = await loop.create_server(lambda: make(registry), sock=listener, backlog=BATCH)
     restore_backlog(listener, registry)
     return server
@@ -40,9 +41,10 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     _receive: Callable[[bytes], bytes]
     _write: Callable[[bytes], object]
 
-    def __init__(self, registry: Registry, *, let_in: bool = False) -> None:
+    def __init__(self, registry: Registry, *, let_in: bool = False, source: Source = None) -> None:
         super().__init__(registry)
-        self._let_in = let_in  # already, before its TLS handshake
+        self._peername = source
+        self._let_in = let_in  # already, with its PROXY header or TLS handshake
         self._writing_paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -51,7 +53,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             self.registry.end_handshake()
         elif self.registry.refuse():
             return self._transport.abort()
-        self._peername = transport.get_extra_info("peername")
+        self._peername = self._peername or transport.get_extra_info("peername")
         self._receive = self.conversation.receive
         self._write = self._transport.write
         self.registry.add(self)
@@ -116,8 +118,8 @@ class LoggedProtocolConnection(ProtocolConnection):
 
     __slots__ = ("_lines", "_loop")
 
-    def __init__(self, registry: Registry, *, let_in: bool = False) -> None:
-        super().__init__(registry, let_in=let_in)
+    def __init__(self, registry: Registry, *, let_in: bool = False, source: Source = None) -> None:
+        super().__init__(registry, let_in=let_in, source=source)
         self._loop = asyncio.get_running_loop()
         self._lines: Iterator[None] | None = None  # those that are still to be written
 

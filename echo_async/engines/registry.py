@@ -17,9 +17,10 @@ from functools import partial
 from ..config import ServerConfig
 from ..conversation import Conversation, conversation
 from ..logs import Seldom, access_log, excerpt, log
+from ..proxy import HeaderError, ProxyHeader, Senders
 from ..reasons import reason
 from ..stats import Stats
-from .connection import Connection
+from .connection import Connection, format_address
 
 __all__ = ["BACK_OFF", "CLIENT_GONE", "HANDSHAKE_TIMEOUT", "LINGER", "RESERVED_DESCRIPTORS", "Registry"]
 
@@ -50,8 +51,10 @@ class Registry:
         self._lock = threading.Lock()
         self._gone = dict.fromkeys(Stats.__slots__, 0)
         self._handshakes = 0  # clients that are not let in yet
+        self._senders = Senders(config.proxy_allow_from) if config.proxy_protocol != "off" else None
         self.say_cannot_accept = Seldom(log.warning, "cannot accept clients just now: %s")
         self._say_handshake_failed = Seldom(log.warning, "%s closed: its TLS handshake failed: %s")
+        self._say_header_failed = Seldom(log.warning, "%s closed: %s")
         self._say_refused = Seldom(log.warning, "refused a client: %d are connected, the limit")
 
     def add(self, connection: Connection) -> None:
@@ -93,6 +96,28 @@ class Registry:
         self._say_refused(len(self.connections) + self._handshakes)
         return True
 
+    def may_connect(self, peername: object) -> bool:
+        """Whether ``peername`` may: only allowed senders, where a PROXY header is asked for. Else counts it."""
+        if self._senders is None or self._senders.allow(peername):
+            return True
+        self.count("proxy_failures")
+        self._say_header_failed(format_address(peername), "it may not send a PROXY header (proxy_allow_from)")
+        return False
+
+    @property
+    def is_occupied(self) -> bool:
+        """Whether there are clients, let in or not yet."""
+        return bool(self.connections) or self._handshakes > 0
+
+    @property
+    def wants_header(self) -> bool:
+        """Whether a connection has to begin with a PROXY header."""
+        return self._senders is not None
+
+    def new_header(self) -> ProxyHeader:
+        """What takes the PROXY header of a new client."""
+        return ProxyHeader(self.config.proxy_protocol)
+
     def begin_handshake(self) -> None:
         """A client was accepted and has to prove itself first: it counts for the limit until then."""
         with self._lock:
@@ -113,6 +138,18 @@ class Registry:
             self.count("tls_failures")
             why = reason(error)
         self._say_handshake_failed(peer, why)
+
+    def fail_header(self, peer: str, error: BaseException) -> None:
+        """The client is not let in, for want of a PROXY header. To leave without a word is no failure, nor a stop."""
+        self.end_handshake()
+        if isinstance(error, TimeoutError):
+            self.count("timeouts_message")
+            self._say_header_failed(peer, f"it sent no whole PROXY header in {self.config.timeout_message:g} s")
+        elif isinstance(error, HeaderError):
+            self.count("proxy_failures")
+            self._say_header_failed(peer, error)
+        else:
+            log.debug("%s closed before its PROXY header: %r", peer, error)
 
     @property
     def stats(self) -> Stats:

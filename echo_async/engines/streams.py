@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from functools import partial
 from typing import Unpack
 
 from ..config import ServerConfig, ServerOptions
 from ..logs import log
-from .accepting import BATCH, Listener, Tls, TlsListener, restore_backlog
+from ..proxy import Source
+from .accepting import BATCH, DoorListener, Listener, Tls, restore_backlog
 from .connection import Connection
 from .registry import Registry
 from .sweeper import Sweeper
@@ -53,9 +55,13 @@ def handle_echo(
 
 
 def _serve(
-    registry: Registry, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, loop: asyncio.AbstractEventLoop
+    registry: Registry,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    loop: asyncio.AbstractEventLoop,
+    source: Source = None,
 ) -> asyncio.Task[None]:
-    connection = StreamConnection(registry, reader, writer)
+    connection = StreamConnection(registry, reader, writer, source)
     registry.add(connection)
     task = loop.create_task(connection.run())
     _tasks.add(task)
@@ -68,26 +74,26 @@ async def listen(
 ) -> Listener:
     """Begin to accept clients on ``listener``, over TLS if there is a ``tls``."""
     limit = read_ahead(registry.config)
+    at_once = tls is None and not registry.wants_header
 
     # A plain function, not a coroutine: asyncio reports a cancelled handler of its own with a traceback.
-    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if tls is not None:
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, source: Source = None) -> None:
+        if at_once:
+            if registry.refuse():
+                return writer.transport.abort()
+        else:
             registry.end_handshake()
-        elif registry.refuse():
-            return writer.transport.abort()
-        _serve(registry, reader, writer, loop)
+        _serve(registry, reader, writer, loop, source)
 
-    if tls is None:
+    if at_once:
         server = await asyncio.start_server(connected, sock=listener, limit=limit, backlog=BATCH)
         restore_backlog(listener, registry)
         return server
-    return TlsListener(
-        registry,
-        loop,
-        listener,
-        tls,
-        lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader(limit, loop), connected, loop),
-    )
+
+    def make_protocol(source: Source) -> asyncio.Protocol:
+        return asyncio.StreamReaderProtocol(asyncio.StreamReader(limit, loop), partial(connected, source=source), loop)
+
+    return DoorListener(registry, loop, listener, tls, make_protocol)
 
 
 class StreamConnection(Connection):
@@ -95,12 +101,18 @@ class StreamConnection(Connection):
 
     __slots__ = ("_reader", "_reading", "_stopping", "_task", "_transport", "_writer")
 
-    def __init__(self, registry: Registry, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        source: Source = None,
+    ) -> None:
         super().__init__(registry)
         self._reader = reader
         self._writer = writer
         self._transport = writer.transport
-        self._peername = writer.get_extra_info("peername")
+        self._peername = source or writer.get_extra_info("peername")
         self._task: asyncio.Task[object] | None = None
         self._reading = False  # the task is in a place where it may be woken by a cancellation
         self._stopping = False

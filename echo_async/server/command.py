@@ -18,7 +18,7 @@ import click
 from click.core import ParameterSource
 
 from ..commandline import CONTEXT, Seconds, complain, drop_output, run_command, version_option
-from ..config import EngineName, Mode, ServerConfig
+from ..config import EngineName, Mode, ProxyProtocol, ServerConfig
 from ..engines.connection import format_address
 from ..errors import StartError
 from ..logs import LogFormat, LogLevel, configure, log
@@ -92,6 +92,16 @@ def _option(name: str, type: Any, help: str, **more: Any) -> Callable[[Any], Any
 @_option("--ssl-keyfile", click.Path(), "Its key (PEM), if it is in a file of its own.")
 @_option("--ssl-keyfile-password", str, "The password of the key; better given in the environment.")
 @_option("--ssl-ca-certs", click.Path(), "CA certificates (PEM): clients have to show a certificate of theirs.")
+@_option(
+    "--proxy-protocol",
+    click.Choice(get_args(ProxyProtocol)),
+    "Every connection begins with a PROXY header of this version, which names the client; auto takes both.",
+)
+@_option(
+    "--proxy-allow-from",
+    str,
+    "Who may connect then: addresses and networks with commas between them, or * for all.",
+)
 @click.option(
     "--log-level", type=click.Choice(get_args(LogLevel)), default="info", show_envvar=True, help="Least level shown."
 )

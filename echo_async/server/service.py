@@ -143,7 +143,7 @@ class EchoServer(BaseServer):
             await self._accept_who_waits()
             self._stop_listening()
             registry.stop()
-            while registry.connections and not self._aborting and self._loop.time() < deadline:
+            while registry.is_occupied and not self._aborting and self._loop.time() < deadline:
                 emptied.clear()  # it may have been empty before: clients still came from the queue
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(DRAIN_TICK):
@@ -154,7 +154,7 @@ class EchoServer(BaseServer):
             registry.abort()
             self._sweeper.stop()
             for _ in range(ABORT_TURNS):
-                if registry.connections:
+                if registry.is_occupied:
                     await asyncio.sleep(0)
             self._closed.set()
 

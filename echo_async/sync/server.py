@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import selectors
 import socket
-import ssl
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,10 +18,12 @@ from typing import Self, Unpack
 
 from ..config import ServerConfig, ServerOptions
 from ..engines.connection import format_address
+from ..engines.header import receive_header
 from ..engines.registry import BACK_OFF, CLIENT_GONE, HANDSHAKE_TIMEOUT
 from ..engines.threads import ThreadConnection
 from ..engines.tls_socket import TlsSocket
 from ..errors import ConfigError
+from ..proxy import HeaderError
 from ..reasons import reason
 from ..server import sockets as listening
 from ..server.base import BaseServer
@@ -58,7 +59,7 @@ class EchoServer(BaseServer):
         super().__init__(config, sockets, path)
         self.on_closed: Callable[[], object] = bool
         self._threads: set[threading.Thread] = set()
-        self._handshaking: set[socket.socket] = set()
+        self._entering: set[socket.socket] = set()  # clients that are not let in yet
         self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
         self._waker, self._wakened = socket.socketpair()
         self._waker.setblocking(False)
@@ -126,12 +127,12 @@ class EchoServer(BaseServer):
         try:
             self._accept_until_stopped()
             self._close_sockets()
-            self._cut_handshakes()
+            self._cut_who_enters()
             self._registry.stop()
             self._wait_for_clients(self.config.timeout_graceful_shutdown, or_abort=True)
         finally:
             self._close_sockets()
-            self._cut_handshakes()
+            self._cut_who_enters()
             self._registry.abort()
             self._wait_for_clients(JOIN)
             self._waker.close()
@@ -169,7 +170,7 @@ class EchoServer(BaseServer):
             if error.errno not in CLIENT_GONE:
                 self._registry.say_cannot_accept(reason(error))
             return error.errno in CLIENT_GONE
-        if self._registry.refuse():
+        if self._registry.refuse() or not self._registry.may_connect(peername):
             client.close()
         else:
             self._start_thread(client, peername)
@@ -178,15 +179,15 @@ class EchoServer(BaseServer):
     def _start_thread(self, client: socket.socket, peername: object) -> None:
         serve: Callable[[], None]
         withdraw: Callable[[], None]
-        if self._certificates is None:
+        if self._certificates is None and not self._registry.wants_header:
             connection = ThreadConnection(self._registry, client, peername)
             self._registry.add(connection)
             serve, withdraw = connection.run, partial(self._registry.withdraw, connection)
         else:
             self._registry.begin_handshake()
-            self._handshaking.add(client)
-            serve = partial(self._serve_over_tls, self._certificates.context, client, peername)
-            withdraw = partial(self._end_handshake, client, peername, RuntimeError("no thread for it"))
+            self._entering.add(client)
+            serve = partial(self._let_in, client, peername)
+            withdraw = partial(self._withdraw, client)
         thread = threading.Thread(target=self._serve_client, args=(serve,), name="echo-async client")
         self._threads.add(thread)
         try:
@@ -210,29 +211,42 @@ class EchoServer(BaseServer):
             if self._stopping:
                 self._wake()
 
-    def _serve_over_tls(self, context: ssl.SSLContext, client: socket.socket, peername: object) -> None:
-        secured = TlsSocket(client, context)
+    def _let_in(self, client: socket.socket, peername: object) -> None:
+        """Serve a client when its PROXY header has come and its TLS handshake is done, whichever is asked for."""
+        registry = self._registry
+        fail: Callable[[str, Exception], None] = registry.fail_header
+        secured: socket.socket | TlsSocket = client
         try:
-            secured.handshake(HANDSHAKE_TIMEOUT)
-        except OSError as error:
-            self._end_handshake(client, peername, error)
+            if registry.wants_header:
+                header = registry.new_header()
+                receive_header(client, header, self.config.timeout_message)
+                peername = header.source or peername
+            if self._certificates is not None:
+                fail = registry.fail_handshake
+                secured = TlsSocket(client, self._certificates.context)
+                secured.handshake(HANDSHAKE_TIMEOUT)
+        except (HeaderError, OSError) as error:
+            self._entering.discard(client)
+            fail(format_address(peername), error)
             return client.close()
-        connection = ThreadConnection(self._registry, secured, peername)
-        self._registry.add(connection)
-        self._end_handshake(client, peername)
+        connection = ThreadConnection(registry, secured, peername)
+        registry.add(connection)
+        registry.end_handshake()
+        self._entering.discard(client)
         connection.run()
 
-    def _end_handshake(self, client: socket.socket, peername: object, error: Exception | None = None) -> None:
-        self._handshaking.discard(client)
-        if error is None:
-            self._registry.end_handshake()
-        else:
-            self._registry.fail_handshake(format_address(peername), error)
+    def _withdraw(self, client: socket.socket) -> None:
+        """There is no thread for a client that is not let in yet."""
+        self._entering.discard(client)
+        self._registry.end_handshake()
+        self._registry.count("refused")
 
-    def _cut_handshakes(self) -> None:
-        for client in list(self._handshaking):
+    def _cut_who_enters(self) -> None:
+        """What they have sent is all that they get to say. In the middle of a TLS handshake, that is nothing."""
+        how = socket.SHUT_RD if self._certificates is None else socket.SHUT_RDWR
+        for client in list(self._entering):
             with contextlib.suppress(OSError):  # it is over just now
-                client.shutdown(socket.SHUT_RDWR)
+                client.shutdown(how)
 
     def _forget_ended(self) -> None:
         """Let go of threads that have ended; one that is about to would make the next client wait."""

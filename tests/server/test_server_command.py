@@ -652,6 +652,8 @@ def test_the_help_shows_every_option_its_default_and_its_variable() -> None:
         "--timeout-message": "60",
         "--timeout-write": "30",
         "--timeout-graceful-shutdown": "10",
+        "--proxy-protocol": "off",
+        "--proxy-allow-from": "127.0.0.1,::1",
         "--log-level": "info",
         "--log-format": "text",
         "--no-access-log": None,

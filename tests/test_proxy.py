@@ -1,0 +1,411 @@
+"""The PROXY protocol: its headers by the letter of the specification, and servers that believe them."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Unpack
+
+import pytest
+import trustme
+from hypothesis import given
+from hypothesis import strategies as st
+from support import PATIENCE, Hosted, engines, receive_all, receive_line, server_process, until
+
+import echo_async
+from echo_async.config import ServerOptions
+from echo_async.proxy import HeaderError, ProxyHeader, Senders, Source
+
+SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+CLIENT4, CLIENT6 = ("192.168.0.1", 56324), ("2001:db8::1", 65535)
+
+
+def v2(command: int, family: int, addresses: bytes = b"", tlvs: bytes = b"") -> bytes:
+    return SIGNATURE + struct.pack("!BBH", command, family, len(addresses + tlvs)) + addresses + tlvs
+
+
+def packed(source: str, destination: str, ports: tuple[int, int]) -> bytes:
+    family = socket.AF_INET6 if ":" in source else socket.AF_INET
+    return socket.inet_pton(family, source) + socket.inet_pton(family, destination) + struct.pack("!HH", *ports)
+
+
+def unix(source: bytes, destination: bytes = b"/run/server") -> bytes:
+    return source.ljust(108, b"\0") + destination.ljust(108, b"\0")
+
+
+TCP4 = packed("192.168.0.1", "192.168.0.11", (56324, 443))
+TCP6 = packed("2001:db8::1", "2001:db8::2", (65535, 443))
+TLV = b"\x04\x00\x03pad" + b"\x02\x00\x0bexample.org"
+LONGEST = b"ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
+
+HEADERS: dict[bytes, Source] = {
+    b"PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\r\n": CLIENT4,  # the specification's own
+    b"PROXY TCP4 255.255.255.255 255.255.255.255 65535 65535\r\n": ("255.255.255.255", 65535),
+    b"PROXY TCP4 0.0.0.0 0.0.0.0 0 0\r\n": ("0.0.0.0", 0),
+    b"PROXY TCP6 2001:db8::1 2001:DB8:0:0::2 65535 443\r\n": CLIENT6,
+    b"PROXY TCP6 %b %b 65535 65535\r\n" % (LONGEST, LONGEST): (LONGEST.decode(), 65535),
+    b"PROXY TCP6 ::ffff:192.0.2.1 ::1 1 2\r\n": ("::ffff:192.0.2.1", 1),
+    b"PROXY UNKNOWN\r\n": None,
+    b"PROXY UNKNOWN whatever \r or \n it says\r\n": None,
+    b"PROXY UNKNOWN %b %b 65535 65535\r\n" % (LONGEST, LONGEST): None,  # 107 bytes, the most
+    v2(0x21, 0x11, TCP4): CLIENT4,
+    v2(0x21, 0x11, TCP4, TLV): CLIENT4,
+    v2(0x21, 0x21, TCP6): CLIENT6,
+    v2(0x21, 0x21, TCP6, TLV * 3000): CLIENT6,
+    v2(0x21, 0x31, unix(b"/run/client")): "/run/client",
+    v2(0x21, 0x31, unix(b"/" + b"x" * 107)): "/" + "x" * 107,
+    v2(0x21, 0x31, unix(b"/run/client\0rest")): "/run/client",
+    v2(0x21, 0x31, unix(b"\0abstract")): "\0abstract",
+    v2(0x21, 0x31, unix(b"")): None,
+    v2(0x21, 0x00): None,  # UNSPEC
+    v2(0x21, 0x00, TCP4): None,
+    v2(0x21, 0x12, TCP4): None,  # datagrams: valid, and of no use here
+    v2(0x21, 0x22, TCP6): None,
+    v2(0x21, 0x32, unix(b"/run/client")): None,
+    v2(0x20, 0x00): None,  # LOCAL
+    v2(0x20, 0x11, TCP4): None,
+    v2(0x20, 0x11, b"short"): None,
+    v2(0x20, 0xFF, TLV): None,  # its family is ignored
+}
+
+MALFORMED: dict[bytes, str] = {
+    b"Hola Server!\n": "there is no PROXY header: it began with Hola Server!",
+    b"\n": "there is no PROXY header",
+    b"proxy TCP4 192.168.0.1 192.168.0.11 56324 443\r\n": "no PROXY header",
+    b"PROXY\tTCP4 192.168.0.1 192.168.0.11 56324 443\r\n": "no PROXY header",
+    b"\x16\x03\x01\x02\x00": "no PROXY header",
+    b"PROXY TCP4 192.168.0.1  192.168.0.11 56324 443\r\n": "makes no sense: PROXY TCP4",
+    b"PROXY TCP4 192.168.0.1 192.168.0.11 56324 443 \r\n": "makes no sense",
+    b"PROXY TCP4 192.168.0.1 192.168.0.11 56324\r\n": "makes no sense",
+    b"PROXY TCP4 192.168.0.01 192.168.0.11 56324 443\r\n": "makes no sense",
+    b"PROXY TCP4 192.168.0.256 192.168.0.11 56324 443\r\n": "makes no sense",
+    b"PROXY TCP4 192.168.0.1 192.168.0 56324 443\r\n": "makes no sense",
+    b"PROXY TCP4 192.168.0.1 192.168.0.11 65536 443\r\n": "makes no sense",
+    b"PROXY TCP4 192.168.0.1 192.168.0.11 056 443\r\n": "makes no sense",
+    b"PROXY TCP4 192.168.0.1 192.168.0.11 -1 443\r\n": "makes no sense",
+    b"PROXY TCP4 192.168.0.1 192.168.0.11 \xd9\xa1 443\r\n": "makes no sense",
+    b"PROXY TCP4 ::1 ::1 1 2\r\n": "makes no sense",
+    b"PROXY TCP6 192.168.0.1 192.168.0.11 1 2\r\n": "makes no sense",
+    b"PROXY TCP6 1::2::3 ::1 1 2\r\n": "makes no sense",
+    b"PROXY TCP6 fe80::1%eth0 ::1 1 2\r\n": "makes no sense",
+    b"PROXY UDP4 192.168.0.1 192.168.0.11 1 2\r\n": "makes no sense",
+    b"PROXY UNKNOWNS\r\n": "makes no sense",
+    b"PROXY \r\n": "makes no sense",
+    b"PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\n" + b"x" * 100: "no end within 107 bytes",
+    b"PROXY UNKNOWN " + b"x" * 92 + b"\r\n": "no end within 107 bytes",  # 108 bytes
+    SIGNATURE[:-1] + b"\r": "no PROXY header",
+    SIGNATURE + b"\x11": "version and command 0x11",
+    SIGNATURE + b"\x22": "version and command 0x22",
+    SIGNATURE + b"\x21\x41": "family and transport 0x41",
+    SIGNATURE + b"\x21\x13": "family and transport 0x13",
+    v2(0x21, 0x11, TCP4[:-1]): "11 bytes for addresses of 12",
+    v2(0x21, 0x21, TCP4): "12 bytes for addresses of 36",
+    v2(0x21, 0x31, unix(b"")[:-1]): "215 bytes for addresses of 216",
+}
+
+each_header = pytest.mark.parametrize("header", HEADERS, ids=lambda header: ascii(header[:40]))
+each_malformed = pytest.mark.parametrize("header", MALFORMED, ids=lambda header: ascii(header[:60]))
+
+
+def assert_read(header: ProxyHeader, source: Source) -> None:
+    assert header.finished
+    assert header.source == source
+
+
+# The parser alone
+
+
+@each_header
+@pytest.mark.parametrize("rest", [b"", b"\n", b"Hola Server!\n", b"PROXY UNKNOWN\r\n" * 100])
+def test_a_header_is_taken_and_nothing_of_what_follows(header: bytes, rest: bytes) -> None:
+    taken = ProxyHeader()
+    assert taken.feed(header + rest) == len(header)
+    assert taken.received == len(header)
+    assert_read(taken, HEADERS[header])
+
+
+@each_header
+def test_a_header_that_comes_byte_by_byte_is_the_same(header: bytes) -> None:
+    taken = ProxyHeader()
+    for index in range(len(header)):
+        assert not taken.finished
+        assert taken.feed(header[index : index + 1]) == 1
+    assert_read(taken, HEADERS[header])
+
+
+@given(header=st.sampled_from(list(HEADERS)), rest=st.binary(), data=st.data())
+def test_how_a_header_is_split_changes_nothing(header: bytes, rest: bytes, data: st.DataObject) -> None:
+    taken, sent, at = ProxyHeader(), header + rest, 0
+    while not taken.finished:
+        at += taken.feed(sent[at : at + data.draw(st.integers(1, len(sent)))])
+    assert at == len(header)
+    assert_read(taken, HEADERS[header])
+
+
+@given(source=st.from_type(IPv4Address) | st.from_type(IPv6Address), port=st.integers(0, 65535))
+def test_every_address_is_read_in_both_versions(source: IPv4Address | IPv6Address, port: int) -> None:
+    address = str(source)
+    line = f"PROXY TCP{source.version} {address} {address} {port} 1\r\n".encode()
+    binary = v2(0x21, 0x11 if source.version == 4 else 0x21, packed(address, address, (port, 1)))
+    for header in (line, binary):
+        taken = ProxyHeader()
+        taken.feed(header)
+        assert isinstance(taken.source, tuple)
+        assert type(source)(taken.source[0]) == source
+        assert taken.source[1] == port
+
+
+@each_malformed
+def test_what_is_no_header_is_refused_with_the_reason(header: bytes) -> None:
+    with pytest.raises(HeaderError) as refused:
+        ProxyHeader().feed(header)
+    assert MALFORMED[header] in str(refused.value)
+    assert str(refused.value).isprintable()
+
+
+@each_malformed
+def test_what_is_no_header_is_refused_byte_by_byte_as_well(header: bytes) -> None:
+    def feed_each_byte() -> None:
+        taken = ProxyHeader()
+        for index in range(len(header)):
+            taken.feed(header[index : index + 1])
+
+    with pytest.raises(HeaderError):
+        feed_each_byte()
+
+
+@given(st.binary(min_size=1, max_size=300) | st.binary(max_size=300).map(SIGNATURE.__add__))
+def test_whatever_comes_is_a_header_or_needs_more_or_is_refused(data: bytes) -> None:
+    taken = ProxyHeader()
+    with suppress(HeaderError):
+        assert 0 < taken.feed(data) <= len(data)
+        assert taken.finished or taken.received == len(data)
+
+
+@pytest.mark.parametrize(("versions", "other"), [("v1", v2(0x20, 0)), ("v2", b"PROXY UNKNOWN\r\n")])
+def test_only_the_version_that_is_asked_for_is_taken(versions: str, other: bytes) -> None:
+    with pytest.raises(HeaderError, match=f"and not {versions} as asked for"):
+        ProxyHeader(versions).feed(other)
+
+
+@pytest.mark.parametrize(
+    ("senders", "peername", "allowed"),
+    [
+        ("127.0.0.1,::1", ("127.0.0.1", 1), True),
+        ("127.0.0.1,::1", ("127.0.0.2", 1), False),
+        ("127.0.0.1,::1", ("::1", 1, 0, 0), True),
+        ("127.0.0.1,::1", ("::ffff:127.0.0.1", 1, 0, 0), True),
+        ("10.0.0.0/8, fe80::/10", ("10.255.0.1", 1), True),
+        ("10.0.0.0/8, fe80::/10", ("fe80::1%eth0", 1, 0, 2), True),
+        ("10.0.0.0/8, fe80::/10", ("11.0.0.1", 1), False),
+        ("*", ("11.0.0.1", 1), True),
+        ("10.0.0.0/8", "", True),  # a Unix socket
+    ],
+)
+def test_who_may_send_a_header(senders: str, peername: object, allowed: bool) -> None:
+    assert Senders(senders).allow(peername) is allowed
+
+
+# Servers
+
+
+Start = Callable[..., AbstractContextManager[echo_async.EchoServer]]
+
+
+@pytest.fixture(params=engines(), ids="-".join)
+def start(request: pytest.FixtureRequest) -> Start:
+    """Starts servers of one engine on one loop, which ask for a header of either version."""
+    engine, loop = request.param
+
+    @contextmanager
+    def start(**options: Unpack[ServerOptions]) -> Iterator[echo_async.EchoServer]:
+        options.setdefault("proxy_protocol", "auto")
+        with Hosted(loop, {"engine": engine, "port": 0, **options}) as server:
+            yield server
+
+    return start
+
+
+def connect(server: echo_async.EchoServer) -> socket.socket:
+    assert isinstance(server.address, tuple)
+    return socket.create_connection(server.address, PATIENCE)
+
+
+def assert_cut(client: socket.socket) -> None:
+    with suppress(ConnectionError):
+        assert receive_all(client) == b""
+
+
+ONE = b"PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\r\n"
+
+
+def test_the_log_shows_the_client_that_the_header_names(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "echo_async")
+    shown = {
+        ONE: "192.168.0.1:56324",
+        v2(0x21, 0x21, TCP6, TLV): "[2001:db8::1]:65535",
+        v2(0x21, 0x31, unix(b"/run/\x1bclient")): "/run/\\x1bclient",
+        v2(0x20, 0): None,
+    }
+    with start() as server:
+        for header, peer in shown.items():
+            with connect(server) as client:
+                address = "{}:{}".format(*client.getsockname())
+                client.sendall(header + b"Hola Server!\n")
+                assert receive_all(client) == b"Hola Server!\n"
+                assert f"{peer or address} 13 bytes: Hola Server!" in caplog.messages
+        until(lambda: server.stats.active == 0)
+    stats = server.stats
+    assert (stats.accepted, stats.messages, stats.bytes_in, stats.bytes_out) == (4, 4, 52, 52)
+    assert stats.proxy_failures == stats.tls_failures == 0
+
+
+@pytest.mark.parametrize("header", [ONE, v2(0x21, 0x11, TCP4, TLV)], ids=["v1", "v2"])
+def test_a_header_in_pieces_and_a_stream_after_it(start: Start, header: bytes) -> None:
+    with start(mode="stream") as server, connect(server) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for index in range(len(header)):
+            client.sendall(header[index : index + 1])
+        for message in (b"one\n", ONE, b"x" * 10_000 + b"\n"):  # a second header is a message
+            client.sendall(message)
+            assert receive_line(client, len(message)) == message
+
+
+def test_raw_bytes_after_a_header_come_back(start: Start) -> None:
+    with start(mode="raw") as server, connect(server) as client:
+        client.sendall(ONE + b"no newline")
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == b"no newline"
+
+
+def test_a_unix_socket_takes_headers_too(start: Start, tmp_path: Path) -> None:
+    with start(uds=str(tmp_path / "socket")) as server, socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(server.address))
+        client.sendall(v2(0x21, 0x11, TCP4) + b"Hola Server!\n")
+        assert receive_all(client) == b"Hola Server!\n"
+
+
+def test_a_bad_or_missing_header_closes_and_is_counted(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    bad = [b"Hola Server!\n", b"PROXY TCP4 nonsense\r\n", SIGNATURE + b"\x31", v2(0x21, 0x11)]
+    with start(mode="stream") as server:
+        for header in bad:
+            with connect(server) as client:
+                client.sendall(header + b"one\n")
+                assert_cut(client)
+        with connect(server) as client:
+            client.sendall(ONE[:-1])
+            client.shutdown(socket.SHUT_WR)
+            assert_cut(client)
+        until(lambda: server.stats.proxy_failures == 5)
+    assert server.stats.accepted == server.stats.bytes_in == server.stats.lost == 0
+    (line,) = (message for message in caplog.messages if "PROXY" in message)  # the others are said later, as a number
+    assert line.endswith(" closed: there is no PROXY header: it began with Hola Server!\\none")
+
+
+def test_a_client_that_leaves_without_a_word_is_no_failure(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    with start() as server:
+        connect(server).close()
+        with connect(server) as client:
+            client.sendall(ONE + b"next\n")
+            assert receive_all(client) == b"next\n"
+    assert server.stats.proxy_failures == 0
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_no_header_or_half_of_one_is_closed_in_time(start: Start) -> None:
+    with start(timeout_message=0.3, limit_connections=2) as server:
+        with connect(server) as silent, connect(server) as slow:
+            slow.sendall(v2(0x21, 0x11, TCP4)[:20])
+            until(lambda: refused(server))
+            assert_cut(silent)
+            assert_cut(slow)
+        until(lambda: server.stats.timeouts_message == 2)
+        with connect(server) as client:
+            client.sendall(ONE + b"room again\n")
+            assert receive_all(client) == b"room again\n"
+    assert server.stats.proxy_failures == 0
+
+
+def refused(server: echo_async.EchoServer) -> bool:
+    """One more connection than are allowed: those that owe a header count as well."""
+    connect(server).close()
+    return server.stats.refused > 0
+
+
+def test_who_may_not_send_a_header_is_closed(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    with start(proxy_allow_from="10.0.0.0/8,192.0.2.1") as server:
+        with connect(server) as client:
+            assert_cut(client)
+        until(lambda: server.stats.proxy_failures == 1)
+    assert "it may not send a PROXY header (proxy_allow_from)" in caplog.text
+
+
+def test_without_the_option_a_header_is_a_message(start: Start) -> None:
+    with start(proxy_protocol="off", mode="stream") as server, connect(server) as client:
+        client.sendall(ONE)
+        assert receive_line(client) == ONE
+
+
+def test_a_stop_answers_who_sent_all_and_ends_who_did_not(start: Start) -> None:
+    with start(mode="stream") as server:
+        clients = [connect(server) for _ in range(20)]
+        for client in clients[10:]:
+            client.sendall(ONE + b"one\n")
+        clients[0].sendall(ONE[:-1])
+        server.close()
+        for client in clients[:10]:
+            assert_cut(client)
+        for client in clients[10:]:
+            assert receive_all(client) == b"one\n"
+        for client in clients:
+            client.close()
+    assert (server.stats.messages, server.stats.active) == (10, 0)
+
+
+def test_with_tls_the_header_comes_first_and_in_clear(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "echo_async")
+    ca, path = trustme.CA(), tmp_path / "server.pem"
+    ca.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(path))
+    context = ssl.create_default_context(cadata=ca.cert_pem.bytes().decode())
+    with start(ssl_certfile=str(path)) as server:
+        for header in (ONE, v2(0x21, 0x11, TCP4, TLV)):
+            plain = connect(server)
+            plain.sendall(header)
+            with context.wrap_socket(plain, server_hostname="localhost") as client:
+                client.sendall(b"secret\n")
+                assert receive_line(client) == b"secret\n"
+        with connect(server) as client:
+            client.sendall(ONE + b"no TLS\n")
+            with suppress(ConnectionError):
+                receive_all(client)
+        until(lambda: server.stats.tls_failures == 1)
+        with connect(server) as plain, pytest.raises(OSError, match=r"(?i)reset|EOF|closed|broken"):
+            context.wrap_socket(plain, server_hostname="localhost")
+        until(lambda: server.stats.proxy_failures == 1)
+    assert caplog.text.count(" 192.168.0.1:56324 7 bytes: secret") == 2
+    assert "192.168.0.1:56324 closed: its TLS handshake failed" in caplog.text
+
+
+def test_workers_take_headers() -> None:
+    with server_process("--workers", "2", "--proxy-protocol", "v2") as server:
+        for _ in range(8):
+            with server.connect() as client:
+                client.sendall(v2(0x21, 0x11, TCP4) + b"Hola Server!\n")
+                assert receive_all(client) == b"Hola Server!\n"
+        with server.connect() as client:
+            client.sendall(ONE)
+            assert_cut(client)
+        code, log = server.stop()
+    assert code == 0
+    assert log.count(" INFO 192.168.0.1:56324 13 bytes: Hola Server!\n") == 8
+    assert "its PROXY header is v1, and not v2 as asked for" in log
+    assert " proxy_failures=1 messages=8 bytes_in=104 bytes_out=104 " in log
