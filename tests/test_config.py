@@ -37,7 +37,17 @@ DEFAULTS = {
     "no_access_log": False,
 }
 
-OF_THE_COMMAND_ALONE = {"loop", "threaded", "workers", "log_level", "log_format", "version", "help"}
+OF_THE_COMMAND_ALONE = {
+    "loop",
+    "threaded",
+    "workers",
+    "metrics_port",
+    "metrics_address",
+    "log_level",
+    "log_format",
+    "version",
+    "help",
+}
 
 TIMEOUTS = ["timeout_idle", "timeout_message", "timeout_write", "timeout_graceful_shutdown"]
 

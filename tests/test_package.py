@@ -37,7 +37,9 @@ def imported() -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("name", ["click", "uvloop", "multiprocessing", "json", "importlib.metadata", "argparse"])
+@pytest.mark.parametrize(
+    "name", ["click", "uvloop", "multiprocessing", "json", "importlib.metadata", "prometheus_client", "argparse"]
+)
 def test_importing_the_package_does_not_import(name: str, imported: set[str]) -> None:
     assert "echo_async.conversation" in imported
     assert name not in imported

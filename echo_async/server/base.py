@@ -56,6 +56,14 @@ class BaseServer:
         """What it has seen so far."""
         return self._registry.stats
 
+    async def fetch_stats(self) -> Stats:
+        """What it has seen up to now, from all that serve for it."""
+        return self.stats
+
+    async def is_well(self) -> bool:
+        """Whether it accepts clients and somebody is there to serve them."""
+        return self.is_serving()
+
     def is_serving(self) -> bool:
         """Whether it accepts clients."""
         return bool(self._sockets) and not self._stopping

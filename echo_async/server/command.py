@@ -12,11 +12,12 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from click.core import ParameterSource
 
+from .. import __version__
 from ..commandline import CONTEXT, Seconds, complain, drop_output, run_command, version_option
 from ..config import EngineName, Mode, ProxyProtocol, ServerConfig
 from ..engines.connection import format_address
@@ -28,6 +29,9 @@ from .service import EchoServer, start_server
 from .sockets import adopt
 from .systemd import listen_descriptors, notify
 from .workers import WorkerServer, WorkerSettings
+
+if TYPE_CHECKING:
+    from .metrics import MetricsServer
 
 __all__ = ["main"]
 
@@ -103,6 +107,15 @@ def _option(name: str, type: Any, help: str, **more: Any) -> Callable[[Any], Any
     "Who may connect then: addresses and networks with commas between them, or * for all.",
 )
 @click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    show_envvar=True,
+    help="Serve /metrics (Prometheus) and /healthz on this port; 0 takes any free one.",
+)
+@click.option(
+    "--metrics-address", default="127.0.0.1", show_envvar=True, help="Name or address that the metrics are served on."
+)
+@click.option(
     "--log-level", type=click.Choice(get_args(LogLevel)), default="info", show_envvar=True, help="Least level shown."
 )
 @click.option(
@@ -115,7 +128,14 @@ def _option(name: str, type: Any, help: str, **more: Any) -> Callable[[Any], Any
 @_option("--no-access-log", bool, "No log line for each message.", is_flag=True)
 @version_option()
 def command(
-    loop: LoopName, threaded: bool, workers: int, log_level: LogLevel, log_format: LogFormat, **options: Any
+    loop: LoopName,
+    threaded: bool,
+    workers: int,
+    metrics_port: int | None,
+    metrics_address: str,
+    log_level: LogLevel,
+    log_format: LogFormat,
+    **options: Any,
 ) -> int:
     """Send back every message that clients send, byte for byte.
 
@@ -145,8 +165,9 @@ def command(
             settings = WorkerSettings(loop, log_level, log_format)
             start = partial(WorkerServer.start, config, workers, settings, sockets)
             factory = loop_factory("asyncio")  # the parent serves nobody
-        with asyncio.Runner(loop_factory=factory) as runner:
-            return runner.run(_serve_until_signalled(start))
+        with asyncio.Runner(loop_factory=factory) as runner, _metrics(metrics_address, metrics_port) as metrics:
+            facts = {"engine": config.engine, "mode": config.mode, "workers": str(workers), "version": __version__}
+            return runner.run(_serve_until_signalled(start, metrics, facts))
     except StartError as error:
         complain(str(error))
         return COULD_NOT_START
@@ -157,6 +178,17 @@ def _refuse_other_engine() -> None:
     engine = context.params["engine"]
     if engine != "threads" and context.get_parameter_source("engine") == ParameterSource.COMMANDLINE:
         raise click.UsageError(f"--threaded is --engine threads: leave out one of it and --engine {engine}")
+
+
+def _metrics(address: str, port: int | None) -> contextlib.AbstractContextManager[MetricsServer | None]:
+    """What serves the metrics, if they are asked for."""
+    if port is None:
+        return contextlib.nullcontext()
+    try:
+        from .metrics import MetricsServer
+    except ImportError as error:
+        raise StartError(f"cannot serve metrics: {error}; install it (pip install 'echo-async[metrics]')") from error
+    return MetricsServer(address, port)
 
 
 class _Signals:
@@ -200,10 +232,14 @@ class _Signals:
             log.error("SIGHUP: the certificates stay as they were: %s", error)
 
 
-async def _serve_until_signalled(start: Callable[[], Awaitable[EchoServer | WorkerServer]]) -> int:
+async def _serve_until_signalled(
+    start: Callable[[], Awaitable[EchoServer | WorkerServer]], metrics: MetricsServer | None, facts: dict[str, str]
+) -> int:
     report_in_one_line(asyncio.get_running_loop())
     signals = _Signals()
     server = await start()
+    if metrics is not None:
+        metrics.start(server, facts)
     signals.started(server)
     await server.wait_closed()
     signals.stopped()

@@ -47,7 +47,7 @@ async def _serve(config: ServerConfig, channel: socket.socket, listeners: list[s
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the parent held it back until now
     reader, writer = await asyncio.open_connection(sock=channel)
     writer.write(_line(ready=True))
-    orders = asyncio.create_task(_obey(server, reader))
+    orders = asyncio.create_task(_obey(server, reader, writer))
     await server.wait_closed()
     orders.cancel()
     writer.write(_line(stats=asdict(server.stats)))
@@ -56,10 +56,12 @@ async def _serve(config: ServerConfig, channel: socket.socket, listeners: list[s
         await writer.wait_closed()
 
 
-async def _obey(server: EchoServer, reader: asyncio.StreamReader) -> None:
+async def _obey(server: EchoServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Do what the parent says; end at once when it is gone."""
     while line := await reader.readline():
         match json.loads(line)["do"]:
+            case "stats":
+                writer.write(_line(stats=asdict(server.stats)))
             case "stop":
                 server.close()
             case "abort":

@@ -15,8 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Self
 
 from ..config import ServerConfig
@@ -34,6 +35,8 @@ TRIES = 5  # times in a row that a replacement may fail to start before the serv
 SHORT_LIFE = 1.0  # seconds: a worker that ends sooner is replaced after a pause
 LONGEST_PAUSE = 10.0  # seconds; the first is 0.1, and each is twice the one before
 HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+ANSWER = 1.0  # seconds for a worker to tell its counters; else those that it told last are taken
+UNANSWERED = 8  # times that a worker is asked before it has answered
 MARGIN = 2.0  # seconds over the graceful stop until a worker that has not ended is killed
 
 
@@ -91,8 +94,20 @@ class WorkerServer(BaseServer):
 
     @property
     def stats(self) -> Stats:
-        """The counters of the workers that have ended; one that was killed takes its own with it."""
-        return self._ended
+        """The counters of all workers, as far as they have told them: when they were asked last, and at their end."""
+        return sum((worker.stats for worker in self._workers), self._ended)
+
+    async def fetch_stats(self) -> Stats:
+        """The counters of all workers, now. One that is killed keeps those that it told last."""
+        await self._ask_workers()
+        return self.stats
+
+    async def is_well(self) -> bool:
+        """Whether it accepts clients and at least one worker answers."""
+        return self.is_serving() and any(await self._ask_workers())
+
+    async def _ask_workers(self) -> list[bool]:
+        return await asyncio.gather(*(worker.fetch_stats() for worker in self._workers if worker.is_ready))
 
     def close(self) -> None:
         self._stopping = True
@@ -140,7 +155,7 @@ class WorkerServer(BaseServer):
             started = self._loop.time()
             code = await worker.wait_ended()
             self._workers.discard(worker)
-            self._ended += worker.stats
+            self._ended += replace(worker.stats, active=0)
             if self._stopping:
                 return
             log.error("worker %d ended with %d: starting another", worker.pid, code)
@@ -188,6 +203,8 @@ class Worker:
     ) -> None:
         self.pid = process.pid
         self.stats = Stats()
+        self.is_ready = False
+        self._asked: deque[asyncio.Future[None]] = deque()  # for its counters
         self._process = process
         self._reader = reader
         self._writer = writer
@@ -212,12 +229,27 @@ class Worker:
             await self.kill()
             self._writer.close()
             raise StartError("a worker could not start: the reason is in the line before")
+        self.is_ready = True
+
+    async def fetch_stats(self) -> bool:
+        """Have its counters of now in ``stats``; False if it does not tell them in time."""
+        if len(self._asked) < UNANSWERED:
+            self._asked.append(asyncio.get_running_loop().create_future())
+            self.tell("stats")
+        answer = self._asked[-1]
+        await asyncio.wait([answer], timeout=ANSWER)
+        return answer.done()
 
     async def wait_ended(self) -> int:
-        """Wait for its end; keep the counters that it sends last. Returns the exit code."""
+        """Wait for its end; keep the counters that it tells, and those that it sends last. Returns the exit code."""
         with contextlib.suppress(ConnectionError):
             while line := await self._reader.readline():
                 self.stats = Stats(**json.loads(line)["stats"])
+                if self._asked:
+                    self._asked.popleft().set_result(None)
+        self.is_ready = False
+        while self._asked:
+            self._asked.popleft().set_result(None)
         code = await self.wait_exited()
         self._writer.close()
         return code

@@ -654,6 +654,8 @@ def test_the_help_shows_every_option_its_default_and_its_variable() -> None:
         "--timeout-graceful-shutdown": "10",
         "--proxy-protocol": "off",
         "--proxy-allow-from": "127.0.0.1,::1",
+        "--metrics-port": None,
+        "--metrics-address": "127.0.0.1",
         "--log-level": "info",
         "--log-format": "text",
         "--no-access-log": None,

@@ -1,0 +1,268 @@
+"""The metrics, as Prometheus gets them: over HTTP, from real servers of one process and of several."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from support import PATIENCE, ServerProcess, receive_all, receive_line, server_process, until
+
+import echo_async
+from echo_async import Stats
+from echo_async.config import EngineName
+from echo_async.server import metrics as module
+from echo_async.server.metrics import COUNTERS, TIMEOUTS, StatsCollector
+
+# One process with each engine, and several.
+KINDS = [("streams", 1), ("protocol", 1), ("threads", 1), ("protocol", 2), ("threads", 2)]
+each_kind = pytest.mark.parametrize(("engine", "workers"), KINDS)
+
+
+@contextmanager
+def measured(engine: EngineName, workers: int, *args: str) -> Iterator[ServerProcess]:
+    """A server in ``stream`` mode that serves its metrics on a free port."""
+    options = ("--engine", engine, "--workers", str(workers), "--mode", "stream", "--no-access-log")
+    with server_process(*options, "--metrics-port", "0", *args) as server:
+        until(lambda: " serving stream mode " in log(server))
+        yield server
+
+
+def log(server: ServerProcess) -> str:
+    return "".join(server._stderr)
+
+
+def get(server: ServerProcess, path: str) -> tuple[int, str]:
+    found = re.search(r" metrics at http://(127\.0\.0\.1):(\d+)/metrics\n", log(server))
+    assert found is not None
+    connection = HTTPConnection(found[1], int(found[2]), timeout=PATIENCE)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def scrape(server: ServerProcess) -> dict[str, float]:
+    """Every sample, by its name and labels."""
+    status, text = get(server, "/metrics")
+    assert status == 200
+    samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+    return {each.name + "".join(f"[{value}]" for value in each.labels.values()): each.value for each in samples}
+
+
+def exchange(client: socket.socket, message: bytes) -> None:
+    client.sendall(message)
+    assert receive_line(client, len(message)) == message
+
+
+def children(server: ServerProcess) -> list[int]:
+    listed = Path(f"/proc/{server.process.pid}/task").glob("*/children")
+    return [int(number) for each in listed for number in each.read_text().split()]
+
+
+@contextmanager
+def stopped(*processes: int) -> Iterator[None]:
+    """While this is entered, they do nothing."""
+    try:
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        yield
+    finally:
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+
+
+@each_kind
+def test_the_counts_are_exactly_what_was_sent(engine: EngineName, workers: int) -> None:
+    with measured(engine, workers) as server, ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(8)]
+
+        def send(client: socket.socket) -> None:
+            for number in range(100):
+                exchange(client, b"%d \xf1\n" % number)
+
+        senders = [threading.Thread(target=send, args=(client,)) for client in clients]
+        for sender in senders:
+            sender.start()
+        for sender in senders:
+            scrape(server)  # under load
+            sender.join()
+        now = scrape(server)
+        size = 8 * sum(len(b"%d \xf1\n" % number) for number in range(100))
+        assert now["echo_async_messages_total"] == 800
+        assert now["echo_async_received_bytes_total"] == now["echo_async_sent_bytes_total"] == size
+        assert now["echo_async_connections_accepted_total"] == now["echo_async_connections_active"] == 8
+        clients.pop().sendall(b"begun")
+        stack.close()
+        until(lambda: scrape(server)["echo_async_connections_active"] == 0)
+        now = scrape(server)
+        assert (now["echo_async_connections_accepted_total"], now["echo_async_lost_total"]) == (8, 1)
+        assert (now["echo_async_messages_total"], now["echo_async_sent_bytes_total"]) == (800, size)
+        code, lines = server.stop()
+    assert code == 0
+    assert " accepted=8 active=0 " in lines
+    assert f" messages=800 bytes_in={size + 5} bytes_out={size} lost=1 " in lines
+
+
+def test_what_was_refused_or_too_slow_is_counted_by_kind() -> None:
+    with measured("streams", 1, "--limit-connections", "1", "--timeout-idle", "0.2") as server:
+        with server.connect() as idle, server.connect() as refused:
+            assert receive_all(refused) == receive_all(idle) == b""
+        now = scrape(server)
+    assert now["echo_async_connections_refused_total"] == now["echo_async_timeouts_total[idle]"] == 1
+    assert [now[f"echo_async_timeouts_total[{kind}]"] for kind in ("message", "write", "handshake")] == [0, 0, 0]
+    assert now[f"echo_async_info[streams][stream][{echo_async.__version__}][1]"] == 1
+
+
+def test_counts_survive_a_worker_that_is_killed() -> None:
+    with measured("protocol", 2) as server, ExitStack() as stack:
+        for client in [stack.enter_context(server.connect()) for _ in range(20)]:
+            exchange(client, b"hello\n")
+        assert scrape(server)["echo_async_messages_total"] == 20
+        victim, _ = before = children(server)
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: len(children(server)) == 2 and victim not in children(server))
+        now = scrape(server)
+        assert now["echo_async_messages_total"] == now["echo_async_connections_accepted_total"] == 20
+        assert now["echo_async_connections_active"] < 20
+        until(lambda: " starting another" in log(server))
+        with stopped(before[1]):  # one that hangs keeps what it told last, too
+            assert scrape(server)["echo_async_messages_total"] == 20
+            assert get(server, "/healthz")[0] == 200
+        code, lines = server.stop()
+    assert code == 0
+    assert " messages=20 " in lines
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_it_is_well_while_it_serves(workers: int) -> None:
+    with measured("protocol", workers) as server, server.connect() as client:
+        assert get(server, "/healthz") == (200, "serving\n")
+        assert get(server, "/") == (404, "there are /metrics and /healthz\n")
+        exchange(client, b"one\n")
+        client.sendall(b"begun, ")
+        until(lambda: scrape(server)["echo_async_received_bytes_total"] == 11)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: get(server, "/healthz") == (503, "stopping\n"))
+        assert scrape(server)["echo_async_messages_total"] == 1
+        client.sendall(b"finished\n")
+        assert receive_all(client) == b"begun, finished\n"
+        assert server.wait()[0] == 0
+
+
+def test_it_is_not_well_when_no_worker_answers() -> None:
+    with measured("protocol", 2) as server:
+        with stopped(*children(server)):
+            assert get(server, "/healthz") == (503, "stopping\n")
+        assert server.stop()[0] == 0
+
+
+def test_clients_of_the_port_who_break_off_or_talk_nonsense_say_nothing_in_the_log() -> None:
+    with measured("streams", 1) as server:
+        found = re.search(r"metrics at http://127\.0\.0\.1:(\d+)/", log(server))
+        assert found is not None
+        for nonsense in (b"", b"\n", b"GET /metrics", b"\0\xff\r\n\r\n", b"GET /metrics HTTP/1.1\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", int(found[1])), PATIENCE) as client:
+                client.sendall(nonsense)
+        assert scrape(server)["echo_async_connections_accepted_total"] == 0
+        code, lines = server.stop()
+    assert code == 0
+    assert len(lines.splitlines()) == 4, lines
+
+
+def test_a_port_in_use_is_exit_code_3_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with server_process("--metrics-port", str(port)) as server:
+            code, lines = server.wait()
+    assert (code, server.announced) == (3, "")
+    assert lines == (
+        f"error: cannot serve metrics on 127.0.0.1:{port}: address already in use; "
+        "give another --metrics-port or --metrics-address\n"
+    )
+
+
+def test_no_such_address_is_exit_code_3_in_one_line() -> None:
+    with server_process("--metrics-port", "0", "--metrics-address", "192.0.2.1") as server:
+        code, lines = server.wait()
+    assert (code, server.announced, len(lines.splitlines())) == (3, "", 1)
+    assert "cannot serve metrics on 192.0.2.1:0: " in lines
+
+
+def test_without_prometheus_client_it_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['prometheus_client'] = None")
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    with server_process("--metrics-port", "0", env=env) as server:
+        code, lines = server.wait()
+    assert (code, len(lines.splitlines())) == (3, 1)
+    assert "pip install 'echo-async[metrics]'" in lines
+
+
+# The collector alone
+
+
+def test_every_counter_is_a_metric() -> None:
+    assert {field for field, _ in COUNTERS.values()} | {*TIMEOUTS, "active"} == {each.name for each in fields(Stats)}
+
+
+def test_names_and_help_keep_to_the_conventions() -> None:
+    for metric in StatsCollector(Stats, {}).describe():
+        assert re.fullmatch(r"echo_async(_[a-z]+)*", metric.name)
+        assert metric.documentation.endswith(".")
+        for sample in metric.samples:
+            assert (metric.type == "counter") is sample.name.endswith("_total")
+
+
+def test_counters_never_go_down() -> None:
+    seen = iter([Stats(bytes_out=10, active=5), Stats(bytes_out=9, active=4, lost=1), Stats(bytes_out=11, active=6)])
+    collector = StatsCollector(lambda: next(seen), {})
+
+    def collected() -> dict[str, float]:
+        return {sample.name: sample.value for metric in collector.collect() for sample in metric.samples}
+
+    for bytes_out, active, lost in [(10, 5, 0), (10, 4, 1), (11, 6, 1)]:
+        now = collected()
+        assert now["echo_async_sent_bytes_total"] == bytes_out
+        assert now["echo_async_connections_active"] == active
+        assert now["echo_async_lost_total"] == lost
+
+
+def test_an_event_loop_that_is_stuck_does_not_answer_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ANSWER", 0.05)
+    release = threading.Event()
+
+    async def question() -> bool:
+        return True
+
+    async def hang_while(thread: threading.Thread) -> None:
+        thread.start()
+        release.wait(PATIENCE)  # the loop does not turn meanwhile
+
+    def ask() -> None:
+        try:
+            answers.append(module._ask(loop, question()))
+        except TimeoutError as error:
+            answers.append(error)
+        release.set()
+
+    answers: list[object] = []
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        thread = threading.Thread(target=ask)
+        runner.run(hang_while(thread))
+        thread.join()
+    with pytest.raises(TimeoutError):
+        module._ask(loop, question())  # it is closed now
+    assert [type(answer) for answer in answers] == [TimeoutError]
