@@ -1,0 +1,82 @@
+"""What is in deploy/ holds: each file is accepted by the program that it is for, where that is installed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from echo_async.server.command import command
+from echo_async.server.metrics import StatsCollector
+from echo_async.stats import Stats
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+
+
+def needs(program: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(shutil.which(program) is None, reason=f"{program} is not installed")
+
+
+def check(*arguments: str | Path) -> None:
+    """Run a program that looks at a file; it may not find anything."""
+    done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20)
+    assert done.returncode == 0, done.stdout
+
+
+def manifest(path: Path) -> Any:
+    return pytest.importorskip("yaml", reason="kubernetes-validate is not installed").safe_load(path.read_text())
+
+
+@needs("systemd-analyze")
+def test_systemd_accepts_the_units(tmp_path: Path) -> None:
+    socket, service = tmp_path / "echo-async.socket", tmp_path / "echo-async.service"
+    shutil.copy(DEPLOY / socket.name, socket)
+    text = (DEPLOY / service.name).read_text()
+    assert text.count("ExecStart=/opt/echo-async/bin/python ") == 1
+    service.write_text(text.replace("/opt/echo-async/bin/python", sys.executable))
+    check("systemd-analyze", "verify", "--man=no", socket, service)
+
+
+@needs("haproxy")
+def test_haproxy_accepts_its_configuration() -> None:
+    check("haproxy", "-c", "-f", DEPLOY / "haproxy.cfg")
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_kubernetes_accepts_the_manifests(path: Path) -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed").validate
+    validate(manifest(path), "1.31", strict=True)
+
+
+def test_the_manifests_name_the_same_server() -> None:
+    found = {path.stem: manifest(path) for path in MANIFESTS}
+    labels = {"app.kubernetes.io/name": "echo-async"}
+    assert found["deployment"]["spec"]["template"]["metadata"]["labels"] == labels
+    assert found["deployment"]["spec"]["selector"] == found["disruption"]["spec"]["selector"] == {"matchLabels": labels}
+    assert found["service"]["spec"]["selector"] == labels
+    assert found["autoscaler"]["spec"]["scaleTargetRef"]["name"] == found["deployment"]["metadata"]["name"]
+
+
+@pytest.mark.parametrize("name", ["echo-async.service", "Containerfile", "kubernetes/deployment.yaml"])
+def test_what_is_set_in_the_environment_are_options(name: str) -> None:
+    known = {f"ECHO_ASYNC_{parameter.name}".upper() for parameter in command.params}
+    used = set(re.findall(r"\bECHO_ASYNC_[A-Z_]+", (DEPLOY / name).read_text()))
+    assert used
+    assert used <= known
+
+
+def test_the_dashboard_shows_metrics_that_there_are() -> None:
+    dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    shown = {name for query in queries for name in re.findall(r"echo_async_\w+", query)}
+    described = StatsCollector(Stats, {}).describe()
+    # An InfoMetricFamily has the name of the metric without the suffix of its sample.
+    exist = {sample.name for metric in described for sample in metric.samples} | {"echo_async_timeouts_total"}
+    assert shown == exist
