@@ -140,7 +140,7 @@ def test_counts_survive_a_worker_that_is_killed() -> None:
         until(lambda: " starting another" in log(server))
         with stopped(before[1]):  # one that hangs keeps what it told last, too
             assert scrape(server)["echo_async_messages_total"] == 20
-            assert get(server, "/healthz")[0] == 200
+            until(lambda: get(server, "/healthz")[0] == 200)  # once the other worker is ready
         code, lines = server.stop()
     assert code == 0
     assert " messages=20 " in lines
