@@ -23,6 +23,8 @@ from ..loops import loop_factory, report_in_one_line
 from .service import EchoServer, start_server
 
 COULD_NOT_START = 3
+# What the channel says when the parent died with an answer unread: uvloop RuntimeError, on writing to it.
+PARENT_GONE = (ConnectionError, RuntimeError)
 
 
 def main() -> int:
@@ -50,25 +52,26 @@ async def _serve(config: ServerConfig, channel: socket.socket, listeners: list[s
     orders = asyncio.create_task(_obey(server, reader, writer))
     await server.wait_closed()
     orders.cancel()
-    writer.write(_line(stats=asdict(server.stats)))
-    writer.close()
-    with contextlib.suppress(ConnectionError):  # the parent is gone
+    with contextlib.suppress(*PARENT_GONE):
+        writer.write(_line(stats=asdict(server.stats)))
+        writer.close()
         await writer.wait_closed()
 
 
 async def _obey(server: EchoServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Do what the parent says; end at once when it is gone."""
-    while line := await reader.readline():
-        match json.loads(line)["do"]:
-            case "stats":
-                writer.write(_line(stats=asdict(server.stats)))
-            case "stop":
-                server.close()
-            case "abort":
-                server.abort()
-            case "reload":
-                with contextlib.suppress(StartError):  # the parent has tried it, and said what is wrong
-                    server.reload_certificates()
+    with contextlib.suppress(*PARENT_GONE):
+        while line := await reader.readline():
+            match json.loads(line)["do"]:
+                case "stats":
+                    writer.write(_line(stats=asdict(server.stats)))
+                case "stop":
+                    server.close()
+                case "abort":
+                    server.abort()
+                case "reload":
+                    with contextlib.suppress(StartError):  # the parent has tried it, and said what is wrong
+                        server.reload_certificates()
     server.abort()
 
 

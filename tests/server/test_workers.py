@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
+import select
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import termios
 import threading
 from collections.abc import Iterator
@@ -371,3 +375,23 @@ def test_workers_do_not_outlive_their_parent_and_the_port_is_free(engine: Engine
             assert monotonic() - died < SOON
         _, lines = server.wait()
     assert "Traceback" not in lines
+
+
+@each_engine
+def test_a_worker_does_not_outlive_a_parent_that_dies_with_an_answer_unread(engine: EngineName) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        settings = {"config": {"engine": engine}, "loop": "auto", "log_level": "info", "log_format": "text"}
+        command = [sys.executable, "-m", "echo_async.server.worker", str(theirs.fileno()), str(listener.fileno())]
+        inherited = (theirs.fileno(), listener.fileno())
+        with subprocess.Popen(command, pass_fds=inherited, stderr=subprocess.PIPE, text=True) as worker:
+            try:
+                theirs.close()
+                ours.sendall(json.dumps(settings).encode() + b"\n")
+                assert select.select([ours], [], [], PATIENCE)[0]  # it says that it is ready, and nobody reads it
+                ours.close()
+                _, lines = worker.communicate(timeout=PATIENCE)
+            finally:
+                worker.kill()
+    assert (worker.returncode, lines) == (0, "")
