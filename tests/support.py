@@ -11,6 +11,8 @@ import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
 import echo_async
@@ -75,11 +77,10 @@ class Hosted:
 def until(condition: Callable[[], bool]) -> None:
     """Wait for what the server does in its own time."""
     pause = threading.Event()
-    for _ in range(int(PATIENCE / 0.005)):
-        if condition():
-            return
+    deadline = monotonic() + PATIENCE
+    while not condition():
+        assert monotonic() < deadline, "it did not happen"
         pause.wait(0.005)
-    raise AssertionError("it did not happen")
 
 
 def receive_line(client: socket.socket, size: int = 0) -> bytes:
@@ -117,17 +118,30 @@ class ServerProcess:
         assert process.stdout is not None
         self.announced = process.stdout.readline()
         self._stderr: list[str] = []
-        self._reader = threading.Thread(target=self._read_stderr)
+        # A daemon, and what closes the pipe: a process that the server left behind holds it, and nobody up.
+        self._reader = threading.Thread(target=self._read_stderr, daemon=True)
         self._reader.start()
 
     def _read_stderr(self) -> None:
         assert self.process.stderr is not None
-        self._stderr.extend(self.process.stderr)
+        with self.process.stderr as lines:
+            self._stderr.extend(lines)
 
     @property
     def address(self) -> tuple[str, int]:
         host, _, port = self.announced.removeprefix("listening on ").strip().rpartition(":")
         return host.strip("[]"), int(port)
+
+    @property
+    def log(self) -> str:
+        """What is on stderr so far."""
+        return "".join(self._stderr)
+
+    @property
+    def workers(self) -> list[int]:
+        """Its processes."""
+        listed = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(number) for each in listed for number in each.read_text().split()]
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address, PATIENCE)
@@ -140,13 +154,20 @@ class ServerProcess:
     def wait(self) -> tuple[int, str]:
         code = self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
-        return code, "".join(self._stderr)
+        assert not self._reader.is_alive(), f"it left a process behind, after:\n{self.log}"
+        return code, self.log
 
 
 @contextmanager
 def server_process(*args: str, env: dict[str, str] | None = None, **popen: Any) -> Iterator[ServerProcess]:
     """A server on a free port, ended with the block."""
-    command = [sys.executable, "-m", "echo_async.server", "--port", "0", *args]
+    with started([sys.executable, "-m", "echo_async.server", "--port", "0", *args], env, **popen) as server:
+        yield server
+
+
+@contextmanager
+def started(command: list[str], env: dict[str, str] | None = None, **popen: Any) -> Iterator[ServerProcess]:
+    """What ``command`` runs, a server that can be reached; ended with the block."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -155,11 +176,29 @@ def server_process(*args: str, env: dict[str, str] | None = None, **popen: Any) 
         env={**os.environ, **(env or {})},
         **popen,
     )
-    with process:
-        server = ServerProcess(process)
-        try:
-            yield server
-        finally:
-            if process.poll() is None:
-                process.kill()
-            server.wait()
+    server = ServerProcess(process)
+    try:
+        yield server
+    finally:
+        if process.poll() is None:
+            process.kill()
+        server.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@contextmanager
+def held(*processes: int) -> Iterator[None]:
+    """While this is entered, ``processes`` do nothing: another worker has to take what comes."""
+    try:
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+        until(lambda: all(map(is_stopped, processes)))
+        yield
+    finally:
+        for process in processes:
+            os.kill(process, signal.SIGCONT)
+
+
+def is_stopped(process: int) -> bool:
+    return all("\nState:\tT" in each.read_text() for each in Path(f"/proc/{process}/task").glob("*/status"))

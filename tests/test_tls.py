@@ -339,7 +339,7 @@ def test_sighup_brings_new_certificates(kind: list[str], files: Files, tmp_path:
             until(is_new)
             served.write_text("nonsense")
             server.process.send_signal(signal.SIGHUP)
-            until(lambda: "the certificates stay as they were: " in "".join(server._stderr))
+            until(lambda: "the certificates stay as they were: " in server.log)
             with files.context().wrap_socket(server.connect(), server_hostname="localhost") as another:
                 another.sendall(b"served\n")
                 assert receive_line(another) == b"served\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from support import PATIENCE, Hosted, ServerProcess, receive_all, the_one_line, until
+from support import PATIENCE, Hosted, ServerProcess, receive_all, started, the_one_line, until
 
 from echo_async.server.command import main
 
@@ -42,30 +42,10 @@ def listener() -> Iterator[socket.socket]:
 
 
 @contextmanager
-def started(command: list[str], pass_fds: list[int], env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
-    """A server that can be reached, ended with the block."""
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        pass_fds=pass_fds,
-        env={**os.environ, **(env or {})},
-    ) as process:
-        server = ServerProcess(process)
-        try:
-            yield server
-        finally:
-            if process.poll() is None:
-                process.kill()
-            server.wait()
-
-
-@contextmanager
 def under(listener: socket.socket, *options: str, env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
     """A server under ``--fd``."""
     number = listener.fileno()
-    with started([*SERVER, "--fd", str(number), *options], [number], env) as server:
+    with started([*SERVER, "--fd", str(number), *options], env, pass_fds=[number]) as server:
         yield server
 
 
@@ -152,7 +132,7 @@ def activated(*listeners: socket.socket, pid: str = "", options: tuple[str, ...]
     try:
         numbers = ",".join(map(str, high))
         command = [sys.executable, "-c", AS_SYSTEMD_DOES, pid, str(len(listeners)), numbers, *SERVER, *options]
-        with started(command, high) as server:
+        with started(command, pass_fds=high) as server:
             yield server
     finally:
         for number in high:
@@ -192,7 +172,7 @@ def test_the_service_manager_is_told_of_the_start_and_the_stop(kind: list[str], 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind("\0" + name[1:] if abstract else name)
         manager.settimeout(PATIENCE)
-        with started([*SERVER, "--port", "0", *kind], [], {"NOTIFY_SOCKET": name}) as server:
+        with started([*SERVER, "--port", "0", *kind], {"NOTIFY_SOCKET": name}) as server:
             assert manager.recv(100) == b"READY=1"
             assert exchange(server.address, b"one\n") == b"one\n"  # that is what ready means
             server.process.send_signal(signal.SIGTERM)
@@ -206,7 +186,7 @@ def test_the_service_manager_is_told_of_the_start_and_the_stop(kind: list[str], 
 
 
 def test_a_service_manager_that_is_not_there_stops_nothing(tmp_path: Path) -> None:
-    with started([*SERVER, "--port", "0"], [], {"NOTIFY_SOCKET": str(tmp_path / "nobody")}) as server:
+    with started([*SERVER, "--port", "0"], {"NOTIFY_SOCKET": str(tmp_path / "nobody")}) as server:
         assert exchange(server.address, b"one\n") == b"one\n"
         code, log = server.stop()
     assert code == 0

@@ -20,7 +20,7 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
-from support import PATIENCE, SOON, ServerProcess, receive_all, receive_line, server_process, until
+from support import PATIENCE, SOON, ServerProcess, held, receive_all, receive_line, server_process, until
 
 from echo_async.config import EngineName
 
@@ -34,18 +34,8 @@ def two_workers(
     """A server of two workers in ``stream`` mode, which are there when it is announced."""
     arguments = ("--workers", "2", "--engine", engine, "--mode", "stream", "--no-access-log", *args)
     with server_process(*arguments, env=env, start_new_session=group) as server:
-        assert len(workers(server)) == 2
+        assert len(server.workers) == 2
         yield server
-
-
-def workers(server: ServerProcess) -> list[int]:
-    children = Path(f"/proc/{server.process.pid}/task").glob("*/children")
-    return [int(number) for each in children for number in each.read_text().split()]
-
-
-def log(server: ServerProcess) -> str:
-    """What is on stderr so far."""
-    return "".join(server._stderr)
 
 
 def counters(lines: str) -> dict[str, int]:
@@ -58,17 +48,6 @@ def is_gone(process: int) -> bool:
         return re.search(r"^State:\s+Z", Path(f"/proc/{process}/status").read_text(), re.M) is not None
     except (FileNotFoundError, ProcessLookupError):
         return True
-
-
-@contextmanager
-def held(process: int) -> Iterator[None]:
-    """While this is entered, ``process`` does nothing: another worker has to take what comes."""
-    os.kill(process, signal.SIGSTOP)
-    try:
-        until(lambda: all("\nState:\tT" in each.read_text() for each in Path(f"/proc/{process}/task").glob("*/status")))
-        yield
-    finally:
-        os.kill(process, signal.SIGCONT)
 
 
 def exchange(client: socket.socket, message: bytes) -> bytes:
@@ -139,7 +118,7 @@ class Load:
 def test_one_address_is_announced_and_the_counters_of_both_workers_are_added_up(engine: EngineName) -> None:
     messages = [b"%d\n" % number for number in range(50)]
     with two_workers(engine) as server, ExitStack() as clients:
-        first, second = workers(server)
+        first, second = server.workers
         for other in (first, second):
             client = clients.enter_context(client_of(server, other))
             for message in messages:
@@ -159,7 +138,7 @@ def test_a_unix_socket_is_shared_and_its_path_removed(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with two_workers("protocol", "--uds", path) as server:
         assert server.announced == f"listening on {path}\n"
-        for other in workers(server):
+        for other in server.workers:
             with held(other), socket.socket(socket.AF_UNIX) as client:
                 client.settimeout(PATIENCE)
                 client.connect(path)
@@ -176,7 +155,7 @@ def test_a_unix_socket_is_shared_and_its_path_removed(tmp_path: Path) -> None:
 @each_engine
 def test_a_worker_that_is_killed_is_replaced_at_once_and_only_its_own_clients_notice(engine: EngineName) -> None:
     with two_workers(engine) as server:
-        victim, survivor = workers(server)
+        victim, survivor = server.workers
         with client_of(server, survivor) as lost, client_of(server, victim) as kept, Load(server) as load:
             os.kill(victim, signal.SIGKILL)
             until(lambda: is_gone(victim))
@@ -230,7 +209,7 @@ def test_a_replacement_that_cannot_start_ends_the_service_after_a_few_tries(tmp_
     env = sitecustomize(tmp_path, no_worker_while(trouble, tries))
     with two_workers("protocol", env=env) as server:
         trouble.touch()
-        victim, survivor = workers(server)
+        victim, survivor = server.workers
         with client_of(server, victim) as client:
             os.kill(victim, signal.SIGKILL)
             assert receive_all(client) == b""  # the other worker is stopped in good order
@@ -276,16 +255,16 @@ def test_a_stop_answers_every_message_that_was_received(engine: EngineName) -> N
     """Those of clients who are served, and those of clients whom the kernel has connected and nobody has accepted."""
     sent = b"".join(b"%060d\n" % number for number in range(200))
     with two_workers(engine) as server, ExitStack() as stack:
-        clients = [stack.enter_context(client_of(server, other)) for other in workers(server)]
+        clients = [stack.enter_context(client_of(server, other)) for other in server.workers]
         with ExitStack() as holding:
-            for worker in workers(server):
+            for worker in server.workers:
                 holding.enter_context(held(worker))
             clients += [stack.enter_context(server.connect()) for _ in range(100)]
             for client in clients:
                 client.sendall(sent)
             until(lambda: all(map(acknowledged, clients)))
             server.process.send_signal(signal.SIGTERM)
-            until(lambda: " SIGTERM: stopping" in log(server))
+            until(lambda: " SIGTERM: stopping" in server.log)
         answered = sum(received(client) == sent for client in clients)
         code, lines = server.wait()
     assert (code, answered) == (0, len(clients))
@@ -298,7 +277,7 @@ def test_who_connects_during_the_stop_is_refused() -> None:
         busy.sendall(b"begun, ")
         until(lambda: acknowledged(busy))
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: " SIGTERM: stopping" in log(server))
+        until(lambda: " SIGTERM: stopping" in server.log)
 
         def is_refused() -> bool:
             try:
@@ -316,7 +295,7 @@ def test_who_connects_during_the_stop_is_refused() -> None:
 @pytest.mark.parametrize("engine", ["streams", "threads"])
 def test_a_second_signal_ends_it_at_once_while_a_client_holds_the_stop(engine: EngineName) -> None:
     with two_workers(engine) as server, server.connect() as idle, ExitStack() as clients:
-        busy = [clients.enter_context(client_of(server, other)) for other in workers(server)]
+        busy = [clients.enter_context(client_of(server, other)) for other in server.workers]
         for client in busy:
             client.sendall(b"never finished")
         until(lambda: all(map(acknowledged, busy)))
@@ -347,9 +326,9 @@ def test_ctrl_c_reaches_all_processes_and_is_one_clean_stop() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_while_a_worker_is_starting_is_a_clean_stop(number: signal.Signals) -> None:
     with two_workers("protocol", group=True) as server:
-        before = workers(server)
+        before = server.workers
         os.kill(before[0], signal.SIGKILL)
-        until(lambda: any(each not in before for each in workers(server)))
+        until(lambda: any(each not in before for each in server.workers))
         os.killpg(server.process.pid, number)
         code, lines = server.wait()
     assert code == 0, lines
@@ -362,7 +341,7 @@ def test_a_signal_to_all_processes_while_a_worker_is_starting_is_a_clean_stop(nu
 @each_engine
 def test_workers_do_not_outlive_their_parent_and_the_port_is_free(engine: EngineName) -> None:
     with two_workers(engine) as server, ExitStack() as clients:
-        both = workers(server)
+        both = server.workers
         for other in both:
             client = clients.enter_context(client_of(server, other))
             client.sendall(b"begun")

@@ -237,7 +237,7 @@ def test_it_serves_on_with_64_descriptors_and_200_clients(options: tuple[str, ..
         for client in clients:
             with suppress(ConnectionError):
                 client.sendall(b"Hola\n")
-        until(lambda: any(words in "".join(server._stderr) for words in ("the limit", "cannot accept clients")))
+        until(lambda: any(words in server.log for words in ("the limit", "cannot accept clients")))
         until(lambda: len(answered(clients)) >= 20)
         served = answered(clients)
         assert len(served) < 64
