@@ -163,7 +163,7 @@ def _application(metrics: Callable[..., Any], is_well: Callable[[], bool]) -> Ca
                 case "/healthz" if is_well():
                     status, text = "200 OK", b"serving\n"
                 case "/healthz":
-                    status, text = "503 Service Unavailable", b"stopping\n"
+                    status, text = "503 Service Unavailable", b"not serving\n"
                 case _:
                     status, text = "404 Not Found", b"there are /metrics and /healthz\n"
         except TimeoutError:

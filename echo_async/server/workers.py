@@ -204,7 +204,7 @@ class Worker:
         self.pid = process.pid
         self.stats = Stats()
         self.is_ready = False
-        self._asked: deque[asyncio.Future[None]] = deque()  # for its counters
+        self._asked: deque[asyncio.Future[bool]] = deque()  # for its counters
         self._process = process
         self._reader = reader
         self._writer = writer
@@ -232,13 +232,13 @@ class Worker:
         self.is_ready = True
 
     async def fetch_stats(self) -> bool:
-        """Have its counters of now in ``stats``; False if it does not tell them in time."""
+        """Have its counters of now in ``stats``; False if it ends, or does not tell them in time."""
         if len(self._asked) < UNANSWERED:
             self._asked.append(asyncio.get_running_loop().create_future())
             self.tell("stats")
         answer = self._asked[-1]
         await asyncio.wait([answer], timeout=ANSWER)
-        return answer.done()
+        return answer.done() and answer.result()
 
     async def wait_ended(self) -> int:
         """Wait for its end; keep the counters that it tells, and those that it sends last. Returns the exit code."""
@@ -246,10 +246,10 @@ class Worker:
             while line := await self._reader.readline():
                 self.stats = Stats(**json.loads(line)["stats"])
                 if self._asked:
-                    self._asked.popleft().set_result(None)
+                    self._asked.popleft().set_result(True)
         self.is_ready = False
         while self._asked:
-            self._asked.popleft().set_result(None)
+            self._asked.popleft().set_result(False)
         code = await self.wait_exited()
         self._writer.close()
         return code

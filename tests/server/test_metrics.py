@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +25,7 @@ from echo_async import Stats
 from echo_async.config import EngineName
 from echo_async.server import metrics as module
 from echo_async.server.metrics import COUNTERS, TIMEOUTS, StatsCollector
+from echo_async.server.workers import Worker
 
 # One process with each engine, and several.
 KINDS = [("streams", 1), ("protocol", 1), ("threads", 1), ("protocol", 2), ("threads", 2)]
@@ -134,7 +137,7 @@ def test_it_is_well_while_it_serves(workers: int) -> None:
         client.sendall(b"begun, ")
         until(lambda: scrape(server)["echo_async_received_bytes_total"] == 11)
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: get(server, "/healthz") == (503, "stopping\n"))
+        until(lambda: get(server, "/healthz") == (503, "not serving\n"))
         assert scrape(server)["echo_async_messages_total"] == 1
         client.sendall(b"finished\n")
         assert receive_all(client) == b"begun, finished\n"
@@ -144,8 +147,22 @@ def test_it_is_well_while_it_serves(workers: int) -> None:
 def test_it_is_not_well_when_no_worker_answers() -> None:
     with measured("protocol", 2) as server:
         with held(*server.workers):
-            assert get(server, "/healthz") == (503, "stopping\n")
+            assert get(server, "/healthz") == (503, "not serving\n")
         assert server.stop()[0] == 0
+
+
+def test_a_worker_that_ends_when_it_is_asked_has_not_answered() -> None:
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        worker = Worker(process, *await asyncio.open_connection(sock=ours))
+        question = asyncio.create_task(worker.fetch_stats())
+        await asyncio.to_thread(theirs.recv, 1)
+        theirs.close()
+        assert await worker.wait_ended() == 0
+        assert await question is False
+
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        asyncio.run(main())
 
 
 def test_clients_of_the_port_who_break_off_or_talk_nonsense_say_nothing_in_the_log() -> None:
