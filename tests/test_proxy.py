@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import ssl
@@ -20,6 +21,9 @@ from support import PATIENCE, Hosted, engines, receive_all, receive_line, server
 
 import echo_async
 from echo_async.config import ServerOptions
+from echo_async.engines.accepting import DoorListener
+from echo_async.engines.header import receive_header
+from echo_async.engines.registry import Registry
 from echo_async.proxy import HeaderError, ProxyHeader, Senders, Source
 
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
@@ -367,6 +371,56 @@ def test_a_stop_answers_who_sent_all_and_ends_who_did_not(start: Start) -> None:
         for client in clients:
             client.close()
     assert (server.stats.messages, server.stats.active) == (10, 0)
+    assert server.stats.proxy_failures == 0  # whoever was cut off did nothing wrong
+
+
+class Dribbling(socket.socket):
+    """From which a byte of a header comes whenever one is asked for."""
+
+    def settimeout(self, value: float | None) -> None:
+        assert value is None or value > 0
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        return b"P" if flags else b""
+
+
+def test_a_header_does_not_take_longer_however_often_a_byte_comes() -> None:
+    header = ProxyHeader()
+    header.feed(v2(0x21, 0x11, TCP4, b"\0" * 60_000)[:20])
+    with Dribbling() as client, pytest.raises(TimeoutError):
+        receive_header(client, header, 1e-6)
+    assert not header.finished
+
+
+class Sudden(asyncio.SelectorEventLoop):
+    """An event loop on which one client comes, and ``then`` is called before anything else is done."""
+
+    clients: list[socket.socket]
+    then: Callable[[], object]
+
+    async def sock_accept(self, sock: socket.socket) -> tuple[socket.socket, tuple[str, int]]:
+        if self.clients:
+            return self.clients.pop(), ("127.0.0.1", 1)
+        self.then()
+        raise asyncio.CancelledError
+
+
+def test_a_stop_does_not_wait_for_a_client_that_was_accepted_just_then() -> None:
+    async def main() -> None:
+        registry = Registry(echo_async.ServerConfig(proxy_protocol="auto"))
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, Sudden)
+        loop.clients = [theirs]
+        loop.then = DoorListener(registry, loop, theirs, None, lambda source: asyncio.Protocol()).close
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not registry.is_occupied
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs, asyncio.Runner(loop_factory=Sudden) as runner:
+        runner.run(main())
+        assert ours.recv(1) == b""
 
 
 def test_with_tls_the_header_comes_first_and_in_clear(

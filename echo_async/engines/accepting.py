@@ -81,7 +81,13 @@ class DoorListener:
             self._registry.begin_handshake()
             task = self._loop.create_task(self._let_in(client, format_address(address)))
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(partial(self._ended, client))
+
+    def _ended(self, client: socket.socket, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():  # before it had begun: it never knew
+            self._registry.end_handshake()
+            client.close()
 
     async def _let_in(self, client: socket.socket, peer: str) -> None:
         source: Source = None

@@ -37,7 +37,9 @@ def receive_header(client: socket.socket, header: ProxyHeader, seconds: float) -
     deadline = time.monotonic() + seconds
     try:
         while not header.finished:
-            client.settimeout(max(0.001, deadline - time.monotonic()))
+            if (left := deadline - time.monotonic()) <= 0:  # however often a byte comes
+                raise TimeoutError
+            client.settimeout(left)
             _take(client, header)
     finally:
         client.settimeout(None)

@@ -226,8 +226,9 @@ class EchoServer(BaseServer):
                 secured = TlsSocket(client, self._certificates.context)
                 secured.handshake(HANDSHAKE_TIMEOUT)
         except (HeaderError, OSError) as error:
+            was_cut = client not in self._entering
             self._entering.discard(client)
-            fail(format_address(peername), error)
+            fail(format_address(peername), ConnectionError("the server stops") if was_cut else error)
             return client.close()
         connection = ThreadConnection(registry, secured, peername)
         registry.add(connection)
@@ -245,6 +246,7 @@ class EchoServer(BaseServer):
         """What they have sent is all that they get to say. In the middle of a TLS handshake, that is nothing."""
         how = socket.SHUT_RD if self._certificates is None else socket.SHUT_RDWR
         for client in list(self._entering):
+            self._entering.discard(client)
             with contextlib.suppress(OSError):  # it is over just now
                 client.shutdown(how)
 
