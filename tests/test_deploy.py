@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import PATIENCE, receive_line, server_process, until
 
 from echo_async.server.command import command
 from echo_async.server.metrics import StatsCollector
@@ -47,6 +50,32 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
 @needs("haproxy")
 def test_haproxy_accepts_its_configuration() -> None:
     check("haproxy", "-c", "-f", DEPLOY / "haproxy.cfg")
+
+
+@needs("haproxy")
+def test_behind_haproxy_the_log_shows_the_clients_own_addresses(tmp_path: Path) -> None:
+    path = tmp_path / "haproxy.cfg"
+    text = (DEPLOY / path.name).read_text().replace("maxconn 100000", "maxconn 100")  # fits the descriptor limit
+    options = ("--mode", "stream", "--proxy-protocol", "v2")
+    with server_process(*options) as one, server_process(*options) as two, ExitStack() as stack:
+        for number, server in enumerate((one, two), 1):
+            text = text.replace(f"192.0.2.1{number}:5500", "{}:{}".format(*server.address))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            path.write_text(text.replace("bind :5500", f"bind fd@{listener.fileno()}"))
+            command, address = ["haproxy", "-db", "-q", "-f", str(path)], listener.getsockname()
+            haproxy = subprocess.Popen(command, pass_fds=[listener.fileno()], stdout=subprocess.DEVNULL)
+        stack.callback(haproxy.wait, PATIENCE)
+        stack.callback(haproxy.terminate)
+        until(lambda: all(" 8 bytes: healthy" in server.log for server in (one, two)))
+        shown = set()
+        for _ in range(2):  # the second goes where no client is yet
+            client = stack.enter_context(socket.create_connection(address, PATIENCE))
+            client.sendall(b"Hola Server!\n")
+            assert receive_line(client) == b"Hola Server!\n"
+            shown.add("{}:{}".format(*client.getsockname()))
+        named = re.compile(r" INFO (\S+) 13 bytes: Hola Server!\n")
+        until(lambda: {*named.findall(one.log + two.log)} == shown)
+        assert len(named.findall(one.log)) == len(named.findall(two.log)) == 1
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
