@@ -37,7 +37,7 @@ LONGEST_PAUSE = 10.0  # seconds; the first is 0.1, and each is twice the one bef
 HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 ANSWER = 1.0  # seconds for a worker to tell its counters; else those that it told last are taken
 UNANSWERED = 8  # times that a worker is asked before it has answered
-MARGIN = 2.0  # seconds over the graceful stop until a worker that has not ended is killed
+MARGIN = 2.0  # seconds over the graceful stop, or after an abort, until a worker that has not ended is killed
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class WorkerServer(BaseServer):
         self._workers: set[Worker] = set()
         self._ended = Stats()  # the counters of workers that are gone
         self._keepers: list[asyncio.Task[None]] = []
+        self._killer: asyncio.TimerHandle | None = None  # once it stops
 
     @classmethod
     async def start(
@@ -110,13 +111,16 @@ class WorkerServer(BaseServer):
         return await asyncio.gather(*(worker.fetch_stats() for worker in self._workers if worker.is_ready))
 
     def close(self) -> None:
-        self._stopping = True
+        if not self._stopping:
+            self._stopping = True
+            self._kill_in(self.config.timeout_graceful_shutdown + MARGIN)
         self._close_sockets()  # or the kernel would let clients in that no worker accepts any more
         for worker in self._workers:
             worker.tell("stop")
 
     def abort(self) -> None:
         self.close()
+        self._kill_in(MARGIN)
         for worker in self._workers:
             worker.tell("abort")
 
@@ -181,14 +185,23 @@ class WorkerServer(BaseServer):
     async def _pause(self, failed: int) -> None:
         await asyncio.sleep(min(LONGEST_PAUSE, 0.1 * 2**failed))
 
-    async def _wait_for_workers(self) -> None:
-        """Wait for the end of those that were told to stop; kill who takes longer than it may."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.config.timeout_graceful_shutdown + MARGIN):
-                await asyncio.gather(*self._keepers, return_exceptions=True)
-                await asyncio.gather(*(worker.wait_exited() for worker in self._workers))
+    def _kill_in(self, seconds: float) -> None:
+        if self._killer is not None:
+            self._killer.cancel()
+        self._killer = self._loop.call_later(seconds, self._kill)
+
+    def _kill(self) -> None:
+        """End who was told to stop and takes longer than it may."""
         for worker in self._workers:
-            await worker.kill()
+            log.error("worker %d does not stop: killing it", worker.pid)
+            worker.kill()
+
+    async def _wait_for_workers(self) -> None:
+        """Wait for the end of those that were told to stop."""
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*(worker.wait_exited() for worker in self._workers))
+        if self._killer is not None:
+            self._killer.cancel()
 
 
 class Worker:
@@ -226,7 +239,8 @@ class Worker:
         except (TimeoutError, ConnectionError):
             answer = b""
         if not answer:
-            await self.kill()
+            self.kill()
+            await self.wait_exited()
             self._writer.close()
             raise StartError("a worker could not start: the reason is in the line before")
         self.is_ready = True
@@ -257,10 +271,9 @@ class Worker:
     async def wait_exited(self) -> int:
         return await asyncio.to_thread(self._process.wait)
 
-    async def kill(self) -> None:
-        """End it if it has not ended, and wait until it has."""
+    def kill(self) -> None:
+        """End it if it has not ended."""
         self._process.kill()
-        await self.wait_exited()
 
 
 def _spawn(sockets: Sequence[socket.socket]) -> tuple[subprocess.Popen[bytes], socket.socket]:

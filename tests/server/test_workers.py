@@ -310,6 +310,22 @@ def test_a_second_signal_ends_it_at_once_while_a_client_holds_the_stop(engine: E
     assert counters(lines)["lost"] == 2
 
 
+@pytest.mark.parametrize(("signals", "grace"), [(1, "0.1"), (2, "60")])
+def test_a_worker_that_hangs_does_not_hold_the_stop(signals: int, grace: str) -> None:
+    with two_workers("protocol", "--timeout-graceful-shutdown", grace) as server:
+        hung, _ = server.workers
+        with held(hung):
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: " SIGTERM: stopping\n" in server.log)
+            if signals == 2:
+                server.process.send_signal(signal.SIGTERM)
+            code, lines = server.wait()
+    assert code == 0
+    assert f"worker {hung} does not stop: killing it" in lines
+    assert lines.count("does not stop") == 1
+    assert "Traceback" not in lines
+
+
 def test_ctrl_c_reaches_all_processes_and_is_one_clean_stop() -> None:
     with two_workers("protocol", group=True) as server, server.connect() as client:
         assert exchange(client, b"one\n") == b"one\n"
