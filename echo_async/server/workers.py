@@ -230,7 +230,8 @@ class Worker:
         return self
 
     def tell(self, what: str) -> None:
-        self._writer.write(json.dumps({"do": what}).encode() + b"\n")
+        if not self._writer.is_closing():  # it is gone: asyncio would say so on stderr
+            self._writer.write(json.dumps({"do": what}).encode() + b"\n")
 
     async def wait_ready(self) -> None:
         try:

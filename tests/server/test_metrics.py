@@ -165,6 +165,22 @@ def test_a_worker_that_ends_when_it_is_asked_has_not_answered() -> None:
         asyncio.run(main())
 
 
+def test_a_worker_that_has_ended_can_be_asked_often_without_a_line_of_asyncios(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main() -> None:
+        ours, theirs = socket.socketpair()
+        worker = Worker(process, *await asyncio.open_connection(sock=ours))
+        theirs.close()
+        for _ in range(20):
+            worker.tell("stats")
+        await worker.wait_ended()
+
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        asyncio.run(main())
+    assert not caplog.records
+
+
 def test_clients_of_the_port_who_break_off_or_talk_nonsense_say_nothing_in_the_log() -> None:
     with measured("streams", 1) as server:
         found = re.search(r"metrics at http://127\.0\.0\.1:(\d+)/", server.log)
