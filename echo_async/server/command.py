@@ -212,9 +212,14 @@ class _Signals:
 
     def stopped(self) -> None:
         """Only the end of the process is left: no signal is to kill it any more."""
+        self.release()
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def release(self) -> None:
+        """They do again what they do everywhere; uvloop does not see to that when it is closed."""
         for number in STOP_SIGNALS:
             asyncio.get_running_loop().remove_signal_handler(number)
-            signal.signal(number, signal.SIG_IGN)
 
     def _stop(self, number: int) -> None:
         self._asked += 1
@@ -237,7 +242,11 @@ async def _serve_until_signalled(
 ) -> int:
     report_in_one_line(asyncio.get_running_loop())
     signals = _Signals()
-    server = await start()
+    try:
+        server = await start()
+    except StartError:
+        signals.release()
+        raise
     if metrics is not None:
         metrics.start(server, facts)
     signals.started(server)

@@ -386,6 +386,14 @@ def test_a_host_that_cannot_exist_is_one_line_too(host: str, capsys: pytest.Capt
     assert host in the_one_line(*capsys.readouterr())
 
 
+@pytest.mark.usefixtures("loggers_as_before")
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_start_that_fails_leaves_the_signals_as_they_were(loop: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert main(["--port", "0", "--host", "999.1.1.1", "--loop", loop]) == 3
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_a_port_in_use_is_one_line_that_names_the_address_and_exit_code_3() -> None:
     with taken_port() as port:
         done = run_server("--port", port)
