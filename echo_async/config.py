@@ -122,6 +122,8 @@ class ServerConfig:
         _one_of("proxy_protocol", self.proxy_protocol, get_args(ProxyProtocol))
         if self.proxy_allow_from != LOOPBACK:
             _check_senders(self.proxy_allow_from)
+            if self.proxy_protocol == "off":
+                raise ConfigError("proxy_allow_from makes no sense without proxy_protocol: give the version too")
         if self.fd is not None:
             _whole("fd", self.fd, 0, 2**31 - 1)
             if self.uds is not None:

@@ -139,14 +139,17 @@ def test_what_is_no_path_is_refused_by_name_and_value(path: str) -> None:
         ("backlog", 1),
         ("limit_message_size", 1),
         ("limit_connections", 1),
-        ("proxy_allow_from", "*"),
-        ("proxy_allow_from", "10.0.0.0/8, fd00::/8, 192.0.2.1"),
         *((name, 0.001) for name in TIMEOUTS),
         *((name, 86_400) for name in TIMEOUTS),
     ],
 )
 def test_the_ends_of_every_range_are_allowed(name: str, value: Any) -> None:
     assert getattr(ServerConfig(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("senders", ["*", "10.0.0.0/8, fd00::/8, 192.0.2.1"])
+def test_who_may_send_a_proxy_header_is_a_list_of_networks(senders: str) -> None:
+    assert ServerConfig(proxy_protocol="auto", proxy_allow_from=senders).proxy_allow_from == senders
 
 
 @pytest.mark.parametrize(
@@ -156,6 +159,7 @@ def test_the_ends_of_every_range_are_allowed(name: str, value: Any) -> None:
         ({"ssl_keyfile": "server.key"}, "ssl_keyfile makes no sense without ssl_certfile"),
         ({"ssl_keyfile_password": "secret"}, "ssl_keyfile_password makes no sense without ssl_certfile"),
         ({"ssl_ca_certs": "ca.pem"}, "ssl_ca_certs makes no sense without ssl_certfile"),
+        ({"proxy_allow_from": "*"}, "proxy_allow_from makes no sense without proxy_protocol"),
     ],
 )
 def test_options_that_make_no_sense_together_are_refused_by_name(options: dict[str, Any], said: str) -> None:

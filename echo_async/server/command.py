@@ -156,6 +156,7 @@ def command(
     config = ServerConfig(**options)
     if config.engine == "threads" and loop == "uvloop":
         raise click.UsageError("--loop uvloop makes no sense with --engine threads, which runs no event loop")
+    _refuse_metrics_without_port()
     configure(log_level, log_format)
     try:
         factory = loop_factory("asyncio" if config.engine == "threads" else loop)
@@ -178,6 +179,13 @@ def _refuse_other_engine() -> None:
     engine = context.params["engine"]
     if engine != "threads" and context.get_parameter_source("engine") == ParameterSource.COMMANDLINE:
         raise click.UsageError(f"--threaded is --engine threads: leave out one of it and --engine {engine}")
+
+
+def _refuse_metrics_without_port() -> None:
+    context = click.get_current_context()
+    address_is_given = context.get_parameter_source("metrics_address") != ParameterSource.DEFAULT
+    if address_is_given and context.params["metrics_port"] is None:
+        raise click.UsageError("--metrics-address makes no sense without --metrics-port: give the port too")
 
 
 def _metrics(address: str, port: int | None) -> contextlib.AbstractContextManager[MetricsServer | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socket
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 from ..commandline import complain
 from ..config import ServerConfig
 from ..errors import StartError
-from ..logs import configure
+from ..logs import configure, log
 from ..loops import loop_factory, report_in_one_line
 from .service import EchoServer, start_server
 
@@ -70,9 +71,15 @@ async def _obey(server: EchoServer, reader: asyncio.StreamReader, writer: asynci
                 case "abort":
                     server.abort()
                 case "reload":
-                    with contextlib.suppress(StartError):  # the parent has tried it, and said what is wrong
-                        server.reload_certificates()
+                    _reload(server)
     server.abort()
+
+
+def _reload(server: EchoServer) -> None:
+    try:
+        server.reload_certificates()
+    except StartError as error:  # the parent has tried it: the files have changed since
+        log.error("worker %d: the certificates stay as they were: %s", os.getpid(), error)
 
 
 def _line(**facts: Any) -> bytes:

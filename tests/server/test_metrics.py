@@ -24,6 +24,7 @@ import echo_async
 from echo_async import Stats
 from echo_async.config import EngineName
 from echo_async.server import metrics as module
+from echo_async.server.command import main
 from echo_async.server.metrics import COUNTERS, TIMEOUTS, StatsCollector
 from echo_async.server.workers import Worker
 
@@ -204,6 +205,13 @@ def test_a_port_in_use_is_exit_code_3_in_one_line() -> None:
         f"error: cannot serve metrics on 127.0.0.1:{port}: address already in use; "
         "give another --metrics-port or --metrics-address\n"
     )
+
+
+def test_an_address_without_a_port_is_exit_code_2_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--port", "0", "--metrics-address", "0.0.0.0"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "error: --metrics-address makes no sense without --metrics-port: give the port too\n"
 
 
 def test_no_such_address_is_exit_code_3_in_one_line() -> None:

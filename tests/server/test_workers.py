@@ -20,6 +20,7 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
+import trustme
 from support import PATIENCE, SOON, ServerProcess, held, receive_all, receive_line, server_process, until
 
 from echo_async.config import EngineName
@@ -390,3 +391,24 @@ def test_a_worker_does_not_outlive_a_parent_that_dies_with_an_answer_unread(engi
             finally:
                 worker.kill()
     assert (worker.returncode, lines) == (0, "")
+
+
+def test_a_worker_says_that_it_keeps_its_old_certificates(tmp_path: Path) -> None:
+    """The parent could read the new ones: they have changed since."""
+    trouble, served = tmp_path / "trouble", tmp_path / "served.pem"
+    trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(served)
+    code = f"""
+import os, ssl, sys
+load = ssl.SSLContext.load_cert_chain
+def load_or_not(*arguments, **named):
+    if os.path.exists({str(trouble)!r}):
+        raise OSError("changed just now")
+    return load(*arguments, **named)
+if "echo_async.server.worker" in sys.orig_argv:
+    ssl.SSLContext.load_cert_chain = load_or_not
+"""
+    with server_process("--workers", "2", "--ssl-certfile", str(served), env=sitecustomize(tmp_path, code)) as server:
+        trouble.touch()
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: server.log.count("the certificates stay as they were: ") == 2)
+        assert server.stop()[0] == 0
