@@ -71,7 +71,7 @@ class Hosted:
         self.server.close()
         self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
-        assert not self.problems
+        assert not self.problems, self.problems
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -30,7 +30,7 @@ class Client(Connection):
     """A connection without a socket: the test says what is stuck in it."""
 
     def __init__(self, registry: Clocked) -> None:
-        super().__init__(registry)
+        super().__init__(registry, None)
         self.clock = registry
         self.stuck = 0
         self.ended: list[str] = []

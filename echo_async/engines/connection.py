@@ -6,7 +6,6 @@ read and sent and how a connection is ended.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
@@ -56,10 +55,10 @@ class Connection:
         "registry",
     )
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, peername: object) -> None:
         self.registry = registry
         self.conversation = registry.conversation()
-        self._peername: object = None
+        self._peername = peername
         now = registry.now()
         self._received = 0
         self._quiet_since = now
@@ -168,7 +167,7 @@ class Connection:
             log.warning("%s closed: its message is over the limit of %d bytes", self.peer, said.limit)
         elif said.unfinished:
             log.warning("%s lost in mid-message, after %d bytes without a newline", self.peer, said.unfinished)
-        if log.isEnabledFor(logging.DEBUG):
+        if self.registry.log_chunks:
             log.debug(
                 "%s closed: %d messages, %d bytes in, %d out", self.peer, said.messages, said.received, said.answered
             )

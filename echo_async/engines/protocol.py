@@ -35,15 +35,13 @@ async def listen(
 class ProtocolConnection(Connection, asyncio.Protocol):
     """One client of the ``protocol`` engine."""
 
-    __slots__ = ("_let_in", "_receive", "_transport", "_write", "_writing_paused")
+    __slots__ = ("_let_in", "_transport", "_write", "_writing_paused")
 
     _transport: asyncio.Transport
-    _receive: Callable[[bytes], bytes]
     _write: Callable[[bytes], object]
 
     def __init__(self, registry: Registry, *, let_in: bool = False, source: Source = None) -> None:
-        super().__init__(registry)
-        self._peername = source
+        super().__init__(registry, source)
         self._let_in = let_in  # already, with its PROXY header or TLS handshake
         self._writing_paused = False
 
@@ -53,17 +51,23 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             self.registry.end_handshake()
         elif self.registry.refuse():
             return self._transport.abort()
-        self._peername = self._peername or transport.get_extra_info("peername")
-        self._receive = self.conversation.receive
         self._write = self._transport.write
         self.registry.add(self)
 
+    @property
+    def peer(self) -> str:
+        """The client's address, asked for when it is needed: it can be until the connection is lost."""
+        self._peername = self._peername or self._transport.get_extra_info("peername")
+        return super().peer
+
     def data_received(self, data: bytes) -> None:
+        said = self.conversation
         try:
-            reply = self._receive(data)
+            reply = said.receive(data)
             if reply:
-                self._write(reply)
-            if self.conversation.finished and self._ended_at is None:
+                write = self._write  # a name of its own: CPython is slow to call what it finds in a slot
+                write(reply)
+            if said.finished and self._ended_at is None:
                 self.finish()
         except Exception as error:
             self.fail(error)
@@ -125,14 +129,13 @@ class LoggedProtocolConnection(ProtocolConnection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        if self.registry.log_chunks:
-            self._receive = self._receive_and_log
         if self.registry.log_messages:
             self._write = self._write_and_log
 
-    def _receive_and_log(self, data: bytes) -> bytes:
-        self.log_chunk(data)
-        return self.conversation.receive(data)
+    def data_received(self, data: bytes) -> None:
+        if self.registry.log_chunks:
+            self.log_chunk(data)
+        super().data_received(data)
 
     def _write_and_log(self, reply: bytes) -> None:
         self._transport.write(reply)

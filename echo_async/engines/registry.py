@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 
 from ..config import ServerConfig
-from ..conversation import Conversation, conversation
+from ..conversation import MODES, Conversation
 from ..logs import Seldom, access_log, excerpt, log
 from ..proxy import HeaderError, ProxyHeader, Senders
 from ..reasons import reason
@@ -40,7 +40,7 @@ class Registry:
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
-        self.conversation: Callable[[], Conversation] = partial(conversation, config.mode, config.limit_message_size)
+        self.conversation: Callable[[], Conversation] = partial(MODES[config.mode], config.limit_message_size)
         self.limit = config.limit_connections or _descriptors()
         self.linger = LINGER
         self._stopping = False
@@ -73,9 +73,10 @@ class Registry:
             gone["messages"] += said.messages
             gone["bytes_in"] += said.received
             gone["bytes_out"] += said.answered
-            gone["too_long"] += said.too_long
-            gone["lost"] += bool(said.unfinished) and not said.too_long
-        connection.log_closed()
+            if said.unfinished:
+                gone["too_long" if said.too_long else "lost"] += 1
+        if said.unfinished or self.log_chunks:
+            connection.log_closed()
         if self.on_empty is not None and not self.connections:
             self.on_empty()
 

@@ -31,9 +31,6 @@ def read_ahead(config: ServerConfig) -> int:
     return max(config.chunk_size, 16 * 1024)
 
 
-_tasks: set[asyncio.Task[None]] = set()  # of handlers: an event loop keeps weak references only
-
-
 def handle_echo(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, **options: Unpack[ServerOptions]
 ) -> asyncio.Task[None]:
@@ -63,10 +60,7 @@ def _serve(
 ) -> asyncio.Task[None]:
     connection = StreamConnection(registry, reader, writer, source)
     registry.add(connection)
-    task = loop.create_task(connection.run())
-    _tasks.add(task)
-    task.add_done_callback(connection.ended)
-    return task
+    return connection.start(loop)
 
 
 async def listen(
@@ -108,20 +102,23 @@ class StreamConnection(Connection):
         writer: asyncio.StreamWriter,
         source: Source = None,
     ) -> None:
-        super().__init__(registry)
         self._reader = reader
         self._writer = writer
         self._transport = writer.transport
-        self._peername = source or writer.get_extra_info("peername")
-        self._task: asyncio.Task[object] | None = None
+        super().__init__(registry, source or self._transport.get_extra_info("peername"))
         self._reading = False  # the task is in a place where it may be woken by a cancellation
         self._stopping = False
 
-    async def run(self) -> None:
-        """Serve the client until the connection is closed."""
-        self._task = asyncio.current_task()
+    def start(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
+        """Serve the client in a task, which is done when the connection is closed."""
+        self._task = loop.create_task(self._run())  # kept here: an event loop has a weak reference only
+        self._task.add_done_callback(self._ended)
+        return self._task
+
+    async def _run(self) -> None:
         try:
-            await self._echo_until_woken()
+            if not self._stopping:
+                await self._echo()
             if self._stopping:
                 await self._echo_the_rest()
             await self._linger()
@@ -133,49 +130,43 @@ class StreamConnection(Connection):
         except Exception as error:
             self.fail(error)
 
-    def ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, _: object) -> None:
         """The task is done; it may have been cancelled before it ran at all."""
-        _tasks.discard(task)
         self._transport.abort()  # does nothing where it is closed already
         self.registry.remove(self)
 
-    async def _echo_until_woken(self) -> None:
+    async def _echo(self) -> None:
+        """Read a chunk, answer what it completed; until the conversation or the client's side ends, or we are woken."""
+        conversation, transport = self.conversation, self._transport
+        read, write, size = self._reader.read, transport.write, self.registry.config.chunk_size
+        log_messages, log_chunks = self.registry.log_messages, self.registry.log_chunks
+        chunks = 0
         self._reading = True
         try:
-            if not self._stopping:
-                await self._echo()
+            while chunk := await read(size):
+                reply = conversation.receive(chunk)
+                if log_chunks:
+                    self.log_chunk(chunk)
+                if reply:
+                    write(reply)
+                    if log_messages:
+                        for _ in self.log_reply(reply):
+                            await asyncio.sleep(0)
+                    if transport.get_write_buffer_size() > DRAIN_ABOVE:
+                        await self._writer.drain()
+                if conversation.finished:
+                    return
+                chunks += 1
+                if chunks == TURN:
+                    chunks = 0
+                    await asyncio.sleep(0)
+            conversation.receive_eof()
         except asyncio.CancelledError:
-            if not (self._stopping or self.conversation.finished):
+            if not (self._stopping or conversation.finished):
                 raise
-            assert self._task is not None
             self._task.uncancel()
         finally:
             self._reading = False
-
-    async def _echo(self) -> None:
-        """Read a chunk, answer what it completed; until the conversation or the client's side ends."""
-        conversation, transport = self.conversation, self._transport
-        read, write, size = self._reader.read, self._writer.write, self.registry.config.chunk_size
-        log_messages, log_chunks = self.registry.log_messages, self.registry.log_chunks
-        chunks = 0
-        while chunk := await read(size):
-            reply = conversation.receive(chunk)
-            if log_chunks:
-                self.log_chunk(chunk)
-            if reply:
-                write(reply)
-                if log_messages:
-                    for _ in self.log_reply(reply):
-                        await asyncio.sleep(0)
-                if transport.get_write_buffer_size() > DRAIN_ABOVE:
-                    await self._writer.drain()
-            if conversation.finished:
-                return
-            chunks += 1
-            if chunks == TURN:
-                chunks = 0
-                await asyncio.sleep(0)
-        conversation.receive_eof()
 
     async def _echo_the_rest(self) -> None:
         """At a stop: answer what has arrived, and let a message that has begun be finished."""
@@ -187,7 +178,7 @@ class StreamConnection(Connection):
                 if not chunk:
                     return conversation.receive_eof()
                 reply = conversation.receive(chunk)
-                self._writer.write(reply)
+                self._transport.write(reply)
                 if reply and self.registry.log_messages:
                     for _ in self.log_reply(reply):
                         await asyncio.sleep(0)
@@ -198,7 +189,7 @@ class StreamConnection(Connection):
     async def _linger(self) -> None:
         """Discard what still comes until the client ends its side. The sweep bounds the time."""
         if not self._reader.at_eof() and self._transport.can_write_eof():
-            self._writer.write_eof()
+            self._transport.write_eof()
             while chunk := await self._reader.read(DISCARD):
                 self.conversation.receive(chunk)
 
@@ -218,6 +209,6 @@ class StreamConnection(Connection):
         self._transport.abort()
 
     def _wake(self) -> None:
-        if self._reading and self._task is not None:
+        if self._reading:
             self._reading = False
             self._task.cancel()

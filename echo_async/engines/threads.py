@@ -33,9 +33,8 @@ class ThreadConnection(Connection):
     __slots__ = ("_busy", "_finishing", "_marked", "_shut", "_socket", "_unsent")
 
     def __init__(self, registry: Registry, client: socket.socket | TlsSocket, peername: object) -> None:
-        super().__init__(registry)
+        super().__init__(registry, peername)
         self._socket = client
-        self._peername = peername
         self._busy = threading.Lock()
         self._marked = False  # the server stops, or this client's time is up
         self._finishing = False  # the latter
@@ -71,14 +70,16 @@ class ThreadConnection(Connection):
         """Read chunks, answer what they complete, as long as there may be more. True at the client's end."""
         conversation, receive, size = self.conversation, self._socket.recv, self.registry.config.chunk_size
         answer = self._answer_and_log if self.registry.log_chunks else conversation.receive
-        with self._busy, contextlib.suppress(BlockingIOError):
-            while chunk := receive(size, socket.MSG_DONTWAIT):
-                if reply := answer(chunk):
-                    self._send(reply)
-                if len(chunk) < size or self._marked or conversation.finished:
-                    return False  # less than was asked for: there was no more
-            return True
-        return False
+        with self._busy:
+            try:
+                while chunk := receive(size, socket.MSG_DONTWAIT):
+                    if reply := answer(chunk):
+                        self._send(reply)
+                    if len(chunk) < size or self._marked or conversation.finished:
+                        return False  # less than was asked for: there was no more
+            except BlockingIOError:
+                return False
+        return True
 
     def _answer_and_log(self, chunk: bytes) -> bytes:
         self.log_chunk(chunk)

@@ -7,6 +7,7 @@ daemons (those are killed in the middle of a reply when the interpreter exits), 
 from __future__ import annotations
 
 import contextlib
+import enum
 import selectors
 import socket
 import threading
@@ -31,8 +32,18 @@ from ..server.base import BaseServer
 __all__ = ["EchoServer", "serve"]
 
 STACK = 256 * 1024  # bytes of address space for a client's thread
+BATCH = 16  # clients that are accepted before the time is looked at
 DRAIN_TICK = 0.05  # seconds between two sweeps while the server stops
 JOIN = 5.0  # seconds for threads whose sockets were shut down to notice
+
+
+class Accepted(enum.Enum):
+    """What came of an attempt to let in the clients that wait."""
+
+    ALL = enum.auto()
+    PERHAPS_NOT_ALL = enum.auto()
+    NOT_JUST_NOW = enum.auto()  # the system cannot
+
 
 _starting = threading.Lock()  # threading.stack_size is one for the whole process
 
@@ -150,31 +161,34 @@ class EchoServer(BaseServer):
                 selector.register(listener, selectors.EVENT_READ, listener)
             while not self._stopping:
                 for key, _ in selector.select(max(0.0, next_sweep - registry.now())):
-                    if key.data is not None and not self._accept(key.data):
+                    if key.data is not None and self._accept(key.data) is Accepted.NOT_JUST_NOW:
                         wakeup.select(BACK_OFF)
                 self._forget_ended()
                 if registry.now() >= next_sweep:
                     registry.sweep()
                     next_sweep = registry.now() + interval
             for listener in self._sockets:  # closing would reset the clients that the kernel has connected
-                while self._accept(listener):
+                while self._accept(listener) is Accepted.PERHAPS_NOT_ALL:
                     pass
 
-    def _accept(self, listener: socket.socket) -> bool:
-        """Let in one client that waits, if one does; False if there was none, or no means to serve it."""
-        try:
-            client, peername = listener.accept()
-        except BlockingIOError:  # another worker took it
-            return False
-        except OSError as error:
-            if error.errno not in CLIENT_GONE:
-                self._registry.say_cannot_accept(reason(error))
-            return error.errno in CLIENT_GONE
-        if self._registry.refuse() or not self._registry.may_connect(peername):
-            client.close()
-        else:
-            self._start_thread(client, peername)
-        return True
+    def _accept(self, listener: socket.socket) -> Accepted:
+        """Let in the clients that wait, up to ``BATCH`` of them."""
+        registry = self._registry
+        for _ in range(BATCH):
+            try:
+                client, peername = listener.accept()
+            except BlockingIOError:
+                return Accepted.ALL
+            except OSError as error:
+                if error.errno in CLIENT_GONE:
+                    continue
+                registry.say_cannot_accept(reason(error))
+                return Accepted.NOT_JUST_NOW
+            if registry.refuse() or not registry.may_connect(peername):
+                client.close()
+            else:
+                self._start_thread(client, peername)
+        return Accepted.PERHAPS_NOT_ALL
 
     def _start_thread(self, client: socket.socket, peername: object) -> None:
         serve: Callable[[], None]
