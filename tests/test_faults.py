@@ -611,6 +611,16 @@ def test_a_client_that_is_gone_when_it_is_accepted_does_not_hold_up_the_next(
             assert accept.failed == 1
 
 
+def test_a_client_that_another_worker_took_first_does_not_hold_up_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    accept = FailingAccept(monkeypatch, most=1)
+    monkeypatch.setattr("echo_async.sync.server.BACK_OFF", 2 * PATIENCE)  # a pause would be seen
+    with sync.serve(port=0, mode="stream") as server:
+        accept.begin(errno.EAGAIN)
+        with connect(server) as client:
+            assert echoes(client)
+        assert accept.failed == 1
+
+
 @each_accept_of_ours
 def test_a_stop_while_accept_fails(start: Start, tls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in LASTING:

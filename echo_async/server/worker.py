@@ -61,18 +61,20 @@ async def _serve(config: ServerConfig, channel: socket.socket, listeners: list[s
 
 async def _obey(server: EchoServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Do what the parent says; end at once when it is gone."""
-    with contextlib.suppress(*PARENT_GONE):
-        while line := await reader.readline():
-            match json.loads(line)["do"]:
-                case "stats":
-                    writer.write(_line(stats=asdict(server.stats)))
-                case "stop":
-                    server.close()
-                case "abort":
-                    server.abort()
-                case "reload":
-                    _reload(server)
-    server.abort()
+    try:
+        with contextlib.suppress(*PARENT_GONE):
+            while line := await reader.readline():
+                match json.loads(line)["do"]:
+                    case "stats":
+                        writer.write(_line(stats=asdict(server.stats)))
+                    case "stop":
+                        server.close()
+                    case "abort":
+                        server.abort()
+                    case "reload":
+                        _reload(server)
+    finally:  # whatever ended it: a worker that takes no orders must not go on
+        server.abort()
 
 
 def _reload(server: EchoServer) -> None:
