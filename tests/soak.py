@@ -216,9 +216,10 @@ async def churn(kind: str, scale: float) -> None:
     """Connect, echo, close, a hundred thousand times, one in a hundred faulty: nothing is left over."""
     rounds = int(100_000 * scale)
     with server(*KINDS[kind]) as it:
+        descriptors = it.descriptors
         failed = await cycles(it.port, rounds // 5)
-        await until(lambda: it.descriptors < 40)
-        memory, descriptors = it.memory, it.descriptors
+        await until(lambda: it.descriptors <= descriptors)
+        memory = it.memory
         failed += await cycles(it.port, rounds - rounds // 5)
         check(f"failed of {rounds} good clients", failed, failed == 0, "0")
         await until(lambda: it.descriptors <= descriptors)

@@ -122,8 +122,10 @@ class StreamConnection(Connection):
             if self._stopping:
                 await self._echo_the_rest()
             await self._linger()
-            self._writer.close()
-            await self._writer.wait_closed()
+            is_sent = self._transport.can_write_eof() and not self.unsent()  # TLS has its close_notify to send
+            self._transport.close()
+            if not is_sent:
+                await self._writer.wait_closed()
         except (OSError, RuntimeError) as error:
             # The connection broke. uvloop says RuntimeError where asyncio says ConnectionError.
             log.debug("%s broke off: %s", self.peer, error)
