@@ -501,8 +501,13 @@ def test_an_error_of_the_servers_own_ends_that_client_only(
     assert re.fullmatch(r"127\.0\.0\.1:\d+ closed for an error of the server's: .*(a bug|Memory).*", line)
 
 
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_no_thread_for_a_client_is_that_clients_loss_only(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    certificate: Path,
+    trusting: ssl.SSLContext,
+    tls: bool,
 ) -> None:
     begin = threading.Thread.start
     refused = [RuntimeError("can't start new thread"), MemoryError(), RuntimeError("can't start new thread")]
@@ -513,12 +518,14 @@ def test_no_thread_for_a_client_is_that_clients_loss_only(
         begin(self)
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    with sync.serve(port=0) as server:
+    with sync.serve(port=0, ssl_certfile=str(certificate) if tls else None) as server:
         for _ in range(3):
             with connect(server) as client, suppress(ConnectionError):
                 assert receive_all(client) == b""
-        with connect(server) as client:
+        with connect(server) as plain:
+            client = trusting.wrap_socket(plain, server_hostname="localhost") if tls else plain
             assert echoes(client)
+            client.close()
         assert server.stats.refused == 3
         assert server.stats.accepted == 1
     assert lines_of(caplog, logging.WARNING) == ["cannot accept clients just now: can't start new thread"]
@@ -716,6 +723,16 @@ def test_it_can_be_closed_twice_by_many_and_waited_for_by_many(kind: Kind) -> No
             server.abort()
             await server.wait_closed()
             await server.serve_forever()
+
+    run(main, kind[1])
+
+
+@each_kind
+def test_one_that_was_awaited_can_be_entered_and_is_closed_with_the_block(kind: Kind) -> None:
+    async def main() -> None:
+        async with serving(kind) as server, asyncio.timeout(PATIENCE), server as entered:
+            assert entered is server
+            assert await echo_async.echo("hello", *server.address) == "hello"
 
     run(main, kind[1])
 

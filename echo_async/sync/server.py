@@ -79,12 +79,9 @@ class EchoServer(BaseServer):
         self._acceptor = threading.Thread(target=self._run, name="echo-async accept")
 
     @classmethod
-    def start(cls, config: ServerConfig, sockets: Sequence[socket.socket] | None = None) -> Self:
-        """Serve on ``sockets``, which are listening already, or on those that ``config`` names."""
-        if sockets is None:
-            self = cls(config, listening.bind(config, listening.resolve(config)), config.uds)
-        else:
-            self = cls(config, sockets)
+    def start(cls, config: ServerConfig) -> Self:
+        """Serve on the sockets that ``config`` names."""
+        self = cls(config, listening.bind(config, listening.resolve(config)), config.uds)
         self.start_accepting()
         return self
 

@@ -199,6 +199,14 @@ def test_a_unix_socket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
             assert facts["messages"] > 0
 
 
+def test_a_unix_socket_whose_queue_is_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "echo")
+    with server_process("--uds", path, "--backlog", "1", "--no-access-log"):
+        facts = load(capsys, "--uds", path, "--mode", "message", "--connections", "50", *SHORT)
+        assert facts["messages"] > 0
+        assert facts["lost"] == 0
+
+
 def test_tls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     authority = trustme.CA()
     certificate, trusted = tmp_path / "server.pem", tmp_path / "ca.pem"
@@ -415,6 +423,24 @@ def test_ctrl_c_ends_it_early_with_what_there_is(serve: Serve) -> None:
         out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (0, b"")
     assert json.loads(out)["duration"] < PATIENCE
+
+
+def test_a_process_of_the_load_that_is_killed_is_told(serve: Serve) -> None:
+    begun = threading.Event()
+
+    class Telling(Echo):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            begun.set()
+
+    command = [*LOAD, "--port", str(serve(Telling)), "--warmup", "0", "--duration", "60", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert begun.wait(PATIENCE)
+        [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out) == (1, b"")
+    assert err == b"error: a process of the load ended by itself with -9; try fewer --connections\n"
 
 
 # What it refuses

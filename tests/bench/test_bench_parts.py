@@ -19,6 +19,7 @@ from echo_async.bench.figures import Distribution
 from echo_async.bench.load import LoadResult
 from echo_async.bench.pattern import LARGEST, Pattern
 from echo_async.bench.plan import Plan
+from echo_async.bench.report import print_load
 from echo_async.bench.tally import Tally, read_tally, write_tally
 
 PLAN = Plan(family=socket.AF_INET, address=("127.0.0.1", 1), connections=5, size=1000)
@@ -125,6 +126,14 @@ def test_the_generator_was_the_limit_where_it_had_no_cpu_left_or_came_late_itsel
     assert load.generator_was_the_limit
     load.generator_cpu, load.behind = [0.5], 11
     assert load.generator_was_the_limit
+
+
+def test_the_table_says_that_the_generator_was_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    load = result(0.1)
+    load.generator_cpu = [0.5, 0.99]
+    print_load(load, [])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the generator was the limit, not the server (it used 50 %, 99 % of a core)" in out
 
 
 # What has to hold

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from scripted import Peer, Serve, Start, answer_all, answer_one, keep_silent
-from support import PATIENCE, server_process
+from support import PATIENCE, server_process, the_one_line
 
 import echo_async
 from echo_async.client.command import command, main
@@ -337,6 +337,19 @@ def test_stderr_closed(script: Start, closed_port: int) -> None:
     for port, expected in ((script(answer_all).address[1], b"hola\n0\n"), (closed_port, b"3\n")):
         words = ["sh", "-c", line, "sh", *COMMAND, "--verbose", "--port", str(port), "hola"]
         assert subprocess.run(words, capture_output=True, timeout=PATIENCE).stdout == expected
+
+
+def test_a_stderr_that_takes_nothing(closed_port: int) -> None:
+    for port, code in ((str(closed_port), b"3\n"), ("none", b"2\n")):
+        words = ["sh", "-c", '"$@" 2>/dev/full; echo "$?"', "sh", *COMMAND, "--port", port, "hola"]
+        assert subprocess.run(words, capture_output=True, timeout=PATIENCE).stdout == code
+
+
+def test_a_line_of_stdin_that_never_ends(script: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    port = str(script(answer_all).address[1])
+    with open("/dev/zero", "rb") as zeros:
+        assert subprocess.run([*COMMAND, "--port", port, "-"], stdin=zeros, timeout=PATIENCE).returncode == 1
+    assert the_one_line(*capfd.readouterr()) == "error: stdin has a line of more than 64 MiB: it was not sent\n"
 
 
 def test_a_full_disk(script: Start) -> None:

@@ -428,7 +428,8 @@ def test_a_name_with_a_dead_and_a_living_address(
     script: Start, monkeypatch: pytest.MonkeyPatch, black_hole: tuple[str, int], bound: socket.socket
 ) -> None:
     server = script(answer_all)
-    _resolve_to(monkeypatch, bound.getsockname(), black_hole, server.address)
+    at_once = ("127.255.255.255", server.address[1])  # the system refuses to connect to a broadcast address
+    _resolve_to(monkeypatch, at_once, bound.getsockname(), black_hole, server.address)
     assert sync.echo("Hola", "several.example") == "Hola"
 
 
