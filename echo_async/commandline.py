@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import click
 
 from . import __version__
 from .errors import ConfigError
+from .reasons import reason
 
-__all__ = ["BAD_OPTION", "CONTEXT", "Seconds", "complain", "drop_output", "run_command", "version_option"]
+__all__ = ["BAD_OPTION", "CONTEXT", "Seconds", "complain", "drop_output", "printing", "run_command", "version_option"]
 
+CANNOT_WRITE = 1
 BAD_OPTION = 2
 
 CONTEXT = {
@@ -63,6 +65,10 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
     except SystemExit:  # what click makes of a help text that nobody reads to its end
         drop_output(sys.stdout)
         return 0
+    except OSError as error:  # a full disk
+        drop_output(sys.stdout)
+        complain(f"cannot write to stdout: {reason(error)}")
+        return CANNOT_WRITE
     return int(code or 0)
 
 
@@ -73,6 +79,17 @@ def _fill_standard_descriptors() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """What is printed in this block is lost if nobody reads it, and nothing else is: the exit code still tells."""
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):  # the latter is what rich makes of it
+        drop_output(sys.stdout)
 
 
 def complain(text: str) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from ..commandline import CONTEXT, Seconds, complain, run_command, version_option
+from ..commandline import CONTEXT, Seconds, complain, printing, run_command, version_option
 from ..config import CONNECT_TIMEOUT, HOST, PORT, EngineName
 from ..errors import ConfigError, ConnectError, EchoError, StartError
 from ..loops import LoopName, loop_factory
+from ..reasons import reason
 from .compare import Comparison, compare, models
 from .expectation import Expectation
 from .extra import need
@@ -159,12 +161,23 @@ def compare_command(**options: Any) -> int:
     need("numpy", *([] if options["json"] else ["rich"]), *(["matplotlib"] if options["plot"] else []))
     comparison = _compare(options)
     text = json.dumps(comparison.as_json(), indent=2)
-    click.echo(text) if options["json"] else print_comparison(comparison)
+    with printing():
+        print(text) if options["json"] else print_comparison(comparison)
     if options["save"]:
-        Path(options["save"]).write_text(text + "\n")
+        with _writing(options["save"]):
+            Path(options["save"]).write_text(text + "\n")
     if options["plot"]:
-        draw(comparison, options["plot"])
+        with _writing(options["plot"]):
+            draw(comparison, options["plot"])
     return ALL_AS_EXPECTED
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EchoError(f"cannot write {path}: {reason(error)}") from error
 
 
 def _check_files(options: dict[str, Any]) -> None:
@@ -220,10 +233,11 @@ def _run(plan: Plan) -> LoadResult:
 
 
 def _tell(result: LoadResult, expectations: Sequence[Expectation], as_json: bool) -> int:
-    if as_json:
-        click.echo(json.dumps(load_json(result, expectations), indent=2))
-    else:
-        print_load(result, expectations)
+    with printing():
+        if as_json:
+            print(json.dumps(load_json(result, expectations), indent=2))
+        else:
+            print_load(result, expectations)
     if result.mismatch is not None:
         complain(
             "connection {connection}: message {message} came back different at offset {offset}: {what}".format(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from ..errors import ConnectError, EchoError
+from ..errors import ConfigError, ConnectError, EchoError
 from ..reasons import reason
 from .figures import Distribution
 from .plan import Plan
@@ -27,6 +27,7 @@ __all__ = ["LoadError", "LoadResult", "find", "run_load"]
 HEAD_START = 0.02  # seconds for the word to start to reach every process
 TICK = 0.1  # seconds between two looks at the clock, for the progress bar
 END = 5  # seconds for a process that has told its result to end
+LONGEST_WAIT = 86_400.0  # seconds: sockets cannot wait as long as options can say
 NEARLY_ALL = 0.95  # of a core: a generator that uses that much is the limit itself
 
 Progress = Callable[[float], None]
@@ -90,10 +91,12 @@ class LoadResult:
 
 def find(host: str, port: int, uds: str | None, plan: Plan) -> tuple[int, Any]:
     """The family and address of the server, which answers there. :exc:`~echo_async.ConnectError` if none does."""
+    if uds == "":
+        raise ConfigError("uds is empty: give the path of a Unix socket")
     name = uds or (f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
     context = plan.tls_context()
     try:
-        with _connect(host, port, uds, plan.timeout) as connected:
+        with _connect(host, port, uds, min(plan.timeout, LONGEST_WAIT)) as connected:
             found = int(connected.family), uds or connected.getpeername()
             if context is not None:
                 assert plan.tls is not None

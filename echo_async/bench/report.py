@@ -49,6 +49,7 @@ def load_json(result: LoadResult, expectations: Sequence[Expectation]) -> dict[s
         "tls": plan.tls is not None,
         "warmup": plan.warmup,
         "duration": result.seconds,
+        "interrupted": result.interrupted,
         "messages": result.messages,
         "messages_per_second": result.messages_per_second,
         "megabytes_per_second": result.megabytes_per_second,
@@ -123,6 +124,8 @@ def _remarks(result: LoadResult) -> Iterator[str]:
             f"the generator was the limit, not the server (it used {used} of a core): "
             f"try --processes {2 * plan.processes}, or a machine that is not busy"
         )
+    if result.interrupted:
+        yield f"interrupted after {result.seconds:.3g} s of {plan.duration:g}"
     for why, times in result.failures.items():
         yield f"failed: {why} ({many(times, 'time')})"
     if result.lost:
@@ -206,7 +209,7 @@ def console() -> Console:
 @contextmanager
 def progress_bar(what: str, total: float) -> Iterator[Callable[[float], None] | None]:
     """A bar on stderr if that is a terminal: gives what to call with how much is done."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

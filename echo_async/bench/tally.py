@@ -1,6 +1,6 @@
 """What one process of a load saw: a sample for each read that finished messages, and what went wrong.
 
-Samples are kept, all of them, as numbers in arrays (20 bytes each), so that percentiles are exact. They go to
+Samples are kept, all of them, as numbers in arrays (24 bytes each), so that percentiles are exact. They go to
 the parent as they are: a line of JSON, then the arrays.
 """
 

@@ -67,8 +67,8 @@ def _option(name: str, help: str, **more: Any) -> Callable[[Any], Any]:
 def command(context: click.Context, /, messages: Sequence[str], **options: Any) -> int:
     """Send each MESSAGE to an echo server, and print what comes back, once it is known to be the same.
 
-    Without MESSAGE, each line of stdin is a message if stdin is a pipe or a file; else "Hola Server!" is
-    sent. "-" stands for the lines of stdin. A MESSAGE of several lines is sent as its lines; one that
+    Without MESSAGE, each line of stdin is a message if stdin is a pipe or a file; else, and with --count,
+    "Hola Server!" is sent. "-" stands for the lines of stdin. A MESSAGE of several lines is sent as its lines; one that
     starts with "-" needs "--" before it.
 
     \b

@@ -6,6 +6,7 @@ A terminal gets replies escaped. A reader of stdout who goes away ends the comma
 from __future__ import annotations
 
 import json
+import os
 import select
 import sys
 
@@ -69,7 +70,8 @@ class Output:
 
     def heading(self, text: str) -> None:
         """What is going to be pinged."""
-        self._line(text)
+        if not self._quiet:
+            self._line(text)
 
     def round_trip(self, name: str, message: bytes, seconds: float) -> None:
         """Show one reply of a ping."""
@@ -102,8 +104,7 @@ class Output:
             self._writing = True
             if self._interrupted and self._held_up():
                 raise KeyboardInterrupt
-            self._stdout.buffer.write(data)
-            self._stdout.buffer.flush()
+            self._put(memoryview(data))
         except BrokenPipeError as error:
             raise OutputClosed from error
         except OSError as error:
@@ -114,6 +115,15 @@ class Output:
             raise Interrupted from error
         finally:
             self._writing = False
+
+    def _put(self, data: memoryview) -> None:
+        """Past every buffer: each is one more that is not sure to say how much of ``data`` it has taken."""
+        descriptor = self._stdout.fileno()
+        while data:
+            try:
+                data = data[os.write(descriptor, data) :]
+            except BlockingIOError:  # somebody else who has it made it so
+                select.select([], [descriptor], [])
 
     def _say(self, text: str) -> None:
         if self._stderr is not None:

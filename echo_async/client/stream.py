@@ -257,7 +257,7 @@ class _AsyncMessages:
         self._taken: deque[Message] = deque()
         self._size = 0
         self._room = asyncio.Event()
-        self._done = False
+        self._done = self._stopped = False
         self.failure: BaseException | None = None
 
     @property
@@ -268,12 +268,15 @@ class _AsyncMessages:
         self._pump = asyncio.create_task(self._take_all(notify))
 
     async def stop(self) -> None:
+        self._stopped = True
         self._pump.cancel()
         await asyncio.wait([self._pump])
 
     async def _take_all(self, notify: Callable[[], None]) -> None:
         try:
             async for message in self._messages:
+                if self._stopped:  # and the cancellation was swallowed, as asyncio.wait_for can do on 3.11
+                    return
                 self._taken.append(message)
                 self._size += len(message)
                 notify()

@@ -48,13 +48,15 @@ class Target:
         server_hostname: str | None,
     ) -> None:
         check_seconds("connect_timeout", connect_timeout)
-        if not 0 <= retry < math.inf:
-            raise ConfigError(f"retry {retry} makes no sense: give seconds, 0 or more")
+        if not isinstance(retry, int | float) or not 0 <= retry < math.inf:
+            raise ConfigError(f"retry {retry!r} makes no sense: give seconds, 0 or more")
         if uds is None:
             _check_address(host, port)
             self.name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         else:
             self.name = os.fspath(uds)
+            if not self.name or "\0" in self.name[1:]:
+                raise ConfigError(f"uds {self.name!r} is no path: give the path of a Unix socket")
         if server_hostname is not None and not ssl:
             raise ConfigError("server_hostname is for TLS: give ssl as well")
         self.host, self.port, self.uds = host, port, None if uds is None else os.fspath(uds)
@@ -122,6 +124,8 @@ class Target:
 
 
 def _check_address(host: str, port: int) -> None:
+    if not isinstance(host, str):
+        raise ConfigError(f"host {host!r} makes no sense: give a name or an address, as text")
     if not host:
         raise ConfigError("host is empty: give a name or an address")
     if "\0" in host:

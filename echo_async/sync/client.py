@@ -272,8 +272,11 @@ class Connection(Comparing):
         self._flush()
 
     def work(self) -> None:
-        """Wait until something comes, or can be sent; the first reply that is out is late if nothing comes in time."""
-        if not self.open:
+        """Wait until something comes, or can be sent; the first reply that is out is late if nothing comes in time.
+
+        Returns at once if no reply is out: whoever takes replies from a stream may use the client in between.
+        """
+        if not self.open or not self._out:
             return
         self._wait_to_send(bool(self._unsent))
         left = self._since + self._timeout - monotonic()
@@ -414,7 +417,11 @@ def _race(waiting: list[AddressInfo], deadline: float) -> socket.socket:
     try:
         while running or waiting:
             if waiting:
-                connecting, code = _begin_to_connect(waiting.pop(0))
+                try:
+                    connecting, code = _begin_to_connect(waiting.pop(0))
+                except OSError as error:  # an address family that this machine does not have
+                    failure = failure or error
+                    continue
                 running[connecting.fileno()] = connecting
                 if code:
                     failure = failure or OSError(code, os.strerror(code))

@@ -129,6 +129,13 @@ def test_a_picture_without_matplotlib_says_how_to_get_it(
     assert "pip install 'echo-async[bench]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("option", "name"), [("--save", "facts.json"), ("--plot", "picture.svg")])
+def test_a_file_that_cannot_be_written_is_one_line(option: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    what = ("--engines", "protocol", "--loops", "asyncio", "--chunk-sizes", "20", "--sizes", "100")
+    assert main(["compare", *what, *SHORT, option, f"/proc/{name}"]) == 1
+    assert capsys.readouterr().err == f"error: cannot write /proc/{name}: no such file or directory\n"
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [

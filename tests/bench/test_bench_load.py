@@ -422,7 +422,9 @@ def test_ctrl_c_ends_it_early_with_what_there_is(serve: Serve) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, err) == (0, b"")
-    assert json.loads(out)["duration"] < PATIENCE
+    facts = json.loads(out)
+    assert facts["interrupted"]
+    assert facts["duration"] < PATIENCE
 
 
 def test_a_process_of_the_load_that_is_killed_is_told(serve: Serve) -> None:
@@ -505,6 +507,39 @@ def test_a_rate_that_no_generator_keeps_up_with_ends_in_time_and_says_so(
     facts = load(capsys, "--port", port, "--mode", "stream", "--rate", "1e8", "--timeout", "0.1", *SHORT, code=1)
     assert facts["generator_was_the_limit"]
     assert "the generator could not keep up with the rate" in facts["failures"]
+
+
+@pytest.mark.parametrize("shape", [[], ["--json"]])
+@pytest.mark.parametrize(("expect", "code"), [("p50<1us", 1), ("p50<60s", 0)])
+def test_what_was_expected_counts_where_nobody_reads_the_figures(
+    shape: list[str], expect: str, code: int, port: str
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [*LOAD, "--port", port, *SHORT, *shape, "--expect", expect]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=PATIENCE)
+    os.close(writing)
+    assert done.returncode == code
+    assert done.stderr == (b"error: not as expected: p50<1us\n" if code else b"")
+
+
+def test_a_full_disk_is_one_line(port: str) -> None:
+    for arguments in ([*LOAD, "--port", port, *SHORT], [*LOAD, "--port", port, *SHORT, "--json"], [*LOAD, "--help"]):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, timeout=PATIENCE)
+        assert done.stderr == b"error: cannot write to stdout: no space left on device\n"
+        assert done.returncode == 1
+
+
+def test_it_measures_without_a_stderr(port: str) -> None:
+    words = ["sh", "-c", '"$@" 2>&-', "sh", *LOAD, "--port", port, *SHORT, "--json"]
+    done = subprocess.run(words, stdout=subprocess.PIPE, timeout=PATIENCE)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["messages"] > 0
+
+
+def test_a_time_out_longer_than_sockets_know(capsys: pytest.CaptureFixture[str], port: str) -> None:
+    assert load(capsys, "--port", port, "--timeout", "1e11", *SHORT)["lost"] == 0
 
 
 def test_no_command_is_a_bad_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from scripted import Peer, Serve, Start, answer_all, answer_one, keep_silent
-from support import PATIENCE, server_process, the_one_line
+from support import PATIENCE, server_process, the_one_line, until
 
 import echo_async
 from echo_async.client.command import command, main
@@ -350,6 +350,32 @@ def test_a_line_of_stdin_that_never_ends(script: Start, capfd: pytest.CaptureFix
     with open("/dev/zero", "rb") as zeros:
         assert subprocess.run([*COMMAND, "--port", port, "-"], stdin=zeros, timeout=PATIENCE).returncode == 1
     assert the_one_line(*capfd.readouterr()) == "error: stdin has a line of more than 64 MiB: it was not sent\n"
+
+
+def waiting(pipe: int) -> int:
+    """Bytes in a pipe."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("shape", [[], ["--json"]])
+def test_a_stdout_that_does_not_block_gets_everything(tmp_path: Path, shape: list[str], unbuffered: str) -> None:
+    lines = b"line of text\n" * 20_000
+    (tmp_path / "lines").write_bytes(lines)
+    with server_process("--mode", "stream", "--no-access-log") as server, (tmp_path / "lines").open("rb") as stdin:
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        words = [*COMMAND, "--port", str(server.address[1]), *shape, "-"]
+        env = with_env(PYTHONUNBUFFERED=unbuffered)
+        with subprocess.Popen(words, stdin=stdin, stdout=writing, stderr=subprocess.PIPE, env=env) as process:
+            os.close(writing)
+            with open(reading, "rb") as replies:
+                until(lambda: waiting(reading) > 30_000)  # the pipe is full, or as good as that
+                came = replies.read()
+            assert process.stderr is not None
+            assert (process.stderr.read(), process.wait(PATIENCE)) == (b"", 0)
+    assert came.count(b"\n") == 20_000
+    assert shape or came == lines
 
 
 def test_a_full_disk(script: Start) -> None:

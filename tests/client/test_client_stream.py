@@ -213,6 +213,30 @@ def test_leaving_early_leaves_nothing_behind(on_loop: OnLoop, script: Start, asy
     on_loop(main)
 
 
+def test_leaving_early_ends_messages_that_swallow_a_cancellation(on_loop: OnLoop, script: Start) -> None:
+    server = script(answer_all)
+
+    async def main() -> None:
+        asked = asyncio.Event()
+
+        async def messages() -> AsyncIterator[str]:
+            yield "first"
+            while True:
+                asked.set()
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:  # as asyncio.wait_for can on 3.11
+                    yield "another"
+
+        async with connect(*server.address) as client, asyncio.timeout(PATIENCE):
+            async with aclosing(client.stream(messages())) as replies:
+                assert await anext(replies) == "first"
+                await asked.wait()
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    on_loop(main)
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_cancelling_leaves_nothing_behind(on_loop: OnLoop, script: Start, asynchronous: bool) -> None:
     reached = threading.Event()

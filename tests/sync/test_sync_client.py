@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import inspect
 import itertools
+import os
 import resource
 import socket
 import ssl
@@ -433,6 +435,23 @@ def test_a_name_with_a_dead_and_a_living_address(
     assert sync.echo("Hola", "several.example") == "Hola"
 
 
+def test_a_name_with_an_address_of_a_family_that_this_machine_does_not_have(
+    script: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = script(answer_all)
+    _resolve_to(monkeypatch, ("127.0.0.1", 1), server.address)
+    real, refused = socket.socket, [OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))]
+
+    def make(*args: Any, **kwargs: Any) -> socket.socket:
+        if refused and args:
+            raise refused.pop()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(socket, "socket", make)
+    assert sync.echo("Hola", "several.example") == "Hola"
+    assert not refused
+
+
 def test_a_name_with_dead_addresses_only(monkeypatch: pytest.MonkeyPatch, bound: socket.socket) -> None:
     port = bound.getsockname()[1]
     _resolve_to(monkeypatch, ("127.0.0.1", port), ("127.0.0.2", port))
@@ -492,6 +511,9 @@ def test_retry_ends(bound: socket.socket, black_hole: tuple[str, int]) -> None:
         ({"timeout": 0}, "timeout 0 makes no sense"),
         ({"connect_timeout": -1}, "connect_timeout -1 makes no sense"),
         ({"retry": float("inf")}, "retry inf makes no sense"),
+        ({"retry": None}, "retry None makes no sense"),
+        ({"host": b"::1"}, "host b'::1' makes no sense"),
+        ({"uds": ""}, "uds '' is no path"),
         ({"server_hostname": "x"}, "give ssl as well"),
     ],
 )
@@ -625,6 +647,28 @@ def test_a_ping_in_the_middle_of_a_stream(script: Start) -> None:
             replies.append(reply)
             assert client.ping() > 0
     assert replies == messages
+
+
+def test_the_client_can_be_used_while_replies_of_large_batches_are_taken() -> None:
+    messages = [str(number) for number in range(10_000)]
+    with sync.serve(port=0, mode="stream") as server, sync.connect(*server.address) as client:
+        replies = []
+        for reply in client.stream(messages):
+            replies.append(reply)
+            assert client.echo("another") == "another"
+        assert replies == messages
+        one, other = client.stream(messages[:3000]), client.stream(messages[3000:6000])
+        assert list(zip(one, other, strict=True)) == list(zip(messages[:3000], messages[3000:6000], strict=True))
+
+
+def test_the_client_can_be_used_where_its_messages_come_from() -> None:
+    with sync.serve(port=0, mode="stream") as server, sync.connect(*server.address) as client:
+
+        def messages() -> Iterator[str]:
+            yield from "abc"
+            assert client.echo("end") == "end"
+
+        assert list(client.stream(messages())) == ["a", "b", "c"]
 
 
 def test_an_error_of_the_messages_comes_after_the_replies_before_it(script: Start) -> None:
