@@ -11,7 +11,7 @@ from typing import IO, Any
 import click
 
 from . import __version__
-from .errors import ConfigError
+from .errors import ConfigError, EchoError
 from .reasons import reason
 
 __all__ = ["BAD_OPTION", "CONTEXT", "Seconds", "complain", "drop_output", "printing", "run_command", "version_option"]
@@ -65,6 +65,8 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
     except SystemExit:  # what click makes of a help text that nobody reads to its end
         drop_output(sys.stdout)
         return 0
+    except EchoError:
+        raise  # some are errors of the system as well
     except OSError as error:  # a full disk
         drop_output(sys.stdout)
         complain(f"cannot write to stdout: {reason(error)}")

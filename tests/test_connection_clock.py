@@ -257,6 +257,21 @@ def test_a_sweep_is_often_enough_for_the_shortest_limit() -> None:
     assert Registry(ServerConfig(timeout_write=0.5)).sweep_interval <= 0.05
 
 
+def test_one_that_cannot_be_looked_at_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
+    registry = Clocked(ServerConfig(mode="stream"))
+
+    class Broken(Client):
+        def unsent(self) -> int:
+            raise AttributeError("broken")
+
+    clients = [Client(registry), Broken(registry), Client(registry)]
+    registry.time += IDLE
+    registry.sweep()
+    assert [client.ended for client in clients] == [["finish"], ["abort"], ["finish"]]
+    assert registry.stats.failed == 1
+    assert "broken" in caplog.text
+
+
 def test_the_counters_are_those_of_the_open_and_the_gone_together() -> None:
     registry = Clocked(ServerConfig(mode="stream", limit_message_size=20))
     whole, begun, long, open = (Client(registry) for _ in range(4))

@@ -9,18 +9,21 @@ from __future__ import annotations
 import ast
 import asyncio
 import errno
+import fcntl
 import gc
 import logging
 import os
 import re
 import resource
 import select
+import selectors
 import signal
 import socket
 import ssl
 import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
@@ -44,6 +47,7 @@ from echo_async.engines.streams import TURN
 from echo_async.engines.threads import ThreadConnection
 from echo_async.engines.tls_socket import TlsSocket
 from echo_async.loops import LoopName, loop_factory
+from echo_async.server.service import start_server
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -531,6 +535,72 @@ def test_no_thread_for_a_client_is_that_clients_loss_only(
     assert lines_of(caplog, logging.WARNING) == ["cannot accept clients just now: can't start new thread"]
 
 
+@each_kind
+def test_clients_that_reset_with_much_unanswered_are_no_line_of_the_event_loops(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    with start(no_access_log=True) as server:
+        for _ in range(30):
+            client = connect(server)
+            client.sendall(b"hello\n")
+            assert receive_line(client) == b"hello\n"
+            client.sendall(b"a\n" * 8000)
+            reset(client)
+        until(lambda: server.stats.active == 0)
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
+def test_threads_that_cannot_start_are_one_error_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def no_selector() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    for owner, name, fake, why in (
+        (threading.Thread, "start", no_thread, "can't start new thread"),
+        (selectors, "DefaultSelector", no_selector, "too many open files"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fake)
+            with pytest.raises(echo_async.StartError, match=why):
+                sync.serve(port=0)
+        assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_default_time_out_of_the_program_is_none_for_clients() -> None:
+    before = socket.getdefaulttimeout()
+    with sync.serve(port=0, mode="stream") as server, connect(server) as client:
+        socket.setdefaulttimeout(0.05)
+        try:
+            with socket.create_connection(server.address, PATIENCE) as another:
+                assert echoes(another)
+                select.select([another], [], [], 0.2)  # longer than the program's default
+                assert echoes(another)
+        finally:
+            socket.setdefaulttimeout(before)
+        assert echoes(client)
+
+
+def test_a_large_reply_that_gets_on_can_be_seen_to_get_on() -> None:
+    """For the time-out of a client that does not read: it is for no progress at all."""
+    ours, theirs = socket.socketpair()
+    connection = ThreadConnection(Registry(echo_async.ServerConfig(mode="raw", no_access_log=True)), theirs, None)
+    size = 8 * 1024 * 1024
+    sending = threading.Thread(target=connection._send, args=[bytes(size)])
+    with ours, theirs:
+        sending.start()
+        left = size
+        while left:
+            if left == size // 2:
+                until(lambda: connection.unsent() < size)
+            left -= len(ours.recv(min(65536, left), socket.MSG_WAITALL))
+        sending.join(PATIENCE)
+        assert not sending.is_alive()
+    assert connection.unsent() == 0
+
+
 # Errors of accept: by a fake at the call itself, where the call is ours
 
 
@@ -708,6 +778,100 @@ async def serving(kind: Kind, **options: Unpack[ServerOptions]) -> AsyncIterator
     assert server.sockets == ()
     assert server.stats.active == 0
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@each_kind
+@pytest.mark.parametrize("no_access_log", [True, False], ids=["quiet", "logged"])
+@pytest.mark.parametrize("chunk_size", [20, 65536])
+def test_a_stop_answers_all_that_had_arrived(
+    kind: Kind, chunk_size: int, no_access_log: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also what the server had not read yet, because it was busy with what came before; and each line is in the log."""
+    caplog.set_level(logging.INFO, "echo_async")
+    messages = b"sixteen letters!\n" * 5000
+
+    async def main() -> None:
+        options: ServerOptions = {"chunk_size": chunk_size, "no_access_log": no_access_log}
+        loop = asyncio.get_running_loop()
+        async with serving(kind, **options) as server, asyncio.timeout(PATIENCE):
+            with await asyncio.to_thread(connect, server) as client:
+                client.setblocking(False)
+                await loop.sock_sendall(client, b"hello\n")
+                assert await loop.sock_recv(client, 6) == b"hello\n"
+                sent = client.send(messages)
+                while int.from_bytes(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+                    pass  # until the server's kernel has all of it
+                server.close()
+                client.shutdown(socket.SHUT_WR)
+                client.settimeout(PATIENCE)
+                whole = sent - sent % 17
+                assert await asyncio.to_thread(receive_all, client) == messages[:whole]
+            await server.wait_closed()
+            lines = [record for record in caplog.records if record.name == "echo_async.access"]
+            assert len(lines) == (0 if no_access_log else 1 + whole // 17)
+
+    run(main, kind[1])
+
+
+def not_read_from(address: object) -> int:
+    """Bytes that the kernel has for the socket of this process that is connected to ``address``."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # it is no socket, or not connected
+            copy = os.dup(number)
+            try:
+                found = socket.socket(fileno=copy)
+            except OSError:
+                os.close(copy)
+                continue
+            with found:
+                if found.getpeername() == address:
+                    return int.from_bytes(fcntl.ioctl(found, termios.FIONREAD, bytes(4)), sys.byteorder)
+    raise AssertionError("there is none")
+
+
+@each_kind
+def test_a_stop_answers_what_a_client_had_sent_that_reads_slowly(kind: Kind) -> None:
+    async def main() -> None:
+        async with serving(kind, chunk_size=65536) as server, asyncio.timeout(PATIENCE):
+            with await asyncio.to_thread(connect, server) as client:
+                client.setblocking(False)
+                sent = 0
+                with suppress(BlockingIOError):
+                    while True:
+                        sent += client.send(b"sixteen letters!\n" * 1000)
+                        await asyncio.sleep(0)
+                had_arrived = server.stats.bytes_in + not_read_from(client.getsockname())
+                server.close()
+                client.shutdown(socket.SHUT_WR)
+                client.settimeout(PATIENCE)
+                received = await asyncio.to_thread(receive_all, client)
+            await server.wait_closed()
+            assert len(received) >= had_arrived - had_arrived % 17
+
+    run(main, kind[1])
+
+
+@pytest.mark.parametrize("kind", engines(), ids="-".join)
+def test_a_start_that_is_cancelled_leaves_nothing(kind: Kind) -> None:
+    async def main() -> None:
+        async with serving(kind) as server:  # what the loop opens for itself is open then
+            server.close()
+            await server.wait_closed()
+        before = sorted(os.listdir("/proc/self/fd"))
+        for turns in range(6):
+            starting = asyncio.ensure_future(start_server(echo_async.ServerConfig(engine=kind[0], port=0)))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            starting.cancel()
+            with suppress(asyncio.CancelledError):
+                server = await starting
+                server.close()
+                await server.wait_closed()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert sorted(os.listdir("/proc/self/fd")) == before
+
+    run(main, kind[1])
 
 
 Closing = Callable[[echo_async.EchoServer], None]
@@ -1026,6 +1190,20 @@ TLS_FAULTS: list[tuple[Callable[[TlsClient], None], dict[str, int]]] = [
     (send_a_record_that_was_changed, {}),
     (talk_plain_after_the_handshake, {}),
 ]
+
+
+@each_kind
+def test_who_was_lost_over_tls_is_named(
+    start: Start, trusting: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    with start(tls=True) as server, connect(server) as plain:
+        name = f"127.0.0.1:{plain.getsockname()[1]}"
+        with trusting.wrap_socket(plain, server_hostname="localhost") as client:
+            client.sendall(b"begun")
+            with suppress(ssl.SSLError):  # who ends a connection owes no answer to its end
+                client.unwrap()
+        until(lambda: server.stats.lost == 1)
+    assert lines_of(caplog, logging.WARNING) == [f"{name} lost in mid-message, after 5 bytes without a newline"]
 
 
 @each_kind

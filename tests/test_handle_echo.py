@@ -167,8 +167,18 @@ def test_a_client_that_resets_is_nothing_to_report(on_loop: OnLoop) -> None:
 
 def test_bad_options_are_named(on_loop: OnLoop) -> None:
     async def main() -> None:
-        with pytest.raises(echo_async.ConfigError, match="mode 'loud' does not exist"):
-            await echo_async.handle_echo(asyncio.StreamReader(), None, mode="loud")  # type: ignore[arg-type]
+        problem: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+
+        def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                echo_async.handle_echo(reader, writer, mode="loud")  # type: ignore[arg-type]
+            except echo_async.ConfigError as error:
+                problem.set_result(error)
+
+        async with served(handle) as address, connected(address) as (reader, _):
+            with suppress(ConnectionResetError):
+                assert await reader.read() == b""  # and not an open connection that nobody serves
+            assert str(await problem).startswith("mode 'loud' does not exist")
 
     on_loop(main)
 
@@ -201,6 +211,30 @@ def everything(client: socket.socket) -> bytes:
         return receive_all(client)
     except ConnectionResetError:
         return b""
+
+
+def test_a_handler_is_cancelled_while_its_client_does_not_read(on_loop: OnLoop) -> None:
+    size = 12 * 1024 * 1024
+
+    async def main() -> None:
+        started: asyncio.Future[asyncio.Task[None]] = asyncio.get_running_loop().create_future()
+
+        def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            started.set_result(echo_async.handle_echo(reader, writer, limit_message_size=size, chunk_size=65536))
+
+        async with served(handle) as address:
+            loop = asyncio.get_running_loop()
+            with socket.create_connection(address) as client:
+                client.setblocking(False)
+                await loop.sock_sendall(client, b"x" * (size - 1) + b"\n")
+                task = await started
+                assert await loop.sock_recv(client, 1) == b"x"  # the reply is on its way
+                task.cancel()
+                async with asyncio.timeout(PATIENCE):
+                    with pytest.raises(asyncio.CancelledError):
+                        await task
+
+    on_loop(main)
 
 
 def test_a_handler_that_is_cancelled_says_so_and_closes(on_loop: OnLoop) -> None:

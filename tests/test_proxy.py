@@ -392,6 +392,13 @@ def test_a_header_does_not_take_longer_however_often_a_byte_comes() -> None:
     assert not header.finished
 
 
+def test_a_time_out_longer_than_sockets_know() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(b"PROXY UNKNOWN\r\n")
+        receive_header(theirs, ProxyHeader(), 1e11)
+
+
 class Sudden(asyncio.SelectorEventLoop):
     """An event loop on which one client comes, and ``then`` is called before anything else is done."""
 
@@ -411,7 +418,7 @@ def test_a_stop_does_not_wait_for_a_client_that_was_accepted_just_then() -> None
         loop = asyncio.get_running_loop()
         assert isinstance(loop, Sudden)
         loop.clients = [theirs]
-        loop.then = DoorListener(registry, loop, theirs, None, lambda source: asyncio.Protocol()).close
+        loop.then = DoorListener(registry, loop, theirs, None, lambda source, let_in: asyncio.Protocol()).close
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         await asyncio.sleep(0)

@@ -15,7 +15,7 @@ from support import PATIENCE, receive_all, run
 
 import echo_async
 from echo_async import ServerConfig, StartError
-from echo_async.server.sockets import Address, AddressInfo, address_of, bind, numeric, resolve
+from echo_async.server.sockets import Address, AddressInfo, address_of, adopt, bind, numeric, resolve
 
 
 def has_ipv6() -> bool:
@@ -298,6 +298,31 @@ def test_a_file_at_the_path_is_not_removed(tmp_path: Path) -> None:
 def test_a_directory_at_the_path_is_not_removed(tmp_path: Path) -> None:
     assert refusal(uds=str(tmp_path)).startswith(f"cannot listen on {tmp_path}: ")
     assert tmp_path.is_dir()
+
+
+def test_a_unix_socket_that_another_server_has_made_meanwhile_stays(tmp_path: Path) -> None:
+    path = str(tmp_path / "echo")
+
+    async def main() -> None:
+        async with echo_async.serve(uds=path):
+            os.unlink(path)
+            second = await echo_async.serve(uds=path)
+        assert await echo_async.echo("Hola", uds=path) == "Hola"
+        second.close()
+        await second.wait_closed()
+
+    run(main)
+    assert not os.path.exists(path)
+
+
+def test_clients_of_a_socket_that_was_handed_over_are_answered_without_delay() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as made:
+        address = made.getsockname()
+        with closing(adopt(made.detach())) as listener, socket.create_connection(address) as client:
+            listener.setblocking(True)
+            with listener.accept()[0] as accepted:
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+            client.close()
 
 
 def test_a_unix_socket_of_another_kind_at_the_path_is_not_removed(tmp_path: Path) -> None:

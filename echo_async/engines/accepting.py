@@ -21,7 +21,10 @@ from .connection import format_address
 from .header import read_header
 from .registry import BACK_OFF, CLIENT_GONE, HANDSHAKE_TIMEOUT, LINGER, Registry
 
-__all__ = ["BATCH", "DoorListener", "Listener", "Tls", "restore_backlog"]
+__all__ = ["BATCH", "DoorListener", "LetIn", "Listener", "Tls", "begin_to_serve"]
+
+LetIn = Callable[[], None]
+"""Says that a client's connection is made: from now on it is one of those that are in."""
 
 # asyncio accepts this many clients before it looks at any of them (it takes its ``backlog`` for both). A few turns'
 # worth has to fit into the descriptors that are kept in reserve, or clients that are refused use up the rest.
@@ -44,7 +47,7 @@ class Tls(Protocol):
 class DoorListener:
     """Accepts clients on ``listener`` until it is closed; ``make_protocol`` makes what serves one.
 
-    It is told where the client comes from, if a PROXY header says so.
+    It is told where the client comes from, if a PROXY header says so, and what to call once it has the connection.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class DoorListener:
         loop: asyncio.AbstractEventLoop,
         listener: socket.socket,
         tls: Tls | None,
-        make_protocol: Callable[[Source], asyncio.Protocol],
+        make_protocol: Callable[[Source, LetIn], asyncio.Protocol],
     ) -> None:
         self._registry = registry
         self._loop = loop
@@ -103,6 +106,13 @@ class DoorListener:
 
     async def _hand_over(self, client: socket.socket, source: Source, peer: str) -> None:
         tls: dict[str, Any] = {}
+        is_in = False
+
+        def let_in() -> None:
+            nonlocal is_in
+            is_in = True
+            self._registry.end_handshake()
+
         if self._tls is None:  # it takes no time: a stop does not cut it off
             self._tasks.discard(cast(asyncio.Task[None], asyncio.current_task()))
         else:
@@ -112,16 +122,23 @@ class DoorListener:
                 "ssl_shutdown_timeout": LINGER,
             }
         try:
-            await self._loop.connect_accepted_socket(partial(self._make_protocol, source), client, **tls)
+            await self._loop.connect_accepted_socket(partial(self._make_protocol, source, let_in), client, **tls)
         except ConnectionAbortedError:  # how an event loop says that the time was up
             self._registry.fail_handshake(peer, TimeoutError())
         except (OSError, RuntimeError) as error:
             self._registry.fail_handshake(peer, error)
         except asyncio.CancelledError:
-            self._registry.fail_handshake(peer, ConnectionError("the server stops"))
-            client.close()
+            if not is_in:  # else it is the server's to end, as all that are in
+                self._registry.fail_handshake(peer, ConnectionError("the server stops"))
+                client.close()
 
 
-def restore_backlog(listener: socket.socket, registry: Registry) -> None:
-    """Let the kernel keep as many clients waiting as was asked for: a loop's server has just made that ``BATCH``."""
-    listener.listen(registry.config.backlog)
+async def begin_to_serve(server: asyncio.Server, listener: socket.socket, registry: Registry) -> asyncio.Server:
+    """Let ``server`` accept the clients of ``listener``; if that is cancelled, it is closed."""
+    try:
+        await server.start_serving()
+    except BaseException:
+        server.close()
+        raise
+    listener.listen(registry.config.backlog)  # as many as were asked for: a loop's server makes that ``BATCH``
+    return server

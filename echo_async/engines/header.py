@@ -7,6 +7,7 @@ engine knows of it, and nothing is put back.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 
@@ -14,6 +15,7 @@ from ..proxy import HeaderError, ProxyHeader
 
 __all__ = ["read_header", "receive_header"]
 
+LONGEST_WAIT = 86_400.0  # seconds: sockets cannot wait as long as options can say
 LOOK = 4096  # bytes that are looked at in one go
 
 
@@ -39,8 +41,9 @@ def receive_header(client: socket.socket, header: ProxyHeader, seconds: float) -
         while not header.finished:
             if (left := deadline - time.monotonic()) <= 0:  # however often a byte comes
                 raise TimeoutError
-            client.settimeout(left)
-            _take(client, header)
+            client.settimeout(min(left, LONGEST_WAIT))
+            with contextlib.suppress(TimeoutError):
+                _take(client, header)
     finally:
         client.settimeout(None)
 

@@ -7,13 +7,15 @@ every read. Only ``bytes`` are written: a transport keeps what it could not send
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import cast
 
 from ..logs import log
 from ..proxy import Source
-from .accepting import BATCH, DoorListener, Listener, Tls, restore_backlog
+from .accepting import BATCH, DoorListener, LetIn, Listener, Tls, begin_to_serve
 from .connection import Connection
 from .registry import Registry
 
@@ -26,29 +28,30 @@ async def listen(
     """Begin to accept clients on ``listener``, over TLS if there is a ``tls``."""
     make = LoggedProtocolConnection if registry.log_messages or registry.log_chunks else ProtocolConnection
     if tls is not None or registry.wants_header:
-        return DoorListener(registry, loop, listener, tls, lambda source: make(registry, let_in=True, source=source))
-    server = await loop.create_server(lambda: make(registry), sock=listener, backlog=BATCH)
-    restore_backlog(listener, registry)
-    return server
+        return DoorListener(registry, loop, listener, tls, partial(make, registry))
+    server = await loop.create_server(partial(make, registry), sock=listener, backlog=BATCH, start_serving=False)
+    return await begin_to_serve(server, listener, registry)
 
 
 class ProtocolConnection(Connection, asyncio.Protocol):
     """One client of the ``protocol`` engine."""
 
-    __slots__ = ("_let_in", "_transport", "_write", "_writing_paused")
+    __slots__ = ("_is_behind", "_let_in", "_transport", "_write", "_writing_paused")
 
     _transport: asyncio.Transport
     _write: Callable[[bytes], object]
 
-    def __init__(self, registry: Registry, *, let_in: bool = False, source: Source = None) -> None:
+    def __init__(self, registry: Registry, source: Source = None, let_in: LetIn | None = None) -> None:
         super().__init__(registry, source)
-        self._let_in = let_in  # already, with its PROXY header or TLS handshake
+        self._let_in = let_in  # where it has shown its PROXY header, or done its TLS handshake
         self._writing_paused = False
+        self._is_behind = False  # at a stop: what it has sent had to wait, and is not all read yet
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if self._let_in:
-            self.registry.end_handshake()
+        if self._let_in is not None:
+            self._peername = self._peername or transport.get_extra_info("peername")
+            self._let_in()
         elif self.registry.refuse():
             return self._transport.abort()
         self._write = self._transport.write
@@ -56,7 +59,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     @property
     def peer(self) -> str:
-        """The client's address, asked for when it is needed: it can be until the connection is lost."""
+        """The client's address, asked for when it is needed: without TLS it can be until the connection is lost."""
         self._peername = self._peername or self._transport.get_extra_info("peername")
         return super().peer
 
@@ -90,8 +93,17 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         self._writing_paused = False
         self._read_on()
 
+    def _may_read(self) -> bool:
+        return not self._writing_paused
+
+    def _has_input(self) -> bool:
+        """Whether the client has sent something that waits to be read."""
+        waiting = select.poll()
+        waiting.register(self._transport.get_extra_info("socket"), select.POLLIN)
+        return bool(waiting.poll(0))
+
     def _read_on(self) -> None:
-        if not self._writing_paused and not self._transport.is_closing():
+        if self._may_read() and not self._transport.is_closing():
             self._transport.resume_reading()
 
     def unsent(self) -> int:
@@ -109,6 +121,10 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             self._transport.abort()
 
     def stop(self) -> None:
+        # What has to wait was received as well: once it is behind it is asked again until it has caught up.
+        self._is_behind = not self._may_read() or (self._is_behind and self._has_input())
+        if self._is_behind:
+            return
         self.conversation.stop()
         if self.conversation.finished and self._ended_at is None:
             self.finish()
@@ -122,8 +138,8 @@ class LoggedProtocolConnection(ProtocolConnection):
 
     __slots__ = ("_lines", "_loop")
 
-    def __init__(self, registry: Registry, *, let_in: bool = False, source: Source = None) -> None:
-        super().__init__(registry, let_in=let_in, source=source)
+    def __init__(self, registry: Registry, source: Source = None, let_in: LetIn | None = None) -> None:
+        super().__init__(registry, source, let_in)
         self._loop = asyncio.get_running_loop()
         self._lines: Iterator[None] | None = None  # those that are still to be written
 
@@ -154,6 +170,5 @@ class LoggedProtocolConnection(ProtocolConnection):
         self._lines = None
         self._read_on()
 
-    def _read_on(self) -> None:
-        if self._lines is None:
-            super()._read_on()
+    def _may_read(self) -> bool:
+        return self._lines is None and super()._may_read()

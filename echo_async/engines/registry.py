@@ -178,18 +178,24 @@ class Registry:
         """End every connection that has overrun a time limit."""
         now = self.now()
         for connection in list(self.connections):
-            overdue = connection.overdue(now)
-            if overdue is None:
-                if self._stopping and not connection.is_fresh(now):
-                    connection.stop()
-                continue
-            if overdue != "linger":
-                self.count(f"timeouts_{overdue}")
-                log.info("%s closed: %s", connection.peer, self._reason(overdue))
-            if overdue in ("idle", "message"):
-                connection.finish()
-            else:
-                connection.abort()
+            try:
+                self._look_at(connection, now)
+            except Exception as error:  # the others have to be looked at too
+                connection.fail(error)
+
+    def _look_at(self, connection: Connection, now: float) -> None:
+        overdue = connection.overdue(now)
+        if overdue is None:
+            if self._stopping and not connection.is_fresh(now):
+                connection.stop()
+            return
+        if overdue != "linger":
+            self.count(f"timeouts_{overdue}")
+            log.info("%s closed: %s", connection.peer, self._reason(overdue))
+        if overdue in ("idle", "message"):
+            connection.finish()
+        else:
+            connection.abort()
 
     def _reason(self, overdue: str) -> str:
         seconds = getattr(self.config, f"timeout_{overdue}")

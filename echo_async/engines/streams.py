@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from functools import partial
 from typing import Unpack
 
 from ..config import ServerConfig, ServerOptions
 from ..logs import log
 from ..proxy import Source
-from .accepting import BATCH, DoorListener, Listener, Tls, restore_backlog
+from .accepting import BATCH, DoorListener, LetIn, Listener, Tls, begin_to_serve
 from .connection import Connection
 from .registry import Registry
 from .sweeper import Sweeper
@@ -23,6 +22,7 @@ __all__ = ["StreamConnection", "handle_echo", "listen", "read_ahead"]
 
 TURN = 50  # chunks that one client is served before the others get their turn
 DRAIN_ABOVE = 16 * 1024  # bytes of replies that may wait before the next chunk is read
+READ_TURNS = 3  # turns of the loop until what the kernel has is in the reader, where that has just been emptied
 DISCARD = 64 * 1024  # bytes asked for at each read whose input is discarded
 
 
@@ -43,7 +43,11 @@ def handle_echo(
     (It is no coroutine function because Python 3.11 and 3.12 report a traceback for every handler of
     ``start_server`` that is cancelled with its loop.)
     """
-    registry = Registry(ServerConfig(**options))
+    try:
+        registry = Registry(ServerConfig(**options))
+    except BaseException:
+        writer.transport.abort()
+        raise
     task = _serve(registry, reader, writer, asyncio.get_running_loop())
     sweeper = Sweeper(registry)
     sweeper.start()
@@ -68,24 +72,23 @@ async def listen(
 ) -> Listener:
     """Begin to accept clients on ``listener``, over TLS if there is a ``tls``."""
     limit = read_ahead(registry.config)
-    at_once = tls is None and not registry.wants_header
 
-    # A plain function, not a coroutine: asyncio reports a cancelled handler of its own with a traceback.
-    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, source: Source = None) -> None:
-        if at_once:
-            if registry.refuse():
-                return writer.transport.abort()
-        else:
-            registry.end_handshake()
-        _serve(registry, reader, writer, loop, source)
+    # Plain functions, not coroutines: asyncio reports a cancelled handler of its own with a traceback.
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if registry.refuse():
+            return writer.transport.abort()
+        _serve(registry, reader, writer, loop)
 
-    if at_once:
-        server = await asyncio.start_server(connected, sock=listener, limit=limit, backlog=BATCH)
-        restore_backlog(listener, registry)
-        return server
+    if tls is None and not registry.wants_header:
+        server = await asyncio.start_server(connected, sock=listener, limit=limit, backlog=BATCH, start_serving=False)
+        return await begin_to_serve(server, listener, registry)
 
-    def make_protocol(source: Source) -> asyncio.Protocol:
-        return asyncio.StreamReaderProtocol(asyncio.StreamReader(limit, loop), partial(connected, source=source), loop)
+    def make_protocol(source: Source, let_in: LetIn) -> asyncio.Protocol:
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            let_in()
+            _serve(registry, reader, writer, loop, source)
+
+        return asyncio.StreamReaderProtocol(asyncio.StreamReader(limit, loop), connected, loop)
 
     return DoorListener(registry, loop, listener, tls, make_protocol)
 
@@ -150,10 +153,11 @@ class StreamConnection(Connection):
                 if log_chunks:
                     self.log_chunk(chunk)
                 if reply:
+                    if transport.is_closing():  # the client is gone, and what it had sent is still being read
+                        return
                     write(reply)
                     if log_messages:
-                        for _ in self.log_reply(reply):
-                            await asyncio.sleep(0)
+                        await self._log(reply)
                     if transport.get_write_buffer_size() > DRAIN_ABOVE:
                         await self._writer.drain()
                 if conversation.finished:
@@ -164,9 +168,8 @@ class StreamConnection(Connection):
                     await asyncio.sleep(0)
             conversation.receive_eof()
         except asyncio.CancelledError:
-            if not (self._stopping or conversation.finished):
+            if self._reading or self._task.uncancel():  # it was not us who cancelled, or not us alone
                 raise
-            self._task.uncancel()
         finally:
             self._reading = False
 
@@ -175,18 +178,31 @@ class StreamConnection(Connection):
         conversation = self.conversation
         try:
             while not conversation.finished:
+                for _ in range(READ_TURNS):
+                    await asyncio.sleep(0)
                 async with asyncio.timeout(None if conversation.unfinished else 0):
                     chunk = await self._reader.read(DISCARD)
                 if not chunk:
                     return conversation.receive_eof()
                 reply = conversation.receive(chunk)
+                if self._transport.is_closing():
+                    return
                 self._transport.write(reply)
                 if reply and self.registry.log_messages:
-                    for _ in self.log_reply(reply):
-                        await asyncio.sleep(0)
+                    await self._log(reply)
                 await self._writer.drain()
         except TimeoutError:
             conversation.finish()
+
+    async def _log(self, reply: bytes) -> None:
+        """The lines for one reply, in turns with the other clients; those that are left at once, if we are woken."""
+        lines = self.log_reply(reply)
+        try:
+            for _ in lines:
+                await asyncio.sleep(0)
+        finally:
+            for _ in lines:
+                pass
 
     async def _linger(self) -> None:
         """Discard what still comes until the client ends its side. The sweep bounds the time."""

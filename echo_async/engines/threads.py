@@ -18,6 +18,7 @@ from .tls_socket import TlsSocket
 
 __all__ = ["ThreadConnection"]
 
+PIECE = 64 * 1024  # bytes of one send, which comes back when the kernel has taken all: so it shows that it gets on
 DISCARD = 64 * 1024  # bytes asked for at each read whose input is discarded
 
 
@@ -88,12 +89,12 @@ class ThreadConnection(Connection):
     def _send(self, reply: bytes) -> None:
         """Like ``sendall``, but it can be seen from outside whether it gets on."""
         self._unsent = len(reply)
-        sent = self._socket.send(reply)
-        self._unsent -= sent
+        if self._unsent <= PIECE:
+            self._unsent -= self._socket.send(reply)
         if self._unsent:
-            rest = memoryview(reply)[sent:]
+            rest = memoryview(reply)[-self._unsent :]
             while rest:
-                rest = rest[self._socket.send(rest) :]
+                rest = rest[self._socket.send(rest[:PIECE]) :]
                 self._unsent = len(rest)
         if self.registry.log_messages:
             for _ in self.log_reply(reply):

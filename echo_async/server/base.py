@@ -9,7 +9,7 @@ from ..config import ServerConfig
 from ..engines.registry import Registry
 from ..errors import StartError
 from ..stats import Stats
-from .sockets import Address, address_of, unlink
+from .sockets import Address, address_of, inode, unlink
 from .tls import Certificates
 
 __all__ = ["BaseServer"]
@@ -21,6 +21,7 @@ class BaseServer:
     def __init__(self, config: ServerConfig, sockets: Sequence[socket.socket], path: str | None = None) -> None:
         self.config = config
         self._path = path  # of the Unix socket that this server made, and removes
+        self._inode = None if path is None else inode(path)
         self._sockets = list(sockets)
         self._addresses = [address_of(each) for each in sockets]
         self._registry = Registry(config)
@@ -86,7 +87,7 @@ class BaseServer:
 
     def _close_sockets(self) -> None:
         if self._path is not None:
-            unlink(self._path)
+            unlink(self._path, self._inode)
             self._path = None
         for each in self._sockets:
             each.close()

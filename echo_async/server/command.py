@@ -150,9 +150,9 @@ def command(
 
     Exit codes: 0 stopped as asked, 2 a bad option, 3 could not start.
     """
-    if threaded:
-        _refuse_other_engine()
+    if threaded and not _command_line_has_other_engine():
         options["engine"] = "threads"
+    _leave_out_other_places(options)
     config = ServerConfig(**options)
     if config.engine == "threads" and loop == "uvloop":
         raise click.UsageError("--loop uvloop makes no sense with --engine threads, which runs no event loop")
@@ -174,11 +174,26 @@ def command(
         return COULD_NOT_START
 
 
-def _refuse_other_engine() -> None:
-    context = click.get_current_context()
-    engine = context.params["engine"]
-    if engine != "threads" and context.get_parameter_source("engine") == ParameterSource.COMMANDLINE:
+def _is_typed(name: str) -> bool:
+    """Whether an option is on the command line, which wins over the environment."""
+    return click.get_current_context().get_parameter_source(name) == ParameterSource.COMMANDLINE
+
+
+def _command_line_has_other_engine() -> bool:
+    engine = click.get_current_context().params["engine"]
+    if engine == "threads" or not _is_typed("engine"):
+        return False
+    if _is_typed("threaded"):
         raise click.UsageError(f"--threaded is --engine threads: leave out one of it and --engine {engine}")
+    return True
+
+
+def _leave_out_other_places(options: dict[str, Any]) -> None:
+    """Where the command line says where to listen, what the environment says of it does not count."""
+    if any(map(_is_typed, ("host", "port", "uds", "fd"))):
+        for name in ("uds", "fd"):
+            if not _is_typed(name):
+                options[name] = None
 
 
 def _refuse_metrics_without_port() -> None:

@@ -72,7 +72,12 @@ class EchoServer(BaseServer):
             self = cls(config, listening.bind(config, await _resolve(config)), config.uds)
         else:
             self = cls(config, sockets)
-        await self._listen()
+        try:
+            await self._listen()
+        except BaseException:  # cancelled
+            self._stop_listening()
+            self._registry.abort()
+            raise
         return self
 
     async def _listen(self) -> None:

@@ -15,7 +15,7 @@ from ..engines.connection import format_address
 from ..errors import StartError
 from ..reasons import reason
 
-__all__ = ["Address", "AddressInfo", "address_of", "adopt", "bind", "numeric", "resolve", "unlink"]
+__all__ = ["Address", "AddressInfo", "address_of", "adopt", "bind", "inode", "numeric", "resolve", "unlink"]
 
 Address: TypeAlias = Any
 """``(host, port)``, or the path of a Unix socket. Any, as for sockets: who chose knows which it is."""
@@ -91,8 +91,15 @@ def adopt(descriptor: int) -> socket.socket:
     if listener.type != socket.SOCK_STREAM or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         listener.detach()
         raise StartError(f"descriptor {descriptor} is not a listening stream socket: give one that is")
+    _prepare(listener)
     listener.setblocking(False)
     return listener
+
+
+def _prepare(listener: socket.socket) -> None:
+    """What the sockets that are accepted get from it."""
+    if listener.family in (socket.AF_INET, socket.AF_INET6):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _socket(family: int, kind: int, protocol: int, address: object) -> socket.socket:
@@ -105,9 +112,9 @@ def _socket(family: int, kind: int, protocol: int, address: object) -> socket.so
 def _bind(listener: socket.socket, address: Any) -> None:
     if listener.family != socket.AF_UNIX:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for the sockets that are accepted
     if listener.family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    _prepare(listener)
     try:
         listener.bind(address)
     except (OSError, ValueError) as error:
@@ -171,7 +178,17 @@ def address_of(listener: socket.socket) -> Address:
     return name if isinstance(name, str) else name.decode("utf-8", "surrogateescape")
 
 
-def unlink(path: str) -> None:
-    """Remove the path of a Unix socket; a client then sees that nobody is there."""
-    with contextlib.suppress(OSError, ValueError):  # ValueError: a name that is no path
-        os.unlink(path)
+def inode(path: str) -> tuple[int, int] | None:
+    """Which file ``path`` is; None if it is none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a name that is no path
+        return None
+    return found.st_dev, found.st_ino
+
+
+def unlink(path: str, made: tuple[int, int] | None) -> None:
+    """Remove the path of a Unix socket, if that is what was ``made``; a client then sees that nobody is there."""
+    with contextlib.suppress(OSError):
+        if made is not None and inode(path) == made:
+            os.unlink(path)

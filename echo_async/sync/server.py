@@ -23,8 +23,7 @@ from ..engines.header import receive_header
 from ..engines.registry import BACK_OFF, CLIENT_GONE, HANDSHAKE_TIMEOUT
 from ..engines.threads import ThreadConnection
 from ..engines.tls_socket import TlsSocket
-from ..errors import ConfigError
-from ..proxy import HeaderError
+from ..errors import ConfigError, StartError
 from ..reasons import reason
 from ..server import sockets as listening
 from ..server.base import BaseServer
@@ -72,11 +71,27 @@ class EchoServer(BaseServer):
         self._threads: set[threading.Thread] = set()
         self._entering: set[socket.socket] = set()  # clients that are not let in yet
         self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
-        self._waker, self._wakened = socket.socketpair()
-        self._waker.setblocking(False)
         self._aborting = False
         self._closed = threading.Event()
         self._acceptor = threading.Thread(target=self._run, name="echo-async accept")
+        try:
+            self._means = self._open_means()
+        except OSError as error:
+            self._close_sockets()
+            raise _cannot_start(error) from error
+
+    def _open_means(self) -> contextlib.ExitStack:
+        """All descriptors that it takes to serve, beside those of clients: so want of them is seen at the start."""
+        with contextlib.ExitStack() as means:
+            self._waker, self._wakened = map(means.enter_context, socket.socketpair())
+            self._waker.setblocking(False)
+            self._clients_or_waker = means.enter_context(selectors.DefaultSelector())
+            self._waker_alone = means.enter_context(selectors.DefaultSelector())
+            for selector in (self._clients_or_waker, self._waker_alone):
+                selector.register(self._wakened, selectors.EVENT_READ)
+            for listener in self._sockets:
+                self._clients_or_waker.register(listener, selectors.EVENT_READ, listener)
+            return means.pop_all()
 
     @classmethod
     def start(cls, config: ServerConfig) -> Self:
@@ -86,8 +101,13 @@ class EchoServer(BaseServer):
         return self
 
     def start_accepting(self) -> None:
-        """Let clients in: once, after the server is made."""
-        self._acceptor.start()
+        """Let clients in: once, after the server is made. :exc:`~echo_async.StartError` if no thread can be had."""
+        try:
+            self._acceptor.start()
+        except RuntimeError as error:
+            self._close_sockets()
+            self._means.close()
+            raise _cannot_start(error) from error
 
     def close(self) -> None:
         """Stop: accept no more, answer what was received, end the connections. Returns at once.
@@ -143,30 +163,24 @@ class EchoServer(BaseServer):
             self._cut_who_enters()
             self._registry.abort()
             self._wait_for_clients(JOIN)
-            self._waker.close()
-            self._wakened.close()
+            self._means.close()
             self._closed.set()
             self.on_closed()
 
     def _accept_until_stopped(self) -> None:
         registry, interval = self._registry, self._registry.sweep_interval
         next_sweep = registry.now() + interval
-        with selectors.DefaultSelector() as selector, selectors.DefaultSelector() as wakeup:
-            wakeup.register(self._wakened, selectors.EVENT_READ)
-            selector.register(self._wakened, selectors.EVENT_READ)
-            for listener in self._sockets:
-                selector.register(listener, selectors.EVENT_READ, listener)
-            while not self._stopping:
-                for key, _ in selector.select(max(0.0, next_sweep - registry.now())):
-                    if key.data is not None and self._accept(key.data) is Accepted.NOT_JUST_NOW:
-                        wakeup.select(BACK_OFF)
-                self._forget_ended()
-                if registry.now() >= next_sweep:
-                    registry.sweep()
-                    next_sweep = registry.now() + interval
-            for listener in self._sockets:  # closing would reset the clients that the kernel has connected
-                while self._accept(listener) is Accepted.PERHAPS_NOT_ALL:
-                    pass
+        while not self._stopping:
+            for key, _ in self._clients_or_waker.select(max(0.0, next_sweep - registry.now())):
+                if key.data is not None and self._accept(key.data) is Accepted.NOT_JUST_NOW:
+                    self._waker_alone.select(BACK_OFF)
+            self._forget_ended()
+            if registry.now() >= next_sweep:
+                registry.sweep()
+                next_sweep = registry.now() + interval
+        for listener in self._sockets:  # closing would reset the clients that the kernel has connected
+            while self._accept(listener) is Accepted.PERHAPS_NOT_ALL:
+                pass
 
     def _accept(self, listener: socket.socket) -> Accepted:
         """Let in the clients that wait, up to ``BATCH`` of them."""
@@ -184,6 +198,7 @@ class EchoServer(BaseServer):
             if registry.refuse() or not registry.may_connect(peername):
                 client.close()
             else:
+                client.setblocking(True)  # whatever socket.setdefaulttimeout says
                 self._start_thread(client, peername)
         return Accepted.PERHAPS_NOT_ALL
 
@@ -236,7 +251,7 @@ class EchoServer(BaseServer):
                 fail = registry.fail_handshake
                 secured = TlsSocket(client, self._certificates.context)
                 secured.handshake(HANDSHAKE_TIMEOUT)
-        except (HeaderError, OSError) as error:
+        except Exception as error:
             was_cut = client not in self._entering
             self._entering.discard(client)
             fail(format_address(peername), ConnectionError("the server stops") if was_cut else error)
@@ -269,12 +284,14 @@ class EchoServer(BaseServer):
     def _wait_for_clients(self, seconds: float, *, or_abort: bool = False) -> None:
         registry = self._registry
         deadline = registry.now() + seconds
-        with selectors.DefaultSelector() as wakeup:
-            wakeup.register(self._wakened, selectors.EVENT_READ)
-            while self._threads and registry.now() < deadline and not (or_abort and self._aborting):
-                if self._finished:
-                    self._finished[0].join()
-                elif wakeup.select(DRAIN_TICK):
-                    self._wakened.recv(4096)
-                self._forget_ended()
-                registry.sweep()
+        while self._threads and registry.now() < deadline and not (or_abort and self._aborting):
+            if self._finished:
+                self._finished[0].join()
+            elif self._waker_alone.select(DRAIN_TICK):
+                self._wakened.recv(4096)
+            self._forget_ended()
+            registry.sweep()
+
+
+def _cannot_start(error: Exception) -> StartError:
+    return StartError(f"cannot serve on threads: {reason(error)}; give the process more, or stop what takes so much")

@@ -357,6 +357,15 @@ def test_options_that_contradict_each_other_are_one_line_that_names_them(options
     assert options[-1] in said
 
 
+def test_the_command_line_wins_over_the_environment(tmp_path: Path) -> None:
+    env = {"ECHO_ASYNC_THREADED": "1", "ECHO_ASYNC_FD": "9", "ECHO_ASYNC_UDS": str(tmp_path / "echo")}
+    with server_process("--engine", "protocol", env=env) as server:
+        assert exchange(server.address, b"one\n") == b"one\n"
+        code, log = server.stop()
+    assert code == 0
+    assert "the protocol engine" in log
+
+
 def test_threaded_is_the_threads_engine() -> None:
     with server_process("--threaded") as server:
         assert exchange(server.address, b"one\n") == b"one\n"
