@@ -813,6 +813,32 @@ def test_a_stop_answers_all_that_had_arrived(
     run(main, kind[1])
 
 
+@each_kind
+def test_replies_that_are_sent_while_it_closes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that reads nothing until its last message was answered, and its side is ended."""
+    monkeypatch.setattr("echo_async.engines.streams.DRAIN_ABOVE", 2**40)
+    messages = b"sixteen letters!\n" * 500_000
+    with start(no_access_log=True, chunk_size=65536) as server, connect(server) as client:
+        sending = threading.Thread(target=client.sendall, args=[messages])
+        sending.start()
+        if server.config.engine != "streams":  # the others read on when the client does
+            assert receive_exactly(client, len(messages)) == messages
+        sending.join(PATIENCE)
+        client.shutdown(socket.SHUT_WR)
+        if server.config.engine == "streams":
+            until(lambda: server.stats.bytes_in == len(messages))
+            assert receive_exactly(client, len(messages)) == messages
+        assert client.recv(1) == b""
+        until(lambda: server.stats.active == 0)
+
+
+def receive_exactly(client: socket.socket, size: int) -> bytes:
+    received = bytearray()
+    while len(received) < size:
+        received += client.recv(min(65536, size - len(received)))
+    return bytes(received)
+
+
 def not_read_from(address: object) -> int:
     """Bytes that the kernel has for the socket of this process that is connected to ``address``."""
     for number in map(int, os.listdir("/proc/self/fd")):

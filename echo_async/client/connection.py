@@ -48,6 +48,7 @@ class Connection(Comparing, asyncio.Protocol):
     """Sends, and compares what comes back. ``closed`` is done once the socket was let go."""
 
     _transport: asyncio.Transport
+    _is_tls: bool
 
     def __init__(self, name: str, timeout: float) -> None:
         super().__init__(name)
@@ -95,6 +96,9 @@ class Connection(Comparing, asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's do not inherit from it
+        self._is_tls = (
+            transport.get_extra_info("ssl_object") is not None
+        )  # asyncio's cannot be asked any more at the end
         self.open = True
 
     def data_received(self, data: bytes) -> None:
@@ -125,7 +129,7 @@ class Connection(Comparing, asyncio.Protocol):
 
     def _read_what_came_before(self) -> None:
         """A write that fails ends a transport at once, with replies unread that had come before."""
-        if self._transport.get_extra_info("ssl_object") is not None:
+        if self._is_tls:
             return
         with contextlib.suppress(OSError):
             descriptor = self._transport.get_extra_info("socket").fileno()

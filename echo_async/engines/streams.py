@@ -7,6 +7,7 @@ costs: some 0.5 to 1 microsecond of Python for every chunk, however small.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from typing import Unpack
 
@@ -137,8 +138,14 @@ class StreamConnection(Connection):
 
     def _ended(self, _: object) -> None:
         """The task is done; it may have been cancelled before it ran at all."""
-        self._transport.abort()  # does nothing where it is closed already
+        self._let_go()
         self.registry.remove(self)
+
+    def _let_go(self) -> None:
+        """Abort the transport, if it is not closed already."""
+        # asyncio's has no event loop any more, once it has sent the last of what it still had when it was closed.
+        with contextlib.suppress(AttributeError):
+            self._transport.abort()
 
     async def _echo(self) -> None:
         """Read a chunk, answer what it completed; until the conversation or the client's side ends, or we are woken."""
@@ -224,7 +231,7 @@ class StreamConnection(Connection):
 
     def abort(self) -> None:
         self.conversation.finish()  # what was read ahead is not answered any more
-        self._transport.abort()
+        self._let_go()
 
     def _wake(self) -> None:
         if self._reading:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import trustme
-from scripted import Serve, Start, answer_all, answer_one, over_tls
+from scripted import Peer, Serve, Start, answer_all, answer_one, over_tls
 from support import PATIENCE
 
 import echo_async
@@ -62,6 +62,28 @@ def test_every_message_comes_back(on_loop: OnLoop, script: Start, files: Files, 
                 assert await client.echo(message) == message
             messages = [str(number) for number in range(10)]
             assert [reply async for reply in client.stream(messages)] == messages
+
+    on_loop(main)
+
+
+def test_a_server_that_resets_while_the_client_closes(on_loop: OnLoop, script: Start, files: Files) -> None:
+    closed = threading.Event()
+
+    def serve(peer: Peer) -> None:
+        peer.send(peer.message())
+        closed.wait(PATIENCE)
+        peer.reset()
+
+    server = script(over_tls(files.server_context(), serve))
+
+    async def main() -> None:
+        client = await connect(*server.address, ssl=client_context(ca_certs=files.ca_certs))
+        assert await client.echo("a") == "a"
+        client.close()
+        client.close()
+        closed.set()
+        async with asyncio.timeout(PATIENCE):
+            await client.wait_closed()
 
     on_loop(main)
 
