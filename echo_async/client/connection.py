@@ -96,9 +96,8 @@ class Connection(Comparing, asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's do not inherit from it
-        self._is_tls = (
-            transport.get_extra_info("ssl_object") is not None
-        )  # asyncio's cannot be asked any more at the end
+        # Asked now: asyncio's TLS transport cannot be asked any more once it is closed.
+        self._is_tls = transport.get_extra_info("ssl_object") is not None
         self.open = True
 
     def data_received(self, data: bytes) -> None:
