@@ -64,6 +64,8 @@ class ThreadConnection(Connection):
                 self._heed()
             if not conversation.finished:
                 receive(1, socket.MSG_PEEK)  # wait
+        with self._busy:  # another thread may be about to end our side, and TLS takes one at a time
+            pass
         while chunk := receive(DISCARD):
             conversation.receive(chunk)
 
