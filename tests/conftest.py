@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,12 @@ from support import LOOPS, run, until
 
 settings.register_profile("any machine", deadline=None)  # however slow or busy it is
 settings.load_profile("any machine")
+
+
+def pytest_configure() -> None:
+    """Ctrl-C ends the commands that tests start, also where a shell has started all this in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
