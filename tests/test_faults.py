@@ -28,6 +28,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -42,6 +43,7 @@ import echo_async
 from echo_async import sync
 from echo_async.config import EngineName, ServerOptions
 from echo_async.conversation import StreamConversation
+from echo_async.engines.protocol import ProtocolConnection
 from echo_async.engines.registry import Registry
 from echo_async.engines.streams import TURN
 from echo_async.engines.threads import ThreadConnection
@@ -855,6 +857,52 @@ def not_read_from(address: object) -> int:
                 if found.getpeername() == address:
                     return int.from_bytes(fcntl.ioctl(found, termios.FIONREAD, bytes(4)), sys.byteorder)
     raise AssertionError("there is none")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_a_stop_answers_what_waits_in_the_kernel_and_not_what_a_flood_brings_later(
+    loop: LoopName, tls: bool, certificate: Path, trusting: ssl.SSLContext
+) -> None:
+    """The engine ``protocol``, which is given what arrives and cannot go and read it."""
+    messages = b"sixteen letters!\n" * 500
+
+    async def main() -> None:
+        registry, ended = Registry(echo_async.ServerConfig(mode="stream", no_access_log=True)), asyncio.Event()
+        registry.on_empty = ended.set
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate)
+        ours, theirs = socket.socketpair()
+        connecting = asyncio.create_task(
+            asyncio.get_running_loop().connect_accepted_socket(
+                partial(ProtocolConnection, registry), theirs, ssl=context if tls else None
+            )
+        )
+        reader, writer = await asyncio.open_connection(
+            sock=ours, ssl=trusting if tls else None, server_hostname="localhost" if tls else None
+        )
+        await connecting
+        try:
+            async with asyncio.timeout(PATIENCE):
+                writer.write(b"one\n")
+                assert await reader.readline() == b"one\n"
+                writer.write(messages)  # which sends at once
+                registry.stop()
+                received = await reader.readexactly(len(messages))
+                while not reader.at_eof():
+                    if not writer.is_closing():
+                        writer.write(messages)
+                    received += await reader.read(65536)
+                    registry.sweep()
+            assert received.startswith(messages)
+            assert len(received) % 17 == 0
+        finally:
+            writer.transport.abort()
+            registry.abort()
+            async with asyncio.timeout(PATIENCE):
+                await ended.wait()
+
+    run(main, loop)
 
 
 @each_kind

@@ -7,8 +7,10 @@ every read. Only ``bytes`` are written: a transport keeps what it could not send
 from __future__ import annotations
 
 import asyncio
-import select
+import fcntl
 import socket
+import sys
+import termios
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
@@ -36,7 +38,7 @@ async def listen(
 class ProtocolConnection(Connection, asyncio.Protocol):
     """One client of the ``protocol`` engine."""
 
-    __slots__ = ("_is_behind", "_let_in", "_transport", "_write", "_writing_paused")
+    __slots__ = ("_due", "_let_in", "_transport", "_write", "_writing_paused")
 
     _transport: asyncio.Transport
     _write: Callable[[bytes], object]
@@ -45,7 +47,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         super().__init__(registry, source)
         self._let_in = let_in  # where it has shown its PROXY header, or done its TLS handshake
         self._writing_paused = False
-        self._is_behind = False  # at a stop: what it has sent had to wait, and is not all read yet
+        self._due: int | None = None  # bytes that it had sent when the server stopped, read or not
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -96,11 +98,12 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     def _may_read(self) -> bool:
         return not self._writing_paused
 
-    def _has_input(self) -> bool:
-        """Whether the client has sent something that waits to be read."""
-        waiting = select.poll()
-        waiting.register(self._transport.get_extra_info("socket"), select.POLLIN)
-        return bool(waiting.poll(0))
+    def _waiting(self) -> int:
+        """Bytes that the client has sent and that wait in the kernel; over TLS, as they are on the wire."""
+        if self._transport.is_closing():
+            return 0
+        waiting = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4))
+        return int.from_bytes(waiting, sys.byteorder)
 
     def _read_on(self) -> None:
         if self._may_read() and not self._transport.is_closing():
@@ -121,12 +124,14 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             self._transport.abort()
 
     def stop(self) -> None:
-        # What has to wait was received as well: once it is behind it is asked again until it has caught up.
-        self._is_behind = not self._may_read() or (self._is_behind and self._has_input())
-        if self._is_behind:
+        said = self.conversation
+        if self._due is None:
+            self._due = said.received + self._waiting()
+        # What has to wait was received as well, so it is asked again until that is read; what comes later is not.
+        if not self._may_read() or (said.received < self._due and self._waiting()):
             return
-        self.conversation.stop()
-        if self.conversation.finished and self._ended_at is None:
+        said.stop()
+        if said.finished and self._ended_at is None:
             self.finish()
 
     def abort(self) -> None:
