@@ -6,8 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# The tests start some three hundred interpreters, which are to find what was compiled before.
-unexport PYTHONDONTWRITEBYTECODE
+# No variable of the interpreter's reaches a recipe from the environment; TEST_ENV sets some for the tests.
+$(foreach name,$(filter-out PYTHON,$(filter PYTHON%,$(.VARIABLES))),$(eval unexport $(name)))
+TEST_ENV ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test coverage soak bench lint format clean
@@ -25,7 +26,7 @@ serve: $(INSTALLED) ## run the server on 127.0.0.1:5500 until Ctrl-C
 	@$(BIN)/python -m echo_async.server
 
 test: $(INSTALLED) ## run the tests
-	@$(BIN)/python -m pytest -q -n 4
+	@env $(TEST_ENV) $(BIN)/python -m pytest -q -n 4
 
 coverage: $(INSTALLED) ## run the tests, and show which branches they reach
 	@$(BIN)/coverage erase

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import click
 
 from . import __version__
 from .errors import ConfigError, EchoError
 from .reasons import reason
+from .stdio import discard_output, print_error, standard_streams
 
-__all__ = ["BAD_OPTION", "CONTEXT", "Seconds", "complain", "drop_output", "printing", "run_command", "version_option"]
+__all__ = ["BAD_OPTION", "CONTEXT", "Seconds", "run_command", "version_option"]
 
 CANNOT_WRITE = 1
 BAD_OPTION = 2
@@ -51,7 +50,11 @@ def version_option() -> Callable[[Any], Any]:
 
 def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
     """Run ``command`` and return its exit code. A bad option is one line on stderr, and exit code 2."""
-    _fill_standard_descriptors()
+    with standard_streams():
+        return _run(command, argv)
+
+
+def _run(command: click.Command, argv: Sequence[str] | None) -> int:
     try:
         code = command.main(None if argv is None else list(argv), standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -60,52 +63,15 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
         return 130
     except (click.ClickException, ConfigError) as error:
         text = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        complain(" ".join(text.split()))
+        print_error(" ".join(text.split()))
         return BAD_OPTION
     except SystemExit:  # what click makes of a help text that nobody reads to its end
-        drop_output(sys.stdout)
+        discard_output(sys.stdout)
         return 0
     except EchoError:
         raise  # some are errors of the system as well
     except OSError as error:  # a full disk
-        drop_output(sys.stdout)
-        complain(f"cannot write to stdout: {reason(error)}")
+        discard_output(sys.stdout)
+        print_error(f"cannot write to stdout: {reason(error)}")
         return CANNOT_WRITE
     return int(code or 0)
-
-
-def _fill_standard_descriptors() -> None:
-    """Open what of 0, 1 and 2 is closed: a socket with such a number would be taken for stdin, stdout or stderr."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
-
-
-@contextlib.contextmanager
-def printing() -> Iterator[None]:
-    """What is printed in this block is lost if nobody reads it, and nothing else is: the exit code still tells."""
-    try:
-        yield
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except (BrokenPipeError, SystemExit):  # the latter is what rich makes of it
-        drop_output(sys.stdout)
-
-
-def complain(text: str) -> None:
-    """One line on stderr, if there is one."""
-    if sys.stderr is None:
-        return
-    try:
-        print(f"error: {text}", file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        drop_output(sys.stderr)
-
-
-def drop_output(stream: IO[str] | None) -> None:
-    """Nobody reads ``stream`` any more: let what is left in it go nowhere, so that the last flush is quiet."""
-    if stream is not None:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

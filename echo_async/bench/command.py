@@ -10,11 +10,12 @@ from typing import Any, get_args
 
 import click
 
-from ..commandline import CONTEXT, Seconds, complain, printing, run_command, version_option
+from ..commandline import CONTEXT, Seconds, run_command, version_option
 from ..config import CONNECT_TIMEOUT, HOST, PORT, EngineName
 from ..errors import ConfigError, ConnectError, EchoError, StartError
 from ..loops import LoopName, loop_factory
 from ..reasons import reason
+from ..stdio import ignore_broken_pipe, print_error
 from .compare import Comparison, compare, models
 from .expectation import Expectation
 from .extra import need
@@ -161,7 +162,7 @@ def compare_command(**options: Any) -> int:
     need("numpy", *([] if options["json"] else ["rich"]), *(["matplotlib"] if options["plot"] else []))
     comparison = _compare(options)
     text = json.dumps(comparison.as_json(), indent=2)
-    with printing():
+    with ignore_broken_pipe():
         print(text) if options["json"] else print_comparison(comparison)
     if options["save"]:
         with _writing(options["save"]):
@@ -233,20 +234,20 @@ def _run(plan: Plan) -> LoadResult:
 
 
 def _tell(result: LoadResult, expectations: Sequence[Expectation], as_json: bool) -> int:
-    with printing():
+    with ignore_broken_pipe():
         if as_json:
             print(json.dumps(load_json(result, expectations), indent=2))
         else:
             print_load(result, expectations)
     if result.mismatch is not None:
-        complain(
+        print_error(
             "connection {connection}: message {message} came back different at offset {offset}: {what}".format(
                 **result.mismatch
             )
         )
     missed = [each.text for each in expectations if not each.holds(result)]
     if missed:
-        complain(f"not as expected: {', '.join(missed)}")
+        print_error(f"not as expected: {', '.join(missed)}")
     return ALL_AS_EXPECTED if result.everything_came_back and not missed else NOT_AS_EXPECTED
 
 
@@ -255,8 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run_command(command, argv)
     except (StartError, ConnectError) as error:
-        complain(str(error))
+        print_error(str(error))
         return COULD_NOT_START
     except EchoError as error:
-        complain(str(error))
+        print_error(str(error))
         return NOT_AS_EXPECTED

@@ -12,6 +12,7 @@ import signal
 import sys
 from io import FileIO
 
+from ..stdio import standard_streams
 from .generator import Generator, raise_descriptor_limit
 from .plan import Plan
 from .tally import write_tally
@@ -20,6 +21,11 @@ __all__ = ["main"]
 
 
 def main() -> int:
+    with standard_streams():
+        return _run()
+
+
+def _run() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends stdin
     raise_descriptor_limit()
     commands = FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: what follows stays where a selector sees it

@@ -13,11 +13,12 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..commandline import CONTEXT, Seconds, drop_output, run_command, version_option
+from ..commandline import CONTEXT, Seconds, run_command, version_option
 from ..config import CONNECT_TIMEOUT, HOST, PORT, REPLY_TIMEOUT
 from ..errors import ConfigError, ConnectError, EchoError
 from ..loops import loop_factory
 from ..opening import Opening
+from ..stdio import discard_output
 from .conversing import converse
 from .echo_client import ClientOptions, EchoClient, connect
 from .interrupts import Interrupts
@@ -170,7 +171,7 @@ def _run(main: Coroutine[Any, Any, bool], output: Output) -> int:
     except (asyncio.CancelledError, KeyboardInterrupt, Interrupted):
         return INTERRUPTED
     except OutputClosed:
-        drop_output(sys.stdout)
+        discard_output(sys.stdout)
         return OUTPUT_CLOSED
 
 

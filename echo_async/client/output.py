@@ -10,9 +10,9 @@ import os
 import select
 import sys
 
-from ..commandline import drop_output
 from ..errors import EchoError
 from ..reasons import reason
+from ..stdio import discard_output
 from .messages import readable
 
 __all__ = ["Interrupted", "JsonOutput", "Output", "OutputClosed"]
@@ -108,10 +108,10 @@ class Output:
         except BrokenPipeError as error:
             raise OutputClosed from error
         except OSError as error:
-            drop_output(self._stdout)
+            discard_output(self._stdout)
             raise EchoError(f"cannot write to stdout: {reason(error)}") from error
         except KeyboardInterrupt as error:
-            drop_output(self._stdout)
+            discard_output(self._stdout)
             raise Interrupted from error
         finally:
             self._writing = False
@@ -130,7 +130,7 @@ class Output:
             try:
                 print(text, file=self._stderr, flush=True)
             except (OSError, ValueError):
-                drop_output(self._stderr)
+                discard_output(self._stderr)
 
 
 class JsonOutput(Output):

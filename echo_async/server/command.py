@@ -18,12 +18,13 @@ import click
 from click.core import ParameterSource
 
 from .. import __version__
-from ..commandline import CONTEXT, Seconds, complain, drop_output, run_command, version_option
+from ..commandline import CONTEXT, Seconds, run_command, version_option
 from ..config import EngineName, Mode, ProxyProtocol, ServerConfig
 from ..engines.connection import format_address
 from ..errors import StartError
 from ..logs import LogFormat, LogLevel, configure, log
 from ..loops import LoopName, loop_factory, report_in_one_line
+from ..stdio import discard_output, print_error
 from .base import BaseServer
 from .service import EchoServer, start_server
 from .sockets import adopt
@@ -170,7 +171,7 @@ def command(
             facts = {"engine": config.engine, "mode": config.mode, "workers": str(workers), "version": __version__}
             return runner.run(_serve_until_signalled(start, metrics, facts))
     except StartError as error:
-        complain(str(error))
+        print_error(str(error))
         return COULD_NOT_START
 
 
@@ -286,7 +287,7 @@ def announce(server: BaseServer) -> None:
             for address in server.addresses:
                 print(f"listening on {format_address(address)}", flush=True)
         except OSError:
-            drop_output(sys.stdout)
+            discard_output(sys.stdout)
     notify("READY=1")
     log.info("serving %s mode with the %s engine", server.config.mode, server.config.engine)
 

@@ -16,11 +16,11 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from ..commandline import complain
 from ..config import ServerConfig
 from ..errors import StartError
 from ..logs import configure, log
 from ..loops import loop_factory, report_in_one_line
+from ..stdio import print_error, standard_streams
 from .service import EchoServer, start_server
 
 COULD_NOT_START = 3
@@ -29,16 +29,23 @@ PARENT_GONE = (ConnectionError, RuntimeError)
 
 
 def main() -> int:
+    with standard_streams():
+        return _run()
+
+
+def _run() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent passes it on
     channel, *listeners = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
     with channel.makefile("rb", buffering=0) as lines:
         settings = json.loads(lines.readline())
+    for listener in listeners:
+        listener.setblocking(False)  # the event loops' debug mode asks the object, not the descriptor
     configure(settings["log_level"], settings["log_format"])
     try:
         with asyncio.Runner(loop_factory=loop_factory(settings["loop"])) as runner:
             runner.run(_serve(ServerConfig(**settings["config"]), channel, listeners))
     except StartError as error:
-        complain(str(error))
+        print_error(str(error))
         return COULD_NOT_START
     return 0
 

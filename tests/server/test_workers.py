@@ -412,3 +412,11 @@ if "echo_async.server.worker" in sys.orig_argv:
         server.process.send_signal(signal.SIGHUP)
         until(lambda: server.log.count("the certificates stay as they were: ") == 2)
         assert server.stop()[0] == 0
+
+
+def test_workers_in_development_mode_take_proxy_headers() -> None:
+    """asyncio's debug mode requires that the listening socket object does not block."""
+    options = ("--workers", "2", "--proxy-protocol", "v1")
+    with server_process(*options, env={"PYTHONDEVMODE": "1"}) as server, server.connect() as client:
+        client.sendall(b"PROXY UNKNOWN\r\nHola Server!\n")
+        assert receive_line(client) == b"Hola Server!\n"

@@ -1,0 +1,70 @@
+"""Standard streams that may be closed, full or without a reader: no command fails or hangs because of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import IO
+
+__all__ = ["discard_output", "ignore_broken_pipe", "open_standard_descriptors", "print_error", "standard_streams"]
+
+
+@contextlib.contextmanager
+def standard_streams() -> Iterator[None]:
+    """Run a command in this block. Output that cannot be flushed at its end is discarded.
+
+    The interpreter flushes stdout and stderr once more at exit, and replaces the exit code by 120 if
+    that fails (``Py_FinalizeEx``).
+    """
+    open_standard_descriptors()
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                if stream is not None:
+                    stream.flush()
+            except (OSError, ValueError):
+                discard_output(stream)
+
+
+def open_standard_descriptors() -> None:
+    """Open what of 0, 1 and 2 is closed: a socket with such a number would be taken for stdin, stdout or stderr."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # returns the lowest free number: this one
+
+
+@contextlib.contextmanager
+def ignore_broken_pipe() -> Iterator[None]:
+    """Print in this block. If stdout has no reader, the output is discarded and the exit code stays."""
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):  # rich raises the latter
+        discard_output(sys.stdout)
+
+
+def print_error(text: str) -> None:
+    """Print one line to stderr, if there is one."""
+    if sys.stderr is None:
+        return
+    try:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        discard_output(sys.stderr)
+
+
+def discard_output(stream: IO[str] | None) -> None:
+    """Point the descriptor of ``stream`` at the null device, so that a later flush of its buffer succeeds."""
+    if stream is not None:
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            if null > 2:
+                os.close(null)

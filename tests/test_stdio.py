@@ -1,0 +1,65 @@
+"""Standard streams that cannot be written to: every command keeps its exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from support import PATIENCE, server_process
+
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+def run_with_full_stderr(*arguments: str) -> int:
+    """Run a command whose stderr is a full device; return its exit code."""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=full,
+            env=BUFFERED,
+            timeout=PATIENCE,
+        )
+    return done.returncode
+
+
+@pytest.mark.parametrize("options", [[], ["--workers", "2"], ["--threaded"]], ids=" ".join)
+def test_server_full_stderr_exits_with_0(options: list[str]) -> None:
+    """The log cannot be written, and the interpreter's last flush of it fails."""
+    with (
+        open("/dev/full", "wb") as full,
+        subprocess.Popen(
+            [sys.executable, "-m", "echo_async.server", "--port", "0", *options],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            env=BUFFERED,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b"listening on ")
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_server_full_stderr_bad_option_exits_with_2() -> None:
+    assert run_with_full_stderr("echo_async.server", "--port", "none") == 2
+
+
+def test_client_full_stderr_exits_with_0() -> None:
+    with server_process() as server:
+        port = str(server.address[1])
+        assert run_with_full_stderr("echo_async.client", "--port", port, "--verbose", "hola") == 0
+
+
+def test_client_full_stderr_cannot_connect_exits_with_3(closed_port: int) -> None:
+    assert run_with_full_stderr("echo_async.client", "--port", str(closed_port)) == 3
+
+
+def test_bench_full_stderr_unmet_expectation_exits_with_1() -> None:
+    with server_process("--mode", "stream") as server:
+        port = str(server.address[1])
+        options = ["--mode", "stream", "--warmup", "0", "--duration", "0.01", "--expect", "rate>1e9"]
+        assert run_with_full_stderr("echo_async.bench", "load", "--port", port, *options) == 1
