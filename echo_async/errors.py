@@ -16,6 +16,10 @@ Each says what was done, to whom, and what to do about it.
 
 from __future__ import annotations
 
+import os
+import socket
+import ssl
+
 __all__ = [
     "ConfigError",
     "ConnectError",
@@ -75,3 +79,18 @@ class ReplyDifferent(ReplyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def describe_error(error: Exception) -> str:
+    """``connection refused``, ``name or service not known``, ``certificate verify failed: ...``"""
+    if isinstance(error, ssl.SSLError):
+        words = (error.reason or str(error)).lower().replace("_", " ")
+        detail = getattr(error, "verify_message", "")
+        return f"{words}: {detail}" if detail else words
+    if isinstance(error, UnicodeError):
+        return "not a host name"
+    if isinstance(error, socket.gaierror):  # its numbers are not those of the system
+        return str(error.strerror or error).lower()
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno).lower()
+    return str(error).lower() or type(error).__name__

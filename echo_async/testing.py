@@ -18,7 +18,7 @@ from typing import Self, Unpack
 from .config import Mode, ServerConfig, ServerOptions
 from .conversation import MODES, Conversation
 from .errors import ConfigError, StartError
-from .server.sockets import Address
+from .net import Address
 from .stats import Stats
 from .sync import EchoServer
 

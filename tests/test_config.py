@@ -10,8 +10,8 @@ import click
 import pytest
 
 from echo_async import ConfigError, ServerConfig, serve
+from echo_async.cli.server import command
 from echo_async.config import CONNECT_TIMEOUT, REPLY_TIMEOUT, ServerOptions
-from echo_async.server.command import command
 
 DEFAULTS = {
     "host": "127.0.0.1",

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from support import PATIENCE, receive_line, server_process, until
 
-from echo_async.server.command import command
+from echo_async.cli.server import command
 from echo_async.server.metrics import StatsCollector
 from echo_async.stats import Stats
 

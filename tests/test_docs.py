@@ -221,7 +221,7 @@ OURS = [words for words in COMMAND_LINES if words[:2] == ["python", "-m"] and wo
 
 @pytest.mark.parametrize("words", OURS, ids=" ".join)
 def test_a_command_line_parses(words: list[str]) -> None:
-    command: click.Command = importlib.import_module(f"{words[2]}.command").command
+    command: click.Command = importlib.import_module(words[2].replace("echo_async", "echo_async.cli")).command
     arguments = words[3:]
     if isinstance(command, click.Group):
         _, found, arguments = command.resolve_command(click.Context(command), arguments)

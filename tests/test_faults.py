@@ -49,7 +49,7 @@ from echo_async.engines.streams import TURN
 from echo_async.engines.threads import ThreadConnection
 from echo_async.engines.tls_socket import TlsSocket
 from echo_async.loops import LoopName, loop_factory
-from echo_async.server.service import start_server
+from echo_async.server.server import start_server
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -618,7 +618,7 @@ class FailingAccept:
         self.error: OSError | None = None
         self.failed = 0
         self._most = most
-        for module in ("engines.accepting", "sync.server"):
+        for module in ("engines.acceptor", "sync.server"):
             monkeypatch.setattr(f"echo_async.{module}.BACK_OFF", self.PAUSE)
         self._accept = socket.socket.accept
         monkeypatch.setattr(socket.socket, "accept", lambda listener: self(listener))
@@ -1140,16 +1140,16 @@ def test_two_hundred_lives_in_one_process(kind: Kind) -> None:
 
 STOPPED_WHILE_IT_STARTS = """
 import os, signal, sys
-from echo_async.server import sockets
-from echo_async.server.command import main
+from echo_async import net
+from echo_async.cli.server import main
 
-bind = sockets.bind
+bind = net.bind
 
 def signalled(*arguments):
     os.kill(os.getpid(), signal.SIGTERM)
     return bind(*arguments)
 
-sockets.bind = signalled
+net.bind = signalled
 sys.exit(main(["--port", "0", *sys.argv[1:]]))
 """
 

@@ -123,7 +123,7 @@ def test_every_module_says_what_it_is_and_exports_what_it_has(module: str) -> No
 
 
 def test_no_module_of_the_package_is_overlooked() -> None:
-    assert {"echo_async.conversation", "echo_async.engines.streams", "echo_async.server.command"} <= set(MODULES)
+    assert {"echo_async.conversation", "echo_async.engines.streams", "echo_async.cli.server"} <= set(MODULES)
 
 
 def test_the_conversation_imports_nothing_that_reads_writes_waits_or_logs() -> None:

@@ -21,8 +21,8 @@ from support import PATIENCE, Hosted, engines, receive_all, receive_line, server
 
 import echo_async
 from echo_async.config import ServerOptions
-from echo_async.engines.accepting import DoorListener
-from echo_async.engines.header import receive_header
+from echo_async.engines.acceptor import DoorListener
+from echo_async.engines.proxy_reader import receive_header
 from echo_async.engines.registry import Registry
 from echo_async.proxy import HeaderError, ProxyHeader, Senders, Source
 

@@ -15,7 +15,7 @@ from support import PATIENCE, receive_all, run
 
 import echo_async
 from echo_async import ServerConfig, StartError
-from echo_async.server.sockets import Address, AddressInfo, address_of, adopt, bind, numeric, resolve
+from echo_async.net import Address, AddressInfo, address_of, adopt, bind, numeric, resolve
 
 
 def has_ipv6() -> bool:

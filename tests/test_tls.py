@@ -21,10 +21,10 @@ import trustme
 from support import PATIENCE, Hosted, engines, receive_all, receive_line, server_process, the_one_line, until
 
 import echo_async
+from echo_async.cli.server import main
 from echo_async.config import EngineName, Mode, ServerOptions
 from echo_async.engines import registry
 from echo_async.loops import LoopName
-from echo_async.server.command import main
 
 Start = Callable[..., AbstractContextManager[echo_async.EchoServer]]
 
@@ -134,7 +134,7 @@ def test_tls_on_a_plain_port_gets_no_connection(start: Start, files: Files) -> N
 def test_silent_clients_are_counted_from_the_start_and_gone_in_time(
     start: Start, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("registry", "accepting"):
+    for module in ("registry", "acceptor"):
         monkeypatch.setattr(f"echo_async.engines.{module}.HANDSHAKE_TIMEOUT", 1.0)
     monkeypatch.setattr("echo_async.sync.server.HANDSHAKE_TIMEOUT", 1.0)
     assert registry.HANDSHAKE_TIMEOUT == 1.0

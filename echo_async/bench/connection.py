@@ -15,7 +15,7 @@ from ssl import SSLContext, SSLSocket, SSLWantReadError, SSLWantWriteError
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from ..reasons import reason
+from ..errors import describe_error
 from .pattern import LARGEST
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Connection:
         except BLOCKED:
             pass
         except OSError as error:
-            return self.fail(reason(error))
+            return self.fail(describe_error(error))
         self._send_at, self._unsent = at, unsent
         if unsent:
             self._watch(EVENT_READ | EVENT_WRITE)
@@ -90,7 +90,7 @@ class Connection:
             self._socket = self._generator.new_socket(self.number)
             code = self._socket.connect_ex(self._generator.plan.address)
         except OSError as error:
-            return self.fail(reason(error))
+            return self.fail(describe_error(error))
         if code == 0:
             self._connected()
         elif code == errno.EINPROGRESS and self._one_message and self._generator.tls is None:
@@ -102,7 +102,7 @@ class Connection:
             self._events = EVENT_WRITE
             self._generator.selector.register(self._socket, EVENT_WRITE, self._connecting)
         else:
-            self.fail(reason(OSError(code, "")))
+            self.fail(describe_error(OSError(code, "")))
 
     def close(self) -> None:
         """End it, for good."""
@@ -135,7 +135,7 @@ class Connection:
         assert self._socket is not None
         code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            return self.fail(reason(OSError(code, "")))
+            return self.fail(describe_error(OSError(code, "")))
         self._connected()
 
     def _connected(self) -> None:
@@ -163,7 +163,7 @@ class Connection:
         except SSLWantWriteError:
             self._watch(EVENT_WRITE, self._shake_hands)
         except OSError as error:
-            self.fail(reason(error))
+            self.fail(describe_error(error))
         else:
             self._watch(0)
             self._established()
@@ -208,7 +208,7 @@ class Connection:
         except BLOCKED:
             return
         except OSError as error:
-            return self.fail(reason(error))
+            return self.fail(describe_error(error))
         at = self._receive_at
         if not self._fits(data, at):
             return self._differs(data)

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-from ..errors import ConfigError, ConnectError, EchoError
-from ..reasons import reason
+from ..errors import ConfigError, ConnectError, EchoError, describe_error
 from .figures import Distribution
 from .plan import Plan
 from .tally import LATE, read_tally
@@ -103,9 +102,9 @@ def find(host: str, port: int, uds: str | None, plan: Plan) -> tuple[int, Any]:
                 context.wrap_socket(connected, server_hostname=plan.tls["server_hostname"]).close()
             return found
     except ssl.SSLError as error:
-        raise ConnectError(f"cannot connect to {name}: TLS: {reason(error)}") from error
+        raise ConnectError(f"cannot connect to {name}: TLS: {describe_error(error)}") from error
     except (OSError, UnicodeError) as error:
-        why = f"no answer within {plan.timeout:g} s" if isinstance(error, TimeoutError) else reason(error)
+        why = f"no answer within {plan.timeout:g} s" if isinstance(error, TimeoutError) else describe_error(error)
         raise ConnectError(f"cannot connect to {name}: {why}; is the server running there?") from error
 
 

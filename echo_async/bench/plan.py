@@ -6,8 +6,8 @@ import ssl
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self, get_args
 
-from ..client.tls import client_context
 from ..errors import ConfigError
+from ..tls import client_context
 
 __all__ = ["LoadMode", "Plan"]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..engines.connection import format_address
+from ..net import format_address
 from .compare import Cell, Comparison, spread
 from .expectation import Expectation
 from .figures import PERCENTILES, Distribution

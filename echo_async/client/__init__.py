@@ -10,6 +10,6 @@ The command: ``command`` (options in, an exit code out), ``conversing`` (message
 ``pinging`` (one message again and again), ``stdin``, ``output`` and ``interrupts``.
 """
 
-from .echo_client import EchoClient, connect, echo
+from .client import EchoClient, connect, echo
 
 __all__ = ["EchoClient", "connect", "echo"]

@@ -12,8 +12,8 @@ import os
 from time import monotonic
 from typing import cast
 
-from ..reasons import reason
-from .comparing import Comparing, Exchange
+from ..errors import describe_error
+from ..verifier import Comparing, Exchange
 
 __all__ = ["Connection"]
 
@@ -79,7 +79,7 @@ class Connection(Comparing, asyncio.Protocol):
         try:
             self._transport.write(exchange.data)
         except RuntimeError as error:  # uvloop: "the handler is closed"
-            self._lose(f"the connection to {self._name} broke ({reason(error)})")
+            self._lose(f"the connection to {self._name} broke ({describe_error(error)})")
 
     def close(self) -> None:
         """Close; what is still out is lost. To call it twice does no harm."""
@@ -120,7 +120,7 @@ class Connection(Comparing, asyncio.Protocol):
             self._lose(f"{self._name} closed the connection")
         else:
             self._read_what_came_before()
-            self._lose(f"the connection to {self._name} broke ({reason(error)})")
+            self._lose(f"the connection to {self._name} broke ({describe_error(error)})")
         if self._timer is not None:
             self._timer.cancel()
         if not self.closed.done():

@@ -15,9 +15,9 @@ from time import perf_counter
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from ..errors import MessageError, ReplyError
-from .comparing import Exchange
+from ..messages import encode
+from ..verifier import Exchange
 from .connection import Connection
-from .messages import encode
 
 __all__ = ["WINDOW", "WINDOW_BYTES", "Batch", "Result", "Source", "flow", "stream"]
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
-from ..logs import escape, excerpt, log
+from ..logs import excerpt, log
+from ..net import format_address
 
 if TYPE_CHECKING:
     from .registry import Registry
@@ -17,22 +18,9 @@ if TYPE_CHECKING:
 LINES = 250  # log lines that one client is given before the others get their turn
 FRESH = 0.5  # seconds that a client which has just connected gets at a stop to begin its message
 
-__all__ = ["Connection", "Overdue", "format_address"]
+__all__ = ["Connection", "Overdue"]
 
 Overdue = Literal["idle", "message", "write", "linger"]
-
-
-def format_address(address: object) -> str:
-    """``127.0.0.1:5500``, ``[::1]:5500``, the path of a Unix socket, or what its client is called."""
-    if isinstance(address, tuple):
-        host, port = address[:2]
-        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    if isinstance(address, bytes):
-        address = address.decode("utf-8", "surrogateescape")
-    if not address:
-        return "unix client" if address is not None else "a client that is gone"
-    path = str(address)
-    return escape("@" + path[1:] if path.startswith("\0") else path)  # Linux' abstract names begin with NUL
 
 
 class Connection:

@@ -17,7 +17,7 @@ from typing import cast
 
 from ..logs import log
 from ..proxy import Source
-from .accepting import BATCH, DoorListener, LetIn, Listener, Tls, begin_to_serve
+from .acceptor import BATCH, DoorListener, LetIn, Listener, Tls, begin_to_serve
 from .connection import Connection
 from .registry import Registry
 

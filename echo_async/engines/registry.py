@@ -16,11 +16,12 @@ from functools import partial
 
 from ..config import ServerConfig
 from ..conversation import MODES, Conversation
+from ..errors import describe_error
 from ..logs import Seldom, access_log, excerpt, log
+from ..net import format_address
 from ..proxy import HeaderError, ProxyHeader, Senders
-from ..reasons import reason
 from ..stats import Stats
-from .connection import Connection, format_address
+from .connection import Connection
 
 __all__ = ["BACK_OFF", "CLIENT_GONE", "HANDSHAKE_TIMEOUT", "LINGER", "RESERVED_DESCRIPTORS", "Registry"]
 
@@ -137,7 +138,7 @@ class Registry:
             why = f"not done in {HANDSHAKE_TIMEOUT:g} s"
         else:
             self.count("tls_failures")
-            why = reason(error)
+            why = describe_error(error)
         self._say_handshake_failed(peer, why)
 
     def fail_header(self, peer: str, error: BaseException) -> None:

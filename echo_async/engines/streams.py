@@ -14,7 +14,7 @@ from typing import Unpack
 from ..config import ServerConfig, ServerOptions
 from ..logs import log
 from ..proxy import Source
-from .accepting import BATCH, DoorListener, LetIn, Listener, Tls, begin_to_serve
+from .acceptor import BATCH, DoorListener, LetIn, Listener, Tls, begin_to_serve
 from .connection import Connection
 from .registry import Registry
 from .sweeper import Sweeper

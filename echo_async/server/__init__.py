@@ -1,5 +1,5 @@
 """The server: ``serve`` and ``EchoServer`` for programs, ``python -m echo_async.server`` for people."""
 
-from .service import EchoServer, serve
+from .server import EchoServer, serve
 
 __all__ = ["EchoServer", "serve"]

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from ..config import ServerConfig
 from ..engines.registry import Registry
 from ..errors import StartError
+from ..net import Address, address_of, inode, unlink
 from ..stats import Stats
-from .sockets import Address, address_of, inode, unlink
-from .tls import Certificates
+from ..tls import Certificates
 
 __all__ = ["BaseServer"]
 

@@ -23,10 +23,9 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..engines.connection import format_address
-from ..errors import StartError
+from ..errors import StartError, describe_error
 from ..logs import log
-from ..reasons import reason
+from ..net import format_address
 from ..stats import Stats
 from .base import BaseServer
 
@@ -103,7 +102,7 @@ class MetricsServer:
             self._http = _HttpServer(family, target)
         except (OSError, ValueError) as error:
             raise StartError(
-                f"cannot serve metrics on {format_address((address, port))}: {reason(error)}; "
+                f"cannot serve metrics on {format_address((address, port))}: {describe_error(error)}; "
                 "give another --metrics-port or --metrics-address"
             ) from error
         self._thread = threading.Thread(target=self._http.serve_forever, name="echo-async metrics")

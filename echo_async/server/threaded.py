@@ -6,7 +6,7 @@ import contextlib
 import socket
 
 from ..sync.server import EchoServer as SyncEchoServer
-from .service import EchoServer
+from .server import EchoServer
 
 __all__ = ["ThreadedEchoServer"]
 

@@ -1,6 +1,6 @@
 """One worker of several: a process that serves sockets which its parent opened, until the parent says stop or dies.
 
-Run by :mod:`echo_async.server.workers` only: ``python -m echo_async.server.worker CHANNEL SOCKET...``, where
+Run by :mod:`echo_async.server.supervisor` only: ``python -m echo_async.server.worker CHANNEL SOCKET...``, where
 the arguments are inherited descriptors.
 """
 
@@ -21,7 +21,7 @@ from ..errors import StartError
 from ..logs import configure, log
 from ..loops import loop_factory, report_in_one_line
 from ..stdio import print_error, standard_streams
-from .service import EchoServer, start_server
+from .server import EchoServer, start_server
 
 COULD_NOT_START = 3
 # What the channel says when the parent died with an answer unread: uvloop RuntimeError, on writing to it.

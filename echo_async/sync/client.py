@@ -1,6 +1,6 @@
 """The client without an event loop: it sends and reads at once, in the thread that calls it.
 
-The blocking twin of :mod:`echo_async.client.echo_client`: same names, same rules, same errors, and the
+The blocking twin of :mod:`echo_async.client.client`: same names, same rules, same errors, and the
 same rule for connecting again. A blocking client that sends all before it reads stands still as soon as
 both sides' buffers are full; so no call here waits for only one of the two. Every wait has a deadline.
 
@@ -23,11 +23,9 @@ from time import monotonic, perf_counter, sleep
 from types import TracebackType
 from typing import Self, TypeVar, Unpack, cast
 
-from ..client.comparing import Comparing, Exchange
-from ..client.echo_client import ClientOptions, Server
-from ..client.messages import encode
+from ..client.client import ClientOptions, Server
+from ..client.connector import FIRST_PAUSE, HEAD_START, LONGEST_PAUSE, UNIX_PAUSE, AddressInfo, Target, advice
 from ..client.stream import BATCH_BYTES, WINDOW, MessageBatch, Messages, Window
-from ..client.target import FIRST_PAUSE, HEAD_START, LONGEST_PAUSE, UNIX_PAUSE, AddressInfo, Target, advice
 from ..config import CONNECT_TIMEOUT, HOST, PORT, REPLY_TIMEOUT, check_seconds
 from ..errors import (
     ConfigError,
@@ -35,8 +33,10 @@ from ..errors import (
     ConnectTimeout,
     EchoError,
     ReplyLost,
+    describe_error,
 )
-from ..reasons import reason
+from ..messages import encode
+from ..verifier import Comparing, Exchange
 
 __all__ = ["EchoClient", "connect", "echo"]
 
@@ -325,7 +325,7 @@ class Connection(Comparing):
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
         except OSError as error:
-            self._broken = self._broken or reason(error)
+            self._broken = self._broken or describe_error(error)
             unsent.clear()
 
     def _receive(self) -> bool:
@@ -335,7 +335,7 @@ class Connection(Comparing):
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return False
         except OSError as error:
-            self._lose(f"the connection to {self._name} broke ({self._broken or reason(error)})")
+            self._lose(f"the connection to {self._name} broke ({self._broken or describe_error(error)})")
             return True
         if data:
             self._compare(data)
@@ -380,12 +380,12 @@ def _attempt(target: Target, seconds: float) -> socket.socket:
         log.debug("connected to %s in %.3f ms", target.name, 1e3 * (monotonic() - started))
         return _secure(target, connected, started + seconds) if target.tls else connected
     except TimeoutError as error:
-        within = f": {reason(error)}" if error.errno else f" within {seconds:g} s"
+        within = f": {describe_error(error)}" if error.errno else f" within {seconds:g} s"
         raise ConnectTimeout(f"cannot connect to {target.name}{within}; is it the right address?") from error
     except ssl.SSLError as error:
-        raise ConnectError(f"cannot connect to {target.name}: TLS: {reason(error)}") from error
+        raise ConnectError(f"cannot connect to {target.name}: TLS: {describe_error(error)}") from error
     except (OSError, UnicodeError) as error:
-        raise ConnectError(f"cannot connect to {target.name}: {reason(error)}{advice(error)}") from error
+        raise ConnectError(f"cannot connect to {target.name}: {describe_error(error)}{advice(error)}") from error
 
 
 def _connect(target: Target, deadline: float) -> socket.socket:

@@ -1,6 +1,6 @@
 """The server object on threads: one accepts clients and keeps the time, and each client has its own.
 
-The blocking twin of :mod:`echo_async.server.service`: same names, no event loop. Its threads are no
+The blocking twin of :mod:`echo_async.server.server`: same names, no event loop. Its threads are no
 daemons (those are killed in the middle of a reply when the interpreter exits), so it has to be closed.
 """
 
@@ -17,15 +17,14 @@ from functools import partial
 from types import TracebackType
 from typing import Self, Unpack
 
+from .. import net
 from ..config import ServerConfig, ServerOptions
-from ..engines.connection import format_address
-from ..engines.header import receive_header
+from ..engines.proxy_reader import receive_header
 from ..engines.registry import BACK_OFF, CLIENT_GONE, HANDSHAKE_TIMEOUT
 from ..engines.threads import ThreadConnection
 from ..engines.tls_socket import TlsSocket
-from ..errors import ConfigError, StartError
-from ..reasons import reason
-from ..server import sockets as listening
+from ..errors import ConfigError, StartError, describe_error
+from ..net import format_address
 from ..server.base import BaseServer
 
 __all__ = ["EchoServer", "serve"]
@@ -96,7 +95,7 @@ class EchoServer(BaseServer):
     @classmethod
     def start(cls, config: ServerConfig) -> Self:
         """Serve on the sockets that ``config`` names."""
-        self = cls(config, listening.bind(config, listening.resolve(config)), config.uds)
+        self = cls(config, net.bind(config, net.resolve(config)), config.uds)
         self.start_accepting()
         return self
 
@@ -193,7 +192,7 @@ class EchoServer(BaseServer):
             except OSError as error:
                 if error.errno in CLIENT_GONE:
                     continue
-                registry.say_cannot_accept(reason(error))
+                registry.say_cannot_accept(describe_error(error))
                 return Accepted.NOT_JUST_NOW
             if registry.refuse() or not registry.may_connect(peername):
                 client.close()
@@ -224,7 +223,7 @@ class EchoServer(BaseServer):
                 finally:
                     threading.stack_size(usual)
         except (RuntimeError, MemoryError) as error:  # "can't start new thread": this client only
-            self._registry.say_cannot_accept(reason(error))
+            self._registry.say_cannot_accept(describe_error(error))
             self._threads.discard(thread)
             withdraw()
             client.close()
@@ -294,4 +293,6 @@ class EchoServer(BaseServer):
 
 
 def _cannot_start(error: Exception) -> StartError:
-    return StartError(f"cannot serve on threads: {reason(error)}; give the process more, or stop what takes so much")
+    return StartError(
+        f"cannot serve on threads: {describe_error(error)}; give the process more, or stop what takes so much"
+    )

@@ -14,8 +14,8 @@ import pytest
 from support import PATIENCE, until
 
 from echo_async import StartError
-from echo_async.bench.command import main
 from echo_async.bench.server import ServerProcess
+from echo_async.cli.bench import main
 
 SHORT = ("--rounds", "2", "--duration", "0.2", "--warmup", "0.02", "--connections", "2")
 

@@ -23,7 +23,7 @@ import trustme
 from scripted import Peer, Start
 from support import PATIENCE, SOON, ServerProcess, server_process
 
-from echo_async.bench.command import main
+from echo_async.cli.bench import main
 
 LOAD = (sys.executable, "-m", "echo_async.bench", "load")
 SHORT = ("--duration", "0.1", "--warmup", "0.01")

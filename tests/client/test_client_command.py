@@ -24,7 +24,7 @@ from scripted import Peer, Serve, Start, answer_all, answer_one, keep_silent
 from support import PATIENCE, server_process, the_one_line, until
 
 import echo_async
-from echo_async.client.command import command, main
+from echo_async.cli.client import command, main
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

@@ -18,7 +18,7 @@ from support import SOON
 
 import echo_async
 from echo_async.client import connect, echo
-from echo_async.client.target import Target
+from echo_async.client.connector import Target
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

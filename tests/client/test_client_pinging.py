@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from echo_async.client import pinging
-from echo_async.client.pinging import RoundTrips
+from echo_async.cli import ping as pinging
+from echo_async.cli.ping import RoundTrips
 
 
 def figures(trips: RoundTrips) -> list[float]:

@@ -18,7 +18,7 @@ from support import PATIENCE
 
 import echo_async
 from echo_async.client import connect, echo
-from echo_async.client.tls import client_context
+from echo_async.tls import client_context
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

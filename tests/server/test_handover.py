@@ -16,7 +16,7 @@ from typing import Protocol
 import pytest
 from support import PATIENCE, Hosted, ServerProcess, receive_all, started, the_one_line, until
 
-from echo_async.server.command import main
+from echo_async.cli.server import main
 
 SERVER = (sys.executable, "-m", "echo_async.server")
 

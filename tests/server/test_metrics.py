@@ -22,11 +22,11 @@ from support import PATIENCE, ServerProcess, held, receive_all, receive_line, se
 
 import echo_async
 from echo_async import Stats
+from echo_async.cli.server import main
 from echo_async.config import EngineName
 from echo_async.server import metrics as module
-from echo_async.server.command import main
 from echo_async.server.metrics import COUNTERS, TIMEOUTS, StatsCollector
-from echo_async.server.workers import Worker
+from echo_async.server.supervisor import Worker
 
 # One process with each engine, and several.
 KINDS = [("streams", 1), ("protocol", 1), ("threads", 1), ("protocol", 2), ("threads", 2)]

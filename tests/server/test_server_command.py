@@ -18,7 +18,7 @@ import pytest
 from support import LOOPS, PATIENCE, SOON, receive_all, server_process, the_one_line, until
 
 import echo_async
-from echo_async.server.command import main
+from echo_async.cli.server import main
 
 SERVER = (sys.executable, "-m", "echo_async.server")
 

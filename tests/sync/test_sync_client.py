@@ -30,8 +30,8 @@ import echo_async
 from echo_async import client as asynchronous
 from echo_async import sync
 from echo_async.client.stream import WINDOW_BYTES
-from echo_async.client.tls import client_context
 from echo_async.config import EngineName, Mode
+from echo_async.tls import client_context
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 

@@ -13,21 +13,21 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..commandline import CONTEXT, Seconds, run_command, version_option
+from ..awaitable import Opening
+from ..client.client import ClientOptions, EchoClient, connect
+from ..client.connector import log
+from ..client.stream import Source
 from ..config import CONNECT_TIMEOUT, HOST, PORT, REPLY_TIMEOUT
 from ..errors import ConfigError, ConnectError, EchoError
 from ..loops import loop_factory
-from ..opening import Opening
 from ..stdio import discard_output
-from .conversing import converse
-from .echo_client import ClientOptions, EchoClient, connect
-from .interrupts import Interrupts
+from ..tls import client_context
+from .common import CONTEXT, Seconds, run_command, version_option
 from .output import Interrupted, JsonOutput, Output, OutputClosed
-from .pinging import ping
+from .ping import ping
+from .session import converse
+from .signals import Interrupts
 from .stdin import Lines, stdin_has_lines
-from .stream import Source
-from .target import log
-from .tls import client_context
 
 __all__ = ["main"]
 

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, cast
 
+from ..errors import describe_error
+from ..net import format_address
 from ..proxy import HeaderError, Source
-from ..reasons import reason
-from .connection import format_address
-from .header import read_header
+from .proxy_reader import read_header
 from .registry import BACK_OFF, CLIENT_GONE, HANDSHAKE_TIMEOUT, LINGER, Registry
 
 __all__ = ["BATCH", "DoorListener", "LetIn", "Listener", "Tls", "begin_to_serve"]
@@ -75,7 +75,7 @@ class DoorListener:
                 client, address = await self._loop.sock_accept(listener)
             except OSError as error:
                 if error.errno not in CLIENT_GONE:
-                    self._registry.say_cannot_accept(reason(error))
+                    self._registry.say_cannot_accept(describe_error(error))
                 await asyncio.sleep(0 if error.errno in CLIENT_GONE else BACK_OFF)
                 continue
             if self._registry.refuse() or not self._registry.may_connect(address):

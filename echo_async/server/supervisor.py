@@ -20,12 +20,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Self
 
+from .. import net
 from ..config import ServerConfig
 from ..errors import StartError
 from ..logs import LogFormat, LogLevel, log
 from ..loops import LoopName
 from ..stats import Stats
-from . import sockets as listening
 from .base import BaseServer
 
 __all__ = ["WorkerServer", "WorkerSettings"]
@@ -79,7 +79,7 @@ class WorkerServer(BaseServer):
         :exc:`~echo_async.StartError` if the workers cannot start; the first one says why on stderr.
         """
         if sockets is None:
-            self = cls(config, settings, listening.bind(config, listening.resolve(config)), config.uds)
+            self = cls(config, settings, net.bind(config, net.resolve(config)), config.uds)
         else:
             self = cls(config, settings, sockets, None)
         try:

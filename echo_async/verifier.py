@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from time import monotonic
 
-from ..errors import ReplyDifferent, ReplyError, ReplyLate, ReplyLost
+from .errors import ReplyDifferent, ReplyError, ReplyLate, ReplyLost
 from .messages import readable
 
 __all__ = ["Comparing", "Exchange"]

@@ -10,12 +10,22 @@ import stat
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from ..config import ServerConfig
-from ..engines.connection import format_address
-from ..errors import StartError
-from ..reasons import reason
+from .config import ServerConfig
+from .errors import StartError, describe_error
+from .logs import escape
 
-__all__ = ["Address", "AddressInfo", "address_of", "adopt", "bind", "inode", "numeric", "resolve", "unlink"]
+__all__ = [
+    "Address",
+    "AddressInfo",
+    "address_of",
+    "adopt",
+    "bind",
+    "format_address",
+    "inode",
+    "numeric",
+    "resolve",
+    "unlink",
+]
 
 Address: TypeAlias = Any
 """``(host, port)``, or the path of a Unix socket. Any, as for sockets: who chose knows which it is."""
@@ -54,7 +64,7 @@ def _getaddrinfo(config: ServerConfig, flags: int) -> Sequence[AddressInfo]:
 
 def no_such_host(config: ServerConfig, error: Exception) -> StartError:
     return StartError(
-        f"cannot listen on host {config.host!r}: {reason(error)}; give a name or an address of this machine"
+        f"cannot listen on host {config.host!r}: {describe_error(error)}; give a name or an address of this machine"
     )
 
 
@@ -87,7 +97,9 @@ def adopt(descriptor: int) -> socket.socket:
     try:
         listener = socket.socket(fileno=descriptor)
     except OSError as error:
-        raise StartError(f"descriptor {descriptor} is not a socket: {reason(error)}; give one that listens") from error
+        raise StartError(
+            f"descriptor {descriptor} is not a socket: {describe_error(error)}; give one that listens"
+        ) from error
     if listener.type != socket.SOCK_STREAM or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         listener.detach()
         raise StartError(f"descriptor {descriptor} is not a listening stream socket: give one that is")
@@ -167,7 +179,20 @@ _ADVICE_UNIX = {
 
 def _cannot_listen(address: object, error: Exception) -> StartError:
     advice = (_ADVICE if isinstance(address, tuple) else _ADVICE_UNIX).get(getattr(error, "errno", None) or 0, "")
-    return StartError(f"cannot listen on {format_address(address)}: {reason(error)}{advice}")
+    return StartError(f"cannot listen on {format_address(address)}: {describe_error(error)}{advice}")
+
+
+def format_address(address: object) -> str:
+    """``127.0.0.1:5500``, ``[::1]:5500``, the path of a Unix socket, or what its client is called."""
+    if isinstance(address, tuple):
+        host, port = address[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if isinstance(address, bytes):
+        address = address.decode("utf-8", "surrogateescape")
+    if not address:
+        return "unix client" if address is not None else "a client that is gone"
+    path = str(address)
+    return escape("@" + path[1:] if path.startswith("\0") else path)  # Linux' abstract names begin with NUL
 
 
 def address_of(listener: socket.socket) -> Address:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..errors import MessageError
-from ..logs import escape
+from .errors import MessageError
+from .logs import escape
 
 __all__ = ["encode", "readable"]
 

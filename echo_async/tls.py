@@ -1,14 +1,13 @@
-"""The server's TLS: TLS 1.2 and up, certificates that are proved at start and can be replaced while it runs."""
+"""TLS contexts, TLS 1.2 and newer: the server's, validated at startup and replaced on reload, and the client's."""
 
 from __future__ import annotations
 
 import ssl
 
-from ..config import ServerConfig
-from ..errors import StartError
-from ..reasons import reason
+from .config import ServerConfig
+from .errors import ConfigError, StartError, describe_error
 
-__all__ = ["Certificates"]
+__all__ = ["Certificates", "client_context"]
 
 
 class Certificates:
@@ -41,7 +40,7 @@ def _load(context: ssl.SSLContext, config: ServerConfig) -> None:
         context.load_cert_chain(certfile, keyfile, lambda: config.ssl_keyfile_password or "")
     except (OSError, ValueError) as error:
         raise StartError(
-            f"cannot use the certificate {certfile} with the key {keyfile or certfile}: {reason(error)}; "
+            f"cannot use the certificate {certfile} with the key {keyfile or certfile}: {describe_error(error)}; "
             "give a certificate and its key in PEM, and ssl_keyfile_password if the key has one"
         ) from error
 
@@ -54,7 +53,7 @@ def _trust(context: ssl.SSLContext, config: ServerConfig) -> None:
             context.load_verify_locations(config.ssl_ca_certs)
         except (OSError, ValueError) as error:
             raise StartError(
-                f"cannot use the CA certificates {config.ssl_ca_certs}: {reason(error)}; give them in PEM"
+                f"cannot use the CA certificates {config.ssl_ca_certs}: {describe_error(error)}; give them in PEM"
             ) from error
         context.verify_mode = ssl.CERT_REQUIRED
 
@@ -66,7 +65,7 @@ def _read(option: str, path: str | None) -> None:
             with open(path, "rb"):
                 pass
         except (OSError, ValueError) as error:
-            raise StartError(f"cannot read {option} {path}: {reason(error)}") from error
+            raise StartError(f"cannot read {option} {path}: {describe_error(error)}") from error
 
 
 def _prove(server: ssl.SSLContext, config: ServerConfig) -> None:
@@ -86,5 +85,32 @@ def _prove(server: ssl.SSLContext, config: ServerConfig) -> None:
                 continue
     except ssl.SSLError as error:
         raise StartError(
-            f"cannot use the certificate {config.ssl_certfile}: {reason(error)}; give one that is valid"
+            f"cannot use the certificate {config.ssl_certfile}: {describe_error(error)}; give one that is valid"
         ) from error
+
+
+def client_context(
+    *, ca_certs: str | None = None, certfile: str | None = None, keyfile: str | None = None, verify: bool = True
+) -> ssl.SSLContext:
+    """A context that trusts ``ca_certs`` (or the system's), and shows ``certfile`` if the server asks."""
+    if keyfile and not certfile:
+        raise ConfigError("ssl_keyfile is for a certificate: give ssl_certfile as well")
+    try:
+        context = ssl.create_default_context(cafile=ca_certs)
+    except OSError as error:
+        raise ConfigError(
+            f"ssl_ca_certs {ca_certs}: {describe_error(error)}; give a file of certificates (PEM)"
+        ) from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if certfile:
+        try:
+            context.load_cert_chain(certfile, keyfile, password="")  # never ask on the terminal
+        except OSError as error:
+            names = f"ssl_certfile {certfile}" + (f", ssl_keyfile {keyfile}" if keyfile else "")
+            raise ConfigError(
+                f"{names}: {describe_error(error)}; give a certificate and its key (PEM, no password)"
+            ) from error
+    return context

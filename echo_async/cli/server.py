@@ -18,21 +18,20 @@ import click
 from click.core import ParameterSource
 
 from .. import __version__
-from ..commandline import CONTEXT, Seconds, run_command, version_option
 from ..config import EngineName, Mode, ProxyProtocol, ServerConfig
-from ..engines.connection import format_address
 from ..errors import StartError
 from ..logs import LogFormat, LogLevel, configure, log
 from ..loops import LoopName, loop_factory, report_in_one_line
+from ..net import adopt, format_address
+from ..server.base import BaseServer
+from ..server.server import EchoServer, start_server
+from ..server.supervisor import WorkerServer, WorkerSettings
+from ..server.systemd import listen_descriptors, notify
 from ..stdio import discard_output, print_error
-from .base import BaseServer
-from .service import EchoServer, start_server
-from .sockets import adopt
-from .systemd import listen_descriptors, notify
-from .workers import WorkerServer, WorkerSettings
+from .common import CONTEXT, Seconds, run_command, version_option
 
 if TYPE_CHECKING:
-    from .metrics import MetricsServer
+    from ..server.metrics import MetricsServer
 
 __all__ = ["main"]
 
@@ -209,7 +208,7 @@ def _metrics(address: str, port: int | None) -> contextlib.AbstractContextManage
     if port is None:
         return contextlib.nullcontext()
     try:
-        from .metrics import MetricsServer
+        from ..server.metrics import MetricsServer
     except ImportError as error:
         raise StartError(f"cannot serve metrics: {error}; install it (pip install 'echo-async[metrics]')") from error
     return MetricsServer(address, port)

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self, Unpack
 
+from .. import net
+from ..awaitable import Opening
 from ..config import ServerConfig, ServerOptions
 from ..engines import protocol, streams
-from ..engines.accepting import Listener
+from ..engines.acceptor import Listener
 from ..engines.sweeper import Sweeper
-from ..opening import Opening
-from . import sockets as listening
 from .base import BaseServer
 
 __all__ = ["EchoServer", "serve", "start_server"]
@@ -69,7 +69,7 @@ class EchoServer(BaseServer):
     async def start(cls, config: ServerConfig, sockets: Sequence[socket.socket] | None = None) -> Self:
         """Serve on ``sockets``, which are listening already, or on those that ``config`` names."""
         if sockets is None:
-            self = cls(config, listening.bind(config, await _resolve(config)), config.uds)
+            self = cls(config, net.bind(config, await _resolve(config)), config.uds)
         else:
             self = cls(config, sockets)
         try:
@@ -186,9 +186,9 @@ class EchoServer(BaseServer):
         self._close_sockets()
 
 
-async def _resolve(config: ServerConfig) -> Sequence[listening.AddressInfo]:
-    infos = listening.numeric(config)
-    return await asyncio.to_thread(listening.resolve, config) if infos is None else infos
+async def _resolve(config: ServerConfig) -> Sequence[net.AddressInfo]:
+    infos = net.numeric(config)
+    return await asyncio.to_thread(net.resolve, config) if infos is None else infos
 
 
 def _is_running(loop: asyncio.AbstractEventLoop) -> bool:

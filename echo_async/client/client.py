@@ -20,13 +20,13 @@ from ssl import SSLContext
 from time import perf_counter
 from typing import TypedDict, TypeVar, Unpack
 
+from ..awaitable import Opening
 from ..config import CONNECT_TIMEOUT, HOST, PORT, REPLY_TIMEOUT, check_seconds
 from ..errors import ConfigError, EchoError, ReplyLost
-from ..opening import Opening
+from ..messages import encode
 from .connection import Connection
-from .messages import encode
+from .connector import Target
 from .stream import WINDOW, stream
-from .target import Target
 
 __all__ = ["ClientOptions", "EchoClient", "connect", "echo"]
 

@@ -10,19 +10,18 @@ from typing import Any, get_args
 
 import click
 
-from ..commandline import CONTEXT, Seconds, run_command, version_option
+from ..bench.compare import Comparison, compare, models
+from ..bench.expectation import Expectation
+from ..bench.extra import need
+from ..bench.load import LoadResult, find, run_load
+from ..bench.plan import LoadMode, Plan
+from ..bench.plot import PICTURES, draw
+from ..bench.report import load_json, print_comparison, print_load, progress_bar
 from ..config import CONNECT_TIMEOUT, HOST, PORT, EngineName
-from ..errors import ConfigError, ConnectError, EchoError, StartError
+from ..errors import ConfigError, ConnectError, EchoError, StartError, describe_error
 from ..loops import LoopName, loop_factory
-from ..reasons import reason
 from ..stdio import ignore_broken_pipe, print_error
-from .compare import Comparison, compare, models
-from .expectation import Expectation
-from .extra import need
-from .load import LoadResult, find, run_load
-from .plan import LoadMode, Plan
-from .plot import PICTURES, draw
-from .report import load_json, print_comparison, print_load, progress_bar
+from .common import CONTEXT, Seconds, run_command, version_option
 
 __all__ = ["main"]
 
@@ -178,7 +177,7 @@ def _writing(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EchoError(f"cannot write {path}: {reason(error)}") from error
+        raise EchoError(f"cannot write {path}: {describe_error(error)}") from error
 
 
 def _check_files(options: dict[str, Any]) -> None:

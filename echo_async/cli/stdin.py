@@ -16,9 +16,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from ..errors import EchoError
-from ..reasons import reason
-from .stream import Batch
+from ..client.stream import Batch
+from ..errors import EchoError, describe_error
 
 __all__ = ["Lines", "stdin_has_lines"]
 
@@ -88,7 +87,7 @@ class Lines:
                 else:
                     self._hand_over(part)
         except OSError as error:
-            failure = EchoError(f"cannot read stdin: {reason(error)}")
+            failure = EchoError(f"cannot read stdin: {describe_error(error)}")
         except EchoError as error:
             failure = error
         self._call(self._end, failure)

@@ -8,10 +8,9 @@ from typing import Any
 
 import click
 
-from . import __version__
-from .errors import ConfigError, EchoError
-from .reasons import reason
-from .stdio import discard_output, print_error, standard_streams
+from .. import __version__
+from ..errors import ConfigError, EchoError, describe_error
+from ..stdio import discard_output, print_error, standard_streams
 
 __all__ = ["BAD_OPTION", "CONTEXT", "Seconds", "run_command", "version_option"]
 
@@ -72,6 +71,6 @@ def _run(command: click.Command, argv: Sequence[str] | None) -> int:
         raise  # some are errors of the system as well
     except OSError as error:  # a full disk
         discard_output(sys.stdout)
-        print_error(f"cannot write to stdout: {reason(error)}")
+        print_error(f"cannot write to stdout: {describe_error(error)}")
         return CANNOT_WRITE
     return int(code or 0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import aclosing
 
+from ..client.client import EchoClient
+from ..client.stream import Source, flow
 from ..errors import ConnectError
-from .echo_client import EchoClient
 from .output import Output
-from .stream import Source, flow
 
 __all__ = ["converse"]
 

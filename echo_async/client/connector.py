@@ -16,8 +16,7 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 from ..config import check_seconds
-from ..errors import ConfigError, ConnectError, ConnectTimeout
-from ..reasons import reason
+from ..errors import ConfigError, ConnectError, ConnectTimeout, describe_error
 
 __all__ = ["Target"]
 
@@ -91,12 +90,12 @@ class Target:
                 log.debug("connected to %s in %.3f ms", self.name, 1e3 * (perf_counter() - started))
                 return await self._carry(connected, factory)
         except TimeoutError as error:
-            within = f": {reason(error)}" if error.errno else f" within {seconds:g} s"
+            within = f": {describe_error(error)}" if error.errno else f" within {seconds:g} s"
             raise ConnectTimeout(f"cannot connect to {self.name}{within}; is it the right address?") from error
         except ssl.SSLError as error:
-            raise ConnectError(f"cannot connect to {self.name}: TLS: {reason(error)}") from error
+            raise ConnectError(f"cannot connect to {self.name}: TLS: {describe_error(error)}") from error
         except (OSError, UnicodeError) as error:
-            raise ConnectError(f"cannot connect to {self.name}: {reason(error)}{advice(error)}") from error
+            raise ConnectError(f"cannot connect to {self.name}: {describe_error(error)}{advice(error)}") from error
 
     async def _carry(self, connected: socket.socket, factory: Callable[[], P]) -> P:
         """Hand the connected socket to the event loop, with TLS where it is asked for."""

@@ -10,10 +10,9 @@ import os
 import select
 import sys
 
-from ..errors import EchoError
-from ..reasons import reason
+from ..errors import EchoError, describe_error
+from ..messages import readable
 from ..stdio import discard_output
-from .messages import readable
 
 __all__ = ["Interrupted", "JsonOutput", "Output", "OutputClosed"]
 
@@ -109,7 +108,7 @@ class Output:
             raise OutputClosed from error
         except OSError as error:
             discard_output(self._stdout)
-            raise EchoError(f"cannot write to stdout: {reason(error)}") from error
+            raise EchoError(f"cannot write to stdout: {describe_error(error)}") from error
         except KeyboardInterrupt as error:
             discard_output(self._stdout)
             raise Interrupted from error

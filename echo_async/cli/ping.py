@@ -8,9 +8,9 @@ import random
 from array import array
 from time import perf_counter
 
+from ..awaitable import Opening
+from ..client.client import EchoClient
 from ..errors import ConnectError, ReplyError
-from ..opening import Opening
-from .echo_client import EchoClient
 from .output import Output
 
 __all__ = ["RoundTrips", "ping"]
