@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
-__all__ = ["Opening"]
+__all__ = ["AwaitableContextManager"]
 
 
 class Closeable(Protocol):
@@ -17,7 +17,7 @@ class Closeable(Protocol):
 T = TypeVar("T", bound=Closeable)
 
 
-class Opening(Generic[T]):
+class AwaitableContextManager(Generic[T]):
     """``await opening`` gives the open thing; ``async with opening`` closes it at the end as well."""
 
     def __init__(self, open: Callable[[], Coroutine[Any, Any, T]]) -> None:

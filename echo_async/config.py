@@ -145,10 +145,10 @@ def check_seconds(name: str, value: float) -> None:
 
 
 def _check_senders(text: str) -> None:
-    from .proxy import Senders  # most servers have no need of it
+    from .proxy import TrustedProxies  # most servers have no need of it
 
     try:
-        Senders(text)
+        TrustedProxies(text)
     except (ValueError, AttributeError) as error:
         raise ConfigError(
             f"proxy_allow_from {text!r} makes no sense: give addresses and networks with commas between them, or *"

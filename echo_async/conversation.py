@@ -26,22 +26,22 @@ class Conversation:
     ``finished``: nothing that arrives from now on is answered; send what was returned, end the
     sending side, and discard the rest of the input.
     ``too_long``: it is finished because a message was over ``limit`` bytes.
-    ``unfinished``: bytes of a message that has begun and has no newline yet.
+    ``incomplete``: bytes of a message that has begun and has no newline yet.
     ``received``: bytes that came in. ``discarded``: those of them that will never be answered.
     ``messages``: complete messages that were answered.
     """
 
     __slots__ = (
-        "_begun",
-        "_between",
+        "_is_at_boundary",
         "_last",
+        "_partial_message",
         "discarded",
         "finished",
+        "incomplete",
         "limit",
         "messages",
         "received",
         "too_long",
-        "unfinished",
     )
 
     def __init__(self, limit: int) -> None:
@@ -49,17 +49,17 @@ class Conversation:
         self.messages = 0
         self.received = 0
         self.discarded = 0
-        self.unfinished = 0
+        self.incomplete = 0
         self.finished = False
         self.too_long = False
-        self._between = True  # nothing begun and not finished: what comes next starts a message
-        self._begun: BytesIO | None = None  # the unfinished message, where there is one
+        self._is_at_boundary = True  # nothing begun and not finished: what comes next starts a message
+        self._partial_message: BytesIO | None = None  # the unfinished message, where there is one
         self._last = False  # finish with the message that has begun
 
     @property
     def answered(self) -> int:
         """Bytes that were returned as replies."""
-        return self.received - self.unfinished - self.discarded
+        return self.received - self.incomplete - self.discarded
 
     def receive(self, data: bytes) -> bytes:
         """Take what one read brought (at least one byte); return what to send now, perhaps nothing."""
@@ -71,21 +71,21 @@ class Conversation:
 
     def stop(self) -> None:
         """Finish with the message that has begun, or at once where none has."""
-        if self.unfinished:
+        if self.incomplete:
             self._last = True
         else:
             self.finish()
 
     def finish(self) -> None:
-        """Answer nothing from now on. ``unfinished`` still tells how much of a message was lost."""
+        """Answer nothing from now on. ``incomplete`` still tells how much of a message was lost."""
         self.finished = True
-        self._between = False
-        self._begun = None
+        self._is_at_boundary = False
+        self._partial_message = None
 
-    def _refuse(self) -> None:
+    def _reject_too_long(self) -> None:
         """The message that has begun is too long: its first ``limit`` bytes have no newline at their end."""
-        self.discarded += self.unfinished - self.limit
-        self.unfinished = self.limit
+        self.discarded += self.incomplete - self.limit
+        self.incomplete = self.limit
         self.too_long = True
         self.finish()
 
@@ -96,13 +96,13 @@ class Conversation:
 
     def _keep(self, data: bytes) -> None:
         """Put by the beginning of a message, or more of it, up to ``limit``."""
-        self.unfinished += len(data)
-        if self.unfinished >= self.limit:  # its newline is still to come, and counts
-            return self._refuse()
-        if self._begun is None:
-            self._begun = BytesIO()
-            self._between = False
-        self._begun.write(data)
+        self.incomplete += len(data)
+        if self.incomplete >= self.limit:  # its newline is still to come, and counts
+            return self._reject_too_long()
+        if self._partial_message is None:
+            self._partial_message = BytesIO()
+            self._is_at_boundary = False
+        self._partial_message.write(data)
 
     def _receive_last(self, data: bytes) -> bytes:
         """One message, and no other after it."""
@@ -113,9 +113,9 @@ class Conversation:
             self._keep(data)
             return b""
         end = data.find(b"\n") + 1
-        if self.unfinished + end > self.limit:
-            self.unfinished += len(data)
-            self._refuse()
+        if self.incomplete + end > self.limit:
+            self.incomplete += len(data)
+            self._reject_too_long()
             return b""
         self.messages += 1
         self.discarded += len(data) - end
@@ -125,13 +125,13 @@ class Conversation:
 
     def _complete(self, end: bytes) -> bytes:
         """The message that was put by, with the last of it."""
-        begun = self._begun
+        begun = self._partial_message
         if begun is None:
             return end
         begun.write(end)
-        self._begun = None
-        self._between = True
-        self.unfinished = 0
+        self._partial_message = None
+        self._is_at_boundary = True
+        self.incomplete = 0
         return begun.getvalue()
 
 
@@ -142,7 +142,7 @@ class StreamConversation(Conversation):
 
     def receive(self, data: bytes) -> bytes:
         # The common case, in as few steps as it goes: only whole messages, none over the limit.
-        if self._between and data[-1] == NEWLINE and (size := len(data)) <= self.limit:
+        if self._is_at_boundary and data[-1] == NEWLINE and (size := len(data)) <= self.limit:
             self.received += size
             if size > COPIED_FAST and size - data.find(b"\n") == 1:
                 self.messages += 1
@@ -159,12 +159,12 @@ class StreamConversation(Conversation):
             self._keep(data)
             return b""
         end = data.rfind(b"\n") + 1
-        size = self.unfinished + end
+        size = self.incomplete + end
         if size > self.limit and (allowed := self._allowed(data)) < end:
             reply = self._complete(data[:allowed]) if allowed else b""
             self.messages += allowed - len(data[:allowed].replace(b"\n", b""))
-            self.unfinished += len(data) - allowed
-            self._refuse()
+            self.incomplete += len(data) - allowed
+            self._reject_too_long()
             return reply
         whole = data if end == len(data) else data[:end]
         self.messages += end - len(whole.replace(b"\n", b""))
@@ -175,7 +175,7 @@ class StreamConversation(Conversation):
 
     def _allowed(self, data: bytes) -> int:
         """Where the last complete message ends before the first that is over the limit."""
-        start, end = -self.unfinished, data.find(b"\n") + 1
+        start, end = -self.incomplete, data.find(b"\n") + 1
         while end and end - start <= self.limit:
             start, end = end, data.find(b"\n", end) + 1
         return max(start, 0)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Literal
 
-__all__ = ["LogFormat", "LogLevel", "Seldom", "access_log", "configure", "escape", "excerpt", "log"]
+__all__ = ["LogFormat", "LogLevel", "RateLimitedLog", "access_log", "configure", "escape", "excerpt", "log"]
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 LogFormat = Literal["text", "json"]
@@ -63,7 +63,7 @@ def excerpt(message: bytes) -> str:
     return shown
 
 
-class Seldom:
+class RateLimitedLog:
     """A log line that cannot flood: at most one a second, which tells how many it stands for."""
 
     def __init__(self, write: Callable[..., object], template: str) -> None:

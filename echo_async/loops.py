@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Literal
 
 from .errors import StartError
-from .logs import Seldom, log
+from .logs import RateLimitedLog, log
 
-__all__ = ["LoopName", "loop_factory", "report_in_one_line"]
+__all__ = ["LoopName", "log_loop_errors", "loop_factory"]
 
 LoopName = Literal["auto", "asyncio", "uvloop"]
 
@@ -36,11 +36,11 @@ def loop_factory(name: LoopName = "auto") -> Callable[[], asyncio.AbstractEventL
     return uvloop.new_event_loop
 
 
-def report_in_one_line(loop: asyncio.AbstractEventLoop) -> None:
+def log_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
     """Log what goes wrong inside ``loop`` as one line, and at most one a second.
 
     By itself asyncio logs a traceback each time; for want of descriptors that is one for every place in the
     backlog, every second.
     """
-    say = Seldom(log.error, "%s: %r")
+    say = RateLimitedLog(log.error, "%s: %r")
     loop.set_exception_handler(lambda _, context: say(context["message"], context.get("exception")))

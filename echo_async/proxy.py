@@ -20,7 +20,7 @@ from .logs import excerpt
 if TYPE_CHECKING:
     from ipaddress import IPv4Network, IPv6Network
 
-__all__ = ["HeaderError", "ProxyHeader", "Senders", "Source"]
+__all__ = ["ProxyHeader", "ProxyHeaderError", "Source", "TrustedProxies"]
 
 Source = tuple[str, int] | str | None
 """The client's address and port, the path of its Unix socket, or None: the one that is connected speaks for itself."""
@@ -36,10 +36,10 @@ LOCAL, PROXY = 0x20, 0x21  # version 2 and the command
 TCP4, TCP6, UNIX = 0x11, 0x21, 0x31  # address family and transport
 V2_ADDRESSES = {TCP4: 12, TCP6: 36, UNIX: 216}  # bytes; other families have no address that is of use here
 
-KEPT = V2_FIXED.size + V2_ADDRESSES[UNIX]
+MAX_KEPT = V2_FIXED.size + V2_ADDRESSES[UNIX]
 
 
-class HeaderError(Exception):
+class ProxyHeaderError(Exception):
     """What came is no header that is allowed here. The text says why."""
 
 
@@ -67,10 +67,10 @@ class ProxyHeader:
     def feed(self, data: bytes) -> int:
         """Take what comes next; return how many bytes of it are the header's: all, unless it is finished with them.
 
-        :exc:`HeaderError` if this cannot become a header.
+        :exc:`ProxyHeaderError` if this cannot become a header.
         """
         before = self._received
-        self._head += data[: KEPT - len(self._head)]
+        self._head += data[: MAX_KEPT - len(self._head)]
         if self._size is None:
             self._size = self._measure()
         self._received = before + len(data)
@@ -88,7 +88,7 @@ class ProxyHeader:
             return self._measure_v2()
         if V1_PREFIX.startswith(head[: len(V1_PREFIX)]):
             return self._measure_v1()
-        raise HeaderError(f"there is no PROXY header: it began with {excerpt(head[:20])}")
+        raise ProxyHeaderError(f"there is no PROXY header: it began with {excerpt(head[:20])}")
 
     def _measure_v1(self) -> int | None:
         if len(self._head) < len(V1_PREFIX):
@@ -98,7 +98,7 @@ class ProxyHeader:
         if end >= 2:
             return end
         if len(self._head) >= V1_SIZE:
-            raise HeaderError(f"its PROXY header has no end within {V1_SIZE} bytes")
+            raise ProxyHeaderError(f"its PROXY header has no end within {V1_SIZE} bytes")
         return None
 
     def _measure_v2(self) -> int | None:
@@ -107,19 +107,19 @@ class ProxyHeader:
             return None
         self._allow("v2")
         if len(head) > 12 and head[12] not in (LOCAL, PROXY):
-            raise HeaderError(f"its PROXY header has version and command {head[12]:#04x}, which do not exist")
+            raise ProxyHeaderError(f"its PROXY header has version and command {head[12]:#04x}, which do not exist")
         if len(head) > 13 and head[12] == PROXY and (head[13] >> 4 > 3 or head[13] & 15 > 2):
-            raise HeaderError(f"its PROXY header has family and transport {head[13]:#04x}, which do not exist")
+            raise ProxyHeaderError(f"its PROXY header has family and transport {head[13]:#04x}, which do not exist")
         if len(head) < V2_FIXED.size:
             return None
         _, command, family, size = V2_FIXED.unpack_from(head)
         if command == PROXY and size < V2_ADDRESSES.get(family, 0):
-            raise HeaderError(f"its PROXY header has {size} bytes for addresses of {V2_ADDRESSES[family]}")
+            raise ProxyHeaderError(f"its PROXY header has {size} bytes for addresses of {V2_ADDRESSES[family]}")
         return V2_FIXED.size + int(size)
 
     def _allow(self, version: str) -> None:
         if self._versions not in (version, "auto"):
-            raise HeaderError(f"its PROXY header is {version}, and not {self._versions} as asked for")
+            raise ProxyHeaderError(f"its PROXY header is {version}, and not {self._versions} as asked for")
 
 
 def _source_v1(line: bytes) -> Source:
@@ -135,7 +135,7 @@ def _source_v1(line: bytes) -> Source:
         else:
             if max(int(found[4]), int(found[5])) <= 65535:
                 return source, int(found[4])
-    raise HeaderError(f"its PROXY header makes no sense: {excerpt(line)}")
+    raise ProxyHeaderError(f"its PROXY header makes no sense: {excerpt(line)}")
 
 
 def _address(family: socket.AddressFamily, text: str) -> str:
@@ -161,7 +161,7 @@ def _path(field: bytes) -> str:
     return path.decode("utf-8", "surrogateescape")
 
 
-class Senders:
+class TrustedProxies:
     """Who may send a header: ``text`` is addresses and networks with commas between them, or ``*`` for all.
 
     Whoever may send one can claim any address. :exc:`ValueError` says what in ``text`` makes no sense.

@@ -25,7 +25,7 @@ class Certificates:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         _load(context, self._config)
-        _prove(context, self._config)
+        _validate(context, self._config)
         _trust(context, self._config)
         self.context = context
 
@@ -68,7 +68,7 @@ def _read(option: str, path: str | None) -> None:
             raise StartError(f"cannot read {option} {path}: {describe_error(error)}") from error
 
 
-def _prove(server: ssl.SSLContext, config: ServerConfig) -> None:
+def _validate(server: ssl.SSLContext, config: ServerConfig) -> None:
     """A handshake in memory, with a client that trusts just this certificate: it is valid today, and for a server."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False

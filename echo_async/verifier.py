@@ -12,7 +12,7 @@ from time import monotonic
 from .errors import ReplyDifferent, ReplyError, ReplyLate, ReplyLost
 from .messages import readable
 
-__all__ = ["Comparing", "Exchange"]
+__all__ = ["Exchange", "ReplyVerifier"]
 
 LARGE = 65_536  # bytes of a message that a server may not take
 SHOWN = 40  # bytes of a wrong reply that an error shows
@@ -41,32 +41,32 @@ class Exchange:
         return data.rfind(b"\n", 0, returned) + 1, data.find(b"\n", returned) + 1
 
 
-class Comparing:
+class ReplyVerifier:
     """The bytes that were sent must come back, in order, and no others.
 
     ``open``: more can be sent. ``replies``: exchanges that came back whole. ``partial``: it was lost
-    in the middle of a reply. ``stray``: the error of bytes that came when nothing was out; it belongs
+    in the middle of a reply. ``unexpected``: the error of bytes that came when nothing was out; it belongs
     to whoever uses the connection next.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._out: deque[Exchange] = deque()
+        self._in_flight: deque[Exchange] = deque()
         self._since = 0.0  # when the first of them was sent, or came to be the first
         self.open = False
         self.replies = 0
         self.partial = False
-        self.stray: ReplyDifferent | None = None
+        self.unexpected: ReplyDifferent | None = None
 
-    def _let_go(self) -> None:
+    def _close_socket(self) -> None:
         """Close the socket at once."""
         raise NotImplementedError
 
-    # Comparing
+    # ReplyVerifier
 
     def _compare(self, data: bytes) -> None:
         """``data`` in any pieces: the end of one reply, several replies, the start of another."""
-        out, at = self._out, 0
+        out, at = self._in_flight, 0
         back: list[Exchange] = []
         while out and at < len(data):
             exchange = out[0]
@@ -117,7 +117,7 @@ class Comparing:
             offset = len(last.data) - (last.data.rfind(b"\n", 0, -1) + 1)
             last.error = ReplyDifferent(text, offset)
         else:
-            self.stray = ReplyDifferent(text, 0)
+            self.unexpected = ReplyDifferent(text, 0)
         self._drop("bytes came that nobody asked for")
 
     # Losing
@@ -133,11 +133,11 @@ class Comparing:
 
     def _lose(self, why: str) -> None:
         """Nothing more can be matched here: tell all who wait, and let go of the socket at once."""
-        out = self._out
+        out = self._in_flight
         if self.open:
             self.open = False
             self.partial = bool(out and out[0].returned)
-            self._let_go()
+            self._close_socket()
         while out:
             exchange = out.popleft()
             if exchange.error is None:

@@ -11,7 +11,7 @@ import pytest
 from echo_async import ServerConfig, Stats
 from echo_async.config import Mode
 from echo_async.engines.connection import Connection
-from echo_async.engines.registry import LINGER, LINGER_AT_STOP, Registry
+from echo_async.engines.registry import LINGER_TIMEOUT, LINGER_TIMEOUT_AT_STOP, Registry
 
 IDLE, MESSAGE, WRITE = 600.0, 60.0, 30.0
 
@@ -55,11 +55,11 @@ class Client(Connection):
         self.conversation.receive(data)
 
     def after(self, seconds: float) -> str | None:
-        """Let that much time pass, with a sweep each half second; what is overdue first."""
+        """Let that much time pass, with a sweep each half second; what is expired_timeout first."""
         for _ in range(int(seconds * 2)):
             self.clock.time += 0.5
-            if overdue := self.overdue(self.clock.time):
-                return overdue
+            if expired_timeout := self.expired_timeout(self.clock.time):
+                return expired_timeout
         return None
 
 
@@ -87,12 +87,12 @@ def test_whatever_is_received_begins_the_idle_time_again(mode: Mode) -> None:
 @pytest.mark.parametrize("mode", ["message", "stream"])
 def test_a_begun_message_has_to_be_finished_however_often_bytes_come(mode: Mode) -> None:
     slow = client(mode)
-    overdue, seconds = None, 0
-    while overdue is None:
+    expired_timeout, seconds = None, 0
+    while expired_timeout is None:
         slow.sends(b".")
-        overdue = slow.after(1)
+        expired_timeout = slow.after(1)
         seconds += 1
-    assert overdue == "message"
+    assert expired_timeout == "message"
     assert MESSAGE <= seconds <= MESSAGE + 1
 
 
@@ -186,20 +186,20 @@ def test_the_other_clocks_stand_still_while_output_is_stuck() -> None:
 def test_a_finished_client_gets_a_moment_to_end_its_side() -> None:
     done = client("message")
     done.sends(b"one\n")
-    assert done.after(LINGER) is None
+    assert done.after(LINGER_TIMEOUT) is None
     assert done.after(0.5) == "linger"
 
 
 def test_input_that_is_discarded_does_not_prolong_the_moment() -> None:
     chatty = client("message")
     chatty.sends(b"one\n")
-    overdue, seconds = None, 0.0
-    while overdue is None:
+    expired_timeout, seconds = None, 0.0
+    while expired_timeout is None:
         chatty.sends(b"and on\n")
-        overdue = chatty.after(0.5)
+        expired_timeout = chatty.after(0.5)
         seconds += 0.5
-    assert overdue == "linger"
-    assert LINGER <= seconds <= LINGER + 1
+    assert expired_timeout == "linger"
+    assert LINGER_TIMEOUT <= seconds <= LINGER_TIMEOUT + 1
 
 
 def test_a_stop_makes_the_moment_shorter() -> None:
@@ -207,8 +207,8 @@ def test_a_stop_makes_the_moment_shorter() -> None:
     done.sends(b"one\n")
     done.registry.stop()
     assert done.ended == ["stop"]
-    assert done.overdue(done.clock.time) is None
-    assert done.after(LINGER_AT_STOP) == "linger"
+    assert done.expired_timeout(done.clock.time) is None
+    assert done.after(LINGER_TIMEOUT_AT_STOP) == "linger"
 
 
 def test_an_active_client_is_never_overdue() -> None:
@@ -237,7 +237,7 @@ def test_a_sweep_ends_and_counts_every_overdue_client(caplog: pytest.LogCaptureF
     assert (idle.ended, begun.ended, deaf.ended, active.ended) == (["finish"], ["finish"], ["abort"], [])
     stats = registry.stats
     assert (stats.timeouts_idle, stats.timeouts_message, stats.timeouts_write) == (1, 1, 1)
-    for _ in range(int(LINGER) + 2):
+    for _ in range(int(LINGER_TIMEOUT) + 2):
         registry.time += 1
         active.sends(b"one\n")
         registry.sweep()

@@ -28,7 +28,7 @@ def feed(talk: Conversation, reads: Iterable[bytes]) -> bytes:
     """All that is answered to what each read brought; no read is empty, as in life."""
     reply = b"".join(talk.receive(read) for read in reads if read)
     assert len(reply) == talk.answered
-    assert talk.received == talk.answered + talk.unfinished + talk.discarded
+    assert talk.received == talk.answered + talk.incomplete + talk.discarded
     return reply
 
 
@@ -38,7 +38,7 @@ class Outcome:
 
     reply: bytes
     messages: int
-    unfinished: int = 0
+    incomplete: int = 0
     discarded: int = 0
     finished: bool = False
     too_long: bool = False
@@ -48,7 +48,7 @@ class Outcome:
         return cls(
             reply=reply,
             messages=talk.messages,
-            unfinished=talk.unfinished,
+            incomplete=talk.incomplete,
             discarded=talk.discarded,
             finished=talk.finished,
             too_long=talk.too_long,
@@ -94,7 +94,7 @@ def test_a_message_comes_back_byte_for_byte_whatever_pieces_it_comes_in(message:
 def test_what_follows_a_message_means_something_else_in_each_mode(message: bytes, size: int) -> None:
     reads = list(pieces(message + b"trailing", size))
     assert outcome("message", reads) == Outcome(reply=message, messages=1, discarded=8, finished=True)
-    assert outcome("stream", reads) == Outcome(reply=message, messages=1, unfinished=8)
+    assert outcome("stream", reads) == Outcome(reply=message, messages=1, incomplete=8)
     assert outcome("raw", reads) == Outcome(reply=message + b"trailing", messages=0)
 
 
@@ -103,8 +103,8 @@ def test_what_follows_a_message_means_something_else_in_each_mode(message: bytes
 def test_nothing_is_answered_to_a_message_without_its_newline(message: bytes, size: int) -> None:
     begun = message[:-1]
     reads = list(pieces(begun, size))
-    assert outcome("message", reads) == Outcome(reply=b"", messages=0, unfinished=len(begun))
-    assert outcome("stream", reads) == Outcome(reply=b"", messages=0, unfinished=len(begun))
+    assert outcome("message", reads) == Outcome(reply=b"", messages=0, incomplete=len(begun))
+    assert outcome("stream", reads) == Outcome(reply=b"", messages=0, incomplete=len(begun))
     assert outcome("raw", reads) == Outcome(reply=begun, messages=0)
 
 
@@ -207,7 +207,7 @@ def test_nothing_is_answered_after_the_end(mode: Mode) -> None:
     talk.finish()
     assert talk.receive(b"never\n") == b""
     assert talk.receive(b"never") == b""
-    assert (talk.received, talk.discarded, talk.unfinished, talk.messages) == (11, 11, 0, 0)
+    assert (talk.received, talk.discarded, talk.incomplete, talk.messages) == (11, 11, 0, 0)
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
@@ -215,7 +215,7 @@ def test_the_end_of_input_in_mid_message_tells_how_much_was_lost(mode: Mode) -> 
     talk = conversation(mode, LIMIT)
     feed(talk, [b"no newline"])
     talk.receive_eof()
-    assert Outcome.of(talk, b"") == Outcome(reply=b"", messages=0, unfinished=10, finished=True)
+    assert Outcome.of(talk, b"") == Outcome(reply=b"", messages=0, incomplete=10, finished=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -225,7 +225,7 @@ def test_the_end_of_input_between_messages_loses_nothing(mode: Mode) -> None:
     talk.receive_eof()
     talk.receive_eof()
     assert talk.finished
-    assert talk.unfinished == 0
+    assert talk.incomplete == 0
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -45,7 +45,7 @@ from echo_async.config import EngineName, ServerOptions
 from echo_async.conversation import StreamConversation
 from echo_async.engines.protocol import ProtocolConnection
 from echo_async.engines.registry import Registry
-from echo_async.engines.streams import TURN
+from echo_async.engines.streams import CHUNKS_PER_TURN
 from echo_async.engines.threads import ThreadConnection
 from echo_async.engines.tls_socket import TlsSocket
 from echo_async.loops import LoopName, loop_factory
@@ -392,7 +392,7 @@ def test_ten_mebibytes_come_back_byte_for_byte_to_a_reader_that_pauses(
 def test_a_flood_from_one_client_leaves_every_other_its_turn(engine: EngineName, loop: LoopName) -> None:
     """Between two turns of the loop a client is served no more than a share, however much of its input is there."""
     flood = b"x" * 399_999 + b"\n"
-    share = TURN * 20 if engine == "streams" else 256 * 1024
+    share = CHUNKS_PER_TURN * 20 if engine == "streams" else 256 * 1024
 
     async def main() -> None:
         running = asyncio.get_running_loop()
@@ -619,7 +619,7 @@ class FailingAccept:
         self.failed = 0
         self._most = most
         for module in ("engines.acceptor", "sync.server"):
-            monkeypatch.setattr(f"echo_async.{module}.BACK_OFF", self.PAUSE)
+            monkeypatch.setattr(f"echo_async.{module}.ACCEPT_RETRY_DELAY", self.PAUSE)
         self._accept = socket.socket.accept
         monkeypatch.setattr(socket.socket, "accept", lambda listener: self(listener))
 
@@ -694,7 +694,7 @@ def test_a_client_that_is_gone_when_it_is_accepted_does_not_hold_up_the_next(
 
 def test_a_client_that_another_worker_took_first_does_not_hold_up_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     accept = FailingAccept(monkeypatch, most=1)
-    monkeypatch.setattr("echo_async.sync.server.BACK_OFF", 2 * PATIENCE)  # a pause would be seen
+    monkeypatch.setattr("echo_async.sync.server.ACCEPT_RETRY_DELAY", 2 * PATIENCE)  # a pause would be seen
     with sync.serve(port=0, mode="stream") as server:
         accept.begin(errno.EAGAIN)
         with connect(server) as client:
@@ -820,7 +820,7 @@ def test_a_stop_answers_all_that_had_arrived(
 @each_kind
 def test_replies_that_are_sent_while_it_closes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that reads nothing until its last message was answered, and its side is ended."""
-    monkeypatch.setattr("echo_async.engines.streams.DRAIN_ABOVE", 2**40)
+    monkeypatch.setattr("echo_async.engines.streams.DRAIN_THRESHOLD", 2**40)
     messages = b"sixteen letters!\n" * 500_000
     with start(no_access_log=True, chunk_size=65536) as server, connect(server) as client:
         sending = threading.Thread(target=client.sendall, args=[messages])
@@ -991,7 +991,7 @@ def test_it_can_be_closed_before_its_loop_has_turned(kind: Kind) -> None:
 
 @each_kind
 def test_a_stop_from_where_a_client_is_served(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echo_async.engines.registry.LINGER_AT_STOP", 0.05)
+    monkeypatch.setattr("echo_async.engines.registry.LINGER_TIMEOUT_AT_STOP", 0.05)
     receive = StreamConversation.receive
     servers: list[echo_async.EchoServer] = []
 
@@ -1330,7 +1330,7 @@ def test_a_stop_in_the_middle_of_a_handshake(start: Start, said: int | None, tru
 def test_a_stop_does_not_wait_for_the_close_notify_of_a_client(
     start: Start, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("echo_async.engines.registry.LINGER_AT_STOP", 0.05)
+    monkeypatch.setattr("echo_async.engines.registry.LINGER_TIMEOUT_AT_STOP", 0.05)
     with start(tls=True, timeout_graceful_shutdown=1) as server, connect(server) as plain:
         client = TlsClient(plain, trusting)
         client.handshake()
@@ -1422,7 +1422,7 @@ def test_nobody_reads_over_tls_while_another_thread_ends_the_sending_side(
         serving = threading.Thread(target=connection.run)
         serving.start()
         theirs.sendall(client.record(b"in time\n"))
-        until(lambda: registry.stats.messages == 1 and not connection._busy.locked())
+        until(lambda: registry.stats.messages == 1 and not connection._io_lock.locked())
         connection.stop()
         theirs.shutdown(socket.SHUT_WR)
         serving.join(PATIENCE)

@@ -111,13 +111,13 @@ class AnyConversation(RuleBasedStateMachine):
             assert self.answered == expected
         assert talk.received == len(self.sent)
         assert talk.answered == len(self.answered)
-        assert talk.received == talk.answered + talk.unfinished + talk.discarded
+        assert talk.received == talk.answered + talk.incomplete + talk.discarded
         assert talk.messages == (0 if self.mode == "raw" else self.answered.count(b"\n"))
-        assert 0 <= talk.unfinished < self.limit + talk.finished
+        assert 0 <= talk.incomplete < self.limit + talk.finished
         assert talk.finished or not talk.too_long
         if self.mode == "raw":
             assert not talk.too_long
-            assert not talk.unfinished
+            assert not talk.incomplete
         if self.mode == "message" and talk.messages:
             assert talk.finished
             assert talk.messages == 1

@@ -21,10 +21,10 @@ from support import PATIENCE, Hosted, engines, receive_all, receive_line, server
 
 import echo_async
 from echo_async.config import ServerOptions
-from echo_async.engines.acceptor import DoorListener
+from echo_async.engines.acceptor import HandshakeAcceptor
 from echo_async.engines.proxy_reader import receive_header
 from echo_async.engines.registry import Registry
-from echo_async.proxy import HeaderError, ProxyHeader, Senders, Source
+from echo_async.proxy import ProxyHeader, ProxyHeaderError, Source, TrustedProxies
 
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 CLIENT4, CLIENT6 = ("192.168.0.1", 56324), ("2001:db8::1", 65535)
@@ -167,7 +167,7 @@ def test_every_address_is_read_in_both_versions(source: IPv4Address | IPv6Addres
 
 @each_malformed
 def test_what_is_no_header_is_refused_with_the_reason(header: bytes) -> None:
-    with pytest.raises(HeaderError) as refused:
+    with pytest.raises(ProxyHeaderError) as refused:
         ProxyHeader().feed(header)
     assert MALFORMED[header] in str(refused.value)
     assert str(refused.value).isprintable()
@@ -180,21 +180,21 @@ def test_what_is_no_header_is_refused_byte_by_byte_as_well(header: bytes) -> Non
         for index in range(len(header)):
             taken.feed(header[index : index + 1])
 
-    with pytest.raises(HeaderError):
+    with pytest.raises(ProxyHeaderError):
         feed_each_byte()
 
 
 @given(st.binary(min_size=1, max_size=300) | st.binary(max_size=300).map(SIGNATURE.__add__))
 def test_whatever_comes_is_a_header_or_needs_more_or_is_refused(data: bytes) -> None:
     taken = ProxyHeader()
-    with suppress(HeaderError):
+    with suppress(ProxyHeaderError):
         assert 0 < taken.feed(data) <= len(data)
         assert taken.finished or taken.received == len(data)
 
 
 @pytest.mark.parametrize(("versions", "other"), [("v1", v2(0x20, 0)), ("v2", b"PROXY UNKNOWN\r\n")])
 def test_only_the_version_that_is_asked_for_is_taken(versions: str, other: bytes) -> None:
-    with pytest.raises(HeaderError, match=f"and not {versions} as asked for"):
+    with pytest.raises(ProxyHeaderError, match=f"and not {versions} as asked for"):
         ProxyHeader(versions).feed(other)
 
 
@@ -213,7 +213,7 @@ def test_only_the_version_that_is_asked_for_is_taken(versions: str, other: bytes
     ],
 )
 def test_who_may_send_a_header(senders: str, peername: object, allowed: bool) -> None:
-    assert Senders(senders).allow(peername) is allowed
+    assert TrustedProxies(senders).allow(peername) is allowed
 
 
 # Servers
@@ -418,7 +418,9 @@ def test_a_stop_does_not_wait_for_a_client_that_was_accepted_just_then() -> None
         loop = asyncio.get_running_loop()
         assert isinstance(loop, Sudden)
         loop.clients = [theirs]
-        loop.then = DoorListener(registry, loop, theirs, None, lambda source, let_in: asyncio.Protocol()).close
+        loop.then = HandshakeAcceptor(
+            registry, loop, theirs, None, lambda source, on_established: asyncio.Protocol()
+        ).close
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         await asyncio.sleep(0)

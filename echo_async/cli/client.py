@@ -13,7 +13,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..awaitable import Opening
+from ..awaitable import AwaitableContextManager
 from ..client.client import ClientOptions, EchoClient, connect
 from ..client.connector import log
 from ..client.stream import Source
@@ -116,7 +116,7 @@ def _lines(message: str) -> bytes:
     return data if data.endswith(b"\n") else data + b"\n"
 
 
-def _opening(options: dict[str, Any], output: Output) -> Opening[EchoClient]:
+def _opening(options: dict[str, Any], output: Output) -> AwaitableContextManager[EchoClient]:
     given: ClientOptions = {
         "uds": options["uds"],
         "timeout": options["timeout"],
@@ -151,7 +151,7 @@ def _show_steps() -> None:
     log.setLevel(logging.DEBUG)
 
 
-async def _converse(opening: Opening[EchoClient], messages: Source, output: Output) -> bool:
+async def _converse(opening: AwaitableContextManager[EchoClient], messages: Source, output: Output) -> bool:
     async with opening as client:
         return await converse(client, messages, output)
 

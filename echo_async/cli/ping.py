@@ -8,7 +8,7 @@ import random
 from array import array
 from time import perf_counter
 
-from ..awaitable import Opening
+from ..awaitable import AwaitableContextManager
 from ..client.client import EchoClient
 from ..errors import ConnectError, ReplyError
 from .output import Output
@@ -59,7 +59,9 @@ class RoundTrips:
         return samples[max(0, math.ceil(share * len(samples)) - 1)]
 
 
-async def ping(opening: Opening[EchoClient], message: bytes, count: int, interval: float, output: Output) -> bool:
+async def ping(
+    opening: AwaitableContextManager[EchoClient], message: bytes, count: int, interval: float, output: Output
+) -> bool:
     """Send ``message`` ``count`` times (0: until interrupted), ``interval`` seconds apart, and show the times.
 
     Return whether all came back. :exc:`ConnectError` if there was no server to begin with; one that

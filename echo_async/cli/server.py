@@ -21,11 +21,11 @@ from .. import __version__
 from ..config import EngineName, Mode, ProxyProtocol, ServerConfig
 from ..errors import StartError
 from ..logs import LogFormat, LogLevel, configure, log
-from ..loops import LoopName, loop_factory, report_in_one_line
+from ..loops import LoopName, log_loop_errors, loop_factory
 from ..net import adopt, format_address
 from ..server.base import BaseServer
 from ..server.server import EchoServer, start_server
-from ..server.supervisor import WorkerServer, WorkerSettings
+from ..server.supervisor import Supervisor, WorkerSettings
 from ..server.systemd import listen_descriptors, notify
 from ..stdio import discard_output, print_error
 from .common import CONTEXT, Seconds, run_command, version_option
@@ -161,10 +161,10 @@ def command(
     try:
         factory = loop_factory("asyncio" if config.engine == "threads" else loop)
         sockets = [adopt(number) for number in listen_descriptors()] or None
-        start: Callable[[], Awaitable[EchoServer | WorkerServer]] = partial(start_server, config, sockets)
+        start: Callable[[], Awaitable[EchoServer | Supervisor]] = partial(start_server, config, sockets)
         if workers > 1:
             settings = WorkerSettings(loop, log_level, log_format)
-            start = partial(WorkerServer.start, config, workers, settings, sockets)
+            start = partial(Supervisor.start, config, workers, settings, sockets)
             factory = loop_factory("asyncio")  # the parent serves nobody
         with asyncio.Runner(loop_factory=factory) as runner, _metrics(metrics_address, metrics_port) as metrics:
             facts = {"engine": config.engine, "mode": config.mode, "workers": str(workers), "version": __version__}
@@ -261,9 +261,9 @@ class _Signals:
 
 
 async def _serve_until_signalled(
-    start: Callable[[], Awaitable[EchoServer | WorkerServer]], metrics: MetricsServer | None, facts: dict[str, str]
+    start: Callable[[], Awaitable[EchoServer | Supervisor]], metrics: MetricsServer | None, facts: dict[str, str]
 ) -> int:
-    report_in_one_line(asyncio.get_running_loop())
+    log_loop_errors(asyncio.get_running_loop())
     signals = _Signals()
     try:
         server = await start()

@@ -21,7 +21,7 @@ __all__ = ["Interrupts"]
 
 T = TypeVar("T")
 
-PATIENCE = 1.0  # seconds for an end in order; who interrupts again later wants it at once
+SECOND_INTERRUPT_DELAY = 1.0  # seconds for an end in order; who interrupts again later wants it at once
 
 
 class Interrupts:
@@ -57,6 +57,6 @@ class Interrupts:
             self._task.cancel()
             with contextlib.suppress(RuntimeError):  # the loop is closed already
                 self._task.get_loop().call_soon_threadsafe(lambda: None)  # wakes it
-        elif monotonic() - self._first > PATIENCE:
+        elif monotonic() - self._first > SECOND_INTERRUPT_DELAY:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)

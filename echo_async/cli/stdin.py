@@ -85,7 +85,7 @@ class Lines:
                 if part is None:
                     self._read_lines()
                 else:
-                    self._hand_over(part)
+                    self._enqueue(part)
         except OSError as error:
             failure = EchoError(f"cannot read stdin: {describe_error(error)}")
         except EchoError as error:
@@ -101,16 +101,16 @@ class Lines:
         while not self._stopped and (data := _read(descriptor)):
             end = data.rfind(b"\n") + 1
             if end:
-                self._hand_over(b"".join([*begun, data[:end]]))
+                self._enqueue(b"".join([*begun, data[:end]]))
                 begun, size = [], 0
             begun.append(data[end:])
             size += len(data) - end
             if size > LINE_LIMIT:
                 raise EchoError(f"stdin has a line of more than {LINE_LIMIT >> 20} MiB: it was not sent")
         if size:
-            self._hand_over(b"".join([*begun, b"\n"]))
+            self._enqueue(b"".join([*begun, b"\n"]))
 
-    def _hand_over(self, block: bytes) -> None:
+    def _enqueue(self, block: bytes) -> None:
         self._room.acquire()
         if not self._stopped:
             self._call(self._receive, block)

@@ -20,12 +20,12 @@ from ssl import SSLContext
 from time import perf_counter
 from typing import TypedDict, TypeVar, Unpack
 
-from ..awaitable import Opening
+from ..awaitable import AwaitableContextManager
 from ..config import CONNECT_TIMEOUT, HOST, PORT, REPLY_TIMEOUT, check_seconds
 from ..errors import ConfigError, EchoError, ReplyLost
 from ..messages import encode
 from .connection import Connection
-from .connector import Target
+from .connector import Connector
 from .stream import WINDOW, stream
 
 __all__ = ["ClientOptions", "EchoClient", "connect", "echo"]
@@ -44,7 +44,7 @@ class ClientOptions(TypedDict, total=False):
     server_hostname: str | None
 
 
-class Server(enum.Enum):
+class ServerBehavior(enum.Enum):
     """What the client knows of its server."""
 
     UNKNOWN = enum.auto()
@@ -58,11 +58,11 @@ class EchoClient:
     Any number of tasks may use it at once: their messages are pipelined on one connection.
     """
 
-    def __init__(self, target: Target, timeout: float) -> None:
+    def __init__(self, target: Connector, timeout: float) -> None:
         self.name = target.name
         self._target = target
         self._timeout = timeout
-        self._server = Server.UNKNOWN
+        self._server = ServerBehavior.UNKNOWN
         self._connection: Connection | None = None
         self._connections: set[Connection] = set()  # those that have not let go of their sockets yet
         self._one_by_one = asyncio.Lock()  # held while the server is not known to keep connections open
@@ -118,19 +118,19 @@ class EchoClient:
     @property
     def keeps_open(self) -> bool:
         """Whether the server is known to answer message after message on one connection."""
-        return self._server is Server.KEEPS_OPEN
+        return self._server is ServerBehavior.KEEPS_OPEN
 
     @property
     def pipelines(self) -> bool:
         """Whether a message can be sent now, without connecting and without waiting for the replies before it."""
         connection = self._connection
-        return self._server is Server.KEEPS_OPEN and connection is not None and connection.open
+        return self._server is ServerBehavior.KEEPS_OPEN and connection is not None and connection.open
 
     async def exchange(self, data: bytes) -> float:
         """Send one message, as ``encode`` makes it; return the seconds until it is back."""
         async with self._one_by_one:
             connection = await self._connected()
-            if self._server is not Server.KEEPS_OPEN:
+            if self._server is not ServerBehavior.KEEPS_OPEN:
                 return await self._exchange_alone(connection, data)
         return await _timed(connection, data)
 
@@ -146,19 +146,19 @@ class EchoClient:
         except ReplyLost:
             if connection.replies != 1 or connection.partial or self._closed:
                 raise
-            self._server = Server.CLOSES_AFTER_REPLY
+            self._server = ServerBehavior.CLOSES_AFTER_REPLY
             connection = await self._connected()
             seconds = await _timed(connection, data)
-        if self._server is Server.CLOSES_AFTER_REPLY:
+        if self._server is ServerBehavior.CLOSES_AFTER_REPLY:
             connection.close()
         elif connection.replies > 1:
-            self._server = Server.KEEPS_OPEN
+            self._server = ServerBehavior.KEEPS_OPEN
         return seconds
 
     async def _connected(self) -> Connection:
         connection = self._connection
-        if connection is not None and connection.stray is not None:
-            error, connection.stray = connection.stray, None
+        if connection is not None and connection.unexpected is not None:
+            error, connection.unexpected = connection.unexpected, None
             raise error
         if connection is None or not connection.open:
             connection = self._connection = await self._connect()
@@ -191,7 +191,7 @@ def connect(
     retry: float = 0.0,
     ssl: SSLContext | bool | None = None,
     server_hostname: str | None = None,
-) -> Opening[EchoClient]:
+) -> AwaitableContextManager[EchoClient]:
     """Connect to an echo server: ``async with connect(...) as client``, or ``client = await connect(...)``.
 
     ``uds`` is the path of a Unix socket, instead of ``host`` and ``port``. ``timeout`` is for each
@@ -206,7 +206,7 @@ def connect(
         return client
 
     check_seconds("timeout", timeout)
-    target = Target(
+    target = Connector(
         host,
         port,
         uds=uds,
@@ -215,7 +215,7 @@ def connect(
         ssl=ssl,
         server_hostname=server_hostname,
     )
-    return Opening(open)
+    return AwaitableContextManager(open)
 
 
 async def echo(message: M, host: str = HOST, port: int = PORT, **options: Unpack[ClientOptions]) -> M:

@@ -13,14 +13,14 @@ from time import monotonic
 from typing import cast
 
 from ..errors import describe_error
-from ..verifier import Comparing, Exchange
+from ..verifier import Exchange, ReplyVerifier
 
 __all__ = ["Connection"]
 
 log = logging.getLogger("echo_async.client")
 
-REST = 65_536  # bytes of one read after a connection broke
-STALLED = 0.1  # seconds: a timer that is later than this tells that the loop stood still, not the server
+READ_SIZE = 65_536  # bytes of one read after a connection broke
+STALL_THRESHOLD = 0.1  # seconds: a timer that is later than this tells that the loop stood still, not the server
 
 
 class _Echo(Exchange):
@@ -44,7 +44,7 @@ class _Echo(Exchange):
             future.set_result(None)
 
 
-class Connection(Comparing, asyncio.Protocol):
+class Connection(ReplyVerifier, asyncio.Protocol):
     """Sends, and compares what comes back. ``closed`` is done once the socket was let go."""
 
     _transport: asyncio.Transport
@@ -68,7 +68,7 @@ class Connection(Comparing, asyncio.Protocol):
         return future
 
     def send(self, exchange: Exchange) -> None:
-        out = self._out
+        out = self._in_flight
         if not out:
             self._since = monotonic()
             if self._timer is None:
@@ -83,13 +83,13 @@ class Connection(Comparing, asyncio.Protocol):
 
     def close(self) -> None:
         """Close; what is still out is lost. To call it twice does no harm."""
-        if self._out:
+        if self._in_flight:
             self._lose(f"the connection to {self._name} was closed by this client")
         else:
             self.open = False
             self._transport.close()
 
-    def _let_go(self) -> None:
+    def _close_socket(self) -> None:
         self._transport.abort()
 
     # asyncio calls these
@@ -101,7 +101,7 @@ class Connection(Comparing, asyncio.Protocol):
         self.open = True
 
     def data_received(self, data: bytes) -> None:
-        out = self._out
+        out = self._in_flight
         if out and not (exchange := out[0]).returned and data == exchange.data:  # the common case
             out.popleft()
             exchange.returned = len(data)
@@ -132,7 +132,7 @@ class Connection(Comparing, asyncio.Protocol):
             return
         with contextlib.suppress(OSError):
             descriptor = self._transport.get_extra_info("socket").fileno()
-            while self._out and (data := os.read(descriptor, REST)):
+            while self._in_flight and (data := os.read(descriptor, READ_SIZE)):
                 self.data_received(data)
 
     # Time
@@ -140,12 +140,14 @@ class Connection(Comparing, asyncio.Protocol):
     def _look_at_time(self) -> None:
         """The one timer of a connection, set for the reply that has to come next."""
         self._timer = None
-        if not self._out:
+        if not self._in_flight:
             self._overdue = False
             return
         now = monotonic()
         left = self._since + self._timeout - now
-        if left < -STALLED:  # the loop stood still: nobody looked at the socket, so the reply gets its time anew
+        if (
+            left < -STALL_THRESHOLD
+        ):  # the loop stood still: nobody looked at the socket, so the reply gets its time anew
             self._since, left = now, self._timeout
         if left > 0:
             self._overdue = False
@@ -154,5 +156,5 @@ class Connection(Comparing, asyncio.Protocol):
             self._overdue = True
             self._timer = self._loop.call_later(0, self._look_at_time)
         else:
-            self._out[0].error = self._late(self._timeout)
+            self._in_flight[0].error = self._late(self._timeout)
             self._drop("a reply before it was late")

@@ -18,21 +18,21 @@ from typing import Any, TypeVar
 from ..config import check_seconds
 from ..errors import ConfigError, ConnectError, ConnectTimeout, describe_error
 
-__all__ = ["Target"]
+__all__ = ["Connector"]
 
 P = TypeVar("P", bound=asyncio.Protocol)
 
 AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]
 
-HEAD_START = 0.25  # seconds that an address gets before the next is tried as well (RFC 8305)
-FIRST_PAUSE, LONGEST_PAUSE = 0.02, 0.5  # seconds between attempts, doubled each time
-UNIX_PAUSE = 0.005  # seconds until a Unix socket with a full queue is asked again
-TLS_GOODBYE = 2.0  # seconds for the server to answer our end of TLS
+CONNECTION_ATTEMPT_DELAY = 0.25  # seconds that an address gets before the next is tried as well (RFC 8305)
+MIN_RETRY_DELAY, MAX_RETRY_DELAY = 0.02, 0.5  # seconds between attempts, doubled each time
+UNIX_RETRY_DELAY = 0.005  # seconds until a Unix socket with a full queue is asked again
+TLS_SHUTDOWN_TIMEOUT = 2.0  # seconds for the server to answer our end of TLS
 
 log = logging.getLogger("echo_async.client")
 
 
-class Target:
+class Connector:
     """A server's address, and what a connection to it takes. ``name`` is how errors call it."""
 
     def __init__(
@@ -67,7 +67,7 @@ class Target:
         """Connect, again and again for ``retry`` seconds if need be; return the protocol made by ``factory``."""
         loop = asyncio.get_running_loop()
         give_up = loop.time() + self.retry
-        pause = FIRST_PAUSE
+        pause = MIN_RETRY_DELAY
         seconds = self.connect_timeout
         while True:
             try:
@@ -78,8 +78,8 @@ class Target:
                     raise
                 log.debug("%s; trying again", error)
             await asyncio.sleep(min(pause, left))
-            pause = min(2 * pause, LONGEST_PAUSE)
-            seconds = min(self.connect_timeout, max(give_up - loop.time(), FIRST_PAUSE))
+            pause = min(2 * pause, MAX_RETRY_DELAY)
+            seconds = min(self.connect_timeout, max(give_up - loop.time(), MIN_RETRY_DELAY))
 
     async def _attempt(self, factory: Callable[[], P], seconds: float) -> P:
         started = perf_counter()
@@ -141,7 +141,7 @@ def _tls_arguments(context: ssl.SSLContext | bool, server_hostname: str) -> dict
     return {
         "ssl": ssl.create_default_context() if context is True else context,
         "server_hostname": server_hostname,
-        "ssl_shutdown_timeout": TLS_GOODBYE,
+        "ssl_shutdown_timeout": TLS_SHUTDOWN_TIMEOUT,
     }
 
 
@@ -202,7 +202,7 @@ async def _race(infos: Sequence[AddressInfo]) -> socket.socket:
         while running or waiting:
             if waiting:
                 running.add(asyncio.create_task(_connect_to(waiting.pop(0))))
-            head_start = HEAD_START if waiting else None
+            head_start = CONNECTION_ATTEMPT_DELAY if waiting else None
             done, running = await asyncio.wait(running, timeout=head_start, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 if task.exception() is None:
@@ -229,7 +229,7 @@ async def _connect_unix(path: str) -> socket.socket:
             with contextlib.suppress(BlockingIOError):
                 connecting.connect(path)
                 return connecting
-            await asyncio.sleep(UNIX_PAUSE)
+            await asyncio.sleep(UNIX_RETRY_DELAY)
     except BaseException:
         connecting.close()
         raise

@@ -1,6 +1,6 @@
 """How the asyncio engines accept clients: as the event loop does it, and one by one where they are not let in at once.
 
-An event loop's own server tells nobody of a handshake that fails or does not end, so :class:`DoorListener`
+An event loop's own server tells nobody of a handshake that fails or does not end, so :class:`HandshakeAcceptor`
 accepts by itself: it counts a client from then on, and lets it in when its PROXY header has come and its TLS
 handshake is done, whichever of them is asked for. Half a TLS connection cannot be closed, so one that is
 finished is closed as a whole: the transport sends what is left, and its close_notify, first.
@@ -17,22 +17,22 @@ from typing import Any, Protocol, cast
 
 from ..errors import describe_error
 from ..net import format_address
-from ..proxy import HeaderError, Source
+from ..proxy import ProxyHeaderError, Source
 from .proxy_reader import read_header
-from .registry import BACK_OFF, CLIENT_GONE, HANDSHAKE_TIMEOUT, LINGER, Registry
+from .registry import ACCEPT_ABORTED, ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, LINGER_TIMEOUT, Registry
 
-__all__ = ["BATCH", "DoorListener", "LetIn", "Listener", "Tls", "begin_to_serve"]
+__all__ = ["ACCEPT_BATCH", "HandshakeAcceptor", "Listener", "OnEstablished", "Tls", "start_accepting"]
 
-LetIn = Callable[[], None]
+OnEstablished = Callable[[], None]
 """Says that a client's connection is made: from now on it is one of those that are in."""
 
 # asyncio accepts this many clients before it looks at any of them (it takes its ``backlog`` for both). A few turns'
 # worth has to fit into the descriptors that are kept in reserve, or clients that are refused use up the rest.
-BATCH = 5
+ACCEPT_BATCH = 5
 
 
 class Listener(Protocol):
-    """What accepts clients: an :class:`asyncio.Server`, or a :class:`DoorListener`."""
+    """What accepts clients: an :class:`asyncio.Server`, or a :class:`HandshakeAcceptor`."""
 
     def close(self) -> None: ...
 
@@ -44,7 +44,7 @@ class Tls(Protocol):
     def context(self) -> ssl.SSLContext: ...
 
 
-class DoorListener:
+class HandshakeAcceptor:
     """Accepts clients on ``listener`` until it is closed; ``make_protocol`` makes what serves one.
 
     It is told where the client comes from, if a PROXY header says so, and what to call once it has the connection.
@@ -56,7 +56,7 @@ class DoorListener:
         loop: asyncio.AbstractEventLoop,
         listener: socket.socket,
         tls: Tls | None,
-        make_protocol: Callable[[Source, LetIn], asyncio.Protocol],
+        make_protocol: Callable[[Source, OnEstablished], asyncio.Protocol],
     ) -> None:
         self._registry = registry
         self._loop = loop
@@ -74,15 +74,15 @@ class DoorListener:
             try:
                 client, address = await self._loop.sock_accept(listener)
             except OSError as error:
-                if error.errno not in CLIENT_GONE:
-                    self._registry.say_cannot_accept(describe_error(error))
-                await asyncio.sleep(0 if error.errno in CLIENT_GONE else BACK_OFF)
+                if error.errno not in ACCEPT_ABORTED:
+                    self._registry.log_accept_error(describe_error(error))
+                await asyncio.sleep(0 if error.errno in ACCEPT_ABORTED else ACCEPT_RETRY_DELAY)
                 continue
-            if self._registry.refuse() or not self._registry.may_connect(address):
+            if self._registry.refuse() or not self._registry.is_allowed(address):
                 client.close()
                 continue
             self._registry.begin_handshake()
-            task = self._loop.create_task(self._let_in(client, format_address(address)))
+            task = self._loop.create_task(self._establish(client, format_address(address)))
             self._tasks.add(task)
             task.add_done_callback(partial(self._ended, client))
 
@@ -92,25 +92,25 @@ class DoorListener:
             self._registry.end_handshake()
             client.close()
 
-    async def _let_in(self, client: socket.socket, peer: str) -> None:
+    async def _establish(self, client: socket.socket, peer: str) -> None:
         source: Source = None
-        if self._registry.wants_header:
+        if self._registry.expects_header:
             header = self._registry.new_header()
             try:
                 await read_header(self._loop, client, header, self._registry.config.timeout_message)
-            except (HeaderError, OSError, asyncio.CancelledError) as error:
+            except (ProxyHeaderError, OSError, asyncio.CancelledError) as error:
                 self._registry.fail_header(peer, error)
                 return client.close()
             source = header.source
-        await self._hand_over(client, source, peer if source is None else format_address(source))
+        await self._connect_transport(client, source, peer if source is None else format_address(source))
 
-    async def _hand_over(self, client: socket.socket, source: Source, peer: str) -> None:
+    async def _connect_transport(self, client: socket.socket, source: Source, peer: str) -> None:
         tls: dict[str, Any] = {}
-        is_in = False
+        is_established = False
 
-        def let_in() -> None:
-            nonlocal is_in
-            is_in = True
+        def on_established() -> None:
+            nonlocal is_established
+            is_established = True
             self._registry.end_handshake()
 
         if self._tls is None:  # it takes no time: a stop does not cut it off
@@ -119,26 +119,28 @@ class DoorListener:
             tls = {
                 "ssl": self._tls.context,
                 "ssl_handshake_timeout": HANDSHAKE_TIMEOUT,
-                "ssl_shutdown_timeout": LINGER,
+                "ssl_shutdown_timeout": LINGER_TIMEOUT,
             }
         try:
-            await self._loop.connect_accepted_socket(partial(self._make_protocol, source, let_in), client, **tls)
+            await self._loop.connect_accepted_socket(
+                partial(self._make_protocol, source, on_established), client, **tls
+            )
         except ConnectionAbortedError:  # how an event loop says that the time was up
             self._registry.fail_handshake(peer, TimeoutError())
         except (OSError, RuntimeError) as error:
             self._registry.fail_handshake(peer, error)
         except asyncio.CancelledError:
-            if not is_in:  # else it is the server's to end, as all that are in
+            if not is_established:  # else it is the server's to end, as all that are in
                 self._registry.fail_handshake(peer, ConnectionError("the server stops"))
                 client.close()
 
 
-async def begin_to_serve(server: asyncio.Server, listener: socket.socket, registry: Registry) -> asyncio.Server:
+async def start_accepting(server: asyncio.Server, listener: socket.socket, registry: Registry) -> asyncio.Server:
     """Let ``server`` accept the clients of ``listener``; if that is cancelled, it is closed."""
     try:
         await server.start_serving()
     except BaseException:
         server.close()
         raise
-    listener.listen(registry.config.backlog)  # as many as were asked for: a loop's server makes that ``BATCH``
+    listener.listen(registry.config.backlog)  # as many as were asked for: a loop's server makes that ``ACCEPT_BATCH``
     return server

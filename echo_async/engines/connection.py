@@ -15,12 +15,12 @@ from ..net import format_address
 if TYPE_CHECKING:
     from .registry import Registry
 
-LINES = 250  # log lines that one client is given before the others get their turn
-FRESH = 0.5  # seconds that a client which has just connected gets at a stop to begin its message
+LINES_PER_TURN = 250  # log lines that one client is given before the others get their turn
+NEW_CLIENT_GRACE = 0.5  # seconds that a client which has just connected gets at a stop to begin its message
 
-__all__ = ["Connection", "Overdue"]
+__all__ = ["Connection", "TimeoutKind"]
 
-Overdue = Literal["idle", "message", "write", "linger"]
+TimeoutKind = Literal["idle", "message", "write", "linger"]
 
 
 class Connection:
@@ -31,11 +31,11 @@ class Connection:
     """
 
     __slots__ = (
-        "_begun_at",
-        "_ended_at",
+        "_idle_since",
+        "_lingering_since",
+        "_message_started_at",
         "_messages",
         "_peername",
-        "_quiet_since",
         "_received",
         "_sent",
         "_sent_at",
@@ -49,12 +49,12 @@ class Connection:
         self._peername = peername
         now = registry.now()
         self._received = 0
-        self._quiet_since = now
+        self._idle_since = now
         self._sent = 0
         self._sent_at = now
         self._messages = 0
-        self._begun_at: float | None = None  # since when a message has been unfinished
-        self._ended_at: float | None = None  # since when only the client's end is waited for
+        self._message_started_at: float | None = None  # since when a message has been unfinished
+        self._lingering_since: float | None = None  # since when only the client's end is waited for
 
     @property
     def peer(self) -> str:
@@ -84,7 +84,7 @@ class Connection:
 
     # What every engine uses.
 
-    def overdue(self, now: float) -> Overdue | None:
+    def expired_timeout(self, now: float) -> TimeoutKind | None:
         """The time limit that this connection has overrun, if it has."""
         said, config = self.conversation, self.registry.config
         unsent = self.unsent()
@@ -94,32 +94,32 @@ class Connection:
         elif now - self._sent_at >= config.timeout_write:
             return "write"
         if unsent:  # it has to read first: the other clocks stand still
-            self._quiet_since = now
-            self._begun_at = self._begun_at and now
-            self._ended_at = self._ended_at and now
+            self._idle_since = now
+            self._message_started_at = self._message_started_at and now
+            self._lingering_since = self._lingering_since and now
         elif said.finished:
-            if self._ended_at is None:
-                self._ended_at = now
-            elif now - self._ended_at >= self.registry.linger:
+            if self._lingering_since is None:
+                self._lingering_since = now
+            elif now - self._lingering_since >= self.registry.linger:
                 return "linger"
-        elif said.unfinished:
-            if self._begun_at is None or said.messages != self._messages:
-                self._begun_at, self._messages = now, said.messages
-            elif now - self._begun_at >= config.timeout_message:
+        elif said.incomplete:
+            if self._message_started_at is None or said.messages != self._messages:
+                self._message_started_at, self._messages = now, said.messages
+            elif now - self._message_started_at >= config.timeout_message:
                 return "message"
         else:
-            self._begun_at = None
+            self._message_started_at = None
             if said.received != self._received:
-                self._received, self._quiet_since = said.received, now
-            elif now - self._quiet_since >= config.timeout_idle:
+                self._received, self._idle_since = said.received, now
+            elif now - self._idle_since >= config.timeout_idle:
                 return "idle"
         return None
 
-    def is_fresh(self, now: float) -> bool:
+    def is_new(self, now: float) -> bool:
         """Whether it has connected just now and said nothing yet: its message may be on its way."""
-        return not self.conversation.received and now - self._quiet_since < FRESH
+        return not self.conversation.received and now - self._idle_since < NEW_CLIENT_GRACE
 
-    def log_opened(self) -> None:
+    def log_established(self) -> None:
         log.debug("%s connected", self.peer)
 
     def log_chunk(self, chunk: bytes) -> None:
@@ -138,7 +138,7 @@ class Connection:
         while end := reply.find(b"\n", start) + 1:
             info(peer, reply[start:end])
             start, lines = end, lines + 1
-            if lines % LINES == 0:
+            if lines % LINES_PER_TURN == 0:
                 yield
         return None
 
@@ -153,8 +153,8 @@ class Connection:
         said = self.conversation
         if said.too_long:
             log.warning("%s closed: its message is over the limit of %d bytes", self.peer, said.limit)
-        elif said.unfinished:
-            log.warning("%s lost in mid-message, after %d bytes without a newline", self.peer, said.unfinished)
+        elif said.incomplete:
+            log.warning("%s lost in mid-message, after %d bytes without a newline", self.peer, said.incomplete)
         if self.registry.log_chunks:
             log.debug(
                 "%s closed: %d messages, %d bytes in, %d out", self.peer, said.messages, said.received, said.answered

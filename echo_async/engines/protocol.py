@@ -17,7 +17,7 @@ from typing import cast
 
 from ..logs import log
 from ..proxy import Source
-from .acceptor import BATCH, DoorListener, LetIn, Listener, Tls, begin_to_serve
+from .acceptor import ACCEPT_BATCH, HandshakeAcceptor, Listener, OnEstablished, Tls, start_accepting
 from .connection import Connection
 from .registry import Registry
 
@@ -29,31 +29,31 @@ async def listen(
 ) -> Listener:
     """Begin to accept clients on ``listener``, over TLS if there is a ``tls``."""
     make = LoggedProtocolConnection if registry.log_messages or registry.log_chunks else ProtocolConnection
-    if tls is not None or registry.wants_header:
-        return DoorListener(registry, loop, listener, tls, partial(make, registry))
-    server = await loop.create_server(partial(make, registry), sock=listener, backlog=BATCH, start_serving=False)
-    return await begin_to_serve(server, listener, registry)
+    if tls is not None or registry.expects_header:
+        return HandshakeAcceptor(registry, loop, listener, tls, partial(make, registry))
+    server = await loop.create_server(partial(make, registry), sock=listener, backlog=ACCEPT_BATCH, start_serving=False)
+    return await start_accepting(server, listener, registry)
 
 
 class ProtocolConnection(Connection, asyncio.Protocol):
     """One client of the ``protocol`` engine."""
 
-    __slots__ = ("_due", "_let_in", "_transport", "_write", "_writing_paused")
+    __slots__ = ("_drain_target", "_establish", "_transport", "_write", "_writing_paused")
 
     _transport: asyncio.Transport
     _write: Callable[[bytes], object]
 
-    def __init__(self, registry: Registry, source: Source = None, let_in: LetIn | None = None) -> None:
+    def __init__(self, registry: Registry, source: Source = None, on_established: OnEstablished | None = None) -> None:
         super().__init__(registry, source)
-        self._let_in = let_in  # where it has shown its PROXY header, or done its TLS handshake
+        self._establish = on_established  # where it has shown its PROXY header, or done its TLS handshake
         self._writing_paused = False
-        self._due: int | None = None  # bytes that it had sent when the server stopped, read or not
+        self._drain_target: int | None = None  # bytes that it had sent when the server stopped, read or not
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if self._let_in is not None:
+        if self._establish is not None:
             self._peername = self._peername or transport.get_extra_info("peername")
-            self._let_in()
+            self._establish()
         elif self.registry.refuse():
             return self._transport.abort()
         self._write = self._transport.write
@@ -72,7 +72,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             if reply:
                 write = self._write  # a name of its own: CPython is slow to call what it finds in a slot
                 write(reply)
-            if said.finished and self._ended_at is None:
+            if said.finished and self._lingering_since is None:
                 self.finish()
         except Exception as error:
             self.fail(error)
@@ -98,7 +98,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     def _may_read(self) -> bool:
         return not self._writing_paused
 
-    def _waiting(self) -> int:
+    def _kernel_buffered(self) -> int:
         """Bytes that the client has sent and that wait in the kernel; over TLS, as they are on the wire."""
         if self._transport.is_closing():
             return 0
@@ -114,7 +114,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def finish(self) -> None:
         self.conversation.finish()
-        self._ended_at = self.registry.now()
+        self._lingering_since = self.registry.now()
         try:
             if self._transport.can_write_eof():
                 self._transport.write_eof()
@@ -125,13 +125,13 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def stop(self) -> None:
         said = self.conversation
-        if self._due is None:
-            self._due = said.received + self._waiting()
+        if self._drain_target is None:
+            self._drain_target = said.received + self._kernel_buffered()
         # What has to wait was received as well, so it is asked again until that is read; what comes later is not.
-        if not self._may_read() or (said.received < self._due and self._waiting()):
+        if not self._may_read() or (said.received < self._drain_target and self._kernel_buffered()):
             return
         said.stop()
-        if said.finished and self._ended_at is None:
+        if said.finished and self._lingering_since is None:
             self.finish()
 
     def abort(self) -> None:
@@ -143,8 +143,8 @@ class LoggedProtocolConnection(ProtocolConnection):
 
     __slots__ = ("_lines", "_loop")
 
-    def __init__(self, registry: Registry, source: Source = None, let_in: LetIn | None = None) -> None:
-        super().__init__(registry, source, let_in)
+    def __init__(self, registry: Registry, source: Source = None, on_established: OnEstablished | None = None) -> None:
+        super().__init__(registry, source, on_established)
         self._loop = asyncio.get_running_loop()
         self._lines: Iterator[None] | None = None  # those that are still to be written
 

@@ -11,12 +11,12 @@ import contextlib
 import socket
 import time
 
-from ..proxy import HeaderError, ProxyHeader
+from ..proxy import ProxyHeader, ProxyHeaderError
 
 __all__ = ["read_header", "receive_header"]
 
-LONGEST_WAIT = 86_400.0  # seconds: sockets cannot wait as long as options can say
-LOOK = 4096  # bytes that are looked at in one go
+MAX_WAIT = 86_400.0  # seconds: sockets cannot wait as long as options can say
+PEEK_SIZE = 4096  # bytes that are looked at in one go
 
 
 async def read_header(
@@ -24,14 +24,14 @@ async def read_header(
 ) -> None:
     """Take ``header`` off ``client``, which does not block.
 
-    :exc:`HeaderError` if it is none, :exc:`TimeoutError` if it takes longer, :exc:`OSError` if the client breaks off.
+    :exc:`ProxyHeaderError` if it is none, :exc:`TimeoutError` if it takes longer, :exc:`OSError` if it is lost.
     """
     async with asyncio.timeout(seconds):
         while not header.finished:
             try:
-                _take(client, header)
+                _consume(client, header)
             except BlockingIOError:
-                await _readable(loop, client)
+                await _wait_readable(loop, client)
 
 
 def receive_header(client: socket.socket, header: ProxyHeader, seconds: float) -> None:
@@ -41,25 +41,25 @@ def receive_header(client: socket.socket, header: ProxyHeader, seconds: float) -
         while not header.finished:
             if (left := deadline - time.monotonic()) <= 0:  # however often a byte comes
                 raise TimeoutError
-            client.settimeout(min(left, LONGEST_WAIT))
+            client.settimeout(min(left, MAX_WAIT))
             with contextlib.suppress(TimeoutError):
-                _take(client, header)
+                _consume(client, header)
     finally:
         client.settimeout(None)
 
 
-def _take(client: socket.socket, header: ProxyHeader) -> None:
+def _consume(client: socket.socket, header: ProxyHeader) -> None:
     """Take what is there of the header."""
-    data = client.recv(LOOK, socket.MSG_PEEK)
+    data = client.recv(PEEK_SIZE, socket.MSG_PEEK)
     if data:
         client.recv(header.feed(data))
     elif header.received:
-        raise HeaderError(f"its PROXY header ended after {header.received} bytes")
+        raise ProxyHeaderError(f"its PROXY header ended after {header.received} bytes")
     else:
         raise ConnectionError("the client left without a word")
 
 
-async def _readable(loop: asyncio.AbstractEventLoop, client: socket.socket) -> None:
+async def _wait_readable(loop: asyncio.AbstractEventLoop, client: socket.socket) -> None:
     ready = asyncio.Event()
     loop.add_reader(client, ready.set)
     try:

@@ -17,20 +17,29 @@ from functools import partial
 from ..config import ServerConfig
 from ..conversation import MODES, Conversation
 from ..errors import describe_error
-from ..logs import Seldom, access_log, excerpt, log
+from ..logs import RateLimitedLog, access_log, excerpt, log
 from ..net import format_address
-from ..proxy import HeaderError, ProxyHeader, Senders
+from ..proxy import ProxyHeader, ProxyHeaderError, TrustedProxies
 from ..stats import Stats
 from .connection import Connection
 
-__all__ = ["BACK_OFF", "CLIENT_GONE", "HANDSHAKE_TIMEOUT", "LINGER", "RESERVED_DESCRIPTORS", "Registry"]
+__all__ = [
+    "ACCEPT_ABORTED",
+    "ACCEPT_RETRY_DELAY",
+    "HANDSHAKE_TIMEOUT",
+    "LINGER_TIMEOUT",
+    "RESERVED_DESCRIPTORS",
+    "Registry",
+]
 
 HANDSHAKE_TIMEOUT = 10.0  # seconds for a client's TLS handshake
-BACK_OFF = 0.1  # seconds without accepting, when the system cannot: it has no descriptor or memory, or does not let us
-CLIENT_GONE = {errno.ECONNABORTED, errno.EPROTO, errno.EINTR}  # accept(2) fails with these, and can go on at once
+ACCEPT_RETRY_DELAY = (
+    0.1  # seconds without accepting, when the system cannot: it has no descriptor or memory, or does not let us
+)
+ACCEPT_ABORTED = {errno.ECONNABORTED, errno.EPROTO, errno.EINTR}  # accept(2) fails with these, and can go on at once
 
-LINGER = 5.0  # seconds that input is discarded after the last reply, while the client has not ended its side
-LINGER_AT_STOP = 0.5  # the same once the server stops
+LINGER_TIMEOUT = 5.0  # seconds that input is discarded after the last reply, while the client has not ended its side
+LINGER_TIMEOUT_AT_STOP = 0.5  # the same once the server stops
 RESERVED_DESCRIPTORS = 32  # for listeners, logs, the event loop, and what the host program has open
 
 
@@ -43,25 +52,25 @@ class Registry:
         self.config = config
         self.conversation: Callable[[], Conversation] = partial(MODES[config.mode], config.limit_message_size)
         self.limit = config.limit_connections or _descriptors()
-        self.linger = LINGER
+        self.linger = LINGER_TIMEOUT
         self._stopping = False
         self.log_messages = not config.no_access_log and access_log.isEnabledFor(logging.INFO)
         self.log_chunks = log.isEnabledFor(logging.DEBUG)
         self.connections: set[Connection] = set()
         self.on_empty: Callable[[], object] | None = None
         self._lock = threading.Lock()
-        self._gone = dict.fromkeys(Stats.__slots__, 0)
+        self._closed_totals = dict.fromkeys(Stats.__slots__, 0)
         self._handshakes = 0  # clients that are not let in yet
-        self._senders = Senders(config.proxy_allow_from) if config.proxy_protocol != "off" else None
-        self.say_cannot_accept = Seldom(log.warning, "cannot accept clients just now: %s")
-        self._say_handshake_failed = Seldom(log.warning, "%s closed: its TLS handshake failed: %s")
-        self._say_header_failed = Seldom(log.warning, "%s closed: %s")
-        self._say_refused = Seldom(log.warning, "refused a client: %d are connected, the limit")
+        self._trusted_proxies = TrustedProxies(config.proxy_allow_from) if config.proxy_protocol != "off" else None
+        self.log_accept_error = RateLimitedLog(log.warning, "cannot accept clients just now: %s")
+        self._log_handshake_failure = RateLimitedLog(log.warning, "%s closed: its TLS handshake failed: %s")
+        self._log_header_failure = RateLimitedLog(log.warning, "%s closed: %s")
+        self._log_refused = RateLimitedLog(log.warning, "refused a client: %d are connected, the limit")
 
     def add(self, connection: Connection) -> None:
         self.connections.add(connection)
         if self.log_chunks:
-            connection.log_opened()
+            connection.log_established()
 
     def remove(self, connection: Connection) -> None:
         """A connection has ended: keep its counters. Does nothing the second time."""
@@ -69,14 +78,14 @@ class Registry:
             if connection not in self.connections:
                 return
             self.connections.remove(connection)
-            said, gone = connection.conversation, self._gone
+            said, gone = connection.conversation, self._closed_totals
             gone["accepted"] += 1
             gone["messages"] += said.messages
             gone["bytes_in"] += said.received
             gone["bytes_out"] += said.answered
-            if said.unfinished:
+            if said.incomplete:
                 gone["too_long" if said.too_long else "lost"] += 1
-        if said.unfinished or self.log_chunks:
+        if said.incomplete or self.log_chunks:
             connection.log_closed()
         if self.on_empty is not None and not self.connections:
             self.on_empty()
@@ -88,22 +97,22 @@ class Registry:
 
     def count(self, what: str) -> None:
         with self._lock:
-            self._gone[what] += 1
+            self._closed_totals[what] += 1
 
     def refuse(self) -> bool:
         """Whether a new client has to be closed at once; counts it then, and says so at most once a second."""
         if len(self.connections) + self._handshakes < self.limit:
             return False
         self.count("refused")
-        self._say_refused(len(self.connections) + self._handshakes)
+        self._log_refused(len(self.connections) + self._handshakes)
         return True
 
-    def may_connect(self, peername: object) -> bool:
+    def is_allowed(self, peername: object) -> bool:
         """Whether ``peername`` may: only allowed senders, where a PROXY header is asked for. Else counts it."""
-        if self._senders is None or self._senders.allow(peername):
+        if self._trusted_proxies is None or self._trusted_proxies.allow(peername):
             return True
         self.count("proxy_failures")
-        self._say_header_failed(format_address(peername), "it may not send a PROXY header (proxy_allow_from)")
+        self._log_header_failure(format_address(peername), "it may not send a PROXY header (proxy_allow_from)")
         return False
 
     @property
@@ -112,9 +121,9 @@ class Registry:
         return bool(self.connections) or self._handshakes > 0
 
     @property
-    def wants_header(self) -> bool:
+    def expects_header(self) -> bool:
         """Whether a connection has to begin with a PROXY header."""
-        return self._senders is not None
+        return self._trusted_proxies is not None
 
     def new_header(self) -> ProxyHeader:
         """What takes the PROXY header of a new client."""
@@ -139,17 +148,17 @@ class Registry:
         else:
             self.count("tls_failures")
             why = describe_error(error)
-        self._say_handshake_failed(peer, why)
+        self._log_handshake_failure(peer, why)
 
     def fail_header(self, peer: str, error: BaseException) -> None:
         """The client is not let in, for want of a PROXY header. To leave without a word is no failure, nor a stop."""
         self.end_handshake()
         if isinstance(error, TimeoutError):
             self.count("timeouts_message")
-            self._say_header_failed(peer, f"it sent no whole PROXY header in {self.config.timeout_message:g} s")
-        elif isinstance(error, HeaderError):
+            self._log_header_failure(peer, f"it sent no whole PROXY header in {self.config.timeout_message:g} s")
+        elif isinstance(error, ProxyHeaderError):
             self.count("proxy_failures")
-            self._say_header_failed(peer, error)
+            self._log_header_failure(peer, error)
         else:
             log.debug("%s closed before its PROXY header: %r", peer, error)
 
@@ -158,7 +167,7 @@ class Registry:
         """A snapshot: the connections that are gone and those that are open, added up."""
         with self._lock:
             open_now = list(self.connections)
-            total = dict(self._gone)
+            total = dict(self._closed_totals)
         total["active"] = len(open_now)
         total["accepted"] += len(open_now)
         for connection in open_now:
@@ -185,30 +194,30 @@ class Registry:
                 connection.fail(error)
 
     def _look_at(self, connection: Connection, now: float) -> None:
-        overdue = connection.overdue(now)
-        if overdue is None:
-            if self._stopping and not connection.is_fresh(now):
+        expired_timeout = connection.expired_timeout(now)
+        if expired_timeout is None:
+            if self._stopping and not connection.is_new(now):
                 connection.stop()
             return
-        if overdue != "linger":
-            self.count(f"timeouts_{overdue}")
-            log.info("%s closed: %s", connection.peer, self._reason(overdue))
-        if overdue in ("idle", "message"):
+        if expired_timeout != "linger":
+            self.count(f"timeouts_{expired_timeout}")
+            log.info("%s closed: %s", connection.peer, self._reason(expired_timeout))
+        if expired_timeout in ("idle", "message"):
             connection.finish()
         else:
             connection.abort()
 
-    def _reason(self, overdue: str) -> str:
-        seconds = getattr(self.config, f"timeout_{overdue}")
+    def _reason(self, expired_timeout: str) -> str:
+        seconds = getattr(self.config, f"timeout_{expired_timeout}")
         return {
             "idle": f"nothing received for {seconds:g} s",
             "message": f"a message was begun and not finished in {seconds:g} s",
             "write": f"it read nothing of what it was sent for {seconds:g} s",
-        }[overdue]
+        }[expired_timeout]
 
     def stop(self) -> None:
         """From this sweep on, ask connections to end as soon as what was received is answered."""
-        self.linger = LINGER_AT_STOP
+        self.linger = LINGER_TIMEOUT_AT_STOP
         self._stopping = True
         self.sweep()
 

@@ -14,17 +14,17 @@ from typing import Unpack
 from ..config import ServerConfig, ServerOptions
 from ..logs import log
 from ..proxy import Source
-from .acceptor import BATCH, DoorListener, LetIn, Listener, Tls, begin_to_serve
+from .acceptor import ACCEPT_BATCH, HandshakeAcceptor, Listener, OnEstablished, Tls, start_accepting
 from .connection import Connection
 from .registry import Registry
 from .sweeper import Sweeper
 
 __all__ = ["StreamConnection", "handle_echo", "listen", "read_ahead"]
 
-TURN = 50  # chunks that one client is served before the others get their turn
-DRAIN_ABOVE = 16 * 1024  # bytes of replies that may wait before the next chunk is read
-READ_TURNS = 3  # turns of the loop until what the kernel has is in the reader, where that has just been emptied
-DISCARD = 64 * 1024  # bytes asked for at each read whose input is discarded
+CHUNKS_PER_TURN = 50  # chunks that one client is served before the others get their turn
+DRAIN_THRESHOLD = 16 * 1024  # bytes of replies that may wait before the next chunk is read
+READ_AHEAD_TURNS = 3  # turns of the loop until what the kernel has is in the reader, where that has just been emptied
+DISCARD_SIZE = 64 * 1024  # bytes asked for at each read whose input is discarded
 
 
 def read_ahead(config: ServerConfig) -> int:
@@ -80,18 +80,20 @@ async def listen(
             return writer.transport.abort()
         _serve(registry, reader, writer, loop)
 
-    if tls is None and not registry.wants_header:
-        server = await asyncio.start_server(connected, sock=listener, limit=limit, backlog=BATCH, start_serving=False)
-        return await begin_to_serve(server, listener, registry)
+    if tls is None and not registry.expects_header:
+        server = await asyncio.start_server(
+            connected, sock=listener, limit=limit, backlog=ACCEPT_BATCH, start_serving=False
+        )
+        return await start_accepting(server, listener, registry)
 
-    def make_protocol(source: Source, let_in: LetIn) -> asyncio.Protocol:
+    def make_protocol(source: Source, on_established: OnEstablished) -> asyncio.Protocol:
         def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            let_in()
+            on_established()
             _serve(registry, reader, writer, loop, source)
 
         return asyncio.StreamReaderProtocol(asyncio.StreamReader(limit, loop), connected, loop)
 
-    return DoorListener(registry, loop, listener, tls, make_protocol)
+    return HandshakeAcceptor(registry, loop, listener, tls, make_protocol)
 
 
 class StreamConnection(Connection):
@@ -116,7 +118,7 @@ class StreamConnection(Connection):
     def start(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
         """Serve the client in a task, which is done when the connection is closed."""
         self._task = loop.create_task(self._run())  # kept here: an event loop has a weak reference only
-        self._task.add_done_callback(self._ended)
+        self._task.add_done_callback(self._on_done)
         return self._task
 
     async def _run(self) -> None:
@@ -124,7 +126,7 @@ class StreamConnection(Connection):
             if not self._stopping:
                 await self._echo()
             if self._stopping:
-                await self._echo_the_rest()
+                await self._drain()
             await self._linger()
             is_sent = self._transport.can_write_eof() and not self.unsent()  # TLS has its close_notify to send
             self._transport.close()
@@ -136,12 +138,12 @@ class StreamConnection(Connection):
         except Exception as error:
             self.fail(error)
 
-    def _ended(self, _: object) -> None:
+    def _on_done(self, _: object) -> None:
         """The task is done; it may have been cancelled before it ran at all."""
-        self._let_go()
+        self._close_socket()
         self.registry.remove(self)
 
-    def _let_go(self) -> None:
+    def _close_socket(self) -> None:
         """Abort the transport, if it is not closed already."""
         # asyncio's has no event loop any more, once it has sent the last of what it still had when it was closed.
         with contextlib.suppress(AttributeError):
@@ -165,12 +167,12 @@ class StreamConnection(Connection):
                     write(reply)
                     if log_messages:
                         await self._log(reply)
-                    if transport.get_write_buffer_size() > DRAIN_ABOVE:
+                    if transport.get_write_buffer_size() > DRAIN_THRESHOLD:
                         await self._writer.drain()
                 if conversation.finished:
                     return
                 chunks += 1
-                if chunks == TURN:
+                if chunks == CHUNKS_PER_TURN:
                     chunks = 0
                     await asyncio.sleep(0)
             conversation.receive_eof()
@@ -180,15 +182,15 @@ class StreamConnection(Connection):
         finally:
             self._reading = False
 
-    async def _echo_the_rest(self) -> None:
+    async def _drain(self) -> None:
         """At a stop: answer what has arrived, and let a message that has begun be finished."""
         conversation = self.conversation
         try:
             while not conversation.finished:
-                for _ in range(READ_TURNS):
+                for _ in range(READ_AHEAD_TURNS):
                     await asyncio.sleep(0)
-                async with asyncio.timeout(None if conversation.unfinished else 0):
-                    chunk = await self._reader.read(DISCARD)
+                async with asyncio.timeout(None if conversation.incomplete else 0):
+                    chunk = await self._reader.read(DISCARD_SIZE)
                 if not chunk:
                     return conversation.receive_eof()
                 reply = conversation.receive(chunk)
@@ -215,7 +217,7 @@ class StreamConnection(Connection):
         """Discard what still comes until the client ends its side. The sweep bounds the time."""
         if not self._reader.at_eof() and self._transport.can_write_eof():
             self._transport.write_eof()
-            while chunk := await self._reader.read(DISCARD):
+            while chunk := await self._reader.read(DISCARD_SIZE):
                 self.conversation.receive(chunk)
 
     def unsent(self) -> int:
@@ -231,7 +233,7 @@ class StreamConnection(Connection):
 
     def abort(self) -> None:
         self.conversation.finish()  # what was read ahead is not answered any more
-        self._let_go()
+        self._close_socket()
 
     def _wake(self) -> None:
         if self._reading:

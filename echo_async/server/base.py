@@ -61,7 +61,7 @@ class BaseServer:
         """What it has seen up to now, from all that serve for it."""
         return self.stats
 
-    async def is_well(self) -> bool:
+    async def is_healthy(self) -> bool:
         """Whether it accepts clients and somebody is there to serve them."""
         return self.is_serving()
 

@@ -33,8 +33,8 @@ __all__ = ["MetricsServer", "StatsCollector"]
 
 T = TypeVar("T")
 
-ANSWER = 3.0  # seconds for the server to answer; its workers have less
-REQUEST = 5.0  # seconds in which a client of this port has to go on with its request
+STATS_TIMEOUT = 3.0  # seconds for the server to answer; its workers have less
+REQUEST_TIMEOUT = 5.0  # seconds in which a client of this port has to go on with its request
 
 COUNTERS = {
     "connections_accepted": ("accepted", "Connections that were let in."),
@@ -68,7 +68,7 @@ class StatsCollector(Collector):
         """What there is now."""
         stats = self._read()
         with self._lock:
-            stats = self._highest = _not_below(self._highest, stats)
+            stats = self._highest = _keep_monotonic(self._highest, stats)
         return self._metrics(stats)
 
     def _metrics(self, stats: Stats) -> Iterable[Metric]:
@@ -82,7 +82,7 @@ class StatsCollector(Collector):
         yield timeouts
 
 
-def _not_below(before: Stats, now: Stats) -> Stats:
+def _keep_monotonic(before: Stats, now: Stats) -> Stats:
     """A client's own counters are read while its thread goes on: one may seem to go down, which means a restart."""
     counts = {field.name: max(getattr(before, field.name), getattr(now, field.name)) for field in fields(Stats)}
     return Stats(**{**counts, "active": now.active})
@@ -116,8 +116,8 @@ class MetricsServer:
         """Answer for ``server``, which runs in the running event loop."""
         loop = asyncio.get_running_loop()
         registry = CollectorRegistry()
-        registry.register(StatsCollector(lambda: _ask(loop, server.fetch_stats()), facts))
-        self._http.set_app(_application(make_wsgi_app(registry), lambda: _ask(loop, server.is_well())))
+        registry.register(StatsCollector(lambda: _run_in_loop(loop, server.fetch_stats()), facts))
+        self._http.set_app(_application(make_wsgi_app(registry), lambda: _run_in_loop(loop, server.is_healthy())))
         self._thread.start()
         log.info("metrics at %s", self.url)
 
@@ -137,7 +137,7 @@ class MetricsServer:
         self.close()
 
 
-def _ask(loop: asyncio.AbstractEventLoop, question: Coroutine[Any, Any, T]) -> T:
+def _run_in_loop(loop: asyncio.AbstractEventLoop, question: Coroutine[Any, Any, T]) -> T:
     """What ``question`` gives in ``loop``, for another thread. :exc:`TimeoutError` if the loop is stuck or gone."""
     try:
         answer = asyncio.run_coroutine_threadsafe(question, loop)
@@ -145,21 +145,21 @@ def _ask(loop: asyncio.AbstractEventLoop, question: Coroutine[Any, Any, T]) -> T
         question.close()
         raise TimeoutError from None
     try:
-        return answer.result(ANSWER)
+        return answer.result(STATS_TIMEOUT)
     except CancelledError:  # the loop ends
         raise TimeoutError from None
     finally:
         answer.cancel()
 
 
-def _application(metrics: Callable[..., Any], is_well: Callable[[], bool]) -> Callable[..., Iterable[bytes]]:
+def _application(metrics: Callable[..., Any], is_healthy: Callable[[], bool]) -> Callable[..., Iterable[bytes]]:
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         try:
             match environ["PATH_INFO"]:
                 case "/metrics":
                     answer: Iterable[bytes] = metrics(environ, start_response)
                     return answer
-                case "/healthz" if is_well():
+                case "/healthz" if is_healthy():
                     status, text = "200 OK", b"serving\n"
                 case "/healthz":
                     status, text = "503 Service Unavailable", b"not serving\n"
@@ -174,7 +174,7 @@ def _application(metrics: Callable[..., Any], is_well: Callable[[], bool]) -> Ca
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = REQUEST
+    timeout = REQUEST_TIMEOUT
 
     def log_message(self, *args: object) -> None:
         """A scrape is not worth a line."""

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self, Unpack
 
 from .. import net
-from ..awaitable import Opening
+from ..awaitable import AwaitableContextManager
 from ..config import ServerConfig, ServerOptions
 from ..engines import protocol, streams
 from ..engines.acceptor import Listener
@@ -28,10 +28,10 @@ __all__ = ["EchoServer", "serve", "start_server"]
 ENGINES = {"streams": streams.listen, "protocol": protocol.listen}
 ACCEPT_TURNS = 10  # turns of the loop until a client that was accepted has its connection, and what it sent is read
 ABORT_TURNS = 10  # turns of the loop in which a transport that was aborted reports that it is closed
-DRAIN_TICK = 0.05  # seconds between two sweeps while the server stops
+DRAIN_INTERVAL = 0.05  # seconds between two sweeps while the server stops
 
 
-def serve(**options: Unpack[ServerOptions]) -> Opening[EchoServer]:
+def serve(**options: Unpack[ServerOptions]) -> AwaitableContextManager[EchoServer]:
     """Start an echo server in the running event loop: ``async with serve(port=0) as server:``.
 
     ``server = await serve(...)`` works as well; then call ``close()`` and ``await wait_closed()`` at the
@@ -41,7 +41,7 @@ def serve(**options: Unpack[ServerOptions]) -> Opening[EchoServer]:
     if the address cannot be bound.
     """
     config = ServerConfig(**options)
-    return Opening(lambda: start_server(config))
+    return AwaitableContextManager(lambda: start_server(config))
 
 
 async def start_server(config: ServerConfig, sockets: Sequence[socket.socket] | None = None) -> EchoServer:
@@ -94,10 +94,10 @@ class EchoServer(BaseServer):
         """
         self._stopping = True
         if _is_running(self._loop):
-            self._begin_to_stop()
+            self._start_stopping()
         else:
             with contextlib.suppress(RuntimeError):  # the loop is closed, and everything with it
-                self._loop.call_soon_threadsafe(self._begin_to_stop)
+                self._loop.call_soon_threadsafe(self._start_stopping)
 
     def abort(self) -> None:
         """Stop without waiting for any client. To be called in the server's event loop."""
@@ -135,7 +135,7 @@ class EchoServer(BaseServer):
         self.close()
         await self.wait_closed()
 
-    def _begin_to_stop(self) -> None:
+    def _start_stopping(self) -> None:
         if self._stopper is None:
             self._stopper = self._loop.create_task(self._stop())
 
@@ -145,13 +145,13 @@ class EchoServer(BaseServer):
         registry.on_empty = emptied.set
         deadline = self._loop.time() + self.config.timeout_graceful_shutdown
         try:
-            await self._accept_who_waits()
+            await self._drain_backlog()
             self._stop_listening()
             registry.stop()
             while registry.is_occupied and not self._aborting and self._loop.time() < deadline:
                 emptied.clear()  # it may have been empty before: clients still came from the queue
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(DRAIN_TICK):
+                    async with asyncio.timeout(DRAIN_INTERVAL):
                         await emptied.wait()
                 registry.sweep()
         finally:
@@ -163,7 +163,7 @@ class EchoServer(BaseServer):
                     await asyncio.sleep(0)
             self._closed.set()
 
-    async def _accept_who_waits(self) -> None:
+    async def _drain_backlog(self) -> None:
         """Empty the kernel's queues: closing a listener resets the clients in it, whatever they have sent."""
         waiting = select.poll()
         for each in self._sockets:

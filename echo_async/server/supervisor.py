@@ -28,16 +28,16 @@ from ..loops import LoopName
 from ..stats import Stats
 from .base import BaseServer
 
-__all__ = ["WorkerServer", "WorkerSettings"]
+__all__ = ["Supervisor", "WorkerSettings"]
 
-START = 30.0  # seconds for a new worker to be ready
-TRIES = 5  # times in a row that a replacement may fail to start before the service ends
-SHORT_LIFE = 1.0  # seconds: a worker that ends sooner is replaced after a pause
-LONGEST_PAUSE = 10.0  # seconds; the first is 0.1, and each is twice the one before
-HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-ANSWER = 1.0  # seconds for a worker to tell its counters; else those that it told last are taken
-UNANSWERED = 8  # times that a worker is asked before it has answered
-MARGIN = 2.0  # seconds over the graceful stop, or after an abort, until a worker that has not ended is killed
+WORKER_START_TIMEOUT = 30.0  # seconds for a new worker to be ready
+MAX_RESTARTS = 5  # times in a row that a replacement may fail to start before the service ends
+MIN_UPTIME = 1.0  # seconds: a worker that ends sooner is replaced after a pause
+MAX_RETRY_DELAY = 10.0  # seconds; the first is 0.1, and each is twice the one before
+BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+STATS_TIMEOUT = 1.0  # seconds for a worker to tell its counters; else those that it told last are taken
+MAX_PENDING_REQUESTS = 8  # times that a worker is asked before it has answered
+KILL_DELAY = 2.0  # seconds over the graceful stop, or after an abort, until a worker that has not ended is killed
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class WorkerSettings:
     log_format: LogFormat
 
 
-class WorkerServer(BaseServer):
+class Supervisor(BaseServer):
     """A server of ``workers`` processes; the same object to start, stop and wait for as one of a single process.
 
     ``limit_connections`` and the time-outs hold for each worker.
@@ -62,9 +62,9 @@ class WorkerServer(BaseServer):
         self._settings = {"config": asdict(config), **asdict(settings)}
         self._loop = asyncio.get_running_loop()
         self._workers: set[Worker] = set()
-        self._ended = Stats()  # the counters of workers that are gone
-        self._keepers: list[asyncio.Task[None]] = []
-        self._killer: asyncio.TimerHandle | None = None  # once it stops
+        self._exited_stats = Stats()  # the counters of workers that are gone
+        self._supervisions: list[asyncio.Task[None]] = []
+        self._kill_timer: asyncio.TimerHandle | None = None  # once it stops
 
     @classmethod
     async def start(
@@ -90,20 +90,20 @@ class WorkerServer(BaseServer):
             await self._wait_for_workers()
             self._close_sockets()
             raise
-        self._keepers = [asyncio.create_task(self._keep(worker)) for worker in (first, *rest)]
+        self._supervisions = [asyncio.create_task(self._supervise(worker)) for worker in (first, *rest)]
         return self
 
     @property
     def stats(self) -> Stats:
         """The counters of all workers, as far as they have told them: when they were asked last, and at their end."""
-        return sum((worker.stats for worker in self._workers), self._ended)
+        return sum((worker.stats for worker in self._workers), self._exited_stats)
 
     async def fetch_stats(self) -> Stats:
         """The counters of all workers, now. One that is killed keeps those that it told last."""
         await self._ask_workers()
         return self.stats
 
-    async def is_well(self) -> bool:
+    async def is_healthy(self) -> bool:
         """Whether it accepts clients and at least one worker answers."""
         return self.is_serving() and any(await self._ask_workers())
 
@@ -113,26 +113,26 @@ class WorkerServer(BaseServer):
     def close(self) -> None:
         if not self._stopping:
             self._stopping = True
-            self._kill_in(self.config.timeout_graceful_shutdown + MARGIN)
+            self._schedule_kill(self.config.timeout_graceful_shutdown + KILL_DELAY)
         self._close_sockets()  # or the kernel would let clients in that no worker accepts any more
         for worker in self._workers:
-            worker.tell("stop")
+            worker.send_command("stop")
 
     def abort(self) -> None:
         self.close()
-        self._kill_in(MARGIN)
+        self._schedule_kill(KILL_DELAY)
         for worker in self._workers:
-            worker.tell("abort")
+            worker.send_command("abort")
 
     def reload_certificates(self) -> None:
         super().reload_certificates()  # finds out what is wrong once, here
         for worker in self._workers:
-            worker.tell("reload")
+            worker.send_command("reload")
 
     async def wait_closed(self) -> None:
         """Wait until all workers have ended. :exc:`~echo_async.StartError` if a replacement could not start."""
         try:
-            await asyncio.gather(*self._keepers)
+            await asyncio.gather(*self._supervisions)
         finally:
             self.close()
             await self._wait_for_workers()
@@ -149,22 +149,22 @@ class WorkerServer(BaseServer):
             self._workers.discard(worker)
             raise
         if self._stopping:
-            worker.tell("stop")
+            worker.send_command("stop")
         return worker
 
-    async def _keep(self, worker: Worker) -> None:
+    async def _supervise(self, worker: Worker) -> None:
         """Wait for the end of ``worker`` and put another in its place, until the server stops."""
         short_lives = 0
         while True:
             started = self._loop.time()
             code = await worker.wait_ended()
             self._workers.discard(worker)
-            self._ended += replace(worker.stats, active=0)
+            self._exited_stats += replace(worker.stats, active=0)
             if self._stopping:
                 return
             log.error("worker %d ended with %d: starting another", worker.pid, code)
-            if self._loop.time() - started < SHORT_LIFE:
-                await self._pause(short_lives)
+            if self._loop.time() - started < MIN_UPTIME:
+                await self._back_off(short_lives)
                 short_lives += 1
             else:
                 short_lives = 0
@@ -176,19 +176,19 @@ class WorkerServer(BaseServer):
                 raise
 
     async def _replace(self) -> Worker:
-        for failed in range(TRIES - 1):
+        for failed in range(MAX_RESTARTS - 1):
             with contextlib.suppress(StartError):
                 return await self._start_worker()
-            await self._pause(failed)
+            await self._back_off(failed)
         return await self._start_worker()
 
-    async def _pause(self, failed: int) -> None:
-        await asyncio.sleep(min(LONGEST_PAUSE, 0.1 * 2**failed))
+    async def _back_off(self, failed: int) -> None:
+        await asyncio.sleep(min(MAX_RETRY_DELAY, 0.1 * 2**failed))
 
-    def _kill_in(self, seconds: float) -> None:
-        if self._killer is not None:
-            self._killer.cancel()
-        self._killer = self._loop.call_later(seconds, self._kill)
+    def _schedule_kill(self, seconds: float) -> None:
+        if self._kill_timer is not None:
+            self._kill_timer.cancel()
+        self._kill_timer = self._loop.call_later(seconds, self._kill)
 
     def _kill(self) -> None:
         """End who was told to stop and takes longer than it may."""
@@ -198,10 +198,10 @@ class WorkerServer(BaseServer):
 
     async def _wait_for_workers(self) -> None:
         """Wait for the end of those that were told to stop."""
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*self._supervisions, return_exceptions=True)
         await asyncio.gather(*(worker.wait_exited() for worker in self._workers))
-        if self._killer is not None:
-            self._killer.cancel()
+        if self._kill_timer is not None:
+            self._kill_timer.cancel()
 
 
 class Worker:
@@ -217,7 +217,7 @@ class Worker:
         self.pid = process.pid
         self.stats = Stats()
         self.is_ready = False
-        self._asked: deque[asyncio.Future[bool]] = deque()  # for its counters
+        self._requests: deque[asyncio.Future[bool]] = deque()  # for its counters
         self._process = process
         self._reader = reader
         self._writer = writer
@@ -229,13 +229,13 @@ class Worker:
         self._writer.write(json.dumps(settings).encode() + b"\n")
         return self
 
-    def tell(self, what: str) -> None:
+    def send_command(self, what: str) -> None:
         if not self._writer.is_closing():  # it is gone: asyncio would say so on stderr
             self._writer.write(json.dumps({"do": what}).encode() + b"\n")
 
     async def wait_ready(self) -> None:
         try:
-            async with asyncio.timeout(START):
+            async with asyncio.timeout(WORKER_START_TIMEOUT):
                 answer = await self._reader.readline()
         except (TimeoutError, ConnectionError):
             answer = b""
@@ -248,11 +248,11 @@ class Worker:
 
     async def fetch_stats(self) -> bool:
         """Have its counters of now in ``stats``; False if it ends, or does not tell them in time."""
-        if len(self._asked) < UNANSWERED:
-            self._asked.append(asyncio.get_running_loop().create_future())
-            self.tell("stats")
-        answer = self._asked[-1]
-        await asyncio.wait([answer], timeout=ANSWER)
+        if len(self._requests) < MAX_PENDING_REQUESTS:
+            self._requests.append(asyncio.get_running_loop().create_future())
+            self.send_command("stats")
+        answer = self._requests[-1]
+        await asyncio.wait([answer], timeout=STATS_TIMEOUT)
         return answer.done() and answer.result()
 
     async def wait_ended(self) -> int:
@@ -260,11 +260,11 @@ class Worker:
         with contextlib.suppress(ConnectionError):
             while line := await self._reader.readline():
                 self.stats = Stats(**json.loads(line)["stats"])
-                if self._asked:
-                    self._asked.popleft().set_result(True)
+                if self._requests:
+                    self._requests.popleft().set_result(True)
         self.is_ready = False
-        while self._asked:
-            self._asked.popleft().set_result(False)
+        while self._requests:
+            self._requests.popleft().set_result(False)
         code = await self.wait_exited()
         self._writer.close()
         return code
@@ -280,7 +280,7 @@ class Worker:
 def _spawn(sockets: Sequence[socket.socket]) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start a worker that serves ``sockets``; returns it, and the parent's end of the channel to it."""
     ours, theirs = socket.socketpair()
-    with theirs, _signals_held():
+    with theirs, _blocked_signals():
         descriptors = [each.fileno() for each in (theirs, *sockets)]
         command = [sys.executable, "-m", "echo_async.server.worker", *map(str, descriptors)]
         return subprocess.Popen(
@@ -289,9 +289,9 @@ def _spawn(sockets: Sequence[socket.socket]) -> tuple[subprocess.Popen[bytes], s
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
+def _blocked_signals() -> Iterator[None]:
     """What is started here begins with SIGINT and SIGTERM held back: it is not to die of one before it can obey."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     try:
         yield
     finally:

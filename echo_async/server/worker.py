@@ -19,13 +19,13 @@ from typing import Any
 from ..config import ServerConfig
 from ..errors import StartError
 from ..logs import configure, log
-from ..loops import loop_factory, report_in_one_line
+from ..loops import log_loop_errors, loop_factory
 from ..stdio import print_error, standard_streams
 from .server import EchoServer, start_server
 
 COULD_NOT_START = 3
 # What the channel says when the parent died with an answer unread: uvloop RuntimeError, on writing to it.
-PARENT_GONE = (ConnectionError, RuntimeError)
+CHANNEL_CLOSED = (ConnectionError, RuntimeError)
 
 
 def main() -> int:
@@ -51,25 +51,25 @@ def _run() -> int:
 
 
 async def _serve(config: ServerConfig, channel: socket.socket, listeners: list[socket.socket]) -> None:
-    report_in_one_line(asyncio.get_running_loop())
+    log_loop_errors(asyncio.get_running_loop())
     server = await start_server(config, listeners)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the parent held it back until now
     reader, writer = await asyncio.open_connection(sock=channel)
     writer.write(_line(ready=True))
-    orders = asyncio.create_task(_obey(server, reader, writer))
+    orders = asyncio.create_task(_handle_commands(server, reader, writer))
     await server.wait_closed()
     orders.cancel()
-    with contextlib.suppress(*PARENT_GONE):
+    with contextlib.suppress(*CHANNEL_CLOSED):
         writer.write(_line(stats=asdict(server.stats)))
         writer.close()
         await writer.wait_closed()
 
 
-async def _obey(server: EchoServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _handle_commands(server: EchoServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Do what the parent says; end at once when it is gone."""
     try:
-        with contextlib.suppress(*PARENT_GONE):
+        with contextlib.suppress(*CHANNEL_CLOSED):
             while line := await reader.readline():
                 match json.loads(line)["do"]:
                     case "stats":

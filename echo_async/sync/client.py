@@ -23,8 +23,16 @@ from time import monotonic, perf_counter, sleep
 from types import TracebackType
 from typing import Self, TypeVar, Unpack, cast
 
-from ..client.client import ClientOptions, Server
-from ..client.connector import FIRST_PAUSE, HEAD_START, LONGEST_PAUSE, UNIX_PAUSE, AddressInfo, Target, advice
+from ..client.client import ClientOptions, ServerBehavior
+from ..client.connector import (
+    CONNECTION_ATTEMPT_DELAY,
+    MAX_RETRY_DELAY,
+    MIN_RETRY_DELAY,
+    UNIX_RETRY_DELAY,
+    AddressInfo,
+    Connector,
+    advice,
+)
 from ..client.stream import BATCH_BYTES, WINDOW, MessageBatch, Messages, Window
 from ..config import CONNECT_TIMEOUT, HOST, PORT, REPLY_TIMEOUT, check_seconds
 from ..errors import (
@@ -36,15 +44,15 @@ from ..errors import (
     describe_error,
 )
 from ..messages import encode
-from ..verifier import Comparing, Exchange
+from ..verifier import Exchange, ReplyVerifier
 
 __all__ = ["EchoClient", "connect", "echo"]
 
 M = TypeVar("M", str, bytes)
 
-READ = 65_536  # bytes asked for at each read
-LONGEST_WAIT = 3600.0  # seconds; the kernel counts a wait in milliseconds, in 32 bits
-PROMPT = 0.005  # seconds in which messages are taken that come without waiting
+READ_SIZE = 65_536  # bytes asked for at each read
+MAX_WAIT = 3600.0  # seconds; the kernel counts a wait in milliseconds, in 32 bits
+IMMEDIATE = 0.005  # seconds in which messages are taken that come without waiting
 
 log = logging.getLogger("echo_async.client")
 
@@ -68,7 +76,7 @@ def connect(
     the system trusts, or a context. :exc:`ConnectError` if there is no connection in the end.
     """
     check_seconds("timeout", timeout)
-    target = Target(
+    target = Connector(
         host,
         port,
         uds=uds,
@@ -94,11 +102,11 @@ class EchoClient:
     It is not safe to use one from several threads at once: give each its own.
     """
 
-    def __init__(self, target: Target, timeout: float) -> None:
+    def __init__(self, target: Connector, timeout: float) -> None:
         self.name = target.name
         self._target = target
         self._timeout = timeout
-        self._server = Server.UNKNOWN
+        self._server = ServerBehavior.UNKNOWN
         self._connection: Connection | None = None
         self._closed = False
 
@@ -153,20 +161,20 @@ class EchoClient:
     def _exchange(self, data: bytes) -> float:
         """Send one message, as ``encode`` makes it; return the seconds until it is back."""
         connection = self._connected()
-        if self._server is Server.KEEPS_OPEN:
+        if self._server is ServerBehavior.KEEPS_OPEN:
             return connection.exchange(data)
         try:
             seconds = connection.exchange(data)
         except ReplyLost:
             if connection.replies != 1 or connection.partial or self._closed:
                 raise
-            self._server = Server.CLOSES_AFTER_REPLY
+            self._server = ServerBehavior.CLOSES_AFTER_REPLY
             connection = self._connected()
             seconds = connection.exchange(data)
-        if self._server is Server.CLOSES_AFTER_REPLY:
+        if self._server is ServerBehavior.CLOSES_AFTER_REPLY:
             connection.close()
         elif connection.replies > 1:
-            self._server = Server.KEEPS_OPEN
+            self._server = ServerBehavior.KEEPS_OPEN
         return seconds
 
     def _stream(self, source: Messages, window: int) -> Generator[M, None, None]:
@@ -182,10 +190,10 @@ class EchoClient:
             while (room := self._room(out)) and not source.ended:
                 asked = monotonic()
                 taken = source.take(min(room, at_once), BATCH_BYTES)
-                at_once = min(2 * at_once, window) if monotonic() - asked < PROMPT else 1
+                at_once = min(2 * at_once, window) if monotonic() - asked < IMMEDIATE else 1
                 if taken is None:
                     break
-                if self._server is Server.KEEPS_OPEN:
+                if self._server is ServerBehavior.KEEPS_OPEN:
                     connection = self._connection if out.batches else self._connected()
                     assert connection is not None
                     out.add(taken)
@@ -197,7 +205,7 @@ class EchoClient:
                         yield cast(M, reply)
             if out.batches:
                 assert self._connection is not None
-                if monotonic() - began > PROMPT:  # nobody looked at the socket: that is not the server's fault
+                if monotonic() - began > IMMEDIATE:  # nobody looked at the socket: that is not the server's fault
                     self._connection.restart_clock()
                 self._connection.work()
             elif source.ended:
@@ -215,8 +223,8 @@ class EchoClient:
         connection = self._connection
         if connection is not None:
             connection.catch_up()
-            if connection.stray is not None:
-                error, connection.stray = connection.stray, None
+            if connection.unexpected is not None:
+                error, connection.unexpected = connection.unexpected, None
                 raise error
         if connection is None or not connection.open:
             if self._closed:
@@ -237,7 +245,7 @@ class _Echo(Exchange):
         pass
 
 
-class Connection(Comparing):
+class Connection(ReplyVerifier):
     """One connection: a socket that never blocks, and what is still to be sent on it."""
 
     def __init__(self, name: str, connected: socket.socket, timeout: float) -> None:
@@ -265,9 +273,9 @@ class Connection(Comparing):
     def send(self, exchange: Exchange) -> None:
         """Begin to send; :meth:`work` does the rest."""
         log.debug("sending %d bytes", len(exchange.data))
-        if not self._out:
+        if not self._in_flight:
             self._since = monotonic()
-        self._out.append(exchange)
+        self._in_flight.append(exchange)
         self._unsent.append(memoryview(exchange.data))
         self._flush()
 
@@ -276,14 +284,14 @@ class Connection(Comparing):
 
         Returns at once if no reply is out: whoever takes replies from a stream may use the client in between.
         """
-        if not self.open or not self._out:
+        if not self.open or not self._in_flight:
             return
         self._wait_to_send(bool(self._unsent))
         left = self._since + self._timeout - monotonic()
-        happened = self._poll.poll(1e3 * max(0.0, min(left, LONGEST_WAIT)))  # looks once, however late it is
+        happened = self._poll.poll(1e3 * max(0.0, min(left, MAX_WAIT)))  # looks once, however late it is
         if not happened:
             if monotonic() >= self._since + self._timeout:
-                self._out[0].error = self._late(self._timeout)
+                self._in_flight[0].error = self._late(self._timeout)
                 self._drop("a reply before it was late")
             return
         if happened[0][1] != select.POLLOUT:
@@ -308,7 +316,7 @@ class Connection(Comparing):
                 self._socket.unwrap()
         self._lose(f"the connection to {self._name} was closed by this client")
 
-    def _let_go(self) -> None:
+    def _close_socket(self) -> None:
         self._unsent.clear()
         self._socket.close()
 
@@ -331,7 +339,7 @@ class Connection(Comparing):
     def _receive(self) -> bool:
         """Read once, and compare; False if nothing was there."""
         try:
-            data = self._socket.recv(READ)
+            data = self._socket.recv(READ_SIZE)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return False
         except OSError as error:
@@ -354,10 +362,10 @@ class Connection(Comparing):
 # Connecting
 
 
-def open_socket(target: Target) -> socket.socket:
+def open_socket(target: Connector) -> socket.socket:
     """Connect to ``target``, again and again for its ``retry`` seconds if need be. What it gives does not block."""
     give_up = monotonic() + target.retry
-    pause = FIRST_PAUSE
+    pause = MIN_RETRY_DELAY
     seconds = target.connect_timeout
     while True:
         try:
@@ -368,11 +376,11 @@ def open_socket(target: Target) -> socket.socket:
                 raise
             log.debug("%s; trying again", error)
         sleep(min(pause, left))
-        pause = min(2 * pause, LONGEST_PAUSE)
-        seconds = min(target.connect_timeout, max(give_up - monotonic(), FIRST_PAUSE))
+        pause = min(2 * pause, MAX_RETRY_DELAY)
+        seconds = min(target.connect_timeout, max(give_up - monotonic(), MIN_RETRY_DELAY))
 
 
-def _attempt(target: Target, seconds: float) -> socket.socket:
+def _attempt(target: Connector, seconds: float) -> socket.socket:
     started = monotonic()
     log.debug("connecting to %s", target.name)
     try:
@@ -388,7 +396,7 @@ def _attempt(target: Target, seconds: float) -> socket.socket:
         raise ConnectError(f"cannot connect to {target.name}: {describe_error(error)}{advice(error)}") from error
 
 
-def _connect(target: Target, deadline: float) -> socket.socket:
+def _connect(target: Connector, deadline: float) -> socket.socket:
     if target.uds is not None:
         return _connect_unix(target.uds, deadline)
     infos = target.numeric or dict.fromkeys(socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM))
@@ -402,7 +410,7 @@ def _connect_unix(path: str, deadline: float) -> socket.socket:
         while (code := connecting.connect_ex(path)) == errno.EAGAIN:  # its queue is full
             if monotonic() >= deadline:
                 raise TimeoutError
-            sleep(UNIX_PAUSE)
+            sleep(UNIX_RETRY_DELAY)
         if code:
             raise OSError(code, os.strerror(code))
         unless_connected.pop_all()
@@ -428,7 +436,7 @@ def _race(waiting: list[AddressInfo], deadline: float) -> socket.socket:
                     running.pop(connecting.fileno()).close()
                     continue
                 poll.register(connecting, select.POLLOUT)
-            for descriptor in _first_done(poll, deadline, HEAD_START if waiting else LONGEST_WAIT):
+            for descriptor in _first_done(poll, deadline, CONNECTION_ATTEMPT_DELAY if waiting else MAX_WAIT):
                 poll.unregister(descriptor)
                 code = running[descriptor].getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 connecting = running.pop(descriptor)
@@ -465,7 +473,7 @@ def _first_done(poll: select.poll, deadline: float, seconds: float) -> list[int]
     return [descriptor for descriptor, _ in poll.poll(1e3 * min(left, seconds))]
 
 
-def _secure(target: Target, connected: socket.socket, deadline: float) -> socket.socket:
+def _secure(target: Connector, connected: socket.socket, deadline: float) -> socket.socket:
     """The socket with TLS on it, once the server has shown its certificate."""
     context, name = target.tls["ssl"], target.tls["server_hostname"]
     started = monotonic()
@@ -476,7 +484,7 @@ def _secure(target: Target, connected: socket.socket, deadline: float) -> socket
         unless_secured.enter_context(secured)
         while (wanted := _shake_hands(secured)) is not None:
             poll.register(secured, wanted)
-            _first_done(poll, deadline, LONGEST_WAIT)
+            _first_done(poll, deadline, MAX_WAIT)
         unless_secured.pop_all()
     log.debug("%s in %.3f ms (%s)", secured.version(), 1e3 * (monotonic() - started), (secured.cipher() or "?")[0])
     return secured

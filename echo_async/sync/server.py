@@ -20,7 +20,7 @@ from typing import Self, Unpack
 from .. import net
 from ..config import ServerConfig, ServerOptions
 from ..engines.proxy_reader import receive_header
-from ..engines.registry import BACK_OFF, CLIENT_GONE, HANDSHAKE_TIMEOUT
+from ..engines.registry import ACCEPT_ABORTED, ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT
 from ..engines.threads import ThreadConnection
 from ..engines.tls_socket import TlsSocket
 from ..errors import ConfigError, StartError, describe_error
@@ -29,10 +29,10 @@ from ..server.base import BaseServer
 
 __all__ = ["EchoServer", "serve"]
 
-STACK = 256 * 1024  # bytes of address space for a client's thread
-BATCH = 16  # clients that are accepted before the time is looked at
-DRAIN_TICK = 0.05  # seconds between two sweeps while the server stops
-JOIN = 5.0  # seconds for threads whose sockets were shut down to notice
+STACK_SIZE = 256 * 1024  # bytes of address space for a client's thread
+ACCEPT_BATCH = 16  # clients that are accepted before the time is looked at
+DRAIN_INTERVAL = 0.05  # seconds between two sweeps while the server stops
+JOIN_TIMEOUT = 5.0  # seconds for threads whose sockets were shut down to notice
 
 
 class Accepted(enum.Enum):
@@ -68,18 +68,18 @@ class EchoServer(BaseServer):
         super().__init__(config, sockets, path)
         self.on_closed: Callable[[], object] = bool
         self._threads: set[threading.Thread] = set()
-        self._entering: set[socket.socket] = set()  # clients that are not let in yet
+        self._pending: set[socket.socket] = set()  # clients that are not let in yet
         self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
         self._aborting = False
         self._closed = threading.Event()
         self._acceptor = threading.Thread(target=self._run, name="echo-async accept")
         try:
-            self._means = self._open_means()
+            self._resources = self._open_resources()
         except OSError as error:
             self._close_sockets()
             raise _cannot_start(error) from error
 
-    def _open_means(self) -> contextlib.ExitStack:
+    def _open_resources(self) -> contextlib.ExitStack:
         """All descriptors that it takes to serve, beside those of clients: so want of them is seen at the start."""
         with contextlib.ExitStack() as means:
             self._waker, self._wakened = map(means.enter_context, socket.socketpair())
@@ -105,7 +105,7 @@ class EchoServer(BaseServer):
             self._acceptor.start()
         except RuntimeError as error:
             self._close_sockets()
-            self._means.close()
+            self._resources.close()
             raise _cannot_start(error) from error
 
     def close(self) -> None:
@@ -154,15 +154,15 @@ class EchoServer(BaseServer):
         try:
             self._accept_until_stopped()
             self._close_sockets()
-            self._cut_who_enters()
+            self._abort_pending()
             self._registry.stop()
             self._wait_for_clients(self.config.timeout_graceful_shutdown, or_abort=True)
         finally:
             self._close_sockets()
-            self._cut_who_enters()
+            self._abort_pending()
             self._registry.abort()
-            self._wait_for_clients(JOIN)
-            self._means.close()
+            self._wait_for_clients(JOIN_TIMEOUT)
+            self._resources.close()
             self._closed.set()
             self.on_closed()
 
@@ -172,7 +172,7 @@ class EchoServer(BaseServer):
         while not self._stopping:
             for key, _ in self._clients_or_waker.select(max(0.0, next_sweep - registry.now())):
                 if key.data is not None and self._accept(key.data) is Accepted.NOT_JUST_NOW:
-                    self._waker_alone.select(BACK_OFF)
+                    self._waker_alone.select(ACCEPT_RETRY_DELAY)
             self._forget_ended()
             if registry.now() >= next_sweep:
                 registry.sweep()
@@ -182,19 +182,19 @@ class EchoServer(BaseServer):
                 pass
 
     def _accept(self, listener: socket.socket) -> Accepted:
-        """Let in the clients that wait, up to ``BATCH`` of them."""
+        """Let in the clients that wait, up to ``ACCEPT_BATCH`` of them."""
         registry = self._registry
-        for _ in range(BATCH):
+        for _ in range(ACCEPT_BATCH):
             try:
                 client, peername = listener.accept()
             except BlockingIOError:
                 return Accepted.ALL
             except OSError as error:
-                if error.errno in CLIENT_GONE:
+                if error.errno in ACCEPT_ABORTED:
                     continue
-                registry.say_cannot_accept(describe_error(error))
+                registry.log_accept_error(describe_error(error))
                 return Accepted.NOT_JUST_NOW
-            if registry.refuse() or not registry.may_connect(peername):
+            if registry.refuse() or not registry.is_allowed(peername):
                 client.close()
             else:
                 client.setblocking(True)  # whatever socket.setdefaulttimeout says
@@ -204,26 +204,26 @@ class EchoServer(BaseServer):
     def _start_thread(self, client: socket.socket, peername: object) -> None:
         serve: Callable[[], None]
         withdraw: Callable[[], None]
-        if self._certificates is None and not self._registry.wants_header:
+        if self._certificates is None and not self._registry.expects_header:
             connection = ThreadConnection(self._registry, client, peername)
             self._registry.add(connection)
             serve, withdraw = connection.run, partial(self._registry.withdraw, connection)
         else:
             self._registry.begin_handshake()
-            self._entering.add(client)
-            serve = partial(self._let_in, client, peername)
+            self._pending.add(client)
+            serve = partial(self._establish, client, peername)
             withdraw = partial(self._withdraw, client)
         thread = threading.Thread(target=self._serve_client, args=(serve,), name="echo-async client")
         self._threads.add(thread)
         try:
             with _starting:
-                usual = threading.stack_size(STACK)
+                usual = threading.stack_size(STACK_SIZE)
                 try:
                     thread.start()
                 finally:
                     threading.stack_size(usual)
         except (RuntimeError, MemoryError) as error:  # "can't start new thread": this client only
-            self._registry.say_cannot_accept(describe_error(error))
+            self._registry.log_accept_error(describe_error(error))
             self._threads.discard(thread)
             withdraw()
             client.close()
@@ -236,13 +236,13 @@ class EchoServer(BaseServer):
             if self._stopping:
                 self._wake()
 
-    def _let_in(self, client: socket.socket, peername: object) -> None:
+    def _establish(self, client: socket.socket, peername: object) -> None:
         """Serve a client when its PROXY header has come and its TLS handshake is done, whichever is asked for."""
         registry = self._registry
         fail: Callable[[str, Exception], None] = registry.fail_header
         secured: socket.socket | TlsSocket = client
         try:
-            if registry.wants_header:
+            if registry.expects_header:
                 header = registry.new_header()
                 receive_header(client, header, self.config.timeout_message)
                 peername = header.source or peername
@@ -251,27 +251,27 @@ class EchoServer(BaseServer):
                 secured = TlsSocket(client, self._certificates.context)
                 secured.handshake(HANDSHAKE_TIMEOUT)
         except Exception as error:
-            was_cut = client not in self._entering
-            self._entering.discard(client)
+            was_cut = client not in self._pending
+            self._pending.discard(client)
             fail(format_address(peername), ConnectionError("the server stops") if was_cut else error)
             return client.close()
         connection = ThreadConnection(registry, secured, peername)
         registry.add(connection)
         registry.end_handshake()
-        self._entering.discard(client)
+        self._pending.discard(client)
         connection.run()
 
     def _withdraw(self, client: socket.socket) -> None:
         """There is no thread for a client that is not let in yet."""
-        self._entering.discard(client)
+        self._pending.discard(client)
         self._registry.end_handshake()
         self._registry.count("refused")
 
-    def _cut_who_enters(self) -> None:
+    def _abort_pending(self) -> None:
         """What they have sent is all that they get to say. In the middle of a TLS handshake, that is nothing."""
         how = socket.SHUT_RD if self._certificates is None else socket.SHUT_RDWR
-        for client in list(self._entering):
-            self._entering.discard(client)
+        for client in list(self._pending):
+            self._pending.discard(client)
             with contextlib.suppress(OSError):  # it is over just now
                 client.shutdown(how)
 
@@ -286,7 +286,7 @@ class EchoServer(BaseServer):
         while self._threads and registry.now() < deadline and not (or_abort and self._aborting):
             if self._finished:
                 self._finished[0].join()
-            elif self._waker_alone.select(DRAIN_TICK):
+            elif self._waker_alone.select(DRAIN_INTERVAL):
                 self._wakened.recv(4096)
             self._forget_ended()
             registry.sweep()

@@ -18,7 +18,7 @@ from support import SOON
 
 import echo_async
 from echo_async.client import connect, echo
-from echo_async.client.connector import Target
+from echo_async.client.connector import Connector
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind")
 
@@ -114,10 +114,10 @@ def test_connecting_can_be_cancelled(on_loop: OnLoop, black_hole: tuple[str, int
 
 
 def _resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> None:
-    async def resolve(target: Target) -> Any:
+    async def resolve(target: Connector) -> Any:
         return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address) for address in addresses]
 
-    monkeypatch.setattr(Target, "_resolve", resolve)
+    monkeypatch.setattr(Connector, "_resolve", resolve)
 
 
 def test_a_name_with_a_dead_and_a_living_address(

@@ -174,7 +174,7 @@ def test_a_worker_that_has_ended_can_be_asked_often_without_a_line_of_asyncios(
         worker = Worker(process, *await asyncio.open_connection(sock=ours))
         theirs.close()
         for _ in range(20):
-            worker.tell("stats")
+            worker.send_command("stats")
         await worker.wait_ended()
 
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
@@ -260,7 +260,7 @@ def test_counters_never_go_down() -> None:
 
 
 def test_an_event_loop_that_is_stuck_does_not_answer_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER", 0.05)
+    monkeypatch.setattr(module, "STATS_TIMEOUT", 0.05)
     release = threading.Event()
 
     async def question() -> bool:
@@ -272,7 +272,7 @@ def test_an_event_loop_that_is_stuck_does_not_answer_in_time(monkeypatch: pytest
 
     def ask() -> None:
         try:
-            answers.append(module._ask(loop, question()))
+            answers.append(module._run_in_loop(loop, question()))
         except TimeoutError as error:
             answers.append(error)
         release.set()
@@ -284,5 +284,5 @@ def test_an_event_loop_that_is_stuck_does_not_answer_in_time(monkeypatch: pytest
         runner.run(hang_while(thread))
         thread.join()
     with pytest.raises(TimeoutError):
-        module._ask(loop, question())  # it is closed now
+        module._run_in_loop(loop, question())  # it is closed now
     assert [type(answer) for answer in answers] == [TimeoutError]

@@ -544,11 +544,11 @@ def test_messages_keep_their_shape(script: Start) -> None:
         assert list(client.stream(cast(list[str], []))) == []
 
 
-LINES = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n")))
+LINES_PER_TURN = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n")))
 
 
 @settings(max_examples=30)
-@given(messages=LINES, window=st.integers(1, 9))
+@given(messages=LINES_PER_TURN, window=st.integers(1, 9))
 def test_any_messages_come_back_in_any_window(messages: list[str], window: int) -> None:
     with sync.serve(port=0, mode="stream", no_access_log=True) as server, sync.connect(*server.address) as client:
         assert list(client.stream(["so that", "it pipelines"])) == ["so that", "it pipelines"]
