@@ -15,8 +15,8 @@ from contextlib import ExitStack
 import pytest
 import trustme
 from hypothesis import settings
-from scripted import Script, Serve, Start
-from support import LOOPS, run, until
+from scripted import ScriptedServer, Serve, Start
+from support import LOOPS, run, wait_until
 
 settings.register_profile("any machine", deadline=None)  # however slow or busy it is
 settings.load_profile("any machine")
@@ -35,29 +35,29 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session")
-def loops_are_warm() -> None:
+def warm_up_loops() -> None:
     """The first event loop of a process opens descriptors that it keeps."""
     for loop in LOOPS:
         run(lambda: asyncio.sleep(0), loop)
 
 
-def open_now() -> tuple[int, int]:
+def count_resources() -> tuple[int, int]:
     """How many descriptors and threads there are, without the threads that trio keeps for a while."""
     threads = [each for each in threading.enumerate() if not each.name.startswith("Trio ")]
     return len(os.listdir("/proc/self/fd")), len(threads)
 
 
 @pytest.fixture
-def nothing_left_behind(loops_are_warm: None) -> Iterator[None]:
+def no_leaks(warm_up_loops: None) -> Iterator[None]:
     """No test ends with more descriptors or threads than there were at its beginning."""
-    before = open_now()
+    before = count_resources()
     yield
     # A thread that resolves a name may be about to answer, although nobody waits for it any more.
-    until(lambda: all(now <= then for now, then in zip(open_now(), before, strict=True)))
+    wait_until(lambda: all(now <= then for now, then in zip(count_resources(), before, strict=True)))
 
 
 @pytest.fixture
-def loggers_as_before() -> Iterator[None]:
+def restore_loggers() -> Iterator[None]:
     """A command that runs in this process configures the log; it is undone."""
     package = logging.getLogger("echo_async")
     handlers, level, propagate, raising = package.handlers, package.level, package.propagate, logging.raiseExceptions
@@ -72,12 +72,12 @@ def authority() -> trustme.CA:
 
 
 @pytest.fixture
-def script() -> Iterator[Start]:
+def scripted_server() -> Iterator[Start]:
     """Start a server that does what it is told; it is stopped with the test."""
     with ExitStack() as stack:
 
-        def start(serve: Serve) -> Script:
-            server = Script(serve)
+        def start(serve: Serve) -> ScriptedServer:
+            server = ScriptedServer(serve)
             stack.callback(server.stop)
             return server
 
@@ -85,16 +85,16 @@ def script() -> Iterator[Start]:
 
 
 @pytest.fixture
-def bound() -> Iterator[socket.socket]:
+def bound_socket() -> Iterator[socket.socket]:
     """A socket that has an address and does not listen yet: nobody is there, and nobody else can be."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        yield bound
+    with socket.socket() as bound_socket:
+        bound_socket.bind(("127.0.0.1", 0))
+        yield bound_socket
 
 
 @pytest.fixture
-def closed_port(bound: socket.socket) -> int:
-    port: int = bound.getsockname()[1]
+def closed_port(bound_socket: socket.socket) -> int:
+    port: int = bound_socket.getsockname()[1]
     return port
 
 

@@ -9,11 +9,11 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 
-from support import PATIENCE
+from support import TIMEOUT
 
 
 class Peer:
-    """One connection of a :class:`Script`. ``number``: how many were there before it."""
+    """One connection of a :class:`ScriptedServer`. ``number``: how many were there before it."""
 
     def __init__(self, connected: socket.socket, number: int) -> None:
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a reset drops what was sent before it
@@ -54,7 +54,7 @@ class Peer:
 Serve = Callable[[Peer], None]
 
 
-class Script:
+class ScriptedServer:
     """A server that does to each connection what ``serve`` does, in a thread for each."""
 
     def __init__(self, serve: Serve) -> None:
@@ -93,11 +93,11 @@ class Script:
             with contextlib.suppress(OSError):
                 peer.socket.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
-            thread.join(PATIENCE)
+            thread.join(TIMEOUT)
         self._listener.close()
 
 
-Start = Callable[[Serve], Script]
+Start = Callable[[Serve], ScriptedServer]
 
 
 def answer_all(peer: Peer) -> None:

@@ -22,8 +22,8 @@ from echo_async.loops import LoopName, loop_factory
 T = TypeVar("T")
 
 LOOPS: tuple[LoopName, ...] = ("asyncio", "uvloop")
-SOON = 5.0  # seconds within which what is done at once is done, on a machine that has much else to do
-PATIENCE = 20.0  # seconds after which a test that waits has failed; no test waits that long
+MAX_DELAY = 5.0  # seconds that an immediate action may take on a loaded machine
+TIMEOUT = 20.0  # seconds after which a test that waits fails
 
 
 def run(main: Callable[[], Coroutine[Any, Any, T]], loop: LoopName = "asyncio") -> T:
@@ -38,7 +38,7 @@ def engines() -> list[tuple[EngineName, LoopName]]:
     return [*((engine, loop) for engine in asyncio_engines for loop in LOOPS), ("threads", "asyncio")]
 
 
-class Hosted:
+class ServerThread:
     """A server in an event loop of its own, in a thread of its own."""
 
     def __init__(self, loop: LoopName, options: ServerOptions) -> None:
@@ -64,22 +64,22 @@ class Hosted:
 
     def __enter__(self) -> echo_async.EchoServer:
         self._thread.start()
-        self._started.wait(PATIENCE)
+        self._started.wait(TIMEOUT)
         return self.server
 
     def __exit__(self, *exception: object) -> None:
         self.server.close()
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
         assert not self.problems, self.problems
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what the server does in its own time."""
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Poll ``condition`` until it holds."""
     pause = threading.Event()
-    deadline = monotonic() + PATIENCE
+    deadline = monotonic() + TIMEOUT
     while not condition():
-        assert monotonic() < deadline, "it did not happen"
+        assert monotonic() < deadline, f"condition not met within {TIMEOUT} s"
         pause.wait(0.005)
 
 
@@ -101,8 +101,8 @@ def receive_all(client: socket.socket) -> bytes:
     return bytes(received)
 
 
-def the_one_line(stdout: str, stderr: str) -> str:
-    """What a command says of what is wrong: one line on stderr, nothing on stdout."""
+def single_error_line(stdout: str, stderr: str) -> str:
+    """Check that a command printed one error line on stderr and nothing on stdout; return that line."""
     assert stdout == ""
     assert stderr.startswith("error: ")
     assert stderr.endswith("\n")
@@ -116,7 +116,7 @@ class ServerProcess:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         assert process.stdout is not None
-        self.announced = process.stdout.readline()
+        self.startup_line = process.stdout.readline()
         self._stderr: list[str] = []
         # A daemon, and what closes the pipe: a process that the server left behind holds it, and nobody up.
         self._reader = threading.Thread(target=self._read_stderr, daemon=True)
@@ -129,7 +129,7 @@ class ServerProcess:
 
     @property
     def address(self) -> tuple[str, int]:
-        host, _, port = self.announced.removeprefix("listening on ").strip().rpartition(":")
+        host, _, port = self.startup_line.removeprefix("listening on ").strip().rpartition(":")
         return host.strip("[]"), int(port)
 
     @property
@@ -138,13 +138,13 @@ class ServerProcess:
         return "".join(self._stderr)
 
     @property
-    def workers(self) -> list[int]:
+    def worker_pids(self) -> list[int]:
         """Its processes."""
         listed = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         return [int(number) for each in listed for number in each.read_text().split()]
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(self.address, PATIENCE)
+        return socket.create_connection(self.address, TIMEOUT)
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal, wait for the end: exit code, and all that was on stderr."""
@@ -152,8 +152,8 @@ class ServerProcess:
         return self.wait()
 
     def wait(self) -> tuple[int, str]:
-        code = self.process.wait(PATIENCE)
-        self._reader.join(PATIENCE)
+        code = self.process.wait(TIMEOUT)
+        self._reader.join(TIMEOUT)
         assert not self._reader.is_alive(), f"it left a process behind, after:\n{self.log}"
         return code, self.log
 
@@ -161,12 +161,12 @@ class ServerProcess:
 @contextmanager
 def server_process(*args: str, env: dict[str, str] | None = None, **popen: Any) -> Iterator[ServerProcess]:
     """A server on a free port, ended with the block."""
-    with started([sys.executable, "-m", "echo_async.server", "--port", "0", *args], env, **popen) as server:
+    with command_process([sys.executable, "-m", "echo_async.server", "--port", "0", *args], env, **popen) as server:
         yield server
 
 
 @contextmanager
-def started(command: list[str], env: dict[str, str] | None = None, **popen: Any) -> Iterator[ServerProcess]:
+def command_process(command: list[str], env: dict[str, str] | None = None, **popen: Any) -> Iterator[ServerProcess]:
     """What ``command`` runs, a server that can be reached; ended with the block."""
     process = subprocess.Popen(
         command,
@@ -188,12 +188,12 @@ def started(command: list[str], env: dict[str, str] | None = None, **popen: Any)
 
 
 @contextmanager
-def held(*processes: int) -> Iterator[None]:
-    """While this is entered, ``processes`` do nothing: another worker has to take what comes."""
+def paused_processes(*processes: int) -> Iterator[None]:
+    """Stop ``processes`` with SIGSTOP for the duration of the block, so that another worker accepts connections."""
     try:
         for process in processes:
             os.kill(process, signal.SIGSTOP)
-        until(lambda: all(map(is_stopped, processes)))
+        wait_until(lambda: all(map(is_stopped, processes)))
         yield
     finally:
         for process in processes:

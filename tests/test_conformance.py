@@ -18,7 +18,7 @@ from typing import Unpack
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import PATIENCE, Hosted, engines, receive_all, receive_line, until
+from support import TIMEOUT, ServerThread, engines, receive_all, receive_line, wait_until
 
 import echo_async
 from echo_async.config import Mode, ServerOptions
@@ -27,14 +27,14 @@ Start = Callable[..., AbstractContextManager[echo_async.EchoServer]]
 
 
 @pytest.fixture(params=engines(), ids="-".join)
-def start(request: pytest.FixtureRequest, nothing_left_behind: None) -> Start:
+def start(request: pytest.FixtureRequest, no_leaks: None) -> Start:
     """Starts servers of one engine on one loop."""
     engine, loop = request.param
 
     @contextmanager
     def start(**options: Unpack[ServerOptions]) -> Iterator[echo_async.EchoServer]:
         options.setdefault("port", 0)
-        with Hosted(loop, {"engine": engine, **options}) as server:
+        with ServerThread(loop, {"engine": engine, **options}) as server:
             yield server
 
     return start
@@ -43,10 +43,10 @@ def start(request: pytest.FixtureRequest, nothing_left_behind: None) -> Start:
 def connect(server: echo_async.EchoServer) -> socket.socket:
     if isinstance(server.address, str):
         client = socket.socket(socket.AF_UNIX)
-        client.settimeout(PATIENCE)
+        client.settimeout(TIMEOUT)
         client.connect(server.address)
         return client
-    return socket.create_connection(server.address, PATIENCE)
+    return socket.create_connection(server.address, TIMEOUT)
 
 
 def is_closed(client: socket.socket) -> bool:
@@ -145,7 +145,7 @@ def test_an_unfinished_rest_is_not_answered_and_counted_as_lost(start: Start, mo
         client.sendall(b"one\ntwo" if mode == "stream" else b"two")
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == (b"one\n" if mode == "stream" else b"")
-        until(lambda: server.stats.active == 0)
+        wait_until(lambda: server.stats.active == 0)
         assert server.stats.lost == 1
 
 
@@ -165,7 +165,7 @@ def test_no_reset_overtakes_a_reply_to_a_client_that_goes_on_sending(start: Star
         assert receive_all(client) == b"first\n"
         client.sendall(more)
         client.shutdown(socket.SHUT_WR)
-        until(lambda: server.stats.active == 0)
+        wait_until(lambda: server.stats.active == 0)
         assert server.stats.bytes_in == 6 + 3 * len(more)
 
 
@@ -177,7 +177,7 @@ def test_a_message_at_the_limit_is_answered_and_one_over_it_closes(start: Start)
         with connect(server) as client:
             client.sendall(b"z" * 100_000)
             assert receive_all(client) == b""
-        until(lambda: server.stats.active == 0)
+        wait_until(lambda: server.stats.active == 0)
         assert server.stats.too_long == 2
         assert server.stats.lost == 0
 
@@ -198,7 +198,7 @@ def test_a_client_that_does_not_read_is_not_read_from_either(start: Start, mode:
         with suppress(TimeoutError):
             while True:
                 sent += client.send(message[sent % len(message) :])
-        client.settimeout(PATIENCE)
+        client.settimeout(TIMEOUT)
         whole = sent - sent % len(message) if mode == "stream" else sent
         received = bytearray()
         while len(received) < whole:
@@ -213,7 +213,7 @@ def test_clients_that_vanish_leave_nothing_behind(start: Start) -> None:
             client = connect(server)
             client.sendall([b"", b"begun", b"one\ntwo\n" * 1000][number % 3])
             reset(client)
-        until(lambda: server.stats.accepted == 60 and server.stats.active == 0)
+        wait_until(lambda: server.stats.accepted == 60 and server.stats.active == 0)
         with connect(server) as client:
             client.sendall(b"still there\n")
             assert receive_line(client) == b"still there\n"
@@ -222,7 +222,7 @@ def test_clients_that_vanish_leave_nothing_behind(start: Start) -> None:
 def test_a_stop_ends_idle_clients_and_frees_the_port(start: Start) -> None:
     with start(mode="stream") as server:
         clients = [connect(server) for _ in range(50)]
-        until(lambda: server.stats.active == 50)
+        wait_until(lambda: server.stats.active == 50)
         address = server.address
         server.close()
         server.close()
@@ -251,7 +251,7 @@ def test_a_stop_answers_what_was_received_and_lets_a_message_be_finished(start: 
 def test_a_stop_does_not_wait_longer_than_it_was_told(start: Start) -> None:
     with start(mode="stream", timeout_graceful_shutdown=0.3) as server, connect(server) as client:
         client.sendall(b"never finished")
-        until(lambda: server.stats.bytes_in == 14)
+        wait_until(lambda: server.stats.bytes_in == 14)
     assert server.stats.active == 0
     assert server.stats.lost == 1
 
@@ -265,7 +265,7 @@ def test_clients_over_the_limit_are_closed_at_once_and_counted(start: Start) -> 
             with connect(server) as third:
                 assert is_closed(third)
             assert server.stats.refused == 1
-        until(lambda: server.stats.active == 0)
+        wait_until(lambda: server.stats.active == 0)
         with connect(server) as client:
             client.sendall(b"room again\n")
             assert receive_line(client) == b"room again\n"
@@ -327,7 +327,7 @@ def test_a_name_with_several_addresses_has_one_port(start: Start) -> None:
         addresses = [address for address in server.addresses if isinstance(address, tuple)]
         assert len({port for _, port in addresses}) == 1
         for address in addresses:
-            with socket.create_connection(address, PATIENCE) as client:
+            with socket.create_connection(address, TIMEOUT) as client:
                 client.sendall(b"one\n")
                 assert receive_all(client) == b"one\n"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PATIENCE, receive_line, server_process, until
+from support import TIMEOUT, receive_line, server_process, wait_until
 
 from echo_async.cli.server import command
 from echo_async.server.metrics import StatsCollector
@@ -64,17 +64,17 @@ def test_behind_haproxy_the_log_shows_the_clients_own_addresses(tmp_path: Path) 
             path.write_text(text.replace("bind :5500", f"bind fd@{listener.fileno()}"))
             command, address = ["haproxy", "-db", "-q", "-f", str(path)], listener.getsockname()
             haproxy = subprocess.Popen(command, pass_fds=[listener.fileno()], stdout=subprocess.DEVNULL)
-        stack.callback(haproxy.wait, PATIENCE)
+        stack.callback(haproxy.wait, TIMEOUT)
         stack.callback(haproxy.terminate)
-        until(lambda: all(" 8 bytes: healthy" in server.log for server in (one, two)))
+        wait_until(lambda: all(" 8 bytes: healthy" in server.log for server in (one, two)))
         shown = set()
         for _ in range(2):  # the second goes where no client is yet
-            client = stack.enter_context(socket.create_connection(address, PATIENCE))
+            client = stack.enter_context(socket.create_connection(address, TIMEOUT))
             client.sendall(b"Hola Server!\n")
             assert receive_line(client) == b"Hola Server!\n"
             shown.add("{}:{}".format(*client.getsockname()))
         named = re.compile(r" INFO (\S+) 13 bytes: Hola Server!\n")
-        until(lambda: {*named.findall(one.log + two.log)} == shown)
+        wait_until(lambda: {*named.findall(one.log + two.log)} == shown)
         assert len(named.findall(one.log)) == len(named.findall(two.log)) == 1
 
 

@@ -33,13 +33,13 @@ from typing import Any
 import click
 import pytest
 import trustme
-from support import PATIENCE, run
+from support import TIMEOUT, run
 
 import echo_async
 import echo_async.testing  # a session of pytest in pytest forgets what was first imported in it, and imports it again
 
 pytest_plugins = ["pytester"]
-pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -154,12 +154,12 @@ def compiled(example: Example) -> CodeType:
 async def run_in_loop(code: CodeType, names: tuple[str, ...]) -> None:
     problems: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
-    async with asyncio.timeout(PATIENCE), AsyncExitStack() as stack:
+    async with asyncio.timeout(TIMEOUT), AsyncExitStack() as stack:
         given = Given(stack)
         coroutine = eval(code, {"__name__": "__main__", **{name: await given(name) for name in names}})
         await coroutine
     if tasks := asyncio.all_tasks() - {asyncio.current_task()}:  # the handlers of asyncio.start_server, about to end
-        _, running = await asyncio.wait(tasks, timeout=PATIENCE)
+        _, running = await asyncio.wait(tasks, timeout=TIMEOUT)
         assert not running
     assert problems == []
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import PATIENCE, Hosted, engines, receive_all
+from support import TIMEOUT, ServerThread, engines, receive_all
 
 import echo_async
 from echo_async.config import Mode, ServerOptions
@@ -39,7 +39,7 @@ def servers(mode: Mode) -> Iterator[Servers]:
         for engine, loop in engines():
             options: ServerOptions = {"port": 0, "mode": mode, "engine": engine, "chunk_size": CHUNK}
             options |= {"limit_message_size": LIMIT, "no_access_log": True}
-            servers[f"{engine} on {loop}"] = stack.enter_context(Hosted(loop, options))
+            servers[f"{engine} on {loop}"] = stack.enter_context(ServerThread(loop, options))
         yield servers
 
 
@@ -75,7 +75,7 @@ def split(sent: bytes, cuts: list[tuple[int, bool]]) -> Iterator[tuple[bytes, bo
 
 def wait_until_read(server: echo_async.EchoServer, received: int) -> None:
     pause = threading.Event()
-    for _ in range(int(PATIENCE / 0.0002)):
+    for _ in range(int(TIMEOUT / 0.0002)):
         if server.stats.bytes_in >= received:
             return
         pause.wait(0.0002)
@@ -88,7 +88,7 @@ def converse(
     """What came back, and whether the server ended its side although the client had not."""
     assert isinstance(server.address, tuple)
     received = server.stats.bytes_in
-    with socket.create_connection(server.address, PATIENCE) as client:
+    with socket.create_connection(server.address, TIMEOUT) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for piece, wait in split(sent, cuts):
             client.sendall(piece)
@@ -113,7 +113,7 @@ def receive_until_quiet(client: socket.socket, expected: tuple[bytes, bool]) -> 
     with suppress(BlockingIOError):
         data = client.recv(65536)
         return came + data, not data
-    client.settimeout(PATIENCE)
+    client.settimeout(TIMEOUT)
     client.shutdown(socket.SHUT_WR)
     return came + receive_all(client), False
 

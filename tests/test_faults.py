@@ -37,7 +37,18 @@ from typing import Any, Unpack
 
 import pytest
 import trustme
-from support import LOOPS, PATIENCE, SOON, Hosted, engines, receive_all, receive_line, run, server_process, until
+from support import (
+    LOOPS,
+    MAX_DELAY,
+    TIMEOUT,
+    ServerThread,
+    engines,
+    receive_all,
+    receive_line,
+    run,
+    server_process,
+    wait_until,
+)
 
 import echo_async
 from echo_async import sync
@@ -51,7 +62,7 @@ from echo_async.engines.tls_socket import TlsSocket
 from echo_async.loops import LoopName, loop_factory
 from echo_async.server.server import start_server
 
-pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 Start = Callable[..., AbstractContextManager[echo_async.EchoServer]]
 Kind = tuple[EngineName, LoopName]
@@ -70,7 +81,7 @@ def start(kind: Kind, certificate: Path) -> Start:
         options.setdefault("port", 0)
         if tls:
             options["ssl_certfile"] = str(certificate)
-        with Hosted(loop, {"engine": engine, **options}) as server:
+        with ServerThread(loop, {"engine": engine, **options}) as server:
             yield server
 
     return start
@@ -92,7 +103,7 @@ def trusting(authority: trustme.CA) -> ssl.SSLContext:
 
 def connect(server: echo_async.EchoServer | sync.EchoServer) -> socket.socket:
     assert isinstance(server.address, tuple)
-    client = socket.create_connection(server.address, PATIENCE)
+    client = socket.create_connection(server.address, TIMEOUT)
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return client
 
@@ -272,7 +283,7 @@ def test_a_faulty_client_ends_alone(
         assert echoes(well)
         with connect(server) as client:
             fault(client)
-        until(lambda: server.stats.accepted == 2 and server.stats.active == 1)
+        wait_until(lambda: server.stats.accepted == 2 and server.stats.active == 1)
         assert echoes(well)
         stats = {name: number for name, number in asdict(server.stats).items() if number}
         for name in ("accepted", "active", "messages", "bytes_in", "bytes_out"):
@@ -291,7 +302,7 @@ def test_a_port_scan_is_no_line_in_the_log_and_leaves_nothing(start: Start, capl
         for number in range(400):
             client = connect(server)
             reset(client) if number % 2 else client.close()
-        until(lambda: server.stats.accepted == 401 and server.stats.active == 1)
+        wait_until(lambda: server.stats.accepted == 401 and server.stats.active == 1)
         assert lines_of(caplog, logging.INFO) == []
         assert echoes(well)
 
@@ -317,7 +328,7 @@ def test_clients_that_came_and_went_before_they_were_accepted(kind: Kind, caplog
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     waiting = []
     for number in range(300):
-        client = socket.create_connection(listener.getsockname(), PATIENCE)
+        client = socket.create_connection(listener.getsockname(), TIMEOUT)
         if number % 3 == 0:
             reset(client)
             continue
@@ -326,11 +337,11 @@ def test_clients_that_came_and_went_before_they_were_accepted(kind: Kind, caplog
             client.close()
         else:
             waiting.append((client, number))
-    with Hosted(loop, {"engine": engine, "fd": listener.detach()}) as server:
+    with ServerThread(loop, {"engine": engine, "fd": listener.detach()}) as server:
         for client, number in waiting:
             assert receive_all(client) == b"%d\n" % number
             client.close()
-        until(lambda: server.stats.accepted == 300 and server.stats.active == 0)
+        wait_until(lambda: server.stats.accepted == 300 and server.stats.active == 0)
     assert lines_of(caplog, logging.WARNING) == []
     assert not [line for line in lines_of(caplog, logging.DEBUG) if "unix" in line or "None" in line]
 
@@ -348,8 +359,8 @@ def test_every_place_is_free_again_after_any_kind_of_end(start: Start) -> None:
         for number in range(60):
             with connect(server) as client, suppress(ConnectionError):
                 ends[number % len(ends)](client)
-            until(lambda number=number: server.stats.accepted == number + 1)  # type: ignore[misc]
-            until(lambda: server.stats.active == 0)
+            wait_until(lambda number=number: server.stats.accepted == number + 1)  # type: ignore[misc]
+            wait_until(lambda: server.stats.active == 0)
         assert server.stats.refused == 0
         with ExitStack() as clients:
             full = [clients.enter_context(connect(server)) for _ in range(3)]
@@ -500,7 +511,7 @@ def test_an_error_of_the_servers_own_ends_that_client_only(
         ill.sendall(b"poison\n")
         with suppress(ConnectionError, ssl.SSLError):
             assert ill.recv(100) == b""
-        until(lambda: server.stats.active == 1)
+        wait_until(lambda: server.stats.active == 1)
         assert server.stats.failed == 1
         assert echoes(well)
         well.close()
@@ -550,7 +561,7 @@ def test_clients_that_reset_with_much_unanswered_are_no_line_of_the_event_loops(
             assert receive_line(client) == b"hello\n"
             client.sendall(b"a\n" * 8000)
             reset(client)
-        until(lambda: server.stats.active == 0)
+        wait_until(lambda: server.stats.active == 0)
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
@@ -578,7 +589,7 @@ def test_a_default_time_out_of_the_program_is_none_for_clients() -> None:
     with sync.serve(port=0, mode="stream") as server, connect(server) as client:
         socket.setdefaulttimeout(0.05)
         try:
-            with socket.create_connection(server.address, PATIENCE) as another:
+            with socket.create_connection(server.address, TIMEOUT) as another:
                 assert echoes(another)
                 select.select([another], [], [], 0.2)  # longer than the program's default
                 assert echoes(another)
@@ -598,9 +609,9 @@ def test_a_large_reply_that_gets_on_can_be_seen_to_get_on() -> None:
         left = size
         while left:
             if left == size // 2:
-                until(lambda: connection.unsent() < size)
+                wait_until(lambda: connection.unsent() < size)
             left -= len(ours.recv(min(65536, left), socket.MSG_WAITALL))
-        sending.join(PATIENCE)
+        sending.join(TIMEOUT)
         assert not sending.is_alive()
     assert connection.unsent() == 0
 
@@ -661,13 +672,13 @@ def test_accept_that_fails_is_tried_again_after_a_pause(
         began = monotonic()
         accept.begin(number)
         with connect(server) as plain:
-            until(lambda: accept.failed >= 3)
+            wait_until(lambda: accept.failed >= 3)
             assert accept.failed <= 4 + (monotonic() - began) / accept.PAUSE  # no busy waiting
             accept.end()
             ended = monotonic()
             client = trusting.wrap_socket(plain, server_hostname="localhost") if tls else plain
             assert echoes(client)
-            assert monotonic() - ended < SOON
+            assert monotonic() - ended < MAX_DELAY
             client.close()
         said = [line for line in lines_of(caplog, logging.WARNING) if "cannot accept" in line]
         assert 1 <= len(said) <= 1 + (monotonic() - began)
@@ -694,7 +705,7 @@ def test_a_client_that_is_gone_when_it_is_accepted_does_not_hold_up_the_next(
 
 def test_a_client_that_another_worker_took_first_does_not_hold_up_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     accept = FailingAccept(monkeypatch, most=1)
-    monkeypatch.setattr("echo_async.sync.server.ACCEPT_RETRY_DELAY", 2 * PATIENCE)  # a pause would be seen
+    monkeypatch.setattr("echo_async.sync.server.ACCEPT_RETRY_DELAY", 2 * TIMEOUT)  # a pause would be seen
     with sync.serve(port=0, mode="stream") as server:
         accept.begin(errno.EAGAIN)
         with connect(server) as client:
@@ -710,11 +721,11 @@ def test_a_stop_while_accept_fails(start: Start, tls: bool, monkeypatch: pytest.
             began = monotonic()
             accept.begin(number)
             with connect(server):
-                until(lambda accept=accept: accept.failed >= 1)  # type: ignore[misc]
+                wait_until(lambda accept=accept: accept.failed >= 1)  # type: ignore[misc]
                 server.close()
-                until(lambda server=server: not server.sockets)  # type: ignore[misc]
+                wait_until(lambda server=server: not server.sockets)  # type: ignore[misc]
                 assert accept.failed <= 4 + (monotonic() - began) / accept.PAUSE
-                assert monotonic() - began < SOON
+                assert monotonic() - began < MAX_DELAY
         accept.end()
 
 
@@ -758,7 +769,7 @@ def test_64_descriptors_and_200_clients(kind: list[str]) -> None:
             with suppress(ConnectionError, AssertionError):
                 if echoes(client):
                     again.append(client)
-        assert monotonic() - left < SOON
+        assert monotonic() - left < MAX_DELAY
         seconds = monotonic() - began
         code, log = server.stop()
     assert code == 0
@@ -797,7 +808,7 @@ def test_a_stop_answers_all_that_had_arrived(
     async def main() -> None:
         options: ServerOptions = {"chunk_size": chunk_size, "no_access_log": no_access_log}
         loop = asyncio.get_running_loop()
-        async with serving(kind, **options) as server, asyncio.timeout(PATIENCE):
+        async with serving(kind, **options) as server, asyncio.timeout(TIMEOUT):
             with await asyncio.to_thread(connect, server) as client:
                 client.setblocking(False)
                 await loop.sock_sendall(client, b"hello\n")
@@ -807,7 +818,7 @@ def test_a_stop_answers_all_that_had_arrived(
                     pass  # until the server's kernel has all of it
                 server.close()
                 client.shutdown(socket.SHUT_WR)
-                client.settimeout(PATIENCE)
+                client.settimeout(TIMEOUT)
                 whole = sent - sent % 17
                 assert await asyncio.to_thread(receive_all, client) == messages[:whole]
             await server.wait_closed()
@@ -827,13 +838,13 @@ def test_replies_that_are_sent_while_it_closes(start: Start, monkeypatch: pytest
         sending.start()
         if server.config.engine != "streams":  # the others read on when the client does
             assert receive_exactly(client, len(messages)) == messages
-        sending.join(PATIENCE)
+        sending.join(TIMEOUT)
         client.shutdown(socket.SHUT_WR)
         if server.config.engine == "streams":
-            until(lambda: server.stats.bytes_in == len(messages))
+            wait_until(lambda: server.stats.bytes_in == len(messages))
             assert receive_exactly(client, len(messages)) == messages
         assert client.recv(1) == b""
-        until(lambda: server.stats.active == 0)
+        wait_until(lambda: server.stats.active == 0)
 
 
 def receive_exactly(client: socket.socket, size: int) -> bytes:
@@ -883,7 +894,7 @@ def test_a_stop_answers_what_waits_in_the_kernel_and_not_what_a_flood_brings_lat
         )
         await connecting
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 writer.write(b"one\n")
                 assert await reader.readline() == b"one\n"
                 writer.write(messages)  # which sends at once
@@ -899,7 +910,7 @@ def test_a_stop_answers_what_waits_in_the_kernel_and_not_what_a_flood_brings_lat
         finally:
             writer.transport.abort()
             registry.abort()
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 await ended.wait()
 
     run(main, loop)
@@ -908,7 +919,7 @@ def test_a_stop_answers_what_waits_in_the_kernel_and_not_what_a_flood_brings_lat
 @each_kind
 def test_a_stop_answers_what_a_client_had_sent_that_reads_slowly(kind: Kind) -> None:
     async def main() -> None:
-        async with serving(kind, chunk_size=65536) as server, asyncio.timeout(PATIENCE):
+        async with serving(kind, chunk_size=65536) as server, asyncio.timeout(TIMEOUT):
             with await asyncio.to_thread(connect, server) as client:
                 client.setblocking(False)
                 client.send(b"sixteen letters!\n")  # so that it is accepted before it sends all that it can
@@ -921,7 +932,7 @@ def test_a_stop_answers_what_a_client_had_sent_that_reads_slowly(kind: Kind) -> 
                 had_arrived = server.stats.bytes_in + not_read_from(client.getsockname())
                 server.close()
                 client.shutdown(socket.SHUT_WR)
-                client.settimeout(PATIENCE)
+                client.settimeout(TIMEOUT)
                 received += await asyncio.to_thread(receive_all, client)
             await server.wait_closed()
             assert len(received) >= had_arrived - had_arrived % 17
@@ -958,7 +969,7 @@ Closing = Callable[[echo_async.EchoServer], None]
 @each_kind
 def test_it_can_be_closed_twice_by_many_and_waited_for_by_many(kind: Kind) -> None:
     async def main() -> None:
-        async with serving(kind) as server, asyncio.timeout(PATIENCE):
+        async with serving(kind) as server, asyncio.timeout(TIMEOUT):
             server.close()
             await asyncio.gather(*(server.wait_closed() for _ in range(3)))
             server.close()
@@ -972,7 +983,7 @@ def test_it_can_be_closed_twice_by_many_and_waited_for_by_many(kind: Kind) -> No
 @each_kind
 def test_one_that_was_awaited_can_be_entered_and_is_closed_with_the_block(kind: Kind) -> None:
     async def main() -> None:
-        async with serving(kind) as server, asyncio.timeout(PATIENCE), server as entered:
+        async with serving(kind) as server, asyncio.timeout(TIMEOUT), server as entered:
             assert entered is server
             assert await echo_async.echo("hello", *server.address) == "hello"
 
@@ -982,7 +993,7 @@ def test_one_that_was_awaited_can_be_entered_and_is_closed_with_the_block(kind: 
 @each_kind
 def test_it_can_be_closed_before_its_loop_has_turned(kind: Kind) -> None:
     async def main() -> None:
-        async with serving(kind) as server, asyncio.timeout(PATIENCE):
+        async with serving(kind) as server, asyncio.timeout(TIMEOUT):
             server.close()
             await server.wait_closed()
 
@@ -1002,7 +1013,7 @@ def test_a_stop_from_where_a_client_is_served(kind: Kind, monkeypatch: pytest.Mo
     monkeypatch.setattr(StreamConversation, "receive", stop)
 
     async def main() -> None:
-        async with serving(kind) as server, asyncio.timeout(PATIENCE):
+        async with serving(kind) as server, asyncio.timeout(TIMEOUT):
             servers.append(server)
             with connect(server) as client:
                 client.sendall(b"stop\n")
@@ -1015,7 +1026,7 @@ def test_a_stop_from_where_a_client_is_served(kind: Kind, monkeypatch: pytest.Mo
 @each_kind
 def test_a_stop_while_one_client_leaves_and_another_comes(kind: Kind) -> None:
     async def main() -> None:
-        async with serving(kind, timeout_graceful_shutdown=1) as server, asyncio.timeout(PATIENCE):
+        async with serving(kind, timeout_graceful_shutdown=1) as server, asyncio.timeout(TIMEOUT):
             leaving = connect(server)
             leaving.sendall(b"one\n")
             await in_some_turns(lambda: server.stats.messages == 1)
@@ -1035,7 +1046,7 @@ def test_a_stop_while_one_client_leaves_and_another_comes(kind: Kind) -> None:
 @each_kind
 def test_a_task_that_serves_can_be_cancelled(kind: Kind) -> None:
     async def main() -> None:
-        async with serving(kind) as server, asyncio.timeout(PATIENCE):
+        async with serving(kind) as server, asyncio.timeout(TIMEOUT):
             assert isinstance(server.address, tuple)
             reader, writer = await asyncio.open_connection(*server.address)
             writer.write(b"one\n")
@@ -1054,7 +1065,7 @@ def test_a_task_that_serves_can_be_cancelled(kind: Kind) -> None:
 @each_kind
 def test_a_stop_that_is_cancelled_ends_at_once(kind: Kind) -> None:
     async def main() -> None:
-        async with serving(kind, timeout_graceful_shutdown=600) as server, asyncio.timeout(PATIENCE):
+        async with serving(kind, timeout_graceful_shutdown=600) as server, asyncio.timeout(TIMEOUT):
             with connect(server) as client:
                 client.sendall(b"never finished")
                 await in_some_turns(lambda: server.stats.bytes_in > 0)
@@ -1072,7 +1083,7 @@ def test_a_stop_that_is_cancelled_ends_at_once(kind: Kind) -> None:
 @pytest.mark.parametrize("accepted", [True, False], ids=["accepted", "still in the queue"])
 def test_an_abort_waits_for_nobody(kind: Kind, accepted: bool) -> None:
     async def main() -> None:
-        async with serving(kind, timeout_graceful_shutdown=600) as server, asyncio.timeout(PATIENCE):
+        async with serving(kind, timeout_graceful_shutdown=600) as server, asyncio.timeout(TIMEOUT):
             with connect(server) as client:
                 client.sendall(b"never finished")
                 await in_some_turns(lambda: not accepted or server.stats.bytes_in > 0)
@@ -1098,8 +1109,8 @@ def test_a_stop_waits_for_a_slow_reader_as_long_as_it_may(start: Start) -> None:
         with suppress(ConnectionError):
             while server.stats.active and slow.recv(100):
                 pass
-        until(lambda: server.stats.active == 0)
-        assert monotonic() - began < SOON
+        wait_until(lambda: server.stats.active == 0)
+        assert monotonic() - began < MAX_DELAY
 
 
 @each_kind
@@ -1157,7 +1168,7 @@ sys.exit(main(["--port", "0", *sys.argv[1:]]))
 @pytest.mark.parametrize("kind", [*KINDS, ["--workers", "2"]], ids=" ".join)
 def test_a_signal_while_it_starts_is_a_stop(kind: list[str]) -> None:
     command = [sys.executable, "-c", STOPPED_WHILE_IT_STARTS, *kind]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0
     assert " SIGTERM: stopping\n" in done.stderr
     assert "Traceback" not in done.stderr
@@ -1280,7 +1291,7 @@ def test_who_was_lost_over_tls_is_named(
             client.sendall(b"begun")
             with suppress(ssl.SSLError):  # who ends a connection owes no answer to its end
                 client.unwrap()
-        until(lambda: server.stats.lost == 1)
+        wait_until(lambda: server.stats.lost == 1)
     assert lines_of(caplog, logging.WARNING) == [f"{name} lost in mid-message, after 5 bytes without a newline"]
 
 
@@ -1299,7 +1310,7 @@ def test_a_faulty_client_over_tls_ends_alone(
             assert echoes(well)
             with connect(server) as client:
                 fault(TlsClient(client, trusting))
-            until(lambda: server.stats.active == 1 and server.stats.tls_failures == counted.get("tls_failures", 0))
+            wait_until(lambda: server.stats.active == 1 and server.stats.tls_failures == counted.get("tls_failures", 0))
             assert echoes(well)
         stats = {name: number for name, number in asdict(server.stats).items() if number}
         for name in ("accepted", "active", "messages", "bytes_in", "bytes_out"):
@@ -1314,14 +1325,14 @@ def test_a_faulty_client_over_tls_ends_alone(
 def test_a_stop_in_the_middle_of_a_handshake(start: Start, said: int | None, trusting: ssl.SSLContext) -> None:
     with start(tls=True, timeout_graceful_shutdown=600) as server, connect(server) as client:
         client.sendall(TlsClient(client, trusting).hello()[:said])
-        until(lambda: not select.select([server.sockets[0]], [], [], 0)[0])  # it is accepted
+        wait_until(lambda: not select.select([server.sockets[0]], [], [], 0)[0])  # it is accepted
         if said is None:
             assert client.recv(1)  # the server has answered the hello
         began = monotonic()
         server.close()
         with suppress(ConnectionError):
             receive_all(client)
-        assert monotonic() - began < SOON
+        assert monotonic() - began < MAX_DELAY
     assert server.stats.tls_failures == 1
     assert server.stats.accepted == 0
 
@@ -1335,11 +1346,11 @@ def test_a_stop_does_not_wait_for_the_close_notify_of_a_client(
         client = TlsClient(plain, trusting)
         client.handshake()
         plain.sendall(client.record(b"a message\n"))
-        until(lambda: server.stats.messages == 1)
+        wait_until(lambda: server.stats.messages == 1)
         began = monotonic()
         server.close()
-        until(lambda: server.stats.active == 0 and not server.sockets)
-        assert monotonic() - began < SOON
+        wait_until(lambda: server.stats.active == 0 and not server.sockets)
+        assert monotonic() - began < MAX_DELAY
 
 
 @each_kind
@@ -1348,7 +1359,7 @@ def test_failed_handshakes_give_their_places_back(start: Start, trusting: ssl.SS
         for number in range(20):
             with connect(server) as client:
                 (half_a_hello, hello_and_reset)[number % 2](TlsClient(client, trusting))
-            until(lambda number=number: server.stats.tls_failures == number + 1)  # type: ignore[misc]
+            wait_until(lambda number=number: server.stats.tls_failures == number + 1)  # type: ignore[misc]
         assert server.stats.refused == 0
         with connect(server) as one, connect(server) as two:
             secured = [trusting.wrap_socket(each, server_hostname="localhost") for each in (one, two)]
@@ -1365,13 +1376,13 @@ def test_ending_the_sending_side_over_tls_never_waits_for_the_client(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     with ours, theirs:
-        ours.settimeout(PATIENCE)
-        theirs.settimeout(PATIENCE)
+        ours.settimeout(TIMEOUT)
+        theirs.settimeout(TIMEOUT)
         secured = TlsSocket(ours, context)
         client = TlsClient(theirs, trusting)
         shaking = threading.Thread(target=client.handshake)
         shaking.start()
-        secured.handshake(PATIENCE)
+        secured.handshake(TIMEOUT)
         shaking.join()
         registry = Registry(echo_async.ServerConfig(mode="stream"))
         connection = ThreadConnection(registry, secured, "a client that does not read")
@@ -1380,10 +1391,10 @@ def test_ending_the_sending_side_over_tls_never_waits_for_the_client(
                 ours.send(bytes(4096), socket.MSG_DONTWAIT)
         finishing = threading.Thread(target=connection.finish)
         finishing.start()
-        finishing.join(SOON)
+        finishing.join(MAX_DELAY)
         waits = finishing.is_alive()
         theirs.close()
-        finishing.join(PATIENCE)
+        finishing.join(TIMEOUT)
         assert not waits
 
 
@@ -1410,11 +1421,11 @@ def test_nobody_reads_over_tls_while_another_thread_ends_the_sending_side(
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     with ours, theirs:
-        theirs.settimeout(PATIENCE)
+        theirs.settimeout(TIMEOUT)
         secured, client = Watched(ours, context), TlsClient(theirs, trusting)
         shaking = threading.Thread(target=client.handshake)
         shaking.start()
-        secured.handshake(PATIENCE)
+        secured.handshake(TIMEOUT)
         shaking.join()
         registry = Registry(echo_async.ServerConfig(mode="stream", no_access_log=True))
         connection = ThreadConnection(registry, secured, "a client that is late")
@@ -1422,10 +1433,10 @@ def test_nobody_reads_over_tls_while_another_thread_ends_the_sending_side(
         serving = threading.Thread(target=connection.run)
         serving.start()
         theirs.sendall(client.record(b"in time\n"))
-        until(lambda: registry.stats.messages == 1 and not connection._io_lock.locked())
+        wait_until(lambda: registry.stats.messages == 1 and not connection._io_lock.locked())
         connection.stop()
         theirs.shutdown(socket.SHUT_WR)
-        serving.join(PATIENCE)
+        serving.join(TIMEOUT)
         assert not serving.is_alive()
         assert not overlapped.is_set()
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support import PATIENCE, Hosted, engines, receive_all, receive_line, until
+from support import TIMEOUT, ServerThread, engines, receive_all, receive_line, wait_until
 
 import echo_async
 from echo_async.config import EngineName, Mode
@@ -141,7 +141,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[dict[Mode, echo_async.Ech
     with ExitStack() as servers:
         yield {
             mode: servers.enter_context(
-                Hosted(loop, {"engine": engine, "port": 0, "mode": mode, "limit_message_size": LIMIT})
+                ServerThread(loop, {"engine": engine, "port": 0, "mode": mode, "limit_message_size": LIMIT})
             )
             for mode in MODES
         }
@@ -152,7 +152,7 @@ class FuzzedClient:
 
     def __init__(self, server: echo_async.EchoServer) -> None:
         assert isinstance(server.address, tuple)
-        self.socket = socket.create_connection(server.address, PATIENCE)
+        self.socket = socket.create_connection(server.address, TIMEOUT)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sent = self.received = b""
         self.broken = False
@@ -212,7 +212,7 @@ def test_whatever_clients_do_a_server_answers_by_the_rules_and_goes_on(
         assert right.startswith(client.received)
         if how == "read" and not client.broken:
             assert client.received == right
-    until(lambda: echo.stats.accepted == before.accepted + len(clients) and echo.stats.active == 0)
+    wait_until(lambda: echo.stats.accepted == before.accepted + len(clients) and echo.stats.active == 0)
     assert echo.stats.failed == 0
     assert echo.stats.timeouts_idle + echo.stats.timeouts_message + echo.stats.timeouts_write == 0
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
@@ -232,7 +232,7 @@ def test_a_stop_at_any_moment_ends_everything_and_answers_no_wrong_byte(
 ) -> None:
     engine, loop = kind
     descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-    with Hosted(
+    with ServerThread(
         loop,
         {
             "engine": engine,
@@ -253,7 +253,7 @@ def test_a_stop_at_any_moment_ends_everything_and_answers_no_wrong_byte(
         for client in talking:
             client.leave("read")
             assert replies(mode, client.sent, LIMIT).startswith(client.received)
-        until(lambda: echo.stats.active == 0 and not echo.sockets)
+        wait_until(lambda: echo.stats.active == 0 and not echo.sockets)
     assert echo.stats.failed == 0
     assert threading.active_count() <= threads
     assert len(os.listdir("/proc/self/fd")) <= descriptors
@@ -262,6 +262,6 @@ def test_a_stop_at_any_moment_ends_everything_and_answers_no_wrong_byte(
 def test_after_all_that_each_server_still_serves(server: dict[Mode, echo_async.EchoServer]) -> None:
     for echo in server.values():
         assert isinstance(echo.address, tuple)
-        with socket.create_connection(echo.address, PATIENCE) as client:
+        with socket.create_connection(echo.address, TIMEOUT) as client:
             client.sendall(b"still there\n")
             assert receive_line(client) == b"still there\n"

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import pytest
-from support import LOOPS, PATIENCE, receive_all, run
+from support import LOOPS, TIMEOUT, receive_all, run
 
 import echo_async
 from echo_async.config import Mode
@@ -37,7 +37,7 @@ def on_loop(request: pytest.FixtureRequest) -> OnLoop:
 
         async def watched() -> None:
             asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(TIMEOUT):
                 await main()
 
         run(watched, loop)
@@ -199,7 +199,7 @@ def test_the_end_of_the_loop_ends_every_connection(on_loop: OnLoop, sent: bytes)
 
     def then() -> None:
         for client in clients:
-            client.settimeout(PATIENCE)
+            client.settimeout(TIMEOUT)
             with client:
                 assert everything(client) in (b"", sent)
 
@@ -230,7 +230,7 @@ def test_a_handler_is_cancelled_while_its_client_does_not_read(on_loop: OnLoop) 
                 task = await started
                 assert await loop.sock_recv(client, 1) == b"x"  # the reply is on its way
                 task.cancel()
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(TIMEOUT):
                     with pytest.raises(asyncio.CancelledError):
                         await task
 

@@ -114,7 +114,7 @@ def test_an_excerpt_is_always_short_and_one_harmless_line(message: bytes) -> Non
     assert len(shown) <= 83
 
 
-pytestmark = pytest.mark.usefixtures("loggers_as_before")
+pytestmark = pytest.mark.usefixtures("restore_loggers")
 
 Captured = pytest.CaptureFixture[str]
 

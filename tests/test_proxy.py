@@ -17,7 +17,7 @@ import pytest
 import trustme
 from hypothesis import given
 from hypothesis import strategies as st
-from support import PATIENCE, Hosted, engines, receive_all, receive_line, server_process, until
+from support import TIMEOUT, ServerThread, engines, receive_all, receive_line, server_process, wait_until
 
 import echo_async
 from echo_async.config import ServerOptions
@@ -230,7 +230,7 @@ def start(request: pytest.FixtureRequest) -> Start:
     @contextmanager
     def start(**options: Unpack[ServerOptions]) -> Iterator[echo_async.EchoServer]:
         options.setdefault("proxy_protocol", "auto")
-        with Hosted(loop, {"engine": engine, "port": 0, **options}) as server:
+        with ServerThread(loop, {"engine": engine, "port": 0, **options}) as server:
             yield server
 
     return start
@@ -238,7 +238,7 @@ def start(request: pytest.FixtureRequest) -> Start:
 
 def connect(server: echo_async.EchoServer) -> socket.socket:
     assert isinstance(server.address, tuple)
-    return socket.create_connection(server.address, PATIENCE)
+    return socket.create_connection(server.address, TIMEOUT)
 
 
 def assert_cut(client: socket.socket) -> None:
@@ -264,7 +264,7 @@ def test_the_log_shows_the_client_that_the_header_names(start: Start, caplog: py
                 client.sendall(header + b"Hola Server!\n")
                 assert receive_all(client) == b"Hola Server!\n"
                 assert f"{peer or address} 13 bytes: Hola Server!" in caplog.messages
-        until(lambda: server.stats.active == 0)
+        wait_until(lambda: server.stats.active == 0)
     stats = server.stats
     assert (stats.accepted, stats.messages, stats.bytes_in, stats.bytes_out) == (4, 4, 52, 52)
     assert stats.proxy_failures == stats.tls_failures == 0
@@ -290,7 +290,7 @@ def test_raw_bytes_after_a_header_come_back(start: Start) -> None:
 
 def test_a_unix_socket_takes_headers_too(start: Start, tmp_path: Path) -> None:
     with start(uds=str(tmp_path / "socket")) as server, socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(PATIENCE)
+        client.settimeout(TIMEOUT)
         client.connect(str(server.address))
         client.sendall(v2(0x21, 0x11, TCP4) + b"Hola Server!\n")
         assert receive_all(client) == b"Hola Server!\n"
@@ -307,7 +307,7 @@ def test_a_bad_or_missing_header_closes_and_is_counted(start: Start, caplog: pyt
             client.sendall(ONE[:-1])
             client.shutdown(socket.SHUT_WR)
             assert_cut(client)
-        until(lambda: server.stats.proxy_failures == 5)
+        wait_until(lambda: server.stats.proxy_failures == 5)
     assert server.stats.accepted == server.stats.bytes_in == server.stats.lost == 0
     (line,) = (message for message in caplog.messages if "PROXY" in message)  # the others are said later, as a number
     assert line.endswith(" closed: there is no PROXY header: it began with Hola Server!\\none")
@@ -327,10 +327,10 @@ def test_no_header_or_half_of_one_is_closed_in_time(start: Start) -> None:
     with start(timeout_message=0.3, limit_connections=2) as server:
         with connect(server) as silent, connect(server) as slow:
             slow.sendall(v2(0x21, 0x11, TCP4)[:20])
-            until(lambda: refused(server))
+            wait_until(lambda: refused(server))
             assert_cut(silent)
             assert_cut(slow)
-        until(lambda: server.stats.timeouts_message == 2)
+        wait_until(lambda: server.stats.timeouts_message == 2)
         with connect(server) as client:
             client.sendall(ONE + b"room again\n")
             assert receive_all(client) == b"room again\n"
@@ -347,7 +347,7 @@ def test_who_may_not_send_a_header_is_closed(start: Start, caplog: pytest.LogCap
     with start(proxy_allow_from="10.0.0.0/8,192.0.2.1") as server:
         with connect(server) as client:
             assert_cut(client)
-        until(lambda: server.stats.proxy_failures == 1)
+        wait_until(lambda: server.stats.proxy_failures == 1)
     assert "it may not send a PROXY header (proxy_allow_from)" in caplog.text
 
 
@@ -450,10 +450,10 @@ def test_with_tls_the_header_comes_first_and_in_clear(
             client.sendall(ONE + b"no TLS\n")
             with suppress(ConnectionError):
                 receive_all(client)
-        until(lambda: server.stats.tls_failures == 1)
+        wait_until(lambda: server.stats.tls_failures == 1)
         with connect(server) as plain, pytest.raises(OSError, match=r"(?i)reset|EOF|closed|broken"):
             context.wrap_socket(plain, server_hostname="localhost")
-        until(lambda: server.stats.proxy_failures == 1)
+        wait_until(lambda: server.stats.proxy_failures == 1)
     assert caplog.text.count(" 192.168.0.1:56324 7 bytes: secret") == 2
     assert "192.168.0.1:56324 closed: its TLS handshake failed" in caplog.text
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from ssl import SSLCertVerificationError
 
 import pytest
-from support import PATIENCE, receive_all, receive_line, run
+from support import TIMEOUT, receive_all, receive_line, run
 
 import echo_async
 from echo_async import sync
@@ -20,7 +20,7 @@ from echo_async.config import Mode
 from echo_async.testing import HostedServer
 
 pytest_plugins = ["pytester"]
-pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def session(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
 
 def connect(server: HostedServer) -> socket.socket:
     assert not isinstance(server.address, str)
-    return socket.create_connection(server.address, PATIENCE)
+    return socket.create_connection(server.address, TIMEOUT)
 
 
 # Sessions of pytest
@@ -155,7 +155,7 @@ def test_an_option_that_makes_no_sense_is_told_in_one_line(session: pytest.Pytes
 
 def test_loading_the_plugin_loads_nothing_else() -> None:
     code = "import sys, pytest; old = {*sys.modules}; import echo_async.pytest_plugin; print(*{*sys.modules} - old)"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.stderr == ""
     assert set(done.stdout.split()) == {"echo_async", "echo_async.pytest_plugin"}
 
@@ -221,7 +221,7 @@ def test_it_says_where_it_is_also_when_it_is_closed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"begun", b"one\nbegun"])
 def test_it_stops_at_once_whatever_its_clients_have_begun(sent: bytes) -> None:
-    with HostedServer(timeout_graceful_shutdown=PATIENCE) as server, connect(server) as client:
+    with HostedServer(timeout_graceful_shutdown=TIMEOUT) as server, connect(server) as client:
         client.sendall(sent)
         if b"\n" in sent:
             assert receive_line(client) == b"one\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from support import PATIENCE, receive_all, run
+from support import TIMEOUT, receive_all, run
 
 import echo_async
 from echo_async import ServerConfig, StartError
@@ -205,7 +205,7 @@ def test_an_address_that_is_taken_between_bind_and_listen_is_in_use_as_well() ->
 def test_a_port_whose_last_connections_are_still_closing_can_be_bound_again() -> None:
     with bound() as [listener]:
         port = listener.getsockname()[1]
-        with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+        with socket.create_connection(("127.0.0.1", port), TIMEOUT) as client:
             listener.setblocking(True)
             accepted, _ = listener.accept()
             accepted.close()  # first: it is the server's port that has to wait

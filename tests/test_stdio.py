@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from support import PATIENCE, server_process
+from support import TIMEOUT, server_process
 
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
@@ -21,7 +21,7 @@ def run_with_full_stderr(*arguments: str) -> int:
             stdout=subprocess.DEVNULL,
             stderr=full,
             env=BUFFERED,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
         )
     return done.returncode
 
@@ -41,7 +41,7 @@ def test_server_full_stderr_exits_with_0(options: list[str]) -> None:
         assert process.stdout is not None
         assert process.stdout.readline().startswith(b"listening on ")
         process.terminate()
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(TIMEOUT) == 0
 
 
 def test_server_full_stderr_bad_option_exits_with_2() -> None:

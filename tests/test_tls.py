@@ -18,7 +18,16 @@ from typing import Unpack
 
 import pytest
 import trustme
-from support import PATIENCE, Hosted, engines, receive_all, receive_line, server_process, the_one_line, until
+from support import (
+    TIMEOUT,
+    ServerThread,
+    engines,
+    receive_all,
+    receive_line,
+    server_process,
+    single_error_line,
+    wait_until,
+)
 
 import echo_async
 from echo_async.cli.server import main
@@ -75,7 +84,7 @@ def start(request: pytest.FixtureRequest, files: Files) -> Start:
     @contextmanager
     def start(**options: Unpack[ServerOptions]) -> Iterator[echo_async.EchoServer]:
         options.setdefault("ssl_certfile", str(files.server))
-        with Hosted(loop, {"engine": engine, "port": 0, **options}) as server:
+        with ServerThread(loop, {"engine": engine, "port": 0, **options}) as server:
             yield server
 
     return start
@@ -83,7 +92,7 @@ def start(request: pytest.FixtureRequest, files: Files) -> Start:
 
 def plain(server: echo_async.EchoServer) -> socket.socket:
     assert isinstance(server.address, tuple)
-    return socket.create_connection(server.address, PATIENCE)
+    return socket.create_connection(server.address, TIMEOUT)
 
 
 def secure(server: echo_async.EchoServer, context: ssl.SSLContext) -> ssl.SSLSocket:
@@ -120,13 +129,13 @@ def test_plain_text_on_a_tls_port_is_closed_and_counted(start: Start) -> None:
         client.sendall(b"Hola Server!\n")
         with suppress(ConnectionError):
             assert not receive_all(client).endswith(b"Hola Server!\n")
-        until(lambda: server.stats.tls_failures == 1)
+        wait_until(lambda: server.stats.tls_failures == 1)
         assert server.stats.accepted == server.stats.timeouts_handshake == 0
 
 
 def test_tls_on_a_plain_port_gets_no_connection(start: Start, files: Files) -> None:
     with start(ssl_certfile=None, timeout_message=0.2) as server, plain(server) as client:
-        client.settimeout(PATIENCE)
+        client.settimeout(TIMEOUT)
         with pytest.raises(OSError, match=r"(?i)wrong version|EOF|reset|unknown|record|protocol"):
             files.context().wrap_socket(client, server_hostname="localhost")
 
@@ -141,9 +150,9 @@ def test_silent_clients_are_counted_from_the_start_and_gone_in_time(
     with start(limit_connections=20) as server:
         silent = [plain(server) for _ in range(20)]
         with plain(server) as one_more:
-            until(lambda: server.stats.refused == 1)
+            wait_until(lambda: server.stats.refused == 1)
             one_more.close()
-        until(lambda: server.stats.timeouts_handshake == 20)
+        wait_until(lambda: server.stats.timeouts_handshake == 20)
         for client in silent:
             with suppress(ConnectionError):
                 assert receive_all(client) == b""
@@ -161,7 +170,7 @@ def test_a_client_certificate_is_required_where_a_ca_is_given(start: Start, file
         for wrong in (None, files.stranger):
             with pytest.raises(OSError, match=r"(?i)alert|reset|broken|EOF|closed"):
                 exchange(server, files.context(wrong))
-        until(lambda: server.stats.tls_failures == 2)
+        wait_until(lambda: server.stats.tls_failures == 2)
 
 
 def exchange(server: echo_async.EchoServer, context: ssl.SSLContext) -> None:
@@ -196,7 +205,7 @@ def test_clients_that_break_off_in_any_state_leave_nothing_behind(start: Start, 
                 assert receive_line(client) == b"in\n"
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             socket.socket.close(client)
-        until(lambda: server.stats.accepted == 6 and server.stats.tls_failures == 6 and server.stats.active == 0)
+        wait_until(lambda: server.stats.accepted == 6 and server.stats.tls_failures == 6 and server.stats.active == 0)
 
 
 def test_a_stop_ends_clients_and_handshakes(start: Start, files: Files) -> None:
@@ -205,7 +214,7 @@ def test_a_stop_ends_clients_and_handshakes(start: Start, files: Files) -> None:
         in_handshake = plain(server)
         clients[0].sendall(b"answered\n")
         assert receive_line(clients[0]) == b"answered\n"
-        until(lambda: server.stats.active == 5)
+        wait_until(lambda: server.stats.active == 5)
         server.close()
         for client in (*clients, in_handshake):
             with suppress(ConnectionError, ssl.SSLError):
@@ -300,14 +309,14 @@ def bad_certificates(files: Files) -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.usefixtures("loggers_as_before")
+@pytest.mark.usefixtures("restore_loggers")
 def test_certificates_that_are_no_good_are_one_line_that_names_the_file(
     files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for what, options in bad_certificates(files).items():
         for more in [[], ["--threaded"], ["--workers", "2"]] if what == "expired" else [[]]:
             assert main(["--port", "0", *options, *more]) == 3, what
-            assert options[-1] in the_one_line(*capsys.readouterr()), what
+            assert options[-1] in single_error_line(*capsys.readouterr()), what
 
 
 def test_a_password_opens_the_key_and_is_shown_nowhere(files: Files) -> None:
@@ -336,10 +345,10 @@ def test_sighup_brings_new_certificates(kind: list[str], files: Files, tmp_path:
                 with files.context().wrap_socket(server.connect(), server_hostname="localhost") as new:
                     return new.getpeercert(binary_form=True) != before
 
-            until(is_new)
+            wait_until(is_new)
             served.write_text("nonsense")
             server.process.send_signal(signal.SIGHUP)
-            until(lambda: "the certificates stay as they were: " in server.log)
+            wait_until(lambda: "the certificates stay as they were: " in server.log)
             with files.context().wrap_socket(server.connect(), server_hostname="localhost") as another:
                 another.sendall(b"served\n")
                 assert receive_line(another) == b"served\n"

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support import PATIENCE, until
+from support import TIMEOUT, wait_until
 
 from echo_async import StartError
 from echo_async.bench.server import ServerProcess
@@ -74,11 +74,11 @@ def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c_ends_it_without_figures() -> None:
     command = [sys.executable, "-m", "echo_async.bench", "compare", "--engines", "protocol", "--duration", "60"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        until(
+        wait_until(
             lambda: any("echo_async.bench.worker" in each and sockets >= 10 for each, sockets in children(process.pid))
         )
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=PATIENCE)
+        out, err = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, out, err.strip()) == (130, b"", b"")
 
 

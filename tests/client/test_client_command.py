@@ -21,12 +21,12 @@ from typing import Any
 
 import pytest
 from scripted import Peer, Serve, Start, answer_all, answer_one, keep_silent
-from support import PATIENCE, server_process, the_one_line, until
+from support import TIMEOUT, server_process, single_error_line, wait_until
 
 import echo_async
 from echo_async.cli.client import command, main
 
-pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 PIPES: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 COMMAND = [sys.executable, "-W", "error", "-m", "echo_async.client"]
@@ -37,7 +37,7 @@ def client(server: Any, *args: Any, **more: Any) -> subprocess.CompletedProcess[
     if "input" not in more:
         more.setdefault("stdin", subprocess.DEVNULL)
     line = [*COMMAND, "--port", str(server.address[1]), *args]
-    return subprocess.run(line, capture_output=True, timeout=PATIENCE, **more)
+    return subprocess.run(line, capture_output=True, timeout=TIMEOUT, **more)
 
 
 def with_env(**values: str) -> dict[str, str]:
@@ -54,53 +54,53 @@ def _installed() -> bool:
 # What is sent, and what is shown
 
 
-def test_the_default_message(script: Start) -> None:
-    server = script(answer_one)
+def test_the_default_message(scripted_server: Start) -> None:
+    server = scripted_server(answer_one)
     done = client(server)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"Hola Server!\n", b"")
     assert server.received == [[b"Hola Server!\n"]]
 
 
-def test_stdin_closed_is_the_default_message(script: Start) -> None:
-    server = script(answer_one)
+def test_stdin_closed_is_the_default_message(scripted_server: Start) -> None:
+    server = scripted_server(answer_one)
     done = subprocess.run(
         ["sh", "-c", '"$@" <&-', "sh", *COMMAND, "--port", str(server.address[1])],
         capture_output=True,
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"Hola Server!\n", b"")
 
 
 @pytest.mark.parametrize("serve", [answer_one, answer_all])
-def test_messages_from_the_command_line(script: Start, serve: Serve) -> None:
-    server = script(serve)
+def test_messages_from_the_command_line(scripted_server: Start, serve: Serve) -> None:
+    server = scripted_server(serve)
     done = client(server, "one", "", "ñandú 🎉", "two\nthree\n", b"\xff\xfe", "--", "--four")
     expected = "one\n\nñandú 🎉\ntwo\nthree\n".encode() + b"\xff\xfe\n--four\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, b"")
 
 
 @pytest.mark.parametrize("args", [[], ["-"]])
-def test_each_line_of_stdin_is_a_message(script: Start, args: list[str]) -> None:
-    server = script(answer_all)
+def test_each_line_of_stdin_is_a_message(scripted_server: Start, args: list[str]) -> None:
+    server = scripted_server(answer_all)
     done = client(server, *args, input=b"one\n\xff\x00\n\n" + b"x" * 200_000 + b"\nno newline at the end")
     assert done.stdout == b"one\n\xff\x00\n\n" + b"x" * 200_000 + b"\nno newline at the end\n"
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_stdin_between_messages_of_the_command_line(script: Start) -> None:
-    done = client(script(answer_all), "first", "-", "last", input=b"one\ntwo\n")
+def test_stdin_between_messages_of_the_command_line(scripted_server: Start) -> None:
+    done = client(scripted_server(answer_all), "first", "-", "last", input=b"one\ntwo\n")
     assert (done.returncode, done.stdout) == (0, b"first\none\ntwo\nlast\n")
 
 
-def test_a_file_on_stdin(script: Start, tmp_path: Path) -> None:
+def test_a_file_on_stdin(scripted_server: Start, tmp_path: Path) -> None:
     file = tmp_path / "lines"
     file.write_bytes(b"one\ntwo\n")
     with file.open("rb") as stdin:
-        assert client(script(answer_one), stdin=stdin).stdout == b"one\ntwo\n"
+        assert client(scripted_server(answer_one), stdin=stdin).stdout == b"one\ntwo\n"
 
 
-def test_empty_stdin(script: Start) -> None:
-    server = script(answer_all)
+def test_empty_stdin(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     done = client(server, "-", input=b"")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
@@ -114,8 +114,8 @@ def test_many_lines(mode: str, lines: int) -> None:
     assert done.stdout == text
 
 
-def test_replies_come_while_stdin_is_still_open(script: Start) -> None:
-    server = script(answer_all)
+def test_replies_come_while_stdin_is_still_open(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     command = [*COMMAND, "--port", str(server.address[1]), "-"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -127,26 +127,26 @@ def test_replies_come_while_stdin_is_still_open(script: Start) -> None:
     assert process.returncode == 0
 
 
-def test_environment_and_command_line(script: Start) -> None:
-    server = script(answer_all)
+def test_environment_and_command_line(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     environment = with_env(ECHO_ASYNC_PORT=str(server.address[1]), ECHO_ASYNC_JSON="1", ECHO_ASYNC_TIMEOUT="5")
-    done = subprocess.run([*COMMAND, "hola"], env=environment, capture_output=True, timeout=PATIENCE, check=True)
+    done = subprocess.run([*COMMAND, "hola"], env=environment, capture_output=True, timeout=TIMEOUT, check=True)
     assert json.loads(done.stdout)["text"] == "hola"
     environment["ECHO_ASYNC_PORT"] = "1"
     assert client(server, "hola", env=environment).returncode == 0
 
 
-def test_no_locale_and_no_utf_8_mode(script: Start) -> None:
+def test_no_locale_and_no_utf_8_mode(scripted_server: Start) -> None:
     environment = with_env(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="")
-    done = client(script(answer_all), "ñ 🎉", env=environment)
+    done = client(scripted_server(answer_all), "ñ 🎉", env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ñ 🎉\n".encode(), b"")
 
 
-def test_json(script: Start) -> None:
+def test_json(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.send(peer.message().replace(b"two", b"TWO"))
 
-    done = client(script(serve), "--json", "Hola Server!", "two", b"\xff")
+    done = client(scripted_server(serve), "--json", "Hola Server!", "two", b"\xff")
     first, second, third = map(json.loads, done.stdout.splitlines())
     assert first.pop("seconds") > 0
     assert first == {"seq": 1, "bytes": 13, "text": "Hola Server!", "ok": True}
@@ -163,19 +163,19 @@ def test_json_tells_that_nobody_is_there(closed_port: int, capfd: pytest.Capture
     assert "connection refused" in told["error"]
 
 
-def test_a_terminal_gets_replies_escaped(script: Start) -> None:
-    server = script(answer_all)
+def test_a_terminal_gets_replies_escaped(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     primary, secondary = pty.openpty()
     with os.fdopen(primary, "rb", 0) as terminal:
         line: list[Any] = [*COMMAND, "--port", str(server.address[1]), b"\x1b[2J\xff\\", "ñ\u202e"]
-        done = subprocess.run(line, stdin=subprocess.DEVNULL, stdout=secondary, timeout=PATIENCE)
+        done = subprocess.run(line, stdin=subprocess.DEVNULL, stdout=secondary, timeout=TIMEOUT)
         os.close(secondary)
         assert terminal.read(1000) == "\\x1b[2J\\xff\\\\\r\nñ\\u202e\r\n".encode()
     assert done.returncode == 0
 
 
-def test_a_terminal_on_stdin_is_the_default_message(script: Start) -> None:
-    server = script(answer_all)
+def test_a_terminal_on_stdin_is_the_default_message(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     primary, secondary = pty.openpty()
     try:
         assert client(server, stdin=secondary).stdout == b"Hola Server!\n"
@@ -184,8 +184,8 @@ def test_a_terminal_on_stdin_is_the_default_message(script: Start) -> None:
         os.close(secondary)
 
 
-def test_verbose_tells_the_steps(script: Start) -> None:
-    done = client(script(answer_all), "--verbose", "Hola")
+def test_verbose_tells_the_steps(scripted_server: Start) -> None:
+    done = client(scripted_server(answer_all), "--verbose", "Hola")
     assert done.stdout == b"Hola\n"
     steps = re.sub(rb"[\d.]+ ms", b"x ms", re.sub(rb":\d+", b"", done.stderr)).decode().splitlines()
     assert steps == [
@@ -209,27 +209,27 @@ def test_nobody_there(closed_port: int, capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr() == ("", "")
 
 
-def test_lost_replies_are_told_and_the_rest_goes_on(script: Start) -> None:
+def test_lost_replies_are_told_and_the_rest_goes_on(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for message in peer.messages():
             if message == b"4\n":
                 return
             peer.send(message)
 
-    done = client(script(serve), *"123456")
+    done = client(scripted_server(serve), *"123456")
     assert done.stdout == b"1\n2\n3\n5\n6\n"
     assert re.fullmatch(rb"error: message 4: .* before the reply\n", done.stderr)
     assert done.returncode == 1
 
 
-def test_late_and_different_replies_are_told_and_the_rest_goes_on(script: Start) -> None:
+def test_late_and_different_replies_are_told_and_the_rest_goes_on(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for message in peer.messages():
             if message == b"late\n":
                 return keep_silent(peer)
             peer.send(message.replace(b"good", b"bad!") if message == b"good 4\n" else message)
 
-    done = client(script(serve), "--timeout", "0.5", "good 1", "good 2", "late", "good 4", "good 5")
+    done = client(scripted_server(serve), "--timeout", "0.5", "good 1", "good 2", "late", "good 4", "good 5")
     assert done.stdout == b"good 1\ngood 2\ngood 5\n"
     late, different = done.stderr.decode().splitlines()
     assert late.startswith("error: message 3: ")
@@ -238,26 +238,26 @@ def test_late_and_different_replies_are_told_and_the_rest_goes_on(script: Start)
     assert done.returncode == 1
 
 
-def test_a_server_that_goes_away(script: Start) -> None:
+def test_a_server_that_goes_away(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.send(peer.message())
         server.stop_listening()
 
-    server = script(serve)
+    server = scripted_server(serve)
     done = client(server, "one", "two", "three")
     assert done.stdout == b"one\n"
     assert b"connection refused" in done.stderr
     assert done.returncode == 3
 
 
-def test_a_server_that_goes_away_with_a_message(script: Start) -> None:
+def test_a_server_that_goes_away_with_a_message(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for _ in range(2):
             peer.send(peer.message())
         peer.message()
         server.stop_listening()
 
-    server = script(serve)
+    server = scripted_server(serve)
     done = client(server, "--quiet", "one", "two", "three", "four")
     assert (done.returncode, done.stdout, done.stderr) == (1, b"one\ntwo\n", b"")
 
@@ -311,45 +311,45 @@ def test_version(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_is_silent_on_stderr() -> None:
-    assert subprocess.run([*COMMAND, "--help"], capture_output=True, timeout=PATIENCE, check=True).stderr == b""
+    assert subprocess.run([*COMMAND, "--help"], capture_output=True, timeout=TIMEOUT, check=True).stderr == b""
 
 
 def _pipe(*args: str, tail: str, server: Any) -> subprocess.CompletedProcess[bytes]:
     """The command in a shell pipeline; stdout ends with the command's own exit code."""
     line = f'{{ "$@"; echo "$?" >&2; }} {tail}'
     command = ["sh", "-c", line, "sh", *COMMAND, "--port", str(server.address[1]), *args]
-    return subprocess.run(command, capture_output=True, timeout=PATIENCE, input=b"x\n" * 100_000)
+    return subprocess.run(command, capture_output=True, timeout=TIMEOUT, input=b"x\n" * 100_000)
 
 
-def test_a_reader_that_has_had_enough(script: Start) -> None:
-    done = _pipe("-", tail="| head -1", server=script(answer_all))
+def test_a_reader_that_has_had_enough(scripted_server: Start) -> None:
+    done = _pipe("-", tail="| head -1", server=scripted_server(answer_all))
     assert (done.stdout, done.stderr) == (b"x\n", b"141\n")
 
 
-def test_stdout_closed(script: Start) -> None:
-    server = script(answer_all)
+def test_stdout_closed(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     assert _pipe("one", tail=">&-", server=server).stderr == b"0\n"
     assert server.received == [[b"one\n"]]
 
 
-def test_stderr_closed(script: Start, closed_port: int) -> None:
+def test_stderr_closed(scripted_server: Start, closed_port: int) -> None:
     line = '"$@" 2>&-; echo "$?"'
-    for port, expected in ((script(answer_all).address[1], b"hola\n0\n"), (closed_port, b"3\n")):
+    for port, expected in ((scripted_server(answer_all).address[1], b"hola\n0\n"), (closed_port, b"3\n")):
         words = ["sh", "-c", line, "sh", *COMMAND, "--verbose", "--port", str(port), "hola"]
-        assert subprocess.run(words, capture_output=True, timeout=PATIENCE).stdout == expected
+        assert subprocess.run(words, capture_output=True, timeout=TIMEOUT).stdout == expected
 
 
 def test_a_stderr_that_takes_nothing(closed_port: int) -> None:
     for port, code in ((str(closed_port), b"3\n"), ("none", b"2\n")):
         words = ["sh", "-c", '"$@" 2>/dev/full; echo "$?"', "sh", *COMMAND, "--port", port, "hola"]
-        assert subprocess.run(words, capture_output=True, timeout=PATIENCE).stdout == code
+        assert subprocess.run(words, capture_output=True, timeout=TIMEOUT).stdout == code
 
 
-def test_a_line_of_stdin_that_never_ends(script: Start, capfd: pytest.CaptureFixture[str]) -> None:
-    port = str(script(answer_all).address[1])
+def test_a_line_of_stdin_that_never_ends(scripted_server: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    port = str(scripted_server(answer_all).address[1])
     with open("/dev/zero", "rb") as zeros:
-        assert subprocess.run([*COMMAND, "--port", port, "-"], stdin=zeros, timeout=PATIENCE).returncode == 1
-    assert the_one_line(*capfd.readouterr()) == "error: stdin has a line of more than 64 MiB: it was not sent\n"
+        assert subprocess.run([*COMMAND, "--port", port, "-"], stdin=zeros, timeout=TIMEOUT).returncode == 1
+    assert single_error_line(*capfd.readouterr()) == "error: stdin has a line of more than 64 MiB: it was not sent\n"
 
 
 def waiting(pipe: int) -> int:
@@ -370,27 +370,27 @@ def test_a_stdout_that_does_not_block_gets_everything(tmp_path: Path, shape: lis
         with subprocess.Popen(words, stdin=stdin, stdout=writing, stderr=subprocess.PIPE, env=env) as process:
             os.close(writing)
             with open(reading, "rb") as replies:
-                until(lambda: waiting(reading) > 30_000)  # the pipe is full, or as good as that
+                wait_until(lambda: waiting(reading) > 30_000)  # the pipe is full, or as good as that
                 came = replies.read()
             assert process.stderr is not None
-            assert (process.stderr.read(), process.wait(PATIENCE)) == (b"", 0)
+            assert (process.stderr.read(), process.wait(TIMEOUT)) == (b"", 0)
     assert came.count(b"\n") == 20_000
     assert shape or came == lines
 
 
-def test_a_full_disk(script: Start) -> None:
-    done = _pipe("one", tail=">/dev/full", server=script(answer_all))
+def test_a_full_disk(scripted_server: Start) -> None:
+    done = _pipe("one", tail=">/dev/full", server=scripted_server(answer_all))
     assert done.stderr == b"error: cannot write to stdout: no space left on device\n1\n"
 
 
-def test_stdin_that_cannot_be_read(script: Start) -> None:
-    done = _pipe("-", tail="0>/dev/null", server=script(answer_all))
+def test_stdin_that_cannot_be_read(scripted_server: Start) -> None:
+    done = _pipe("-", tail="0>/dev/null", server=scripted_server(answer_all))
     assert done.stderr == b"error: cannot read stdin: bad file descriptor\n1\n"
-    done = _pipe("-", tail="<&-", server=script(answer_all))
+    done = _pipe("-", tail="<&-", server=scripted_server(answer_all))
     assert done.stderr == b"error: cannot read stdin: it is closed\n1\n"
 
 
-def test_ctrl_c_ends_it_quietly(script: Start) -> None:
+def test_ctrl_c_ends_it_quietly(scripted_server: Start) -> None:
     reached = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -398,7 +398,7 @@ def test_ctrl_c_ends_it_quietly(script: Start) -> None:
         reached.set()
         peer.message()
 
-    server = script(serve)
+    server = scripted_server(serve)
     for args in (["hola"], ["-"]):
         command = [*COMMAND, "--port", str(server.address[1]), *args]
         with subprocess.Popen(
@@ -407,21 +407,21 @@ def test_ctrl_c_ends_it_quietly(script: Start) -> None:
             assert process.stdin is not None
             process.stdin.write(b"hola\n")  # and stdin stays open
             process.stdin.flush()
-            assert reached.wait(PATIENCE)
+            assert reached.wait(TIMEOUT)
             reached.clear()
             process.send_signal(signal.SIGINT)
-            assert process.wait(PATIENCE) == 130
+            assert process.wait(TIMEOUT) == 130
             assert process.stderr is not None
             assert process.stdout is not None
             assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
 
 
-def test_ctrl_c_while_the_reader_of_stdout_holds_it_up(script: Start) -> None:
+def test_ctrl_c_while_the_reader_of_stdout_holds_it_up(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         while data := peer.socket.recv(65536):
             peer.send(data)
 
-    line = [*COMMAND, "--port", str(script(serve).address[1]), "-"]
+    line = [*COMMAND, "--port", str(scripted_server(serve).address[1]), "-"]
     with (
         subprocess.Popen(["yes"], stdout=subprocess.PIPE) as lines,
         subprocess.Popen(line, stdin=lines.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process,
@@ -432,13 +432,13 @@ def test_ctrl_c_while_the_reader_of_stdout_holds_it_up(script: Start) -> None:
         while int.from_bytes(unread, sys.byteorder) < 60_000:  # the pipe is full
             fcntl.ioctl(process.stdout, termios.FIONREAD, unread)
         process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE) == 130
+        assert process.wait(TIMEOUT) == 130
         assert process.stderr.read() == b""
         lines.kill()
 
 
-def test_ctrl_c_twice_at_once_is_once(script: Start) -> None:
-    line = [*COMMAND, "--port", str(script(answer_all).address[1]), "--count", "0", "--interval", "0"]
+def test_ctrl_c_twice_at_once_is_once(scripted_server: Start) -> None:
+    line = [*COMMAND, "--port", str(scripted_server(answer_all).address[1]), "--count", "0", "--interval", "0"]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -450,32 +450,32 @@ def test_ctrl_c_twice_at_once_is_once(script: Start) -> None:
     assert process.returncode in (0, -signal.SIGINT)  # the interpreter on its way out has no handler any more
 
 
-def test_a_server_that_is_gone_while_stdin_is_still_open(script: Start) -> None:
+def test_a_server_that_is_gone_while_stdin_is_still_open(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.message()
         server.stop_listening()
 
-    server = script(serve)
+    server = scripted_server(serve)
     command = [*COMMAND, "--port", str(server.address[1]), "-"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stderr is not None
         process.stdin.write(b"one\ntwo\n")
         process.stdin.flush()
-        assert process.wait(PATIENCE) == 1
+        assert process.wait(TIMEOUT) == 1
         lost, gone = process.stderr.read().splitlines()
         assert b"closed the connection before the reply" in lost
         assert b"connection refused" in gone
 
 
-def test_retry_waits_for_the_server(bound: socket.socket) -> None:
-    command = [*COMMAND, "--port", str(bound.getsockname()[1]), "--retry", "10", "--verbose", "hola"]
+def test_retry_waits_for_the_server(bound_socket: socket.socket) -> None:
+    command = [*COMMAND, "--port", str(bound_socket.getsockname()[1]), "--retry", "10", "--verbose", "hola"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         assert process.stdout is not None
         assert any(b"trying again" in line for line in process.stderr)
-        bound.listen()
-        with bound.accept()[0] as connected:
+        bound_socket.listen()
+        with bound_socket.accept()[0] as connected:
             connected.sendall(connected.recv(100))
             assert process.stdout.read() == b"hola\n"
     assert process.returncode == 0
@@ -496,8 +496,8 @@ def test_a_unix_socket(tmp_path: Path) -> None:
 # --count
 
 
-def test_count_has_the_shape_of_ping(script: Start) -> None:
-    done = client(script(answer_all), "--count", "3", "--interval", "0.01", "hola")
+def test_count_has_the_shape_of_ping(scripted_server: Start) -> None:
+    done = client(scripted_server(answer_all), "--count", "3", "--interval", "0.01", "hola")
     text = re.sub(r":\d+", "", re.sub(r"\d+\.\d+", "t", done.stdout.decode()))
     assert re.sub(r"\d+ ms", "t ms", text) == (
         "ECHO 127.0.0.1: 5 bytes\n"
@@ -512,21 +512,21 @@ def test_count_has_the_shape_of_ping(script: Start) -> None:
 
 
 @pytest.mark.parametrize("serve", [answer_one, answer_all])
-def test_count_with_every_kind_of_server(script: Start, serve: Serve) -> None:
-    done = client(script(serve), "--count", "10", "--interval", "0", "--quiet")
+def test_count_with_every_kind_of_server(scripted_server: Start, serve: Serve) -> None:
+    done = client(scripted_server(serve), "--count", "10", "--interval", "0", "--quiet")
     assert b"10 sent, 10 received, 0 lost" in done.stdout
     assert b"seq=" not in done.stdout
     assert done.returncode == 0
 
 
-def test_count_goes_on_after_a_loss(script: Start) -> None:
+def test_count_goes_on_after_a_loss(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         messages = itertools.islice(peer.messages(), 10) if peer.number == 0 else peer.messages()
         for message in messages:
             peer.send(message)
         peer.message()
 
-    done = client(script(serve), "--count", "20", "--interval", "0.01")
+    done = client(scripted_server(serve), "--count", "20", "--interval", "0.01")
     assert b"20 sent, 19 received, 1 lost (5%)" in done.stdout
     assert b"seq=10 " in done.stdout
     assert b"seq=11 " not in done.stdout
@@ -540,14 +540,14 @@ def test_count_with_nobody_there(closed_port: int, capfd: pytest.CaptureFixture[
     assert capfd.readouterr().out == ""
 
 
-def test_count_with_json(script: Start) -> None:
-    done = client(script(answer_all), "--count", "2", "--interval", "0", "--json")
+def test_count_with_json(scripted_server: Start) -> None:
+    done = client(scripted_server(answer_all), "--count", "2", "--interval", "0", "--json")
     assert [json.loads(line)["seq"] for line in done.stdout.splitlines()] == [1, 2]
     assert b"2 sent, 2 received, 0 lost (0%)" in done.stderr
 
 
-def test_ctrl_c_ends_count_with_the_summary(script: Start) -> None:
-    server = script(answer_all)
+def test_ctrl_c_ends_count_with_the_summary(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     command = [*COMMAND, "--port", str(server.address[1]), "--count", "0", "--interval", "0.01"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -563,7 +563,7 @@ def test_ctrl_c_ends_count_with_the_summary(script: Start) -> None:
     assert process.returncode == 0
 
 
-def test_ctrl_c_before_anything_came_back(script: Start) -> None:
+def test_ctrl_c_before_anything_came_back(scripted_server: Start) -> None:
     reached = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -571,10 +571,10 @@ def test_ctrl_c_before_anything_came_back(script: Start) -> None:
         reached.set()
         peer.message()
 
-    command = [*COMMAND, "--port", str(script(serve).address[1]), "--count", "0"]
+    command = [*COMMAND, "--port", str(scripted_server(serve).address[1]), "--count", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        assert reached.wait(PATIENCE)
+        assert reached.wait(TIMEOUT)
         process.send_signal(signal.SIGINT)
         assert b"0 sent, 0 received, 0 lost (0%)" in process.stdout.read()
 

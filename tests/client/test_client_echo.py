@@ -15,7 +15,7 @@ from scripted import Peer, Serve, Start, answer_all, answer_byte_by_byte, answer
 import echo_async
 from echo_async.client import EchoClient, connect, echo
 
-pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 OnLoop = Callable[[Callable[[], Any]], Any]
 
@@ -34,8 +34,10 @@ def test_every_message_comes_back(on_loop: OnLoop, mode: Any) -> None:
 
 
 @pytest.mark.parametrize("message", ["Hola\n", b"Hola\n", "Hola", b"Hola", b"\xff\x00", "", b"\n"])
-def test_a_reply_is_of_the_type_and_shape_of_the_message(on_loop: OnLoop, script: Start, message: str | bytes) -> None:
-    server = script(answer_all)
+def test_a_reply_is_of_the_type_and_shape_of_the_message(
+    on_loop: OnLoop, scripted_server: Start, message: str | bytes
+) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         reply = await echo(cast(str, message), *server.address)
@@ -47,8 +49,8 @@ def test_a_reply_is_of_the_type_and_shape_of_the_message(on_loop: OnLoop, script
     assert server.received == [[sent if sent.endswith(b"\n") else sent + b"\n"]]
 
 
-def test_a_newline_inside_a_message_is_refused_and_nothing_is_sent(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_all)
+def test_a_newline_inside_a_message_is_refused_and_nothing_is_sent(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -60,8 +62,8 @@ def test_a_newline_inside_a_message_is_refused_and_nothing_is_sent(on_loop: OnLo
     assert server.received == [[b"after\n"]]
 
 
-def test_what_is_no_text_is_refused(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_all)
+def test_what_is_no_text_is_refused(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -75,9 +77,9 @@ def test_what_is_no_text_is_refused(on_loop: OnLoop, script: Start) -> None:
 
 @pytest.mark.parametrize("serve", [answer_all, answer_byte_by_byte])
 def test_a_server_that_never_closes_gets_all_messages_on_one_connection(
-    on_loop: OnLoop, script: Start, serve: Serve
+    on_loop: OnLoop, scripted_server: Start, serve: Serve
 ) -> None:
-    server = script(serve)
+    server = scripted_server(serve)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -87,8 +89,10 @@ def test_a_server_that_never_closes_gets_all_messages_on_one_connection(
     assert server.received == [[b"one\n", b"two\n", b"three\n"]]
 
 
-def test_a_server_that_closes_after_a_reply_gets_a_connection_for_each_message(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_one)
+def test_a_server_that_closes_after_a_reply_gets_a_connection_for_each_message(
+    on_loop: OnLoop, scripted_server: Start
+) -> None:
+    server = scripted_server(answer_one)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -98,13 +102,13 @@ def test_a_server_that_closes_after_a_reply_gets_a_connection_for_each_message(o
     assert [messages for messages in server.received if messages] == [[b"%d\n" % number] for number in range(20)]
 
 
-def test_a_server_that_resets_after_a_reply_is_one_that_closes(on_loop: OnLoop, script: Start) -> None:
+def test_a_server_that_resets_after_a_reply_is_one_that_closes(on_loop: OnLoop, scripted_server: Start) -> None:
     def answer_and_reset(peer: Peer) -> None:
         peer.send(peer.message())
         peer.message()  # so the reset comes with the second message on its way
         peer.reset()
 
-    server = script(answer_and_reset)
+    server = scripted_server(answer_and_reset)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -114,12 +118,12 @@ def test_a_server_that_resets_after_a_reply_is_one_that_closes(on_loop: OnLoop, 
     assert server.received == [[b"one\n", b"two\n"], [b"two\n"], [b"three\n"]]
 
 
-def test_a_server_that_closes_between_messages_is_connected_to_again(on_loop: OnLoop, script: Start) -> None:
+def test_a_server_that_closes_between_messages_is_connected_to_again(on_loop: OnLoop, scripted_server: Start) -> None:
     def answer_two(peer: Peer) -> None:
         peer.send(peer.message())
         peer.send(peer.message())
 
-    server = script(answer_two)
+    server = scripted_server(answer_two)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -163,8 +167,8 @@ def test_ten_mebibytes_each_way(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_a_message_whose_sender_gave_up_is_no_harm_to_the_others(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_all)
+def test_a_message_whose_sender_gave_up_is_no_harm_to_the_others(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -179,8 +183,8 @@ def test_a_message_whose_sender_gave_up_is_no_harm_to_the_others(on_loop: OnLoop
     on_loop(main)
 
 
-def test_ping_tells_the_time_of_a_round_trip(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_all)
+def test_ping_tells_the_time_of_a_round_trip(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -190,8 +194,8 @@ def test_ping_tells_the_time_of_a_round_trip(on_loop: OnLoop, script: Start) -> 
     assert server.received == [[b"ping\n"]]
 
 
-def test_closing_twice_and_sending_afterwards(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_all)
+def test_closing_twice_and_sending_afterwards(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         client = await connect(*server.address)
@@ -206,8 +210,8 @@ def test_closing_twice_and_sending_afterwards(on_loop: OnLoop, script: Start) ->
     on_loop(main)
 
 
-def test_closing_with_a_message_on_its_way(on_loop: OnLoop, script: Start) -> None:
-    server = script(keep_silent)
+def test_closing_with_a_message_on_its_way(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(keep_silent)
 
     async def main() -> None:
         client = await connect(*server.address)
@@ -221,8 +225,8 @@ def test_closing_with_a_message_on_its_way(on_loop: OnLoop, script: Start) -> No
     on_loop(main)
 
 
-def test_closing_while_connecting_again(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_one)
+def test_closing_while_connecting_again(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_one)
 
     async def main() -> None:
         client = await connect(*server.address)
@@ -265,8 +269,8 @@ def test_a_unix_socket_with_a_full_queue_is_waited_for(on_loop: OnLoop, tmp_path
     on_loop(main)
 
 
-def test_the_client_is_told_apart_by_its_name(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_all)
+def test_the_client_is_told_apart_by_its_name(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:

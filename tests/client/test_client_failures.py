@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 from scripted import Peer, Start, answer_all, answer_with, keep_silent
-from support import SOON
+from support import MAX_DELAY
 
 import echo_async
 from echo_async.client import connect, echo
 from echo_async.client.connector import Connector
 
-pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 OnLoop = Callable[[Callable[[], Any]], Any]
 
@@ -33,7 +33,7 @@ def test_nobody_there(on_loop: OnLoop, closed_port: int) -> None:
         started = time.monotonic()
         with pytest.raises(echo_async.ConnectError) as caught:
             await echo("Hola", port=closed_port)
-        assert time.monotonic() - started < SOON
+        assert time.monotonic() - started < MAX_DELAY
         assert str(caught.value) == (
             f"cannot connect to 127.0.0.1:{closed_port}: connection refused; is the server running there?"
         )
@@ -77,7 +77,7 @@ def test_a_resolver_that_does_not_answer(on_loop: OnLoop, monkeypatch: pytest.Mo
 
     started = time.monotonic()
     on_loop(main)
-    assert time.monotonic() - started < SOON  # nothing waits for the resolver
+    assert time.monotonic() - started < MAX_DELAY  # nothing waits for the resolver
     go_on.set()
 
 
@@ -121,9 +121,13 @@ def _resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) ->
 
 
 def test_a_name_with_a_dead_and_a_living_address(
-    on_loop: OnLoop, script: Start, monkeypatch: pytest.MonkeyPatch, black_hole: tuple[str, int], closed_port: int
+    on_loop: OnLoop,
+    scripted_server: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    black_hole: tuple[str, int],
+    closed_port: int,
 ) -> None:
-    server = script(answer_all)
+    server = scripted_server(answer_all)
     _resolve_to(monkeypatch, ("127.0.0.1", closed_port), black_hole, server.address)
 
     async def main() -> None:
@@ -142,8 +146,8 @@ def test_a_name_with_dead_addresses_only(on_loop: OnLoop, monkeypatch: pytest.Mo
     on_loop(main)
 
 
-def test_localhost_is_found(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_all)
+def test_localhost_is_found(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         assert await echo("Hola", "localhost", server.address[1]) == "Hola"
@@ -151,13 +155,13 @@ def test_localhost_is_found(on_loop: OnLoop, script: Start) -> None:
     on_loop(main)
 
 
-def test_retry_waits_for_a_server_that_is_still_starting(on_loop: OnLoop, bound: socket.socket) -> None:
+def test_retry_waits_for_a_server_that_is_still_starting(on_loop: OnLoop, bound_socket: socket.socket) -> None:
     async def main() -> None:
-        waiting = asyncio.create_task(echo("Hola", *bound.getsockname(), retry=10))
+        waiting = asyncio.create_task(echo("Hola", *bound_socket.getsockname(), retry=10))
         done, _ = await asyncio.wait([waiting], timeout=0.1)  # it is refused now
         assert not done
-        bound.listen()
-        with (await asyncio.to_thread(bound.accept))[0] as connected:
+        bound_socket.listen()
+        with (await asyncio.to_thread(bound_socket.accept))[0] as connected:
             connected.sendall(await asyncio.to_thread(connected.recv, 100))
             assert await waiting == "Hola"
 
@@ -171,7 +175,7 @@ def test_retry_ends(on_loop: OnLoop, closed_port: int, black_hole: tuple[str, in
             await echo("Hola", port=closed_port, retry=0.1)
         with pytest.raises(echo_async.ConnectTimeout):
             await echo("Hola", *black_hole, retry=0.1, connect_timeout=0.05)
-        assert 0.2 <= time.monotonic() - started < SOON
+        assert 0.2 <= time.monotonic() - started < MAX_DELAY
 
     on_loop(main)
 
@@ -207,8 +211,8 @@ def test_options_that_make_no_sense(options: dict[str, Any], text: str) -> None:
         (b"Hola Server!", "closed the connection after 12 of the 13 bytes of the reply"),
     ],
 )
-def test_a_server_that_closes_too_early(on_loop: OnLoop, script: Start, reply: bytes, text: str) -> None:
-    server = script(answer_with(reply))
+def test_a_server_that_closes_too_early(on_loop: OnLoop, scripted_server: Start, reply: bytes, text: str) -> None:
+    server = scripted_server(answer_with(reply))
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -219,8 +223,8 @@ def test_a_server_that_closes_too_early(on_loop: OnLoop, script: Start, reply: b
     assert len(server.received) == 1  # on a fresh connection, it is not tried again
 
 
-def test_a_server_that_resets(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_with(b"", reset=True))
+def test_a_server_that_resets(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_with(b"", reset=True))
 
     async def main() -> None:
         with pytest.raises(echo_async.ReplyLost, match=r"broke \(connection reset by peer\) before the reply"):
@@ -239,12 +243,12 @@ def test_a_message_that_the_server_finds_too_long(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_a_second_reply_that_is_cut_is_lost_not_asked_for_again(on_loop: OnLoop, script: Start) -> None:
+def test_a_second_reply_that_is_cut_is_lost_not_asked_for_again(on_loop: OnLoop, scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.send(peer.message())
         peer.send(peer.message()[:2])
 
-    server = script(serve)
+    server = scripted_server(serve)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -255,13 +259,13 @@ def test_a_second_reply_that_is_cut_is_lost_not_asked_for_again(on_loop: OnLoop,
     on_loop(main)
 
 
-def test_a_server_that_keeps_connections_open_hides_no_loss(on_loop: OnLoop, script: Start) -> None:
+def test_a_server_that_keeps_connections_open_hides_no_loss(on_loop: OnLoop, scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for _ in range(3):
             peer.send(peer.message())
         peer.message()
 
-    server = script(serve)
+    server = scripted_server(serve)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -277,7 +281,7 @@ def test_a_server_that_keeps_connections_open_hides_no_loss(on_loop: OnLoop, scr
     on_loop(main)
 
 
-def test_replies_that_came_before_a_write_that_failed_count(on_loop: OnLoop, script: Start) -> None:
+def test_replies_that_came_before_a_write_that_failed_count(on_loop: OnLoop, scripted_server: Start) -> None:
     closed = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -287,7 +291,7 @@ def test_replies_that_came_before_a_write_that_failed_count(on_loop: OnLoop, scr
         peer.close()
         closed.set()
 
-    server = script(serve)
+    server = scripted_server(serve)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -306,22 +310,22 @@ def test_replies_that_came_before_a_write_that_failed_count(on_loop: OnLoop, scr
 # Replies that are late
 
 
-def test_a_server_that_never_answers(on_loop: OnLoop, script: Start) -> None:
-    server = script(lambda peer: keep_silent(peer) if peer.number == 0 else answer_all(peer))
+def test_a_server_that_never_answers(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(lambda peer: keep_silent(peer) if peer.number == 0 else answer_all(peer))
 
     async def main() -> None:
         async with connect(*server.address, timeout=0.5) as client:
             started = time.monotonic()
             with pytest.raises(echo_async.ReplyLate, match=r"did not send the reply within 0\.5 s"):
                 await client.echo("Hola")
-            assert 0.49 < time.monotonic() - started < SOON
+            assert 0.49 < time.monotonic() - started < MAX_DELAY
             assert await client.echo("again") == "again"
 
     on_loop(main)
     assert server.received == [[b"Hola\n"], [b"again\n"]]
 
 
-def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(on_loop: OnLoop, script: Start) -> None:
+def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(on_loop: OnLoop, scripted_server: Start) -> None:
     go_on = threading.Event()
 
     def trickle(peer: Peer) -> None:
@@ -329,7 +333,7 @@ def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(on_loop: OnLoo
             peer.send(bytes([byte]))
             go_on.wait(0.02)
 
-    server = script(trickle)
+    server = scripted_server(trickle)
 
     async def main() -> None:
         with pytest.raises(echo_async.ReplyLate):
@@ -339,13 +343,13 @@ def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(on_loop: OnLoo
     go_on.set()
 
 
-def test_all_that_wait_behind_a_late_reply_are_told(on_loop: OnLoop, script: Start) -> None:
+def test_all_that_wait_behind_a_late_reply_are_told(on_loop: OnLoop, scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for message in itertools.islice(peer.messages(), 2):
             peer.send(message)
         keep_silent(peer)
 
-    server = script(serve)
+    server = scripted_server(serve)
 
     async def main() -> None:
         async with connect(*server.address, timeout=0.5) as client:
@@ -359,8 +363,8 @@ def test_all_that_wait_behind_a_late_reply_are_told(on_loop: OnLoop, script: Sta
     on_loop(main)
 
 
-def test_a_loop_that_stands_still_is_not_the_fault_of_the_server(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_all)
+def test_a_loop_that_stands_still_is_not_the_fault_of_the_server(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         async with connect(*server.address, timeout=0.3) as client:
@@ -372,8 +376,8 @@ def test_a_loop_that_stands_still_is_not_the_fault_of_the_server(on_loop: OnLoop
     on_loop(main)
 
 
-def test_a_timer_that_is_still_set_does_not_make_a_later_reply_late(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_all)
+def test_a_timer_that_is_still_set_does_not_make_a_later_reply_late(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         async with connect(*server.address, timeout=0.5) as client:
@@ -400,9 +404,9 @@ def test_a_timer_that_is_still_set_does_not_make_a_later_reply_late(on_loop: OnL
     ],
 )
 def test_a_server_that_answers_something_else(
-    on_loop: OnLoop, script: Start, reply: bytes, offset: int, text: str
+    on_loop: OnLoop, scripted_server: Start, reply: bytes, offset: int, text: str
 ) -> None:
-    server = script(answer_with(reply))
+    server = scripted_server(answer_with(reply))
 
     async def main() -> None:
         with pytest.raises(echo_async.ReplyDifferent) as caught:
@@ -413,8 +417,8 @@ def test_a_server_that_answers_something_else(
     on_loop(main)
 
 
-def test_only_a_few_bytes_of_a_long_reply_are_shown(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_with(b"x" * 50_000 + b"y" * 50_001))
+def test_only_a_few_bytes_of_a_long_reply_are_shown(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_with(b"x" * 50_000 + b"y" * 50_001))
 
     async def main() -> None:
         with pytest.raises(echo_async.ReplyDifferent) as caught:
@@ -426,12 +430,12 @@ def test_only_a_few_bytes_of_a_long_reply_are_shown(on_loop: OnLoop, script: Sta
     on_loop(main)
 
 
-def test_those_behind_a_different_reply_are_lost(on_loop: OnLoop, script: Start) -> None:
+def test_those_behind_a_different_reply_are_lost(on_loop: OnLoop, scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for message in peer.messages():
             peer.send(message.replace(b"bad", b"BAD"))
 
-    server = script(serve)
+    server = scripted_server(serve)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -445,7 +449,7 @@ def test_those_behind_a_different_reply_are_lost(on_loop: OnLoop, script: Start)
     on_loop(main)
 
 
-def test_bytes_that_nobody_asked_for_spoil_the_next_reply(on_loop: OnLoop, script: Start) -> None:
+def test_bytes_that_nobody_asked_for_spoil_the_next_reply(on_loop: OnLoop, scripted_server: Start) -> None:
     sent = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -454,7 +458,7 @@ def test_bytes_that_nobody_asked_for_spoil_the_next_reply(on_loop: OnLoop, scrip
             sent.set()
         answer_all(peer)
 
-    server = script(serve)
+    server = scripted_server(serve)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -468,13 +472,13 @@ def test_bytes_that_nobody_asked_for_spoil_the_next_reply(on_loop: OnLoop, scrip
     on_loop(main)
 
 
-def test_an_endless_reply_takes_no_memory(on_loop: OnLoop, script: Start) -> None:
+def test_an_endless_reply_takes_no_memory(on_loop: OnLoop, scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.message()
         while True:
             peer.send(b"\0" * 1_000_000)
 
-    server = script(serve)
+    server = scripted_server(serve)
 
     async def main() -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scripted import Peer, Serve, Start, answer_all, keep_silent
-from support import PATIENCE, run
+from support import TIMEOUT, run
 
 import echo_async
 from echo_async.client import EchoClient, connect
 from echo_async.client.stream import WINDOW_BYTES
 
-pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 OnLoop = Callable[[Callable[[], Any]], Any]
 
@@ -56,8 +56,8 @@ def test_replies_come_in_order(on_loop: OnLoop, mode: Any, asynchronous: bool, w
     on_loop(main)
 
 
-def test_messages_keep_their_shape(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_all)
+def test_messages_keep_their_shape(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -84,7 +84,7 @@ def test_any_messages_come_back_in_any_window(messages: list[str], window: int) 
     run(main)
 
 
-def test_messages_are_pipelined_up_to_the_window(on_loop: OnLoop, script: Start) -> None:
+def test_messages_are_pipelined_up_to_the_window(on_loop: OnLoop, scripted_server: Start) -> None:
     seen = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -95,7 +95,7 @@ def test_messages_are_pipelined_up_to_the_window(on_loop: OnLoop, script: Start)
             seen.set()
             peer.send(b"".join(window))
 
-    server = script(serve)
+    server = scripted_server(serve)
     taken = 0
 
     def messages() -> Iterator[str]:
@@ -117,7 +117,7 @@ def test_messages_are_pipelined_up_to_the_window(on_loop: OnLoop, script: Start)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_nothing_piles_up_while_the_server_is_slow(on_loop: OnLoop, script: Start, asynchronous: bool) -> None:
+def test_nothing_piles_up_while_the_server_is_slow(on_loop: OnLoop, scripted_server: Start, asynchronous: bool) -> None:
     held, go_on = threading.Event(), threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -127,7 +127,7 @@ def test_nothing_piles_up_while_the_server_is_slow(on_loop: OnLoop, script: Star
                 go_on.wait()
             peer.send(message)
 
-    server = script(serve)
+    server = scripted_server(serve)
     taken = 0
 
     def messages() -> Iterator[bytes]:
@@ -177,8 +177,8 @@ def test_nothing_piles_up_while_the_reader_is_slow(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_replies_come_while_the_next_message_is_waited_for(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_all)
+def test_replies_come_while_the_next_message_is_waited_for(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         queue: asyncio.Queue[str] = asyncio.Queue()
@@ -198,8 +198,8 @@ def test_replies_come_while_the_next_message_is_waited_for(on_loop: OnLoop, scri
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_leaving_early_leaves_nothing_behind(on_loop: OnLoop, script: Start, asynchronous: bool) -> None:
-    server = script(answer_all)
+def test_leaving_early_leaves_nothing_behind(on_loop: OnLoop, scripted_server: Start, asynchronous: bool) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         messages = [str(number) for number in range(1000)]
@@ -213,8 +213,8 @@ def test_leaving_early_leaves_nothing_behind(on_loop: OnLoop, script: Start, asy
     on_loop(main)
 
 
-def test_leaving_early_ends_messages_that_swallow_a_cancellation(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_all)
+def test_leaving_early_ends_messages_that_swallow_a_cancellation(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         asked = asyncio.Event()
@@ -228,7 +228,7 @@ def test_leaving_early_ends_messages_that_swallow_a_cancellation(on_loop: OnLoop
                 except asyncio.CancelledError:  # as asyncio.wait_for can on 3.11
                     yield "another"
 
-        async with connect(*server.address) as client, asyncio.timeout(PATIENCE):
+        async with connect(*server.address) as client, asyncio.timeout(TIMEOUT):
             async with aclosing(client.stream(messages())) as replies:
                 assert await anext(replies) == "first"
                 await asked.wait()
@@ -238,7 +238,7 @@ def test_leaving_early_ends_messages_that_swallow_a_cancellation(on_loop: OnLoop
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_cancelling_leaves_nothing_behind(on_loop: OnLoop, script: Start, asynchronous: bool) -> None:
+def test_cancelling_leaves_nothing_behind(on_loop: OnLoop, scripted_server: Start, asynchronous: bool) -> None:
     reached = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -248,7 +248,7 @@ def test_cancelling_leaves_nothing_behind(on_loop: OnLoop, script: Start, asynch
             else:
                 reached.set()
 
-    server = script(serve)
+    server = scripted_server(serve)
 
     async def main() -> None:
         messages = [str(number) for number in range(1000)]
@@ -265,9 +265,9 @@ def test_cancelling_leaves_nothing_behind(on_loop: OnLoop, script: Start, asynch
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_an_error_of_the_messages_comes_after_the_replies_before_it(
-    on_loop: OnLoop, script: Start, asynchronous: bool
+    on_loop: OnLoop, scripted_server: Start, asynchronous: bool
 ) -> None:
-    server = script(answer_all)
+    server = scripted_server(answer_all)
 
     def messages() -> Iterator[str]:
         yield from ("0", "1", "2", "3")
@@ -287,8 +287,8 @@ def test_an_error_of_the_messages_comes_after_the_replies_before_it(
     on_loop(main)
 
 
-def test_messages_that_are_cancelled_are_not_at_their_end(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_all)
+def test_messages_that_are_cancelled_are_not_at_their_end(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
 
     async def messages() -> AsyncIterator[str]:
         yield "0"
@@ -314,9 +314,9 @@ def test_messages_that_are_cancelled_are_not_at_their_end(on_loop: OnLoop, scrip
     ],
 )
 def test_a_message_that_cannot_be_sent(
-    on_loop: OnLoop, script: Start, bad: Any, error: type[Exception] | None, asynchronous: bool
+    on_loop: OnLoop, scripted_server: Start, bad: Any, error: type[Exception] | None, asynchronous: bool
 ) -> None:
-    server = script(answer_all)
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -335,8 +335,8 @@ def test_a_message_that_cannot_be_sent(
     on_loop(main)
 
 
-def test_one_message_is_no_stream_of_messages(on_loop: OnLoop, script: Start) -> None:
-    server = script(answer_all)
+def test_one_message_is_no_stream_of_messages(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -376,9 +376,9 @@ def _keep_fifth(peer: Peer) -> None:
     ],
 )
 def test_the_first_reply_that_fails_raises_after_those_before_it(
-    on_loop: OnLoop, script: Start, serve: Serve, error: type[Exception]
+    on_loop: OnLoop, scripted_server: Start, serve: Serve, error: type[Exception]
 ) -> None:
-    server = script(serve)
+    server = scripted_server(serve)
 
     async def main() -> None:
         async with connect(*server.address, timeout=0.5) as client:
@@ -391,8 +391,8 @@ def test_the_first_reply_that_fails_raises_after_those_before_it(
     on_loop(main)
 
 
-def test_a_server_that_goes_away(on_loop: OnLoop, script: Start) -> None:
-    server = script(_drop_fifth)
+def test_a_server_that_goes_away(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(_drop_fifth)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -419,12 +419,12 @@ def test_a_stream_and_echoes_at_once(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_a_connection_that_ends_between_messages_is_made_anew(on_loop: OnLoop, script: Start) -> None:
+def test_a_connection_that_ends_between_messages_is_made_anew(on_loop: OnLoop, scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for _ in range(2):
             peer.send(peer.message())
 
-    server = script(serve)
+    server = scripted_server(serve)
 
     async def main() -> None:
         queue: asyncio.Queue[str] = asyncio.Queue()
@@ -445,15 +445,15 @@ def test_a_connection_that_ends_between_messages_is_made_anew(on_loop: OnLoop, s
     assert server.received == [[b"0\n", b"1\n"], [b"2\n", b"3\n"], [b"4\n", b"5\n"]]
 
 
-def test_bytes_that_nobody_asked_for_spoil_the_next_reply(on_loop: OnLoop, script: Start) -> None:
+def test_bytes_that_nobody_asked_for_spoil_the_next_reply(on_loop: OnLoop, scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for message in peer.messages():
             peer.send(message)
             if message == b"1\n":
-                go_on.wait(PATIENCE)
+                go_on.wait(TIMEOUT)
                 peer.send(b"stray")
 
-    server = script(serve)
+    server = scripted_server(serve)
     go_on = threading.Event()
 
     async def main() -> None:

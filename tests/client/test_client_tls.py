@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import trustme
 from scripted import Peer, Serve, Start, answer_all, answer_one, over_tls
-from support import PATIENCE
+from support import TIMEOUT
 
 import echo_async
 from echo_async.client import connect, echo
 from echo_async.tls import client_context
 
-pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 OnLoop = Callable[[Callable[[], Any]], Any]
 
@@ -52,8 +52,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @pytest.mark.parametrize("serve", [answer_one, answer_all])
-def test_every_message_comes_back(on_loop: OnLoop, script: Start, files: Files, serve: Serve) -> None:
-    server = script(over_tls(files.server_context(), serve))
+def test_every_message_comes_back(on_loop: OnLoop, scripted_server: Start, files: Files, serve: Serve) -> None:
+    server = scripted_server(over_tls(files.server_context(), serve))
 
     async def main() -> None:
         context = client_context(ca_certs=files.ca_certs)
@@ -66,15 +66,15 @@ def test_every_message_comes_back(on_loop: OnLoop, script: Start, files: Files, 
     on_loop(main)
 
 
-def test_a_server_that_resets_while_the_client_closes(on_loop: OnLoop, script: Start, files: Files) -> None:
+def test_a_server_that_resets_while_the_client_closes(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
     closed = threading.Event()
 
     def serve(peer: Peer) -> None:
         peer.send(peer.message())
-        closed.wait(PATIENCE)
+        closed.wait(TIMEOUT)
         peer.reset()
 
-    server = script(over_tls(files.server_context(), serve))
+    server = scripted_server(over_tls(files.server_context(), serve))
 
     async def main() -> None:
         client = await connect(*server.address, ssl=client_context(ca_certs=files.ca_certs))
@@ -82,14 +82,14 @@ def test_a_server_that_resets_while_the_client_closes(on_loop: OnLoop, script: S
         client.close()
         client.close()
         closed.set()
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(TIMEOUT):
             await client.wait_closed()
 
     on_loop(main)
 
 
-def test_a_mebibyte_comes_back(on_loop: OnLoop, script: Start, files: Files) -> None:
-    server = script(over_tls(files.server_context()))
+def test_a_mebibyte_comes_back(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
+    server = scripted_server(over_tls(files.server_context()))
 
     async def main() -> None:
         context = client_context(ca_certs=files.ca_certs)
@@ -100,8 +100,8 @@ def test_a_mebibyte_comes_back(on_loop: OnLoop, script: Start, files: Files) -> 
     on_loop(main)
 
 
-def test_a_certificate_that_nobody_vouches_for(on_loop: OnLoop, script: Start, files: Files) -> None:
-    server = script(over_tls(files.server_context()))
+def test_a_certificate_that_nobody_vouches_for(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
+    server = scripted_server(over_tls(files.server_context()))
 
     async def main() -> None:
         with pytest.raises(echo_async.ConnectError, match="TLS: certificate verify failed: "):
@@ -110,8 +110,8 @@ def test_a_certificate_that_nobody_vouches_for(on_loop: OnLoop, script: Start, f
     on_loop(main)
 
 
-def test_a_certificate_of_somebody_else(on_loop: OnLoop, script: Start, files: Files) -> None:
-    server = script(over_tls(files.server_context()))
+def test_a_certificate_of_somebody_else(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
+    server = scripted_server(over_tls(files.server_context()))
 
     async def main() -> None:
         context = client_context(ca_certs=files.ca_certs)
@@ -122,8 +122,8 @@ def test_a_certificate_of_somebody_else(on_loop: OnLoop, script: Start, files: F
     on_loop(main)
 
 
-def test_no_check_if_it_is_given_up(on_loop: OnLoop, script: Start, files: Files) -> None:
-    server = script(over_tls(files.server_context()))
+def test_no_check_if_it_is_given_up(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
+    server = scripted_server(over_tls(files.server_context()))
 
     async def main() -> None:
         assert await echo("Hola", *server.address, ssl=client_context(verify=False)) == "Hola"
@@ -131,11 +131,11 @@ def test_no_check_if_it_is_given_up(on_loop: OnLoop, script: Start, files: Files
     on_loop(main)
 
 
-def test_a_client_certificate(on_loop: OnLoop, script: Start, files: Files) -> None:
+def test_a_client_certificate(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
     demanding = files.server_context()
     demanding.verify_mode = ssl.CERT_REQUIRED
     demanding.load_verify_locations(files.ca_certs)
-    server = script(over_tls(demanding))
+    server = scripted_server(over_tls(demanding))
 
     async def main() -> None:
         context = client_context(ca_certs=files.ca_certs, certfile=files.client)
@@ -147,8 +147,8 @@ def test_a_client_certificate(on_loop: OnLoop, script: Start, files: Files) -> N
     on_loop(main)
 
 
-def test_a_server_that_does_not_speak_tls(on_loop: OnLoop, script: Start) -> None:
-    server = script(lambda peer: peer.send(b"Hola\n"))
+def test_a_server_that_does_not_speak_tls(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(lambda peer: peer.send(b"Hola\n"))
 
     async def main() -> None:
         with pytest.raises(echo_async.ConnectError, match=r"cannot connect to .*: "):
@@ -157,9 +157,9 @@ def test_a_server_that_does_not_speak_tls(on_loop: OnLoop, script: Start) -> Non
     on_loop(main)
 
 
-def test_a_server_that_never_shakes_hands(on_loop: OnLoop, script: Start) -> None:
+def test_a_server_that_never_shakes_hands(on_loop: OnLoop, scripted_server: Start) -> None:
     go_on = threading.Event()
-    server = script(lambda _: wait(go_on))
+    server = scripted_server(lambda _: wait(go_on))
 
     async def main() -> None:
         with pytest.raises(echo_async.ConnectTimeout):
@@ -170,15 +170,15 @@ def test_a_server_that_never_shakes_hands(on_loop: OnLoop, script: Start) -> Non
 
 
 def wait(event: threading.Event) -> None:
-    event.wait(PATIENCE)
+    event.wait(TIMEOUT)
 
 
-def test_the_command(script: Start, files: Files) -> None:
-    server = script(over_tls(files.server_context()))
+def test_the_command(scripted_server: Start, files: Files) -> None:
+    server = scripted_server(over_tls(files.server_context()))
 
     def client(*args: str) -> tuple[int, bytes, bytes]:
         command = [*COMMAND, "--port", str(server.address[1]), *args, "hola"]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE)
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT)
         return done.returncode, done.stdout, done.stderr
 
     assert client("--ssl-ca-certs", files.ca_certs) == (0, b"hola\n", b"")

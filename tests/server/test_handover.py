@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from support import PATIENCE, Hosted, ServerProcess, receive_all, started, the_one_line, until
+from support import TIMEOUT, ServerProcess, ServerThread, command_process, receive_all, single_error_line, wait_until
 
 from echo_async.cli.server import main
 
@@ -45,12 +45,12 @@ def listener() -> Iterator[socket.socket]:
 def under(listener: socket.socket, *options: str, env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
     """A server under ``--fd``."""
     number = listener.fileno()
-    with started([*SERVER, "--fd", str(number), *options], env, pass_fds=[number]) as server:
+    with command_process([*SERVER, "--fd", str(number), *options], env, pass_fds=[number]) as server:
         yield server
 
 
 def exchange(address: tuple[str, int], message: bytes) -> bytes:
-    with socket.create_connection(address, PATIENCE) as client:
+    with socket.create_connection(address, TIMEOUT) as client:
         client.sendall(message)
         return receive_all(client)
 
@@ -66,7 +66,7 @@ def test_a_socket_that_is_handed_over_is_served_and_stays_open_for_the_next(
         assert server.address == listener.getsockname()
         assert exchange(server.address, b"one\n") == b"one\n"
         assert server.stop()[0] == 0
-    with socket.create_connection(server.address, PATIENCE), listener.accept()[0]:
+    with socket.create_connection(server.address, TIMEOUT), listener.accept()[0]:
         pass  # whoever is next could serve this client
 
 
@@ -76,8 +76,8 @@ def test_a_unix_socket_that_is_handed_over_stays_where_it_is(tmp_path: Path) -> 
         listener.bind(str(path))
         listener.listen(512)
         with under(listener) as server, socket.socket(socket.AF_UNIX) as client:
-            assert server.announced == f"listening on {path}\n"
-            client.settimeout(PATIENCE)
+            assert server.startup_line == f"listening on {path}\n"
+            client.settimeout(TIMEOUT)
             client.connect(str(path))
             client.sendall(b"one\n")
             assert receive_all(client) == b"one\n"
@@ -85,14 +85,14 @@ def test_a_unix_socket_that_is_handed_over_stays_where_it_is(tmp_path: Path) -> 
         assert path.exists()
 
 
-@pytest.mark.usefixtures("loggers_as_before")
+@pytest.mark.usefixtures("restore_loggers")
 @pytest.mark.parametrize("kind", [[], ["--workers", "2"]], ids=" ".join)
 def test_what_is_no_listening_socket_is_one_line_and_exit_code_3(
     kind: list[str], listener: socket.socket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def said(of: HasFileno) -> str:
         assert main(["--fd", str(of.fileno()), *kind]) == 3
-        return the_one_line(*capsys.readouterr())
+        return single_error_line(*capsys.readouterr())
 
     with (
         open(tmp_path / "file", "w") as file,
@@ -105,9 +105,9 @@ def test_what_is_no_listening_socket_is_one_line_and_exit_code_3(
         for other in (deaf, datagrams, connected):
             assert f"descriptor {other.fileno()} is not a listening stream socket" in said(other)
     number = listener.fileno()  # which is closed in a process that it is not passed to
-    done = subprocess.run([*SERVER, "--fd", str(number), *kind], capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run([*SERVER, "--fd", str(number), *kind], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 3
-    assert f"descriptor {number} is not a socket: bad file descriptor" in the_one_line(done.stdout, done.stderr)
+    assert f"descriptor {number} is not a socket: bad file descriptor" in single_error_line(done.stdout, done.stderr)
 
 
 # LISTEN_FDS, as systemd sets it: for the very process that it becomes, from descriptor 3 on
@@ -132,7 +132,7 @@ def activated(*listeners: socket.socket, pid: str = "", options: tuple[str, ...]
     try:
         numbers = ",".join(map(str, high))
         command = [sys.executable, "-c", AS_SYSTEMD_DOES, pid, str(len(listeners)), numbers, *SERVER, *options]
-        with started(command, pass_fds=high) as server:
+        with command_process(command, pass_fds=high) as server:
             yield server
     finally:
         for number in high:
@@ -171,8 +171,8 @@ def test_the_service_manager_is_told_of_the_start_and_the_stop(kind: list[str], 
     name = f"@echo-async-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind("\0" + name[1:] if abstract else name)
-        manager.settimeout(PATIENCE)
-        with started([*SERVER, "--port", "0", *kind], {"NOTIFY_SOCKET": name}) as server:
+        manager.settimeout(TIMEOUT)
+        with command_process([*SERVER, "--port", "0", *kind], {"NOTIFY_SOCKET": name}) as server:
             assert manager.recv(100) == b"READY=1"
             assert exchange(server.address, b"one\n") == b"one\n"  # that is what ready means
             server.process.send_signal(signal.SIGTERM)
@@ -186,7 +186,7 @@ def test_the_service_manager_is_told_of_the_start_and_the_stop(kind: list[str], 
 
 
 def test_a_service_manager_that_is_not_there_stops_nothing(tmp_path: Path) -> None:
-    with started([*SERVER, "--port", "0"], {"NOTIFY_SOCKET": str(tmp_path / "nobody")}) as server:
+    with command_process([*SERVER, "--port", "0"], {"NOTIFY_SOCKET": str(tmp_path / "nobody")}) as server:
         assert exchange(server.address, b"one\n") == b"one\n"
         code, log = server.stop()
     assert code == 0
@@ -244,7 +244,7 @@ def test_no_client_fails_in_a_restart_under_a_socket_that_is_handed_over(
     with Crowd(listener.getsockname(), clients) as crowd:
         for part in (clients // 2, clients):
             with under(listener, *kind, "--no-access-log") as server:
-                until(lambda part=part: crowd.done >= part)  # type: ignore[misc]
+                wait_until(lambda part=part: crowd.done >= part)  # type: ignore[misc]
                 code, log = server.stop()
                 assert code == 0
                 assert "Traceback" not in log
@@ -256,11 +256,11 @@ def test_no_client_fails_in_a_restart_under_a_socket_that_is_handed_over(
 def test_a_client_whose_message_is_on_its_way_at_the_stop_is_answered(kind: list[str], listener: socket.socket) -> None:
     """It has connected and said nothing yet: it is given a moment, or the next server gets it."""
     with under(listener, *kind) as server:
-        clients = [socket.create_connection(listener.getsockname(), PATIENCE) for _ in range(20)]
+        clients = [socket.create_connection(listener.getsockname(), TIMEOUT) for _ in range(20)]
         server.process.send_signal(signal.SIGTERM)
         for client in clients:
             client.sendall(b"on its way\n")
-        with Hosted("asyncio", {"fd": os.dup(listener.fileno())}):
+        with ServerThread("asyncio", {"fd": os.dup(listener.fileno())}):
             for client in clients:
                 with client:
                     assert receive_all(client) == b"on its way\n"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support import PATIENCE, ServerProcess, held, receive_all, receive_line, server_process, until
+from support import TIMEOUT, ServerProcess, paused_processes, receive_all, receive_line, server_process, wait_until
 
 import echo_async
 from echo_async import Stats
@@ -38,14 +38,14 @@ def measured(engine: EngineName, workers: int, *args: str) -> Iterator[ServerPro
     """A server in ``stream`` mode that serves its metrics on a free port."""
     options = ("--engine", engine, "--workers", str(workers), "--mode", "stream", "--no-access-log")
     with server_process(*options, "--metrics-port", "0", *args) as server:
-        until(lambda: " serving stream mode " in server.log)
+        wait_until(lambda: " serving stream mode " in server.log)
         yield server
 
 
 def get(server: ServerProcess, path: str) -> tuple[int, str]:
     found = re.search(r" metrics at http://(127\.0\.0\.1):(\d+)/metrics\n", server.log)
     assert found is not None
-    connection = HTTPConnection(found[1], int(found[2]), timeout=PATIENCE)
+    connection = HTTPConnection(found[1], int(found[2]), timeout=TIMEOUT)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
@@ -89,7 +89,7 @@ def test_the_counts_are_exactly_what_was_sent(engine: EngineName, workers: int) 
         assert now["echo_async_connections_accepted_total"] == now["echo_async_connections_active"] == 8
         clients.pop().sendall(b"begun")
         stack.close()
-        until(lambda: scrape(server)["echo_async_connections_active"] == 0)
+        wait_until(lambda: scrape(server)["echo_async_connections_active"] == 0)
         now = scrape(server)
         assert (now["echo_async_connections_accepted_total"], now["echo_async_lost_total"]) == (8, 1)
         assert (now["echo_async_messages_total"], now["echo_async_sent_bytes_total"]) == (800, size)
@@ -111,19 +111,19 @@ def test_what_was_refused_or_too_slow_is_counted_by_kind() -> None:
 
 def test_counts_survive_a_worker_that_is_killed() -> None:
     with measured("protocol", 2) as server, ExitStack() as stack:
-        victim, survivor = server.workers
+        victim, survivor = server.worker_pids
         for other in [victim] * 5 + [survivor] * 10:
-            with held(other):
+            with paused_processes(other):
                 exchange(stack.enter_context(server.connect()), b"hello\n")
         assert scrape(server)["echo_async_messages_total"] == 15
         os.kill(victim, signal.SIGKILL)
-        until(lambda: " starting another" in server.log)
+        wait_until(lambda: " starting another" in server.log)
         now = scrape(server)
         assert now["echo_async_messages_total"] == now["echo_async_connections_accepted_total"] == 15
         assert now["echo_async_connections_active"] == 5
-        with held(survivor):  # one that hangs keeps what it told last, too
+        with paused_processes(survivor):  # one that hangs keeps what it told last, too
             assert scrape(server)["echo_async_messages_total"] == 15
-            until(lambda: get(server, "/healthz")[0] == 200)  # once the other worker is ready
+            wait_until(lambda: get(server, "/healthz")[0] == 200)  # once the other worker is ready
         code, lines = server.stop()
     assert code == 0
     assert " messages=15 " in lines
@@ -136,9 +136,9 @@ def test_it_is_well_while_it_serves(workers: int) -> None:
         assert get(server, "/") == (404, "there are /metrics and /healthz\n")
         exchange(client, b"one\n")
         client.sendall(b"begun, ")
-        until(lambda: scrape(server)["echo_async_received_bytes_total"] == 11)
+        wait_until(lambda: scrape(server)["echo_async_received_bytes_total"] == 11)
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: get(server, "/healthz") == (503, "not serving\n"))
+        wait_until(lambda: get(server, "/healthz") == (503, "not serving\n"))
         assert scrape(server)["echo_async_messages_total"] == 1
         client.sendall(b"finished\n")
         assert receive_all(client) == b"begun, finished\n"
@@ -147,7 +147,7 @@ def test_it_is_well_while_it_serves(workers: int) -> None:
 
 def test_it_is_not_well_when_no_worker_answers() -> None:
     with measured("protocol", 2) as server:
-        with held(*server.workers):
+        with paused_processes(*server.worker_pids):
             assert get(server, "/healthz") == (503, "not serving\n")
         assert server.stop()[0] == 0
 
@@ -187,7 +187,7 @@ def test_clients_of_the_port_who_break_off_or_talk_nonsense_say_nothing_in_the_l
         found = re.search(r"metrics at http://127\.0\.0\.1:(\d+)/", server.log)
         assert found is not None
         for nonsense in (b"", b"\n", b"GET /metrics", b"\0\xff\r\n\r\n", b"GET /metrics HTTP/1.1\r\n\r\n"):
-            with socket.create_connection(("127.0.0.1", int(found[1])), PATIENCE) as client:
+            with socket.create_connection(("127.0.0.1", int(found[1])), TIMEOUT) as client:
                 client.sendall(nonsense)
         assert scrape(server)["echo_async_connections_accepted_total"] == 0
         code, lines = server.stop()
@@ -200,7 +200,7 @@ def test_a_port_in_use_is_exit_code_3_in_one_line() -> None:
         port = other.getsockname()[1]
         with server_process("--metrics-port", str(port)) as server:
             code, lines = server.wait()
-    assert (code, server.announced) == (3, "")
+    assert (code, server.startup_line) == (3, "")
     assert lines == (
         f"error: cannot serve metrics on 127.0.0.1:{port}: address already in use; "
         "give another --metrics-port or --metrics-address\n"
@@ -217,7 +217,7 @@ def test_an_address_without_a_port_is_exit_code_2_in_one_line(capsys: pytest.Cap
 def test_no_such_address_is_exit_code_3_in_one_line() -> None:
     with server_process("--metrics-port", "0", "--metrics-address", "192.0.2.1") as server:
         code, lines = server.wait()
-    assert (code, server.announced, len(lines.splitlines())) == (3, "", 1)
+    assert (code, server.startup_line, len(lines.splitlines())) == (3, "", 1)
     assert "cannot serve metrics on 192.0.2.1:0: " in lines
 
 
@@ -268,7 +268,7 @@ def test_an_event_loop_that_is_stuck_does_not_answer_in_time(monkeypatch: pytest
 
     async def hang_while(thread: threading.Thread) -> None:
         thread.start()
-        release.wait(PATIENCE)  # the loop does not turn meanwhile
+        release.wait(TIMEOUT)  # the loop does not turn meanwhile
 
     def ask() -> None:
         try:

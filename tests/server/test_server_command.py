@@ -15,7 +15,7 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
-from support import LOOPS, PATIENCE, SOON, receive_all, server_process, the_one_line, until
+from support import LOOPS, MAX_DELAY, TIMEOUT, receive_all, server_process, single_error_line, wait_until
 
 import echo_async
 from echo_async.cli.server import main
@@ -36,14 +36,14 @@ def run_server(*arguments: str | bytes, env: dict[str, str] | None = None) -> su
         capture_output=True,
         text=True,
         errors="surrogateescape",
-        timeout=PATIENCE,
+        timeout=TIMEOUT,
         env={**os.environ, **(env or {})},
         stdin=subprocess.DEVNULL,
     )
 
 
 def exchange(address: tuple[str, int], message: bytes) -> bytes:
-    with socket.create_connection(address, PATIENCE) as client:
+    with socket.create_connection(address, TIMEOUT) as client:
         client.sendall(message)
         return receive_all(client)
 
@@ -68,7 +68,7 @@ def assert_harmless(lines: str) -> None:
 def test_stdout_has_the_address_and_nothing_else_and_stderr_the_log() -> None:
     with server_process() as server:
         host, port = server.address
-        assert server.announced == f"listening on 127.0.0.1:{port}\n"
+        assert server.startup_line == f"listening on 127.0.0.1:{port}\n"
         with server.connect() as client:
             client_port = client.getsockname()[1]
             client.sendall(b"Hola Server!\n")
@@ -162,7 +162,7 @@ def test_the_name_that_a_unix_client_gives_itself_is_harmless_in_the_log(tmp_pat
         for number, name in enumerate(["\0evil\x1b[2J\n%s \u202e", str(tmp_path / "evil\x1b[2J\n%s \u202e")]):
             with socket.socket(socket.AF_UNIX) as client:
                 client.bind(name)
-                client.settimeout(PATIENCE)
+                client.settimeout(TIMEOUT)
                 client.connect(path)
                 client.sendall(b"number %d\n" % number)
                 assert receive_all(client) == b"number %d\n" % number
@@ -201,7 +201,7 @@ def test_one_signal_ends_it_with_a_hundred_idle_clients(kind: tuple[str, str]) -
         assert connected[-1].recv(100) == b"one\n"  # so the others have been let in too
         begun = monotonic()
         code, log = server.stop(signal.SIGINT)
-        assert monotonic() - begun < SOON
+        assert monotonic() - begun < MAX_DELAY
         assert code == 0
         assert [client.recv(1) for client in connected] == [b""] * 100
     assert_harmless(log)
@@ -247,7 +247,7 @@ def test_a_begun_message_holds_the_stop_until_the_grace_time_ends(kind: tuple[st
         begun = monotonic()
         assert receive_all(idle) == b""
         code, log = server.wait()
-        assert 0.4 < monotonic() - begun < SOON
+        assert 0.4 < monotonic() - begun < MAX_DELAY
     assert code == 0
     assert_harmless(log)
     assert "lost in mid-message, after 14 bytes" in log
@@ -266,7 +266,7 @@ def test_a_second_signal_ends_it_at_once(kind: tuple[str, str], second: signal.S
         assert server.process.poll() is None
         begun = monotonic()
         code, log = server.stop(second)
-        assert monotonic() - begun < SOON
+        assert monotonic() - begun < MAX_DELAY
     assert code == 0
     assert_harmless(log)
     assert f" INFO {second.name}: stopping at once\n" in log
@@ -295,7 +295,7 @@ def test_signals_that_come_after_the_end_change_nothing(kind: tuple[str, str]) -
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:
     """What is said: one line on stderr, nothing on stdout."""
-    return the_one_line(done.stdout, done.stderr)
+    return single_error_line(done.stdout, done.stderr)
 
 
 def assert_names(said: str, option: str, value: str) -> None:
@@ -337,7 +337,7 @@ def test_every_option_refuses_what_makes_no_sense_by_name(
     with taken_port() as port:
         monkeypatch.setenv("ECHO_ASYNC_PORT", port)
         assert main([f"{option}={value}"]) == 2
-    assert_names(the_one_line(*capsys.readouterr()), option, value)
+    assert_names(single_error_line(*capsys.readouterr()), option, value)
 
 
 def test_an_option_that_does_not_exist_is_one_line_that_names_it() -> None:
@@ -388,14 +388,14 @@ def test_a_host_that_does_not_exist_is_one_line_that_names_it_and_exit_code_3(ho
     assert ascii(os.fsdecode(host))[1:-1] in said
 
 
-@pytest.mark.usefixtures("loggers_as_before")
+@pytest.mark.usefixtures("restore_loggers")
 @pytest.mark.parametrize("host", ["999.1.1.1", "a..b", "x" * 64])
 def test_a_host_that_cannot_exist_is_one_line_too(host: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--port", "0", "--host", host]) == 3
-    assert host in the_one_line(*capsys.readouterr())
+    assert host in single_error_line(*capsys.readouterr())
 
 
-@pytest.mark.usefixtures("loggers_as_before")
+@pytest.mark.usefixtures("restore_loggers")
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_start_that_fails_leaves_the_signals_as_they_were(loop: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -464,7 +464,7 @@ def test_a_bad_value_in_the_environment_is_one_line_that_names_it(
 ) -> None:
     monkeypatch.setenv(f"ECHO_ASYNC_{name}", value)
     assert main(["--host", "192.0.2.1"]) == 2
-    said = the_one_line(*capsys.readouterr())
+    said = single_error_line(*capsys.readouterr())
     assert value in said
     assert f"--{name.lower().replace('_', '-')}" in said or f"ECHO_ASYNC_{name}" in said
 
@@ -513,15 +513,15 @@ class Shell:
     def exchange(self, message: bytes) -> bytes:
         """Waits for the server first: the path appears when it is bound, which is seen in its directory."""
         with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(PATIENCE)
-            until(lambda: client.connect_ex(self.path) == 0 or self.process.poll() is not None)
+            client.settimeout(TIMEOUT)
+            wait_until(lambda: client.connect_ex(self.path) == 0 or self.process.poll() is not None)
             assert self.process.poll() is None, self.errors.read_text()
             client.sendall(message)
             return receive_all(client)
 
     def stop(self) -> tuple[int, str]:
         self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(PATIENCE)
+        code = self.process.wait(TIMEOUT)
         return code, self.errors.read_text()
 
 
@@ -566,20 +566,20 @@ def test_it_serves_when_nobody_reads_its_output_any_more(gone: str, tmp_path: Pa
         other = process.stderr if gone == "stdout" else process.stdout
         assert other.readline()  # it has started
         with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(PATIENCE)
+            client.settimeout(TIMEOUT)
             client.connect(path)
             client.sendall(b"one\n")
             assert receive_all(client) == b"one\n"
         process.send_signal(signal.SIGTERM)
         rest = other.read()
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(TIMEOUT) == 0
     assert "Traceback" not in rest
     assert "Exception ignored" not in rest
 
 
 def test_what_is_wrong_never_goes_to_stdout() -> None:
     done = subprocess.run(
-        ["/bin/sh", "-c", 'exec "$@" 2>&-', "sh", *SERVER, "--port", "abc"], capture_output=True, timeout=PATIENCE
+        ["/bin/sh", "-c", 'exec "$@" 2>&-', "sh", *SERVER, "--port", "abc"], capture_output=True, timeout=TIMEOUT
     )
     assert (done.returncode, done.stdout) == (2, b"")
 
@@ -589,7 +589,7 @@ def test_a_reader_that_leaves_early_ends_the_help_quietly() -> None:
     os.close(reader)
     with subprocess.Popen([*SERVER, "--help"], stdout=writer, stderr=subprocess.PIPE) as process:
         os.close(writer)
-        assert process.communicate(timeout=PATIENCE)[1] == b""
+        assert process.communicate(timeout=TIMEOUT)[1] == b""
     assert process.returncode == 0
 
 
@@ -599,9 +599,9 @@ def test_a_reader_that_leaves_early_ends_the_help_quietly() -> None:
 def test_a_unix_socket_is_announced_served_and_removed(tmp_path: Path) -> None:
     path = str(tmp_path / "echo")
     with server_process("--uds", path) as server:
-        assert server.announced == f"listening on {path}\n"
+        assert server.startup_line == f"listening on {path}\n"
         with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(PATIENCE)
+            client.settimeout(TIMEOUT)
             client.connect(path)
             client.sendall(b"one\n")
             assert receive_all(client) == b"one\n"
@@ -618,7 +618,7 @@ def test_a_path_that_is_no_text_is_announced_too(tmp_path: Path) -> None:
         assert process.stderr is not None
         assert b"serving" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
-        announced, log = process.communicate(timeout=PATIENCE)
+        announced, log = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0
     assert announced.startswith(b"listening on " + os.fsencode(tmp_path) + b"/")
     assert announced.count(b"\n") == 1
@@ -628,7 +628,7 @@ def test_a_path_that_is_no_text_is_announced_too(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
 def test_an_ipv6_address_is_announced_in_brackets() -> None:
     with server_process("--host", "::1") as server:
-        assert re.fullmatch(r"listening on \[::1\]:\d+\n", server.announced)
+        assert re.fullmatch(r"listening on \[::1\]:\d+\n", server.startup_line)
         assert exchange(server.address, b"one\n") == b"one\n"
         _, log = server.stop()
     assert re.search(r" INFO \[::1\]:\d+ 4 bytes: one\n", log)
@@ -638,7 +638,7 @@ def test_a_name_is_announced_by_each_of_its_addresses() -> None:
     with server_process("--host", "localhost") as server:
         _, log = server.stop()
         assert server.process.stdout is not None
-        announced = server.announced + server.process.stdout.read()
+        announced = server.startup_line + server.process.stdout.read()
     addresses = {info[4][0] for info in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}
     assert announced.count("\n") == len(addresses)
     assert len({line.rpartition(":")[2] for line in announced.splitlines()}) == 1

@@ -21,7 +21,16 @@ from time import monotonic
 
 import pytest
 import trustme
-from support import PATIENCE, SOON, ServerProcess, held, receive_all, receive_line, server_process, until
+from support import (
+    MAX_DELAY,
+    TIMEOUT,
+    ServerProcess,
+    paused_processes,
+    receive_all,
+    receive_line,
+    server_process,
+    wait_until,
+)
 
 from echo_async.config import EngineName
 
@@ -35,7 +44,7 @@ def two_workers(
     """A server of two workers in ``stream`` mode, which are there when it is announced."""
     arguments = ("--workers", "2", "--engine", engine, "--mode", "stream", "--no-access-log", *args)
     with server_process(*arguments, env=env, start_new_session=group) as server:
-        assert len(server.workers) == 2
+        assert len(server.worker_pids) == 2
         yield server
 
 
@@ -58,7 +67,7 @@ def exchange(client: socket.socket, message: bytes) -> bytes:
 
 def client_of(server: ServerProcess, other: int) -> socket.socket:
     """A client of the worker that is not ``other``."""
-    with held(other):
+    with paused_processes(other):
         client = server.connect()
         assert exchange(client, b"hello\n") == b"hello\n"
         return client
@@ -103,13 +112,13 @@ class Load:
     def __enter__(self) -> Load:
         for thread in self._threads:
             thread.start()
-        until(lambda: self.done > 20)
+        wait_until(lambda: self.done > 20)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._end.set()
         for thread in self._threads:
-            thread.join(PATIENCE)
+            thread.join(TIMEOUT)
 
 
 # Serving
@@ -119,7 +128,7 @@ class Load:
 def test_one_address_is_announced_and_the_counters_of_both_workers_are_added_up(engine: EngineName) -> None:
     messages = [b"%d\n" % number for number in range(50)]
     with two_workers(engine) as server, ExitStack() as clients:
-        first, second = server.workers
+        first, second = server.worker_pids
         for other in (first, second):
             client = clients.enter_context(client_of(server, other))
             for message in messages:
@@ -129,7 +138,7 @@ def test_one_address_is_announced_and_the_counters_of_both_workers_are_added_up(
         assert server.process.stdout is not None
         assert server.process.stdout.read() == ""
     assert code == 0
-    assert re.fullmatch(r"listening on 127\.0\.0\.1:\d+\n", server.announced)
+    assert re.fullmatch(r"listening on 127\.0\.0\.1:\d+\n", server.startup_line)
     size = 2 * (len(b"".join(messages)) + len(b"hello\n"))
     expected = {"accepted": 2, "messages": 102, "bytes_in": size, "bytes_out": size}
     assert {name: count for name, count in counters(lines).items() if count} == expected
@@ -138,10 +147,10 @@ def test_one_address_is_announced_and_the_counters_of_both_workers_are_added_up(
 def test_a_unix_socket_is_shared_and_its_path_removed(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with two_workers("protocol", "--uds", path) as server:
-        assert server.announced == f"listening on {path}\n"
-        for other in server.workers:
-            with held(other), socket.socket(socket.AF_UNIX) as client:
-                client.settimeout(PATIENCE)
+        assert server.startup_line == f"listening on {path}\n"
+        for other in server.worker_pids:
+            with paused_processes(other), socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(TIMEOUT)
                 client.connect(path)
                 assert exchange(client, b"hello\n") == b"hello\n"
         code, lines = server.stop()
@@ -156,17 +165,17 @@ def test_a_unix_socket_is_shared_and_its_path_removed(tmp_path: Path) -> None:
 @each_engine
 def test_a_worker_that_is_killed_is_replaced_at_once_and_only_its_own_clients_notice(engine: EngineName) -> None:
     with two_workers(engine) as server:
-        victim, survivor = server.workers
+        victim, survivor = server.worker_pids
         with client_of(server, survivor) as lost, client_of(server, victim) as kept, Load(server) as load:
             os.kill(victim, signal.SIGKILL)
-            until(lambda: is_gone(victim))
+            wait_until(lambda: is_gone(victim))
             died = monotonic()
             client_of(server, survivor).close()  # the replacement alone answers
-            assert monotonic() - died < SOON
+            assert monotonic() - died < MAX_DELAY
             assert is_cut(lost)
             assert exchange(kept, b"still there\n") == b"still there\n"
             done = load.done
-            until(lambda: load.done > done + 20)
+            wait_until(lambda: load.done > done + 20)
         assert [failure for failure in load.failed if failure[0] >= died] == []
         code, lines = server.stop()
     assert code == 0
@@ -199,7 +208,7 @@ def test_workers_that_cannot_start_are_exit_code_3_after_one_try(tmp_path: Path)
     with server_process("--workers", "4", env=env) as server:
         code, lines = server.wait()
     assert code == 3
-    assert server.announced == ""
+    assert server.startup_line == ""
     assert lines.splitlines()[0] == "no worker today"
     assert len(lines.splitlines()) == 2
     assert tries.read_text() == "."
@@ -210,7 +219,7 @@ def test_a_replacement_that_cannot_start_ends_the_service_after_a_few_tries(tmp_
     env = sitecustomize(tmp_path, no_worker_while(trouble, tries))
     with two_workers("protocol", env=env) as server:
         trouble.touch()
-        victim, survivor = server.workers
+        victim, survivor = server.worker_pids
         with client_of(server, victim) as client:
             os.kill(victim, signal.SIGKILL)
             assert receive_all(client) == b""  # the other worker is stopped in good order
@@ -256,16 +265,16 @@ def test_a_stop_answers_every_message_that_was_received(engine: EngineName) -> N
     """Those of clients who are served, and those of clients whom the kernel has connected and nobody has accepted."""
     sent = b"".join(b"%060d\n" % number for number in range(200))
     with two_workers(engine) as server, ExitStack() as stack:
-        clients = [stack.enter_context(client_of(server, other)) for other in server.workers]
+        clients = [stack.enter_context(client_of(server, other)) for other in server.worker_pids]
         with ExitStack() as holding:
-            for worker in server.workers:
-                holding.enter_context(held(worker))
+            for worker in server.worker_pids:
+                holding.enter_context(paused_processes(worker))
             clients += [stack.enter_context(server.connect()) for _ in range(100)]
             for client in clients:
                 client.sendall(sent)
-            until(lambda: all(map(acknowledged, clients)))
+            wait_until(lambda: all(map(acknowledged, clients)))
             server.process.send_signal(signal.SIGTERM)
-            until(lambda: " SIGTERM: stopping" in server.log)
+            wait_until(lambda: " SIGTERM: stopping" in server.log)
         answered = sum(received(client) == sent for client in clients)
         code, lines = server.wait()
     assert (code, answered) == (0, len(clients))
@@ -276,9 +285,9 @@ def test_who_connects_during_the_stop_is_refused() -> None:
     with two_workers("protocol") as server, server.connect() as busy:
         assert exchange(busy, b"done\n") == b"done\n"
         busy.sendall(b"begun, ")
-        until(lambda: acknowledged(busy))
+        wait_until(lambda: acknowledged(busy))
         server.process.send_signal(signal.SIGTERM)
-        until(lambda: " SIGTERM: stopping" in server.log)
+        wait_until(lambda: " SIGTERM: stopping" in server.log)
 
         def is_refused() -> bool:
             try:
@@ -287,7 +296,7 @@ def test_who_connects_during_the_stop_is_refused() -> None:
                 return True
             return False
 
-        until(is_refused)
+        wait_until(is_refused)
         assert exchange(busy, b"finished\n") == b"begun, finished\n"
         code, _ = server.wait()
     assert code == 0
@@ -296,15 +305,15 @@ def test_who_connects_during_the_stop_is_refused() -> None:
 @pytest.mark.parametrize("engine", ["streams", "threads"])
 def test_a_second_signal_ends_it_at_once_while_a_client_holds_the_stop(engine: EngineName) -> None:
     with two_workers(engine) as server, server.connect() as idle, ExitStack() as clients:
-        busy = [clients.enter_context(client_of(server, other)) for other in server.workers]
+        busy = [clients.enter_context(client_of(server, other)) for other in server.worker_pids]
         for client in busy:
             client.sendall(b"never finished")
-        until(lambda: all(map(acknowledged, busy)))
+        wait_until(lambda: all(map(acknowledged, busy)))
         server.process.send_signal(signal.SIGTERM)
         assert receive_all(idle) == b""  # the stop has reached the workers
         began = monotonic()
         code, lines = server.stop()
-        assert monotonic() - began < SOON
+        assert monotonic() - began < MAX_DELAY
         assert all(map(is_cut, busy))
     assert code == 0
     assert "Traceback" not in lines
@@ -314,10 +323,10 @@ def test_a_second_signal_ends_it_at_once_while_a_client_holds_the_stop(engine: E
 @pytest.mark.parametrize(("signals", "grace"), [(1, "0.1"), (2, "60")])
 def test_a_worker_that_hangs_does_not_hold_the_stop(signals: int, grace: str) -> None:
     with two_workers("protocol", "--timeout-graceful-shutdown", grace) as server:
-        hung, _ = server.workers
-        with held(hung):
+        hung, _ = server.worker_pids
+        with paused_processes(hung):
             server.process.send_signal(signal.SIGTERM)
-            until(lambda: " SIGTERM: stopping\n" in server.log)
+            wait_until(lambda: " SIGTERM: stopping\n" in server.log)
             if signals == 2:
                 server.process.send_signal(signal.SIGTERM)
             code, lines = server.wait()
@@ -343,9 +352,9 @@ def test_ctrl_c_reaches_all_processes_and_is_one_clean_stop() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_while_a_worker_is_starting_is_a_clean_stop(number: signal.Signals) -> None:
     with two_workers("protocol", group=True) as server:
-        before = server.workers
+        before = server.worker_pids
         os.kill(before[0], signal.SIGKILL)
-        until(lambda: any(each not in before for each in server.workers))
+        wait_until(lambda: any(each not in before for each in server.worker_pids))
         os.killpg(server.process.pid, number)
         code, lines = server.wait()
     assert code == 0, lines
@@ -358,17 +367,17 @@ def test_a_signal_to_all_processes_while_a_worker_is_starting_is_a_clean_stop(nu
 @each_engine
 def test_workers_do_not_outlive_their_parent_and_the_port_is_free(engine: EngineName) -> None:
     with two_workers(engine) as server, ExitStack() as clients:
-        both = server.workers
+        both = server.worker_pids
         for other in both:
             client = clients.enter_context(client_of(server, other))
             client.sendall(b"begun")
         server.process.kill()
         died = monotonic()
-        until(lambda: all(map(is_gone, both)))
+        wait_until(lambda: all(map(is_gone, both)))
         with suppress(OSError):
             clients.close()
         with socket.create_server(server.address):
-            assert monotonic() - died < SOON
+            assert monotonic() - died < MAX_DELAY
         _, lines = server.wait()
     assert "Traceback" not in lines
 
@@ -385,9 +394,9 @@ def test_a_worker_does_not_outlive_a_parent_that_dies_with_an_answer_unread(engi
             try:
                 theirs.close()
                 ours.sendall(json.dumps(settings).encode() + b"\n")
-                assert select.select([ours], [], [], PATIENCE)[0]  # it says that it is ready, and nobody reads it
+                assert select.select([ours], [], [], TIMEOUT)[0]  # it says that it is ready, and nobody reads it
                 ours.close()
-                _, lines = worker.communicate(timeout=PATIENCE)
+                _, lines = worker.communicate(timeout=TIMEOUT)
             finally:
                 worker.kill()
     assert (worker.returncode, lines) == (0, "")
@@ -410,7 +419,7 @@ if "echo_async.server.worker" in sys.orig_argv:
     with server_process("--workers", "2", "--ssl-certfile", str(served), env=sitecustomize(tmp_path, code)) as server:
         trouble.touch()
         server.process.send_signal(signal.SIGHUP)
-        until(lambda: server.log.count("the certificates stay as they were: ") == 2)
+        wait_until(lambda: server.log.count("the certificates stay as they were: ") == 2)
         assert server.stop()[0] == 0
 
 

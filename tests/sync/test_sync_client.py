@@ -24,7 +24,7 @@ import trustme
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import Peer, Serve, Start, answer_all, answer_byte_by_byte, answer_one, answer_with, keep_silent, over_tls
-from support import PATIENCE, SOON
+from support import MAX_DELAY, TIMEOUT
 
 import echo_async
 from echo_async import client as asynchronous
@@ -33,7 +33,7 @@ from echo_async.client.stream import WINDOW_BYTES
 from echo_async.config import EngineName, Mode
 from echo_async.tls import client_context
 
-pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 MESSAGES = ["", "a", "Hola Server!", "ñandú 🎉", "\x00\x1b[2J\r", "x" * 19, "x" * 20, "x" * 21, "x" * 10_000]
 
@@ -52,12 +52,12 @@ def hosted(engine: EngineName, mode: Mode) -> Iterator[tuple[str, int]]:
 
     thread = threading.Thread(target=asyncio.run, args=[main()])
     thread.start()
-    ready.wait(PATIENCE)
+    ready.wait(TIMEOUT)
     try:
         yield cast(tuple[str, int], started[0].address)
     finally:
         started[0].close()
-        thread.join(PATIENCE)
+        thread.join(TIMEOUT)
 
 
 # What it is a twin of
@@ -88,7 +88,7 @@ def test_every_message_comes_back_from_every_engine(engine: EngineName, mode: Mo
             assert client.echo(message) == message
             assert client.echo(message.encode()) == message.encode()
         assert list(client.stream(MESSAGES)) == MESSAGES
-        assert 0 < client.ping() < PATIENCE
+        assert 0 < client.ping() < TIMEOUT
         assert sync.echo("once", *address) == "once"
 
 
@@ -99,8 +99,8 @@ def test_every_message_comes_back_from_the_blocking_server(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("message", ["Hola\n", b"Hola\n", "Hola", b"Hola", b"\xff\x00", "", b"\n"])
-def test_a_reply_is_of_the_type_and_shape_of_the_message(script: Start, message: str | bytes) -> None:
-    server = script(answer_all)
+def test_a_reply_is_of_the_type_and_shape_of_the_message(scripted_server: Start, message: str | bytes) -> None:
+    server = scripted_server(answer_all)
     reply = sync.echo(cast(str, message), *server.address)
     assert reply == message
     assert type(reply) is type(message)
@@ -108,8 +108,8 @@ def test_a_reply_is_of_the_type_and_shape_of_the_message(script: Start, message:
     assert server.received == [[sent if sent.endswith(b"\n") else sent + b"\n"]]
 
 
-def test_what_cannot_be_sent_is_refused_and_nothing_is_sent(script: Start) -> None:
-    server = script(answer_all)
+def test_what_cannot_be_sent_is_refused_and_nothing_is_sent(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     with sync.connect(*server.address) as client:
         with pytest.raises(echo_async.MessageError, match="newline inside, at byte 3"):
             client.echo("one\ntwo")
@@ -121,8 +121,8 @@ def test_what_cannot_be_sent_is_refused_and_nothing_is_sent(script: Start) -> No
     assert server.received == [[b"after\n"]]
 
 
-def test_a_client_can_be_used_without_a_with_statement(script: Start) -> None:
-    server = script(answer_all)
+def test_a_client_can_be_used_without_a_with_statement(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     client = sync.connect(*server.address)
     assert client.name == f"127.0.0.1:{server.address[1]}"
     assert client.echo("one") == "one"
@@ -150,16 +150,16 @@ def test_ten_mebibytes_each_way(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("serve", [answer_all, answer_byte_by_byte])
-def test_a_server_that_never_closes_gets_all_messages_on_one_connection(script: Start, serve: Serve) -> None:
-    server = script(serve)
+def test_a_server_that_never_closes_gets_all_messages_on_one_connection(scripted_server: Start, serve: Serve) -> None:
+    server = scripted_server(serve)
     with sync.connect(*server.address) as client:
         assert [client.echo(message) for message in ("one", "two", "three")] == ["one", "two", "three"]
         assert list(client.stream(["four", "five"])) == ["four", "five"]
     assert server.received == [[b"one\n", b"two\n", b"three\n", b"four\n", b"five\n"]]
 
 
-def test_a_server_that_closes_after_a_reply_gets_a_connection_for_each_message(script: Start) -> None:
-    server = script(answer_one)
+def test_a_server_that_closes_after_a_reply_gets_a_connection_for_each_message(scripted_server: Start) -> None:
+    server = scripted_server(answer_one)
     with sync.connect(*server.address) as client:
         expected = [str(number) for number in range(20)]
         assert [client.echo(message) for message in expected[:10]] == expected[:10]
@@ -167,19 +167,19 @@ def test_a_server_that_closes_after_a_reply_gets_a_connection_for_each_message(s
     assert [messages for messages in server.received if messages] == [[b"%d\n" % number] for number in range(20)]
 
 
-def test_a_server_that_resets_after_a_reply_is_one_that_closes(script: Start) -> None:
+def test_a_server_that_resets_after_a_reply_is_one_that_closes(scripted_server: Start) -> None:
     def answer_and_reset(peer: Peer) -> None:
         peer.send(peer.message())
         peer.message()  # so the reset comes with the second message on its way
         peer.reset()
 
-    server = script(answer_and_reset)
+    server = scripted_server(answer_and_reset)
     with sync.connect(*server.address) as client:
         assert [client.echo(message) for message in ("one", "two", "three")] == ["one", "two", "three"]
     assert server.received == [[b"one\n", b"two\n"], [b"two\n"], [b"three\n"]]
 
 
-def test_a_server_that_closes_between_messages_is_connected_to_again(script: Start) -> None:
+def test_a_server_that_closes_between_messages_is_connected_to_again(scripted_server: Start) -> None:
     closed = threading.Semaphore(0)
 
     def answer_two(peer: Peer) -> None:
@@ -188,22 +188,22 @@ def test_a_server_that_closes_between_messages_is_connected_to_again(script: Sta
         peer.close()
         closed.release()
 
-    server = script(answer_two)
+    server = scripted_server(answer_two)
     with sync.connect(*server.address) as client:
         for number in range(6):
             assert client.echo(str(number)) == str(number)
             if number % 2:  # the end is there before the next message
-                assert closed.acquire(timeout=PATIENCE)
+                assert closed.acquire(timeout=TIMEOUT)
     assert server.received == [[b"0\n", b"1\n"], [b"2\n", b"3\n"], [b"4\n", b"5\n"]]
 
 
-def test_a_server_that_keeps_connections_open_hides_no_loss(script: Start) -> None:
+def test_a_server_that_keeps_connections_open_hides_no_loss(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for _ in range(3):
             peer.send(peer.message())
         peer.message()
 
-    server = script(serve)
+    server = scripted_server(serve)
     with sync.connect(*server.address) as client:
         for message in ("0", "1", "2"):
             assert client.echo(message) == message
@@ -212,12 +212,12 @@ def test_a_server_that_keeps_connections_open_hides_no_loss(script: Start) -> No
         assert client.echo("3") == "3"
 
 
-def test_a_second_reply_that_is_cut_is_lost_not_asked_for_again(script: Start) -> None:
+def test_a_second_reply_that_is_cut_is_lost_not_asked_for_again(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.send(peer.message())
         peer.send(peer.message()[:2])
 
-    server = script(serve)
+    server = scripted_server(serve)
     with sync.connect(*server.address) as client:
         assert client.echo("one") == "one"
         with pytest.raises(echo_async.ReplyLost, match="after 2 of the 4 bytes"):
@@ -235,30 +235,30 @@ def test_a_second_reply_that_is_cut_is_lost_not_asked_for_again(script: Start) -
         (b"Hola Server!", "closed the connection after 12 of the 13 bytes of the reply"),
     ],
 )
-def test_a_server_that_closes_too_early(script: Start, reply: bytes, text: str) -> None:
-    server = script(answer_with(reply))
+def test_a_server_that_closes_too_early(scripted_server: Start, reply: bytes, text: str) -> None:
+    server = scripted_server(answer_with(reply))
     with sync.connect(*server.address) as client, pytest.raises(echo_async.ReplyLost, match=text):
         client.echo("Hola Server!")
     assert len(server.received) == 1  # on a fresh connection, it is not tried again
 
 
-def test_a_server_that_resets(script: Start) -> None:
-    server = script(answer_with(b"", reset=True))
+def test_a_server_that_resets(scripted_server: Start) -> None:
+    server = scripted_server(answer_with(b"", reset=True))
     with pytest.raises(echo_async.ReplyLost, match=r"broke \(connection reset by peer\) before the reply"):
         sync.echo("Hola", *server.address)
 
 
-def test_a_server_that_resets_while_it_is_sent_a_long_message(script: Start) -> None:
+def test_a_server_that_resets_while_it_is_sent_a_long_message(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.socket.recv(100)
         peer.reset()
 
-    server = script(serve)
+    server = scripted_server(serve)
     with pytest.raises(echo_async.ReplyLost, match=r"broke \(.+\) before the reply"):
         sync.echo("x" * 10_000_000, *server.address)
 
 
-def test_replies_that_came_before_a_write_that_failed_count(script: Start) -> None:
+def test_replies_that_came_before_a_write_that_failed_count(scripted_server: Start) -> None:
     closed = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -269,40 +269,40 @@ def test_replies_that_came_before_a_write_that_failed_count(script: Start) -> No
 
     def messages() -> Iterator[str]:
         yield from ("0", "1", "2")
-        assert closed.wait(PATIENCE)  # the reply and the reset are there, and the client has read neither
+        assert closed.wait(TIMEOUT)  # the reply and the reset are there, and the client has read neither
         yield "3"
 
-    server = script(serve)
+    server = scripted_server(serve)
     replies: list[str] = []
     with sync.connect(*server.address) as client, pytest.raises(echo_async.ReplyLost):
         replies.extend(client.stream(messages()))
     assert replies == ["0", "1", "2"]
 
 
-def test_a_server_that_never_answers(script: Start) -> None:
-    server = script(lambda peer: keep_silent(peer) if peer.number == 0 else answer_all(peer))
+def test_a_server_that_never_answers(scripted_server: Start) -> None:
+    server = scripted_server(lambda peer: keep_silent(peer) if peer.number == 0 else answer_all(peer))
     with sync.connect(*server.address, timeout=0.5) as client:
         started = time.monotonic()
         with pytest.raises(echo_async.ReplyLate, match=r"did not send the reply within 0\.5 s"):
             client.echo("Hola")
-        assert 0.49 < time.monotonic() - started < SOON
+        assert 0.49 < time.monotonic() - started < MAX_DELAY
         assert client.echo("again") == "again"
     assert server.received == [[b"Hola\n"], [b"again\n"]]
 
 
-def test_a_server_that_reads_nothing_is_late_too(script: Start) -> None:
+def test_a_server_that_reads_nothing_is_late_too(scripted_server: Start) -> None:
     go_on = threading.Event()
 
     def read_nothing(_: Peer) -> None:
-        go_on.wait(PATIENCE)
+        go_on.wait(TIMEOUT)
 
-    server = script(read_nothing)
+    server = scripted_server(read_nothing)
     with sync.connect(*server.address, timeout=0.2) as client, pytest.raises(echo_async.ReplyLate):
         client.echo(b"x" * 20_000_000)
     go_on.set()
 
 
-def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(script: Start) -> None:
+def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(scripted_server: Start) -> None:
     go_on = threading.Event()
 
     def trickle(peer: Peer) -> None:
@@ -310,7 +310,7 @@ def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(script: Start)
             peer.send(bytes([byte]))
             go_on.wait(0.02)
 
-    server = script(trickle)
+    server = scripted_server(trickle)
     with pytest.raises(echo_async.ReplyLate):
         sync.echo("x" * 1000, *server.address, timeout=0.15)
     go_on.set()
@@ -326,15 +326,15 @@ def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(script: Start)
         (b"Hola Server!\nmore", 13, 'sent 4 bytes more than it was sent: "more"'),
     ],
 )
-def test_a_server_that_answers_something_else(script: Start, reply: bytes, offset: int, text: str) -> None:
-    server = script(answer_with(reply))
+def test_a_server_that_answers_something_else(scripted_server: Start, reply: bytes, offset: int, text: str) -> None:
+    server = scripted_server(answer_with(reply))
     with pytest.raises(echo_async.ReplyDifferent) as caught:
         sync.echo("Hola Server!", *server.address)
     assert caught.value.offset == offset
     assert text in str(caught.value).replace("\\\\", "\\")
 
 
-def test_bytes_that_nobody_asked_for_spoil_the_next_reply(script: Start) -> None:
+def test_bytes_that_nobody_asked_for_spoil_the_next_reply(scripted_server: Start) -> None:
     sent = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -343,22 +343,22 @@ def test_bytes_that_nobody_asked_for_spoil_the_next_reply(script: Start) -> None
             sent.set()
         answer_all(peer)
 
-    server = script(serve)
+    server = scripted_server(serve)
     with sync.connect(*server.address) as client:
-        assert sent.wait(PATIENCE)
+        assert sent.wait(TIMEOUT)
         with pytest.raises(echo_async.ReplyDifferent, match="sent 24 bytes more than it was sent") as caught:
             client.echo("Hola")
         assert caught.value.offset == 0
         assert client.echo("Hola") == "Hola"
 
 
-def test_an_endless_reply_takes_no_memory(script: Start) -> None:
+def test_an_endless_reply_takes_no_memory(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.message()
         while True:
             peer.send(b"\0" * 1_000_000)
 
-    server = script(serve)
+    server = scripted_server(serve)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(echo_async.ReplyDifferent):
         sync.echo("\0" * 100_000, *server.address)
@@ -368,8 +368,8 @@ def test_an_endless_reply_takes_no_memory(script: Start) -> None:
 # Connecting
 
 
-def test_nobody_there(bound: socket.socket) -> None:
-    port = bound.getsockname()[1]
+def test_nobody_there(bound_socket: socket.socket) -> None:
+    port = bound_socket.getsockname()[1]
     with pytest.raises(echo_async.ConnectError) as caught:
         sync.echo("Hola", port=port)
     assert str(caught.value) == (
@@ -427,18 +427,18 @@ def _resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) ->
 
 
 def test_a_name_with_a_dead_and_a_living_address(
-    script: Start, monkeypatch: pytest.MonkeyPatch, black_hole: tuple[str, int], bound: socket.socket
+    scripted_server: Start, monkeypatch: pytest.MonkeyPatch, black_hole: tuple[str, int], bound_socket: socket.socket
 ) -> None:
-    server = script(answer_all)
+    server = scripted_server(answer_all)
     at_once = ("127.255.255.255", server.address[1])  # the system refuses to connect to a broadcast address
-    _resolve_to(monkeypatch, at_once, bound.getsockname(), black_hole, server.address)
+    _resolve_to(monkeypatch, at_once, bound_socket.getsockname(), black_hole, server.address)
     assert sync.echo("Hola", "several.example") == "Hola"
 
 
 def test_a_name_with_an_address_of_a_family_that_this_machine_does_not_have(
-    script: Start, monkeypatch: pytest.MonkeyPatch
+    scripted_server: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = script(answer_all)
+    server = scripted_server(answer_all)
     _resolve_to(monkeypatch, ("127.0.0.1", 1), server.address)
     real, refused = socket.socket, [OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))]
 
@@ -452,26 +452,26 @@ def test_a_name_with_an_address_of_a_family_that_this_machine_does_not_have(
     assert not refused
 
 
-def test_a_name_with_dead_addresses_only(monkeypatch: pytest.MonkeyPatch, bound: socket.socket) -> None:
-    port = bound.getsockname()[1]
+def test_a_name_with_dead_addresses_only(monkeypatch: pytest.MonkeyPatch, bound_socket: socket.socket) -> None:
+    port = bound_socket.getsockname()[1]
     _resolve_to(monkeypatch, ("127.0.0.1", port), ("127.0.0.2", port))
     with pytest.raises(echo_async.ConnectError, match=r"several\.example:5500: connection refused"):
         sync.echo("Hola", "several.example")
 
 
-def test_localhost_is_found(script: Start) -> None:
-    assert sync.echo("Hola", "localhost", script(answer_all).address[1]) == "Hola"
+def test_localhost_is_found(scripted_server: Start) -> None:
+    assert sync.echo("Hola", "localhost", scripted_server(answer_all).address[1]) == "Hola"
 
 
 def test_retry_waits_for_a_server_that_is_still_starting(
-    bound: socket.socket, caplog: pytest.LogCaptureFixture
+    bound_socket: socket.socket, caplog: pytest.LogCaptureFixture
 ) -> None:
     refused = threading.Event()
 
     def serve() -> None:
-        refused.wait(PATIENCE)
-        bound.listen()
-        with bound.accept()[0] as connected:
+        refused.wait(TIMEOUT)
+        bound_socket.listen()
+        with bound_socket.accept()[0] as connected:
             connected.sendall(connected.recv(100))
 
     class Watch:
@@ -487,20 +487,20 @@ def test_retry_waits_for_a_server_that_is_still_starting(
     thread = threading.Thread(target=serve)
     thread.start()
     try:
-        assert sync.echo("Hola", *bound.getsockname(), retry=PATIENCE) == "Hola"
+        assert sync.echo("Hola", *bound_socket.getsockname(), retry=TIMEOUT) == "Hola"
     finally:
-        thread.join(PATIENCE)
+        thread.join(TIMEOUT)
         caplog.handler.removeFilter(watch)
     assert refused.is_set()
 
 
-def test_retry_ends(bound: socket.socket, black_hole: tuple[str, int]) -> None:
+def test_retry_ends(bound_socket: socket.socket, black_hole: tuple[str, int]) -> None:
     started = time.monotonic()
     with pytest.raises(echo_async.ConnectError):
-        sync.echo("Hola", *bound.getsockname(), retry=0.1)
+        sync.echo("Hola", *bound_socket.getsockname(), retry=0.1)
     with pytest.raises(echo_async.ConnectTimeout):
         sync.echo("Hola", *black_hole, retry=0.1, connect_timeout=0.05)
-    assert 0.2 <= time.monotonic() - started < SOON
+    assert 0.2 <= time.monotonic() - started < MAX_DELAY
 
 
 @pytest.mark.parametrize(
@@ -534,8 +534,8 @@ def test_replies_come_in_order(mode: Mode, window: int) -> None:
         assert client.echo("after") == "after"
 
 
-def test_messages_keep_their_shape(script: Start) -> None:
-    server = script(answer_all)
+def test_messages_keep_their_shape(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     with sync.connect(*server.address) as client:
         text = ["a", "b\n", "", "\n", "ñ", "x" * 100_000]
         assert list(client.stream(text)) == text
@@ -555,14 +555,14 @@ def test_any_messages_come_back_in_any_window(messages: list[str], window: int) 
         assert list(client.stream(messages, window=window)) == messages
 
 
-def test_messages_are_pipelined_up_to_the_window(script: Start) -> None:
+def test_messages_are_pipelined_up_to_the_window(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for message in itertools.islice(peer.messages(), 2):
             peer.send(message)
         while True:  # nothing is answered before a whole window is there
             peer.send(b"".join(itertools.islice(peer.messages(), 8)))
 
-    server = script(serve)
+    server = scripted_server(serve)
     taken = 0
 
     def messages() -> Iterator[str]:
@@ -578,8 +578,8 @@ def test_messages_are_pipelined_up_to_the_window(script: Start) -> None:
     assert taken == 42
 
 
-def test_nothing_piles_up_while_the_reader_is_slow(script: Start) -> None:
-    server = script(answer_all)
+def test_nothing_piles_up_while_the_reader_is_slow(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     taken = 0
 
     def messages() -> Iterator[bytes]:
@@ -593,8 +593,8 @@ def test_nothing_piles_up_while_the_reader_is_slow(script: Start) -> None:
             assert taken * 10_000 < 2 * WINDOW_BYTES + 1_000_000
 
 
-def test_the_time_of_a_slow_reader_and_of_a_slow_source_is_not_the_servers(script: Start) -> None:
-    server = script(answer_all)
+def test_the_time_of_a_slow_reader_and_of_a_slow_source_is_not_the_servers(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     pause = threading.Event()
 
     def messages() -> Iterator[bytes]:
@@ -609,7 +609,7 @@ def test_the_time_of_a_slow_reader_and_of_a_slow_source_is_not_the_servers(scrip
             assert len(list(other.stream(messages()))) == 6
 
 
-def test_a_source_of_messages_that_come_one_by_one_is_sent_as_it_comes(script: Start) -> None:
+def test_a_source_of_messages_that_come_one_by_one_is_sent_as_it_comes(scripted_server: Start) -> None:
     arrived = threading.Semaphore(0)
 
     def serve(peer: Peer) -> None:
@@ -620,15 +620,15 @@ def test_a_source_of_messages_that_come_one_by_one_is_sent_as_it_comes(script: S
     def messages() -> Iterator[str]:
         for number in range(10):
             yield str(number)
-            assert arrived.acquire(timeout=PATIENCE)  # a batch that waited for more would wait for ever
+            assert arrived.acquire(timeout=TIMEOUT)  # a batch that waited for more would wait for ever
 
-    server = script(serve)
+    server = scripted_server(serve)
     with sync.connect(*server.address) as client:
         assert list(client.stream(messages(), window=1)) == [str(number) for number in range(10)]
 
 
-def test_leaving_early_does_no_harm_to_what_comes_after(script: Start) -> None:
-    server = script(answer_all)
+def test_leaving_early_does_no_harm_to_what_comes_after(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     messages = [str(number) for number in range(1000)]
     with sync.connect(*server.address) as client:
         for _ in range(3):
@@ -638,8 +638,8 @@ def test_leaving_early_does_no_harm_to_what_comes_after(script: Start) -> None:
     assert len(server.received) == 1
 
 
-def test_a_ping_in_the_middle_of_a_stream(script: Start) -> None:
-    server = script(answer_all)
+def test_a_ping_in_the_middle_of_a_stream(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     messages = [str(number) for number in range(100)]
     replies = []
     with sync.connect(*server.address) as client:
@@ -671,12 +671,12 @@ def test_the_client_can_be_used_where_its_messages_come_from() -> None:
         assert list(client.stream(messages())) == ["a", "b", "c"]
 
 
-def test_an_error_of_the_messages_comes_after_the_replies_before_it(script: Start) -> None:
+def test_an_error_of_the_messages_comes_after_the_replies_before_it(scripted_server: Start) -> None:
     def messages() -> Iterator[str]:
         yield from ("0", "1", "2", "3")
         raise ZeroDivisionError
 
-    server = script(answer_all)
+    server = scripted_server(answer_all)
     with sync.connect(*server.address) as client:
         stream = client.stream(messages())
         assert list(itertools.islice(stream, 4)) == ["0", "1", "2", "3"]
@@ -685,8 +685,8 @@ def test_an_error_of_the_messages_comes_after_the_replies_before_it(script: Star
 
 
 @pytest.mark.parametrize(("bad", "error"), [("a\nb", echo_async.MessageError), (5, TypeError)])
-def test_a_message_that_cannot_be_sent(script: Start, bad: Any, error: type[Exception]) -> None:
-    server = script(answer_all)
+def test_a_message_that_cannot_be_sent(scripted_server: Start, bad: Any, error: type[Exception]) -> None:
+    server = scripted_server(answer_all)
     with sync.connect(*server.address) as client:
         stream = client.stream(["0", "1", "2", bad, "never"])
         assert list(itertools.islice(stream, 3)) == ["0", "1", "2"]
@@ -694,8 +694,8 @@ def test_a_message_that_cannot_be_sent(script: Start, bad: Any, error: type[Exce
             next(stream)
 
 
-def test_one_message_is_no_stream_of_messages(script: Start) -> None:
-    with sync.connect(*script(answer_all).address) as client:
+def test_one_message_is_no_stream_of_messages(scripted_server: Start) -> None:
+    with sync.connect(*scripted_server(answer_all).address) as client:
         with pytest.raises(TypeError, match="not one message"):
             client.stream("Hola")
         with pytest.raises(echo_async.ConfigError, match="window 0 makes no sense"):
@@ -738,9 +738,9 @@ def _keep_fifth(peer: Peer) -> None:
     ],
 )
 def test_the_first_reply_that_fails_raises_after_those_before_it(
-    script: Start, serve: Serve, error: type[Exception]
+    scripted_server: Start, serve: Serve, error: type[Exception]
 ) -> None:
-    server = script(serve)
+    server = scripted_server(serve)
     with sync.connect(*server.address, timeout=0.5) as client:
         stream = client.stream(map(str, range(9)))
         assert list(itertools.islice(stream, 5)) == ["0", "1", "2", "3", "4"]
@@ -749,8 +749,8 @@ def test_the_first_reply_that_fails_raises_after_those_before_it(
         assert client.echo("after") == "after"
 
 
-def test_a_server_that_goes_away(script: Start) -> None:
-    server = script(answer_all)
+def test_a_server_that_goes_away(scripted_server: Start) -> None:
+    server = scripted_server(answer_all)
     with sync.connect(*server.address) as client:
         assert list(client.stream(["a", "b"])) == ["a", "b"]
         server.stop()
@@ -776,9 +776,9 @@ def context(authority: trustme.CA, tmp_path: Path) -> ssl.SSLContext:
 
 @pytest.mark.parametrize("serve", [answer_one, answer_all])
 def test_every_message_comes_back_over_tls(
-    script: Start, servers_context: ssl.SSLContext, context: ssl.SSLContext, serve: Serve
+    scripted_server: Start, servers_context: ssl.SSLContext, context: ssl.SSLContext, serve: Serve
 ) -> None:
-    server = script(over_tls(servers_context, serve))
+    server = scripted_server(over_tls(servers_context, serve))
     with sync.connect(*server.address, ssl=context) as client:
         for message in ("a", "", "ñ 🎉", "x" * 3_000_000):
             assert client.echo(message) == message
@@ -786,21 +786,21 @@ def test_every_message_comes_back_over_tls(
         assert list(client.stream(messages)) == messages
 
 
-def test_a_certificate_that_nobody_vouches_for(script: Start, servers_context: ssl.SSLContext) -> None:
-    server = script(over_tls(servers_context))
+def test_a_certificate_that_nobody_vouches_for(scripted_server: Start, servers_context: ssl.SSLContext) -> None:
+    server = scripted_server(over_tls(servers_context))
     with pytest.raises(echo_async.ConnectError, match="TLS: certificate verify failed: "):
         sync.echo("Hola", *server.address, ssl=True, retry=5)  # to try again would not help
 
 
-def test_a_server_that_speaks_no_tls(script: Start, context: ssl.SSLContext) -> None:
+def test_a_server_that_speaks_no_tls(scripted_server: Start, context: ssl.SSLContext) -> None:
     def greet(peer: Peer) -> None:
         peer.send(b"220 mail.example ESMTP\r\n")
         keep_silent(peer)
 
-    server = script(greet)
+    server = scripted_server(greet)
     with pytest.raises(echo_async.ConnectError, match="TLS: "):
         sync.connect(*server.address, ssl=context)
-    silent = script(keep_silent)
+    silent = scripted_server(keep_silent)
     with pytest.raises(echo_async.ConnectTimeout):
         sync.connect(*silent.address, ssl=context, connect_timeout=0.1)
 
@@ -822,6 +822,6 @@ except ConnectionError as error:
     print(type(error).__name__)
 """
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", code], capture_output=True, text=True, timeout=PATIENCE
+        [sys.executable, "-X", "dev", "-W", "error", "-c", code], capture_output=True, text=True, timeout=TIMEOUT
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "ConnectError\n", "")

@@ -18,16 +18,16 @@ from time import monotonic
 from typing import Any, cast
 
 import pytest
-from support import PATIENCE, SOON, receive_all, receive_line, server_process, until
+from support import MAX_DELAY, TIMEOUT, receive_all, receive_line, server_process, wait_until
 
 import echo_async
 from echo_async import sync
 
-pytestmark = pytest.mark.usefixtures("nothing_left_behind")
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 def exchange(address: Any, message: bytes) -> bytes:
-    with socket.create_connection(address, PATIENCE) as client:
+    with socket.create_connection(address, TIMEOUT) as client:
         client.sendall(message)
         return receive_line(client)
 
@@ -40,7 +40,7 @@ def thread(function: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        running.join(PATIENCE)
+        running.join(TIMEOUT)
         assert not running.is_alive()
 
 
@@ -115,13 +115,13 @@ def interrupt_who_waits() -> None:
     """Ctrl-C, once the main thread waits for the end of a server."""
     main = threading.main_thread().ident
     assert main is not None
-    until(lambda: "wait_closed" in [each.name for each in traceback.extract_stack(sys._current_frames()[main])])
+    wait_until(lambda: "wait_closed" in [each.name for each in traceback.extract_stack(sys._current_frames()[main])])
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_it_is_closed_by_ctrl_c_and_waited_for() -> None:
     server = sync.serve(port=0, mode="stream", timeout_graceful_shutdown=0.2)
-    with socket.create_connection(cast(tuple[str, int], server.address), PATIENCE) as client:
+    with socket.create_connection(cast(tuple[str, int], server.address), TIMEOUT) as client:
         client.sendall(b"Hola\nbegun")  # it holds the stop as long as it may
         assert receive_line(client) == b"Hola\n"
         with thread(interrupt_who_waits), pytest.raises(KeyboardInterrupt):
@@ -140,7 +140,7 @@ def test_it_is_closed_from_within_a_clients_own_thread() -> None:
     access.setLevel(logging.INFO)
     try:
         server = sync.serve(port=0, mode="stream")
-        with socket.create_connection(cast(tuple[str, int], server.address), PATIENCE) as client:
+        with socket.create_connection(cast(tuple[str, int], server.address), TIMEOUT) as client:
             client.sendall(b"Hola\n")
             assert receive_all(client) == b"Hola\n"
         server.wait_closed()
@@ -160,7 +160,7 @@ def test_many_threads_close_it_at_once_while_clients_come_and_go() -> None:
 
             for _ in range(3):
                 threads.enter_context(thread(use_until_closed))
-            until(lambda server=server: server.stats.messages > 5)  # type: ignore[misc]
+            wait_until(lambda server=server: server.stats.messages > 5)  # type: ignore[misc]
             for _ in range(3):
                 threads.enter_context(thread(server.close))
             server.wait_closed()
@@ -207,7 +207,7 @@ def test_a_client_for_whom_there_is_no_thread_is_refused_and_counted(monkeypatch
 
     monkeypatch.setattr(threading.Thread, "start", start_all_but_one)
     with sync.serve(port=0) as server:
-        with socket.create_connection(cast(tuple[str, int], server.address), PATIENCE) as client:
+        with socket.create_connection(cast(tuple[str, int], server.address), TIMEOUT) as client:
             assert receive_all(client) == b""
         assert exchange(server.address, b"Hola\n") == b"Hola\n"
         assert (server.stats.refused, server.stats.accepted) == (1, 1)
@@ -237,8 +237,8 @@ def test_it_serves_on_with_64_descriptors_and_200_clients(options: tuple[str, ..
         for client in clients:
             with suppress(ConnectionError):
                 client.sendall(b"Hola\n")
-        until(lambda: any(words in server.log for words in ("the limit", "cannot accept clients")))
-        until(lambda: len(answered(clients)) >= 20)
+        wait_until(lambda: any(words in server.log for words in ("the limit", "cannot accept clients")))
+        wait_until(lambda: len(answered(clients)) >= 20)
         served = answered(clients)
         assert len(served) < 64
         for client in served:  # those that were let in live
@@ -248,7 +248,7 @@ def test_it_serves_on_with_64_descriptors_and_200_clients(options: tuple[str, ..
             client.close()
         if options:  # nobody was refused: the others have waited for their turn
             others = [client for client in clients if client not in served]
-            until(lambda: len(served) + len(answered(others)) > 64)
+            wait_until(lambda: len(served) + len(answered(others)) > 64)
         stack.close()
         assert exchange(server.address, b"room again\n") == b"room again\n"
         code, log = server.stop()
@@ -272,7 +272,7 @@ def test_one_ctrl_c_ends_it_soon_with_1000_idle_clients() -> None:
         assert exchange(server.address, b"Hola\n") == b"Hola\n"  # those before it are let in
         began = monotonic()
         code, log = server.stop(signal.SIGINT)
-        assert monotonic() - began < SOON
+        assert monotonic() - began < MAX_DELAY
         assert {receive_all(client) for client in connected} == {b""}
     assert code == 0
     assert "Traceback" not in log
