@@ -3,13 +3,13 @@
     pip install locust 'echo-async[uvloop]'
     locust -f examples/locustfile.py --headless --host 127.0.0.1:5500 --users 10 --run-time 30s
 
-and, with a master and workers, on as many machines as are needed:
+With a master and two workers, on one machine or (with ``--master-host``) on several:
 
     locust -f examples/locustfile.py --headless --host 127.0.0.1:5500 --users 10 --master --expect-workers 2
-    locust -f - --worker          # twice here; on other machines, with --master-host
+    locust -f - --worker          # once per worker
 
-Requests of two types are counted: ``connect``, and ``echo``; a reply that differs is a failure of the type
-``mismatch``. Each user sends ``--echo-rate`` messages a second (0: one after the other, as fast as it can).
+Requests have the types ``connect`` and ``echo``. A reply that differs from its message is a failure of the type
+``mismatch``. Each user sends ``--echo-rate`` messages per second (0: the next as soon as the reply has arrived).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from echo_async.config import PORT
 
 @events.init_command_line_parser.add_listener
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("--echo-size", type=int, default=1024, help="bytes of a message, newline included")
-    parser.add_argument("--echo-rate", type=float, default=10.0, help="messages a second of each user; 0: all it can")
+    parser.add_argument("--echo-size", type=int, default=1024, help="bytes per message, newline included")
+    parser.add_argument("--echo-rate", type=float, default=10.0, help="messages per second and user; 0: no pause")
 
 
 class EchoUser(User):
-    """One connection, message after message; a new one after a failure, or where the server closes."""
+    """Send messages one after the other on one connection; reconnect after a failure."""
 
     client: sync.EchoClient | None = None
     number = 0
@@ -48,11 +48,11 @@ class EchoUser(User):
     def echo(self) -> None:
         size: int = self.environment.parsed_options.echo_size
         if self.client is None:
-            self._told("connect", "connect", 0, self._connect)
+            self._measure("connect", "connect", 0, self._connect)
         if self.client is not None:
             self.number += 1
             message = f"{self.number} ".ljust(size - 1, "x")
-            self._told("echo", f"{size} bytes", size, lambda: self._echo(message))
+            self._measure("echo", f"{size} bytes", size, lambda: self._echo(message))
 
     def _connect(self) -> None:
         host, _, port = (self.host or "").rpartition(":") if ":" in (self.host or "") else (self.host, "", PORT)
@@ -62,15 +62,15 @@ class EchoUser(User):
         assert self.client is not None
         self.client.echo(message)
 
-    def _told(self, kind: str, name: str, size: int, work: Callable[[], None]) -> None:
-        """Do ``work``, and tell Locust how long it took and how it ended."""
+    def _measure(self, kind: str, name: str, size: int, request: Callable[[], None]) -> None:
+        """Call ``request`` and report its duration and result to Locust."""
         start, failure = time.perf_counter(), None
         try:
-            work()
+            request()
         except EchoError as error:
             failure = error
             kind = "mismatch" if isinstance(error, ReplyDifferent) else kind
-            self._start_again()
+            self._disconnect()
         milliseconds = 1e3 * (time.perf_counter() - start)
         self.environment.events.request.fire(
             request_type=kind,
@@ -81,7 +81,7 @@ class EchoUser(User):
             context={},
         )
 
-    def _start_again(self) -> None:
+    def _disconnect(self) -> None:
         if self.client is not None:
             self.client.close()
             self.client = None
