@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import PATIENCE, ServerProcess, receive_all, receive_line, started
+from support import TIMEOUT, ServerProcess, command_process, receive_all, receive_line
 
 import echo_async
 from echo_async import sync
@@ -21,7 +21,7 @@ SERVERS = ["threads", "start_server", "protocol"]
 
 @pytest.fixture(scope="module", params=SERVERS)
 def server(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
-    with started([sys.executable, str(EXAMPLES / f"{request.param}.py"), "0"]) as server:
+    with command_process([sys.executable, str(EXAMPLES / f"{request.param}.py"), "0"]) as server:
         yield server
         code, log = server.stop(signal.SIGINT)
         assert (code, log) == (0, "")
@@ -82,7 +82,7 @@ def test_example_reset_ends_that_client_only(server: ServerProcess) -> None:
     with server.connect() as client:
         client.sendall(b"begun")
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    assert sync.echo("next", *server.address, timeout=PATIENCE) == "next"
+    assert sync.echo("next", *server.address, timeout=TIMEOUT) == "next"
 
 
 @pytest.mark.parametrize("name", SERVERS)
