@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
+
+import pytest
 
 import echo_async
+from echo_async import sync
 from echo_async.config import EngineName, ServerOptions
 from echo_async.loops import LoopName, loop_factory
 
@@ -203,3 +208,67 @@ def paused_processes(*processes: int) -> Iterator[None]:
 
 def is_stopped(process: int) -> bool:
     return all("\nState:\tT" in each.read_text() for each in Path(f"/proc/{process}/task").glob("*/status"))
+
+
+Start = Callable[..., AbstractContextManager[echo_async.EchoServer]]
+
+Kind = tuple[EngineName, LoopName]
+
+each_kind = pytest.mark.parametrize("kind", engines(), ids="-".join)
+
+
+def connect(server: echo_async.EchoServer | sync.EchoServer) -> socket.socket:
+    assert isinstance(server.address, tuple)
+    client = socket.create_connection(server.address, TIMEOUT)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return client
+
+
+def reset(client: socket.socket) -> None:
+    """Close with a reset, as a client does that crashed."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
+def echoes(client: socket.socket, message: bytes = b"still there\n") -> bool:
+    client.sendall(message)
+    return receive_line(client) == message
+
+
+def fill(client: socket.socket, data: bytes = bytes(range(32, 127)) * 10 + b"\n") -> None:
+    """Send until the server takes no more: it is waiting for this client to read."""
+    sent = 0
+    while select.select([], [client], [], 0.04)[1]:
+        sent += client.send(data[sent % len(data) :])
+
+
+async def in_some_turns(condition: Callable[[], bool]) -> None:
+    """Let the loop turn until what is done in it, or in threads, is done."""
+    for _ in range(1_000_000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it did not happen")
+
+
+def lines_of(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= level]
+
+
+@asynccontextmanager
+async def serving(kind: Kind, **options: Unpack[ServerOptions]) -> AsyncIterator[echo_async.EchoServer]:
+    """A server in the running loop, which its block has to close; and nothing of it is left then."""
+    defaults: ServerOptions = {"engine": kind[0], "port": 0, "mode": "stream"}
+    server = await echo_async.serve(**(defaults | options))
+    yield server
+    assert not server.is_serving()
+    assert server.sockets == ()
+    assert server.stats.active == 0
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+def receive_exactly(client: socket.socket, size: int) -> bytes:
+    received = bytearray()
+    while len(received) < size:
+        received += client.recv(min(65536, size - len(received)))
+    return bytes(received)

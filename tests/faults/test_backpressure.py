@@ -1,0 +1,68 @@
+"""Replies that wait for a slow reader."""
+
+from __future__ import annotations
+
+import select
+import socket
+import ssl
+import threading
+from contextlib import suppress
+from random import Random
+
+import pytest
+from support import (
+    TIMEOUT,
+    Start,
+    connect,
+    each_kind,
+    wait_until,
+)
+
+import echo_async
+from echo_async.engines.registry import Registry
+from echo_async.engines.threads import ThreadConnection
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@each_kind
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_ten_mebibytes_come_back_byte_for_byte_to_a_reader_that_pauses(
+    start: Start, tls: bool, trusting: ssl.SSLContext
+) -> None:
+    pattern = Random(5500).randbytes(10 * 1024 * 1024)
+    with start(tls=tls, mode="raw", chunk_size=65536) as server, connect(server) as plain:
+        client = trusting.wrap_socket(plain, server_hostname="localhost") if tls else plain
+        client.setblocking(False)  # one thread does both: OpenSSL allows no two of them at one connection
+        no_more_now = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
+        unsent, received, seen = memoryview(pattern), bytearray(), -1
+        while len(received) < len(pattern):
+            while seen != (seen := server.stats.bytes_in):  # until the server is held up: nobody reads
+                with suppress(*no_more_now):
+                    while unsent:
+                        unsent = unsent[client.send(unsent[:65536]) :]
+                select.select([], [], [], 0.005)
+            select.select([client], [], [], 0.005)  # TLS may have something that the socket has no more
+            with suppress(*no_more_now):
+                for _ in range(40):
+                    received += client.recv(65536)
+        assert received == pattern
+        client.close()
+
+
+def test_a_large_reply_that_gets_on_can_be_seen_to_get_on() -> None:
+    """For the time-out of a client that does not read: it is for no progress at all."""
+    ours, theirs = socket.socketpair()
+    connection = ThreadConnection(Registry(echo_async.ServerConfig(mode="raw", no_access_log=True)), theirs, None)
+    size = 8 * 1024 * 1024
+    sending = threading.Thread(target=connection._send, args=[bytes(size)])
+    with ours, theirs:
+        sending.start()
+        left = size
+        while left:
+            if left == size // 2:
+                wait_until(lambda: connection.unsent() < size)
+            left -= len(ours.recv(min(65536, left), socket.MSG_WAITALL))
+        sending.join(TIMEOUT)
+        assert not sending.is_alive()
+    assert connection.unsent() == 0

@@ -1,0 +1,253 @@
+"""Clients that fail in any state: each ends alone, is counted, and leaves nothing.
+
+A fault is one row of a table: what a client does, and which counters may move. Beside it there is always a healthy
+client, which must not notice anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+
+import pytest
+from support import (
+    TIMEOUT,
+    Kind,
+    ServerThread,
+    Start,
+    connect,
+    each_kind,
+    echoes,
+    fill,
+    lines_of,
+    receive_all,
+    receive_line,
+    reset,
+    wait_until,
+)
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+def connect_and_leave(client: socket.socket) -> None:
+    client.close()
+
+
+def connect_and_reset(client: socket.socket) -> None:
+    reset(client)
+
+
+def leave_in_mid_message(client: socket.socket) -> None:
+    client.sendall(b"begun")
+    client.close()
+
+
+def reset_after_a_reply(client: socket.socket) -> None:
+    assert echoes(client)
+    reset(client)
+
+
+def reset_in_mid_message(client: socket.socket) -> None:
+    client.sendall(b"one\nbegun")
+    assert receive_line(client) == b"one\n"
+    reset(client)
+
+
+def reset_while_replies_are_queued(client: socket.socket) -> None:
+    fill(client)
+    reset(client)
+
+
+def leave_while_replies_are_queued(client: socket.socket) -> None:
+    fill(client)
+    client.close()
+
+
+def half_close_without_a_word(client: socket.socket) -> None:
+    client.shutdown(socket.SHUT_WR)
+    assert receive_all(client) == b""
+
+
+def half_close_in_mid_message(client: socket.socket) -> None:
+    client.sendall(b"one\nbegun")
+    client.shutdown(socket.SHUT_WR)
+    assert receive_all(client) == b"one\n"
+
+
+def half_close_and_read(client: socket.socket) -> None:
+    messages = b"".join(b"%d\n" % number for number in range(2000))
+    client.sendall(messages)
+    client.shutdown(socket.SHUT_WR)
+    assert receive_all(client) == messages
+
+
+def dribble(client: socket.socket) -> None:
+    for byte in b"one byte at a time\n":
+        client.sendall(bytes([byte]))
+    assert receive_line(client) == b"one byte at a time\n"
+
+
+def flood_and_reset(client: socket.socket) -> None:
+    client.sendall(b"x" * 399_999 + b"\n")
+    reset(client)
+
+
+def never_read(client: socket.socket) -> None:
+    with suppress(ConnectionError):  # until the server ends it
+        fill(client)
+        while True:
+            client.sendall(bytes(65536))
+
+
+def close_the_window_and_open_it(client: socket.socket) -> None:
+    """No zero window lasts as long as ``timeout_write``; what was sent before comes back in order."""
+    line = bytes(range(32, 127)) * 10 + b"\n"
+    sent = 0
+    while select.select([], [client], [], 0.04)[1]:
+        sent += client.send(line[sent % len(line) :])
+    client.shutdown(socket.SHUT_WR)
+    expected = line * (sent // len(line))
+    received = receive_all(client)
+    assert received == expected
+
+
+def hear_nothing(client: socket.socket) -> None:
+    client.shutdown(socket.SHUT_RD)
+    with suppress(ConnectionError):
+        client.sendall(b"a message\n" * 100)
+    reset(client)
+
+
+def send_urgent_data(client: socket.socket) -> None:
+    client.send(b"!", socket.MSG_OOB)
+    assert echoes(client)
+
+
+def send_what_is_too_long(client: socket.socket) -> None:
+    client.sendall(b"one\n" + b"x" * 600_000)
+    client.shutdown(socket.SHUT_WR)
+    assert receive_all(client) == b"one\n"
+
+
+FAULTS: list[tuple[Callable[[socket.socket], None], dict[str, int]]] = [
+    # what the client does              what it adds to the counters, besides accepted, messages and bytes
+    (connect_and_leave, {}),
+    (connect_and_reset, {}),
+    (leave_in_mid_message, {"lost": 1}),
+    (reset_after_a_reply, {}),
+    (reset_in_mid_message, {"lost": 1}),
+    (reset_while_replies_are_queued, {}),
+    (leave_while_replies_are_queued, {}),
+    (half_close_without_a_word, {}),
+    (half_close_in_mid_message, {"lost": 1}),
+    (half_close_and_read, {}),
+    (dribble, {}),
+    (flood_and_reset, {}),
+    (never_read, {"timeouts_write": 1}),
+    (close_the_window_and_open_it, {}),
+    (hear_nothing, {}),
+    (send_urgent_data, {}),
+    (send_what_is_too_long, {"too_long": 1}),
+]
+
+MAY_LOSE = {reset_while_replies_are_queued, leave_while_replies_are_queued, flood_and_reset, never_read}  # mid-message
+
+MAY_LOSE |= {close_the_window_and_open_it, hear_nothing}
+
+
+@each_kind
+@pytest.mark.parametrize(("fault", "counted"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
+def test_a_faulty_client_ends_alone(
+    start: Start,
+    fault: Callable[[socket.socket], None],
+    counted: dict[str, int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "echo_async")
+    timeout = 0.3 if fault is never_read else 30
+    with (
+        start(timeout_write=timeout, limit_message_size=500_000, chunk_size=4096, no_access_log=True) as server,
+        connect(server) as well,
+    ):
+        assert echoes(well)
+        with connect(server) as client:
+            fault(client)
+        wait_until(lambda: server.stats.accepted == 2 and server.stats.active == 1)
+        assert echoes(well)
+        stats = {name: number for name, number in asdict(server.stats).items() if number}
+        for name in ("accepted", "active", "messages", "bytes_in", "bytes_out"):
+            del stats[name]
+        if fault in MAY_LOSE:
+            stats.pop("lost", None)
+        assert stats == counted
+    assert lines_of(caplog, logging.ERROR) == []
+    assert len(lines_of(caplog, logging.INFO)) <= 2
+
+
+@each_kind
+def test_clients_that_came_and_went_before_they_were_accepted(kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
+    """The queue of a listening socket is as long as it is: some have gone, some have reset, all others are served."""
+    caplog.set_level(logging.DEBUG, "echo_async")
+    engine, loop = kind
+    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    waiting = []
+    for number in range(300):
+        client = socket.create_connection(listener.getsockname(), TIMEOUT)
+        if number % 3 == 0:
+            reset(client)
+            continue
+        client.sendall(b"%d\n" % number)
+        if number % 3 == 1:
+            client.close()
+        else:
+            waiting.append((client, number))
+    with ServerThread(loop, {"engine": engine, "fd": listener.detach()}) as server:
+        for client, number in waiting:
+            assert receive_all(client) == b"%d\n" % number
+            client.close()
+        wait_until(lambda: server.stats.accepted == 300 and server.stats.active == 0)
+    assert lines_of(caplog, logging.WARNING) == []
+    assert not [line for line in lines_of(caplog, logging.DEBUG) if "unix" in line or "None" in line]
+
+
+@each_kind
+def test_every_place_is_free_again_after_any_kind_of_end(start: Start) -> None:
+    with start(limit_connections=3, limit_message_size=100, no_access_log=True) as server:
+        ends = [
+            connect_and_leave,
+            connect_and_reset,
+            leave_in_mid_message,
+            half_close_in_mid_message,
+            reset_after_a_reply,
+        ]
+        for number in range(60):
+            with connect(server) as client, suppress(ConnectionError):
+                ends[number % len(ends)](client)
+            wait_until(lambda number=number: server.stats.accepted == number + 1)  # type: ignore[misc]
+            wait_until(lambda: server.stats.active == 0)
+        assert server.stats.refused == 0
+        with ExitStack() as clients:
+            full = [clients.enter_context(connect(server)) for _ in range(3)]
+            assert all(map(echoes, full))
+            with connect(server) as one_more, suppress(ConnectionError):
+                assert receive_all(one_more) == b""
+            assert server.stats.refused == 1
+
+
+@each_kind
+def test_clients_that_reset_with_much_unanswered_are_no_line_of_the_event_loops(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    with start(no_access_log=True) as server:
+        for _ in range(30):
+            client = connect(server)
+            client.sendall(b"hello\n")
+            assert receive_line(client) == b"hello\n"
+            client.sendall(b"a\n" * 8000)
+            reset(client)
+        wait_until(lambda: server.stats.active == 0)
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []

@@ -1,0 +1,187 @@
+"""Start, close, cancel, repeat: nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from support import (
+    TIMEOUT,
+    Kind,
+    connect,
+    each_kind,
+    echoes,
+    engines,
+    run,
+    serving,
+)
+
+import echo_async
+from echo_async import sync
+from echo_async.loops import loop_factory
+from echo_async.server.server import start_server
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+def test_a_default_time_out_of_the_program_is_none_for_clients() -> None:
+    before = socket.getdefaulttimeout()
+    with sync.serve(port=0, mode="stream") as server, connect(server) as client:
+        socket.setdefaulttimeout(0.05)
+        try:
+            with socket.create_connection(server.address, TIMEOUT) as another:
+                assert echoes(another)
+                select.select([another], [], [], 0.2)  # longer than the program's default
+                assert echoes(another)
+        finally:
+            socket.setdefaulttimeout(before)
+        assert echoes(client)
+
+
+@pytest.mark.parametrize("kind", engines(), ids="-".join)
+def test_a_start_that_is_cancelled_leaves_nothing(kind: Kind) -> None:
+    async def main() -> None:
+        async with serving(kind) as server:  # what the loop opens for itself is open then
+            server.close()
+            await server.wait_closed()
+        before = sorted(os.listdir("/proc/self/fd"))
+        for turns in range(6):
+            starting = asyncio.ensure_future(start_server(echo_async.ServerConfig(engine=kind[0], port=0)))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            starting.cancel()
+            with suppress(asyncio.CancelledError):
+                server = await starting
+                server.close()
+                await server.wait_closed()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert sorted(os.listdir("/proc/self/fd")) == before
+
+    run(main, kind[1])
+
+
+@each_kind
+def test_it_can_be_closed_twice_by_many_and_waited_for_by_many(kind: Kind) -> None:
+    async def main() -> None:
+        async with serving(kind) as server, asyncio.timeout(TIMEOUT):
+            server.close()
+            await asyncio.gather(*(server.wait_closed() for _ in range(3)))
+            server.close()
+            server.abort()
+            await server.wait_closed()
+            await server.serve_forever()
+
+    run(main, kind[1])
+
+
+@each_kind
+def test_one_that_was_awaited_can_be_entered_and_is_closed_with_the_block(kind: Kind) -> None:
+    async def main() -> None:
+        async with serving(kind) as server, asyncio.timeout(TIMEOUT), server as entered:
+            assert entered is server
+            assert await echo_async.echo("hello", *server.address) == "hello"
+
+    run(main, kind[1])
+
+
+@each_kind
+def test_it_can_be_closed_before_its_loop_has_turned(kind: Kind) -> None:
+    async def main() -> None:
+        async with serving(kind) as server, asyncio.timeout(TIMEOUT):
+            server.close()
+            await server.wait_closed()
+
+    run(main, kind[1])
+
+
+@each_kind
+def test_a_task_that_serves_can_be_cancelled(kind: Kind) -> None:
+    async def main() -> None:
+        async with serving(kind) as server, asyncio.timeout(TIMEOUT):
+            assert isinstance(server.address, tuple)
+            reader, writer = await asyncio.open_connection(*server.address)
+            writer.write(b"one\n")
+            assert await reader.readline() == b"one\n"
+            task = asyncio.create_task(server.serve_forever())
+            await asyncio.sleep(0)
+            task.cancel()
+            assert await reader.read() == b""
+            writer.close()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    run(main, kind[1])
+
+
+@each_kind
+def test_two_hundred_lives_in_one_process(kind: Kind) -> None:
+    """Start, serve, stop, on the same port each time. What the host program has set is as it was."""
+    engine, loop = kind
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+
+    async def live(port: int) -> int:
+        async with echo_async.serve(engine=engine, port=port) as server:
+            assert isinstance(server.address, tuple)
+            reader, writer = await asyncio.open_connection(*server.address)
+            writer.write(b"alive\n")
+            assert await reader.read() == b"alive\n"
+            writer.close()
+            await writer.wait_closed()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert server.port is not None
+        return server.port
+
+    def memory() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    with asyncio.Runner(loop_factory=loop_factory(loop)) as runner:
+        port = 0
+        for _ in range(50):
+            port = runner.run(live(port))
+        gc.collect()
+        threads, descriptors, before = threading.enumerate(), len(os.listdir("/proc/self/fd")), memory()
+        for _ in range(150):
+            assert runner.run(live(port)) == port
+        gc.collect()
+        assert set(threading.enumerate()) <= set(threads)  # of those before, trio's may have ended
+        assert len(os.listdir("/proc/self/fd")) == descriptors
+        assert memory() - before < 5 * 1024 * 1024
+        assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
+
+
+KINDS = [["--loop", "asyncio"], ["--loop", "uvloop"], ["--engine", "threads"]]
+
+STOPPED_WHILE_IT_STARTS = """
+import os, signal, sys
+from echo_async import net
+from echo_async.cli.server import main
+
+bind = net.bind
+
+def signalled(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return bind(*arguments)
+
+net.bind = signalled
+sys.exit(main(["--port", "0", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("kind", [*KINDS, ["--workers", "2"]], ids=" ".join)
+def test_a_signal_while_it_starts_is_a_stop(kind: list[str]) -> None:
+    command = [sys.executable, "-c", STOPPED_WHILE_IT_STARTS, *kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0
+    assert " SIGTERM: stopping\n" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,276 @@
+"""Graceful shutdown and abort, in every state of a connection."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import socket
+import ssl
+import sys
+import termios
+import threading
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from support import (
+    LOOPS,
+    MAX_DELAY,
+    TIMEOUT,
+    Kind,
+    Start,
+    connect,
+    each_kind,
+    fill,
+    in_some_turns,
+    receive_all,
+    receive_exactly,
+    run,
+    serving,
+    wait_until,
+)
+
+import echo_async
+from echo_async.config import ServerOptions
+from echo_async.conversation import StreamConversation
+from echo_async.engines.protocol import ProtocolConnection
+from echo_async.engines.registry import Registry
+from echo_async.loops import LoopName
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@each_kind
+@pytest.mark.parametrize("no_access_log", [True, False], ids=["quiet", "logged"])
+@pytest.mark.parametrize("chunk_size", [20, 65536])
+def test_a_stop_answers_all_that_had_arrived(
+    kind: Kind, chunk_size: int, no_access_log: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also what the server had not read yet, because it was busy with what came before; and each line is in the log."""
+    caplog.set_level(logging.INFO, "echo_async")
+    messages = b"sixteen letters!\n" * 5000
+
+    async def main() -> None:
+        options: ServerOptions = {"chunk_size": chunk_size, "no_access_log": no_access_log}
+        loop = asyncio.get_running_loop()
+        async with serving(kind, **options) as server, asyncio.timeout(TIMEOUT):
+            with await asyncio.to_thread(connect, server) as client:
+                client.setblocking(False)
+                await loop.sock_sendall(client, b"hello\n")
+                assert await loop.sock_recv(client, 6) == b"hello\n"
+                sent = client.send(messages)
+                while int.from_bytes(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+                    pass  # until the server's kernel has all of it
+                server.close()
+                client.shutdown(socket.SHUT_WR)
+                client.settimeout(TIMEOUT)
+                whole = sent - sent % 17
+                assert await asyncio.to_thread(receive_all, client) == messages[:whole]
+            await server.wait_closed()
+            lines = [record for record in caplog.records if record.name == "echo_async.access"]
+            assert len(lines) == (0 if no_access_log else 1 + whole // 17)
+
+    run(main, kind[1])
+
+
+@each_kind
+def test_replies_that_are_sent_while_it_closes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that reads nothing until its last message was answered, and its side is ended."""
+    monkeypatch.setattr("echo_async.engines.streams.DRAIN_THRESHOLD", 2**40)
+    messages = b"sixteen letters!\n" * 500_000
+    with start(no_access_log=True, chunk_size=65536) as server, connect(server) as client:
+        sending = threading.Thread(target=client.sendall, args=[messages])
+        sending.start()
+        if server.config.engine != "streams":  # the others read on when the client does
+            assert receive_exactly(client, len(messages)) == messages
+        sending.join(TIMEOUT)
+        client.shutdown(socket.SHUT_WR)
+        if server.config.engine == "streams":
+            wait_until(lambda: server.stats.bytes_in == len(messages))
+            assert receive_exactly(client, len(messages)) == messages
+        assert client.recv(1) == b""
+        wait_until(lambda: server.stats.active == 0)
+
+
+def not_read_from(address: object) -> int:
+    """Bytes that the kernel has for the socket of this process that is connected to ``address``."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # it is no socket, or not connected
+            copy = os.dup(number)
+            try:
+                found = socket.socket(fileno=copy)
+            except OSError:
+                os.close(copy)
+                continue
+            with found:
+                if found.getpeername() == address:
+                    return int.from_bytes(fcntl.ioctl(found, termios.FIONREAD, bytes(4)), sys.byteorder)
+    raise AssertionError("there is none")
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_a_stop_answers_what_waits_in_the_kernel_and_not_what_a_flood_brings_later(
+    loop: LoopName, tls: bool, certificate: Path, trusting: ssl.SSLContext
+) -> None:
+    """The engine ``protocol``, which is given what arrives and cannot go and read it."""
+    messages = b"sixteen letters!\n" * 500
+
+    async def main() -> None:
+        registry, ended = Registry(echo_async.ServerConfig(mode="stream", no_access_log=True)), asyncio.Event()
+        registry.on_empty = ended.set
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate)
+        ours, theirs = socket.socketpair()
+        connecting = asyncio.create_task(
+            asyncio.get_running_loop().connect_accepted_socket(
+                partial(ProtocolConnection, registry), theirs, ssl=context if tls else None
+            )
+        )
+        reader, writer = await asyncio.open_connection(
+            sock=ours, ssl=trusting if tls else None, server_hostname="localhost" if tls else None
+        )
+        await connecting
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                writer.write(b"one\n")
+                assert await reader.readline() == b"one\n"
+                writer.write(messages)  # which sends at once
+                registry.stop()
+                received = await reader.readexactly(len(messages))
+                while not reader.at_eof():
+                    if not writer.is_closing():
+                        writer.write(messages)
+                    received += await reader.read(65536)
+                    registry.sweep()
+            assert received.startswith(messages)
+            assert len(received) % 17 == 0
+        finally:
+            writer.transport.abort()
+            registry.abort()
+            async with asyncio.timeout(TIMEOUT):
+                await ended.wait()
+
+    run(main, loop)
+
+
+@each_kind
+def test_a_stop_answers_what_a_client_had_sent_that_reads_slowly(kind: Kind) -> None:
+    async def main() -> None:
+        async with serving(kind, chunk_size=65536) as server, asyncio.timeout(TIMEOUT):
+            with await asyncio.to_thread(connect, server) as client:
+                client.setblocking(False)
+                client.send(b"sixteen letters!\n")  # so that it is accepted before it sends all that it can
+                received = await asyncio.get_running_loop().sock_recv(client, 17)
+                sent = 0
+                with suppress(BlockingIOError):
+                    while True:
+                        sent += client.send(b"sixteen letters!\n" * 1000)
+                        await asyncio.sleep(0)
+                had_arrived = server.stats.bytes_in + not_read_from(client.getsockname())
+                server.close()
+                client.shutdown(socket.SHUT_WR)
+                client.settimeout(TIMEOUT)
+                received += await asyncio.to_thread(receive_all, client)
+            await server.wait_closed()
+            assert len(received) >= had_arrived - had_arrived % 17
+
+    run(main, kind[1])
+
+
+@each_kind
+def test_a_stop_from_where_a_client_is_served(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("echo_async.engines.registry.LINGER_TIMEOUT_AT_STOP", 0.05)
+    receive = StreamConversation.receive
+    servers: list[echo_async.EchoServer] = []
+
+    def stop(self: StreamConversation, data: bytes) -> bytes:
+        servers[0].close()
+        return receive(self, data)
+
+    monkeypatch.setattr(StreamConversation, "receive", stop)
+
+    async def main() -> None:
+        async with serving(kind) as server, asyncio.timeout(TIMEOUT):
+            servers.append(server)
+            with connect(server) as client:
+                client.sendall(b"stop\n")
+                await server.wait_closed()
+                assert receive_all(client) == b"stop\n"
+
+    run(main, kind[1])
+
+
+@each_kind
+def test_a_stop_while_one_client_leaves_and_another_comes(kind: Kind) -> None:
+    async def main() -> None:
+        async with serving(kind, timeout_graceful_shutdown=1) as server, asyncio.timeout(TIMEOUT):
+            leaving = connect(server)
+            leaving.sendall(b"one\n")
+            await in_some_turns(lambda: server.stats.messages == 1)
+            leaving.close()
+            with connect(server) as coming:
+                coming.sendall(b"begun, ")
+                server.close()
+                await in_some_turns(lambda: all(each.fileno() == -1 for each in server.sockets))
+                coming.sendall(b"finished\n")
+                await in_some_turns(lambda: server.stats.active == 0 or server.stats.messages == 2)
+                assert coming.recv(100) == b"begun, finished\n"
+            await server.wait_closed()
+
+    run(main, kind[1])
+
+
+@each_kind
+def test_a_stop_that_is_cancelled_ends_at_once(kind: Kind) -> None:
+    async def main() -> None:
+        async with serving(kind, timeout_graceful_shutdown=600) as server, asyncio.timeout(TIMEOUT):
+            with connect(server) as client:
+                client.sendall(b"never finished")
+                await in_some_turns(lambda: server.stats.bytes_in > 0)
+                server.close()
+                waiting = asyncio.create_task(server.wait_closed())
+                await asyncio.sleep(0)
+                waiting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+
+    run(main, kind[1])
+
+
+@each_kind
+@pytest.mark.parametrize("accepted", [True, False], ids=["accepted", "still in the queue"])
+def test_an_abort_waits_for_nobody(kind: Kind, accepted: bool) -> None:
+    async def main() -> None:
+        async with serving(kind, timeout_graceful_shutdown=600) as server, asyncio.timeout(TIMEOUT):
+            with connect(server) as client:
+                client.sendall(b"never finished")
+                await in_some_turns(lambda: not accepted or server.stats.bytes_in > 0)
+                server.abort()
+                await server.wait_closed()
+
+    run(main, kind[1])
+
+
+@each_kind
+def test_a_stop_waits_for_a_slow_reader_as_long_as_it_may(start: Start) -> None:
+    """Nobody who reads slowly, or not at all, holds it longer than ``timeout_graceful_shutdown``."""
+    with (
+        start(timeout_graceful_shutdown=0.2, chunk_size=65536, no_access_log=True) as server,
+        connect(server) as deaf,
+        connect(server) as slow,
+    ):
+        for client in (deaf, slow):
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            fill(client)
+        began = monotonic()
+        server.close()
+        with suppress(ConnectionError):
+            while server.stats.active and slow.recv(100):
+                pass
+        wait_until(lambda: server.stats.active == 0)
+        assert monotonic() - began < MAX_DELAY
