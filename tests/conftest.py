@@ -8,15 +8,21 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Unpack
 
 import pytest
 import trustme
 from hypothesis import settings
 from scripted import ScriptedServer, Serve, Start
-from support import LOOPS, run, wait_until
+from support import BACKENDS, LOOPS, Backend, ServerThread, StartServer, run, wait_until
+
+import echo_async
+from echo_async.config import ServerOptions
 
 settings.register_profile("any machine", deadline=None)  # however slow or busy it is
 settings.load_profile("any machine")
@@ -69,6 +75,43 @@ def restore_loggers() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def authority() -> trustme.CA:
     return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def certificate(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a certificate for ``localhost`` and its key."""
+    path = tmp_path_factory.mktemp("certificate") / "server.pem"
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(path))
+    return path
+
+
+@pytest.fixture
+def client_context(authority: trustme.CA) -> ssl.SSLContext:
+    """The TLS context of a client that trusts ``certificate``."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(context)
+    return context
+
+
+@pytest.fixture(params=BACKENDS, ids="-".join)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    backend: Backend = request.param
+    return backend
+
+
+@pytest.fixture
+def start_server(backend: Backend, certificate: Path) -> StartServer:
+    """Start servers of each engine on each event loop, with TLS if ``tls`` is true."""
+
+    @contextmanager
+    def start(*, tls: bool = False, **options: Unpack[ServerOptions]) -> Iterator[echo_async.EchoServer]:
+        options = {"engine": backend.engine, "port": 0, **options}
+        if tls:
+            options["ssl_certfile"] = str(certificate)
+        with ServerThread(backend.loop, options) as server:
+            yield server
+
+    return start
 
 
 @pytest.fixture

@@ -15,12 +15,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
-from typing import Any, TypeVar, Unpack
+from typing import Any, NamedTuple, Protocol, TypeVar, Unpack
 
 import pytest
 
 import echo_async
-from echo_async import sync
 from echo_async.config import EngineName, ServerOptions
 from echo_async.loops import LoopName, loop_factory
 
@@ -37,14 +36,25 @@ def run(main: Callable[[], Coroutine[Any, Any, T]], loop: LoopName = "asyncio") 
         return runner.run(main())
 
 
-def engines() -> list[tuple[EngineName, LoopName]]:
-    """Every engine, on every loop that it runs on."""
-    asyncio_engines: tuple[EngineName, ...] = ("streams", "protocol")
-    return [*((engine, loop) for engine in asyncio_engines for loop in LOOPS), ("threads", "asyncio")]
+class Backend(NamedTuple):
+    """An engine, and the event loop that the server runs on."""
+
+    engine: EngineName
+    loop: LoopName
+
+
+BACKENDS = [
+    Backend("streams", "asyncio"),
+    Backend("streams", "uvloop"),
+    Backend("protocol", "asyncio"),
+    Backend("protocol", "uvloop"),
+    Backend("threads", "asyncio"),
+]
+StartServer = Callable[..., AbstractContextManager[echo_async.EchoServer]]
 
 
 class ServerThread:
-    """A server in an event loop of its own, in a thread of its own."""
+    """A server in its own event loop, in its own thread. On exit it is closed and must leave no task."""
 
     def __init__(self, loop: LoopName, options: ServerOptions) -> None:
         self._runner = asyncio.Runner(loop_factory=loop_factory(loop))
@@ -89,7 +99,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def receive_line(client: socket.socket, size: int = 0) -> bytes:
-    """What comes until a newline that ends at least ``size`` bytes."""
+    """Read until a newline ends at least ``size`` bytes."""
     line = b""
     while len(line) < size or not line.endswith(b"\n"):
         data = client.recv(65536)
@@ -99,7 +109,7 @@ def receive_line(client: socket.socket, size: int = 0) -> bytes:
 
 
 def receive_all(client: socket.socket) -> bytes:
-    """Everything that comes until the other side ends."""
+    """Read until the end of the stream."""
     received = bytearray()
     while data := client.recv(65536):
         received += data
@@ -210,55 +220,61 @@ def is_stopped(process: int) -> bool:
     return all("\nState:\tT" in each.read_text() for each in Path(f"/proc/{process}/task").glob("*/status"))
 
 
-Start = Callable[..., AbstractContextManager[echo_async.EchoServer]]
+class HasAddress(Protocol):
+    """A running server."""
 
-Kind = tuple[EngineName, LoopName]
+    @property
+    def address(self) -> Any: ...
 
-each_kind = pytest.mark.parametrize("kind", engines(), ids="-".join)
 
-
-def connect(server: echo_async.EchoServer | sync.EchoServer) -> socket.socket:
-    assert isinstance(server.address, tuple)
+def connect(server: HasAddress) -> socket.socket:
+    """Connect a blocking socket with a timeout and without Nagle's algorithm."""
+    if isinstance(server.address, str):
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(TIMEOUT)
+        client.connect(server.address)
+        return client
     client = socket.create_connection(server.address, TIMEOUT)
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return client
 
 
 def reset(client: socket.socket) -> None:
-    """Close with a reset, as a client does that crashed."""
+    """Close the connection with a reset."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
 
 
-def echoes(client: socket.socket, message: bytes = b"still there\n") -> bool:
+def is_echoed(client: socket.socket, message: bytes = b"still there\n") -> bool:
+    """Send a message and compare the reply with it."""
     client.sendall(message)
     return receive_line(client) == message
 
 
 def fill(client: socket.socket, data: bytes = bytes(range(32, 127)) * 10 + b"\n") -> None:
-    """Send until the server takes no more: it is waiting for this client to read."""
+    """Send until the server stops reading because this client reads nothing."""
     sent = 0
     while select.select([], [client], [], 0.04)[1]:
         sent += client.send(data[sent % len(data) :])
 
 
-async def in_some_turns(condition: Callable[[], bool]) -> None:
-    """Let the loop turn until what is done in it, or in threads, is done."""
-    for _ in range(1_000_000):
-        if condition():
-            return
+async def wait_in_loop(condition: Callable[[], bool]) -> None:
+    """Run the event loop until ``condition`` holds."""
+    deadline = monotonic() + TIMEOUT
+    while not condition():
+        assert monotonic() < deadline, f"condition not met within {TIMEOUT} s"
         await asyncio.sleep(0)
-    raise AssertionError("it did not happen")
 
 
-def lines_of(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+def log_lines(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:
+    """Return the captured messages of ``level`` and above."""
     return [record.getMessage() for record in caplog.records if record.levelno >= level]
 
 
 @asynccontextmanager
-async def serving(kind: Kind, **options: Unpack[ServerOptions]) -> AsyncIterator[echo_async.EchoServer]:
-    """A server in the running loop, which its block has to close; and nothing of it is left then."""
-    defaults: ServerOptions = {"engine": kind[0], "port": 0, "mode": "stream"}
+async def serve_in_loop(backend: Backend, **options: Unpack[ServerOptions]) -> AsyncIterator[echo_async.EchoServer]:
+    """Start a server in the running loop. The block closes it; no socket, connection or task may be left."""
+    defaults: ServerOptions = {"engine": backend.engine, "port": 0, "mode": "stream"}
     server = await echo_async.serve(**(defaults | options))
     yield server
     assert not server.is_serving()
@@ -268,7 +284,8 @@ async def serving(kind: Kind, **options: Unpack[ServerOptions]) -> AsyncIterator
 
 
 def receive_exactly(client: socket.socket, size: int) -> bytes:
+    """Read ``size`` bytes; fewer only at the end of the stream."""
     received = bytearray()
-    while len(received) < size:
-        received += client.recv(min(65536, size - len(received)))
+    while len(received) < size and (data := client.recv(min(65536, size - len(received)))):
+        received += data
     return bytes(received)

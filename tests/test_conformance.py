@@ -1,6 +1,6 @@
 """One suite for all engines: what the interface promises on the wire, over real sockets.
 
-A new engine joins by its line in ``support.engines``. Clients are blocking sockets in the test's own thread;
+A new engine joins by its line in ``support.BACKENDS``. Clients are blocking sockets in the test's own thread;
 the server runs in an event loop in another, so nothing here depends on how an engine works inside.
 """
 
@@ -8,45 +8,18 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Unpack
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import TIMEOUT, ServerThread, engines, receive_all, receive_line, wait_until
+from support import TIMEOUT, StartServer, connect, receive_all, receive_line, reset, wait_until
 
-import echo_async
-from echo_async.config import Mode, ServerOptions
+from echo_async.config import Mode
 
-Start = Callable[..., AbstractContextManager[echo_async.EchoServer]]
-
-
-@pytest.fixture(params=engines(), ids="-".join)
-def start(request: pytest.FixtureRequest, no_leaks: None) -> Start:
-    """Starts servers of one engine on one loop."""
-    engine, loop = request.param
-
-    @contextmanager
-    def start(**options: Unpack[ServerOptions]) -> Iterator[echo_async.EchoServer]:
-        options.setdefault("port", 0)
-        with ServerThread(loop, {"engine": engine, **options}) as server:
-            yield server
-
-    return start
-
-
-def connect(server: echo_async.EchoServer) -> socket.socket:
-    if isinstance(server.address, str):
-        client = socket.socket(socket.AF_UNIX)
-        client.settimeout(TIMEOUT)
-        client.connect(server.address)
-        return client
-    return socket.create_connection(server.address, TIMEOUT)
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 def is_closed(client: socket.socket) -> bool:
@@ -56,21 +29,15 @@ def is_closed(client: socket.socket) -> bool:
         return True
 
 
-def reset(client: socket.socket) -> None:
-    """Close with a reset, as a client does that crashed."""
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
-
-
 EDGES = [b"x" * (size - 1) + b"\n" for size in (1, 2, 19, 20, 21, 40, 41, 10_000)]
 TEXTS = ["ñandú " * 9 + "\n", "😀" * 30 + "\n", *(" " * pad + "ñ€😀 eñe\n" for pad in range(14, 22))]
 BYTES = [b"\xff\xfe\xc0\x80\xed\xa0\x80\xf0\x9f\n", b"nul \0 and\rreturn\r\n", b"\x1b[2J\xe2\x80\xae\n"]
 MESSAGES = [*EDGES, *(text.encode() for text in TEXTS), *BYTES]
 
 
-def test_a_client_of_the_first_kind_gets_its_reply(start: Start) -> None:
+def test_a_client_of_the_first_kind_gets_its_reply(start_server: StartServer) -> None:
     """As the course's client did it: one message, then 20 bytes at a time until the newline."""
-    with start() as server, connect(server) as client:
+    with start_server() as server, connect(server) as client:
         client.sendall("¡Hola Server! Esto es más largo que veinte bytes.\n".encode())
         reply = bytearray()
         while not reply.endswith(b"\n"):
@@ -78,8 +45,8 @@ def test_a_client_of_the_first_kind_gets_its_reply(start: Start) -> None:
         assert reply.decode() == "¡Hola Server! Esto es más largo que veinte bytes.\n"
 
 
-def test_one_message_comes_back_byte_for_byte_and_the_server_closes(start: Start) -> None:
-    with start() as server:
+def test_one_message_comes_back_byte_for_byte_and_the_server_closes(start_server: StartServer) -> None:
+    with start_server() as server:
         for message in MESSAGES:
             with connect(server) as client:
                 client.sendall(message)
@@ -88,8 +55,8 @@ def test_one_message_comes_back_byte_for_byte_and_the_server_closes(start: Start
         assert server.stats.bytes_out == sum(map(len, MESSAGES))
 
 
-def test_messages_come_back_in_order_on_one_connection(start: Start) -> None:
-    with start(mode="stream") as server, connect(server) as client:
+def test_messages_come_back_in_order_on_one_connection(start_server: StartServer) -> None:
+    with start_server(mode="stream") as server, connect(server) as client:
         for message in MESSAGES:
             client.sendall(message)
             assert receive_line(client) == message
@@ -98,8 +65,8 @@ def test_messages_come_back_in_order_on_one_connection(start: Start) -> None:
     assert server.stats.messages == len(MESSAGES)
 
 
-def test_raw_bytes_come_back_as_they_arrive(start: Start) -> None:
-    with start(mode="raw") as server, connect(server) as client:
+def test_raw_bytes_come_back_as_they_arrive(start_server: StartServer) -> None:
+    with start_server(mode="raw") as server, connect(server) as client:
         client.sendall(b"no newline")
         assert client.recv(100) == b"no newline"
         for message in MESSAGES:
@@ -109,18 +76,17 @@ def test_raw_bytes_come_back_as_they_arrive(start: Start) -> None:
 
 
 @pytest.mark.parametrize("mode", ["message", "stream", "raw"])
-def test_bytes_that_come_one_at_a_time_make_the_same_message(start: Start, mode: Mode) -> None:
+def test_bytes_that_come_one_at_a_time_make_the_same_message(start_server: StartServer, mode: Mode) -> None:
     message = "¡Hola Server! ñ😀\n".encode()
-    with start(mode=mode) as server, connect(server) as client:
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with start_server(mode=mode) as server, connect(server) as client:
         for index in range(len(message)):
             client.sendall(message[index : index + 1])
         assert receive_line(client) == message
 
 
-def test_many_messages_in_one_packet_are_all_answered(start: Start) -> None:
+def test_many_messages_in_one_packet_are_all_answered(start_server: StartServer) -> None:
     messages = b"".join(b"%d\n" % number for number in range(10_000))
-    with start(mode="stream") as server, connect(server) as client:
+    with start_server(mode="stream") as server, connect(server) as client:
         sender = threading.Thread(target=client.sendall, args=(messages,))
         sender.start()
         received = b""
@@ -132,16 +98,16 @@ def test_many_messages_in_one_packet_are_all_answered(start: Start) -> None:
 
 
 @pytest.mark.parametrize("mode", ["stream", "raw"])
-def test_everything_comes_back_to_a_client_that_ends_its_side_first(start: Start, mode: Mode) -> None:
-    with start(mode=mode) as server, connect(server) as client:
+def test_everything_comes_back_to_a_client_that_ends_its_side_first(start_server: StartServer, mode: Mode) -> None:
+    with start_server(mode=mode) as server, connect(server) as client:
         client.sendall(b"one\ntwo\n")
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == b"one\ntwo\n"
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
-def test_an_unfinished_rest_is_not_answered_and_counted_as_lost(start: Start, mode: Mode) -> None:
-    with start(mode=mode) as server, connect(server) as client:
+def test_an_unfinished_rest_is_not_answered_and_counted_as_lost(start_server: StartServer, mode: Mode) -> None:
+    with start_server(mode=mode) as server, connect(server) as client:
         client.sendall(b"one\ntwo" if mode == "stream" else b"two")
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == (b"one\n" if mode == "stream" else b"")
@@ -149,17 +115,17 @@ def test_an_unfinished_rest_is_not_answered_and_counted_as_lost(start: Start, mo
         assert server.stats.lost == 1
 
 
-def test_a_reply_is_whole_although_the_client_sent_more_than_one_message(start: Start) -> None:
-    with start() as server:
+def test_a_reply_is_whole_although_the_client_sent_more_than_one_message(start_server: StartServer) -> None:
+    with start_server() as server:
         for _ in range(300):
             with connect(server) as client:
                 client.sendall(b"first, a little over one chunk\nsecond\n")
                 assert receive_all(client) == b"first, a little over one chunk\n"
 
 
-def test_no_reset_overtakes_a_reply_to_a_client_that_goes_on_sending(start: Start) -> None:
+def test_no_reset_overtakes_a_reply_to_a_client_that_goes_on_sending(start_server: StartServer) -> None:
     more = b"x" * 300_000
-    with start() as server, connect(server) as client:
+    with start_server() as server, connect(server) as client:
         client.sendall(b"first\n" + more)
         client.sendall(more)  # the server discards it
         assert receive_all(client) == b"first\n"
@@ -169,8 +135,8 @@ def test_no_reset_overtakes_a_reply_to_a_client_that_goes_on_sending(start: Star
         assert server.stats.bytes_in == 6 + 3 * len(more)
 
 
-def test_a_message_at_the_limit_is_answered_and_one_over_it_closes(start: Start) -> None:
-    with start(mode="stream", limit_message_size=64) as server:
+def test_a_message_at_the_limit_is_answered_and_one_over_it_closes(start_server: StartServer) -> None:
+    with start_server(mode="stream", limit_message_size=64) as server:
         with connect(server) as client:
             client.sendall(b"x" * 63 + b"\n" + b"ok\n" + b"y" * 64 + b"\nnever\n")
             assert receive_all(client) == b"x" * 63 + b"\nok\n"
@@ -182,17 +148,17 @@ def test_a_message_at_the_limit_is_answered_and_one_over_it_closes(start: Start)
         assert server.stats.lost == 0
 
 
-def test_a_large_message_comes_back_whole_to_a_client_that_reads_late(start: Start) -> None:
+def test_a_large_message_comes_back_whole_to_a_client_that_reads_late(start_server: StartServer) -> None:
     message = os.urandom(4_000_000).replace(b"\n", b"") + b"\n"
-    with start(limit_message_size=8_000_000, chunk_size=65536) as server, connect(server) as client:
+    with start_server(limit_message_size=8_000_000, chunk_size=65536) as server, connect(server) as client:
         client.sendall(message)  # nothing is answered, so nothing is read, before it is all there
         assert receive_all(client) == message
 
 
 @pytest.mark.parametrize("mode", ["stream", "raw"])
-def test_a_client_that_does_not_read_is_not_read_from_either(start: Start, mode: Mode) -> None:
+def test_a_client_that_does_not_read_is_not_read_from_either(start_server: StartServer, mode: Mode) -> None:
     message = bytes(range(32, 127)) * 10 + b"\n"
-    with start(mode=mode, chunk_size=4096) as server, connect(server) as client:
+    with start_server(mode=mode, chunk_size=4096) as server, connect(server) as client:
         client.settimeout(0.2)
         sent = 0
         with suppress(TimeoutError):
@@ -207,8 +173,8 @@ def test_a_client_that_does_not_read_is_not_read_from_either(start: Start, mode:
         assert received == expected[:whole]
 
 
-def test_clients_that_vanish_leave_nothing_behind(start: Start) -> None:
-    with start(mode="stream", no_access_log=True) as server:
+def test_clients_that_vanish_leave_nothing_behind(start_server: StartServer) -> None:
+    with start_server(mode="stream", no_access_log=True) as server:
         for number in range(60):
             client = connect(server)
             client.sendall([b"", b"begun", b"one\ntwo\n" * 1000][number % 3])
@@ -219,8 +185,8 @@ def test_clients_that_vanish_leave_nothing_behind(start: Start) -> None:
             assert receive_line(client) == b"still there\n"
 
 
-def test_a_stop_ends_idle_clients_and_frees_the_port(start: Start) -> None:
-    with start(mode="stream") as server:
+def test_a_stop_ends_idle_clients_and_frees_the_port(start_server: StartServer) -> None:
+    with start_server(mode="stream") as server:
         clients = [connect(server) for _ in range(50)]
         wait_until(lambda: server.stats.active == 50)
         address = server.address
@@ -234,12 +200,12 @@ def test_a_stop_ends_idle_clients_and_frees_the_port(start: Start) -> None:
     assert isinstance(address, tuple)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address)
-    with start(port=address[1]) as again:
+    with start_server(port=address[1]) as again:
         assert again.address == address
 
 
-def test_a_stop_answers_what_was_received_and_lets_a_message_be_finished(start: Start) -> None:
-    with start(mode="stream") as server, connect(server) as idle, connect(server) as busy:
+def test_a_stop_answers_what_was_received_and_lets_a_message_be_finished(start_server: StartServer) -> None:
+    with start_server(mode="stream") as server, connect(server) as idle, connect(server) as busy:
         busy.sendall(b"done\nbegun, ")
         assert receive_line(busy) == b"done\n"
         server.close()
@@ -248,16 +214,16 @@ def test_a_stop_answers_what_was_received_and_lets_a_message_be_finished(start: 
         assert receive_all(busy) == b"begun, finished\n"
 
 
-def test_a_stop_does_not_wait_longer_than_it_was_told(start: Start) -> None:
-    with start(mode="stream", timeout_graceful_shutdown=0.3) as server, connect(server) as client:
+def test_a_stop_does_not_wait_longer_than_it_was_told(start_server: StartServer) -> None:
+    with start_server(mode="stream", timeout_graceful_shutdown=0.3) as server, connect(server) as client:
         client.sendall(b"never finished")
         wait_until(lambda: server.stats.bytes_in == 14)
     assert server.stats.active == 0
     assert server.stats.lost == 1
 
 
-def test_clients_over_the_limit_are_closed_at_once_and_counted(start: Start) -> None:
-    with start(mode="stream", limit_connections=2) as server:
+def test_clients_over_the_limit_are_closed_at_once_and_counted(start_server: StartServer) -> None:
+    with start_server(mode="stream", limit_connections=2) as server:
         with connect(server) as first, connect(server) as second:
             for client in (first, second):
                 client.sendall(b"in\n")
@@ -271,8 +237,8 @@ def test_clients_over_the_limit_are_closed_at_once_and_counted(start: Start) -> 
             assert receive_line(client) == b"room again\n"
 
 
-def test_a_client_that_sends_nothing_is_closed_and_an_active_one_is_not(start: Start) -> None:
-    with start(mode="stream", timeout_idle=1) as server, connect(server) as idle, connect(server) as active:
+def test_a_client_that_sends_nothing_is_closed_and_an_active_one_is_not(start_server: StartServer) -> None:
+    with start_server(mode="stream", timeout_idle=1) as server, connect(server) as idle, connect(server) as active:
         idle.settimeout(0.02)
         ended = False
         while not ended:
@@ -283,8 +249,8 @@ def test_a_client_that_sends_nothing_is_closed_and_an_active_one_is_not(start: S
         assert server.stats.timeouts_idle == 1
 
 
-def test_a_message_that_is_never_finished_is_closed_however_often_bytes_come(start: Start) -> None:
-    with start(timeout_message=0.3) as server, connect(server) as client:
+def test_a_message_that_is_never_finished_is_closed_however_often_bytes_come(start_server: StartServer) -> None:
+    with start_server(timeout_message=0.3) as server, connect(server) as client:
         client.settimeout(0.02)
         ended = False
         while not ended:
@@ -294,8 +260,8 @@ def test_a_message_that_is_never_finished_is_closed_however_often_bytes_come(sta
         assert server.stats.timeouts_message == 1
 
 
-def test_a_client_that_never_reads_is_closed(start: Start) -> None:
-    with start(mode="raw", timeout_write=0.3, chunk_size=65536) as server, connect(server) as client:
+def test_a_client_that_never_reads_is_closed(start_server: StartServer) -> None:
+    with start_server(mode="raw", timeout_write=0.3, chunk_size=65536) as server, connect(server) as client:
         with suppress(ConnectionError):
             while True:
                 client.sendall(bytes(65536))
@@ -303,9 +269,9 @@ def test_a_client_that_never_reads_is_closed(start: Start) -> None:
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
-def test_the_same_over_a_unix_socket(start: Start, mode: Mode, tmp_path: Path) -> None:
+def test_the_same_over_a_unix_socket(start_server: StartServer, mode: Mode, tmp_path: Path) -> None:
     path = str(tmp_path / "echo")
-    with start(uds=path, mode=mode) as server:
+    with start_server(uds=path, mode=mode) as server:
         assert server.address == path
         with connect(server) as client:
             client.sendall(b"one\n")
@@ -315,15 +281,15 @@ def test_the_same_over_a_unix_socket(start: Start, mode: Mode, tmp_path: Path) -
     assert not os.path.exists(path)
 
 
-def test_the_same_over_ipv6(start: Start) -> None:
-    with start(host="::1") as server, connect(server) as client:
+def test_the_same_over_ipv6(start_server: StartServer) -> None:
+    with start_server(host="::1") as server, connect(server) as client:
         assert server.address == ("::1", server.port)
         client.sendall(b"one\n")
         assert receive_all(client) == b"one\n"
 
 
-def test_a_name_with_several_addresses_has_one_port(start: Start) -> None:
-    with start(host="localhost") as server:
+def test_a_name_with_several_addresses_has_one_port(start_server: StartServer) -> None:
+    with start_server(host="localhost") as server:
         addresses = [address for address in server.addresses if isinstance(address, tuple)]
         assert len({port for _, port in addresses}) == 1
         for address in addresses:
@@ -332,9 +298,9 @@ def test_a_name_with_several_addresses_has_one_port(start: Start) -> None:
                 assert receive_all(client) == b"one\n"
 
 
-def test_it_can_be_started_and_stopped_again_and_again(start: Start) -> None:
+def test_it_can_be_started_and_stopped_again_and_again(start_server: StartServer) -> None:
     for _ in range(20):
-        with start() as server, connect(server) as client:
+        with start_server() as server, connect(server) as client:
             client.sendall(b"one\n")
             assert receive_all(client) == b"one\n"
 
@@ -344,10 +310,9 @@ SPLITS = st.lists(st.binary(max_size=60).map(lambda data: data.replace(b"\n", b"
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(messages=SPLITS, cuts=st.lists(st.integers(1, 50), max_size=40))
-def test_any_messages_in_any_split_come_back(start: Start, messages: list[bytes], cuts: list[int]) -> None:
+def test_any_messages_in_any_split_come_back(start_server: StartServer, messages: list[bytes], cuts: list[int]) -> None:
     sent = b"".join(message + b"\n" for message in messages)
-    with start(mode="stream", no_access_log=True) as server, connect(server) as client:
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with start_server(mode="stream", no_access_log=True) as server, connect(server) as client:
         rest = sent
         for cut in cuts:
             client.sendall(rest[:cut])

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import TIMEOUT, ServerThread, engines, receive_all
+from support import BACKENDS, TIMEOUT, ServerThread, receive_all
 
 import echo_async
 from echo_async.config import Mode, ServerOptions
@@ -36,7 +36,7 @@ def servers(mode: Mode) -> Iterator[Servers]:
     """A server of each engine on each loop."""
     with ExitStack() as stack:
         servers = {}
-        for engine, loop in engines():
+        for engine, loop in BACKENDS:
             options: ServerOptions = {"port": 0, "mode": mode, "engine": engine, "chunk_size": CHUNK}
             options |= {"limit_message_size": LIMIT, "no_access_log": True}
             servers[f"{engine} on {loop}"] = stack.enter_context(ServerThread(loop, options))

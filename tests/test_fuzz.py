@@ -10,7 +10,6 @@ import logging
 import os
 import select
 import socket
-import struct
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -19,12 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support import TIMEOUT, ServerThread, engines, receive_all, receive_line, wait_until
+from support import BACKENDS, Backend, ServerThread, connect, is_echoed, receive_all, reset, wait_until
 
 import echo_async
-from echo_async.config import EngineName, Mode
+from echo_async.config import Mode
 from echo_async.conversation import Conversation, conversation
-from echo_async.loops import LoopName
 
 MODES: list[Mode] = ["message", "stream", "raw"]
 
@@ -132,16 +130,16 @@ TestAnyConversation.settings = settings(max_examples=100, stateful_step_count=20
 LIMIT = 200
 
 
-@pytest.fixture(params=engines(), ids="-".join, scope="module")
+@pytest.fixture(params=BACKENDS, ids="-".join, scope="module")
 def server(request: pytest.FixtureRequest) -> Iterator[dict[Mode, echo_async.EchoServer]]:
     """A server of each mode, on one engine and loop, for all examples; nothing of them is left in the end."""
-    engine: EngineName
-    loop: LoopName
-    engine, loop = request.param
+    backend: Backend = request.param
     with ExitStack() as servers:
         yield {
             mode: servers.enter_context(
-                ServerThread(loop, {"engine": engine, "port": 0, "mode": mode, "limit_message_size": LIMIT})
+                ServerThread(
+                    backend.loop, {"engine": backend.engine, "port": 0, "mode": mode, "limit_message_size": LIMIT}
+                )
             )
             for mode in MODES
         }
@@ -151,9 +149,7 @@ class FuzzedClient:
     """A client that does one thing after another, and knows what it may get for it."""
 
     def __init__(self, server: echo_async.EchoServer) -> None:
-        assert isinstance(server.address, tuple)
-        self.socket = socket.create_connection(server.address, TIMEOUT)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket = connect(server)
         self.sent = self.received = b""
         self.broken = False
 
@@ -173,7 +169,7 @@ class FuzzedClient:
 
     def leave(self, how: str) -> None:
         if how == "reset":
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset(self.socket)
         elif how == "read":
             with suppress(OSError):
                 self.socket.shutdown(socket.SHUT_WR)
@@ -222,20 +218,19 @@ def test_whatever_clients_do_a_server_answers_by_the_rules_and_goes_on(
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    kind=st.sampled_from(engines()),
+    backend=st.sampled_from(BACKENDS),
     mode=st.sampled_from(MODES),
     clients=st.lists(ACTIONS, min_size=1, max_size=4),
     begun=st.booleans(),
 )
 def test_a_stop_at_any_moment_ends_everything_and_answers_no_wrong_byte(
-    kind: tuple[EngineName, LoopName], mode: Mode, clients: list[list[object]], begun: bool
+    backend: Backend, mode: Mode, clients: list[list[object]], begun: bool
 ) -> None:
-    engine, loop = kind
     descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     with ServerThread(
-        loop,
+        backend.loop,
         {
-            "engine": engine,
+            "engine": backend.engine,
             "port": 0,
             "mode": mode,
             "limit_message_size": LIMIT,
@@ -261,7 +256,5 @@ def test_a_stop_at_any_moment_ends_everything_and_answers_no_wrong_byte(
 
 def test_after_all_that_each_server_still_serves(server: dict[Mode, echo_async.EchoServer]) -> None:
     for echo in server.values():
-        assert isinstance(echo.address, tuple)
-        with socket.create_connection(echo.address, TIMEOUT) as client:
-            client.sendall(b"still there\n")
-            assert receive_line(client) == b"still there\n"
+        with connect(echo) as client:
+            assert is_echoed(client)

@@ -7,20 +7,19 @@ import logging
 import socket
 import ssl
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Unpack
 
 import pytest
 import trustme
 from hypothesis import given
 from hypothesis import strategies as st
-from support import TIMEOUT, ServerThread, engines, receive_all, receive_line, server_process, wait_until
+from support import TIMEOUT, StartServer, connect, receive_all, receive_line, server_process, wait_until
 
 import echo_async
-from echo_async.config import ServerOptions
 from echo_async.engines.acceptor import HandshakeAcceptor
 from echo_async.engines.proxy_reader import receive_header
 from echo_async.engines.registry import Registry
@@ -219,26 +218,10 @@ def test_who_may_send_a_header(senders: str, peername: object, allowed: bool) ->
 # Servers
 
 
-Start = Callable[..., AbstractContextManager[echo_async.EchoServer]]
-
-
-@pytest.fixture(params=engines(), ids="-".join)
-def start(request: pytest.FixtureRequest) -> Start:
-    """Starts servers of one engine on one loop, which ask for a header of either version."""
-    engine, loop = request.param
-
-    @contextmanager
-    def start(**options: Unpack[ServerOptions]) -> Iterator[echo_async.EchoServer]:
-        options.setdefault("proxy_protocol", "auto")
-        with ServerThread(loop, {"engine": engine, "port": 0, **options}) as server:
-            yield server
-
-    return start
-
-
-def connect(server: echo_async.EchoServer) -> socket.socket:
-    assert isinstance(server.address, tuple)
-    return socket.create_connection(server.address, TIMEOUT)
+@pytest.fixture
+def start_server(start_server: StartServer) -> StartServer:
+    """Start servers that expect a PROXY header of either version."""
+    return partial(start_server, proxy_protocol="auto")
 
 
 def assert_cut(client: socket.socket) -> None:
@@ -249,7 +232,9 @@ def assert_cut(client: socket.socket) -> None:
 ONE = b"PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\r\n"
 
 
-def test_the_log_shows_the_client_that_the_header_names(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_shows_the_client_that_the_header_names(
+    start_server: StartServer, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "echo_async")
     shown = {
         ONE: "192.168.0.1:56324",
@@ -257,7 +242,7 @@ def test_the_log_shows_the_client_that_the_header_names(start: Start, caplog: py
         v2(0x21, 0x31, unix(b"/run/\x1bclient")): "/run/\\x1bclient",
         v2(0x20, 0): None,
     }
-    with start() as server:
+    with start_server() as server:
         for header, peer in shown.items():
             with connect(server) as client:
                 address = "{}:{}".format(*client.getsockname())
@@ -271,8 +256,8 @@ def test_the_log_shows_the_client_that_the_header_names(start: Start, caplog: py
 
 
 @pytest.mark.parametrize("header", [ONE, v2(0x21, 0x11, TCP4, TLV)], ids=["v1", "v2"])
-def test_a_header_in_pieces_and_a_stream_after_it(start: Start, header: bytes) -> None:
-    with start(mode="stream") as server, connect(server) as client:
+def test_a_header_in_pieces_and_a_stream_after_it(start_server: StartServer, header: bytes) -> None:
+    with start_server(mode="stream") as server, connect(server) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for index in range(len(header)):
             client.sendall(header[index : index + 1])
@@ -281,24 +266,26 @@ def test_a_header_in_pieces_and_a_stream_after_it(start: Start, header: bytes) -
             assert receive_line(client, len(message)) == message
 
 
-def test_raw_bytes_after_a_header_come_back(start: Start) -> None:
-    with start(mode="raw") as server, connect(server) as client:
+def test_raw_bytes_after_a_header_come_back(start_server: StartServer) -> None:
+    with start_server(mode="raw") as server, connect(server) as client:
         client.sendall(ONE + b"no newline")
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == b"no newline"
 
 
-def test_a_unix_socket_takes_headers_too(start: Start, tmp_path: Path) -> None:
-    with start(uds=str(tmp_path / "socket")) as server, socket.socket(socket.AF_UNIX) as client:
+def test_a_unix_socket_takes_headers_too(start_server: StartServer, tmp_path: Path) -> None:
+    with start_server(uds=str(tmp_path / "socket")) as server, socket.socket(socket.AF_UNIX) as client:
         client.settimeout(TIMEOUT)
         client.connect(str(server.address))
         client.sendall(v2(0x21, 0x11, TCP4) + b"Hola Server!\n")
         assert receive_all(client) == b"Hola Server!\n"
 
 
-def test_a_bad_or_missing_header_closes_and_is_counted(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_or_missing_header_closes_and_is_counted(
+    start_server: StartServer, caplog: pytest.LogCaptureFixture
+) -> None:
     bad = [b"Hola Server!\n", b"PROXY TCP4 nonsense\r\n", SIGNATURE + b"\x31", v2(0x21, 0x11)]
-    with start(mode="stream") as server:
+    with start_server(mode="stream") as server:
         for header in bad:
             with connect(server) as client:
                 client.sendall(header + b"one\n")
@@ -313,8 +300,10 @@ def test_a_bad_or_missing_header_closes_and_is_counted(start: Start, caplog: pyt
     assert line.endswith(" closed: there is no PROXY header: it began with Hola Server!\\none")
 
 
-def test_a_client_that_leaves_without_a_word_is_no_failure(start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    with start() as server:
+def test_a_client_that_leaves_without_a_word_is_no_failure(
+    start_server: StartServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with start_server() as server:
         connect(server).close()
         with connect(server) as client:
             client.sendall(ONE + b"next\n")
@@ -323,8 +312,8 @@ def test_a_client_that_leaves_without_a_word_is_no_failure(start: Start, caplog:
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_no_header_or_half_of_one_is_closed_in_time(start: Start) -> None:
-    with start(timeout_message=0.3, limit_connections=2) as server:
+def test_no_header_or_half_of_one_is_closed_in_time(start_server: StartServer) -> None:
+    with start_server(timeout_message=0.3, limit_connections=2) as server:
         with connect(server) as silent, connect(server) as slow:
             slow.sendall(v2(0x21, 0x11, TCP4)[:20])
             wait_until(lambda: refused(server))
@@ -343,22 +332,22 @@ def refused(server: echo_async.EchoServer) -> bool:
     return server.stats.refused > 0
 
 
-def test_who_may_not_send_a_header_is_closed(start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    with start(proxy_allow_from="10.0.0.0/8,192.0.2.1") as server:
+def test_who_may_not_send_a_header_is_closed(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
+    with start_server(proxy_allow_from="10.0.0.0/8,192.0.2.1") as server:
         with connect(server) as client:
             assert_cut(client)
         wait_until(lambda: server.stats.proxy_failures == 1)
     assert "it may not send a PROXY header (proxy_allow_from)" in caplog.text
 
 
-def test_without_the_option_a_header_is_a_message(start: Start) -> None:
-    with start(proxy_protocol="off", mode="stream") as server, connect(server) as client:
+def test_without_the_option_a_header_is_a_message(start_server: StartServer) -> None:
+    with start_server(proxy_protocol="off", mode="stream") as server, connect(server) as client:
         client.sendall(ONE)
         assert receive_line(client) == ONE
 
 
-def test_a_stop_answers_who_sent_all_and_ends_who_did_not(start: Start) -> None:
-    with start(mode="stream") as server:
+def test_a_stop_answers_who_sent_all_and_ends_who_did_not(start_server: StartServer) -> None:
+    with start_server(mode="stream") as server:
         clients = [connect(server) for _ in range(20)]
         for client in clients[10:]:
             client.sendall(ONE + b"one\n")
@@ -433,13 +422,13 @@ def test_a_stop_does_not_wait_for_a_client_that_was_accepted_just_then() -> None
 
 
 def test_with_tls_the_header_comes_first_and_in_clear(
-    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    start_server: StartServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "echo_async")
     ca, path = trustme.CA(), tmp_path / "server.pem"
     ca.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(path))
     context = ssl.create_default_context(cadata=ca.cert_pem.bytes().decode())
-    with start(ssl_certfile=str(path)) as server:
+    with start_server(ssl_certfile=str(path)) as server:
         for header in (ONE, v2(0x21, 0x11, TCP4, TLV)):
             plain = connect(server)
             plain.sendall(header)

@@ -12,7 +12,7 @@ from pathlib import Path
 from ssl import SSLCertVerificationError
 
 import pytest
-from support import TIMEOUT, receive_all, receive_line, run
+from support import TIMEOUT, connect, receive_all, receive_line, run
 
 import echo_async
 from echo_async import sync
@@ -29,11 +29,6 @@ def session(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p echo_async.pytest_plugin -W error")
     return pytester
-
-
-def connect(server: HostedServer) -> socket.socket:
-    assert not isinstance(server.address, str)
-    return socket.create_connection(server.address, TIMEOUT)
 
 
 # Sessions of pytest

@@ -11,17 +11,15 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Unpack
 
 import pytest
 import trustme
 from support import (
     TIMEOUT,
-    ServerThread,
-    engines,
+    StartServer,
     receive_all,
     receive_line,
     server_process,
@@ -31,11 +29,8 @@ from support import (
 
 import echo_async
 from echo_async.cli.server import main
-from echo_async.config import EngineName, Mode, ServerOptions
+from echo_async.config import Mode
 from echo_async.engines import registry
-from echo_async.loops import LoopName
-
-Start = Callable[..., AbstractContextManager[echo_async.EchoServer]]
 
 
 class Files:
@@ -75,19 +70,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(tmp_path_factory.mktemp("certificates"))
 
 
-@pytest.fixture(params=engines(), ids="-".join)
-def start(request: pytest.FixtureRequest, files: Files) -> Start:
-    engine: EngineName
-    loop: LoopName
-    engine, loop = request.param
-
-    @contextmanager
-    def start(**options: Unpack[ServerOptions]) -> Iterator[echo_async.EchoServer]:
-        options.setdefault("ssl_certfile", str(files.server))
-        with ServerThread(loop, {"engine": engine, "port": 0, **options}) as server:
-            yield server
-
-    return start
+@pytest.fixture
+def start_server(start_server: StartServer, files: Files) -> StartServer:
+    """Start servers with the certificate ``files.server``."""
+    return partial(start_server, ssl_certfile=str(files.server))
 
 
 def plain(server: echo_async.EchoServer) -> socket.socket:
@@ -100,9 +86,9 @@ def secure(server: echo_async.EchoServer, context: ssl.SSLContext) -> ssl.SSLSoc
 
 
 @pytest.mark.parametrize("mode", ["message", "stream", "raw"])
-def test_messages_come_back_in_every_mode(start: Start, files: Files, mode: Mode) -> None:
+def test_messages_come_back_in_every_mode(start_server: StartServer, files: Files, mode: Mode) -> None:
     message = "ñ😀 a little more than one chunk of twenty\n".encode()
-    with start(mode=mode) as server:
+    with start_server(mode=mode) as server:
         for _ in range(3):
             with secure(server, files.context()) as client:
                 client.sendall(message)
@@ -117,15 +103,18 @@ def test_messages_come_back_in_every_mode(start: Start, files: Files, mode: Mode
     assert server.stats.tls_failures == 0
 
 
-def test_a_large_message_comes_back_whole(start: Start, files: Files) -> None:
+def test_a_large_message_comes_back_whole(start_server: StartServer, files: Files) -> None:
     message = os.urandom(2_000_000).replace(b"\n", b"") + b"\n"
-    with start(limit_message_size=4_000_000, chunk_size=65536) as server, secure(server, files.context()) as client:
+    with (
+        start_server(limit_message_size=4_000_000, chunk_size=65536) as server,
+        secure(server, files.context()) as client,
+    ):
         client.sendall(message)
         assert receive_all(client) == message
 
 
-def test_plain_text_on_a_tls_port_is_closed_and_counted(start: Start) -> None:
-    with start() as server, plain(server) as client:
+def test_plain_text_on_a_tls_port_is_closed_and_counted(start_server: StartServer) -> None:
+    with start_server() as server, plain(server) as client:
         client.sendall(b"Hola Server!\n")
         with suppress(ConnectionError):
             assert not receive_all(client).endswith(b"Hola Server!\n")
@@ -133,21 +122,21 @@ def test_plain_text_on_a_tls_port_is_closed_and_counted(start: Start) -> None:
         assert server.stats.accepted == server.stats.timeouts_handshake == 0
 
 
-def test_tls_on_a_plain_port_gets_no_connection(start: Start, files: Files) -> None:
-    with start(ssl_certfile=None, timeout_message=0.2) as server, plain(server) as client:
+def test_tls_on_a_plain_port_gets_no_connection(start_server: StartServer, files: Files) -> None:
+    with start_server(ssl_certfile=None, timeout_message=0.2) as server, plain(server) as client:
         client.settimeout(TIMEOUT)
         with pytest.raises(OSError, match=r"(?i)wrong version|EOF|reset|unknown|record|protocol"):
             files.context().wrap_socket(client, server_hostname="localhost")
 
 
 def test_silent_clients_are_counted_from_the_start_and_gone_in_time(
-    start: Start, files: Files, monkeypatch: pytest.MonkeyPatch
+    start_server: StartServer, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("registry", "acceptor"):
         monkeypatch.setattr(f"echo_async.engines.{module}.HANDSHAKE_TIMEOUT", 1.0)
     monkeypatch.setattr("echo_async.sync.server.HANDSHAKE_TIMEOUT", 1.0)
     assert registry.HANDSHAKE_TIMEOUT == 1.0
-    with start(limit_connections=20) as server:
+    with start_server(limit_connections=20) as server:
         silent = [plain(server) for _ in range(20)]
         with plain(server) as one_more:
             wait_until(lambda: server.stats.refused == 1)
@@ -162,8 +151,8 @@ def test_silent_clients_are_counted_from_the_start_and_gone_in_time(
             assert receive_line(client) == b"room again\n"
 
 
-def test_a_client_certificate_is_required_where_a_ca_is_given(start: Start, files: Files) -> None:
-    with start(ssl_ca_certs=str(files.ca_file)) as server:
+def test_a_client_certificate_is_required_where_a_ca_is_given(start_server: StartServer, files: Files) -> None:
+    with start_server(ssl_ca_certs=str(files.ca_file)) as server:
         with secure(server, files.context(files.client)) as client:
             client.sendall(b"welcome\n")
             assert receive_line(client) == b"welcome\n"
@@ -181,20 +170,20 @@ def exchange(server: echo_async.EchoServer, context: ssl.SSLContext) -> None:
             raise ConnectionError("closed")
 
 
-def test_old_tls_is_refused(start: Start, files: Files) -> None:
+def test_old_tls_is_refused(start_server: StartServer, files: Files) -> None:
     context = files.context()
     context.set_ciphers("DEFAULT:@SECLEVEL=0")
     with pytest.warns(DeprecationWarning, match="TLSv1_1"):
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
-    with start() as server:
+    with start_server() as server:
         with pytest.raises(OSError, match=r"(?i)alert|reset|EOF|no protocols|version"):
             secure(server, context)
         with secure(server, files.context()) as client:
             assert client.version() in ("TLSv1.2", "TLSv1.3")
 
 
-def test_clients_that_break_off_in_any_state_leave_nothing_behind(start: Start, files: Files) -> None:
-    with start(mode="stream") as server:
+def test_clients_that_break_off_in_any_state_leave_nothing_behind(start_server: StartServer, files: Files) -> None:
+    with start_server(mode="stream") as server:
         for number in range(12):
             if number % 2:
                 client: socket.socket = plain(server)
@@ -208,8 +197,8 @@ def test_clients_that_break_off_in_any_state_leave_nothing_behind(start: Start, 
         wait_until(lambda: server.stats.accepted == 6 and server.stats.tls_failures == 6 and server.stats.active == 0)
 
 
-def test_a_stop_ends_clients_and_handshakes(start: Start, files: Files) -> None:
-    with start(mode="stream") as server:
+def test_a_stop_ends_clients_and_handshakes(start_server: StartServer, files: Files) -> None:
+    with start_server(mode="stream") as server:
         clients = [secure(server, files.context()) for _ in range(5)]
         in_handshake = plain(server)
         clients[0].sendall(b"answered\n")
@@ -222,10 +211,12 @@ def test_a_stop_ends_clients_and_handshakes(start: Start, files: Files) -> None:
             client.close()
 
 
-def test_new_certificates_are_taken_up_and_nobody_is_dropped(start: Start, files: Files, tmp_path: Path) -> None:
+def test_new_certificates_are_taken_up_and_nobody_is_dropped(
+    start_server: StartServer, files: Files, tmp_path: Path
+) -> None:
     served = tmp_path / "served.pem"
     shutil.copy(files.server, served)
-    with start(mode="stream", ssl_certfile=str(served)) as server, secure(server, files.context()) as old:
+    with start_server(mode="stream", ssl_certfile=str(served)) as server, secure(server, files.context()) as old:
         before = old.getpeercert(binary_form=True)
         shutil.copy(files.client, served)
         server.reload_certificates()
@@ -240,7 +231,9 @@ def test_new_certificates_are_taken_up_and_nobody_is_dropped(start: Start, files
             client.close()
 
 
-def test_no_handshake_fails_while_certificates_are_read_again(start: Start, files: Files, tmp_path: Path) -> None:
+def test_no_handshake_fails_while_certificates_are_read_again(
+    start_server: StartServer, files: Files, tmp_path: Path
+) -> None:
     served = tmp_path / "served.pem"
     shutil.copy(files.server, served)
     done = threading.Event()
@@ -252,7 +245,7 @@ def test_no_handshake_fails_while_certificates_are_read_again(start: Start, file
             shutil.copy(certificate, served)
             server.reload_certificates()
 
-    with start(mode="stream", ssl_certfile=str(served)) as server:
+    with start_server(mode="stream", ssl_certfile=str(served)) as server:
         renewing = threading.Thread(target=renew)
         renewing.start()
         try:
@@ -265,11 +258,13 @@ def test_no_handshake_fails_while_certificates_are_read_again(start: Start, file
             renewing.join()
 
 
-def test_a_ca_that_is_taken_out_of_the_file_is_trusted_no_more(start: Start, files: Files, tmp_path: Path) -> None:
+def test_a_ca_that_is_taken_out_of_the_file_is_trusted_no_more(
+    start_server: StartServer, files: Files, tmp_path: Path
+) -> None:
     trusted = tmp_path / "trusted.pem"
     shutil.copy(files.ca_file, trusted)
     with (
-        start(mode="stream", ssl_ca_certs=str(trusted)) as server,
+        start_server(mode="stream", ssl_ca_certs=str(trusted)) as server,
         secure(server, files.context(files.client)) as old,
     ):
         old.sendall(b"welcome\n")
@@ -357,10 +352,10 @@ def test_sighup_brings_new_certificates(kind: list[str], files: Files, tmp_path:
         assert server.stop()[0] == 0
 
 
-def test_many_clients_at_once_all_get_their_reply(start: Start, files: Files) -> None:
+def test_many_clients_at_once_all_get_their_reply(start_server: StartServer, files: Files) -> None:
     context = files.context()
     replies: list[bytes] = []
-    with start() as server:
+    with start_server() as server:
 
         def one(number: int) -> None:
             with secure(server, context) as client:

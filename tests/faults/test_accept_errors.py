@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from support import (
+    BACKENDS,
     MAX_DELAY,
     TIMEOUT,
-    Start,
+    StartServer,
     connect,
-    echoes,
-    engines,
-    lines_of,
+    is_echoed,
+    log_lines,
     wait_until,
 )
 
@@ -56,10 +56,10 @@ class FailingAccept:
         self.error = None
 
 
-OUR_ACCEPT = [(kind, tls) for kind in engines() for tls in (False, True) if tls or kind[0] == "threads"]
+OUR_ACCEPT = [(backend, tls) for backend in BACKENDS for tls in (False, True) if tls or backend.engine == "threads"]
 
 each_accept_of_ours = pytest.mark.parametrize(
-    ("kind", "tls"), OUR_ACCEPT, ids=["-".join(kind) + ("-tls" if tls else "") for kind, tls in OUR_ACCEPT]
+    ("backend", "tls"), OUR_ACCEPT, ids=["-".join(backend) + ("-tls" if tls else "") for backend, tls in OUR_ACCEPT]
 )
 
 SHORT_OF = [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM]
@@ -72,15 +72,15 @@ PASSING = [errno.ECONNABORTED, errno.EPROTO, errno.EPERM]
 @each_accept_of_ours
 @pytest.mark.parametrize("number", LASTING, ids=errno.errorcode.get)
 def test_accept_that_fails_is_tried_again_after_a_pause(
-    start: Start,
+    start_server: StartServer,
     tls: bool,
     number: int,
-    trusting: ssl.SSLContext,
+    client_context: ssl.SSLContext,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     accept = FailingAccept(monkeypatch)
-    with start(tls=tls) as server:
+    with start_server(tls=tls) as server:
         began = monotonic()
         accept.begin(number)
         with connect(server) as plain:
@@ -88,29 +88,29 @@ def test_accept_that_fails_is_tried_again_after_a_pause(
             assert accept.failed <= 4 + (monotonic() - began) / accept.PAUSE  # no busy waiting
             accept.end()
             ended = monotonic()
-            client = trusting.wrap_socket(plain, server_hostname="localhost") if tls else plain
-            assert echoes(client)
+            client = client_context.wrap_socket(plain, server_hostname="localhost") if tls else plain
+            assert is_echoed(client)
             assert monotonic() - ended < MAX_DELAY
             client.close()
-        said = [line for line in lines_of(caplog, logging.WARNING) if "cannot accept" in line]
+        said = [line for line in log_lines(caplog, logging.WARNING) if "cannot accept" in line]
         assert 1 <= len(said) <= 1 + (monotonic() - began)
         assert os.strerror(number).lower() in said[0].lower()
 
 
 @each_accept_of_ours
 def test_a_client_that_is_gone_when_it_is_accepted_does_not_hold_up_the_next(
-    start: Start,
+    start_server: StartServer,
     tls: bool,
-    trusting: ssl.SSLContext,
+    client_context: ssl.SSLContext,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     accept = FailingAccept(monkeypatch, most=1)
-    with start(tls=tls) as server:
+    with start_server(tls=tls) as server:
         for number in PASSING:
             accept.begin(number)
             with connect(server) as plain:
-                client = trusting.wrap_socket(plain, server_hostname="localhost") if tls else plain
-                assert echoes(client)
+                client = client_context.wrap_socket(plain, server_hostname="localhost") if tls else plain
+                assert is_echoed(client)
                 client.close()
             assert accept.failed == 1
 
@@ -121,15 +121,15 @@ def test_a_client_that_another_worker_took_first_does_not_hold_up_the_next(monke
     with sync.serve(port=0, mode="stream") as server:
         accept.begin(errno.EAGAIN)
         with connect(server) as client:
-            assert echoes(client)
+            assert is_echoed(client)
         assert accept.failed == 1
 
 
 @each_accept_of_ours
-def test_a_stop_while_accept_fails(start: Start, tls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_while_accept_fails(start_server: StartServer, tls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in LASTING:
         accept = FailingAccept(monkeypatch)
-        with start(tls=tls) as server:
+        with start_server(tls=tls) as server:
             began = monotonic()
             accept.begin(number)
             with connect(server):

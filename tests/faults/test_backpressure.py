@@ -12,9 +12,8 @@ from random import Random
 import pytest
 from support import (
     TIMEOUT,
-    Start,
+    StartServer,
     connect,
-    each_kind,
     wait_until,
 )
 
@@ -25,14 +24,13 @@ from echo_async.engines.threads import ThreadConnection
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-@each_kind
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_ten_mebibytes_come_back_byte_for_byte_to_a_reader_that_pauses(
-    start: Start, tls: bool, trusting: ssl.SSLContext
+    start_server: StartServer, tls: bool, client_context: ssl.SSLContext
 ) -> None:
     pattern = Random(5500).randbytes(10 * 1024 * 1024)
-    with start(tls=tls, mode="raw", chunk_size=65536) as server, connect(server) as plain:
-        client = trusting.wrap_socket(plain, server_hostname="localhost") if tls else plain
+    with start_server(tls=tls, mode="raw", chunk_size=65536) as server, connect(server) as plain:
+        client = client_context.wrap_socket(plain, server_hostname="localhost") if tls else plain
         client.setblocking(False)  # one thread does both: OpenSSL allows no two of them at one connection
         no_more_now = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
         unsent, received, seen = memoryview(pattern), bytearray(), -1

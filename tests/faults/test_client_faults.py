@@ -16,14 +16,13 @@ from dataclasses import asdict
 import pytest
 from support import (
     TIMEOUT,
-    Kind,
+    Backend,
     ServerThread,
-    Start,
+    StartServer,
     connect,
-    each_kind,
-    echoes,
     fill,
-    lines_of,
+    is_echoed,
+    log_lines,
     receive_all,
     receive_line,
     reset,
@@ -47,7 +46,7 @@ def leave_in_mid_message(client: socket.socket) -> None:
 
 
 def reset_after_a_reply(client: socket.socket) -> None:
-    assert echoes(client)
+    assert is_echoed(client)
     reset(client)
 
 
@@ -124,7 +123,7 @@ def hear_nothing(client: socket.socket) -> None:
 
 def send_urgent_data(client: socket.socket) -> None:
     client.send(b"!", socket.MSG_OOB)
-    assert echoes(client)
+    assert is_echoed(client)
 
 
 def send_what_is_too_long(client: socket.socket) -> None:
@@ -159,10 +158,9 @@ MAY_LOSE = {reset_while_replies_are_queued, leave_while_replies_are_queued, floo
 MAY_LOSE |= {close_the_window_and_open_it, hear_nothing}
 
 
-@each_kind
 @pytest.mark.parametrize(("fault", "counted"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
 def test_a_faulty_client_ends_alone(
-    start: Start,
+    start_server: StartServer,
     fault: Callable[[socket.socket], None],
     counted: dict[str, int],
     caplog: pytest.LogCaptureFixture,
@@ -170,29 +168,30 @@ def test_a_faulty_client_ends_alone(
     caplog.set_level(logging.INFO, "echo_async")
     timeout = 0.3 if fault is never_read else 30
     with (
-        start(timeout_write=timeout, limit_message_size=500_000, chunk_size=4096, no_access_log=True) as server,
+        start_server(timeout_write=timeout, limit_message_size=500_000, chunk_size=4096, no_access_log=True) as server,
         connect(server) as well,
     ):
-        assert echoes(well)
+        assert is_echoed(well)
         with connect(server) as client:
             fault(client)
         wait_until(lambda: server.stats.accepted == 2 and server.stats.active == 1)
-        assert echoes(well)
+        assert is_echoed(well)
         stats = {name: number for name, number in asdict(server.stats).items() if number}
         for name in ("accepted", "active", "messages", "bytes_in", "bytes_out"):
             del stats[name]
         if fault in MAY_LOSE:
             stats.pop("lost", None)
         assert stats == counted
-    assert lines_of(caplog, logging.ERROR) == []
-    assert len(lines_of(caplog, logging.INFO)) <= 2
+    assert log_lines(caplog, logging.ERROR) == []
+    assert len(log_lines(caplog, logging.INFO)) <= 2
 
 
-@each_kind
-def test_clients_that_came_and_went_before_they_were_accepted(kind: Kind, caplog: pytest.LogCaptureFixture) -> None:
+def test_clients_that_came_and_went_before_they_were_accepted(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
     """The queue of a listening socket is as long as it is: some have gone, some have reset, all others are served."""
     caplog.set_level(logging.DEBUG, "echo_async")
-    engine, loop = kind
+    engine, loop = backend
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
     waiting = []
     for number in range(300):
@@ -210,13 +209,12 @@ def test_clients_that_came_and_went_before_they_were_accepted(kind: Kind, caplog
             assert receive_all(client) == b"%d\n" % number
             client.close()
         wait_until(lambda: server.stats.accepted == 300 and server.stats.active == 0)
-    assert lines_of(caplog, logging.WARNING) == []
-    assert not [line for line in lines_of(caplog, logging.DEBUG) if "unix" in line or "None" in line]
+    assert log_lines(caplog, logging.WARNING) == []
+    assert not [line for line in log_lines(caplog, logging.DEBUG) if "unix" in line or "None" in line]
 
 
-@each_kind
-def test_every_place_is_free_again_after_any_kind_of_end(start: Start) -> None:
-    with start(limit_connections=3, limit_message_size=100, no_access_log=True) as server:
+def test_every_place_is_free_again_after_any_kind_of_end(start_server: StartServer) -> None:
+    with start_server(limit_connections=3, limit_message_size=100, no_access_log=True) as server:
         ends = [
             connect_and_leave,
             connect_and_reset,
@@ -232,17 +230,16 @@ def test_every_place_is_free_again_after_any_kind_of_end(start: Start) -> None:
         assert server.stats.refused == 0
         with ExitStack() as clients:
             full = [clients.enter_context(connect(server)) for _ in range(3)]
-            assert all(map(echoes, full))
+            assert all(map(is_echoed, full))
             with connect(server) as one_more, suppress(ConnectionError):
                 assert receive_all(one_more) == b""
             assert server.stats.refused == 1
 
 
-@each_kind
 def test_clients_that_reset_with_much_unanswered_are_no_line_of_the_event_loops(
-    start: Start, caplog: pytest.LogCaptureFixture
+    start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with start(no_access_log=True) as server:
+    with start_server(no_access_log=True) as server:
         for _ in range(30):
             client = connect(server)
             client.sendall(b"hello\n")

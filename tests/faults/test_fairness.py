@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 from support import (
     LOOPS,
-    in_some_turns,
     run,
+    wait_in_loop,
 )
 
 import echo_async
@@ -86,7 +86,7 @@ def test_a_flood_of_short_messages_is_logged_in_turns(engine: EngineName, loop: 
             writer.write(flood)
             turn()
             assert await reader.readexactly(len(flood)) == flood
-            await in_some_turns(lambda: log.lines == len(flood))
+            await wait_in_loop(lambda: log.lines == len(flood))
             writer.close()
             await writer.wait_closed()
             assert max(after - before for before, after in pairwise(written)) <= 1000

@@ -17,19 +17,17 @@ from pathlib import Path
 import pytest
 from support import (
     TIMEOUT,
-    Kind,
+    Backend,
     connect,
-    each_kind,
-    echoes,
-    engines,
+    is_echoed,
     run,
-    serving,
+    serve_in_loop,
 )
 
 import echo_async
 from echo_async import sync
 from echo_async.loops import loop_factory
-from echo_async.server.server import start_server
+from echo_async.server.server import start_server as start_in_loop
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -40,23 +38,22 @@ def test_a_default_time_out_of_the_program_is_none_for_clients() -> None:
         socket.setdefaulttimeout(0.05)
         try:
             with socket.create_connection(server.address, TIMEOUT) as another:
-                assert echoes(another)
+                assert is_echoed(another)
                 select.select([another], [], [], 0.2)  # longer than the program's default
-                assert echoes(another)
+                assert is_echoed(another)
         finally:
             socket.setdefaulttimeout(before)
-        assert echoes(client)
+        assert is_echoed(client)
 
 
-@pytest.mark.parametrize("kind", engines(), ids="-".join)
-def test_a_start_that_is_cancelled_leaves_nothing(kind: Kind) -> None:
+def test_a_start_that_is_cancelled_leaves_nothing(backend: Backend) -> None:
     async def main() -> None:
-        async with serving(kind) as server:  # what the loop opens for itself is open then
+        async with serve_in_loop(backend) as server:  # what the loop opens for itself is open then
             server.close()
             await server.wait_closed()
         before = sorted(os.listdir("/proc/self/fd"))
         for turns in range(6):
-            starting = asyncio.ensure_future(start_server(echo_async.ServerConfig(engine=kind[0], port=0)))
+            starting = asyncio.ensure_future(start_in_loop(echo_async.ServerConfig(engine=backend.engine, port=0)))
             for _ in range(turns):
                 await asyncio.sleep(0)
             starting.cancel()
@@ -68,13 +65,12 @@ def test_a_start_that_is_cancelled_leaves_nothing(kind: Kind) -> None:
                 await asyncio.sleep(0)
             assert sorted(os.listdir("/proc/self/fd")) == before
 
-    run(main, kind[1])
+    run(main, backend.loop)
 
 
-@each_kind
-def test_it_can_be_closed_twice_by_many_and_waited_for_by_many(kind: Kind) -> None:
+def test_it_can_be_closed_twice_by_many_and_waited_for_by_many(backend: Backend) -> None:
     async def main() -> None:
-        async with serving(kind) as server, asyncio.timeout(TIMEOUT):
+        async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT):
             server.close()
             await asyncio.gather(*(server.wait_closed() for _ in range(3)))
             server.close()
@@ -82,33 +78,30 @@ def test_it_can_be_closed_twice_by_many_and_waited_for_by_many(kind: Kind) -> No
             await server.wait_closed()
             await server.serve_forever()
 
-    run(main, kind[1])
+    run(main, backend.loop)
 
 
-@each_kind
-def test_one_that_was_awaited_can_be_entered_and_is_closed_with_the_block(kind: Kind) -> None:
+def test_one_that_was_awaited_can_be_entered_and_is_closed_with_the_block(backend: Backend) -> None:
     async def main() -> None:
-        async with serving(kind) as server, asyncio.timeout(TIMEOUT), server as entered:
+        async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT), server as entered:
             assert entered is server
             assert await echo_async.echo("hello", *server.address) == "hello"
 
-    run(main, kind[1])
+    run(main, backend.loop)
 
 
-@each_kind
-def test_it_can_be_closed_before_its_loop_has_turned(kind: Kind) -> None:
+def test_it_can_be_closed_before_its_loop_has_turned(backend: Backend) -> None:
     async def main() -> None:
-        async with serving(kind) as server, asyncio.timeout(TIMEOUT):
+        async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT):
             server.close()
             await server.wait_closed()
 
-    run(main, kind[1])
+    run(main, backend.loop)
 
 
-@each_kind
-def test_a_task_that_serves_can_be_cancelled(kind: Kind) -> None:
+def test_a_task_that_serves_can_be_cancelled(backend: Backend) -> None:
     async def main() -> None:
-        async with serving(kind) as server, asyncio.timeout(TIMEOUT):
+        async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT):
             assert isinstance(server.address, tuple)
             reader, writer = await asyncio.open_connection(*server.address)
             writer.write(b"one\n")
@@ -121,13 +114,12 @@ def test_a_task_that_serves_can_be_cancelled(kind: Kind) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
 
-    run(main, kind[1])
+    run(main, backend.loop)
 
 
-@each_kind
-def test_two_hundred_lives_in_one_process(kind: Kind) -> None:
+def test_two_hundred_lives_in_one_process(backend: Backend) -> None:
     """Start, serve, stop, on the same port each time. What the host program has set is as it was."""
-    engine, loop = kind
+    engine, loop = backend
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
 
     async def live(port: int) -> int:

@@ -20,8 +20,8 @@ import pytest
 from support import (
     MAX_DELAY,
     connect,
-    echoes,
-    lines_of,
+    is_echoed,
+    log_lines,
     receive_all,
     server_process,
 )
@@ -37,7 +37,7 @@ def test_no_thread_for_a_client_is_that_clients_loss_only(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     certificate: Path,
-    trusting: ssl.SSLContext,
+    client_context: ssl.SSLContext,
     tls: bool,
 ) -> None:
     begin = threading.Thread.start
@@ -54,12 +54,12 @@ def test_no_thread_for_a_client_is_that_clients_loss_only(
             with connect(server) as client, suppress(ConnectionError):
                 assert receive_all(client) == b""
         with connect(server) as plain:
-            client = trusting.wrap_socket(plain, server_hostname="localhost") if tls else plain
-            assert echoes(client)
+            client = client_context.wrap_socket(plain, server_hostname="localhost") if tls else plain
+            assert is_echoed(client)
             client.close()
         assert server.stats.refused == 3
         assert server.stats.accepted == 1
-    assert lines_of(caplog, logging.WARNING) == ["cannot accept clients just now: can't start new thread"]
+    assert log_lines(caplog, logging.WARNING) == ["cannot accept clients just now: can't start new thread"]
 
 
 def test_threads_that_cannot_start_are_one_error_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_64_descriptors_and_200_clients(kind: list[str]) -> None:
         select.select([], [], [], 0.4)  # they wait, and it costs the server nothing
         assert cpu() - used < 0.05 * (monotonic() - waited)
         for client in served:
-            assert echoes(client)
+            assert is_echoed(client)
         for client in served:
             client.close()
         left = monotonic()
@@ -119,7 +119,7 @@ def test_64_descriptors_and_200_clients(kind: list[str]) -> None:
         while len(again) < len(served):
             client = clients.enter_context(server.connect())
             with suppress(ConnectionError, AssertionError):
-                if echoes(client):
+                if is_echoed(client):
                     again.append(client)
         assert monotonic() - left < MAX_DELAY
         seconds = monotonic() - began

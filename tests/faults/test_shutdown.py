@@ -21,16 +21,15 @@ from support import (
     LOOPS,
     MAX_DELAY,
     TIMEOUT,
-    Kind,
-    Start,
+    Backend,
+    StartServer,
     connect,
-    each_kind,
     fill,
-    in_some_turns,
     receive_all,
     receive_exactly,
     run,
-    serving,
+    serve_in_loop,
+    wait_in_loop,
     wait_until,
 )
 
@@ -44,11 +43,10 @@ from echo_async.loops import LoopName
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-@each_kind
 @pytest.mark.parametrize("no_access_log", [True, False], ids=["quiet", "logged"])
 @pytest.mark.parametrize("chunk_size", [20, 65536])
 def test_a_stop_answers_all_that_had_arrived(
-    kind: Kind, chunk_size: int, no_access_log: bool, caplog: pytest.LogCaptureFixture
+    backend: Backend, chunk_size: int, no_access_log: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also what the server had not read yet, because it was busy with what came before; and each line is in the log."""
     caplog.set_level(logging.INFO, "echo_async")
@@ -57,7 +55,7 @@ def test_a_stop_answers_all_that_had_arrived(
     async def main() -> None:
         options: ServerOptions = {"chunk_size": chunk_size, "no_access_log": no_access_log}
         loop = asyncio.get_running_loop()
-        async with serving(kind, **options) as server, asyncio.timeout(TIMEOUT):
+        async with serve_in_loop(backend, **options) as server, asyncio.timeout(TIMEOUT):
             with await asyncio.to_thread(connect, server) as client:
                 client.setblocking(False)
                 await loop.sock_sendall(client, b"hello\n")
@@ -74,15 +72,14 @@ def test_a_stop_answers_all_that_had_arrived(
             lines = [record for record in caplog.records if record.name == "echo_async.access"]
             assert len(lines) == (0 if no_access_log else 1 + whole // 17)
 
-    run(main, kind[1])
+    run(main, backend.loop)
 
 
-@each_kind
-def test_replies_that_are_sent_while_it_closes(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replies_that_are_sent_while_it_closes(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that reads nothing until its last message was answered, and its side is ended."""
     monkeypatch.setattr("echo_async.engines.streams.DRAIN_THRESHOLD", 2**40)
     messages = b"sixteen letters!\n" * 500_000
-    with start(no_access_log=True, chunk_size=65536) as server, connect(server) as client:
+    with start_server(no_access_log=True, chunk_size=65536) as server, connect(server) as client:
         sending = threading.Thread(target=client.sendall, args=[messages])
         sending.start()
         if server.config.engine != "streams":  # the others read on when the client does
@@ -115,7 +112,7 @@ def not_read_from(address: object) -> int:
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_a_stop_answers_what_waits_in_the_kernel_and_not_what_a_flood_brings_later(
-    loop: LoopName, tls: bool, certificate: Path, trusting: ssl.SSLContext
+    loop: LoopName, tls: bool, certificate: Path, client_context: ssl.SSLContext
 ) -> None:
     """The engine ``protocol``, which is given what arrives and cannot go and read it."""
     messages = b"sixteen letters!\n" * 500
@@ -132,7 +129,7 @@ def test_a_stop_answers_what_waits_in_the_kernel_and_not_what_a_flood_brings_lat
             )
         )
         reader, writer = await asyncio.open_connection(
-            sock=ours, ssl=trusting if tls else None, server_hostname="localhost" if tls else None
+            sock=ours, ssl=client_context if tls else None, server_hostname="localhost" if tls else None
         )
         await connecting
         try:
@@ -158,10 +155,9 @@ def test_a_stop_answers_what_waits_in_the_kernel_and_not_what_a_flood_brings_lat
     run(main, loop)
 
 
-@each_kind
-def test_a_stop_answers_what_a_client_had_sent_that_reads_slowly(kind: Kind) -> None:
+def test_a_stop_answers_what_a_client_had_sent_that_reads_slowly(backend: Backend) -> None:
     async def main() -> None:
-        async with serving(kind, chunk_size=65536) as server, asyncio.timeout(TIMEOUT):
+        async with serve_in_loop(backend, chunk_size=65536) as server, asyncio.timeout(TIMEOUT):
             with await asyncio.to_thread(connect, server) as client:
                 client.setblocking(False)
                 client.send(b"sixteen letters!\n")  # so that it is accepted before it sends all that it can
@@ -179,11 +175,10 @@ def test_a_stop_answers_what_a_client_had_sent_that_reads_slowly(kind: Kind) -> 
             await server.wait_closed()
             assert len(received) >= had_arrived - had_arrived % 17
 
-    run(main, kind[1])
+    run(main, backend.loop)
 
 
-@each_kind
-def test_a_stop_from_where_a_client_is_served(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_from_where_a_client_is_served(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("echo_async.engines.registry.LINGER_TIMEOUT_AT_STOP", 0.05)
     receive = StreamConversation.receive
     servers: list[echo_async.EchoServer] = []
@@ -195,43 +190,41 @@ def test_a_stop_from_where_a_client_is_served(kind: Kind, monkeypatch: pytest.Mo
     monkeypatch.setattr(StreamConversation, "receive", stop)
 
     async def main() -> None:
-        async with serving(kind) as server, asyncio.timeout(TIMEOUT):
+        async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT):
             servers.append(server)
             with connect(server) as client:
                 client.sendall(b"stop\n")
                 await server.wait_closed()
                 assert receive_all(client) == b"stop\n"
 
-    run(main, kind[1])
+    run(main, backend.loop)
 
 
-@each_kind
-def test_a_stop_while_one_client_leaves_and_another_comes(kind: Kind) -> None:
+def test_a_stop_while_one_client_leaves_and_another_comes(backend: Backend) -> None:
     async def main() -> None:
-        async with serving(kind, timeout_graceful_shutdown=1) as server, asyncio.timeout(TIMEOUT):
+        async with serve_in_loop(backend, timeout_graceful_shutdown=1) as server, asyncio.timeout(TIMEOUT):
             leaving = connect(server)
             leaving.sendall(b"one\n")
-            await in_some_turns(lambda: server.stats.messages == 1)
+            await wait_in_loop(lambda: server.stats.messages == 1)
             leaving.close()
             with connect(server) as coming:
                 coming.sendall(b"begun, ")
                 server.close()
-                await in_some_turns(lambda: all(each.fileno() == -1 for each in server.sockets))
+                await wait_in_loop(lambda: all(each.fileno() == -1 for each in server.sockets))
                 coming.sendall(b"finished\n")
-                await in_some_turns(lambda: server.stats.active == 0 or server.stats.messages == 2)
+                await wait_in_loop(lambda: server.stats.active == 0 or server.stats.messages == 2)
                 assert coming.recv(100) == b"begun, finished\n"
             await server.wait_closed()
 
-    run(main, kind[1])
+    run(main, backend.loop)
 
 
-@each_kind
-def test_a_stop_that_is_cancelled_ends_at_once(kind: Kind) -> None:
+def test_a_stop_that_is_cancelled_ends_at_once(backend: Backend) -> None:
     async def main() -> None:
-        async with serving(kind, timeout_graceful_shutdown=600) as server, asyncio.timeout(TIMEOUT):
+        async with serve_in_loop(backend, timeout_graceful_shutdown=600) as server, asyncio.timeout(TIMEOUT):
             with connect(server) as client:
                 client.sendall(b"never finished")
-                await in_some_turns(lambda: server.stats.bytes_in > 0)
+                await wait_in_loop(lambda: server.stats.bytes_in > 0)
                 server.close()
                 waiting = asyncio.create_task(server.wait_closed())
                 await asyncio.sleep(0)
@@ -239,28 +232,26 @@ def test_a_stop_that_is_cancelled_ends_at_once(kind: Kind) -> None:
                 with pytest.raises(asyncio.CancelledError):
                     await waiting
 
-    run(main, kind[1])
+    run(main, backend.loop)
 
 
-@each_kind
 @pytest.mark.parametrize("accepted", [True, False], ids=["accepted", "still in the queue"])
-def test_an_abort_waits_for_nobody(kind: Kind, accepted: bool) -> None:
+def test_an_abort_waits_for_nobody(backend: Backend, accepted: bool) -> None:
     async def main() -> None:
-        async with serving(kind, timeout_graceful_shutdown=600) as server, asyncio.timeout(TIMEOUT):
+        async with serve_in_loop(backend, timeout_graceful_shutdown=600) as server, asyncio.timeout(TIMEOUT):
             with connect(server) as client:
                 client.sendall(b"never finished")
-                await in_some_turns(lambda: not accepted or server.stats.bytes_in > 0)
+                await wait_in_loop(lambda: not accepted or server.stats.bytes_in > 0)
                 server.abort()
                 await server.wait_closed()
 
-    run(main, kind[1])
+    run(main, backend.loop)
 
 
-@each_kind
-def test_a_stop_waits_for_a_slow_reader_as_long_as_it_may(start: Start) -> None:
+def test_a_stop_waits_for_a_slow_reader_as_long_as_it_may(start_server: StartServer) -> None:
     """Nobody who reads slowly, or not at all, holds it longer than ``timeout_graceful_shutdown``."""
     with (
-        start(timeout_graceful_shutdown=0.2, chunk_size=65536, no_access_log=True) as server,
+        start_server(timeout_graceful_shutdown=0.2, chunk_size=65536, no_access_log=True) as server,
         connect(server) as deaf,
         connect(server) as slow,
     ):

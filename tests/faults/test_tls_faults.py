@@ -18,11 +18,10 @@ import pytest
 from support import (
     MAX_DELAY,
     TIMEOUT,
-    Start,
+    StartServer,
     connect,
-    each_kind,
-    echoes,
-    lines_of,
+    is_echoed,
+    log_lines,
     receive_all,
     reset,
     wait_until,
@@ -140,50 +139,49 @@ TLS_FAULTS: list[tuple[Callable[[TlsClient], None], dict[str, int]]] = [
 ]
 
 
-@each_kind
 def test_who_was_lost_over_tls_is_named(
-    start: Start, trusting: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+    start_server: StartServer, client_context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with start(tls=True) as server, connect(server) as plain:
+    with start_server(tls=True) as server, connect(server) as plain:
         name = f"127.0.0.1:{plain.getsockname()[1]}"
-        with trusting.wrap_socket(plain, server_hostname="localhost") as client:
+        with client_context.wrap_socket(plain, server_hostname="localhost") as client:
             client.sendall(b"begun")
             with suppress(ssl.SSLError):  # who ends a connection owes no answer to its end
                 client.unwrap()
         wait_until(lambda: server.stats.lost == 1)
-    assert lines_of(caplog, logging.WARNING) == [f"{name} lost in mid-message, after 5 bytes without a newline"]
+    assert log_lines(caplog, logging.WARNING) == [f"{name} lost in mid-message, after 5 bytes without a newline"]
 
 
-@each_kind
 @pytest.mark.parametrize(("fault", "counted"), TLS_FAULTS, ids=[fault.__name__ for fault, _ in TLS_FAULTS])
 def test_a_faulty_client_over_tls_ends_alone(
-    start: Start,
+    start_server: StartServer,
     fault: Callable[[TlsClient], None],
     counted: dict[str, int],
-    trusting: ssl.SSLContext,
+    client_context: ssl.SSLContext,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "echo_async")
-    with start(tls=True, no_access_log=True) as server, connect(server) as plain:
-        with trusting.wrap_socket(plain, server_hostname="localhost") as well:
-            assert echoes(well)
+    with start_server(tls=True, no_access_log=True) as server, connect(server) as plain:
+        with client_context.wrap_socket(plain, server_hostname="localhost") as well:
+            assert is_echoed(well)
             with connect(server) as client:
-                fault(TlsClient(client, trusting))
+                fault(TlsClient(client, client_context))
             wait_until(lambda: server.stats.active == 1 and server.stats.tls_failures == counted.get("tls_failures", 0))
-            assert echoes(well)
+            assert is_echoed(well)
         stats = {name: number for name, number in asdict(server.stats).items() if number}
         for name in ("accepted", "active", "messages", "bytes_in", "bytes_out"):
             stats.pop(name, None)
         assert stats == counted
-    assert lines_of(caplog, logging.ERROR) == []
-    assert len(lines_of(caplog, logging.INFO)) <= 1
+    assert log_lines(caplog, logging.ERROR) == []
+    assert len(log_lines(caplog, logging.INFO)) <= 1
 
 
-@each_kind
 @pytest.mark.parametrize("said", [0, 50, None], ids=["nothing", "half a hello", "a hello"])
-def test_a_stop_in_the_middle_of_a_handshake(start: Start, said: int | None, trusting: ssl.SSLContext) -> None:
-    with start(tls=True, timeout_graceful_shutdown=600) as server, connect(server) as client:
-        client.sendall(TlsClient(client, trusting).hello()[:said])
+def test_a_stop_in_the_middle_of_a_handshake(
+    start_server: StartServer, said: int | None, client_context: ssl.SSLContext
+) -> None:
+    with start_server(tls=True, timeout_graceful_shutdown=600) as server, connect(server) as client:
+        client.sendall(TlsClient(client, client_context).hello()[:said])
         wait_until(lambda: not select.select([server.sockets[0]], [], [], 0)[0])  # it is accepted
         if said is None:
             assert client.recv(1)  # the server has answered the hello
@@ -196,13 +194,12 @@ def test_a_stop_in_the_middle_of_a_handshake(start: Start, said: int | None, tru
     assert server.stats.accepted == 0
 
 
-@each_kind
 def test_a_stop_does_not_wait_for_the_close_notify_of_a_client(
-    start: Start, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+    start_server: StartServer, client_context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("echo_async.engines.registry.LINGER_TIMEOUT_AT_STOP", 0.05)
-    with start(tls=True, timeout_graceful_shutdown=1) as server, connect(server) as plain:
-        client = TlsClient(plain, trusting)
+    with start_server(tls=True, timeout_graceful_shutdown=1) as server, connect(server) as plain:
+        client = TlsClient(plain, client_context)
         client.handshake()
         plain.sendall(client.record(b"a message\n"))
         wait_until(lambda: server.stats.messages == 1)
@@ -212,23 +209,22 @@ def test_a_stop_does_not_wait_for_the_close_notify_of_a_client(
         assert monotonic() - began < MAX_DELAY
 
 
-@each_kind
-def test_failed_handshakes_give_their_places_back(start: Start, trusting: ssl.SSLContext) -> None:
-    with start(tls=True, limit_connections=2) as server:
+def test_failed_handshakes_give_their_places_back(start_server: StartServer, client_context: ssl.SSLContext) -> None:
+    with start_server(tls=True, limit_connections=2) as server:
         for number in range(20):
             with connect(server) as client:
-                (half_a_hello, hello_and_reset)[number % 2](TlsClient(client, trusting))
+                (half_a_hello, hello_and_reset)[number % 2](TlsClient(client, client_context))
             wait_until(lambda number=number: server.stats.tls_failures == number + 1)  # type: ignore[misc]
         assert server.stats.refused == 0
         with connect(server) as one, connect(server) as two:
-            secured = [trusting.wrap_socket(each, server_hostname="localhost") for each in (one, two)]
-            assert all(map(echoes, secured))
+            secured = [client_context.wrap_socket(each, server_hostname="localhost") for each in (one, two)]
+            assert all(map(is_echoed, secured))
             for each in secured:
                 each.close()
 
 
 def test_ending_the_sending_side_over_tls_never_waits_for_the_client(
-    certificate: Path, trusting: ssl.SSLContext
+    certificate: Path, client_context: ssl.SSLContext
 ) -> None:
     """Whoever sweeps does so for every client: one whose buffers are full must not hold it up."""
     ours, theirs = socket.socketpair()
@@ -238,7 +234,7 @@ def test_ending_the_sending_side_over_tls_never_waits_for_the_client(
         ours.settimeout(TIMEOUT)
         theirs.settimeout(TIMEOUT)
         secured = TlsSocket(ours, context)
-        client = TlsClient(theirs, trusting)
+        client = TlsClient(theirs, client_context)
         shaking = threading.Thread(target=client.handshake)
         shaking.start()
         secured.handshake(TIMEOUT)
@@ -258,7 +254,7 @@ def test_ending_the_sending_side_over_tls_never_waits_for_the_client(
 
 
 def test_nobody_reads_over_tls_while_another_thread_ends_the_sending_side(
-    certificate: Path, trusting: ssl.SSLContext
+    certificate: Path, client_context: ssl.SSLContext
 ) -> None:
     """OpenSSL allows no two threads at one connection, and lets go of Python's lock in both calls."""
     ending, overlapped = threading.Event(), threading.Event()
@@ -281,7 +277,7 @@ def test_nobody_reads_over_tls_while_another_thread_ends_the_sending_side(
     context.load_cert_chain(certificate)
     with ours, theirs:
         theirs.settimeout(TIMEOUT)
-        secured, client = Watched(ours, context), TlsClient(theirs, trusting)
+        secured, client = Watched(ours, context), TlsClient(theirs, client_context)
         shaking = threading.Thread(target=client.handshake)
         shaking.start()
         secured.handshake(TIMEOUT)
