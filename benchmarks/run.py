@@ -1,7 +1,7 @@
 """All the echo servers that can be run here, side by side: this package's, and peers as small as they go.
 
 ``python benchmarks/run.py`` measures every peer whose compiler, runtime or package is installed, in several
-loads, in interleaved rounds (see ``echo_async.bench.compare``), and writes ``results/DATE.json`` and
+loads, in interleaved rounds (see ``echo_async.bench.comparison``), and writes ``results/DATE.json`` and
 ``results/DATE.md``. The peers in Python run on the Python that runs this.
 """
 
@@ -19,19 +19,19 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from echo_async.bench.compare import Cell, Comparison, Model, compare, models, spread
-from echo_async.bench.plan import LoadMode, Plan
+from echo_async.bench.comparison import Candidate, CandidateResult, Comparison, compare, make_candidates, spread
+from echo_async.bench.plan import LoadMode, LoadPlan
 from echo_async.bench.report import describe_comparison, describe_machine, print_comparison, progress_bar, show_spread
 
 HERE = Path(__file__).resolve().parent
 
-Loads = dict[str, tuple[Plan, int]]
+Loads = dict[str, tuple[LoadPlan, int]]
 """A name, how the load is, and the bytes of a message."""
 
 
 def main() -> int:
     options = _options()
-    plan = Plan(duration=options.duration, warmup=0.3)
+    plan = LoadPlan(duration=options.duration, warmup=0.3)
     with tempfile.TemporaryDirectory() as build:
         candidates = [*_peers(Path(build)), *_ours()]
         if options.only:
@@ -51,16 +51,16 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = list(_loads(Plan()))
+    names = list(_loads(LoadPlan()))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--duration", type=float, default=1.0, help="seconds of each measurement")
+    parser.add_argument("--duration", type=float, default=1.0, help="seconds of each result")
     parser.add_argument("--loads", nargs="+", choices=names, default=names)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="servers with one of these in the name")
     parser.add_argument("--output", default=str(HERE / "results"), help="the directory for the results")
     return parser.parse_args()
 
 
-def _loads(plan: Plan) -> Loads:
+def _loads(plan: LoadPlan) -> Loads:
     return {
         "one": (plan, 1024),
         "pipelined": (replace(plan, pipeline=16), 1024),
@@ -69,19 +69,19 @@ def _loads(plan: Plan) -> Loads:
     }
 
 
-def _measure(name: str, candidates: Sequence[Model], plan: Plan, size: int, rounds: int) -> Comparison:
+def _measure(name: str, candidates: Sequence[Candidate], plan: LoadPlan, size: int, rounds: int) -> Comparison:
     with progress_bar(name, rounds * len(candidates)) as progress:
         return compare(candidates, [size], plan, rounds, progress)
 
 
-def _ours() -> Iterator[Model]:
-    yield from models(["protocol"], ["uvloop", "asyncio"], [1])
-    yield from models(["streams"], ["uvloop", "asyncio"], [65_536])
-    yield from models(["streams"], ["uvloop"], [20])
-    yield from models(["threads"], [], [65_536, 20])
+def _ours() -> Iterator[Candidate]:
+    yield from make_candidates(["protocol"], ["uvloop", "asyncio"], [1])
+    yield from make_candidates(["streams"], ["uvloop", "asyncio"], [65_536])
+    yield from make_candidates(["streams"], ["uvloop"], [20])
+    yield from make_candidates(["threads"], [], [65_536, 20])
 
 
-def _peers(build: Path) -> Iterator[Model]:
+def _peers(build: Path) -> Iterator[Candidate]:
     """Those that can be run here, the one in C first: it is the base of the ratios."""
     yield from _compiled("C epoll", "cc", ["-O2", "-o"], "epoll.c", build)
     yield from _compiled("Go goroutines", "go", ["build", "-o"], "goroutines.go", build)
@@ -97,21 +97,21 @@ def _peers(build: Path) -> Iterator[Model]:
     yield from _python("bare threads 20 B", "threading", "threads.py")
 
 
-def _compiled(name: str, compiler: str, options: Sequence[str], source: str, build: Path) -> Iterator[Model]:
+def _compiled(name: str, compiler: str, options: Sequence[str], source: str, build: Path) -> Iterator[Candidate]:
     if found := shutil.which(compiler):
         program = build / Path(source).stem
         subprocess.run([found, *options, program, HERE / "peers" / source], check=True)
         yield _peer(name, program)
 
 
-def _python(name: str, module: str, script: str, *arguments: str) -> Iterator[Model]:
+def _python(name: str, module: str, script: str, *arguments: str) -> Iterator[Candidate]:
     if find_spec(module) is not None:
         yield _peer(name, sys.executable, HERE / "peers" / script, *arguments)
 
 
-def _peer(name: str, *command: object) -> Model:
+def _peer(name: str, *command: object) -> Candidate:
     start: Callable[[LoadMode, int], Sequence[str]] = lambda mode, size: [str(word) for word in command]  # noqa: E731
-    return Model(name=name, engine="peer", command=start)
+    return Candidate(name=name, engine="peer", command=start)
 
 
 def _write(done: Sequence[tuple[str, Comparison]], rounds: int, directory: Path) -> None:
@@ -130,17 +130,17 @@ def _write(done: Sequence[tuple[str, Comparison]], rounds: int, directory: Path)
     print(f"written: {path}.json and {path}.md", file=sys.stderr)
 
 
-def _markdown(cells: Sequence[Cell]) -> Iterator[str]:
+def _markdown(results: Sequence[CandidateResult]) -> Iterator[str]:
     yield "| server | messages/s | CPU µs a message | CPU ratio (least-greatest) | p50 ms | p99 ms |"
     yield "|---|--:|--:|--:|--:|--:|"
-    for cell in sorted(cells, key=lambda cell: cell.cpu_per_message or 0):
-        limit = "*" if cell.generator_was_the_limit else ""
+    for result in sorted(results, key=lambda each: each.cpu_per_message or 0):
+        limit = "*" if result.generator_was_the_limit else ""
         yield (
-            f"| {cell.model.name} | {cell.messages_per_second:,.0f}{limit} | {1e6 * (cell.cpu_per_message or 0):.1f} "
-            f"| {show_spread(spread(cell.cpu_ratios(cells[0])))} "
-            f"| {1e3 * cell.curve['50']:.3f} | {1e3 * cell.curve['99']:.3f} |"
+            f"| {result.candidate.name} | {result.messages_per_second:,.0f}{limit} "
+            f"| {1e6 * (result.cpu_per_message or 0):.1f} | {show_spread(spread(result.cpu_ratios(results[0])))} "
+            f"| {1e3 * result.curve['50']:.3f} | {1e3 * result.curve['99']:.3f} |"
         )
-    if any(cell.generator_was_the_limit for cell in cells):
+    if any(each.generator_was_the_limit for each in results):
         yield "\n\\* the load generator was the limit: the server can do more; its CPU time a message holds."
 
 

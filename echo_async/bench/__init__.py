@@ -7,10 +7,10 @@
 ``generator``    one process of load: sockets, a clock, samples
 ``worker``       that process, as its parent runs it
 ``load``         all of the processes of one load, and what they found together
-``figures``      samples in, percentiles out
+``distribution``      samples in, percentiles out
 ``expectation``  ``p99<5ms``: what has to hold
 ``server``       a server in a process of its own, for as long as it is measured
-``compare``      servers side by side, in interleaved rounds
+``comparison``    servers side by side, in interleaved rounds
 ``machine``      what the figures were taken on
 ``report`` ``plot`` ``command``   tables, pictures, options
 

@@ -16,10 +16,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from ..errors import describe_error
-from .pattern import LARGEST
+from .pattern import MAX_IO_SIZE
 
 if TYPE_CHECKING:
-    from .generator import Generator
+    from .generator import LoadGenerator
 
 __all__ = ["Connection"]
 
@@ -29,9 +29,9 @@ QUEUE_FULL = 0.002  # ... and until a Unix socket whose queue is full is tried a
 
 
 class Connection:
-    """Connection ``number`` of all, as one that a :class:`Generator` has."""
+    """Connection ``number`` of all, as one that a :class:`LoadGenerator` has."""
 
-    def __init__(self, generator: Generator, number: int) -> None:
+    def __init__(self, generator: LoadGenerator, number: int) -> None:
         plan = generator.plan
         self.number = number
         self.in_flight: deque[tuple[float, float, int]] = deque()
@@ -46,9 +46,9 @@ class Connection:
         self._size = plan.size
         self._length = generator.pattern.length
         self._view = generator.pattern.view
-        self._add = generator.tally.add
+        self._add = generator.recorder.add
         self._room = generator.schedule.room
-        self._reading = min(LARGEST, max(65536, plan.size * plan.pipeline)) if plan.mode == "stream" else 65536
+        self._reading = min(MAX_IO_SIZE, max(65536, plan.size * plan.pipeline)) if plan.mode == "stream" else 65536
         self._one_message = plan.mode == "message"
         self._send_at = self._receive_at = self._pattern.start(number)
         self._unsent = 0
@@ -71,7 +71,7 @@ class Connection:
         at, unsent = self._send_at, self._unsent
         try:
             while unsent:
-                taken = self._socket.send(self._view[at : at + (unsent if unsent < LARGEST else LARGEST)])  # type: ignore[union-attr]
+                taken = self._socket.send(self._view[at : at + (unsent if unsent < MAX_IO_SIZE else MAX_IO_SIZE)])  # type: ignore[union-attr]
                 unsent -= taken
                 at = (at + taken) % self._length
         except BLOCKED:

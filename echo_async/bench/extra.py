@@ -6,10 +6,10 @@ from importlib import import_module
 
 from ..errors import StartError
 
-__all__ = ["need"]
+__all__ = ["require_modules"]
 
 
-def need(*modules: str) -> None:
+def require_modules(*modules: str) -> None:
     """:exc:`~echo_async.StartError` if one of ``modules`` is not installed."""
     for name in modules:
         try:

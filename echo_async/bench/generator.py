@@ -21,11 +21,11 @@ from time import perf_counter
 
 from .connection import Connection
 from .pattern import Pattern
-from .plan import Plan
+from .plan import LoadPlan
+from .recorder import Recorder
 from .schedule import ClosedLoop, OpenLoop, Schedule
-from .tally import Tally
 
-__all__ = ["Generator", "raise_descriptor_limit"]
+__all__ = ["LoadGenerator", "raise_descriptor_limit"]
 
 LONGEST_SLEEP = 1.0
 AT_ONCE = 100  # connections that are opened: more than a server's queue has room for would wait for a second
@@ -34,17 +34,17 @@ LOOPBACK_SOURCES = 32  # addresses to connect from, so that message mode does no
 IP_BIND_ADDRESS_NO_PORT = 24  # Linux; the socket module has no name for it
 
 
-class Generator:
+class LoadGenerator:
     """The load of one process. ``first`` is the number of its first connection among those of all processes."""
 
-    def __init__(self, plan: Plan, *, first: int = 0) -> None:
+    def __init__(self, plan: LoadPlan, *, first: int = 0) -> None:
         self.plan = plan
         self.pattern = Pattern(plan.size)
-        self.tally = Tally()
+        self.recorder = Recorder()
         self.tls = plan.tls_context()
         self.selector = selectors.DefaultSelector()
         self.schedule: Schedule = (
-            ClosedLoop(plan.pipeline) if plan.rate is None else OpenLoop(plan.pipeline, plan.rate, self.tally)
+            ClosedLoop(plan.pipeline) if plan.rate is None else OpenLoop(plan.pipeline, plan.rate, self.recorder)
         )
         self._connections = [Connection(self, first + number) for number in range(plan.connections)]
         self._stopped = False
@@ -70,7 +70,7 @@ class Generator:
         """Whatever comes there, or its end, stops the load."""
         self.selector.register(descriptor, selectors.EVENT_READ, self._stop)
 
-    def run(self, start: float) -> Tally:
+    def run(self, start: float) -> Recorder:
         """Load from ``start`` on (of ``time.perf_counter``): warm up, measure, wait for what is still to come."""
         _sleep_precisely()
         measure = start + self.plan.warmup
@@ -78,16 +78,16 @@ class Generator:
         self._until(start)
         self.schedule.begin(self._connections, start, end)
         self._until(measure)
-        self.tally.restart()
+        self.recorder.restart()
         self._until(end)
-        self.tally.end_window()
+        self.recorder.end_window()
         never = self.schedule.stop()
         if never:
             self.lost("the generator could not keep up with the rate", never)
         self._until(perf_counter() + self.plan.timeout, self._idle)
         self._give_up()
         self._close()
-        return self.tally
+        return self.recorder
 
     def new_socket(self, number: int) -> socket.socket:
         made = socket.socket(self.plan.family)
@@ -104,12 +104,12 @@ class Generator:
 
     def lost(self, why: str, messages: int) -> None:
         if not self._stopped:
-            self.tally.lost += messages
-            self.tally.failures[why] += 1
+            self.recorder.lost += messages
+            self.recorder.failures[why] += 1
 
     def differs(self, connection: int, message: int, offset: int, what: str) -> None:
         """A byte is not what was sent: there is nothing more to measure."""
-        self.tally.mismatch = {"connection": connection, "message": message, "offset": offset, "what": what}
+        self.recorder.mismatch = {"connection": connection, "message": message, "offset": offset, "what": what}
         self._stopped = True
 
     def _stop(self, _: int) -> None:
@@ -159,7 +159,7 @@ def _all_usable(connections: Sequence[Connection]) -> Callable[[], bool]:
     return lambda: all(each.usable for each in connections)
 
 
-def _sources(plan: Plan) -> Sequence[str]:
+def _sources(plan: LoadPlan) -> Sequence[str]:
     """Addresses to connect from, in turn: on loopback, where a connection a message would use up the ports of one."""
     loopback = plan.family == socket.AF_INET and str(plan.address[0]).startswith("127.")
     if plan.mode != "message" or not loopback or sys.platform != "linux":

@@ -17,11 +17,11 @@ from time import perf_counter
 from typing import Any
 
 from ..errors import ConfigError, ConnectError, EchoError, describe_error
-from .figures import Distribution
-from .plan import Plan
-from .tally import LATE, read_tally
+from .distribution import Distribution
+from .plan import LoadPlan
+from .recorder import LATE, read_results
 
-__all__ = ["LoadError", "LoadResult", "find", "run_load"]
+__all__ = ["LoadError", "LoadResult", "find_server", "run_load"]
 
 HEAD_START = 0.02  # seconds for the word to start to reach every process
 TICK = 0.1  # seconds between two looks at the clock, for the progress bar
@@ -41,7 +41,7 @@ class LoadError(EchoError):
 class LoadResult:
     """What a load found. Times in seconds."""
 
-    plan: Plan
+    plan: LoadPlan
     interrupted: bool = False
     """Ctrl-C ended it early."""
     seconds: float = 0.0
@@ -88,7 +88,7 @@ class LoadResult:
         return not (self.lost or self.failures or self.mismatch)
 
 
-def find(host: str, port: int, uds: str | None, plan: Plan) -> tuple[int, Any]:
+def find_server(host: str, port: int, uds: str | None, plan: LoadPlan) -> tuple[int, Any]:
     """The family and address of the server, which answers there. :exc:`~echo_async.ConnectError` if none does."""
     if uds == "":
         raise ConfigError("uds is empty: give the path of a Unix socket")
@@ -121,12 +121,12 @@ def _connect(host: str, port: int, uds: str | None, seconds: float) -> socket.so
     return connected
 
 
-def run_load(plan: Plan, progress: Progress | None = None, cpus: Sequence[int] = ()) -> LoadResult:
+def run_load(plan: LoadPlan, progress: Progress | None = None, cpus: Sequence[int] = ()) -> LoadResult:
     """Run the load in processes of its own, on ``cpus`` if any are named; Ctrl-C ends it early, with what there is."""
     with ExitStack() as stack:
         workers = []
         first = 0
-        for share in plan.shares():
+        for share in plan.split():
             workers.append(stack.enter_context(Worker(share, first, cpus)))
             first += share.connections
         for worker in workers:
@@ -135,13 +135,13 @@ def run_load(plan: Plan, progress: Progress | None = None, cpus: Sequence[int] =
         for worker in workers:
             worker.start(start)
         interrupted = _wait(workers, start, start + plan.warmup + plan.duration, progress)
-        return _together(plan, [worker.result() for worker in workers], interrupted)
+        return _merge_results(plan, [worker.result() for worker in workers], interrupted)
 
 
 class Worker:
     """A process that makes a part of the load; killed, if need be, at the end of the block."""
 
-    def __init__(self, plan: Plan, first: int, cpus: Sequence[int]) -> None:
+    def __init__(self, plan: LoadPlan, first: int, cpus: Sequence[int]) -> None:
         command = [sys.executable, "-m", f"{__package__}.worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         if cpus:
@@ -186,7 +186,7 @@ class Worker:
         line = self.out.readline()
         if not line:
             raise self._ended()
-        return read_tally(line, self.out.read)
+        return read_results(line, self.out.read)
 
     def _ended(self) -> LoadError:
         return LoadError(f"a process of the load ended by itself with {self._process.wait()}; try fewer --connections")
@@ -210,8 +210,8 @@ def _wait(workers: Sequence[Worker], start: float, end: float, progress: Progres
     return interrupted
 
 
-def _together(
-    plan: Plan, results: Sequence[tuple[dict[str, Any], bytes, bytes, bytes]], interrupted: bool
+def _merge_results(
+    plan: LoadPlan, results: Sequence[tuple[dict[str, Any], bytes, bytes, bytes]], interrupted: bool
 ) -> LoadResult:
     import numpy as np
 

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import random
 
-__all__ = ["LARGEST", "Pattern"]
+__all__ = ["MAX_IO_SIZE", "Pattern"]
 
-LARGEST = 262_144  # bytes of one read or write
-MESSAGES = 4096  # different ones, where that many fit into LARGEST
+MAX_IO_SIZE = 262_144  # bytes of one read or write
+MESSAGES = 4096  # different ones, where that many fit into MAX_IO_SIZE
 
 PRINTABLE = bytes(33 + byte % 94 for byte in range(256))
 
 
 class Pattern:
-    """``length`` bytes of different messages of ``size`` bytes each; ``data`` goes on round for LARGEST bytes more."""
+    """``length`` bytes of different messages of ``size`` bytes each; ``data`` goes round for MAX_IO_SIZE bytes more."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.messages = max(2, min(MESSAGES, LARGEST // size))
+        self.messages = max(2, min(MESSAGES, MAX_IO_SIZE // size))
         self.length = self.messages * size
         block = bytearray(random.Random(size).randbytes(self.length).translate(PRINTABLE))
         block[size - 1 :: size] = b"\n" * self.messages
-        rounds = 1 + -(-LARGEST // self.length)
+        rounds = 1 + -(-MAX_IO_SIZE // self.length)
         self.data = bytes(block) * rounds
         self.view = memoryview(self.data)
 

@@ -9,13 +9,13 @@ from typing import Any, Literal, Self, get_args
 from ..errors import ConfigError
 from ..tls import client_context
 
-__all__ = ["LoadMode", "Plan"]
+__all__ = ["LoadMode", "LoadPlan"]
 
 LoadMode = Literal["stream", "message"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class LoadPlan:
     """Sizes are in bytes, times in seconds. ``connections`` and ``rate`` are those of all processes together."""
 
     family: int = 0
@@ -45,7 +45,7 @@ class Plan:
         if self.processes > self.connections:
             raise ConfigError(f"processes {self.processes} have no more than {self.connections} connections to share")
 
-    def shares(self) -> list[Self]:
+    def split(self) -> list[Self]:
         """The plan of each process: its part of the connections, and of the rate."""
         each, more = divmod(self.connections, self.processes)
         counts = [each + (number < more) for number in range(self.processes)]

@@ -1,4 +1,4 @@
-"""A picture of a comparison, to be understood at a glance. Colours stand for engines, in every part of it."""
+"""A picture of a comparison, to be understood at a glance. Colors stand for engines, in every part of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import log10
 from typing import TYPE_CHECKING, Any, Literal
 
-from .compare import CURVE, Cell, Comparison
+from .comparison import PLOT_PERCENTILES, CandidateResult, Comparison
 from .report import describe_comparison, describe_machine
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ __all__ = ["PICTURES", "draw"]
 
 PICTURES = (".svg", ".png", ".pdf")
 
-COLOURS = {"threads": "#c1554d", "streams": "#3b73b9", "protocol": "#3d9970"}
+COLORS = {"threads": "#c1554d", "streams": "#3b73b9", "protocol": "#3d9970"}
 OTHERS = ("#8a63a8", "#b9813b", "#5b6770", "#3ba7b9", "#a83b78")
 DASHES = {"asyncio": "--"}  # what else there is has full lines
 FAINT = "#d8dce0"
@@ -26,75 +26,83 @@ def draw(comparison: Comparison, path: str) -> None:
     """Write the picture of the first message size to ``path``."""
     from matplotlib.figure import Figure
 
-    cells = comparison.of_size(comparison.sizes[0])
-    chunked = [cell for cell in cells if cell.model.chunk_size is not None]
-    figure = Figure(figsize=(12, 2.6 + 0.28 * len(cells) + 3.6), layout="constrained")
-    figure.suptitle(f"What an echo costs: {describe_comparison(comparison, cells[0].size)}", fontsize=12.5)
+    results = comparison.of_size(comparison.sizes[0])
+    chunked = [each for each in results if each.candidate.chunk_size is not None]
+    figure = Figure(figsize=(12, 2.6 + 0.28 * len(results) + 3.6), layout="constrained")
+    figure.suptitle(f"What an echo costs: {describe_comparison(comparison, results[0].size)}", fontsize=12.5)
     figure.supxlabel(describe_machine(comparison.machine), fontsize=7.5, color="#666666")
     (rates, cpu), (latency, chunks) = figure.subplots(
-        2, 2, height_ratios=(0.28 * len(cells) + 0.6, 3.6), gridspec_kw={"hspace": 0.08}
+        2, 2, height_ratios=(0.28 * len(results) + 0.6, 3.6), gridspec_kw={"hspace": 0.08}
     )
-    _draw_bars(rates, cells, [cell.messages_per_second / 1e3 for cell in cells], "thousand messages a second", "more")
-    used = [1e6 * (cell.cpu_per_message or 0) for cell in cells]
-    _draw_bars(cpu, cells, used, "CPU time of the server, µs a message", "less")
+    _draw_bars(
+        rates,
+        results,
+        [each.messages_per_second / 1e3 for each in results],
+        "thousand messages a second",
+        "more",
+    )
+    used = [1e6 * (each.cpu_per_message or 0) for each in results]
+    _draw_bars(cpu, results, used, "CPU time of the server, µs a message", "less")
     cpu.set_yticklabels([])
-    _draw_latency(latency, _ends(cells))
-    _draw_chunks(chunks, chunked, [cell for cell in cells if cell.model.chunk_size is None])
+    _draw_latency(latency, _ends(results))
+    _draw_chunks(chunks, chunked, [each for each in results if each.candidate.chunk_size is None])
     figure.savefig(path, dpi=150)
 
 
-def colour(cell: Cell) -> str:
-    engine = cell.model.engine
-    return COLOURS.get(engine) or OTHERS[sum(engine.encode()) % len(OTHERS)]
+def color(result: CandidateResult) -> str:
+    engine = result.candidate.engine
+    return COLORS.get(engine) or OTHERS[sum(engine.encode()) % len(OTHERS)]
 
 
-def _shade(cell: Cell) -> str:
-    """The colour of its engine, lighter on asyncio's own event loop."""
-    if cell.model.loop != "asyncio":
-        return colour(cell)
-    parts = (int(colour(cell)[at : at + 2], 16) for at in (1, 3, 5))
+def _shade(result: CandidateResult) -> str:
+    """The color of its engine, lighter on asyncio's own event loop."""
+    if result.candidate.loop != "asyncio":
+        return color(result)
+    parts = (int(color(result)[at : at + 2], 16) for at in (1, 3, 5))
     return "#" + "".join(f"{(part + 255) // 2:02x}" for part in parts)
 
 
-def _draw_bars(axes: Axes, cells: Sequence[Cell], values: Sequence[float], title: str, better: str) -> None:
-    places = range(len(cells))
-    bars = axes.barh(places, values, color=[_shade(cell) for cell in cells], height=0.72)
+def _draw_bars(
+    axes: Axes, results: Sequence[CandidateResult], values: Sequence[float], title: str, better: str
+) -> None:
+    places = range(len(results))
+    bars = axes.barh(places, values, color=[_shade(each) for each in results], height=0.72)
     axes.bar_label(bars, [f"{value:,.1f}" for value in values], padding=3, fontsize=8)
-    axes.set_yticks(places, [cell.model.name for cell in cells], fontsize=9)
+    axes.set_yticks(places, [each.candidate.name for each in results], fontsize=9)
     axes.invert_yaxis()
     axes.set_title(f"{title} ({better} is better)", fontsize=10, loc="left")
     axes.margins(x=0.12)
     _plain(axes, "x")
 
 
-def _ends(cells: Sequence[Cell]) -> list[Cell]:
+def _ends(results: Sequence[CandidateResult]) -> list[CandidateResult]:
     """Of each engine and loop, the first and the last: the smallest and the greatest chunks."""
-    groups = _by_line(cells).values()
-    return [cell for group in groups for cell in (group if len(group) == 1 else (group[0], group[-1]))]
+    groups = _by_line(results).values()
+    return [each for group in groups for each in (group if len(group) == 1 else (group[0], group[-1]))]
 
 
-def _by_line(cells: Sequence[Cell]) -> dict[tuple[str, str | None], list[Cell]]:
+def _by_line(results: Sequence[CandidateResult]) -> dict[tuple[str, str | None], list[CandidateResult]]:
     """By engine and loop, in the order of chunk sizes."""
-    lines: dict[tuple[str, str | None], list[Cell]] = {}
-    for cell in sorted(cells, key=lambda cell: cell.model.chunk_size or 0):
-        lines.setdefault((cell.model.engine, cell.model.loop), []).append(cell)
+    lines: dict[tuple[str, str | None], list[CandidateResult]] = {}
+    for result in sorted(results, key=lambda each: each.candidate.chunk_size or 0):
+        lines.setdefault((result.candidate.engine, result.candidate.loop), []).append(result)
     return lines
 
 
-def _draw_latency(axes: Axes, cells: Sequence[Cell]) -> None:
+def _draw_latency(axes: Axes, results: Sequence[CandidateResult]) -> None:
     """Each percentile at its number of nines, so that the slow few are as wide as the many."""
-    for cell in cells:
-        drawn = [percent for percent in CURVE if float(percent) >= 10]
-        values = [1e3 * cell.curve[percent] for percent in drawn]
-        small = cell.model.chunk_size is not None and cell.model.chunk_size < 1024
+    for result in results:
+        drawn = [percent for percent in PLOT_PERCENTILES if float(percent) >= 10]
+        values = [1e3 * result.curve[percent] for percent in drawn]
+        small = result.candidate.chunk_size is not None and result.candidate.chunk_size < 1024
         axes.plot(
             [_nines(percent) for percent in drawn],
             values,
-            color=colour(cell),
-            linestyle=DASHES.get(cell.model.loop or "", "-"),
+            color=color(result),
+            linestyle=DASHES.get(result.candidate.loop or "", "-"),
             linewidth=1.0 if small else 2.0,
             alpha=0.7 if small else 1.0,
-            label=cell.model.name,
+            label=result.candidate.name,
         )
     ticks = ("50", "90", "99", "99.9", "99.99")
     axes.set_xticks([_nines(tick) for tick in ticks], [f"{tick} %" for tick in ticks])
@@ -109,22 +117,25 @@ def _nines(percent: str) -> float:
     return -log10(1 - float(percent) / 100)
 
 
-def _draw_chunks(axes: Axes, cells: Sequence[Cell], without: Sequence[Cell]) -> None:
+def _draw_chunks(axes: Axes, results: Sequence[CandidateResult], without: Sequence[CandidateResult]) -> None:
     """Throughput against chunk size; engines that read no chunks are level lines."""
-    for (engine, loop), group in _by_line(cells).items():
+    for (engine, loop), group in _by_line(results).items():
         axes.plot(
-            [cell.model.chunk_size or 0 for cell in group],
-            [cell.messages_per_second / 1e3 for cell in group],
-            color=colour(group[0]),
+            [each.candidate.chunk_size or 0 for each in group],
+            [each.messages_per_second / 1e3 for each in group],
+            color=color(group[0]),
             linestyle=DASHES.get(loop or "", "-"),
             marker="o",
             label=" ".join(filter(None, (engine, loop))),
         )
-    for cell in without:
-        style: dict[str, Any] = {"color": colour(cell), "linestyle": DASHES.get(cell.model.loop or "", "-")}
-        axes.axhline(cell.messages_per_second / 1e3, label=cell.model.name, linewidth=1, **style)
+    for result in without:
+        style: dict[str, Any] = {
+            "color": color(result),
+            "linestyle": DASHES.get(result.candidate.loop or "", "-"),
+        }
+        axes.axhline(result.messages_per_second / 1e3, label=result.candidate.name, linewidth=1, **style)
     axes.set_xscale("log")
-    ticks = sorted({cell.model.chunk_size or 0 for cell in cells})
+    ticks = sorted({each.candidate.chunk_size or 0 for each in results})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)

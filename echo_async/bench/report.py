@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..net import format_address
-from .compare import Cell, Comparison, spread
+from .comparison import CandidateResult, Comparison, spread
+from .distribution import PERCENTILES, Distribution
 from .expectation import Expectation
-from .figures import PERCENTILES, Distribution
 from .load import LoadResult
-from .plan import Plan
+from .plan import LoadPlan
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -99,7 +99,7 @@ def _times(times: Distribution) -> Iterator[str]:
     return (f"{1e3 * value:,.3f}" for value in values)
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: LoadPlan) -> str:
     """The load in one line."""
     where = format_address(plan.address)
     each = "a connection a message" if plan.mode == "message" else f"up to {plan.pipeline} in flight on each"
@@ -138,32 +138,32 @@ def print_comparison(comparison: Comparison) -> None:
     out = console()
     out.print(describe_machine(comparison.machine))
     for size in comparison.sizes:
-        cells = comparison.of_size(size)
+        results = comparison.of_size(size)
         out.print(f"\n{describe_comparison(comparison, size)}")
-        out.print(_comparison_table(cells))
-        if any(cell.generator_was_the_limit for cell in cells):
+        out.print(_comparison_table(results))
+        if any(result.generator_was_the_limit for result in results):
             out.print("* the load generator was the limit: the server can do more; its CPU time a message holds")
     out.print(
         "ratios are to the first line: median of the rounds (least-greatest); CPU: what the server uses a message"
     )
 
 
-def _comparison_table(cells: Sequence[Cell]) -> object:
+def _comparison_table(results: Sequence[CandidateResult]) -> object:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, header_style="bold")
     for name in ("model", "messages/s", "ratio", "CPU µs", "ratio", "p50 ms", "p99 ms"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
-    for cell in cells:
-        cpu = cell.cpu_per_message
+    for result in results:
+        cpu = result.cpu_per_message
         table.add_row(
-            cell.model.name,
-            count(cell.messages_per_second) + ("*" if cell.generator_was_the_limit else " "),
-            show_spread(spread(cell.rate_ratios(cells[0]))),
+            result.candidate.name,
+            count(result.messages_per_second) + ("*" if result.generator_was_the_limit else " "),
+            show_spread(spread(result.rate_ratios(results[0]))),
             "" if cpu is None else f"{1e6 * cpu:,.1f}",
-            show_spread(spread(cell.cpu_ratios(cells[0]))),
-            *(f"{1e3 * cell.curve[percent]:,.3f}" for percent in ("50", "99")),
+            show_spread(spread(result.cpu_ratios(results[0]))),
+            *(f"{1e3 * result.curve[percent]:,.3f}" for percent in ("50", "99")),
         )
     return table
 
@@ -183,7 +183,7 @@ def describe_machine(machine: dict[str, Any]) -> str:
 def describe_comparison(comparison: Comparison, size: int) -> str:
     plan = comparison.plan
     each = "a connection a message" if plan.mode == "message" else f"{plan.pipeline} in flight on each"
-    rounds = len(comparison.cells[0].rounds)
+    rounds = len(comparison.results[0].rounds)
     return (
         f"{many(size, 'byte')} a message, {many(plan.connections, 'connection')}, {each}; "
         f"{many(rounds, 'round')} of {plan.duration:g} s"
@@ -200,7 +200,7 @@ def many(number: float, what: str) -> str:
 
 
 def console() -> Console:
-    """What writes to stdout; without colours where that is not a terminal."""
+    """What writes to stdout; without colors where that is not a terminal."""
     from rich.console import Console
 
     return Console(width=max(WIDTH, shutil.get_terminal_size().columns), highlight=False, markup=False, soft_wrap=True)

@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Protocol
 
 from .connection import Connection
-from .tally import LATE, Tally
+from .recorder import LATE, Recorder
 
 __all__ = ["ClosedLoop", "OpenLoop", "Schedule"]
 
@@ -72,11 +72,11 @@ class ClosedLoop:
 class OpenLoop:
     """``rate`` messages a second, evenly; in turn over the connections, each with up to ``pipeline`` in flight."""
 
-    def __init__(self, pipeline: int, rate: float, tally: Tally) -> None:
+    def __init__(self, pipeline: int, rate: float, recorder: Recorder) -> None:
         self._connections: Sequence[Connection] = ()
         self._pipeline = pipeline
         self._rate = rate
-        self._tally = tally
+        self._recorder = recorder
         self._start = self._end = math.inf
         self._number = 0
 
@@ -93,7 +93,7 @@ class OpenLoop:
                 return due
             connection = self._connections[self._number % len(self._connections)]
             self._number += 1
-            self._tally.scheduled(late=now - due > LATE)
+            self._recorder.scheduled(late=now - due > LATE)
             connection.waiting.append(due)
             self.opened(connection)
         return now

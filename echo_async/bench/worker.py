@@ -1,7 +1,7 @@
 """``python -m echo_async.bench.worker``: one process of a load, as its parent runs it.
 
 A line of JSON comes in on stdin: the plan, and the number of the first connection. ``ready`` goes out once the
-connections are open; a line with the moment to start comes in; the tally goes out. Anything more on
+connections are open; a line with the moment to start comes in; the recorder goes out. Anything more on
 stdin, or its end, stops the load: a worker never outlives its parent.
 """
 
@@ -13,9 +13,9 @@ import sys
 from io import FileIO
 
 from ..stdio import standard_streams
-from .generator import Generator, raise_descriptor_limit
-from .plan import Plan
-from .tally import write_tally
+from .generator import LoadGenerator, raise_descriptor_limit
+from .plan import LoadPlan
+from .recorder import write_results
 
 __all__ = ["main"]
 
@@ -30,13 +30,13 @@ def _run() -> int:
     raise_descriptor_limit()
     commands = FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: what follows stays where a selector sees it
     asked = json.loads(commands.readline())
-    generator = Generator(Plan.from_json(asked["plan"]), first=asked["first"])
+    generator = LoadGenerator(LoadPlan.from_json(asked["plan"]), first=asked["first"])
     generator.connect()
     print("ready", flush=True)
     start = commands.readline()
     if start:
         generator.stop_on(commands.fileno())
-        write_tally(generator.run(float(start)), sys.stdout.buffer)
+        write_results(generator.run(float(start)), sys.stdout.buffer)
     return 0
 
 

@@ -10,11 +10,11 @@ from typing import Any, get_args
 
 import click
 
-from ..bench.compare import Comparison, compare, models
+from ..bench.comparison import Comparison, compare, make_candidates
 from ..bench.expectation import Expectation
-from ..bench.extra import need
-from ..bench.load import LoadResult, find, run_load
-from ..bench.plan import LoadMode, Plan
+from ..bench.extra import require_modules
+from ..bench.load import LoadResult, find_server, run_load
+from ..bench.plan import LoadMode, LoadPlan
 from ..bench.plot import PICTURES, draw
 from ..bench.report import load_json, print_comparison, print_load, progress_bar
 from ..config import CONNECT_TIMEOUT, HOST, PORT, EngineName
@@ -110,7 +110,7 @@ def load(expect: Sequence[str], **options: Any) -> int:
       2 a bad option                               3 could not connect, or an extra is missing
     """
     expectations = [Expectation.parse(text) for text in expect]
-    need("numpy", *(() if options["json"] else ("rich",)))
+    require_modules("numpy", *(() if options["json"] else ("rich",)))
     result = _run(_plan(options))
     return _tell(result, expectations, options["json"])
 
@@ -158,7 +158,7 @@ def compare_command(**options: Any) -> int:
     Exit codes: 0 measured, 1 a server did not echo, 2 a bad option, 3 could not start.
     """
     _check_files(options)
-    need("numpy", *([] if options["json"] else ["rich"]), *(["matplotlib"] if options["plot"] else []))
+    require_modules("numpy", *([] if options["json"] else ["rich"]), *(["matplotlib"] if options["plot"] else []))
     comparison = _compare(options)
     text = json.dumps(comparison.as_json(), indent=2)
     with ignore_broken_pipe():
@@ -191,10 +191,10 @@ def _check_files(options: dict[str, Any]) -> None:
 
 
 def _compare(options: dict[str, Any]) -> Comparison:
-    plan = Plan(
+    plan = LoadPlan(
         **{name: options[name] for name in ("connections", "pipeline", "mode", "duration", "warmup")},
     )
-    candidates = models(options["engines"], _loops(options["loops"]), options["chunk_sizes"])
+    candidates = make_candidates(options["engines"], _loops(options["loops"]), options["chunk_sizes"])
     runs = len(candidates) * len(options["sizes"]) * options["rounds"]
     with progress_bar(f"compare {len(candidates)} models", runs) as progress:
         return compare(candidates, options["sizes"], plan, options["rounds"], progress)
@@ -208,12 +208,12 @@ def _loops(names: Sequence[LoopName]) -> list[LoopName]:
     return list(dict.fromkeys(each for name in names for each in (installed if name == "auto" else [name])))
 
 
-def _plan(options: dict[str, Any]) -> Plan:
+def _plan(options: dict[str, Any]) -> LoadPlan:
     tls = _tls(options)
     mode: LoadMode = options["mode"] or ("stream" if options["pipeline"] > 1 else "message")
     names = ("connections", "size", "pipeline", "duration", "warmup", "rate", "processes", "timeout")
-    plan = Plan(mode=mode, tls=tls, **{name: options[name] for name in names})
-    return plan.at(*find(options["host"], options["port"], options["uds"], plan))
+    plan = LoadPlan(mode=mode, tls=tls, **{name: options[name] for name in names})
+    return plan.at(*find_server(options["host"], options["port"], options["uds"], plan))
 
 
 def _tls(options: dict[str, Any]) -> dict[str, Any] | None:
@@ -227,7 +227,7 @@ def _tls(options: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _run(plan: Plan) -> LoadResult:
+def _run(plan: LoadPlan) -> LoadResult:
     with progress_bar("load", plan.warmup + plan.duration) as progress:
         return run_load(plan, progress)
 

@@ -13,16 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_async import ConfigError
-from echo_async.bench.compare import models, spread
+from echo_async.bench.comparison import make_candidates, spread
+from echo_async.bench.distribution import Distribution
 from echo_async.bench.expectation import Expectation
-from echo_async.bench.figures import Distribution
 from echo_async.bench.load import LoadResult
-from echo_async.bench.pattern import LARGEST, Pattern
-from echo_async.bench.plan import Plan
+from echo_async.bench.pattern import MAX_IO_SIZE, Pattern
+from echo_async.bench.plan import LoadPlan
+from echo_async.bench.recorder import Recorder, read_results, write_results
 from echo_async.bench.report import print_load
-from echo_async.bench.tally import Tally, read_tally, write_tally
 
-PLAN = Plan(family=socket.AF_INET, address=("127.0.0.1", 1), connections=5, size=1000)
+PLAN = LoadPlan(family=socket.AF_INET, address=("127.0.0.1", 1), connections=5, size=1000)
 
 
 def distribution(*times: float, counts: list[int] | None = None) -> Distribution:
@@ -42,8 +42,8 @@ def test_a_pattern_is_whole_messages_of_the_size_and_goes_on_round(size: int) ->
     block = pattern.data[: pattern.length]
     assert block.count(b"\n") == pattern.messages == len(block) / size
     assert all(block[end] == ord("\n") for end in range(size - 1, len(block), size))
-    assert len(pattern.data) >= pattern.length + LARGEST
-    assert pattern.data[pattern.length :].startswith(block[: LARGEST - 1][: len(pattern.data) - pattern.length])
+    assert len(pattern.data) >= pattern.length + MAX_IO_SIZE
+    assert pattern.data[pattern.length :].startswith(block[: MAX_IO_SIZE - 1][: len(pattern.data) - pattern.length])
 
 
 def test_messages_differ_from_each_other_and_connections_begin_at_different_ones() -> None:
@@ -92,16 +92,16 @@ def test_percentiles_are_those_of_the_samples_written_out(samples: list[tuple[fl
 
 
 def test_a_tally_goes_to_another_process_as_it_is() -> None:
-    tally = Tally()
-    tally.add(0.0, 1.0, 3.0, 2)
-    tally.restart()
-    tally.add(1.0, 2.0, 2.5, 4)
-    tally.end_window()
-    tally.add(1.5, 2.0, 6.0, 1)
+    recorder = Recorder()
+    recorder.add(0.0, 1.0, 3.0, 2)
+    recorder.restart()
+    recorder.add(1.0, 2.0, 2.5, 4)
+    recorder.end_window()
+    recorder.add(1.5, 2.0, 6.0, 1)
     out = BytesIO()
-    write_tally(tally, out)
+    write_results(recorder, out)
     out.seek(0)
-    facts, service, waits, counts = read_tally(out.readline(), out.read)
+    facts, service, waits, counts = read_results(out.readline(), out.read)
     assert (facts["answered"], facts["in_window"], facts["samples"]) == (7, 4, 2)
     assert np.frombuffer(service).tolist() == [0.5, 4.0]
     assert np.frombuffer(waits).tolist() == [1.0, 0.5]
@@ -181,17 +181,17 @@ def test_an_expectation_that_makes_no_sense_is_refused_in_one_line(text: str) ->
 
 
 def test_processes_share_connections_and_rate() -> None:
-    plan = Plan(connections=5, rate=100.0, processes=2)
-    assert [(each.connections, each.rate) for each in plan.shares()] == [(3, 60.0), (2, 40.0)]
-    assert [each.rate for each in Plan(connections=2, processes=2).shares()] == [None, None]
+    plan = LoadPlan(connections=5, rate=100.0, processes=2)
+    assert [(each.connections, each.rate) for each in plan.split()] == [(3, 60.0), (2, 40.0)]
+    assert [each.rate for each in LoadPlan(connections=2, processes=2).split()] == [None, None]
 
 
 def test_a_plan_goes_to_another_process_as_it_is() -> None:
-    assert Plan.from_json({**PLAN.as_json(), "address": ["127.0.0.1", 1]}) == PLAN
+    assert LoadPlan.from_json({**PLAN.as_json(), "address": ["127.0.0.1", 1]}) == PLAN
 
 
 def test_only_combinations_that_make_a_difference_are_measured() -> None:
-    made = models(["threads", "streams", "protocol"], ["asyncio", "uvloop"], [20, 4096])
+    made = make_candidates(["threads", "streams", "protocol"], ["asyncio", "uvloop"], [20, 4096])
     assert [each.name for each in made] == [
         "threads 20 B",
         "threads 4096 B",

@@ -16,21 +16,21 @@ from typing import Any
 from ..config import EngineName
 from ..errors import EchoError
 from ..loops import LoopName
-from .load import LoadResult, find, run_load
+from .load import LoadResult, find_server, run_load
 from .machine import facts, separate_cpus
-from .plan import LoadMode, Plan
+from .plan import LoadMode, LoadPlan
 from .server import ServerProcess, server_command
 
-__all__ = ["CURVE", "Cell", "Comparison", "Model", "compare", "models"]
+__all__ = ["PLOT_PERCENTILES", "Candidate", "CandidateResult", "Comparison", "compare", "make_candidates"]
 
-CURVE = ("0", "1", "5", "10", "20", "30", "40", "50", "60", "70", "80", "90", "95", "98", "99", "99.5", "99.9", "99.99")
+PLOT_PERCENTILES = ("0", "1", "5", *map(str, range(10, 100, 10)), "95", "98", "99", "99.5", "99.9", "99.99")
 """The percentiles that a picture of the latencies is drawn from."""
 
 OUT_OF_THE_WAY = 2**16  # a chunk size that is as good as none
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class Candidate:
     """One way to serve."""
 
     name: str
@@ -58,16 +58,16 @@ class Round:
         return cls(
             result.messages_per_second,
             None if cpu is None else cpu / max(1, result.answered),
-            {percent: result.times.percentile(percent) for percent in CURVE},
+            {percent: result.times.percentile(percent) for percent in PLOT_PERCENTILES},
             result.generator_was_the_limit,
         )
 
 
 @dataclass
-class Cell:
+class CandidateResult:
     """One model with one message size: its rounds, and what they say together."""
 
-    model: Model
+    candidate: Candidate
     size: int
     rounds: list[Round] = field(default_factory=list)
 
@@ -82,18 +82,18 @@ class Cell:
 
     @property
     def curve(self) -> dict[str, float]:
-        return {percent: median(each.curve[percent] for each in self.rounds) for percent in CURVE}
+        return {percent: median(each.curve[percent] for each in self.rounds) for percent in PLOT_PERCENTILES}
 
     @property
     def generator_was_the_limit(self) -> bool:
         """In most rounds."""
         return 2 * sum(each.generator_was_the_limit for each in self.rounds) > len(self.rounds)
 
-    def rate_ratios(self, base: Cell) -> list[float]:
+    def rate_ratios(self, base: CandidateResult) -> list[float]:
         """How many times the messages a second of ``base``, round by round."""
         return [mine.messages_per_second / its.messages_per_second for mine, its in self._with(base)]
 
-    def cpu_ratios(self, base: Cell) -> list[float]:
+    def cpu_ratios(self, base: CandidateResult) -> list[float]:
         """How many times the CPU time a message of ``base``, round by round."""
         return [
             mine.cpu_per_message / its.cpu_per_message
@@ -101,15 +101,15 @@ class Cell:
             if mine.cpu_per_message and its.cpu_per_message
         ]
 
-    def _with(self, base: Cell) -> Iterator[tuple[Round, Round]]:
+    def _with(self, base: CandidateResult) -> Iterator[tuple[Round, Round]]:
         return zip(self.rounds, base.rounds, strict=False)
 
-    def as_json(self, base: Cell) -> dict[str, Any]:
+    def as_json(self, base: CandidateResult) -> dict[str, Any]:
         return {
-            "model": self.model.name,
-            "engine": self.model.engine,
-            "loop": self.model.loop,
-            "chunk_size": self.model.chunk_size,
+            "model": self.candidate.name,
+            "engine": self.candidate.engine,
+            "loop": self.candidate.loop,
+            "chunk_size": self.candidate.chunk_size,
             "size": self.size,
             "messages_per_second": self.messages_per_second,
             "messages_per_second_rounds": [each.messages_per_second for each in self.rounds],
@@ -124,21 +124,21 @@ class Cell:
 
 @dataclass
 class Comparison:
-    """All cells, by size and then by model."""
+    """All results, by size and then by model."""
 
-    plan: Plan
-    cells: list[Cell]
+    plan: LoadPlan
+    results: list[CandidateResult]
     machine: dict[str, Any]
 
     @property
     def sizes(self) -> list[int]:
-        return list(dict.fromkeys(cell.size for cell in self.cells))
+        return list(dict.fromkeys(each.size for each in self.results))
 
-    def of_size(self, size: int) -> list[Cell]:
-        return [cell for cell in self.cells if cell.size == size]
+    def of_size(self, size: int) -> list[CandidateResult]:
+        return [each for each in self.results if each.size == size]
 
-    def base(self, cell: Cell) -> Cell:
-        return self.of_size(cell.size)[0]
+    def base(self, result: CandidateResult) -> CandidateResult:
+        return self.of_size(result.size)[0]
 
     def as_json(self) -> dict[str, Any]:
         plan = self.plan
@@ -149,9 +149,9 @@ class Comparison:
             "pipeline": plan.pipeline,
             "duration": plan.duration,
             "warmup": plan.warmup,
-            "rounds": len(self.cells[0].rounds),
-            "base": self.cells[0].model.name,
-            "results": [cell.as_json(self.base(cell)) for cell in self.cells],
+            "rounds": len(self.results[0].rounds),
+            "base": self.results[0].candidate.name,
+            "results": [each.as_json(self.base(each)) for each in self.results],
         }
 
 
@@ -160,55 +160,61 @@ def spread(ratios: Sequence[float]) -> dict[str, float] | None:
     return {"median": median(ratios), "min": min(ratios), "max": max(ratios)} if ratios else None
 
 
-def models(engines: Sequence[EngineName], loops: Sequence[LoopName], chunk_sizes: Sequence[int]) -> list[Model]:
+def make_candidates(
+    engines: Sequence[EngineName], loops: Sequence[LoopName], chunk_sizes: Sequence[int]
+) -> list[Candidate]:
     """Every combination that makes a difference: threads have no loop, and ``protocol`` reads no chunks."""
     made = []
     for engine in engines:
         for loop in loops if engine != "threads" else (None,):
             for chunk_size in chunk_sizes if engine != "protocol" else (None,):
-                made.append(_model(engine, loop, chunk_size))
+                made.append(_make_candidate(engine, loop, chunk_size))
     return made
 
 
-def _model(engine: EngineName, loop: LoopName | None, chunk_size: int | None) -> Model:
+def _make_candidate(engine: EngineName, loop: LoopName | None, chunk_size: int | None) -> Candidate:
     def command(mode: LoadMode, size: int) -> Sequence[str]:
         return server_command(engine, loop or "auto", chunk_size or OUT_OF_THE_WAY, mode, size)
 
     name = " ".join([engine, *([loop] if loop else []), *([f"{chunk_size} B"] if chunk_size else [])])
-    return Model(name=name, engine=engine, loop=loop, chunk_size=chunk_size, command=command)
+    return Candidate(name=name, engine=engine, loop=loop, chunk_size=chunk_size, command=command)
 
 
 def compare(
-    candidates: Sequence[Model], sizes: Sequence[int], plan: Plan, rounds: int, progress: Callable[[float], None] | None
+    candidates: Sequence[Candidate],
+    sizes: Sequence[int],
+    plan: LoadPlan,
+    rounds: int,
+    progress: Callable[[float], None] | None,
 ) -> Comparison:
     """Measure ``candidates`` with messages of each size. :exc:`~echo_async.EchoError` if one does not echo.
 
     :exc:`KeyboardInterrupt` on Ctrl-C: what was cut short is not to be compared.
     """
     machine = facts()
-    cells = [Cell(model, size) for size in sizes for model in candidates]
+    results = [CandidateResult(candidate, size) for size in sizes for candidate in candidates]
     server_cpus, load_cpus = separate_cpus()
     done = 0
     for _ in range(rounds):
-        for cell in cells:
-            cell.rounds.append(_measure(cell, plan, server_cpus, load_cpus))
+        for result in results:
+            result.rounds.append(_measure(result, plan, server_cpus, load_cpus))
             done += 1
             if progress is not None:
                 progress(done)
-    return Comparison(plan, cells, machine)
+    return Comparison(plan, results, machine)
 
 
-def _measure(cell: Cell, plan: Plan, server_cpus: Sequence[int], load_cpus: Sequence[int]) -> Round:
-    with ServerProcess(cell.model.command(plan.mode, cell.size), server_cpus) as server:
-        here = plan.with_size(cell.size).at(*find(*server.address, None, plan))
+def _measure(result: CandidateResult, plan: LoadPlan, server_cpus: Sequence[int], load_cpus: Sequence[int]) -> Round:
+    with ServerProcess(result.candidate.command(plan.mode, result.size), server_cpus) as server:
+        here = plan.with_size(result.size).at(*find_server(*server.address, None, plan))
         before = server.cpu_seconds()
-        result = run_load(here, cpus=load_cpus)
+        load = run_load(here, cpus=load_cpus)
         after = server.cpu_seconds()
-    if result.interrupted:
+    if load.interrupted:
         raise KeyboardInterrupt
-    if not result.everything_came_back:
-        what = result.mismatch or dict(result.failures)
-        raise EchoError(f"{cell.model.name} does not echo {cell.size} bytes a message: {what}")
-    if not result.messages:
-        raise EchoError(f"{cell.model.name} answered nothing in {plan.duration:g} s: give a longer --duration")
-    return Round.of(result, None if before is None or after is None else after - before)
+    if not load.everything_came_back:
+        what = load.mismatch or dict(load.failures)
+        raise EchoError(f"{result.candidate.name} does not echo {result.size} bytes a message: {what}")
+    if not load.messages:
+        raise EchoError(f"{result.candidate.name} answered nothing in {plan.duration:g} s: give a longer --duration")
+    return Round.of(load, None if before is None or after is None else after - before)

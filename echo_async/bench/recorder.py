@@ -14,12 +14,12 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any, BinaryIO
 
-__all__ = ["LATE", "Tally", "read_tally", "write_tally"]
+__all__ = ["LATE", "Recorder", "read_results", "write_results"]
 
 LATE = 0.001  # seconds after it was due from which a message counts as sent late
 
 
-class Tally:
+class Recorder:
     """Counts of one process. The samples, and what is ``in_window``, are those since :meth:`restart`."""
 
     def __init__(self) -> None:
@@ -80,14 +80,14 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def write_tally(tally: Tally, out: BinaryIO) -> None:
-    out.write(json.dumps(tally.as_json()).encode() + b"\n")
-    for samples in (tally.service, tally.waits, tally.counts):
+def write_results(recorder: Recorder, out: BinaryIO) -> None:
+    out.write(json.dumps(recorder.as_json()).encode() + b"\n")
+    for samples in (recorder.service, recorder.waits, recorder.counts):
         out.write(samples.tobytes())
     out.flush()
 
 
-def read_tally(line: bytes, read: Callable[[int], bytes]) -> tuple[dict[str, Any], bytes, bytes, bytes]:
+def read_results(line: bytes, read: Callable[[int], bytes]) -> tuple[dict[str, Any], bytes, bytes, bytes]:
     """The facts, and the bytes of the three arrays (``d``, ``d`` and ``Q``); ``line`` was read already."""
     facts = json.loads(line)
     size = 8 * facts["samples"]
