@@ -21,7 +21,7 @@ from pathlib import Path
 
 from echo_async.bench.comparison import Candidate, CandidateResult, Comparison, compare, make_candidates, spread
 from echo_async.bench.plan import LoadMode, LoadPlan
-from echo_async.bench.report import describe_comparison, describe_machine, print_comparison, progress_bar, show_spread
+from echo_async.bench.report import format_comparison, format_machine, format_spread, print_comparison, progress_bar
 
 HERE = Path(__file__).resolve().parent
 
@@ -122,11 +122,11 @@ def _write(done: Sequence[tuple[str, Comparison]], rounds: int, directory: Path)
     with ExitStack() as stack:
         out = stack.enter_context(path.with_suffix(".md").open("w"))
         command = f"python benchmarks/run.py --rounds {rounds} --duration {done[0][1].plan.duration:g}"
-        print(f"# Echo servers side by side\n\n{describe_machine(machine)}. Measured by `{command}`.", file=out)
+        print(f"# Echo servers side by side\n\n{format_machine(machine)}. Measured by `{command}`.", file=out)
         for name, comparison in done:
             [size] = comparison.sizes
-            print(f"\n## `{name}`: {describe_comparison(comparison, size)}\n", file=out)
-            print("\n".join(_markdown(comparison.of_size(size))), file=out)
+            print(f"\n## `{name}`: {format_comparison(comparison, size)}\n", file=out)
+            print("\n".join(_markdown(comparison.results_of_size(size))), file=out)
     print(f"written: {path}.json and {path}.md", file=sys.stderr)
 
 
@@ -134,13 +134,13 @@ def _markdown(results: Sequence[CandidateResult]) -> Iterator[str]:
     yield "| server | messages/s | CPU µs a message | CPU ratio (least-greatest) | p50 ms | p99 ms |"
     yield "|---|--:|--:|--:|--:|--:|"
     for result in sorted(results, key=lambda each: each.cpu_per_message or 0):
-        limit = "*" if result.generator_was_the_limit else ""
+        limit = "*" if result.is_generator_limited else ""
         yield (
             f"| {result.candidate.name} | {result.messages_per_second:,.0f}{limit} "
-            f"| {1e6 * (result.cpu_per_message or 0):.1f} | {show_spread(spread(result.cpu_ratios(results[0])))} "
-            f"| {1e3 * result.curve['50']:.3f} | {1e3 * result.curve['99']:.3f} |"
+            f"| {1e6 * (result.cpu_per_message or 0):.1f} | {format_spread(spread(result.cpu_ratios(results[0])))} "
+            f"| {1e3 * result.latency['50']:.3f} | {1e3 * result.latency['99']:.3f} |"
         )
-    if any(each.generator_was_the_limit for each in results):
+    if any(each.is_generator_limited for each in results):
         yield "\n\\* the load generator was the limit: the server can do more; its CPU time a message holds."
 
 

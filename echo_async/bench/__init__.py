@@ -1,19 +1,23 @@
-"""The measuring stick: how much an echo server carries, how long it takes, and whether every byte is right.
+"""The load generator and the comparison of servers.
 
-``pattern``      what is sent, and how a reply that differs is found
-``plan``         what one load does: the options, checked
-``connection``   one connection: opened, filled, read, compared
-``schedule``     when messages are sent: closed loop or open loop
-``generator``    one process of load: sockets, a clock, samples
-``worker``       that process, as its parent runs it
-``load``         all of the processes of one load, and what they found together
-``distribution``      samples in, percentiles out
-``expectation``  ``p99<5ms``: what has to hold
-``server``       a server in a process of its own, for as long as it is measured
+``pattern``       the bytes that are sent, and the comparison of replies with them
+``plan``          the validated options of one load
+``connection``    one connection: connects, sends, receives, compares
+``sockets``       its sockets
+``schedule``      the times at which messages are sent: closed or open loop
+``recorder``      the samples and failures of one process
+``generator``     the load of one process
+``worker``        that process, as its parent starts it
+``load``          all processes of one load
+``result``        the merged result of one load
+``distribution``  percentiles
+``expectation``   conditions such as ``p99<5ms``
+``server``        the server process that is measured
 ``comparison``    servers side by side, in interleaved rounds
-``machine``      what the figures were taken on
-``report`` ``plot`` ``command``   tables, pictures, options
+``machine``       the machine on which a benchmark ran
+``report``        tables, JSON, progress bar
+``plot``          pictures
 
-Nothing here is imported by the rest of the package. numpy, rich and matplotlib (``pip install
-'echo-async[bench]'``) are imported where they are used; the processes that make the load need none of them.
+No other package imports this one, except :mod:`echo_async.cli.bench`. numpy, rich and matplotlib (``pip install
+'echo-async[bench]'``) are imported where they are used; the load generator processes need none of them.
 """

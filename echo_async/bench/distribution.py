@@ -1,4 +1,4 @@
-"""Samples in, figures out. A percentile is exact: a time that was measured, by the nearest rank."""
+"""Exact percentiles of measured times, by the nearest rank: each one is a sample."""
 
 from __future__ import annotations
 
@@ -10,24 +10,21 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["PERCENTILES", "Distribution"]
-
 PERCENTILES = ("50", "90", "99", "99.9")
 
 
 class Distribution:
-    """Times, each with the number of messages that took it."""
+    """Times in seconds, each with the number of messages that took it. ``count`` is the number of all messages."""
 
     def __init__(self, times: NDArray[np.float64], counts: NDArray[np.uint64]) -> None:
         order = times.argsort()
         self._times = times[order]
         self._ranks = counts[order].cumsum()
         self.count = int(self._ranks[-1]) if len(times) else 0
-        """Messages."""
         self._sum = float(times @ counts)
 
     def percentile(self, percent: str | float) -> float:
-        """The least time that at least ``percent`` per cent of the messages do not exceed; 0 without any."""
+        """Return the smallest sample that ``percent`` % of the messages do not exceed; 0 without messages."""
         if not self.count:
             return 0.0
         rank = max(1, ceil(Fraction(str(percent)) * self.count / 100))
@@ -46,6 +43,5 @@ class Distribution:
         return self._sum / self.count if self.count else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """In seconds."""
         percentiles = {f"p{percent}": self.percentile(percent) for percent in PERCENTILES}
         return {"min": self.min, "mean": self.mean, **percentiles, "max": self.max}

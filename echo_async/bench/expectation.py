@@ -1,4 +1,4 @@
-"""``p99<5ms``: what a load has to hold to, for CI."""
+"""Conditions such as ``p99<5ms`` that the result of a load has to meet."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-
-if TYPE_CHECKING:
-    from .load import LoadResult
-
-__all__ = ["Expectation"]
+from .result import LoadResult
 
 UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
 COMPARISONS: dict[str, Callable[[float, float], bool]] = {
@@ -28,52 +23,49 @@ COUNTS: dict[str, Callable[[LoadResult], float]] = {
     "lost": lambda result: result.lost,
 }
 TIME = re.compile(r"min|mean|max|p(?:100|[0-9]{1,2}(?:\.[0-9]+)?)")
-SHAPE = re.compile(r"\s*([a-z0-9.]+)\s*(<=?|>=?)\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zµ]*)\s*")
+SYNTAX = re.compile(r"\s*([a-z0-9.]+)\s*(<=?|>=?)\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zµ]*)\s*")
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """A figure of the result, compared with a number."""
+    """A metric of a result, compared with a limit in seconds or messages."""
 
     text: str
-    name: str
+    metric: str
     comparison: str
     limit: float
-    """In seconds, or a number."""
 
     @classmethod
     def parse(cls, text: str) -> Expectation:
-        """:exc:`~echo_async.ConfigError` if it makes no sense."""
-        shape = SHAPE.fullmatch(text)
-        name, comparison, number, unit = shape.groups() if shape else ("", "", "", "")
-        is_time = TIME.fullmatch(name) is not None
-        known = unit in UNITS if is_time else name in COUNTS and not unit
+        match = SYNTAX.fullmatch(text)
+        metric, comparison, number, unit = match.groups() if match else ("", "", "", "")
+        is_time = TIME.fullmatch(metric) is not None
+        is_valid = unit in UNITS if is_time else metric in COUNTS and not unit
         try:
             limit = float(number)
         except ValueError:
-            known = False
-        if not known:
+            is_valid = False
+        if not is_valid:
             raise ConfigError(
-                f"expect {text!r} makes no sense: give min, mean, max or p0 to p100, <, <=, > or >=, and a time "
-                "in us, ms or s, as in 'p99<5ms'; or a number of messages, as in 'rate>1000', 'late<10' or 'lost<1'"
+                f"invalid expect: {text!r} (must be min, mean, max or p0 to p100, then <, <=, > or >=, then a time "
+                "in us, ms or s, such as 'p99<5ms'; or a number, such as 'rate>1000', 'late<10' or 'lost<1')"
             )
-        return cls(text.strip(), name, comparison, limit * UNITS.get(unit, 1.0))
+        return cls(text.strip(), metric, comparison, limit * UNITS.get(unit, 1.0))
 
     def value(self, result: LoadResult) -> float:
-        """What ``result`` has for it, in seconds or as a number."""
-        if self.name in COUNTS:
-            return COUNTS[self.name](result)
-        if self.name.startswith("p"):
-            return result.times.percentile(self.name[1:])
-        return float(getattr(result.times, self.name))
+        """Return the metric of ``result``, in seconds or messages."""
+        if self.metric in COUNTS:
+            return COUNTS[self.metric](result)
+        if self.metric.startswith("p"):
+            return result.latency.percentile(self.metric[1:])
+        return float(getattr(result.latency, self.metric))
 
-    def holds(self, result: LoadResult) -> bool:
-        """Whether it does; nothing holds for the times of no message."""
-        if self.name not in COUNTS and not result.times.count:
+    def is_met(self, result: LoadResult) -> bool:
+        """Compare; without any reply no condition on a time is met."""
+        if self.metric not in COUNTS and not result.latency.count:
             return False
         return COMPARISONS[self.comparison](self.value(result), self.limit)
 
-    def shown(self, result: LoadResult) -> str:
-        """``p99<5ms``, and what it is."""
+    def format_value(self, result: LoadResult) -> str:
         value = self.value(result)
-        return f"{value:g}" if self.name in COUNTS else f"{1e3 * value:.3f} ms"
+        return f"{value:g}" if self.metric in COUNTS else f"{1e3 * value:.3f} ms"

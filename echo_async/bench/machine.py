@@ -1,4 +1,4 @@
-"""What the figures were taken on: they mean nothing without it."""
+"""The machine on which a benchmark ran."""
 
 from __future__ import annotations
 
@@ -13,38 +13,36 @@ from typing import Any
 
 from .. import __version__
 
-__all__ = ["available_cpus", "facts", "separate_cpus"]
 
-
-def facts() -> dict[str, Any]:
-    """Of the machine, the interpreter and this package; nothing that names the machine or its user."""
+def machine_info() -> dict[str, Any]:
+    """Describe the machine, the interpreter and this package, without the names of the machine and its user."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "echo_async": __version__,
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "uvloop": _version("uvloop"),
+        "uvloop": _installed_version("uvloop"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": _processor(),
         "cpus": len(available_cpus()),
-        "memory_gib": _memory(),
+        "memory_gib": _memory_gib(),
         "load_average": [round(each, 2) for each in os.getloadavg()],
     }
 
 
 def available_cpus() -> list[int]:
-    """The CPUs that this process may run on; none where the system does not tell."""
+    """Return the CPUs on which this process may run; none where the system does not support affinity."""
     return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
 
 
 def separate_cpus() -> tuple[list[int], list[int]]:
-    """One CPU for the server, another for the load, so that neither takes from the other; none where there is one."""
+    """Return one CPU for the server and another for the load; none on a machine with one."""
     cpus = available_cpus()
     return ([cpus[0]], [cpus[1]]) if len(cpus) > 1 else ([], [])
 
 
-def _version(name: str) -> str | None:
+def _installed_version(package: str) -> str | None:
     try:
-        return metadata.version(name)
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
@@ -57,7 +55,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _memory() -> float | None:
+def _memory_gib() -> float | None:
     with suppress(OSError, ValueError):
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     return None

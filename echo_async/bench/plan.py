@@ -1,26 +1,32 @@
-"""What one load does: the options of ``load``, checked, in a form that goes to another process."""
+"""The validated options of one load, in a form that can be sent to another process."""
 
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Self, get_args
+from functools import partial
+from typing import Any, Literal, Self, TypedDict, get_args
 
 from ..errors import ConfigError
 from ..tls import client_context
 
-__all__ = ["LoadMode", "LoadPlan"]
-
 LoadMode = Literal["stream", "message"]
+
+
+class TLSOptions(TypedDict):
+    ca_certs: str | None
+    verify: bool
+    server_hostname: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadPlan:
-    """Sizes are in bytes, times in seconds. ``connections`` and ``rate`` are those of all processes together."""
+    """Sizes are in bytes, times in seconds. ``connections`` and ``rate`` are totals of all processes."""
 
     family: int = 0
     address: tuple[Any, ...] | str = ""
-    """What ``socket.connect`` takes: one that needs no resolver, or the path of a Unix socket. See :meth:`at`."""
+    """The argument of ``socket.connect``: a numeric address, or the path of a Unix socket."""
     connections: int = 10
     size: int = 1024
     pipeline: int = 1
@@ -28,25 +34,24 @@ class LoadPlan:
     duration: float = 10.0
     warmup: float = 1.0
     rate: float | None = None
-    """Messages a second, sent by the clock: an open loop. None: a closed loop."""
+    """Messages per second in an open loop; None: a closed loop."""
     processes: int = 1
     timeout: float = 10.0
-    """For a connection; and after the end, for the replies that are still to come."""
-    tls: dict[str, Any] | None = None
-    """``ca_certs``, ``verify`` and ``server_hostname``; None: no TLS."""
+    """For connecting, and for outstanding replies after the end of the measurement."""
+    tls: TLSOptions | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(LoadMode):
-            raise ConfigError(f"mode {self.mode!r} does not exist: give one of {', '.join(get_args(LoadMode))}")
+            raise ConfigError(f"invalid mode: {self.mode!r} (choose from {', '.join(get_args(LoadMode))})")
         if self.mode == "message" and self.pipeline != 1:
-            raise ConfigError(
-                f"pipeline {self.pipeline} is for --mode stream: in message mode a connection has one message"
-            )
+            raise ConfigError(f"invalid pipeline: {self.pipeline} (must be 1 in message mode; use --mode stream)")
         if self.processes > self.connections:
-            raise ConfigError(f"processes {self.processes} have no more than {self.connections} connections to share")
+            raise ConfigError(
+                f"invalid processes: {self.processes} (must be at most the number of connections, {self.connections})"
+            )
 
     def split(self) -> list[Self]:
-        """The plan of each process: its part of the connections, and of the rate."""
+        """Return the plan of each process, with its share of the connections and of the rate."""
         each, more = divmod(self.connections, self.processes)
         counts = [each + (number < more) for number in range(self.processes)]
         return [
@@ -54,18 +59,15 @@ class LoadPlan:
             for count in counts
         ]
 
-    def tls_context(self) -> ssl.SSLContext | None:
+    def tls_wrapper(self) -> Callable[..., ssl.SSLSocket] | None:
+        """Return the function that wraps a connected socket in TLS; None without TLS."""
         if self.tls is None:
             return None
-        return client_context(ca_certs=self.tls["ca_certs"], verify=self.tls["verify"])
+        context = client_context(ca_certs=self.tls["ca_certs"], verify=self.tls["verify"])
+        return partial(context.wrap_socket, server_hostname=self.tls["server_hostname"])
 
-    def at(self, family: int, address: Any) -> Self:
-        """The same load, for the server there."""
+    def with_address(self, family: int, address: Any) -> Self:
         return replace(self, family=family, address=address)
-
-    def with_size(self, size: int) -> Self:
-        """The same load, with messages of another size."""
-        return replace(self, size=size)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,7 +1,7 @@
-"""What one process of a load saw: a sample for each read that finished messages, and what went wrong.
+"""The samples and failures of one load generator process.
 
-Samples are kept, all of them, as numbers in arrays (24 bytes each), so that percentiles are exact. They go to
-the parent as they are: a line of JSON, then the arrays.
+All samples are kept, 24 bytes for each read that completes messages, so that percentiles are exact. The
+parent process gets one line of JSON, followed by the arrays.
 """
 
 from __future__ import annotations
@@ -12,83 +12,94 @@ from array import array
 from collections import Counter
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-__all__ = ["LATE", "Recorder", "read_results", "write_results"]
-
-LATE = 0.001  # seconds after it was due from which a message counts as sent late
+LATE_THRESHOLD = 0.001  # seconds after it was due from which a message counts as sent late
 
 
 class Recorder:
-    """Counts of one process. The samples, and what is ``in_window``, are those since :meth:`restart`."""
+    """Samples since the end of the warm-up; failures since the start."""
 
     def __init__(self) -> None:
-        self.service = array("d")  # seconds from sending to the last byte of the reply
-        self.waits = array("d")  # seconds from the moment a message was due until it was sent
-        self.counts = array("Q")  # how many messages have these times
+        self.service_times = array("d")  # seconds from sending to the last byte of the reply
+        self.delays = array("d")  # seconds from the time at which a message was due until it was sent
+        self.counts = array("Q")  # number of messages with these times
         self.answered = 0
-        """Since the very beginning."""
-        self.behind = 0
-        """Messages that the generator itself came to late, whatever their connections did."""
+        """Messages answered before the end of the warm-up."""
+        self.late_by_generator = 0
         self.lost = 0
         self.failures: Counter[str] = Counter()
         self.mismatch: dict[str, Any] | None = None
-        self._restarted = perf_counter()
+        self.is_stopped = False
+        self._started = perf_counter()
         self._cpu = cpu_seconds()
         self._window: dict[str, float] = {}
 
     def add(self, due: float, sent: float, now: float, messages: int) -> None:
-        self.service.append(now - sent)
-        self.waits.append(sent - due)
+        self.service_times.append(now - sent)
+        self.delays.append(sent - due)
         self.counts.append(messages)
 
-    def scheduled(self, *, late: bool) -> None:
-        if late:
-            self.behind += 1
+    def add_loss(self, reason: str, messages: int) -> None:
+        if not self.is_stopped:
+            self.lost += messages
+            self.failures[reason] += 1
 
-    def restart(self) -> None:
-        """The warm-up is over: forget its samples, not its failures."""
+    def add_mismatch(self, connection: int, message: int, offset: int, details: str) -> None:
+        """Record that a reply is not an echo, and stop the load."""
+        self.mismatch = {"connection": connection, "message": message, "offset": offset, "what": details}
+        self.is_stopped = True
+
+    def end_warmup(self) -> None:
+        """Discard the samples of the warm-up, but not its failures."""
         self.answered += sum(self.counts)
-        for samples in (self.service, self.waits, self.counts):
+        for samples in (self.service_times, self.delays, self.counts):
             del samples[:]
-        self.behind = 0
-        self._restarted, self._cpu = perf_counter(), cpu_seconds()
+        self.late_by_generator = 0
+        self._started, self._cpu = perf_counter(), cpu_seconds()
 
     def end_window(self) -> None:
-        """The time is over: what comes back from now on has a latency, but is not part of the rate."""
+        """End the time over which the rate is computed; later replies still count for the latency."""
         self._window = {
-            "seconds": perf_counter() - self._restarted,
+            "seconds": perf_counter() - self._started,
             "in_window": sum(self.counts),
             "cpu_seconds": cpu_seconds() - self._cpu,
         }
 
-    def as_json(self) -> dict[str, Any]:
-        return {
+    def write(self, out: BinaryIO) -> None:
+        """Write the result for :func:`read_result`."""
+        facts = {
             **self._window,
             "answered": self.answered + sum(self.counts),
-            "behind": self.behind,
+            "late_by_generator": self.late_by_generator,
             "lost": self.lost,
             "failures": self.failures,
             "mismatch": self.mismatch,
             "samples": len(self.counts),
         }
+        out.write(json.dumps(facts).encode() + b"\n")
+        for samples in (self.service_times, self.delays, self.counts):
+            out.write(samples.tobytes())
+        out.flush()
+
+
+class ProcessResult(NamedTuple):
+    """The result of one process; the arrays are bytes of C doubles, and ``counts`` of 64-bit integers."""
+
+    facts: dict[str, Any]
+    service_times: bytes
+    delays: bytes
+    counts: bytes
+
+
+def read_result(line: bytes, read: Callable[[int], bytes]) -> ProcessResult:
+    """Parse the first line of a result, and ``read`` the arrays that follow it."""
+    facts = json.loads(line)
+    size = 8 * facts["samples"]
+    return ProcessResult(facts, read(size), read(size), read(size))
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process so far, user and system."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-def write_results(recorder: Recorder, out: BinaryIO) -> None:
-    out.write(json.dumps(recorder.as_json()).encode() + b"\n")
-    for samples in (recorder.service, recorder.waits, recorder.counts):
-        out.write(samples.tobytes())
-    out.flush()
-
-
-def read_results(line: bytes, read: Callable[[int], bytes]) -> tuple[dict[str, Any], bytes, bytes, bytes]:
-    """The facts, and the bytes of the three arrays (``d``, ``d`` and ``Q``); ``line`` was read already."""
-    facts = json.loads(line)
-    size = 8 * facts["samples"]
-    return facts, read(size), read(size), read(size)
+    """Return the CPU time of this process, user and system."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime

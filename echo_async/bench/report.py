@@ -1,4 +1,4 @@
-"""What a person reads, with times in milliseconds; and the same facts as JSON, in seconds."""
+"""The results as tables, with times in milliseconds, and as JSON, with times in seconds."""
 
 from __future__ import annotations
 
@@ -12,30 +12,17 @@ from ..net import format_address
 from .comparison import CandidateResult, Comparison, spread
 from .distribution import PERCENTILES, Distribution
 from .expectation import Expectation
-from .load import LoadResult
 from .plan import LoadPlan
+from .result import LoadResult
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
-__all__ = [
-    "console",
-    "count",
-    "describe",
-    "describe_comparison",
-    "describe_machine",
-    "load_json",
-    "print_comparison",
-    "print_load",
-    "progress_bar",
-    "show_spread",
-]
-
-WIDTH = 112  # of a table, at least: a narrower terminal breaks lines, which is better than figures cut off
+MIN_WIDTH = 112  # columns of a table: in a narrower terminal lines wrap, and no figure is cut off
 
 
 def load_json(result: LoadResult, expectations: Sequence[Expectation]) -> dict[str, Any]:
-    """Everything that a load found."""
     plan = result.plan
     return {
         "address": format_address(plan.address),
@@ -56,123 +43,119 @@ def load_json(result: LoadResult, expectations: Sequence[Expectation]) -> dict[s
         "response_time": None if result.response is None else result.response.as_json(),
         "service_time": result.service.as_json(),
         "late": result.late,
-        "late_by_generator": result.behind,
+        "late_by_generator": result.late_by_generator,
         "lost": result.lost,
         "failures": dict(result.failures),
         "mismatch": result.mismatch,
         "generator_cpu": result.generator_cpu,
-        "generator_was_the_limit": result.generator_was_the_limit,
+        "generator_was_the_limit": result.is_generator_limited,
         "expectations": [
-            {"expect": each.text, "value": each.value(result), "met": each.holds(result)} for each in expectations
+            {"expect": each.text, "value": each.value(result), "met": each.is_met(result)} for each in expectations
         ],
     }
 
 
 def print_load(result: LoadResult, expectations: Sequence[Expectation]) -> None:
-    out = console()
-    out.print(describe(result.plan))
-    out.print(_load_table(result))
-    for line in _remarks(result):
-        out.print(line)
+    console = _make_console()
+    console.print(format_load(result.plan))
+    console.print(_load_table(result))
+    for remark in _remarks(result):
+        console.print(remark)
     for each in expectations:
-        out.print(f"expected {each.text}: {'met' if each.holds(result) else 'NOT met'}, it is {each.shown(result)}")
+        met = "met" if each.is_met(result) else "NOT met"
+        console.print(f"expectation {each.text}: {met}, measured {each.format_value(result)}")
 
 
-def _load_table(result: LoadResult) -> object:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
-    columns = ["messages/s", "MB/s", "", *(f"p{percent} ms" for percent in PERCENTILES), "max ms"]
-    for name in columns:
-        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
-    rates = [count(result.messages_per_second), f"{result.megabytes_per_second:,.1f}"]
+def _load_table(result: LoadResult) -> Table:
+    table = _make_table(["messages/s", "MB/s", "", *(f"p{percent} ms" for percent in PERCENTILES), "max ms"], "")
+    rates = [format_number(result.messages_per_second), f"{result.megabytes_per_second:,.1f}"]
     if result.response is not None:
-        table.add_row(*rates, "response time", *_times(result.response))
+        table.add_row(*rates, "response time", *_format_times(result.response))
         rates = ["", ""]
-    table.add_row(*rates, "service time", *_times(result.service))
+    table.add_row(*rates, "service time", *_format_times(result.service))
     return table
 
 
-def _times(times: Distribution) -> Iterator[str]:
+def _format_times(times: Distribution) -> Iterator[str]:
     values = [*(times.percentile(percent) for percent in PERCENTILES), times.max]
     return (f"{1e3 * value:,.3f}" for value in values)
 
 
-def describe(plan: LoadPlan) -> str:
-    """The load in one line."""
-    where = format_address(plan.address)
-    each = "a connection a message" if plan.mode == "message" else f"up to {plan.pipeline} in flight on each"
+def format_load(plan: LoadPlan) -> str:
+    per_connection = (
+        "one message per connection" if plan.mode == "message" else f"up to {plan.pipeline} in flight on each"
+    )
     model = "closed loop" if plan.rate is None else f"open loop at {plan.rate:,g} messages/s"
     tls = ", TLS" if plan.tls is not None else ""
-    return f"{where}{tls}: {many(plan.connections, 'connection')}, {each}, {many(plan.size, 'byte')} a message, {model}"
-
-
-def _remarks(result: LoadResult) -> Iterator[str]:
-    """What is to be known about the figures."""
-    plan = result.plan
-    if plan.rate is None:
-        yield "closed loop: a pause of the server holds back the load as well; --rate shows what clients would see"
-    else:
-        yield (
-            f"sent late (over 1 ms): {count(result.late)} of {count(result.service.count)}, "
-            f"{count(result.behind)} of them because of the generator; response time counts from the moment due"
-        )
-    if result.generator_was_the_limit:
-        used = ", ".join(f"{100 * each:.0f} %" for each in result.generator_cpu)
-        yield (
-            f"the generator was the limit, not the server (it used {used} of a core): "
-            f"try --processes {2 * plan.processes}, or a machine that is not busy"
-        )
-    if result.interrupted:
-        yield f"interrupted after {result.seconds:.3g} s of {plan.duration:g}"
-    for why, times in result.failures.items():
-        yield f"failed: {why} ({many(times, 'time')})"
-    if result.lost:
-        yield f"lost: {many(result.lost, 'message')}"
-    if any("between replies" in why for why in result.failures):
-        yield "a server that closes after each reply needs --mode message"
-
-
-def print_comparison(comparison: Comparison) -> None:
-    out = console()
-    out.print(describe_machine(comparison.machine))
-    for size in comparison.sizes:
-        results = comparison.of_size(size)
-        out.print(f"\n{describe_comparison(comparison, size)}")
-        out.print(_comparison_table(results))
-        if any(result.generator_was_the_limit for result in results):
-            out.print("* the load generator was the limit: the server can do more; its CPU time a message holds")
-    out.print(
-        "ratios are to the first line: median of the rounds (least-greatest); CPU: what the server uses a message"
+    return (
+        f"{format_address(plan.address)}{tls}: {format_count(plan.connections, 'connection')}, {per_connection}, "
+        f"{format_count(plan.size, 'byte')} per message, {model}"
     )
 
 
-def _comparison_table(results: Sequence[CandidateResult]) -> object:
-    from rich import box
-    from rich.table import Table
+def _remarks(result: LoadResult) -> Iterator[str]:
+    """Yield what the reader has to know about the figures."""
+    plan = result.plan
+    if plan.rate is None:
+        yield "closed loop: a pause of the server also pauses the load; use --rate for the latency that clients see"
+    else:
+        yield (
+            f"sent late (over 1 ms): {format_number(result.late)} of {format_number(result.service.count)}, "
+            f"{format_number(result.late_by_generator)} of them because of the load generator; "
+            "response time counts from the due time"
+        )
+    if result.is_generator_limited:
+        used = ", ".join(f"{100 * each:.0f} %" for each in result.generator_cpu)
+        yield (
+            f"the load generator was the limit, not the server (it used {used} of a core): "
+            f"use --processes {2 * plan.processes}, or a machine that is idle"
+        )
+    if result.interrupted:
+        yield f"interrupted after {result.seconds:.3g} of {plan.duration:g} s"
+    for reason, times in result.failures.items():
+        yield f"failed: {reason} ({format_count(times, 'time')})"
+    if result.lost:
+        yield f"lost: {format_count(result.lost, 'message')}"
+    if any("between replies" in reason for reason in result.failures):
+        yield "a server that closes after each reply requires --mode message"
 
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
-    for name in ("model", "messages/s", "ratio", "CPU µs", "ratio", "p50 ms", "p99 ms"):
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+
+def print_comparison(comparison: Comparison) -> None:
+    console = _make_console()
+    console.print(format_machine(comparison.machine))
+    for size in comparison.sizes:
+        results = comparison.results_of_size(size)
+        console.print(f"\n{format_comparison(comparison, size)}")
+        console.print(_comparison_table(results))
+        if any(each.is_generator_limited for each in results):
+            console.print(
+                "* the load generator was the limit: the server can do more; compare its CPU time per message"
+            )
+    console.print(
+        "ratio: relative to the first line, median of the rounds (min-max); CPU µs: of the server, per message"
+    )
+
+
+def _comparison_table(results: Sequence[CandidateResult]) -> Table:
+    table = _make_table(["server", "messages/s", "ratio", "CPU µs", "ratio", "p50 ms", "p99 ms"], "server")
     for result in results:
         cpu = result.cpu_per_message
         table.add_row(
             result.candidate.name,
-            count(result.messages_per_second) + ("*" if result.generator_was_the_limit else " "),
-            show_spread(spread(result.rate_ratios(results[0]))),
+            format_number(result.messages_per_second) + ("*" if result.is_generator_limited else " "),
+            format_spread(spread(result.rate_ratios(results[0]))),
             "" if cpu is None else f"{1e6 * cpu:,.1f}",
-            show_spread(spread(result.cpu_ratios(results[0]))),
-            *(f"{1e3 * result.curve[percent]:,.3f}" for percent in ("50", "99")),
+            format_spread(spread(result.cpu_ratios(results[0]))),
+            *(f"{1e3 * result.latency[percent]:,.3f}" for percent in ("50", "99")),
         )
     return table
 
 
-def show_spread(ratios: dict[str, float] | None) -> str:
+def format_spread(ratios: dict[str, float] | None) -> str:
     return "" if ratios is None else "{median:.2f} ({min:.2f}-{max:.2f})".format(**ratios)
 
 
-def describe_machine(machine: dict[str, Any]) -> str:
+def format_machine(machine: dict[str, Any]) -> str:
     uvloop = f", uvloop {machine['uvloop']}" if machine["uvloop"] else ""
     return (
         f"{machine['date']}: {machine['python']}{uvloop}, echo-async {machine['echo_async']}; "
@@ -180,35 +163,45 @@ def describe_machine(machine: dict[str, Any]) -> str:
     )
 
 
-def describe_comparison(comparison: Comparison, size: int) -> str:
+def format_comparison(comparison: Comparison, size: int) -> str:
     plan = comparison.plan
-    each = "a connection a message" if plan.mode == "message" else f"{plan.pipeline} in flight on each"
+    per_connection = "one message per connection" if plan.mode == "message" else f"{plan.pipeline} in flight on each"
     rounds = len(comparison.results[0].rounds)
     return (
-        f"{many(size, 'byte')} a message, {many(plan.connections, 'connection')}, {each}; "
-        f"{many(rounds, 'round')} of {plan.duration:g} s"
+        f"{format_count(size, 'byte')} per message, {format_count(plan.connections, 'connection')}, {per_connection}; "
+        f"{format_count(rounds, 'round')} of {plan.duration:g} s"
     )
 
 
-def count(number: float) -> str:
+def format_number(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def many(number: float, what: str) -> str:
-    """``1 round``, ``2 rounds``."""
-    return f"{count(number)} {what}{'' if number == 1 else 's'}"
+def format_count(number: float, noun: str) -> str:
+    """Return ``1 round`` or ``2 rounds``."""
+    return f"{format_number(number)} {noun}{'' if number == 1 else 's'}"
 
 
-def console() -> Console:
-    """What writes to stdout; without colors where that is not a terminal."""
+def _make_table(columns: Sequence[str], left_aligned: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    for name in columns:
+        table.add_column(name, justify="left" if name == left_aligned else "right", no_wrap=True)
+    return table
+
+
+def _make_console() -> Console:
     from rich.console import Console
 
-    return Console(width=max(WIDTH, shutil.get_terminal_size().columns), highlight=False, markup=False, soft_wrap=True)
+    width = max(MIN_WIDTH, shutil.get_terminal_size().columns)
+    return Console(width=width, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def progress_bar(what: str, total: float) -> Iterator[Callable[[float], None] | None]:
-    """A bar on stderr if that is a terminal: gives what to call with how much is done."""
+def progress_bar(description: str, total: float) -> Iterator[Callable[[float], None] | None]:
+    """Show a bar if stderr is a terminal; yield the function that advances it."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
@@ -217,9 +210,5 @@ def progress_bar(what: str, total: float) -> Iterator[Callable[[float], None] | 
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
-        task = bar.add_task(what, total=total)
-
-        def show(done: float) -> None:
-            bar.update(task, completed=min(done, total), refresh=True)
-
-        yield show
+        task = bar.add_task(description, total=total)
+        yield lambda done: bar.update(task, completed=min(done, total), refresh=True)

@@ -1,9 +1,8 @@
-"""When messages are sent.
+"""The times at which messages are sent: closed loop or open loop.
 
-A closed loop sends the next message when a reply is there: a server that stops for a while stops its load
-as well, and only the few messages in flight show it (coordinated omission). An open loop sends by the
-clock, as clients do who know nothing of each other: each message has the moment at which it is due, and
-waits, with the time running, where its connection has no room.
+A closed loop sends the next message when a reply arrives. A server that pauses also pauses its load, so that only
+the few messages in flight are slow (coordinated omission). An open loop sends by the clock, like
+independent clients: each message has a due time, and its response time includes waiting for room in the pipeline.
 """
 
 from __future__ import annotations
@@ -14,63 +13,61 @@ from time import perf_counter
 from typing import Protocol
 
 from .connection import Connection
-from .recorder import LATE, Recorder
+from .recorder import LATE_THRESHOLD, Recorder
 
-__all__ = ["ClosedLoop", "OpenLoop", "Schedule"]
-
-ROUNDING = 1e-3  # of a message
-AT_ONCE = 1000  # messages that may be due until replies are looked at again
+ROUNDING_TOLERANCE = 1e-3  # of a message
+DISPATCH_BATCH = 1000  # due messages that are sent before replies are read again
 
 
 class Schedule(Protocol):
-    """What a generator and its connections ask of it."""
+    """Decides when a load generator sends messages on its connections."""
 
-    def begin(self, connections: Sequence[Connection], start: float, end: float) -> None:
-        """The first messages over ``connections``, at ``start``; the last before ``end``."""
+    def start(self, connections: Sequence[Connection], start: float, end: float) -> None:
+        """Send messages on ``connections`` from ``start`` until ``end``."""
 
     def dispatch(self, now: float) -> float:
-        """Send what is due, and tell when the next one is."""
+        """Send the messages that are due; return the time of the next one."""
 
-    def opened(self, connection: Connection) -> None:
-        """``connection`` is usable, from now or again."""
+    def on_usable(self, connection: Connection) -> None:
+        """``connection`` is established, for the first time or again."""
 
-    def room(self, connection: Connection, count: int, now: float) -> None:
-        """So many messages came back on ``connection``."""
+    def on_replies(self, connection: Connection, count: int, now: float) -> None:
+        """``count`` complete replies were received on ``connection``."""
 
     def stop(self) -> int:
-        """Nothing new from now on; how many messages were due, and it never came to them."""
+        """Send no more messages; return how many were due and were never dispatched."""
 
 
 class ClosedLoop:
-    """Each connection keeps ``pipeline`` messages in flight."""
+    """Keeps ``pipeline`` messages in flight on each connection."""
 
     def __init__(self, pipeline: int) -> None:
         self._pipeline = pipeline
-        self._running = False
+        self._is_running = False
 
-    def begin(self, connections: Sequence[Connection], start: float, end: float) -> None:
-        self._running = True
+    def start(self, connections: Sequence[Connection], start: float, end: float) -> None:
+        self._is_running = True
         for connection in connections:
-            if connection.usable:
-                self.opened(connection)
+            if connection.is_usable:
+                self.on_usable(connection)
 
     def dispatch(self, now: float) -> float:
         return math.inf
 
-    def opened(self, connection: Connection) -> None:
-        self.room(connection, self._pipeline, perf_counter())
+    def on_usable(self, connection: Connection) -> None:
+        self.on_replies(connection, self._pipeline, perf_counter())
 
-    def room(self, connection: Connection, count: int, now: float) -> None:
-        if self._running:
+    def on_replies(self, connection: Connection, count: int, now: float) -> None:
+        if self._is_running:
             connection.send(now, now, count)
 
     def stop(self) -> int:
-        self._running = False
+        self._is_running = False
         return 0
 
 
 class OpenLoop:
-    """``rate`` messages a second, evenly; in turn over the connections, each with up to ``pipeline`` in flight."""
+    """Sends ``rate`` messages per second, round-robin over the connections, each with up to ``pipeline`` in flight."""
 
     def __init__(self, pipeline: int, rate: float, recorder: Recorder) -> None:
         self._connections: Sequence[Connection] = ()
@@ -78,42 +75,42 @@ class OpenLoop:
         self._rate = rate
         self._recorder = recorder
         self._start = self._end = math.inf
-        self._number = 0
+        self._dispatched = 0
 
-    def begin(self, connections: Sequence[Connection], start: float, end: float) -> None:
+    def start(self, connections: Sequence[Connection], start: float, end: float) -> None:
         self._connections = connections
         self._start, self._end = start, end
 
     def dispatch(self, now: float) -> float:
-        for _ in range(AT_ONCE):
-            due = self._start + self._number / self._rate  # from the start each time: errors do not add up
+        for _ in range(DISPATCH_BATCH):
+            due = self._start + self._dispatched / self._rate  # from the start each time: errors do not add up
             if due >= self._end:
                 return math.inf
             if due > now:
                 return due
-            connection = self._connections[self._number % len(self._connections)]
-            self._number += 1
-            self._recorder.scheduled(late=now - due > LATE)
-            connection.waiting.append(due)
-            self.opened(connection)
+            connection = self._connections[self._dispatched % len(self._connections)]
+            self._dispatched += 1
+            if now - due > LATE_THRESHOLD:
+                self._recorder.late_by_generator += 1
+            connection.queued.append(due)
+            self.on_usable(connection)
         return now
 
-    def opened(self, connection: Connection) -> None:
-        """Send what waits, as far as there is room."""
-        if not connection.usable or not connection.waiting:
+    def on_usable(self, connection: Connection) -> None:
+        if not connection.is_usable or not connection.queued:
             return
         room = self._pipeline - len(connection.in_flight)  # each entry is one message here
         if room <= 0:
             return
         now = perf_counter()
-        for _ in range(min(room, len(connection.waiting))):
-            connection.send(connection.waiting.popleft(), now, 1)
+        for _ in range(min(room, len(connection.queued))):
+            connection.send(connection.queued.popleft(), now, 1)
 
-    def room(self, connection: Connection, count: int, now: float) -> None:
-        self.opened(connection)
+    def on_replies(self, connection: Connection, count: int, now: float) -> None:
+        self.on_usable(connection)
 
     def stop(self) -> int:
         end = min(self._end, perf_counter())
         self.dispatch(end)
         self._end = -math.inf
-        return max(0, math.ceil((end - self._start) * self._rate - self._number - ROUNDING))
+        return max(0, math.ceil((end - self._start) * self._rate - self._dispatched - ROUNDING_TOLERANCE))

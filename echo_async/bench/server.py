@@ -1,4 +1,4 @@
-"""A server in a process of its own, for as long as it is measured: started, reached, its CPU time read, stopped."""
+"""The server process that a benchmark measures."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import IO, Self
 
 from ..config import EngineName, Mode
-from ..errors import StartError
+from ..errors import StartError, describe_error
 from ..loops import LoopName
 
-__all__ = ["ServerProcess", "server_command"]
-
-STOP = 10  # seconds until a server that does not end is killed
+STOP_TIMEOUT = 10  # seconds until a server that does not exit is killed
 
 
 def server_command(engine: EngineName, loop: LoopName, chunk_size: int, mode: Mode, size: int) -> list[str]:
-    """The command of this package's server, on a free port, with the access log off."""
+    """Return the command of this package's server, on a free port and without access log."""
     return [
         *(sys.executable, "-m", "echo_async.server", "--host", "127.0.0.1", "--port", "0"),
         *("--engine", engine, "--loop", loop, "--chunk-size", str(chunk_size), "--mode", mode),
@@ -32,63 +29,61 @@ def server_command(engine: EngineName, loop: LoopName, chunk_size: int, mode: Mo
 
 
 class ServerProcess:
-    """Any server that writes ``listening on HOST:PORT`` to stdout; within ``with``, on ``cpus`` if any are named."""
+    """Any server that prints ``listening on HOST:PORT``; runs within ``with``, pinned to ``cpus`` if there are any."""
 
     def __init__(self, command: Sequence[str], cpus: Sequence[int] = ()) -> None:
         self._command = command
         self._cpus = cpus
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
 
     def __enter__(self) -> Self:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("ECHO_ASYNC_")}
         try:
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._errors, env=environment
+                self._command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._stderr, env=environment
             )
         except OSError as error:
-            self._errors.close()
-            raise StartError(f"cannot start {self._command[0]}: {error.strerror}") from error
+            self._stderr.close()
+            raise StartError(f"cannot start {self._command[0]}: {describe_error(error)}") from error
         try:
-            if self._cpus:  # threads that it makes later are there as well
+            if self._cpus:  # inherited by the threads that it starts
                 os.sched_setaffinity(self._process.pid, self._cpus)
-            self.address = self._listening()
+            self.address = self._read_address()
         except BaseException:
-            self._end(signal.SIGKILL)
+            self._stop(signal.SIGKILL)
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end(signal.SIGTERM)
+    def __exit__(self, *_: object) -> None:
+        self._stop(signal.SIGTERM)
 
     def cpu_seconds(self) -> float | None:
-        """CPU time of the process so far, of threads that have ended as well; None where there is no such clock."""
+        """Return the CPU time of the process, including its ended threads; None where there is no such clock."""
         with suppress(OSError, AttributeError):
             if sys.platform == "linux":
-                return time.clock_gettime((~self._process.pid << 3) | 2)  # what clock_getcpuclockid(3) makes of a pid
+                return time.clock_gettime((~self._process.pid << 3) | 2)  # as clock_getcpuclockid(3) computes it
         return None
 
-    def _listening(self) -> tuple[str, int]:
+    def _read_address(self) -> tuple[str, int]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline().decode()
-        place = line.removeprefix("listening on ").strip()
-        host, _, port = place.rpartition(":")
-        if place == line.strip() or not port.isdecimal():
+        address = line.removeprefix("listening on ").strip()
+        host, _, port = address.rpartition(":")
+        if address == line.strip() or not port.isdecimal():
             self._process.kill()
             self._process.wait()
-            self._errors.seek(0)
-            said = (line + self._errors.read().decode(errors="replace")).strip().splitlines() or ["nothing"]
-            raise StartError(f"cannot start {' '.join(self._command)}: it says {said[-1]!r}")
+            self._stderr.seek(0)
+            output = (line + self._stderr.read().decode(errors="replace")).strip().splitlines() or ["no output"]
+            raise StartError(f"cannot start {' '.join(self._command)}: {output[-1]}")
         return host.strip("[]"), int(port)
 
-    def _end(self, number: int) -> None:
-        self._process.send_signal(number)
+    def _stop(self, signal_number: int) -> None:
+        self._process.send_signal(signal_number)
         try:
-            self._process.wait(STOP)
+            self._process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
-        self._errors.close()
+        self._stderr.close()

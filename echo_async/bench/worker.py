@@ -1,23 +1,22 @@
-"""``python -m echo_async.bench.worker``: one process of a load, as its parent runs it.
+"""``python -m echo_async.bench.worker``: one process of a load, started by its parent.
 
-A line of JSON comes in on stdin: the plan, and the number of the first connection. ``ready`` goes out once the
-connections are open; a line with the moment to start comes in; the recorder goes out. Anything more on
-stdin, or its end, stops the load: a worker never outlives its parent.
+stdin brings one line of JSON: the plan and the number of the first connection. The worker writes ``ready`` to
+stdout once the connections are open. stdin brings the start time, and stdout gets the result. More input or
+the end of stdin stops the load, so that a worker never outlives its parent.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import sys
+from contextlib import suppress
 from io import FileIO
 
 from ..stdio import standard_streams
-from .generator import LoadGenerator, raise_descriptor_limit
+from .generator import LoadGenerator
 from .plan import LoadPlan
-from .recorder import write_results
-
-__all__ = ["main"]
 
 
 def main() -> int:
@@ -26,18 +25,24 @@ def main() -> int:
 
 
 def _run() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends stdin
-    raise_descriptor_limit()
-    commands = FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: what follows stays where a selector sees it
-    asked = json.loads(commands.readline())
-    generator = LoadGenerator(LoadPlan.from_json(asked["plan"]), first=asked["first"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which closes stdin
+    _raise_descriptor_limit()
+    commands = FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: the selector sees further input
+    request = json.loads(commands.readline())
+    generator = LoadGenerator(LoadPlan.from_json(request["plan"]), first=request["first"])
     generator.connect()
     print("ready", flush=True)
     start = commands.readline()
     if start:
-        generator.stop_on(commands.fileno())
-        write_results(generator.run(float(start)), sys.stdout.buffer)
+        generator.stop_on_input(commands.fileno())
+        generator.run(float(start)).write(sys.stdout.buffer)
     return 0
+
+
+def _raise_descriptor_limit() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *what]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "1,024 bytes a message, 2 connections, 1 in flight on each; 1 round of 0.2 s" in out
-    assert "\n64 bytes a message, 2 connections" in out
-    titles = ["model", "messages/s", "ratio", "CPU µs", "p50 ms", "p99 ms"]
+    assert "1,024 bytes per message, 2 connections, 1 in flight on each; 1 round of 0.2 s" in out
+    assert "\n64 bytes per message, 2 connections" in out
+    titles = ["server", "messages/s", "ratio", "CPU µs", "p50 ms", "p99 ms"]
     assert any(all(title in line for title in titles) for line in out.splitlines())
     assert any(line.strip().startswith("protocol asyncio ") and "1.00 (1.00-1.00)" in line for line in out.splitlines())
 
@@ -96,7 +96,7 @@ def test_a_model_that_answers_nothing_cannot_be_compared(capsys: pytest.CaptureF
     assert main(["compare", "--engines", "protocol", "--sizes", "10000000", "--duration", "1e-6", "--warmup", "0"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert "protocol asyncio answered nothing in 1e-06 s: give a longer --duration" in err
+    assert "cannot measure protocol asyncio: no replies within 1e-06 s; increase --duration" in err
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_file_that_cannot_be_written_is_one_line(option: str, name: str, capsy
     [
         ([sys.executable, "-c", "import sys; sys.exit('no such thing')"], "no such thing"),
         ([sys.executable, "-c", "print('hello')"], "hello"),
-        (["/nonexistent/server"], "No such file"),
+        (["/nonexistent/server"], "no such file"),
     ],
 )
 def test_a_server_that_does_not_start_is_told_with_its_own_words(command: list[str], said: str) -> None:

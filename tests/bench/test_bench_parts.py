@@ -16,11 +16,11 @@ from echo_async import ConfigError
 from echo_async.bench.comparison import make_candidates, spread
 from echo_async.bench.distribution import Distribution
 from echo_async.bench.expectation import Expectation
-from echo_async.bench.load import LoadResult
 from echo_async.bench.pattern import MAX_IO_SIZE, Pattern
 from echo_async.bench.plan import LoadPlan
-from echo_async.bench.recorder import Recorder, read_results, write_results
+from echo_async.bench.recorder import Recorder, read_result
 from echo_async.bench.report import print_load
+from echo_async.bench.result import LoadResult
 
 PLAN = LoadPlan(family=socket.AF_INET, address=("127.0.0.1", 1), connections=5, size=1000)
 
@@ -49,16 +49,16 @@ def test_a_pattern_is_whole_messages_of_the_size_and_goes_on_round(size: int) ->
 def test_messages_differ_from_each_other_and_connections_begin_at_different_ones() -> None:
     pattern = Pattern(20)
     assert len(set(pattern.data[: pattern.length].splitlines())) == pattern.messages
-    assert len({pattern.start(number) for number in range(100)}) == 100
+    assert len({pattern.start_offset(number) for number in range(100)}) == 100
 
 
 @given(st.integers(0, 5000), st.integers(1, 300), st.integers(0, 299))
 def test_the_first_byte_that_differs_is_found(at: int, length: int, wrong: int) -> None:
     pattern = Pattern(50)
     data = bytearray(pattern.data[at : at + length])
-    assert pattern.difference(bytes(data), at) == length
+    assert pattern.matching_bytes(bytes(data), at) == length
     data[wrong % length] ^= 1
-    assert pattern.difference(bytes(data), at) == wrong % length
+    assert pattern.matching_bytes(bytes(data), at) == wrong % length
 
 
 # What is made of the samples
@@ -94,14 +94,14 @@ def test_percentiles_are_those_of_the_samples_written_out(samples: list[tuple[fl
 def test_a_tally_goes_to_another_process_as_it_is() -> None:
     recorder = Recorder()
     recorder.add(0.0, 1.0, 3.0, 2)
-    recorder.restart()
+    recorder.end_warmup()
     recorder.add(1.0, 2.0, 2.5, 4)
     recorder.end_window()
     recorder.add(1.5, 2.0, 6.0, 1)
     out = BytesIO()
-    write_results(recorder, out)
+    recorder.write(out)
     out.seek(0)
-    facts, service, waits, counts = read_results(out.readline(), out.read)
+    facts, service, waits, counts = read_result(out.readline(), out.read)
     assert (facts["answered"], facts["in_window"], facts["samples"]) == (7, 4, 2)
     assert np.frombuffer(service).tolist() == [0.5, 4.0]
     assert np.frombuffer(waits).tolist() == [1.0, 0.5]
@@ -112,20 +112,20 @@ def test_a_result_counts_messages_of_the_window_over_its_time() -> None:
     half = result(0.1, messages=3000)
     assert half.messages_per_second == 1500
     assert half.megabytes_per_second == 1.5
-    assert half.everything_came_back
-    assert not result(0.1, lost=1).everything_came_back
+    assert half.is_complete
+    assert not result(0.1, lost=1).is_complete
     half.failures = Counter({"connection refused": 1})
-    assert not half.everything_came_back
+    assert not half.is_complete
 
 
 def test_the_generator_was_the_limit_where_it_had_no_cpu_left_or_came_late_itself() -> None:
     load = result(*[0.1] * 1000)
     load.generator_cpu = [0.5, 0.9]
-    assert not load.generator_was_the_limit
+    assert not load.is_generator_limited
     load.generator_cpu = [0.5, 0.99]
-    assert load.generator_was_the_limit
-    load.generator_cpu, load.behind = [0.5], 11
-    assert load.generator_was_the_limit
+    assert load.is_generator_limited
+    load.generator_cpu, load.late_by_generator = [0.5], 11
+    assert load.is_generator_limited
 
 
 def test_the_table_says_that_the_generator_was_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +133,7 @@ def test_the_table_says_that_the_generator_was_the_limit(capsys: pytest.CaptureF
     load.generator_cpu = [0.5, 0.99]
     print_load(load, [])
     out = " ".join(capsys.readouterr().out.split())
-    assert "the generator was the limit, not the server (it used 50 %, 99 % of a core)" in out
+    assert "the load generator was the limit, not the server (it used 50 %, 99 % of a core)" in out
 
 
 # What has to hold
@@ -158,12 +158,12 @@ def test_the_table_says_that_the_generator_was_the_limit(capsys: pytest.CaptureF
 )
 def test_what_is_expected_holds_or_does_not(text: str, holds: bool) -> None:
     load = result(0.01, 0.02, 0.03, messages=3000, lost=1)
-    assert Expectation.parse(text).holds(load) is holds
+    assert Expectation.parse(text).is_met(load) is holds
 
 
 def test_nothing_holds_for_the_times_of_no_message() -> None:
-    assert not Expectation.parse("p99<1s").holds(result())
-    assert not Expectation.parse("p99>1s").holds(result())
+    assert not Expectation.parse("p99<1s").is_met(result())
+    assert not Expectation.parse("p99>1s").is_met(result())
 
 
 @pytest.mark.parametrize(
