@@ -31,7 +31,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_every_model_is_measured_in_every_round(compared: Path) -> None:
+def test_compare_measures_every_server_in_every_round(compared: Path) -> None:
     facts = json.loads((compared / "compare.json").read_text())
     assert (facts["rounds"], facts["connections"], facts["base"]) == (2, 2, "threads 20 B")
     names = ["threads 20 B", "protocol uvloop"]
@@ -47,19 +47,19 @@ def test_every_model_is_measured_in_every_round(compared: Path) -> None:
     assert results[0]["messages_per_second_ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
 
 
-def test_the_machine_is_described_and_not_named(compared: Path) -> None:
+def test_compare_json_describes_the_machine(compared: Path) -> None:
     machine = json.loads((compared / "compare.json").read_text())["machine"]
     assert {"date", "echo_async", "python", "uvloop", "system", "processor", "cpus", "memory_gib"} <= set(machine)
     assert machine["python"].endswith(sys.version.split()[0])
 
 
-def test_the_picture_is_one(compared: Path) -> None:
+def test_compare_plot_writes_an_svg(compared: Path) -> None:
     picture = (compared / "compare.svg").read_text()
     assert picture.startswith("<?xml")
     assert "<svg" in picture
 
 
-def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     what = ("--engines", "protocol", "--loops", "asyncio", "--sizes", "64,1024", *SHORT, "--rounds", "1")
     assert main(["compare", *what]) == 0
     out, err = capsys.readouterr()
@@ -71,7 +71,7 @@ def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.strip().startswith("protocol asyncio ") and "1.00 (1.00-1.00)" in line for line in out.splitlines())
 
 
-def test_ctrl_c_ends_it_without_figures() -> None:
+def test_compare_sigint_exits_130_without_output() -> None:
     command = [sys.executable, "-m", "echo_async.bench", "compare", "--engines", "protocol", "--duration", "60"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_until(
@@ -92,7 +92,7 @@ def children(pid: int) -> list[tuple[str, int]]:
     return found
 
 
-def test_a_model_that_answers_nothing_cannot_be_compared(capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_server_without_replies_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--engines", "protocol", "--sizes", "10000000", "--duration", "1e-6", "--warmup", "0"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -113,7 +113,7 @@ def test_a_model_that_answers_nothing_cannot_be_compared(capsys: pytest.CaptureF
         ("--save", "/nonexistent/figures.json"),
     ],
 )
-def test_a_bad_option_is_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_invalid_option_is_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -121,7 +121,7 @@ def test_a_bad_option_is_one_line(arguments: tuple[str, ...], capsys: pytest.Cap
     assert err.count("\n") == 1
 
 
-def test_a_picture_without_matplotlib_says_how_to_get_it(
+def test_compare_plot_without_matplotlib_exits_3(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -130,7 +130,7 @@ def test_a_picture_without_matplotlib_says_how_to_get_it(
 
 
 @pytest.mark.parametrize(("option", "name"), [("--save", "facts.json"), ("--plot", "picture.svg")])
-def test_a_file_that_cannot_be_written_is_one_line(option: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_unwritable_file_is_one_line(option: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     what = ("--engines", "protocol", "--loops", "asyncio", "--chunk-sizes", "20", "--sizes", "100")
     assert main(["compare", *what, *SHORT, option, f"/proc/{name}"]) == 1
     assert capsys.readouterr().err == f"error: cannot write /proc/{name}: no such file or directory\n"
@@ -144,6 +144,6 @@ def test_a_file_that_cannot_be_written_is_one_line(option: str, name: str, capsy
         (["/nonexistent/server"], "no such file"),
     ],
 )
-def test_a_server_that_does_not_start_is_told_with_its_own_words(command: list[str], said: str) -> None:
+def test_server_process_failed_start_shows_its_output(command: list[str], said: str) -> None:
     with pytest.raises(StartError, match=said), ServerProcess(command):
         pass

@@ -114,7 +114,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str, code: int) ->
 # What it measures
 
 
-def test_a_closed_loop_says_what_it_found(capsys: pytest.CaptureFixture[str], port: str) -> None:
+def test_load_closed_loop_json_has_all_results(capsys: pytest.CaptureFixture[str], port: str) -> None:
     facts = load(capsys, "--port", port, "--mode", "stream", "--connections", "3", "--size", "100", *SHORT)
     expected = {
         "address": f"127.0.0.1:{port}",
@@ -147,14 +147,14 @@ def test_a_closed_loop_says_what_it_found(capsys: pytest.CaptureFixture[str], po
     assert 0 < facts["generator_cpu"][0] <= 1.1
 
 
-def test_an_open_loop_keeps_its_rate_and_shows_both_times(capsys: pytest.CaptureFixture[str], port: str) -> None:
+def test_load_open_loop_keeps_its_rate(capsys: pytest.CaptureFixture[str], port: str) -> None:
     facts = load(capsys, "--port", port, "--mode", "stream", "--rate", "1000", *SHORT)
     assert (facts["model"], facts["rate"]) == ("open", 1000)
     assert 0 < facts["messages"] <= 110
     assert facts["response_time"]["p50"] >= facts["service_time"]["p50"] > 0
 
 
-def test_message_mode_takes_a_connection_for_each_message(capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_message_mode_uses_one_connection_per_message(capsys: pytest.CaptureFixture[str]) -> None:
     with server_process("--engine", "protocol", "--no-access-log") as server:
         facts = load(capsys, "--port", str(server.address[1]), "--connections", "4", *SHORT)
         _, log = server.stop()
@@ -164,7 +164,7 @@ def test_message_mode_takes_a_connection_for_each_message(capsys: pytest.Capture
     assert int(counted["messages"]) >= facts["messages"]
 
 
-def test_pipelining_keeps_so_many_in_flight(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
+def test_load_pipeline_keeps_messages_in_flight(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
     most = 0
 
     class Watching(Echo):
@@ -178,13 +178,13 @@ def test_pipelining_keeps_so_many_in_flight(capsys: pytest.CaptureFixture[str], 
 
 
 @pytest.mark.parametrize("size", [1, 19, 70_000, 300_000])
-def test_messages_of_any_size(size: int, capsys: pytest.CaptureFixture[str], port: str) -> None:
+def test_load_message_of_any_size_is_answered(size: int, capsys: pytest.CaptureFixture[str], port: str) -> None:
     facts = load(capsys, "--port", port, "--mode", "stream", "--size", str(size), "--connections", "2", *SHORT)
     assert facts["messages"] > 0
     assert facts["lost"] == 0
 
 
-def test_several_processes_share_the_load(capsys: pytest.CaptureFixture[str], port: str) -> None:
+def test_load_processes_share_connections_and_rate(capsys: pytest.CaptureFixture[str], port: str) -> None:
     facts = load(
         capsys, "--port", port, "--mode", "stream", "--processes", "2", "--connections", "5", "--rate", "500", *SHORT
     )
@@ -192,7 +192,7 @@ def test_several_processes_share_the_load(capsys: pytest.CaptureFixture[str], po
     assert 0 < facts["messages"] <= 60
 
 
-def test_a_unix_socket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_unix_socket_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "echo")
     with server_process("--uds", path, "--mode", "stream", "--no-access-log"):
         for mode in ("stream", "message"):
@@ -201,7 +201,7 @@ def test_a_unix_socket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
             assert facts["messages"] > 0
 
 
-def test_a_unix_socket_whose_queue_is_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_unix_socket_with_full_queue_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "echo")
     with server_process("--uds", path, "--backlog", "1", "--no-access-log"):
         facts = load(capsys, "--uds", path, "--mode", "message", "--connections", "50", *SHORT)
@@ -209,7 +209,7 @@ def test_a_unix_socket_whose_queue_is_full(tmp_path: Path, capsys: pytest.Captur
         assert facts["lost"] == 0
 
 
-def test_tls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_tls_verifies_the_certificate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     authority = trustme.CA()
     certificate, trusted = tmp_path / "server.pem", tmp_path / "ca.pem"
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(certificate)
@@ -228,9 +228,7 @@ def test_tls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 # What it finds
 
 
-def test_one_flipped_byte_in_a_hundred_thousand_messages_is_found(
-    capsys: pytest.CaptureFixture[str], serve: Serve
-) -> None:
+def test_load_flipped_byte_is_located(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
     size, message, offset = 20, 98_765, 7
     wrong = (message - 1) * size + offset
 
@@ -253,7 +251,7 @@ def test_one_flipped_byte_in_a_hundred_thousand_messages_is_found(
 
 
 @pytest.mark.parametrize("what", [b"\n", b"more than was sent\n"])
-def test_more_than_was_sent_is_found(what: bytes, capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
+def test_load_unexpected_bytes_are_a_mismatch(what: bytes, capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
     class Doubling(Echo):
         def data_received(self, data: bytes) -> None:
             super().data_received(data + what)
@@ -263,9 +261,7 @@ def test_more_than_was_sent_is_found(what: bytes, capsys: pytest.CaptureFixture[
     assert facts["mismatch"]["message"] >= 1
 
 
-def test_a_closed_loop_hides_a_pause_and_an_open_loop_shows_it(
-    capsys: pytest.CaptureFixture[str], serve: Serve
-) -> None:
+def test_load_open_loop_shows_a_server_pause(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
     class Pausing(Echo):
         """Stands still for 200 ms of each second, the first time soon."""
 
@@ -292,7 +288,7 @@ def test_a_closed_loop_hides_a_pause_and_an_open_loop_shows_it(
     assert opened["late_by_generator"] < opened["late"] / 2
 
 
-def test_a_server_that_closes_after_each_reply_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_stream_mode_against_message_server_fails(capsys: pytest.CaptureFixture[str]) -> None:
     with server_process("--no-access-log") as server:
         assert main(["load", "--port", str(server.address[1]), "--mode", "stream", *SHORT]) == 1
     out, _ = capsys.readouterr()
@@ -300,7 +296,7 @@ def test_a_server_that_closes_after_each_reply_is_told_apart(capsys: pytest.Capt
     assert "requires --mode message" in out
 
 
-def test_replies_that_never_come_are_lost(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
+def test_load_missing_replies_are_lost(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
     class Silent(Echo):
         def data_received(self, data: bytes) -> None:
             pass
@@ -315,7 +311,7 @@ def test_replies_that_never_come_are_lost(capsys: pytest.CaptureFixture[str], se
 
 
 @pytest.mark.parametrize("mode", ["stream", "message"])
-def test_a_connection_that_breaks_is_opened_again(mode: str, capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
+def test_load_lost_connection_is_reopened(mode: str, capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
     class Breaking(Echo):
         clients = 0
 
@@ -350,7 +346,7 @@ def test_a_connection_that_breaks_is_opened_again(mode: str, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("mode", ["stream", "message"])
-def test_a_server_that_goes_away_is_told(mode: str, capsys: pytest.CaptureFixture[str], scripted_server: Start) -> None:
+def test_load_stopped_server_is_reported(mode: str, capsys: pytest.CaptureFixture[str], scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for message in itertools.islice(peer.messages(), 1 if mode == "message" else 5):
             peer.send(message)
@@ -363,7 +359,7 @@ def test_a_server_that_goes_away_is_told(mode: str, capsys: pytest.CaptureFixtur
     assert "connection refused" in facts["failures"]
 
 
-def test_what_is_expected_decides_the_exit_code(capsys: pytest.CaptureFixture[str], port: str) -> None:
+def test_load_unmet_expectation_exits_1(capsys: pytest.CaptureFixture[str], port: str) -> None:
     where = ("--port", port, "--mode", "stream", *SHORT)
     facts = load(capsys, *where, "--expect", "p99<9s", "--expect", "rate>1")
     assert [(each["expect"], each["met"]) for each in facts["expectations"]] == [("p99<9s", True), ("rate>1", True)]
@@ -377,7 +373,7 @@ def test_what_is_expected_decides_the_exit_code(capsys: pytest.CaptureFixture[st
 # What it says
 
 
-def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str], port: str) -> None:
+def test_load_prints_a_table(capsys: pytest.CaptureFixture[str], port: str) -> None:
     assert main(["load", "--port", port, "--mode", "stream", "--rate", "300", "--size", "2048", *SHORT]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -394,12 +390,12 @@ def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str], port: str) 
     assert "\x1b" not in out
 
 
-def test_a_closed_loop_says_that_it_is_one(capsys: pytest.CaptureFixture[str], port: str) -> None:
+def test_load_closed_loop_table_suggests_rate(capsys: pytest.CaptureFixture[str], port: str) -> None:
     assert main(["load", "--port", port, *SHORT]) == 0
     assert "use --rate for the latency that clients see" in capsys.readouterr().out
 
 
-def test_the_progress_bar_is_on_stderr_and_only_on_a_terminal(port: str) -> None:
+def test_load_progress_bar_is_on_stderr_of_a_terminal(port: str) -> None:
     ours, theirs = pty.openpty()
     with os.fdopen(ours, "rb", buffering=0) as terminal:
         process = subprocess.Popen([*LOAD, "--port", port, *SHORT, "--json"], stdout=subprocess.PIPE, stderr=theirs)
@@ -410,7 +406,7 @@ def test_the_progress_bar_is_on_stderr_and_only_on_a_terminal(port: str) -> None
     assert json.loads(out)["messages"] > 0
 
 
-def test_ctrl_c_ends_it_early_with_what_there_is(serve: Serve) -> None:
+def test_load_sigint_reports_the_partial_result(serve: Serve) -> None:
     begun = threading.Event()
 
     class Telling(Echo):
@@ -429,7 +425,7 @@ def test_ctrl_c_ends_it_early_with_what_there_is(serve: Serve) -> None:
     assert facts["duration"] < TIMEOUT
 
 
-def test_a_process_of_the_load_that_is_killed_is_told(serve: Serve) -> None:
+def test_load_killed_worker_is_an_error(serve: Serve) -> None:
     begun = threading.Event()
 
     class Telling(Echo):
@@ -450,7 +446,7 @@ def test_a_process_of_the_load_that_is_killed_is_told(serve: Serve) -> None:
 # What it refuses
 
 
-def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_connection_failure_exits_3(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
@@ -485,12 +481,12 @@ def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
         ("surplus",),
     ],
 )
-def test_a_bad_option_is_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_invalid_option_is_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     complaint(capsys, *arguments, code=2)
 
 
 @pytest.mark.parametrize("missing", ["numpy", "rich"])
-def test_without_the_extra_one_line_says_how_to_get_it(
+def test_load_without_numpy_or_rich_exits_3(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
@@ -499,14 +495,14 @@ def test_without_the_extra_one_line_says_how_to_get_it(
     assert said.endswith("; pip install 'echo-async[bench]'\n")
 
 
-def test_json_needs_no_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], port: str) -> None:
+def test_load_json_without_rich_succeeds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], port: str
+) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
     load(capsys, "--port", port, *SHORT)
 
 
-def test_a_rate_that_no_generator_keeps_up_with_ends_in_time_and_says_so(
-    capsys: pytest.CaptureFixture[str], port: str
-) -> None:
+def test_load_unreachable_rate_ends_and_is_reported(capsys: pytest.CaptureFixture[str], port: str) -> None:
     facts = load(capsys, "--port", port, "--mode", "stream", "--rate", "1e8", "--timeout", "0.1", *SHORT, code=1)
     assert facts["generator_was_the_limit"]
     assert "load generator could not keep up with the rate" in facts["failures"]
@@ -514,9 +510,7 @@ def test_a_rate_that_no_generator_keeps_up_with_ends_in_time_and_says_so(
 
 @pytest.mark.parametrize("shape", [[], ["--json"]])
 @pytest.mark.parametrize(("expect", "code"), [("p50<1us", 1), ("p50<60s", 0)])
-def test_what_was_expected_counts_where_nobody_reads_the_figures(
-    shape: list[str], expect: str, code: int, port: str
-) -> None:
+def test_load_closed_stdout_keeps_the_exit_code(shape: list[str], expect: str, code: int, port: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [*LOAD, "--port", port, *SHORT, *shape, "--expect", expect]
@@ -526,7 +520,7 @@ def test_what_was_expected_counts_where_nobody_reads_the_figures(
     assert done.stderr == (b"error: expectation not met: p50<1us\n" if code else b"")
 
 
-def test_a_full_disk_is_one_line(port: str) -> None:
+def test_load_full_disk_is_one_line(port: str) -> None:
     for arguments in ([*LOAD, "--port", port, *SHORT], [*LOAD, "--port", port, *SHORT, "--json"], [*LOAD, "--help"]):
         with open("/dev/full", "wb") as full:
             done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, timeout=TIMEOUT)
@@ -534,23 +528,23 @@ def test_a_full_disk_is_one_line(port: str) -> None:
         assert done.returncode == 1
 
 
-def test_it_measures_without_a_stderr(port: str) -> None:
+def test_load_without_stderr_succeeds(port: str) -> None:
     words = ["sh", "-c", '"$@" 2>&-', "sh", *LOAD, "--port", port, *SHORT, "--json"]
     done = subprocess.run(words, stdout=subprocess.PIPE, timeout=TIMEOUT)
     assert done.returncode == 0
     assert json.loads(done.stdout)["messages"] > 0
 
 
-def test_a_time_out_longer_than_sockets_know(capsys: pytest.CaptureFixture[str], port: str) -> None:
+def test_load_timeout_beyond_socket_limit_is_accepted(capsys: pytest.CaptureFixture[str], port: str) -> None:
     assert load(capsys, "--port", port, "--timeout", "1e11", *SHORT)["lost"] == 0
 
 
-def test_no_command_is_a_bad_option(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_without_subcommand_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert capsys.readouterr() == ("", "error: Missing command.\n")
 
 
-def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_help_prints_usage(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--help"], ["load", "--help"], ["compare", "--help"]):
         assert main(arguments) == 0
         out, err = capsys.readouterr()

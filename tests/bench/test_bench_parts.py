@@ -37,7 +37,7 @@ def result(*times: float, messages: int = 0, lost: int = 0) -> LoadResult:
 
 
 @pytest.mark.parametrize("size", [1, 2, 20, 1024, 100_000, 300_000])
-def test_a_pattern_is_whole_messages_of_the_size_and_goes_on_round(size: int) -> None:
+def test_pattern_repeats_whole_messages(size: int) -> None:
     pattern = Pattern(size)
     block = pattern.data[: pattern.length]
     assert block.count(b"\n") == pattern.messages == len(block) / size
@@ -46,14 +46,14 @@ def test_a_pattern_is_whole_messages_of_the_size_and_goes_on_round(size: int) ->
     assert pattern.data[pattern.length :].startswith(block[: MAX_IO_SIZE - 1][: len(pattern.data) - pattern.length])
 
 
-def test_messages_differ_from_each_other_and_connections_begin_at_different_ones() -> None:
+def test_pattern_messages_and_start_offsets_differ() -> None:
     pattern = Pattern(20)
     assert len(set(pattern.data[: pattern.length].splitlines())) == pattern.messages
     assert len({pattern.start_offset(number) for number in range(100)}) == 100
 
 
 @given(st.integers(0, 5000), st.integers(1, 300), st.integers(0, 299))
-def test_the_first_byte_that_differs_is_found(at: int, length: int, wrong: int) -> None:
+def test_pattern_mismatch_is_located(at: int, length: int, wrong: int) -> None:
     pattern = Pattern(50)
     data = bytearray(pattern.data[at : at + length])
     assert pattern.matching_bytes(bytes(data), at) == length
@@ -64,7 +64,7 @@ def test_the_first_byte_that_differs_is_found(at: int, length: int, wrong: int) 
 # What is made of the samples
 
 
-def test_percentiles_are_samples_by_the_nearest_rank() -> None:
+def test_percentile_is_the_nearest_rank_sample() -> None:
     times = distribution(*[float(number) for number in range(1000, 0, -1)])
     assert [times.percentile(percent) for percent in ("0", "0.1", "50", "90", "99", "99.9", "100")] == [
         *(1, 1, 500, 900, 990, 999, 1000)
@@ -72,26 +72,26 @@ def test_percentiles_are_samples_by_the_nearest_rank() -> None:
     assert (times.min, times.max, times.mean, times.count) == (1, 1000, 500.5, 1000)
 
 
-def test_a_sample_counts_for_all_messages_that_it_stands_for() -> None:
+def test_distribution_sample_counts_for_its_messages() -> None:
     times = distribution(5.0, 1.0, 2.0, counts=[1, 8, 1])
     assert [times.percentile(percent) for percent in (50, 80, 81, 90, 91)] == [1, 1, 2, 2, 5]
     assert (times.count, times.mean) == (10, 1.5)
 
 
-def test_without_samples_everything_is_nothing() -> None:
+def test_distribution_without_samples_is_zero() -> None:
     times = distribution()
     assert (times.count, times.min, times.mean, times.percentile(99), times.max) == (0, 0, 0, 0, 0)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e3), st.integers(1, 5)), min_size=1, max_size=50), st.integers(1, 100))
-def test_percentiles_are_those_of_the_samples_written_out(samples: list[tuple[float, int]], percent: int) -> None:
+def test_distribution_equals_the_expanded_samples(samples: list[tuple[float, int]], percent: int) -> None:
     times = distribution(*(each for each, _ in samples), counts=[count for _, count in samples])
     written_out = sorted(each for each, count in samples for _ in range(count))
     assert times.percentile(percent) == written_out[-(-percent * len(written_out) // 100) - 1]
     assert times.mean == pytest.approx(mean(written_out))
 
 
-def test_a_tally_goes_to_another_process_as_it_is() -> None:
+def test_recorder_result_survives_serialization() -> None:
     recorder = Recorder()
     recorder.add(0.0, 1.0, 3.0, 2)
     recorder.end_warmup()
@@ -108,7 +108,7 @@ def test_a_tally_goes_to_another_process_as_it_is() -> None:
     assert np.frombuffer(counts, dtype=np.uint64).tolist() == [4, 1]
 
 
-def test_a_result_counts_messages_of_the_window_over_its_time() -> None:
+def test_load_result_rate_counts_the_window() -> None:
     half = result(0.1, messages=3000)
     assert half.messages_per_second == 1500
     assert half.megabytes_per_second == 1.5
@@ -118,7 +118,7 @@ def test_a_result_counts_messages_of_the_window_over_its_time() -> None:
     assert not half.is_complete
 
 
-def test_the_generator_was_the_limit_where_it_had_no_cpu_left_or_came_late_itself() -> None:
+def test_load_result_busy_generator_is_the_limit() -> None:
     load = result(*[0.1] * 1000)
     load.generator_cpu = [0.5, 0.9]
     assert not load.is_generator_limited
@@ -128,7 +128,7 @@ def test_the_generator_was_the_limit_where_it_had_no_cpu_left_or_came_late_itsel
     assert load.is_generator_limited
 
 
-def test_the_table_says_that_the_generator_was_the_limit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_table_reports_the_generator_limit(capsys: pytest.CaptureFixture[str]) -> None:
     load = result(0.1)
     load.generator_cpu = [0.5, 0.99]
     print_load(load, [])
@@ -156,12 +156,12 @@ def test_the_table_says_that_the_generator_was_the_limit(capsys: pytest.CaptureF
         ("late<1", True),
     ],
 )
-def test_what_is_expected_holds_or_does_not(text: str, holds: bool) -> None:
+def test_expectation_compares_the_metric(text: str, holds: bool) -> None:
     load = result(0.01, 0.02, 0.03, messages=3000, lost=1)
     assert Expectation.parse(text).is_met(load) is holds
 
 
-def test_nothing_holds_for_the_times_of_no_message() -> None:
+def test_expectation_time_without_replies_is_not_met() -> None:
     assert not Expectation.parse("p99<1s").is_met(result())
     assert not Expectation.parse("p99>1s").is_met(result())
 
@@ -170,7 +170,7 @@ def test_nothing_holds_for_the_times_of_no_message() -> None:
     "text",
     ["", "p99", "p99<", "p99<5", "p99<5 min", "p101<5ms", "p99=5ms", "q<5ms", "rate>5ms", "p99<1.2.3ms", "lost<x"],
 )
-def test_an_expectation_that_makes_no_sense_is_refused_in_one_line(text: str) -> None:
+def test_expectation_invalid_text_is_an_error(text: str) -> None:
     with pytest.raises(ConfigError, match="p99<5ms") as refused:
         Expectation.parse(text)
     assert repr(text) in str(refused.value)
@@ -180,17 +180,17 @@ def test_an_expectation_that_makes_no_sense_is_refused_in_one_line(text: str) ->
 # What is measured
 
 
-def test_processes_share_connections_and_rate() -> None:
+def test_plan_split_shares_connections_and_rate() -> None:
     plan = LoadPlan(connections=5, rate=100.0, processes=2)
     assert [(each.connections, each.rate) for each in plan.split()] == [(3, 60.0), (2, 40.0)]
     assert [each.rate for each in LoadPlan(connections=2, processes=2).split()] == [None, None]
 
 
-def test_a_plan_goes_to_another_process_as_it_is() -> None:
+def test_plan_json_round_trip_is_equal() -> None:
     assert LoadPlan.from_json({**PLAN.as_json(), "address": ["127.0.0.1", 1]}) == PLAN
 
 
-def test_only_combinations_that_make_a_difference_are_measured() -> None:
+def test_candidates_are_distinct_combinations() -> None:
     made = make_candidates(["threads", "streams", "protocol"], ["asyncio", "uvloop"], [20, 4096])
     assert [each.name for each in made] == [
         "threads 20 B",
@@ -204,6 +204,6 @@ def test_only_combinations_that_make_a_difference_are_measured() -> None:
     ]
 
 
-def test_a_spread_is_median_least_and_greatest() -> None:
+def test_spread_is_median_minimum_maximum() -> None:
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
     assert spread([]) is None
