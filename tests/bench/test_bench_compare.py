@@ -1,4 +1,4 @@
-"""``bench compare``: servers started, measured side by side, stopped; in a table, in JSON, in a picture."""
+"""The command ``bench compare``: table, JSON, picture, exit code."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ SHORT = ("--rounds", "2", "--duration", "0.2", "--warmup", "0.02", "--connection
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with ``compare.json`` and ``compare.svg``."""
-    made = tmp_path_factory.mktemp("compared")
-    what = ("--engines", "threads,protocol", "--loops", "uvloop", "--chunk-sizes", "20", "--sizes", "1000")
-    assert (
-        main(["compare", *what, *SHORT, "--save", str(made / "compare.json"), "--plot", str(made / "compare.svg")]) == 0
-    )
-    return made
+    """Run a comparison; return the directory with ``compare.json`` and ``compare.svg``."""
+    directory = tmp_path_factory.mktemp("compared")
+    options = ("--engines", "threads,protocol", "--loops", "uvloop", "--chunk-sizes", "20", "--sizes", "1000")
+    files = ("--save", str(directory / "compare.json"), "--plot", str(directory / "compare.svg"))
+    assert main(["compare", *options, *SHORT, *files]) == 0
+    return directory
 
 
 def test_compare_measures_every_server_in_every_round(compared: Path) -> None:
@@ -60,8 +59,8 @@ def test_compare_plot_writes_an_svg(compared: Path) -> None:
 
 
 def test_compare_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    what = ("--engines", "protocol", "--loops", "asyncio", "--sizes", "64,1024", *SHORT, "--rounds", "1")
-    assert main(["compare", *what]) == 0
+    options = ("--engines", "protocol", "--loops", "asyncio", "--sizes", "64,1024", *SHORT, "--rounds", "1")
+    assert main(["compare", *options]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     assert "1,024 bytes per message, 2 connections, 1 in flight on each; 1 round of 0.2 s" in out
@@ -83,10 +82,10 @@ def test_compare_sigint_exits_130_without_output() -> None:
 
 
 def children(pid: int) -> list[tuple[str, int]]:
-    """The command line of each child of ``pid``, and how many sockets it has open."""
+    """Return the command line and the number of open sockets of each child process."""
     found = []
     for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        with suppress(OSError):  # it ends just now
+        with suppress(OSError):  # the process exited
             descriptors = [os.readlink(each) for each in Path(f"/proc/{number}/fd").iterdir()]
             found.append((Path(f"/proc/{number}/cmdline").read_text(), sum("socket:" in each for each in descriptors)))
     return found
@@ -102,7 +101,7 @@ def test_compare_server_without_replies_is_an_error(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--engines", "fibres"),
+        ("--engines", "fibers"),
         ("--engines", ""),
         ("--loops", "asyncio,"),
         ("--chunk-sizes", "0"),
@@ -131,19 +130,19 @@ def test_compare_plot_without_matplotlib_exits_3(
 
 @pytest.mark.parametrize(("option", "name"), [("--save", "facts.json"), ("--plot", "picture.svg")])
 def test_compare_unwritable_file_is_one_line(option: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    what = ("--engines", "protocol", "--loops", "asyncio", "--chunk-sizes", "20", "--sizes", "100")
-    assert main(["compare", *what, *SHORT, option, f"/proc/{name}"]) == 1
+    options = ("--engines", "protocol", "--loops", "asyncio", "--chunk-sizes", "20", "--sizes", "100")
+    assert main(["compare", *options, *SHORT, option, f"/proc/{name}"]) == 1
     assert capsys.readouterr().err == f"error: cannot write /proc/{name}: no such file or directory\n"
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "output"),
     [
-        ([sys.executable, "-c", "import sys; sys.exit('no such thing')"], "no such thing"),
+        ([sys.executable, "-c", "import sys; sys.exit('invalid option')"], "invalid option"),
         ([sys.executable, "-c", "print('hello')"], "hello"),
         (["/nonexistent/server"], "no such file"),
     ],
 )
-def test_server_process_failed_start_shows_its_output(command: list[str], said: str) -> None:
-    with pytest.raises(StartError, match=said), ServerProcess(command):
+def test_server_process_failed_start_shows_its_output(command: list[str], output: str) -> None:
+    with pytest.raises(StartError, match=output), ServerProcess(command):
         pass

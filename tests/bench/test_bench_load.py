@@ -1,4 +1,4 @@
-"""``bench load``, as people run it: against good servers and bad ones, in a table, in JSON, by exit code."""
+"""The command ``bench load`` against working and faulty servers: table, JSON, exit code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHORT = ("--duration", "0.1", "--warmup", "0.01")
 
 
 class Echo(asyncio.Protocol):
-    """Sends everything back. What a test needs to be wrong, it overrides."""
+    """Echoes all bytes; tests override methods to add a fault."""
 
     transport: asyncio.Transport
 
@@ -47,21 +47,21 @@ Serve = Callable[[Callable[[], Echo]], int]
 
 @contextmanager
 def serving(factory: Callable[[], Echo]) -> Iterator[int]:
-    """The port of a server that makes an :class:`Echo` with ``factory`` for each client."""
+    """Run a server with a protocol from ``factory`` for each connection; yield its port."""
     loop = asyncio.new_event_loop()
-    clients: list[Echo] = []
+    protocols: list[Echo] = []
 
-    def connected() -> Echo:
-        clients.append(factory())
-        return clients[-1]
+    def make_protocol() -> Echo:
+        protocols.append(factory())
+        return protocols[-1]
 
     async def stop() -> None:
         listener.close()
-        for client in clients:
-            client.transport.abort()
-        await asyncio.sleep(0)  # until the transports have closed
+        for protocol in protocols:
+            protocol.transport.abort()
+        await asyncio.sleep(0)  # the transports close
 
-    listener = loop.run_until_complete(loop.create_server(connected, "127.0.0.1", 0))
+    listener = loop.run_until_complete(loop.create_server(make_protocol, "127.0.0.1", 0))
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     try:
@@ -75,7 +75,7 @@ def serving(factory: Callable[[], Echo]) -> Iterator[int]:
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Start a server; it is stopped with the test."""
+    """Return a function that starts a server, which stops after the test."""
     with ExitStack() as stack:
         yield lambda factory: stack.enter_context(serving(factory))
 
@@ -93,16 +93,16 @@ def port(server: ServerProcess) -> str:
 
 
 def load(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:
-    """The JSON of a load that ends with ``code``."""
-    ended = main(["load", "--json", *arguments])
+    """Run a load that exits with ``code``; return its JSON."""
+    exit_code = main(["load", "--json", *arguments])
     out, err = capsys.readouterr()
-    assert ended == code, err
+    assert exit_code == code, err
     facts: dict[str, Any] = json.loads(out)
     return facts
 
 
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: str, code: int) -> str:
-    """The one line on stderr of a load that ends with ``code``, and says nothing else."""
+def load_error(capsys: pytest.CaptureFixture[str], *arguments: str, code: int) -> str:
+    """Run a load that exits with ``code`` and prints only one line, the error; return it."""
     assert main(["load", *arguments]) == code
     out, err = capsys.readouterr()
     assert out == ""
@@ -111,7 +111,7 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str, code: int) ->
     return err
 
 
-# What it measures
+# Measurements
 
 
 def test_load_closed_loop_json_has_all_results(capsys: pytest.CaptureFixture[str], port: str) -> None:
@@ -165,16 +165,16 @@ def test_load_message_mode_uses_one_connection_per_message(capsys: pytest.Captur
 
 
 def test_load_pipeline_keeps_messages_in_flight(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
-    most = 0
+    max_in_flight = 0
 
-    class Watching(Echo):
+    class Counting(Echo):
         def data_received(self, data: bytes) -> None:
-            nonlocal most
-            most = max(most, data.count(b"\n"))
+            nonlocal max_in_flight
+            max_in_flight = max(max_in_flight, data.count(b"\n"))
             super().data_received(data)
 
-    facts = load(capsys, "--port", str(serve(Watching)), "--pipeline", "7", "--size", "20", *SHORT)
-    assert (facts["mode"], facts["pipeline"], most) == ("stream", 7, 7)
+    facts = load(capsys, "--port", str(serve(Counting)), "--pipeline", "7", "--size", "20", *SHORT)
+    assert (facts["mode"], facts["pipeline"], max_in_flight) == ("stream", 7, 7)
 
 
 @pytest.mark.parametrize("size", [1, 19, 70_000, 300_000])
@@ -214,29 +214,29 @@ def test_load_tls_verifies_the_certificate(tmp_path: Path, capsys: pytest.Captur
     certificate, trusted = tmp_path / "server.pem", tmp_path / "ca.pem"
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(certificate)
     authority.cert_pem.write_to_path(trusted)
-    longer = ("--duration", "0.3", "--warmup", "0.01")  # a handshake takes its time
+    longer = ("--duration", "0.3", "--warmup", "0.01")  # enough for the handshakes
     with server_process("--ssl-certfile", str(certificate), "--mode", "stream", "--no-access-log") as server:
         where = ("--host", "localhost", "--port", str(server.address[1]))
         for more in (("--mode", "message"), ("--pipeline", "4", "--size", "30000"), ("--mode", "stream")):
             facts = load(capsys, *where, "--ssl-ca-certs", str(trusted), "--connections", "2", *more, *longer)
             assert (facts["tls"], facts["lost"], facts["failures"]) == (True, 0, {})
             assert facts["messages"] > 0
-        assert "certificate verify failed" in complaint(capsys, *where, "--ssl", code=3)
+        assert "certificate verify failed" in load_error(capsys, *where, "--ssl", code=3)
         load(capsys, *where, "--ssl-no-verify", *SHORT)
 
 
-# What it finds
+# Faulty servers
 
 
 def test_load_flipped_byte_is_located(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
     size, message, offset = 20, 98_765, 7
-    wrong = (message - 1) * size + offset
+    flipped = (message - 1) * size + offset
 
     class Flipping(Echo):
         received = 0
 
         def data_received(self, data: bytes) -> None:
-            at = wrong - self.received
+            at = flipped - self.received
             self.received += len(data)
             if 0 <= at < len(data):
                 data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
@@ -250,32 +250,34 @@ def test_load_flipped_byte_is_located(capsys: pytest.CaptureFixture[str], serve:
     assert f"reply mismatch at byte {offset} of message {message} on connection 0: received 0x" in err
 
 
-@pytest.mark.parametrize("what", [b"\n", b"more than was sent\n"])
-def test_load_unexpected_bytes_are_a_mismatch(what: bytes, capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
+@pytest.mark.parametrize("unexpected", [b"\n", b"more than was sent\n"])
+def test_load_unexpected_bytes_are_a_mismatch(
+    unexpected: bytes, capsys: pytest.CaptureFixture[str], serve: Serve
+) -> None:
     class Doubling(Echo):
         def data_received(self, data: bytes) -> None:
-            super().data_received(data + what)
+            super().data_received(data + unexpected)
 
-    size = str(len(what))
+    size = str(len(unexpected))
     facts = load(capsys, "--port", str(serve(Doubling)), "--size", size, "--mode", "stream", "--duration", "9", code=1)
     assert facts["mismatch"]["message"] >= 1
 
 
 def test_load_open_loop_shows_a_server_pause(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
     class Pausing(Echo):
-        """Stands still for 200 ms of each second, the first time soon."""
+        """Blocks for 200 ms of each second, for the first time after 200 ms."""
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
-            self.later(0.2)
+            self.schedule_pause(0.2)
 
-        def later(self, seconds: float) -> None:
+        def schedule_pause(self, seconds: float) -> None:
             asyncio.get_running_loop().call_later(seconds, self.pause)
 
         def pause(self) -> None:
-            time.sleep(0.2)  # everybody waits
+            time.sleep(0.2)  # blocks all connections
             if not self.transport.is_closing():
-                self.later(0.8)
+                self.schedule_pause(0.8)
 
     where = ("--port", str(serve(Pausing)), "--mode", "stream", "--connections", "1")
     closed = load(capsys, *where, "--duration", "0.7", "--warmup", "0")
@@ -313,15 +315,15 @@ def test_load_missing_replies_are_lost(capsys: pytest.CaptureFixture[str], serve
 @pytest.mark.parametrize("mode", ["stream", "message"])
 def test_load_lost_connection_is_reopened(mode: str, capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
     class Breaking(Echo):
-        clients = 0
+        connections = 0
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
-            Breaking.clients += 1
-            self.number = Breaking.clients
+            Breaking.connections += 1
+            self.number = Breaking.connections
 
         def data_received(self, data: bytes) -> None:
-            if self.number == 2:  # the first only looks whether we are here
+            if self.number == 2:  # the first connection only checks that the server is reachable
                 self.transport.write(data[:-1])
                 self.transport.close()
             else:
@@ -350,12 +352,12 @@ def test_load_stopped_server_is_reported(mode: str, capsys: pytest.CaptureFixtur
     def serve(peer: Peer) -> None:
         for message in itertools.islice(peer.messages(), 1 if mode == "message" else 5):
             peer.send(message)
-        if peer.number > 0:  # the first only looks whether we are here
-            leaving.stop_listening()
+        if peer.number > 0:  # the first connection only checks that the server is reachable
+            stopping.stop_listening()
 
-    leaving = scripted_server(serve)
-    long = ("--duration", "1", "--warmup", "0")  # enough to try again
-    facts = load(capsys, "--port", str(leaving.address[1]), "--mode", mode, "--connections", "1", *long, code=1)
+    stopping = scripted_server(serve)
+    long = ("--duration", "1", "--warmup", "0")  # enough to reconnect
+    facts = load(capsys, "--port", str(stopping.address[1]), "--mode", mode, "--connections", "1", *long, code=1)
     assert "connection refused" in facts["failures"]
 
 
@@ -370,7 +372,7 @@ def test_load_unmet_expectation_exits_1(capsys: pytest.CaptureFixture[str], port
     assert err == "error: expectation not met: p50<0.1us\n"
 
 
-# What it says
+# Output
 
 
 def test_load_prints_a_table(capsys: pytest.CaptureFixture[str], port: str) -> None:
@@ -396,27 +398,27 @@ def test_load_closed_loop_table_suggests_rate(capsys: pytest.CaptureFixture[str]
 
 
 def test_load_progress_bar_is_on_stderr_of_a_terminal(port: str) -> None:
-    ours, theirs = pty.openpty()
-    with os.fdopen(ours, "rb", buffering=0) as terminal:
-        process = subprocess.Popen([*LOAD, "--port", port, *SHORT, "--json"], stdout=subprocess.PIPE, stderr=theirs)
-        os.close(theirs)
+    controller, terminal = pty.openpty()
+    with os.fdopen(controller, "rb", buffering=0) as screen:
+        process = subprocess.Popen([*LOAD, "--port", port, *SHORT, "--json"], stdout=subprocess.PIPE, stderr=terminal)
+        os.close(terminal)
         out, _ = process.communicate(timeout=TIMEOUT)
-        assert terminal.read(65536).startswith(b"\x1b[?25l")
+        assert screen.read(65536).startswith(b"\x1b[?25l")
     assert process.returncode == 0
     assert json.loads(out)["messages"] > 0
 
 
 def test_load_sigint_reports_the_partial_result(serve: Serve) -> None:
-    begun = threading.Event()
+    started = threading.Event()
 
-    class Telling(Echo):
+    class Signaling(Echo):
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            begun.set()
+            started.set()
 
-    command = [*LOAD, "--port", str(serve(Telling)), "--warmup", "0", "--duration", "60", "--json"]
+    command = [*LOAD, "--port", str(serve(Signaling)), "--warmup", "0", "--duration", "60", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert begun.wait(TIMEOUT)
+        assert started.wait(TIMEOUT)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, err) == (0, b"")
@@ -426,16 +428,16 @@ def test_load_sigint_reports_the_partial_result(serve: Serve) -> None:
 
 
 def test_load_killed_worker_is_an_error(serve: Serve) -> None:
-    begun = threading.Event()
+    started = threading.Event()
 
-    class Telling(Echo):
+    class Signaling(Echo):
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            begun.set()
+            started.set()
 
-    command = [*LOAD, "--port", str(serve(Telling)), "--warmup", "0", "--duration", "60", "--json"]
+    command = [*LOAD, "--port", str(serve(Signaling)), "--warmup", "0", "--duration", "60", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert begun.wait(TIMEOUT)
+        assert started.wait(TIMEOUT)
         [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)
         out, err = process.communicate(timeout=TIMEOUT)
@@ -443,17 +445,17 @@ def test_load_killed_worker_is_an_error(serve: Serve) -> None:
     assert err == b"error: load generator process exited with code -9; try fewer --connections\n"
 
 
-# What it refuses
+# Errors
 
 
 def test_load_connection_failure_exits_3(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
-        said = complaint(capsys, "--port", str(port), code=3)
-    assert said == f"error: cannot connect to 127.0.0.1:{port}: connection refused; is the server running?\n"
-    assert "no such file" in complaint(capsys, "--uds", "/nonexistent", code=3)
-    assert "cannot connect to no.invalid:5500" in complaint(capsys, "--host", "no.invalid", code=3)
+        error = load_error(capsys, "--port", str(port), code=3)
+    assert error == f"error: cannot connect to 127.0.0.1:{port}: connection refused; is the server running?\n"
+    assert "no such file" in load_error(capsys, "--uds", "/nonexistent", code=3)
+    assert "cannot connect to no.invalid:5500" in load_error(capsys, "--host", "no.invalid", code=3)
 
 
 @pytest.mark.parametrize(
@@ -477,12 +479,12 @@ def test_load_connection_failure_exits_3(capsys: pytest.CaptureFixture[str]) -> 
         ("--processes", "11"),
         ("--expect", "p99<5"),
         ("--ssl-ca-certs", "/nonexistent"),
-        ("--nonsense",),
+        ("--unknown",),
         ("surplus",),
     ],
 )
 def test_load_invalid_option_is_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    complaint(capsys, *arguments, code=2)
+    load_error(capsys, *arguments, code=2)
 
 
 @pytest.mark.parametrize("missing", ["numpy", "rich"])
@@ -490,9 +492,9 @@ def test_load_without_numpy_or_rich_exits_3(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    said = complaint(capsys, code=3)
-    assert said.startswith(f"error: cannot import {missing}: ")
-    assert said.endswith("; pip install 'echo-async[bench]'\n")
+    error = load_error(capsys, code=3)
+    assert error.startswith(f"error: cannot import {missing}: ")
+    assert error.endswith("; pip install 'echo-async[bench]'\n")
 
 
 def test_load_json_without_rich_succeeds(
@@ -508,12 +510,12 @@ def test_load_unreachable_rate_ends_and_is_reported(capsys: pytest.CaptureFixtur
     assert "load generator could not keep up with the rate" in facts["failures"]
 
 
-@pytest.mark.parametrize("shape", [[], ["--json"]])
+@pytest.mark.parametrize("output", [[], ["--json"]])
 @pytest.mark.parametrize(("expect", "code"), [("p50<1us", 1), ("p50<60s", 0)])
-def test_load_closed_stdout_keeps_the_exit_code(shape: list[str], expect: str, code: int, port: str) -> None:
+def test_load_closed_stdout_keeps_the_exit_code(output: list[str], expect: str, code: int, port: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    command = [*LOAD, "--port", port, *SHORT, *shape, "--expect", expect]
+    command = [*LOAD, "--port", port, *SHORT, *output, "--expect", expect]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=TIMEOUT)
     os.close(writing)
     assert done.returncode == code
@@ -529,8 +531,8 @@ def test_load_full_disk_is_one_line(port: str) -> None:
 
 
 def test_load_without_stderr_succeeds(port: str) -> None:
-    words = ["sh", "-c", '"$@" 2>&-', "sh", *LOAD, "--port", port, *SHORT, "--json"]
-    done = subprocess.run(words, stdout=subprocess.PIPE, timeout=TIMEOUT)
+    command = ["sh", "-c", '"$@" 2>&-', "sh", *LOAD, "--port", port, *SHORT, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=TIMEOUT)
     assert done.returncode == 0
     assert json.loads(done.stdout)["messages"] > 0
 

@@ -1,4 +1,4 @@
-"""The parts of the measuring stick that need no server: what is sent, and what is made of the samples."""
+"""The parts of the benchmark that need no server: pattern, samples, expectations, plans."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def result(*times: float, messages: int = 0, lost: int = 0) -> LoadResult:
     return LoadResult(plan=PLAN, seconds=2.0, messages=messages, lost=lost, service=distribution(*times), response=None)
 
 
-# What is sent
+# Pattern
 
 
 @pytest.mark.parametrize("size", [1, 2, 20, 1024, 100_000, 300_000])
@@ -61,7 +61,7 @@ def test_pattern_mismatch_is_located(at: int, length: int, wrong: int) -> None:
     assert pattern.matching_bytes(bytes(data), at) == wrong % length
 
 
-# What is made of the samples
+# Samples and results
 
 
 def test_percentile_is_the_nearest_rank_sample() -> None:
@@ -86,9 +86,9 @@ def test_distribution_without_samples_is_zero() -> None:
 @given(st.lists(st.tuples(st.floats(0, 1e3), st.integers(1, 5)), min_size=1, max_size=50), st.integers(1, 100))
 def test_distribution_equals_the_expanded_samples(samples: list[tuple[float, int]], percent: int) -> None:
     times = distribution(*(each for each, _ in samples), counts=[count for _, count in samples])
-    written_out = sorted(each for each, count in samples for _ in range(count))
-    assert times.percentile(percent) == written_out[-(-percent * len(written_out) // 100) - 1]
-    assert times.mean == pytest.approx(mean(written_out))
+    expanded = sorted(each for each, count in samples for _ in range(count))
+    assert times.percentile(percent) == expanded[-(-percent * len(expanded) // 100) - 1]
+    assert times.mean == pytest.approx(mean(expanded))
 
 
 def test_recorder_result_survives_serialization() -> None:
@@ -109,13 +109,13 @@ def test_recorder_result_survives_serialization() -> None:
 
 
 def test_load_result_rate_counts_the_window() -> None:
-    half = result(0.1, messages=3000)
-    assert half.messages_per_second == 1500
-    assert half.megabytes_per_second == 1.5
-    assert half.is_complete
+    measured = result(0.1, messages=3000)
+    assert measured.messages_per_second == 1500
+    assert measured.megabytes_per_second == 1.5
+    assert measured.is_complete
     assert not result(0.1, lost=1).is_complete
-    half.failures = Counter({"connection refused": 1})
-    assert not half.is_complete
+    measured.failures = Counter({"connection refused": 1})
+    assert not measured.is_complete
 
 
 def test_load_result_busy_generator_is_the_limit() -> None:
@@ -136,11 +136,11 @@ def test_load_table_reports_the_generator_limit(capsys: pytest.CaptureFixture[st
     assert "the load generator was the limit, not the server (it used 50 %, 99 % of a core)" in out
 
 
-# What has to hold
+# Expectations
 
 
 @pytest.mark.parametrize(
-    ("text", "holds"),
+    ("text", "is_met"),
     [
         ("p50<21ms", True),
         ("p50<20ms", False),
@@ -156,9 +156,9 @@ def test_load_table_reports_the_generator_limit(capsys: pytest.CaptureFixture[st
         ("late<1", True),
     ],
 )
-def test_expectation_compares_the_metric(text: str, holds: bool) -> None:
+def test_expectation_compares_the_metric(text: str, is_met: bool) -> None:
     load = result(0.01, 0.02, 0.03, messages=3000, lost=1)
-    assert Expectation.parse(text).is_met(load) is holds
+    assert Expectation.parse(text).is_met(load) is is_met
 
 
 def test_expectation_time_without_replies_is_not_met() -> None:
@@ -171,13 +171,13 @@ def test_expectation_time_without_replies_is_not_met() -> None:
     ["", "p99", "p99<", "p99<5", "p99<5 min", "p101<5ms", "p99=5ms", "q<5ms", "rate>5ms", "p99<1.2.3ms", "lost<x"],
 )
 def test_expectation_invalid_text_is_an_error(text: str) -> None:
-    with pytest.raises(ConfigError, match="p99<5ms") as refused:
+    with pytest.raises(ConfigError, match="p99<5ms") as caught:
         Expectation.parse(text)
-    assert repr(text) in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert repr(text) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-# What is measured
+# Plans and candidates
 
 
 def test_plan_split_shares_connections_and_rate() -> None:
@@ -191,8 +191,8 @@ def test_plan_json_round_trip_is_equal() -> None:
 
 
 def test_candidates_are_distinct_combinations() -> None:
-    made = make_candidates(["threads", "streams", "protocol"], ["asyncio", "uvloop"], [20, 4096])
-    assert [each.name for each in made] == [
+    candidates = make_candidates(["threads", "streams", "protocol"], ["asyncio", "uvloop"], [20, 4096])
+    assert [each.name for each in candidates] == [
         "threads 20 B",
         "threads 4096 B",
         "streams asyncio 20 B",
