@@ -18,10 +18,11 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## start a server, send it a message, stop it
-	@$(BIN)/python -m echo_async.server --port 0 >$(VENV)/demo & server=$$!; trap 'kill $$server 2>/dev/null' EXIT; \
-	until grep listening $(VENV)/demo; do kill -0 $$server || exit 1; sleep 0.1; done; \
-	$(BIN)/python -m echo_async.client --port "$$(sed 's/.*://' $(VENV)/demo)" && \
-	kill -INT $$server && wait $$server && echo 'server stopped with exit code 0'
+	@$(BIN)/python -m echo_async.server --port 0 >$(VENV)/demo.out 2>$(VENV)/demo.log & server=$$!; \
+	trap 'kill $$server 2>/dev/null' EXIT; \
+	until grep listening $(VENV)/demo.out; do kill -0 $$server || { cat $(VENV)/demo.log; exit 1; }; sleep 0.1; done; \
+	$(BIN)/python -m echo_async.client --port "$$(sed 's/.*://' $(VENV)/demo.out)" && \
+	kill -INT $$server && wait $$server && echo 'server stopped with exit code 0; its log:' && cat $(VENV)/demo.log
 
 serve: $(INSTALLED) ## run the server on 127.0.0.1:5500 until Ctrl-C
 	@$(BIN)/python -m echo_async.server

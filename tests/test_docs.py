@@ -1,15 +1,20 @@
-"""The documents tell the truth: their Python examples run, their command lines parse, their links lead somewhere.
+"""The documentation is correct: Python examples and shell sessions run, command lines parse, links resolve.
 
-How an example is run is said by an HTML comment in the line before it, and by nothing else:
+An HTML comment in the line before a code block selects how it is run:
 
-- none: it is a program and runs as it stands. ``await`` may stand outside of functions; it runs in an event loop then;
-- ``<!-- given: server, client -->``: the same, with these names there already; :class:`Given` makes them;
-- ``<!-- pytest -->``: it is a test module, and passes with the fixtures of this package alone;
-- ``<!-- pytest: trio -->``: it needs the module ``trio`` as well. Without it the example is only compiled, and its
-  test is reported as skipped.
+- ``python`` without a comment is a program. ``await`` outside of functions runs in an event loop.
+- ``<!-- given: server, client -->`` defines these names first; :class:`Given` creates them.
+- ``<!-- pytest -->`` marks a test module, which passes with the fixtures of this package alone.
+- ``<!-- pytest: trio -->`` requires the module ``trio`` as well. Without it the example is only compiled, and its
+  test is skipped.
+- ``console`` is a shell session: lines that begin with ``$`` are run, the other lines are the output. Port 5500 stands
+  for the port in ``ECHO_ASYNC_PORT``. A last line ``^C`` interrupts the command. Measured values, ports and
+  timestamps may differ; ``...`` stands for any text.
+- ``<!-- given: server -->`` starts a server in ``stream`` mode on that port before a session.
+- ``<!-- not run -->`` marks a session whose commands are only parsed, as those of ``sh`` are.
 
-What stands in an example after ``# ->`` is what it prints, line by line. No example may warn, leave a task or a
-thread behind, or have anything to report to its event loop.
+The text after ``# ->`` in a Python example is the line that it prints. No example may warn, leave a task or thread
+behind, or report an error to its event loop.
 """
 
 from __future__ import annotations
@@ -20,12 +25,17 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import os
 import re
 import shlex
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -36,16 +46,23 @@ import trustme
 from support import TIMEOUT, run
 
 import echo_async
-import echo_async.testing  # a session of pytest in pytest forgets what was first imported in it, and imports it again
+import echo_async.testing  # a pytest run inside of pytest removes the modules that it imported first
+from echo_async.testing import HostedServer
 
 pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = sorted(
+    each
+    for pattern in ("*.md", "docs/*.md", "examples/*.md", "deploy/**/*.md", "tests/*.md")
+    for each in ROOT.glob(pattern)
+)
+EXAMPLE_FILES = sorted((ROOT / "examples").glob("*.py"))
 
 BLOCK = re.compile(
-    r"^(?:<!-- (?P<kind>\w+)(?:: (?P<names>[\w, ]+))? -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S
+    r"^(?:<!-- (?P<kind>given|pytest|not run)(?:: (?P<names>[\w, ]+))? -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    re.M | re.S,
 )
 LINK = re.compile(r"\]\((?P<path>[^):#]*)(?:#(?P<anchor>[^)]*))?\)")
 OPERATORS = set("();<>|&")
@@ -57,7 +74,7 @@ PLUGINS = {
 
 @dataclass(frozen=True)
 class Example:
-    """A fenced block of a document. ``line`` is where its code begins."""
+    """A fenced code block of a document. ``line`` is the first line of its code."""
 
     document: str
     line: int
@@ -79,15 +96,17 @@ def blocks(path: Path) -> Iterator[Example]:
     for found in BLOCK.finditer(text):
         line = text.count("\n", 0, found.start("code")) + 1
         names = re.findall(r"\w+", found["names"] or "")
-        yield Example(path.name, line, found["language"], found["kind"] or "", tuple(names), found["code"])
+        document = str(path.relative_to(ROOT))
+        yield Example(document, line, found["language"], found["kind"] or "", tuple(names), found["code"])
 
 
 PYTHON = examples("python")
 PROGRAMS = [each for each in PYTHON if each.kind in ("", "given")]
 TEST_MODULES = [each for each in PYTHON if each.kind == "pytest"]
+SESSIONS = [each for each in examples("console") if each.kind != "not run"]
 
 
-def test_every_python_example_is_run() -> None:
+def test_docs_every_python_block_is_run() -> None:
     fences = sum(path.read_text().count("```py") for path in DOCUMENTS)
     assert len(PROGRAMS) + len(TEST_MODULES) == fences
 
@@ -96,16 +115,16 @@ def test_every_python_example_is_run() -> None:
 
 
 class Given:
-    """What an example may take for granted; an attribute is made when it is first asked for."""
+    """What an example may use without creating it; each value is created on first use."""
 
     def __init__(self, stack: AsyncExitStack) -> None:
         self._stack = stack
-        self._made: dict[str, Any] = {}
+        self._values: dict[str, Any] = {}
 
     async def __call__(self, name: str) -> Any:
-        if name not in self._made:
-            self._made[name] = await getattr(self, f"_{name}")()
-        return self._made[name]
+        if name not in self._values:
+            self._values[name] = await getattr(self, f"_{name}")()
+        return self._values[name]
 
     async def _server(self) -> echo_async.EchoServer:
         return await self._stack.enter_async_context(echo_async.serve(port=0, mode="stream"))
@@ -115,12 +134,7 @@ class Given:
         return await self._stack.enter_async_context(echo_async.connect(*address))
 
     async def _address(self) -> tuple[str, int]:
-        """Nobody listens there, and nobody else will."""
-        bound = self._stack.enter_context(socket.socket())
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(("127.0.0.1", 0))
-        host, port = bound.getsockname()
-        return host, port
+        return reserve_address(self._stack)
 
     async def _certificates(self) -> None:
         """Files in the current directory."""
@@ -132,9 +146,18 @@ class Given:
             blob.write_to_path("server.pem", append=True)
 
 
+def reserve_address(stack: ExitStack | AsyncExitStack) -> tuple[str, int]:
+    """An address on which nothing listens, and which no other program gets."""
+    bound = stack.enter_context(socket.socket())
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(("127.0.0.1", 0))
+    host, port = bound.getsockname()
+    return host, port
+
+
 @pytest.fixture
-def loggers_of_examples() -> Iterator[None]:
-    """The loggers are as they were."""
+def restore_loggers() -> Iterator[None]:
+    """Reset the loggers that examples configure."""
     names = ["echo_async", "echo_async.access", "echo_async.client", "echo_async.server"]
     loggers = [(each, each.level, list(each.handlers)) for each in map(logging.getLogger, names)]
     yield
@@ -143,38 +166,38 @@ def loggers_of_examples() -> Iterator[None]:
         each.handlers[:] = handlers
 
 
-def compiled(example: Example) -> CodeType:
-    """With the line numbers of the document."""
-    code = "\n" * (example.line - 1) + example.code
-    made = compile(code, example.document, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
-    assert isinstance(made, CodeType)
-    return made
+def compile_example(example: Example) -> CodeType:
+    """Compile an example with the line numbers of its document."""
+    source = "\n" * (example.line - 1) + example.code
+    code = compile(source, example.document, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+    assert isinstance(code, CodeType)
+    return code
 
 
 async def run_in_loop(code: CodeType, names: tuple[str, ...]) -> None:
-    problems: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+    errors: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
     async with asyncio.timeout(TIMEOUT), AsyncExitStack() as stack:
         given = Given(stack)
         coroutine = eval(code, {"__name__": "__main__", **{name: await given(name) for name in names}})
         await coroutine
-    if tasks := asyncio.all_tasks() - {asyncio.current_task()}:  # the handlers of asyncio.start_server, about to end
+    if tasks := asyncio.all_tasks() - {asyncio.current_task()}:  # handlers of asyncio.start_server, about to end
         _, running = await asyncio.wait(tasks, timeout=TIMEOUT)
         assert not running
-    assert problems == []
+    assert errors == []
 
 
-@pytest.mark.usefixtures("loggers_of_examples")
+@pytest.mark.usefixtures("restore_loggers")
 @pytest.mark.parametrize("example", PROGRAMS, ids=str)
-def test_a_program_prints_what_it_says(
+def test_docs_program_prints_the_documented_lines(
     example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code = compiled(example)
+    code = compile_example(example)
     if code.co_flags & inspect.CO_COROUTINE:
         run(lambda: run_in_loop(code, example.names))
     else:
-        assert not example.names, "only an example with await is given anything"
+        assert not example.names, "only an example with await can use given names"
         exec(code, {"__name__": "__main__"})
     printed = capsys.readouterr()
     if expected := re.findall(r"# -> (.*)", example.code):
@@ -186,8 +209,8 @@ def test_a_program_prints_what_it_says(
 
 
 @pytest.mark.parametrize("example", TEST_MODULES, ids=str)
-def test_a_test_module_passes(example: Example, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled(example)
+def test_docs_test_module_passes(example: Example, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_example(example)
     for name in example.names:
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: the example was only compiled")
@@ -198,11 +221,86 @@ def test_a_test_module_passes(example: Example, pytester: pytest.Pytester, monke
     assert set(result.parseoutcomes()) == {"passed"}
 
 
+# Shell sessions
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The source tree in a directory of its own, with an environment in which ``make`` has nothing to set up."""
+    for each in ROOT.iterdir():
+        if not each.name.startswith("."):
+            (tmp_path / each.name).symlink_to(each)
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    (programs / "python").chmod(0o755)
+    (tmp_path / ".venv" / ".installed").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("example", SESSIONS, ids=str)
+def test_docs_session_prints_the_documented_output(example: Example, checkout: Path) -> None:
+    lines = example.code.splitlines()
+    interrupted = lines[-1] == "^C"
+    script = "\n".join(line[2:] for line in lines if line.startswith("$ "))
+    expected = [line for line in lines if not line.startswith("$ ") and line != "^C"]
+    with ExitStack() as stack:
+        if example.names:
+            assert example.names == ("server",)
+            port = stack.enter_context(HostedServer()).port
+        else:
+            _, port = reserve_address(stack)
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("ECHO_ASYNC_")},
+            "PATH": f"{checkout / '.venv' / 'bin'}:{os.environ['PATH']}",
+            "ECHO_ASYNC_PORT": str(port),
+            "VENV": ".venv",
+        }
+        output = run_session(f"exec {script}" if interrupted else script, checkout, environment, len(expected))
+    assert len(output) == len(expected) or "..." in expected, output
+    assert re.fullmatch(pattern(expected), "".join(f"{normalize(line)}\n" for line in output)), output
+
+
+def run_session(script: str, directory: Path, environment: dict[str, str], lines: int) -> list[str]:
+    """Run a script; interrupt it if it still runs after ``lines`` lines. Returns what it printed."""
+    command = ["bash", "-c", script]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=directory,
+        env=environment,
+    ) as process:
+        assert process.stdout is not None
+        output = [line for _, line in zip(range(lines), process.stdout, strict=False)]
+        if script.startswith("exec "):
+            process.send_signal(signal.SIGINT)
+            process.wait(TIMEOUT)
+        else:
+            output += process.stdout
+    return [line.rstrip("\n") for line in output]
+
+
+def normalize(line: str) -> str:
+    """A line without what differs from run to run: timestamps, ports and measured times."""
+    line = re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}", "TIMESTAMP", line)
+    line = re.sub(r"(?<=127\.0\.0\.1:)\d+", "PORT", line)
+    return re.sub(r"(?<![\d.])(\d+\.\d+(e-\d+)?|\d+e-\d+|\d+(?= ms))(?![\d.])", "MEASURED", line)
+
+
+def pattern(expected: list[str]) -> str:
+    """A regular expression for the expected lines."""
+    lines = (f"{re.escape(normalize(line))}\n" if line != "..." else "(.*\n)*" for line in expected)
+    return "".join(lines).replace(re.escape("..."), ".*")
+
+
 # Command lines
 
 
 def commands(code: str) -> Iterator[list[str]]:
-    """The simple commands of a shell script: words, without what joins and redirects them."""
+    """The simple commands of a shell script, as words without operators and redirections."""
     for line in code.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
@@ -215,35 +313,70 @@ def commands(code: str) -> Iterator[list[str]]:
                 words = []
 
 
-COMMAND_LINES = [words for each in examples("sh", "bash", "console") for words in commands(each.code)]
-OURS = [words for words in COMMAND_LINES if words[:2] == ["python", "-m"] and words[2].startswith("echo_async.")]
+def script_of(example: Example) -> str:
+    if example.language != "console":
+        return example.code
+    return "\n".join(line[2:] for line in example.code.splitlines() if line.startswith("$ "))
 
 
-@pytest.mark.parametrize("words", OURS, ids=" ".join)
-def test_a_command_line_parses(words: list[str]) -> None:
-    command: click.Command = importlib.import_module(words[2].replace("echo_async", "echo_async.cli")).command
-    arguments = words[3:]
+def indented_commands(path: Path) -> str:
+    """The command lines in the docstring of an example file."""
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return "\n".join(line for line in docstring.splitlines() if line.startswith("    "))
+
+
+SCRIPTS = [*map(script_of, examples("sh", "bash", "console")), *map(indented_commands, EXAMPLE_FILES)]
+COMMAND_LINES = [
+    list(dropwhile(re.compile(r"[A-Z_]+=").match, words)) for script in SCRIPTS for words in commands(script)
+]
+PACKAGE_COMMANDS = [
+    words[2:]
+    for words in COMMAND_LINES
+    if re.fullmatch(r"python[\d.]*", words[0]) and words[1:2] == ["-m"] and words[2].startswith("echo_async.")
+]
+
+
+@pytest.mark.parametrize("words", PACKAGE_COMMANDS, ids=" ".join)
+def test_docs_command_line_is_accepted(words: list[str]) -> None:
+    command: click.Command = importlib.import_module(words[0].replace("echo_async", "echo_async.cli")).command
+    arguments = words[1:]
     if isinstance(command, click.Group):
         _, found, arguments = command.resolve_command(click.Context(command), arguments)
         assert found is not None
         command = found
-    command.make_context(words[2], arguments).close()
+    command.make_context(words[0], arguments).close()
 
 
-def test_every_target_of_make_is_there() -> None:
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
-    assert {words[1] for words in COMMAND_LINES if words[0] == "make"} <= set(targets)
+def test_docs_command_lines_cover_every_command() -> None:
+    assert {words[0].removeprefix("echo_async.") for words in PACKAGE_COMMANDS} == {"server", "client", "bench"}
 
 
-def test_command_lines_are_found() -> None:
-    assert {words[2].removeprefix("echo_async.") for words in OURS} >= {"server", "client"}
+def test_docs_make_targets_exist() -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert {word for words in COMMAND_LINES if words[0] == "make" for word in words[1:]} <= set(targets)
+
+
+def test_docs_programs_of_the_repository_exist() -> None:
+    paths = {
+        word for words in COMMAND_LINES for word in words[:2] if re.match(r"(\.ci|benchmarks|examples|tests)/", word)
+    }
+    assert paths
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: path.name)
+def test_example_file_imports_existing_names(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("echo_async"):
+            module = importlib.import_module(node.module or "")
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 # Links
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docs_links_resolve(document: Path) -> None:
     for found in LINK.finditer(document.read_text()):
         target = document.parent / found["path"] if found["path"] else document
         assert target.exists(), found[0]
@@ -252,6 +385,12 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 def anchors(document: Path) -> set[str]:
-    """The names of headings, as they are made for Markdown."""
+    """The anchors that Markdown creates for headings."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docs_prose_has_at_most_100_columns(document: Path) -> None:
+    wide = [line for line in document.read_text().splitlines() if len(line) > 100]
+    assert [line for line in wide if not line.startswith("|") and "https://" not in line] == []
