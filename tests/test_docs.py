@@ -388,9 +388,3 @@ def anchors(document: Path) -> set[str]:
     """The anchors that Markdown creates for headings."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_docs_prose_has_at_most_100_columns(document: Path) -> None:
-    wide = [line for line in document.read_text().splitlines() if len(line) > 100]
-    assert [line for line in wide if not line.startswith("|") and "https://" not in line] == []
