@@ -12,7 +12,7 @@ $(foreach name,$(filter-out PYTHON,$(filter PYTHON%,$(.VARIABLES))),$(eval unexp
 TEST_ENV ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test coverage soak bench lint ruff ruff-format mypy format build clean
+.PHONY: help demo serve test coverage soak bench docs lint ruff ruff-format mypy format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ soak: $(INSTALLED) ## run tests that take minutes: many clients, faulty clients,
 
 bench: $(INSTALLED) ## measure the engines and event loops: table, bench.json, docs/benchmarks.svg
 	@$(BIN)/python -m echo_async.bench compare --save bench.json --plot docs/benchmarks.svg
+
+docs: $(INSTALLED) ## update the option tables in docs/
+	@$(BIN)/python docs/options.py
 
 lint: ruff ruff-format mypy ## check style and types
 

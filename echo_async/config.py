@@ -1,23 +1,26 @@
-"""Every option and its default, once. The commands, ``serve`` and the engines all take them from here.
+"""The options of servers and clients: one definition of every default, range and help text.
 
-A :class:`ServerConfig` that exists is valid: making one with a value that makes no sense raises
-:exc:`~echo_async.ConfigError`, which names the option, the value and what it takes.
+The library validates with these definitions. The commands and the option tables in the documentation
+are made from them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Literal, TypedDict, get_args
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
 
 __all__ = [
     "CONNECT_TIMEOUT",
     "HOST",
     "PORT",
     "REPLY_TIMEOUT",
+    "ClientConfig",
     "EngineName",
     "Mode",
     "ProxyProtocol",
@@ -27,16 +30,92 @@ __all__ = [
 
 HOST = "127.0.0.1"
 PORT = 5500
-
-# The client's: seconds for a connection to be there, and for each reply.
-CONNECT_TIMEOUT = 10.0
-REPLY_TIMEOUT = 10.0
+CONNECT_TIMEOUT = 10.0  # seconds
+REPLY_TIMEOUT = 10.0  # seconds
 
 Mode = Literal["message", "stream", "raw"]
 EngineName = Literal["streams", "protocol", "threads"]
 ProxyProtocol = Literal["off", "v1", "v2", "auto"]
 
 LOOPBACK = "127.0.0.1,::1"
+
+_MODE_HELP = "message: one message, then close. stream: many messages. raw: every byte as it arrives (RFC 862)."
+_ENGINE_HELP = "streams: one coroutine per client. protocol: callbacks. threads: one thread per client."
+_PROXY_HELP = "PROXY header with which every connection must begin; auto accepts v1 and v2."
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """The default, the help text and the allowed values of one option. None is allowed if it is the default.
+
+    ``default_text`` describes a default that depends on the machine or on another option.
+    """
+
+    default: Any
+    help: str
+    type: Literal["text", "host", "path", "file", "networks", "integer", "seconds", "choice", "flag"] = "text"
+    low: int = 0
+    high: int = 2**31 - 1
+    choices: tuple[str, ...] = ()
+    is_zero_allowed: bool = False
+    default_text: str = ""
+
+    def validate(self, name: str, value: Any) -> None:
+        """Raise :exc:`~echo_async.ConfigError` unless ``value`` is allowed."""
+        if requirement := self.violation(value):
+            raise ConfigError(f"invalid {name}: {value!r} ({requirement})")
+
+    def violation(self, value: Any) -> str:
+        """Return the requirement that ``value`` violates, such as ``must be an integer from 1 to 10``; else ``""``."""
+        match self.type:
+            case "choice":
+                is_valid, requirement = value in self.choices, f"choose from {', '.join(self.choices)}"
+            case "integer":
+                is_valid = isinstance(value, int) and self.low <= value <= self.high
+                requirement = f"must be an integer from {self.low} to {self.high}"
+            case "seconds":
+                is_number = isinstance(value, int | float) and 0 <= value < math.inf
+                is_valid = is_number and (value > 0 or self.is_zero_allowed)
+                requirement = "must be a number of seconds"
+                requirement += ", 0 or greater" if self.is_zero_allowed else " greater than 0"
+            case "host":
+                is_valid = isinstance(value, str) and value != "" and "\0" not in value
+                requirement = "must be a host name or an address"
+            case "path":
+                is_valid = isinstance(value, str) and value != "" and "\0" not in value[1:]
+                requirement = "must be the path of a Unix socket"
+            case "networks":
+                is_valid = value == self.default or _are_networks(value)
+                requirement = "must be addresses and networks separated by commas, or *"
+            case "flag":
+                is_valid, requirement = not isinstance(value, str), "must be a boolean"
+            case _:
+                is_valid, requirement = True, ""
+        return "" if is_valid or (value is None and self.default is None) else requirement
+
+
+def _are_networks(value: Any) -> bool:
+    from .proxy import TrustedProxies  # only where the default is changed
+
+    try:
+        TrustedProxies(value)
+    except (ValueError, AttributeError):
+        return False
+    return True
+
+
+def _option(default: Any, help: str, *details: Any, repr: bool = True, **more: Any) -> Any:
+    return field(default=default, repr=repr, metadata={"option": Option(default, help, *details, **more)})
+
+
+def options_of(config: type[ServerConfig] | type[ClientConfig]) -> dict[str, Option]:
+    """Return the options of a configuration class, by field name."""
+    return {each.name: each.metadata["option"] for each in fields(config)}
+
+
+def _validate(config: ServerConfig | ClientConfig) -> None:
+    for name, option in options_of(type(config)).items():
+        option.validate(name, getattr(config, name))
 
 
 class ServerOptions(TypedDict, total=False):
@@ -67,99 +146,71 @@ class ServerOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
-    """How a server serves. Sizes are in bytes, times in seconds."""
+    """The configuration of a server. Sizes are in bytes, times in seconds.
 
-    host: str = HOST
-    port: int = PORT
-    """0: any free port."""
-    uds: str | None = None
-    """The path of a Unix socket, instead of ``host`` and ``port``."""
-    fd: int | None = None
-    """The descriptor of a listening socket that was handed over, instead of any address. The server closes it."""
-    mode: Mode = "message"
-    chunk_size: int = 20
-    """Bytes asked for at each read. 20 is what the project started with."""
-    engine: EngineName = "streams"
-    backlog: int = 512
-    """Connections the kernel keeps waiting; it cuts the number to ``net.core.somaxconn``."""
-    limit_connections: int | None = None
-    """Connections at a time. None: what the descriptor limit of the process leaves room for."""
-    limit_message_size: int = 1_048_576
-    """Bytes of a message, newline included."""
-    timeout_idle: float = 600.0
-    """Nothing received, and nothing begun."""
-    timeout_message: float = 60.0
-    """A message begun but not finished."""
-    timeout_write: float = 30.0
-    """A client that does not read what it is sent."""
-    timeout_graceful_shutdown: float = 10.0
-    """What clients get to finish at a stop."""
-    ssl_certfile: str | None = None
-    """The path of a certificate and its chain, in PEM: then clients have to use TLS, 1.2 or newer."""
-    ssl_keyfile: str | None = None
-    """The path of its key; None if the key is in the file of the certificate."""
-    ssl_keyfile_password: str | None = field(default=None, repr=False)
-    ssl_ca_certs: str | None = None
-    """The path of CA certificates: then a client has to show a certificate that one of them signed."""
-    proxy_protocol: ProxyProtocol = "off"
-    """The PROXY header that every connection has to begin with, in clear before TLS; ``auto``: ``v1`` or ``v2``."""
-    proxy_allow_from: str = LOOPBACK
-    """Who may connect then: addresses and networks with commas between them, ``*`` for all. Unix sockets always may."""
-    no_access_log: bool = False
-    """No log line for each message."""
+    Raises:
+        ConfigError: An option has an invalid value, or requires or excludes another option.
+    """
+
+    host: str = _option(HOST, "Host name or address to listen on; 0.0.0.0 or :: for all addresses.", "host")
+    port: int = _option(PORT, "Port to listen on; 0 selects a free port.", "integer", 0, 65535)
+    uds: str | None = _option(None, "Unix socket to listen on, instead of host and port.", "path")
+    fd: int | None = _option(None, "Descriptor of an inherited listening socket, which is used instead.", "integer")
+    mode: Mode = _option("message", _MODE_HELP, "choice", choices=get_args(Mode))
+    chunk_size: int = _option(20, "Bytes requested per read.", "integer", 1, 2**30)
+    engine: EngineName = _option("streams", _ENGINE_HELP, "choice", choices=get_args(EngineName))
+    backlog: int = _option(512, "Connections not yet accepted; at most net.core.somaxconn.", "integer", 1)
+    limit_connections: int | None = _option(
+        None, "Concurrent connections; more are refused.", "integer", 1, default_text="fits the descriptor limit"
+    )
+    limit_message_size: int = _option(1_048_576, "Bytes per message, newline included.", "integer", 1, 2**40)
+    timeout_idle: float = _option(600.0, "Seconds until an idle connection is closed.", "seconds")
+    timeout_message: float = _option(60.0, "Seconds to complete a message.", "seconds")
+    timeout_write: float = _option(30.0, "Seconds until a connection whose peer does not read is closed.", "seconds")
+    timeout_graceful_shutdown: float = _option(10.0, "Seconds to drain connections at a graceful shutdown.", "seconds")
+    ssl_certfile: str | None = _option(None, "Certificate chain (PEM); enables TLS. Reloaded on SIGHUP.", "file")
+    ssl_keyfile: str | None = _option(None, "Private key (PEM), unless the certificate file contains it.", "file")
+    ssl_keyfile_password: str | None = _option(None, "Password of the private key.", repr=False)
+    ssl_ca_certs: str | None = _option(None, "CA certificates (PEM) that must have signed client certificates.", "file")
+    proxy_protocol: ProxyProtocol = _option("off", _PROXY_HELP, "choice", choices=get_args(ProxyProtocol))
+    proxy_allow_from: str = _option(LOOPBACK, "Trusted proxies: addresses and networks, or * for all.", "networks")
+    no_access_log: bool = _option(False, "Disable the log line per message.", "flag")
 
     def __post_init__(self) -> None:
-        _one_of("mode", self.mode, get_args(Mode))
-        _one_of("engine", self.engine, get_args(EngineName))
-        _whole("port", self.port, 0, 65535)
-        _whole("chunk_size", self.chunk_size, 1, 2**30)
-        _whole("backlog", self.backlog, 1, 2**31 - 1)
-        _whole("limit_message_size", self.limit_message_size, 1, 2**40)
-        if self.limit_connections is not None:
-            _whole("limit_connections", self.limit_connections, 1, 2**31 - 1)
-        for name in ("timeout_idle", "timeout_message", "timeout_write", "timeout_graceful_shutdown"):
-            check_seconds(name, getattr(self, name))
-        _one_of("proxy_protocol", self.proxy_protocol, get_args(ProxyProtocol))
-        if self.proxy_allow_from != LOOPBACK:
-            _check_senders(self.proxy_allow_from)
-            if self.proxy_protocol == "off":
-                raise ConfigError("proxy_allow_from makes no sense without proxy_protocol: give the version too")
-        if self.fd is not None:
-            _whole("fd", self.fd, 0, 2**31 - 1)
-            if self.uds is not None:
-                raise ConfigError("fd and uds are two places to listen: give one of them")
+        _validate(self)
+        if self.proxy_protocol == "off" and self.proxy_allow_from != LOOPBACK:
+            raise ConfigError("proxy_allow_from requires proxy_protocol")
+        if self.fd is not None and self.uds is not None:
+            raise ConfigError("fd and uds are mutually exclusive")
         if self.ssl_certfile is None:
             for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
                 if getattr(self, name) is not None:
-                    raise ConfigError(f"{name} makes no sense without ssl_certfile: give the server's certificate too")
-        if not self.host:
-            raise ConfigError("host is empty: give a name or an address (0.0.0.0 or :: for all of the machine's)")
-        if self.uds is not None and (not self.uds or "\0" in self.uds[1:]):
-            raise ConfigError(f"uds {self.uds!r} is no path: give the path of a Unix socket")
+                    raise ConfigError(f"{name} requires ssl_certfile")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientConfig:
+    """The configuration of a client. Times are in seconds.
+
+    Raises:
+        ConfigError: An option has an invalid value, or requires another option.
+    """
+
+    host: str = _option(HOST, "Host name or address of the server.", "host")
+    port: int = _option(PORT, "Port of the server.", "integer", 1, 65535)
+    uds: str | None = _option(None, "Unix socket of the server, instead of host and port.", "path")
+    timeout: float = _option(REPLY_TIMEOUT, "Seconds to wait for each reply.", "seconds")
+    connect_timeout: float = _option(CONNECT_TIMEOUT, "Seconds to wait for each connection.", "seconds")
+    retry: float = _option(0.0, "Seconds to keep retrying to connect.", "seconds", is_zero_allowed=True)
+    ssl: SSLContext | bool | None = _option(None, "Use TLS; implied by every other TLS option.", "flag")
+    server_hostname: str | None = _option(None, "Name that the certificate must have.", default_text="the host")
+
+    def __post_init__(self) -> None:
+        _validate(self)
+        if self.server_hostname is not None and not self.ssl:
+            raise ConfigError("server_hostname requires ssl")
 
 
 def check_seconds(name: str, value: float) -> None:
-    """:exc:`~echo_async.ConfigError` unless ``value`` is a time that can pass: over 0 and finite."""
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"{name} {value!r} makes no sense: give seconds, more than 0")
-
-
-def _check_senders(text: str) -> None:
-    from .proxy import TrustedProxies  # most servers have no need of it
-
-    try:
-        TrustedProxies(text)
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"proxy_allow_from {text!r} makes no sense: give addresses and networks with commas between them, or *"
-        ) from error
-
-
-def _one_of(name: str, value: str, choices: Iterable[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} {value!r} does not exist: give one of {', '.join(choices)}")
-
-
-def _whole(name: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name} {value!r} is out of range: give a whole number from {low} to {high}")
+    """Raise :exc:`~echo_async.ConfigError` unless ``value`` is a number of seconds greater than 0."""
+    Option(0.0, "", "seconds").validate(name, value)

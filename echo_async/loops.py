@@ -1,7 +1,4 @@
-"""Which event loop runs: a name in, a loop factory for ``asyncio.Runner`` out. No policy is touched.
-
-(Event loop policies are deprecated in Python 3.14; ``asyncio.Runner(loop_factory=...)`` is there from 3.11.)
-"""
+"""Event loops by name, as factories for :class:`asyncio.Runner`. No event loop policy is set."""
 
 from __future__ import annotations
 
@@ -12,16 +9,14 @@ from typing import Literal
 from .errors import StartError
 from .logs import RateLimitedLog, log
 
-__all__ = ["LoopName", "log_loop_errors", "loop_factory"]
-
 LoopName = Literal["auto", "asyncio", "uvloop"]
 
 
 def loop_factory(name: LoopName = "auto") -> Callable[[], asyncio.AbstractEventLoop]:
-    """The function that makes a new event loop of that name.
+    """Return the function that creates an event loop; ``auto`` selects uvloop if it is installed.
 
-    ``auto`` is uvloop where it is installed, else asyncio's own. :exc:`StartError` if uvloop is asked
-    for and is not there.
+    Raises:
+        StartError: ``name`` is ``uvloop``, and it is not installed.
     """
     if name == "asyncio":
         return asyncio.new_event_loop
@@ -31,16 +26,16 @@ def loop_factory(name: LoopName = "auto") -> Callable[[], asyncio.AbstractEventL
         if name == "auto":
             return asyncio.new_event_loop
         raise StartError(
-            f"cannot use --loop uvloop: {error}; install it (pip install 'echo-async[uvloop]') or take --loop auto"
+            f"cannot use --loop uvloop: {error}; install it (pip install 'echo-async[uvloop]') or use --loop auto"
         ) from error
     return uvloop.new_event_loop
 
 
 def log_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
-    """Log what goes wrong inside ``loop`` as one line, and at most one a second.
+    """Log an error inside ``loop`` as one line, at most once per second.
 
-    By itself asyncio logs a traceback each time; for want of descriptors that is one for every place in the
-    backlog, every second.
+    By default asyncio logs a traceback for each. Without free descriptors, ``accept`` fails up to ``backlog``
+    times per second.
     """
-    say = RateLimitedLog(log.error, "%s: %r")
-    loop.set_exception_handler(lambda _, context: say(context["message"], context.get("exception")))
+    log_error = RateLimitedLog(log.error, "event loop error: %s: %r")
+    loop.set_exception_handler(lambda _, context: log_error(context["message"], context.get("exception")))

@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, full or without a reader: no command fails or hangs because of them."""
+"""Standard streams that are closed, full or without a reader: no command fails or hangs because of them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ import sys
 from collections.abc import Iterator
 from typing import IO
 
-__all__ = ["discard_output", "ignore_broken_pipe", "open_standard_descriptors", "print_error", "standard_streams"]
-
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
-    """Run a command in this block. Output that cannot be flushed at its end is discarded.
+    """Run a command in this block. Output that cannot be flushed at the end is discarded.
 
     The interpreter flushes stdout and stderr once more at exit, and replaces the exit code by 120 if
     that fails (``Py_FinalizeEx``).
     """
-    open_standard_descriptors()
+    _open_standard_descriptors()
     try:
         yield
     finally:
@@ -30,23 +28,23 @@ def standard_streams() -> Iterator[None]:
                 discard_output(stream)
 
 
-def open_standard_descriptors() -> None:
-    """Open what of 0, 1 and 2 is closed: a socket with such a number would be taken for stdin, stdout or stderr."""
+def _open_standard_descriptors() -> None:
+    """Open the closed ones of descriptors 0, 1 and 2, so that no socket gets such a number."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # returns the lowest free number: this one
+            os.open(os.devnull, os.O_RDWR)  # returns the lowest free number, which is this one
 
 
 @contextlib.contextmanager
 def ignore_broken_pipe() -> Iterator[None]:
-    """Print in this block. If stdout has no reader, the output is discarded and the exit code stays."""
+    """Run code that prints to stdout in this block. If stdout has no reader, the output is discarded."""
     try:
         yield
         if sys.stdout is not None:
             sys.stdout.flush()
-    except (BrokenPipeError, SystemExit):  # rich raises the latter
+    except (BrokenPipeError, SystemExit):  # rich raises SystemExit
         discard_output(sys.stdout)
 
 

@@ -1,1 +1,1 @@
-"""The commands: everything that parses options, prints or handles signals."""
+"""The commands: everything that uses click, prints, or handles signals."""

@@ -1,4 +1,4 @@
-"""``python -m echo_async.client``: options in, messages out and replies back, an exit code."""
+"""``python -m echo_async.client``: options to a connection, messages out and replies back, an exit code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from ssl import SSLContext
 from typing import Any
 
@@ -14,63 +14,48 @@ import click
 from click.core import ParameterSource
 
 from ..awaitable import AwaitableContextManager
-from ..client.client import ClientOptions, EchoClient, connect
+from ..client.client import EchoClient, connect
 from ..client.connector import log
-from ..client.stream import Source
-from ..config import CONNECT_TIMEOUT, HOST, PORT, REPLY_TIMEOUT
+from ..config import ClientConfig, Option, options_of
 from ..errors import ConfigError, ConnectError, EchoError
 from ..loops import loop_factory
 from ..stdio import discard_output
 from ..tls import client_context
-from .common import CONTEXT, Seconds, run_command, version_option
-from .output import Interrupted, JsonOutput, Output, OutputClosed
+from .common import CONTEXT, ExitCode, options, run_command, version_option
+from .output import JsonOutput, Output, OutputClosed, OutputInterrupted
 from .ping import ping
-from .session import converse
-from .signals import Interrupts
-from .stdin import Lines, stdin_has_lines
+from .session import send_messages
+from .signals import ClientInterrupt
+from .stdin import LineSource, has_stdin_lines
 
-__all__ = ["main"]
+DEFAULT_MESSAGE = "Hola Server!"
 
-MESSAGE = "Hola Server!"
-
-EVERY_MESSAGE_CAME_BACK = 0
-NOT_ALL_CAME_BACK = 1
-COULD_NOT_CONNECT = 3
-INTERRUPTED = 130  # as the shell tells of a process that SIGINT ended
-OUTPUT_CLOSED = 141  # ... and of one that SIGPIPE ended
-
-
-def _option(name: str, help: str, **more: Any) -> Callable[[Any], Any]:
-    return click.option(name, help=help, show_envvar=True, **more)
+OPTIONS = {
+    **options_of(ClientConfig),
+    "ssl_ca_certs": Option(None, "CA certificates (PEM) to trust instead of those of the system.", "file"),
+    "ssl_certfile": Option(None, "Client certificate (PEM).", "file"),
+    "ssl_keyfile": Option(None, "Private key (PEM), unless the certificate file contains it.", "file"),
+    "ssl_no_verify": Option(False, "Do not verify the server certificate (insecure).", "flag"),
+    "count": Option(1, "Send the message this many times, like ping; 0: until Ctrl-C.", "integer"),
+    "interval": Option(1.0, "Seconds between two messages, with --count.", "seconds", is_zero_allowed=True),
+    "json": Option(False, "Print a JSON object per reply.", "flag"),
+    "quiet": Option(False, "Print no errors; with --count, print only the summary.", "flag"),
+    "verbose": Option(False, "Print every step to stderr.", "flag"),
+}
+TLS_OPTIONS = ("ssl", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_no_verify", "server_hostname")
 
 
 @click.command(context_settings=CONTEXT)
 @click.argument("messages", metavar="[MESSAGE]...", nargs=-1, type=click.UNPROCESSED)
-@_option("--host", "Name or address of the server.", default=HOST)
-@_option("--port", "Port of the server.", type=click.IntRange(1, 65535), default=PORT)
-@_option("--uds", "Connect to the Unix socket at this path instead.", type=click.Path())
-@_option("--timeout", "Seconds for each reply.", type=Seconds(), default=REPLY_TIMEOUT)
-@_option("--connect-timeout", "Seconds for the connection.", type=Seconds(), default=CONNECT_TIMEOUT)
-@_option("--retry", "Keep trying to connect for so many seconds.", type=Seconds(zero=True), default=0.0)
-@_option("--count", "Send the message so often, as ping does; 0 until Ctrl-C.", type=click.IntRange(0), default=1)
-@_option("--interval", "Seconds from one to the next, with --count.", type=Seconds(zero=True), default=1.0)
-@_option("--ssl", "Use TLS. So does each of the options below.", is_flag=True)
-@_option("--ssl-ca-certs", "Trust the certificates in this file, not the system's.", type=click.Path())
-@_option("--ssl-certfile", "Show this certificate to the server.", type=click.Path())
-@_option("--ssl-keyfile", "The certificate's key, if it is in a file of its own.", type=click.Path())
-@_option("--ssl-no-verify", "Do not check the server's certificate: anyone could answer.", is_flag=True)
-@_option("--server-hostname", "The name that the server's certificate has to have.", show_default="the host")
-@_option("--json", "One JSON object for each reply.", is_flag=True)
-@_option("--quiet", "Replies only, no errors; with --count, the summary only.", is_flag=True)
-@_option("--verbose", "Tell each step on stderr.", is_flag=True)
+@options(OPTIONS)
 @version_option()
 @click.pass_context
-def command(context: click.Context, /, messages: Sequence[str], **options: Any) -> int:
-    """Send each MESSAGE to an echo server, and print what comes back, once it is known to be the same.
+def command(context: click.Context, /, messages: Sequence[str], **values: Any) -> int:
+    """Send each MESSAGE to an echo server, compare the reply with it, and print the reply.
 
     Without MESSAGE, each line of stdin is a message if stdin is a pipe or a file; else, and with --count,
-    "Hola Server!" is sent. "-" stands for the lines of stdin. A MESSAGE of several lines is sent as its lines; one that
-    starts with "-" needs "--" before it.
+    "Hola Server!" is sent. "-" stands for the lines of stdin. A MESSAGE of several lines is sent line by line; a
+    MESSAGE that starts with "-" needs "--" before it.
 
     \b
     Examples:
@@ -82,99 +67,89 @@ def command(context: click.Context, /, messages: Sequence[str], **options: Any) 
 
     \b
     Exit codes:
-      0 every message came back       1 a reply was lost, late or different
-      2 a bad option                  3 could not connect
-      130 Ctrl-C                      141 nobody reads stdout any more
+      0 all replies matched           1 a reply was lost, late or different
+      2 invalid option                3 could not connect
+      130 Ctrl-C                      141 stdout was closed by its reader
     """
-    given = context.get_parameter_source
-    pinging = given("count") not in (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
-    if given("interval") is ParameterSource.COMMANDLINE and not pinging:
-        raise ConfigError("--interval is for --count: give that as well (0: until Ctrl-C)")
-    if pinging and (len(messages) > 1 or "-" in messages):
-        raise ConfigError("--count sends one message again and again: give one MESSAGE, and not -")
-    output = (JsonOutput if options["json"] else Output)(quiet=options["quiet"], verbose=options["verbose"])
-    if options["verbose"]:
-        _show_steps()
-    opening = _opening(options, output)
-    if pinging:
-        message = _lines(messages[0] if messages else MESSAGE)
-        if message.count(b"\n") > 1:
-            raise ConfigError("--count sends one message again and again: give a MESSAGE of one line")
-        return _run(ping(opening, message, options["count"], options["interval"], output), output)
-    return _run(_converse(opening, Lines(_parts(messages)), output), output)
+    is_ping = context.get_parameter_source("count") is not ParameterSource.DEFAULT
+    if not is_ping and context.get_parameter_source("interval") is ParameterSource.COMMANDLINE:
+        raise ConfigError("--interval requires --count")
+    output = (JsonOutput if values["json"] else Output)(quiet=values["quiet"], verbose=values["verbose"])
+    if values["verbose"]:
+        _log_steps()
+    connecting = _connect(values, output)
+    if is_ping:
+        main = ping(connecting, _ping_message(messages), values["count"], values["interval"], output)
+    else:
+        main = send_messages(connecting, LineSource(_parts(messages)), output)
+    return _run(main, output)
+
+
+def _ping_message(messages: Sequence[str]) -> bytes:
+    message = _lines(messages[0] if messages else DEFAULT_MESSAGE)
+    if len(messages) > 1 or "-" in messages or message.count(b"\n") > 1:
+        raise ConfigError("--count requires exactly one MESSAGE of one line, which is not -")
+    return message
 
 
 def _parts(messages: Sequence[str]) -> list[bytes | None]:
-    """What to send: lines, or None for those of stdin."""
+    """Return the lines to send; None stands for those of stdin."""
     if messages:
         return [None if message == "-" else _lines(message) for message in messages]
-    return [None if stdin_has_lines() else _lines(MESSAGE)]
+    return [None if has_stdin_lines() else _lines(DEFAULT_MESSAGE)]
 
 
 def _lines(message: str) -> bytes:
-    data = message.encode("utf-8") if message.isascii() else os.fsencode(message)  # the bytes that were typed
+    data = message.encode("utf-8") if message.isascii() else os.fsencode(message)  # the bytes of the command line
     return data if data.endswith(b"\n") else data + b"\n"
 
 
-def _opening(options: dict[str, Any], output: Output) -> AwaitableContextManager[EchoClient]:
-    given: ClientOptions = {
-        "uds": options["uds"],
-        "timeout": options["timeout"],
-        "connect_timeout": options["connect_timeout"],
-        "retry": options["retry"],
-        "ssl": _context(options, output),
-        "server_hostname": options["server_hostname"],
-    }
-    return connect(options["host"], options["port"], **given)
+def _connect(values: dict[str, Any], output: Output) -> AwaitableContextManager[EchoClient]:
+    arguments = {name: values[name] for name in options_of(ClientConfig)}
+    return connect(**{**arguments, "ssl": _ssl_context(values, output)})
 
 
-def _context(options: dict[str, Any], output: Output) -> SSLContext | None:
-    names = ("ssl", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_no_verify", "server_hostname")
-    if not any(options[name] for name in names):
+def _ssl_context(values: dict[str, Any], output: Output) -> SSLContext | None:
+    if not any(values[name] for name in TLS_OPTIONS):
         return None
-    if options["ssl_no_verify"]:
-        output.error("the server's certificate is not checked (--ssl-no-verify)", "warning")
+    if values["ssl_no_verify"]:
+        output.print_error("the server certificate is not verified (--ssl-no-verify)", "warning")
     return client_context(
-        ca_certs=options["ssl_ca_certs"],
-        certfile=options["ssl_certfile"],
-        keyfile=options["ssl_keyfile"],
-        verify=not options["ssl_no_verify"],
+        ca_certs=values["ssl_ca_certs"],
+        certfile=values["ssl_certfile"],
+        keyfile=values["ssl_keyfile"],
+        verify=not values["ssl_no_verify"],
     )
 
 
-def _show_steps() -> None:
-    """The client's log, as the steps that --verbose promises."""
+def _log_steps() -> None:
+    """Print the debug log of the client to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("* %(message)s"))
-    logging.raiseExceptions = False  # stderr closed: no steps, and no traceback
+    logging.raiseExceptions = False  # if stderr is closed: no traceback
     log.handlers, log.propagate = [handler], False
     log.setLevel(logging.DEBUG)
 
 
-async def _converse(opening: AwaitableContextManager[EchoClient], messages: Source, output: Output) -> bool:
-    async with opening as client:
-        return await converse(client, messages, output)
-
-
-def _run(main: Coroutine[Any, Any, bool], output: Output) -> int:
-    """Run ``main`` to its end, which is whether every message came back; return the exit code."""
+def _run(main: Coroutine[Any, Any, bool], output: Output) -> ExitCode:
+    """Run ``main``, which returns whether all replies matched; return the exit code."""
     try:
-        with Interrupts(output) as interrupts, asyncio.Runner(loop_factory=loop_factory()) as runner:
-            everything = runner.run(interrupts.cancel(main))
-        return EVERY_MESSAGE_CAME_BACK if everything else NOT_ALL_CAME_BACK
+        with ClientInterrupt(output) as interrupt, asyncio.Runner(loop_factory=loop_factory()) as runner:
+            all_matched = runner.run(interrupt.cancel_on_interrupt(main))
+        return ExitCode.SUCCESS if all_matched else ExitCode.FAILURE
     except ConnectError as error:
-        output.unreachable(error)
-        return COULD_NOT_CONNECT
+        output.print_connect_error(error)
+        return ExitCode.UNAVAILABLE
     except EchoError as error:
-        output.error(str(error))
-        return NOT_ALL_CAME_BACK
-    except (asyncio.CancelledError, KeyboardInterrupt, Interrupted):
-        return INTERRUPTED
+        output.print_error(str(error))
+        return ExitCode.FAILURE
+    except (asyncio.CancelledError, KeyboardInterrupt, OutputInterrupted):
+        return ExitCode.INTERRUPTED
     except OutputClosed:
         discard_output(sys.stdout)
-        return OUTPUT_CLOSED
+        return ExitCode.OUTPUT_CLOSED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with ``argv`` (the process's arguments if None); return its exit code."""
+    """Run the command with ``argv`` (default: the arguments of the process) and return its exit code."""
     return run_command(command, argv)

@@ -1,21 +1,20 @@
-"""What the commands share: one line for a bad option, options that come from the environment as well."""
+"""What the commands share: options, exit codes, and errors as one line on stderr."""
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from .. import __version__
-from ..errors import ConfigError, EchoError, describe_error
+from ..config import Option
+from ..errors import ConfigError, ConnectError, EchoError, StartError, describe_error
 from ..stdio import discard_output, print_error, standard_streams
-
-__all__ = ["BAD_OPTION", "CONTEXT", "Seconds", "run_command", "version_option"]
-
-CANNOT_WRITE = 1
-BAD_OPTION = 2
 
 CONTEXT = {
     "auto_envvar_prefix": "ECHO_ASYNC",
@@ -25,22 +24,83 @@ CONTEXT = {
 }
 
 
+class ExitCode(enum.IntEnum):
+    SUCCESS = 0
+    FAILURE = 1  # a reply was lost, late or different; an expectation was not met; output could not be written
+    INVALID_OPTION = 2
+    UNAVAILABLE = 3  # the server could not start, or the client could not connect
+    INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
+    OUTPUT_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
+
+
+class ConfigOption(click.Option):
+    """A click option that is made from an :class:`~echo_async.config.Option`, which validates its value."""
+
+    def __init__(self, *args: Any, definition: Option, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.definition = definition
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        converted = value
+        with contextlib.suppress(click.BadParameter):
+            converted = super().type_cast_value(ctx, value)
+        if requirement := self.definition.violation(converted):
+            is_from_environment = ctx.get_parameter_source(self.name or "") is ParameterSource.ENVIRONMENT
+            name = f"{ctx.auto_envvar_prefix}_{self.name}".upper() if is_from_environment else self.opts[0]
+            raise ConfigError(f"invalid {name}: {value!r} ({requirement})")
+        return converted
+
+
+def options(definitions: dict[str, Option]) -> Callable[[Any], Any]:
+    """Return a decorator that adds an option for each of ``definitions`` to a command, in their order."""
+
+    def decorate(function: Any) -> Any:
+        for name, definition in reversed(definitions.items()):
+            function = option(name, definition)(function)
+        return function
+
+    return decorate
+
+
+def option(name: str, definition: Option) -> Callable[[Any], Any]:
+    """Return a click option with the name of a configuration field."""
+    is_flag = definition.type == "flag"
+    types = {
+        "choice": click.Choice(definition.choices),
+        "integer": click.IntRange(definition.low, definition.high),
+        "seconds": click.FLOAT,
+        "path": click.Path(),
+        "file": click.Path(),
+        "flag": click.BOOL,
+    }
+    return click.option(
+        "--" + name.replace("_", "-"),
+        cls=ConfigOption,
+        definition=definition,
+        type=types.get(definition.type, click.STRING),
+        is_flag=is_flag,
+        default=bool(definition.default) if is_flag else definition.default,
+        metavar=None if is_flag or definition.choices else definition.type.upper(),
+        show_default=definition.default_text or True,
+        show_envvar=True,
+        help=definition.help,
+    )
+
+
 class Seconds(click.ParamType[float]):
-    """A time that can pass: a number over 0, finite; or 0 too, where ``zero`` says so."""
+    """A number of seconds: finite, and greater than 0, or also 0 with ``zero``."""
 
     name = "seconds"
 
     def __init__(self, *, zero: bool = False) -> None:
-        self.zero = zero
+        self._definition = Option(0.0, "", "seconds", is_zero_allowed=zero)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
+        with contextlib.suppress(ValueError):
             seconds = float(value)
-        except ValueError:
-            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
-        if 0 < seconds < float("inf") or (self.zero and seconds == 0):
-            return seconds
-        self.fail(f"{value} makes no sense: give seconds, {'0 or' if self.zero else ''} more than 0.", param, ctx)
+            if not self._definition.violation(seconds):
+                return seconds
+        self.fail(f"{value!r} ({self._definition.violation(value)})", param, ctx)
 
 
 def version_option() -> Callable[[Any], Any]:
@@ -48,29 +108,34 @@ def version_option() -> Callable[[Any], Any]:
 
 
 def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
-    """Run ``command`` and return its exit code. A bad option is one line on stderr, and exit code 2."""
+    """Run ``command`` with ``argv`` (default: the arguments of the process) and return its exit code."""
     with standard_streams():
-        return _run(command, argv)
+        try:
+            return int(command.main(None if argv is None else list(argv), standalone_mode=False) or 0)
+        except click.exceptions.Exit as stop:
+            return stop.exit_code
+        except click.Abort:
+            return ExitCode.INTERRUPTED
+        except SystemExit:  # raised by click if the reader of the help text has closed the pipe
+            discard_output(sys.stdout)
+            return ExitCode.SUCCESS
+        except (click.ClickException, EchoError, OSError) as error:
+            return _report(error)
 
 
-def _run(command: click.Command, argv: Sequence[str] | None) -> int:
-    try:
-        code = command.main(None if argv is None else list(argv), standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.Abort:
-        return 130
-    except (click.ClickException, ConfigError) as error:
-        text = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        print_error(" ".join(text.split()))
-        return BAD_OPTION
-    except SystemExit:  # what click makes of a help text that nobody reads to its end
-        discard_output(sys.stdout)
-        return 0
-    except EchoError:
-        raise  # some are errors of the system as well
-    except OSError as error:  # a full disk
-        discard_output(sys.stdout)
-        print_error(f"cannot write to stdout: {describe_error(error)}")
-        return CANNOT_WRITE
-    return int(code or 0)
+def _report(error: click.ClickException | EchoError | OSError) -> ExitCode:
+    """Print ``error`` as one line; return the exit code for it."""
+    match error:
+        case click.ClickException():
+            text, code = " ".join(error.format_message().split()), ExitCode.INVALID_OPTION
+        case ConfigError():
+            text, code = str(error), ExitCode.INVALID_OPTION
+        case StartError() | ConnectError():
+            text, code = str(error), ExitCode.UNAVAILABLE
+        case EchoError():
+            text, code = str(error), ExitCode.FAILURE
+        case _:  # a full disk
+            discard_output(sys.stdout)
+            text, code = f"cannot write to stdout: {describe_error(error)}", ExitCode.FAILURE
+    print_error(text)
+    return code

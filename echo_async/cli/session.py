@@ -1,32 +1,31 @@
-"""Message after message: send each, show its reply, go on after one that failed."""
+"""Message after message: send each, print its reply, continue after one that failed."""
 
 from __future__ import annotations
 
 from contextlib import aclosing
 
+from ..awaitable import AwaitableContextManager
 from ..client.client import EchoClient
 from ..client.stream import Source, flow
 from ..errors import ConnectError
 from .output import Output
 
-__all__ = ["converse"]
 
+async def send_messages(connecting: AwaitableContextManager[EchoClient], messages: Source, output: Output) -> bool:
+    """Send ``messages`` and print the replies; return whether all of them matched.
 
-async def converse(client: EchoClient, messages: Source, output: Output) -> bool:
-    """Send ``messages`` and show what comes back; return whether all of them came back.
-
-    :exc:`ConnectError` if the server cannot be reached (again) and nothing was lost before.
+    :exc:`ConnectError` if the server cannot be reached and no reply was lost before.
     """
-    everything = True
-    async with aclosing(flow(client, messages)) as results:
+    all_matched = True
+    async with connecting as client, aclosing(flow(client, messages)) as results:
         try:
             async for batch, start, end, seconds, error in results:
-                output.replies(batch.data[start:end], seconds)
+                output.print_replies(batch.data[start:end], seconds)
                 if error is not None:
-                    everything = False
-                    output.failure(error)
+                    all_matched = False
+                    output.print_failure(error)
         except ConnectError as error:
-            if everything:
+            if all_matched:
                 raise
-            output.unreachable(error)
-    return everything
+            output.print_connect_error(error)
+    return all_matched

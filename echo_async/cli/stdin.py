@@ -1,8 +1,8 @@
-"""Lines to send: those of the command line, and those of stdin, read as they come and never collected.
+"""The lines to send: those of the command line, and those of stdin, read when they arrive and never collected.
 
-stdin is read by a thread, because nothing else reads a terminal, a pipe and a file alike without
-holding up the event loop, or changing the descriptor for others who have it. The thread hands over a
-few blocks and then waits; being a daemon in ``os.read``, it never keeps the process from ending.
+A thread reads stdin: only a blocking read works for terminals, pipes and files alike without blocking the event loop
+or changing a descriptor that other processes share. The thread reads a few blocks ahead. It is a daemon, so that
+a blocked read does not keep the process alive.
 """
 
 from __future__ import annotations
@@ -19,36 +19,34 @@ from collections.abc import Callable, Sequence
 from ..client.stream import Batch
 from ..errors import EchoError, describe_error
 
-__all__ = ["Lines", "stdin_has_lines"]
-
-BLOCK = 65_536  # bytes of one read
-BLOCKS = 4  # that wait to be sent, before the thread waits
-LINE_LIMIT = 67_108_864  # bytes of one line: what is longer is not a message but a mistake
+READ_SIZE = 65_536  # bytes
+MAX_QUEUED_BLOCKS = 4  # blocks that wait to be sent; the thread then waits
+MAX_LINE_SIZE = 67_108_864  # bytes
 
 
-def stdin_has_lines() -> bool:
-    """Whether stdin is a pipe, a socket or a file: not a terminal, a device like /dev/null, or closed."""
+def has_stdin_lines() -> bool:
+    """Return whether stdin is a pipe, a socket or a file: not a terminal, a device like /dev/null, or closed."""
     try:
-        kind = os.fstat(sys.stdin.fileno()).st_mode
+        mode = os.fstat(sys.stdin.fileno()).st_mode
     except (AttributeError, OSError, ValueError):
         return False
-    return stat.S_ISFIFO(kind) or stat.S_ISREG(kind) or stat.S_ISSOCK(kind)
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
-class Lines:
-    """A source for ``flow``: each of ``parts`` is whole lines, or None for those of stdin."""
+class LineSource:
+    """A source of batches: each of ``parts`` is a number of complete lines, or None for the lines of stdin."""
 
     def __init__(self, parts: Sequence[bytes | None]) -> None:
         self._parts = parts
         self._blocks: deque[bytes] = deque()
-        self._at = 0  # in the first of them
-        self._done = self._stopped = False
-        self._room = threading.Semaphore(BLOCKS)
+        self._offset = 0  # in the first block
+        self._is_complete = self._is_stopped = False
+        self._free_blocks = threading.Semaphore(MAX_QUEUED_BLOCKS)
         self.failure: BaseException | None = None
 
     @property
     def ended(self) -> bool:
-        return self._done and not self._blocks
+        return self._is_complete and not self._blocks
 
     def start(self, notify: Callable[[], None]) -> None:
         self._notify = notify
@@ -57,24 +55,24 @@ class Lines:
             threading.Thread(target=self._read_parts, name="stdin", daemon=True).start()
         else:
             self._blocks.extend(part for part in self._parts if part)
-            self._done = True
+            self._is_complete = True
 
     async def stop(self) -> None:
-        self._stopped = True
-        self._room.release()
+        self._is_stopped = True
+        self._free_blocks.release()
 
     def take(self, count: int, size: int) -> Batch | None:
-        """One line if ``count`` is 1, else the block that was read."""
+        """Return one line if ``count`` is 1, else the rest of a block."""
         if not self._blocks:
             return None
-        block, at = self._blocks[0], self._at
-        end = block.find(b"\n", at) + 1 if count == 1 else len(block)
+        block, start = self._blocks[0], self._offset
+        end = block.find(b"\n", start) + 1 if count == 1 else len(block)
+        self._offset = end
         if end == len(block):
             self._blocks.popleft()
-            self._room.release()
-            end = 0
-        self._at = end
-        return Batch(block[at : end or len(block)])
+            self._free_blocks.release()
+            self._offset = 0
+        return Batch(block[start:end])
 
     # In the thread
 
@@ -83,43 +81,43 @@ class Lines:
         try:
             for part in self._parts:
                 if part is None:
-                    self._read_lines()
+                    self._read_stdin()
                 else:
                     self._enqueue(part)
         except OSError as error:
             failure = EchoError(f"cannot read stdin: {describe_error(error)}")
         except EchoError as error:
             failure = error
-        self._call(self._end, failure)
+        self._call_in_loop(self._complete, failure)
 
-    def _read_lines(self) -> None:
+    def _read_stdin(self) -> None:
         if sys.stdin is None:
             raise EchoError("cannot read stdin: it is closed")
         descriptor = sys.stdin.fileno()
-        begun: list[bytes] = []  # a line that has not ended yet
+        incomplete: list[bytes] = []  # of the last line
         size = 0
-        while not self._stopped and (data := _read(descriptor)):
+        while not self._is_stopped and (data := _read(descriptor)):
             end = data.rfind(b"\n") + 1
             if end:
-                self._enqueue(b"".join([*begun, data[:end]]))
-                begun, size = [], 0
-            begun.append(data[end:])
+                self._enqueue(b"".join([*incomplete, data[:end]]))
+                incomplete, size = [], 0
+            incomplete.append(data[end:])
             size += len(data) - end
-            if size > LINE_LIMIT:
-                raise EchoError(f"stdin has a line of more than {LINE_LIMIT >> 20} MiB: it was not sent")
+            if size > MAX_LINE_SIZE:
+                raise EchoError(f"cannot read stdin: line too long: over {MAX_LINE_SIZE} bytes")
         if size:
-            self._enqueue(b"".join([*begun, b"\n"]))
+            self._enqueue(b"".join([*incomplete, b"\n"]))
 
     def _enqueue(self, block: bytes) -> None:
-        self._room.acquire()
-        if not self._stopped:
-            self._call(self._receive, block)
+        self._free_blocks.acquire()
+        if not self._is_stopped:
+            self._call_in_loop(self._receive, block)
 
-    def _call(self, function: Callable[..., None], argument: object) -> None:
+    def _call_in_loop(self, function: Callable[..., None], argument: object) -> None:
         try:
             self._loop.call_soon_threadsafe(function, argument)
-        except RuntimeError:  # the event loop is closed: nobody wants more
-            self._stopped = True
+        except RuntimeError:  # the event loop is closed
+            self._is_stopped = True
 
     # In the event loop
 
@@ -128,14 +126,14 @@ class Lines:
             self._blocks.append(block)
             self._notify()
 
-    def _end(self, failure: Exception | None) -> None:
-        self._done, self.failure = True, failure
+    def _complete(self, failure: Exception | None) -> None:
+        self._is_complete, self.failure = True, failure
         self._notify()
 
 
 def _read(descriptor: int) -> bytes:
     while True:
         try:
-            return os.read(descriptor, BLOCK)
-        except BlockingIOError:  # somebody else who has it made it so
+            return os.read(descriptor, READ_SIZE)
+        except BlockingIOError:  # another process that shares stdin made it non-blocking
             select.select([descriptor], [], [])

@@ -1,0 +1,43 @@
+"""Writes the option tables in docs/*.md, from the definitions that the commands use: ``make docs``.
+
+A table stands between the comments ``<!-- options: server -->`` and ``<!-- /options -->``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from echo_async.cli.client import OPTIONS as CLIENT_OPTIONS
+from echo_async.cli.server import OPTIONS as SERVER_OPTIONS
+from echo_async.config import Option
+
+COMMANDS = {"server": SERVER_OPTIONS, "client": CLIENT_OPTIONS}
+TABLE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- /options -->)", re.S)
+
+
+def update(text: str) -> str:
+    """Return ``text`` with its option tables replaced."""
+    return TABLE.sub(lambda found: f"{found[1]}\n{table(COMMANDS[found[2]])}\n{found[3]}", text)
+
+
+def table(options: Mapping[str, Option]) -> str:
+    rows = ["| option | default | description |", "|---|---|---|"]
+    rows += [row(name, option) for name, option in options.items()]
+    return "\n".join(rows) + "\n"
+
+
+def row(name: str, option: Option) -> str:
+    value = {"flag": "", "choice": "|".join(option.choices)}.get(option.type, option.type.upper())
+    usage = f"--{name.replace('_', '-')} {value}".strip()
+    has_default = option.type != "flag" and option.default is not None
+    number_or_text = f"{option.default:g}" if isinstance(option.default, float) else option.default
+    default = f"`{number_or_text}`" if has_default else option.default_text
+    cells = [f"`{usage}`", default, option.help.rstrip(".")]
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("* ", "`*` ") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    for path in sorted(Path(__file__).parent.glob("*.md")):
+        path.write_text(update(path.read_text()))
