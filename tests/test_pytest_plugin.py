@@ -145,7 +145,7 @@ def test_an_option_that_makes_no_sense_is_told_in_one_line(session: pytest.Pytes
     """)
     result = session.runpytest_inprocess()
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["E *ConfigError: mode 'nonsense' does not exist: give one of message, stream, raw"])
+    result.stdout.fnmatch_lines(["E *ConfigError: invalid mode: 'nonsense' (choose from message, stream, raw)"])
 
 
 def test_loading_the_plugin_loads_nothing_else() -> None:

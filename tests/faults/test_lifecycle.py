@@ -175,5 +175,5 @@ def test_a_signal_while_it_starts_is_a_stop(kind: list[str]) -> None:
     command = [sys.executable, "-c", STOPPED_WHILE_IT_STARTS, *kind]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0
-    assert " SIGTERM: stopping\n" in done.stderr
+    assert " SIGTERM received: shutting down\n" in done.stderr
     assert "Traceback" not in done.stderr

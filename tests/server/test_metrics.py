@@ -38,7 +38,7 @@ def measured(engine: EngineName, workers: int, *args: str) -> Iterator[ServerPro
     """A server in ``stream`` mode that serves its metrics on a free port."""
     options = ("--engine", engine, "--workers", str(workers), "--mode", "stream", "--no-access-log")
     with server_process(*options, "--metrics-port", "0", *args) as server:
-        wait_until(lambda: " serving stream mode " in server.log)
+        wait_until(lambda: " server started: mode stream, " in server.log)
         yield server
 
 
@@ -211,7 +211,7 @@ def test_an_address_without_a_port_is_exit_code_2_in_one_line(capsys: pytest.Cap
     assert main(["--port", "0", "--metrics-address", "0.0.0.0"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "error: --metrics-address makes no sense without --metrics-port: give the port too\n"
+    assert err == "error: --metrics-address requires --metrics-port\n"
 
 
 def test_no_such_address_is_exit_code_3_in_one_line() -> None:

@@ -274,7 +274,7 @@ def test_a_stop_answers_every_message_that_was_received(engine: EngineName) -> N
                 client.sendall(sent)
             wait_until(lambda: all(map(acknowledged, clients)))
             server.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: " SIGTERM: stopping" in server.log)
+            wait_until(lambda: " SIGTERM received: shutting down" in server.log)
         answered = sum(received(client) == sent for client in clients)
         code, lines = server.wait()
     assert (code, answered) == (0, len(clients))
@@ -287,7 +287,7 @@ def test_who_connects_during_the_stop_is_refused() -> None:
         busy.sendall(b"begun, ")
         wait_until(lambda: acknowledged(busy))
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: " SIGTERM: stopping" in server.log)
+        wait_until(lambda: " SIGTERM received: shutting down" in server.log)
 
         def is_refused() -> bool:
             try:
@@ -326,7 +326,7 @@ def test_a_worker_that_hangs_does_not_hold_the_stop(signals: int, grace: str) ->
         hung, _ = server.worker_pids
         with paused_processes(hung):
             server.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: " SIGTERM: stopping\n" in server.log)
+            wait_until(lambda: " SIGTERM received: shutting down\n" in server.log)
             if signals == 2:
                 server.process.send_signal(signal.SIGTERM)
             code, lines = server.wait()
@@ -344,8 +344,8 @@ def test_ctrl_c_reaches_all_processes_and_is_one_clean_stop() -> None:
         code, lines = server.wait()
     assert code == 0
     assert "Traceback" not in lines
-    assert lines.count("SIGINT: stopping") == 1
-    assert lines.count("stopped: ") == 1
+    assert lines.count("SIGINT received: shutting down") == 1
+    assert lines.count("server stopped: ") == 1
     assert counters(lines)["messages"] == 1
 
 
