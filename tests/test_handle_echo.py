@@ -178,7 +178,7 @@ def test_bad_options_are_named(on_loop: OnLoop) -> None:
         async with served(handle) as address, connected(address) as (reader, _):
             with suppress(ConnectionResetError):
                 assert await reader.read() == b""  # and not an open connection that nobody serves
-            assert str(await problem).startswith("mode 'loud' does not exist")
+            assert str(await problem).startswith("invalid mode: 'loud' ")
 
     on_loop(main)
 
