@@ -7,9 +7,8 @@ whoever is still connected and whatever they have begun.
 
 from __future__ import annotations
 
-import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -44,8 +43,10 @@ class HostedServer:
         with ExitStack() as files:
             if tls:
                 given["ssl_certfile"], self.client_context = _certify(given.get("host", "localhost"), files)
-            self._server = _RecordingServer.start(ServerConfig(**given))
-        self.received = self._server.received
+            config = ServerConfig(**given)
+            self.received: list[bytes] = []
+            make_conversation = partial(_recording(config.mode, self.received), config.limit_message_size)
+            self._server = EchoServer.start(config, make_conversation)
 
     @property
     def address(self) -> Address:
@@ -74,15 +75,6 @@ class HostedServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _RecordingServer(EchoServer):
-    """A server that puts by what it answers."""
-
-    def __init__(self, config: ServerConfig, sockets: Sequence[socket.socket], path: str | None = None) -> None:
-        super().__init__(config, sockets, path)
-        self.received: list[bytes] = []
-        self._registry.conversation = partial(_recording(config.mode, self.received), config.limit_message_size)
 
 
 def _recording(mode: Mode, received: list[bytes]) -> Callable[[int], Conversation]:

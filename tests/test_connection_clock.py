@@ -10,8 +10,10 @@ import pytest
 
 from echo_async import ServerConfig, Stats
 from echo_async.config import Mode
+from echo_async.engines.admission import Admission
 from echo_async.engines.connection import Connection
-from echo_async.engines.registry import LINGER_TIMEOUT, LINGER_TIMEOUT_AT_STOP, Registry
+from echo_async.engines.context import LINGER_TIMEOUT, LINGER_TIMEOUT_AT_STOP
+from echo_async.engines.registry import Registry
 
 IDLE, MESSAGE, WRITE = 600.0, 60.0, 30.0
 
@@ -23,14 +25,14 @@ class Clocked(Registry):
 
     def __init__(self, config: ServerConfig) -> None:
         super().__init__(config)
-        self.now = lambda: self.time
+        self.context.now = lambda: self.time
 
 
 class Client(Connection):
     """A connection without a socket: the test says what is stuck in it."""
 
     def __init__(self, registry: Clocked) -> None:
-        super().__init__(registry, None)
+        super().__init__(registry.context, None)
         self.clock = registry
         self.stuck = 0
         self.ended: list[str] = []
@@ -49,7 +51,7 @@ class Client(Connection):
 
     def abort(self) -> None:
         self.ended.append("abort")
-        self.registry.remove(self)
+        self.clock.remove(self)
 
     def sends(self, data: bytes) -> None:
         self.conversation.receive(data)
@@ -205,7 +207,7 @@ def test_input_that_is_discarded_does_not_prolong_the_moment() -> None:
 def test_a_stop_makes_the_moment_shorter() -> None:
     done = client("message")
     done.sends(b"one\n")
-    done.registry.stop()
+    done.clock.stop()
     assert done.ended == ["stop"]
     assert done.expired_timeout(done.clock.time) is None
     assert done.after(LINGER_TIMEOUT_AT_STOP) == "linger"
@@ -322,12 +324,13 @@ def test_clients_over_the_limit_are_all_counted_and_logged_once_a_second(
     seconds = 1000.0
     monkeypatch.setattr("echo_async.logs.time", SimpleNamespace(monotonic=lambda: seconds))
     registry = Clocked(ServerConfig(limit_connections=2))
-    assert not registry.refuse()
+    admission = Admission(registry)
+    assert admission.admit()
     first = Client(registry)
-    assert not registry.refuse()
+    assert admission.admit()
     Client(registry)
     for _ in range(1000):  # over 10 seconds
-        assert registry.refuse()
+        assert not admission.admit()
         seconds += 0.01
     assert registry.stats.refused == 1000
     assert caplog.messages[0] == "refused a client: 2 are connected, the limit"
@@ -337,10 +340,10 @@ def test_clients_over_the_limit_are_all_counted_and_logged_once_a_second(
         for line in caplog.messages[1:]
     )
     registry.remove(first)
-    assert not registry.refuse()
+    assert admission.admit()
     assert registry.stats.refused == 1000
 
 
 def test_without_a_limit_there_is_room_for_what_the_descriptors_allow() -> None:
-    assert 1 <= Registry(ServerConfig()).limit <= 2**31
-    assert Registry(ServerConfig(limit_connections=7)).limit == 7
+    assert 1 <= Admission(Registry(ServerConfig())).limit <= 2**31
+    assert Admission(Registry(ServerConfig(limit_connections=7))).limit == 7

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_async import ServerConfig
-from echo_async.engines.registry import Registry
+from echo_async.engines.connection import Connection
+from echo_async.engines.context import ConnectionContext
 from echo_async.logs import LogFormat, access_log, configure, escape, excerpt, log
 
 ESCAPED = [
@@ -121,7 +122,8 @@ Captured = pytest.CaptureFixture[str]
 
 def log_a_message(format: LogFormat, message: bytes) -> None:
     configure("info", format)
-    Registry(ServerConfig()).access_info("127.0.0.1:40000", message)
+    context = ConnectionContext(ServerConfig(mode="raw"))
+    list(Connection(context, ("127.0.0.1", 40000)).log_reply(message))
 
 
 def test_a_text_line_has_time_level_client_size_and_text(capsys: Captured) -> None:

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from support import TIMEOUT, StartServer, connect, receive_all, receive_line, server_process, wait_until
 
 import echo_async
-from echo_async.engines.acceptor import HandshakeAcceptor
+from echo_async.engines.admission import Admission
+from echo_async.engines.handshake_acceptor import HandshakeAcceptor
 from echo_async.engines.proxy_reader import receive_header
 from echo_async.engines.registry import Registry
 from echo_async.proxy import ProxyHeader, ProxyHeaderError, Source, TrustedProxies
@@ -403,17 +404,17 @@ class Sudden(asyncio.SelectorEventLoop):
 
 def test_a_stop_does_not_wait_for_a_client_that_was_accepted_just_then() -> None:
     async def main() -> None:
-        registry = Registry(echo_async.ServerConfig(proxy_protocol="auto"))
+        admission = Admission(Registry(echo_async.ServerConfig(proxy_protocol="auto")))
         loop = asyncio.get_running_loop()
         assert isinstance(loop, Sudden)
         loop.clients = [theirs]
         loop.then = HandshakeAcceptor(
-            registry, loop, theirs, None, lambda source, on_established: asyncio.Protocol()
+            admission, loop, theirs, None, lambda establish, peername: asyncio.Protocol()
         ).close
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        assert not registry.is_occupied
+        assert admission.is_idle
 
     ours, theirs = socket.socketpair()
     with ours, theirs, asyncio.Runner(loop_factory=Sudden) as runner:

@@ -16,6 +16,7 @@ from support import TIMEOUT, receive_all, run
 import echo_async
 from echo_async import ServerConfig, StartError
 from echo_async.net import Address, AddressInfo, address_of, adopt, bind, numeric, resolve
+from echo_async.server.server import start_server
 
 
 def has_ipv6() -> bool:
@@ -366,7 +367,7 @@ def test_a_path_with_a_nul_in_it_is_an_error_of_the_package(tmp_path: Path) -> N
 
 def test_sockets_that_are_listening_already_are_served_as_they_are() -> None:
     async def serve(listener: socket.socket) -> None:
-        server = await echo_async.EchoServer.start(ServerConfig(port=0), [listener])
+        server = await start_server(ServerConfig(port=0), [listener])
         assert server.address == ("127.0.0.1", listener.getsockname()[1])
         server.close()
         await server.wait_closed()

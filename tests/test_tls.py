@@ -30,7 +30,6 @@ from support import (
 import echo_async
 from echo_async.cli.server import main
 from echo_async.config import Mode
-from echo_async.engines import registry
 
 
 class Files:
@@ -132,10 +131,8 @@ def test_tls_on_a_plain_port_gets_no_connection(start_server: StartServer, files
 def test_silent_clients_are_counted_from_the_start_and_gone_in_time(
     start_server: StartServer, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("registry", "acceptor"):
+    for module in ("admission", "handshake_acceptor", "thread_acceptor"):
         monkeypatch.setattr(f"echo_async.engines.{module}.HANDSHAKE_TIMEOUT", 1.0)
-    monkeypatch.setattr("echo_async.sync.server.HANDSHAKE_TIMEOUT", 1.0)
-    assert registry.HANDSHAKE_TIMEOUT == 1.0
     with start_server(limit_connections=20) as server:
         silent = [plain(server) for _ in range(20)]
         with plain(server) as one_more:

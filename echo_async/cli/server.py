@@ -18,8 +18,7 @@ from ..errors import ConfigError, StartError
 from ..logs import LogFormat, LogLevel, configure, log
 from ..loops import LoopName, log_loop_errors, loop_factory
 from ..net import adopt, format_address
-from ..server.base import BaseServer
-from ..server.server import EchoServer, start_server
+from ..server.server import BaseServer, EchoServer, start_server
 from ..server.supervisor import Supervisor, WorkerSettings
 from ..server.systemd import listen_descriptors, notify
 from ..stdio import discard_output

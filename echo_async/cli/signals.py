@@ -17,7 +17,7 @@ from ..server.systemd import notify
 from .output import Output
 
 if TYPE_CHECKING:
-    from ..server.base import BaseServer
+    from ..server.server import BaseServer
 
 T = TypeVar("T")
 

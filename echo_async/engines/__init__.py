@@ -1,9 +1,10 @@
-"""How bytes are carried: three engines over one conversation, twins in shape and names.
+"""How bytes are carried: three engines over one conversation, the same in shape and names.
 
-``streams``   a coroutine a client: reads ``chunk_size`` bytes at a time from an asyncio stream
-``protocol``  callbacks on asyncio's transports: no task a client, one write a read, for throughput
-``threads``   a thread a client, blocking reads of ``chunk_size`` bytes: the project's first model
+``streams``   one coroutine per connection: reads ``chunk_size`` bytes at a time from an asyncio stream
+``protocol``  callbacks on asyncio's transports: no task per connection, one write per read, for throughput
+``threads``   one thread per connection, blocking reads of ``chunk_size`` bytes: the project's first model
 
-Each has a :class:`~echo_async.engines.connection.Connection` of its own kind. What does not depend on
-the engine (who is connected, the limits, time, the log, the counters) is in ``connection`` and ``registry``.
+Each has a class of its own derived from :class:`~echo_async.engines.connection.Connection`. ``acceptor`` accepts
+and ends connections for the first two, ``thread_acceptor`` for the third. What does not depend on the engine:
+``context`` (what connections share), ``registry`` (which are open), ``admission`` (which are established).
 """

@@ -1,146 +1,144 @@
-"""How the asyncio engines accept clients: as the event loop does it, and one by one where they are not let in at once.
-
-An event loop's own server tells nobody of a handshake that fails or does not end, so :class:`HandshakeAcceptor`
-accepts by itself: it counts a client from then on, and lets it in when its PROXY header has come and its TLS
-handshake is done, whichever of them is asked for. Half a TLS connection cannot be closed, so one that is
-finished is closed as a whole: the transport sends what is left, and its close_notify, first.
-"""
+"""Accepts connections for the asyncio engines, and ends all of them at a shutdown."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import select
 import socket
-import ssl
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Protocol
 
-from ..errors import describe_error
-from ..net import format_address
-from ..proxy import ProxyHeaderError, Source
-from .proxy_reader import read_header
-from .registry import ACCEPT_ABORTED, ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, LINGER_TIMEOUT, Registry
-
-__all__ = ["ACCEPT_BATCH", "HandshakeAcceptor", "Listener", "OnEstablished", "Tls", "start_accepting"]
-
-OnEstablished = Callable[[], None]
-"""Says that a client's connection is made: from now on it is one of those that are in."""
-
-# asyncio accepts this many clients before it looks at any of them (it takes its ``backlog`` for both). A few turns'
-# worth has to fit into the descriptors that are kept in reserve, or clients that are refused use up the rest.
-ACCEPT_BATCH = 5
+from ..listeners import Listeners
+from ..tls import Certificates
+from .admission import Admission
+from .handshake_acceptor import Establish, HandshakeAcceptor
+from .loop_internals import ABORT_TURNS, run_turns, start_serving, stop_accepting
+from .registry import DRAIN_INTERVAL, Registry
+from .sweeper import Sweeper
 
 
-class Listener(Protocol):
-    """What accepts clients: an :class:`asyncio.Server`, or a :class:`HandshakeAcceptor`."""
+class AsyncioEngine(Protocol):
+    """What the modules ``streams`` and ``protocol`` provide."""
 
-    def close(self) -> None: ...
+    def create_protocol(self, registry: Registry, establish: Establish, peername: object) -> asyncio.Protocol:
+        """Return the protocol for one connection, whose transport is made by the caller."""
 
-
-class Tls(Protocol):
-    """What has the ``context`` for a handshake that begins now."""
-
-    @property
-    def context(self) -> ssl.SSLContext: ...
+    async def create_server(self, registry: Registry, establish: Establish, listener: socket.socket) -> asyncio.Server:
+        """Return a server that makes such protocols, and does not serve yet."""
 
 
-class HandshakeAcceptor:
-    """Accepts clients on ``listener`` until it is closed; ``make_protocol`` makes what serves one.
+class AsyncioAcceptor:
+    """Serves ``listeners`` with ``engine`` in the running event loop; ``on_closed`` is called at the end.
 
-    It is told where the client comes from, if a PROXY header says so, and what to call once it has the connection.
+    It sweeps the connections for timeouts meanwhile.
     """
 
     def __init__(
         self,
-        registry: Registry,
-        loop: asyncio.AbstractEventLoop,
-        listener: socket.socket,
-        tls: Tls | None,
-        make_protocol: Callable[[Source, OnEstablished], asyncio.Protocol],
+        engine: AsyncioEngine,
+        admission: Admission,
+        listeners: Listeners,
+        certificates: Certificates | None,
+        on_closed: Callable[[], object],
     ) -> None:
-        self._registry = registry
-        self._loop = loop
-        self._make_protocol = make_protocol
-        self._tls = tls
-        self._tasks = {loop.create_task(self._accept(listener))}
+        self._engine = engine
+        self._admission = admission
+        self._registry = admission.registry
+        self._listeners = listeners
+        self._certificates = certificates
+        self._on_closed = on_closed
+        self._loop = asyncio.get_running_loop()
+        self._servers: list[asyncio.Server | HandshakeAcceptor] = []
+        self._sweeper = Sweeper(self._registry)
+        self._shutdown: asyncio.Task[None] | None = None
+        self._is_aborting = False
+
+    async def start(self) -> None:
+        """Accept connections from now on. Once, after the acceptor is made."""
+        try:
+            for listener in self._listeners.sockets:
+                self._servers.append(await self._serve(listener))
+        except BaseException:  # canceled
+            self._stop_listening()
+            self._registry.abort()
+            raise
+        self._sweeper.start()
+
+    async def _serve(self, listener: socket.socket) -> asyncio.Server | HandshakeAcceptor:
+        if self._certificates is None and not self._admission.expects_header:
+            server = await self._engine.create_server(self._registry, self._admission.admit, listener)
+            return await start_serving(server, listener, self._admission.config.backlog)
+        make_protocol = partial(self._engine.create_protocol, self._registry)
+        return HandshakeAcceptor(self._admission, self._loop, listener, self._certificates, make_protocol)
 
     def close(self) -> None:
-        """Accept no more. A client that is in the middle of its header or handshake is cut off."""
-        for task in self._tasks:
-            task.cancel()
-
-    async def _accept(self, listener: socket.socket) -> None:
-        while True:
-            try:
-                client, address = await self._loop.sock_accept(listener)
-            except OSError as error:
-                if error.errno not in ACCEPT_ABORTED:
-                    self._registry.log_accept_error(describe_error(error))
-                await asyncio.sleep(0 if error.errno in ACCEPT_ABORTED else ACCEPT_RETRY_DELAY)
-                continue
-            if self._registry.refuse() or not self._registry.is_allowed(address):
-                client.close()
-                continue
-            self._registry.begin_handshake()
-            task = self._loop.create_task(self._establish(client, format_address(address)))
-            self._tasks.add(task)
-            task.add_done_callback(partial(self._ended, client))
-
-    def _ended(self, client: socket.socket, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if task.cancelled():  # before it had begun: it never knew
-            self._registry.end_handshake()
-            client.close()
-
-    async def _establish(self, client: socket.socket, peer: str) -> None:
-        source: Source = None
-        if self._registry.expects_header:
-            header = self._registry.new_header()
-            try:
-                await read_header(self._loop, client, header, self._registry.config.timeout_message)
-            except (ProxyHeaderError, OSError, asyncio.CancelledError) as error:
-                self._registry.fail_header(peer, error)
-                return client.close()
-            source = header.source
-        await self._connect_transport(client, source, peer if source is None else format_address(source))
-
-    async def _connect_transport(self, client: socket.socket, source: Source, peer: str) -> None:
-        tls: dict[str, Any] = {}
-        is_established = False
-
-        def on_established() -> None:
-            nonlocal is_established
-            is_established = True
-            self._registry.end_handshake()
-
-        if self._tls is None:  # it takes no time: a stop does not cut it off
-            self._tasks.discard(cast(asyncio.Task[None], asyncio.current_task()))
+        """Begin the graceful shutdown. Returns at once; safe to call twice, and from any thread."""
+        if _is_running(self._loop):
+            self._begin_shutdown()
         else:
-            tls = {
-                "ssl": self._tls.context,
-                "ssl_handshake_timeout": HANDSHAKE_TIMEOUT,
-                "ssl_shutdown_timeout": LINGER_TIMEOUT,
-            }
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and everything with it
+                self._loop.call_soon_threadsafe(self._begin_shutdown)
+
+    def abort(self) -> None:
+        """Shut down without waiting for any client. Call it in the event loop."""
+        self._is_aborting = True
+        self.close()
+        self._registry.abort()
+
+    def join(self) -> None:
+        """Nothing is left to wait for after ``on_closed``."""
+
+    def _begin_shutdown(self) -> None:
+        if self._shutdown is None:
+            self._shutdown = self._loop.create_task(self._shut_down())
+
+    async def _shut_down(self) -> None:
+        registry = self._registry
+        emptied = asyncio.Event()
+        registry.on_empty = emptied.set
+        deadline = self._loop.time() + self._admission.config.timeout_graceful_shutdown
         try:
-            await self._loop.connect_accepted_socket(
-                partial(self._make_protocol, source, on_established), client, **tls
-            )
-        except ConnectionAbortedError:  # how an event loop says that the time was up
-            self._registry.fail_handshake(peer, TimeoutError())
-        except (OSError, RuntimeError) as error:
-            self._registry.fail_handshake(peer, error)
-        except asyncio.CancelledError:
-            if not is_established:  # else it is the server's to end, as all that are in
-                self._registry.fail_handshake(peer, ConnectionError("the server stops"))
-                client.close()
+            await self._drain_backlog()
+            self._stop_listening()
+            registry.stop()
+            while not self._admission.is_idle and not self._is_aborting and self._loop.time() < deadline:
+                emptied.clear()  # it may have been empty before: connections still came from the backlog
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(DRAIN_INTERVAL):
+                        await emptied.wait()
+                registry.sweep()
+        finally:
+            self._stop_listening()
+            registry.abort()
+            self._sweeper.stop()
+            for _ in range(ABORT_TURNS):
+                if not self._admission.is_idle:
+                    await run_turns(1)
+            self._on_closed()
+
+    async def _drain_backlog(self) -> None:
+        """Accept what waits in the backlogs: closing a listener resets it, whatever it has sent."""
+        listeners = self._listeners.sockets
+        poll = select.poll()
+        for each in listeners:
+            poll.register(each, select.POLLIN)
+        turns = len(listeners) * self._admission.config.backlog  # connections that arrive now do not extend this
+        while poll.poll(0) and turns and not self._is_aborting:
+            turns -= 1
+            await run_turns(1)
+        await stop_accepting(self._loop, listeners)
+
+    def _stop_listening(self) -> None:
+        for server in self._servers:
+            server.close()
+        self._servers.clear()
+        self._listeners.close()
 
 
-async def start_accepting(server: asyncio.Server, listener: socket.socket, registry: Registry) -> asyncio.Server:
-    """Let ``server`` accept the clients of ``listener``; if that is cancelled, it is closed."""
+def _is_running(loop: asyncio.AbstractEventLoop) -> bool:
     try:
-        await server.start_serving()
-    except BaseException:
-        server.close()
-        raise
-    listener.listen(registry.config.backlog)  # as many as were asked for: a loop's server makes that ``ACCEPT_BATCH``
-    return server
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False

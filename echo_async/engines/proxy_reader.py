@@ -1,7 +1,6 @@
-"""How a PROXY header is taken off a socket: exactly, so that an engine, or TLS, finds what comes after it.
+"""Takes a PROXY header off a socket, and no byte more: an engine, or TLS, finds what follows it in the kernel.
 
-The bytes are looked at where they are, in the kernel, and only those that are the header's are taken. So no
-engine knows of it, and nothing is put back.
+The header is peeked at first, and then consumed.
 """
 
 from __future__ import annotations
@@ -13,56 +12,53 @@ import time
 
 from ..proxy import ProxyHeader, ProxyHeaderError
 
-__all__ = ["read_header", "receive_header"]
-
-MAX_WAIT = 86_400.0  # seconds: sockets cannot wait as long as options can say
-PEEK_SIZE = 4096  # bytes that are looked at in one go
+MAX_WAIT = 86_400.0  # seconds: socket timeouts are limited, options are not
+PEEK_SIZE = 4096  # bytes
 
 
 async def read_header(
-    loop: asyncio.AbstractEventLoop, client: socket.socket, header: ProxyHeader, seconds: float
+    loop: asyncio.AbstractEventLoop, connected: socket.socket, header: ProxyHeader, seconds: float
 ) -> None:
-    """Take ``header`` off ``client``, which does not block.
+    """Read ``header`` from a socket that does not block, within ``seconds``.
 
-    :exc:`ProxyHeaderError` if it is none, :exc:`TimeoutError` if it takes longer, :exc:`OSError` if it is lost.
+    :exc:`ProxyHeaderError` if it is invalid, :exc:`TimeoutError`, :exc:`OSError` if the connection is lost.
     """
     async with asyncio.timeout(seconds):
         while not header.finished:
             try:
-                _consume(client, header)
+                _consume(connected, header)
             except BlockingIOError:
-                await _wait_readable(loop, client)
+                await _wait_readable(loop, connected)
 
 
-def receive_header(client: socket.socket, header: ProxyHeader, seconds: float) -> None:
+def receive_header(connected: socket.socket, header: ProxyHeader, seconds: float) -> None:
     """The same for a socket that blocks."""
     deadline = time.monotonic() + seconds
     try:
         while not header.finished:
-            if (left := deadline - time.monotonic()) <= 0:  # however often a byte comes
+            if (left := deadline - time.monotonic()) <= 0:  # however often a byte arrives
                 raise TimeoutError
-            client.settimeout(min(left, MAX_WAIT))
+            connected.settimeout(min(left, MAX_WAIT))
             with contextlib.suppress(TimeoutError):
-                _consume(client, header)
+                _consume(connected, header)
     finally:
-        client.settimeout(None)
+        connected.settimeout(None)
 
 
-def _consume(client: socket.socket, header: ProxyHeader) -> None:
-    """Take what is there of the header."""
-    data = client.recv(PEEK_SIZE, socket.MSG_PEEK)
+def _consume(connected: socket.socket, header: ProxyHeader) -> None:
+    data = connected.recv(PEEK_SIZE, socket.MSG_PEEK)
     if data:
-        client.recv(header.feed(data))
+        connected.recv(header.feed(data))
     elif header.received:
         raise ProxyHeaderError(f"its PROXY header ended after {header.received} bytes")
     else:
         raise ConnectionError("the client left without a word")
 
 
-async def _wait_readable(loop: asyncio.AbstractEventLoop, client: socket.socket) -> None:
+async def _wait_readable(loop: asyncio.AbstractEventLoop, connected: socket.socket) -> None:
     ready = asyncio.Event()
-    loop.add_reader(client, ready.set)
+    loop.add_reader(connected, ready.set)
     try:
         await ready.wait()
     finally:
-        loop.remove_reader(client)
+        loop.remove_reader(connected)

@@ -1,55 +1,61 @@
-"""A coroutine a client, on asyncio's streams: read ``chunk_size`` bytes at a time, answer, read on.
+"""One coroutine per connection, on asyncio's streams: read ``chunk_size`` bytes at a time, answer, read on.
 
-It reads like the conversation it carries, from top to bottom, which is what streams are for. What that
-costs: some 0.5 to 1 microsecond of Python for every chunk, however small.
+The code runs in the order of the conversation, which is what streams are for. The price is some 0.5 to 1
+microsecond of Python per chunk, however small.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
+from functools import partial
 from typing import Unpack
 
 from ..config import ServerConfig, ServerOptions
 from ..logs import log
-from ..proxy import Source
-from .acceptor import ACCEPT_BATCH, HandshakeAcceptor, Listener, OnEstablished, Tls, start_accepting
 from .connection import Connection
+from .handshake_acceptor import Establish
+from .loop_internals import ACCEPT_BATCH, READ_AHEAD_TURNS, TRANSPORT_ERRORS, abort_transport, run_turns
 from .registry import Registry
 from .sweeper import Sweeper
 
-__all__ = ["StreamConnection", "handle_echo", "listen", "read_ahead"]
-
-CHUNKS_PER_TURN = 50  # chunks that one client is served before the others get their turn
-DRAIN_THRESHOLD = 16 * 1024  # bytes of replies that may wait before the next chunk is read
-READ_AHEAD_TURNS = 3  # turns of the loop until what the kernel has is in the reader, where that has just been emptied
-DISCARD_SIZE = 64 * 1024  # bytes asked for at each read whose input is discarded
+CHUNKS_PER_TURN = 50  # chunks of one connection before others get their turn
+DRAIN_THRESHOLD = 16 * 1024  # bytes of unsent replies above which no chunk is read
+DISCARD_SIZE = 64 * 1024  # bytes per read of input that is discarded
 
 
 def read_ahead(config: ServerConfig) -> int:
-    """The ``limit`` for ``asyncio.start_server``: a stream reads ahead at most twice that, and one read more."""
+    """Return the ``limit`` of a StreamReader, which buffers at most twice that, and one read more."""
     return max(config.chunk_size, 16 * 1024)
 
 
 def handle_echo(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, **options: Unpack[ServerOptions]
 ) -> asyncio.Task[None]:
-    """Echo to one client of a server of your own: ``asyncio.start_server(echo_async.handle_echo, ...)``.
+    """Echo to one client of your own server: ``asyncio.start_server(echo_async.handle_echo, ...)``.
 
-    ``options`` are those of :func:`echo_async.serve` that concern one connection (``mode``, ``chunk_size``,
-    the message limit, the time-outs); give them with :func:`functools.partial`. What it returns can be
-    awaited: it is done when the connection is closed, and raises nothing but :exc:`asyncio.CancelledError`.
+    It is not a coroutine function because Python 3.11 and 3.12 log a traceback for every handler of
+    ``start_server`` that is canceled with its event loop.
 
-    (It is no coroutine function because Python 3.11 and 3.12 report a traceback for every handler of
-    ``start_server`` that is cancelled with its loop.)
+    Args:
+        reader: The stream to read from.
+        writer: The stream to write to. It is closed at the end.
+        **options: Those of :func:`echo_async.serve` that concern one connection: ``mode``, ``chunk_size`` and
+            ``limit_message_size`` (bytes), the timeouts (seconds), ``no_access_log``. Set them with
+            :func:`functools.partial`.
+
+    Returns:
+        A task that is done when the connection is closed. It raises nothing but :exc:`asyncio.CancelledError`.
+
+    Raises:
+        ConfigError: An option is invalid. The connection is aborted.
     """
     try:
         registry = Registry(ServerConfig(**options))
     except BaseException:
         writer.transport.abort()
         raise
-    task = _serve(registry, reader, writer, asyncio.get_running_loop())
+    task = _serve(registry, None, reader, writer)
     sweeper = Sweeper(registry)
     sweeper.start()
     task.add_done_callback(sweeper.stop)
@@ -57,112 +63,101 @@ def handle_echo(
 
 
 def _serve(
+    registry: Registry, peername: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> asyncio.Task[None]:
+    connection = StreamConnection(registry, peername, reader, writer)
+    registry.add(connection)
+    return connection.start()
+
+
+def _connected(
     registry: Registry,
+    establish: Establish,
+    peername: object,
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
-    loop: asyncio.AbstractEventLoop,
-    source: Source = None,
-) -> asyncio.Task[None]:
-    connection = StreamConnection(registry, reader, writer, source)
-    registry.add(connection)
-    return connection.start(loop)
+) -> None:
+    """Serve a new connection. Not a coroutine: asyncio logs a traceback if its own task is canceled."""
+    if establish():
+        _serve(registry, peername, reader, writer)
+    else:
+        writer.transport.abort()
 
 
-async def listen(
-    registry: Registry, loop: asyncio.AbstractEventLoop, listener: socket.socket, tls: Tls | None
-) -> Listener:
-    """Begin to accept clients on ``listener``, over TLS if there is a ``tls``."""
-    limit = read_ahead(registry.config)
+async def create_server(registry: Registry, establish: Establish, listener: socket.socket) -> asyncio.Server:
+    return await asyncio.start_server(
+        partial(_connected, registry, establish, None),
+        sock=listener,
+        limit=read_ahead(registry.context.config),
+        backlog=ACCEPT_BATCH,
+        start_serving=False,
+    )
 
-    # Plain functions, not coroutines: asyncio reports a cancelled handler of its own with a traceback.
-    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if registry.refuse():
-            return writer.transport.abort()
-        _serve(registry, reader, writer, loop)
 
-    if tls is None and not registry.expects_header:
-        server = await asyncio.start_server(
-            connected, sock=listener, limit=limit, backlog=ACCEPT_BATCH, start_serving=False
-        )
-        return await start_accepting(server, listener, registry)
-
-    def make_protocol(source: Source, on_established: OnEstablished) -> asyncio.Protocol:
-        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            on_established()
-            _serve(registry, reader, writer, loop, source)
-
-        return asyncio.StreamReaderProtocol(asyncio.StreamReader(limit, loop), connected, loop)
-
-    return HandshakeAcceptor(registry, loop, listener, tls, make_protocol)
+def create_protocol(registry: Registry, establish: Establish, peername: object) -> asyncio.Protocol:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(read_ahead(registry.context.config), loop)
+    return asyncio.StreamReaderProtocol(reader, partial(_connected, registry, establish, peername), loop)
 
 
 class StreamConnection(Connection):
-    """One client of the ``streams`` engine."""
+    """One connection of the ``streams`` engine."""
 
-    __slots__ = ("_reader", "_reading", "_stopping", "_task", "_transport", "_writer")
+    __slots__ = ("_is_reading", "_is_stopping", "_reader", "_registry", "_task", "_transport", "_writer")
 
     def __init__(
-        self,
-        registry: Registry,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        source: Source = None,
+        self, registry: Registry, peername: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
+        self._registry = registry
         self._reader = reader
         self._writer = writer
         self._transport = writer.transport
-        super().__init__(registry, source or self._transport.get_extra_info("peername"))
-        self._reading = False  # the task is in a place where it may be woken by a cancellation
-        self._stopping = False
+        super().__init__(registry.context, peername or self._transport.get_extra_info("peername"))
+        self._is_reading = False  # the task may be woken by a cancellation
+        self._is_stopping = False
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task[None]:
-        """Serve the client in a task, which is done when the connection is closed."""
-        self._task = loop.create_task(self._run())  # kept here: an event loop has a weak reference only
+    def start(self) -> asyncio.Task[None]:
+        """Serve the connection in a task, which is done when the connection is closed."""
+        # The attribute keeps the task alive: an event loop has a weak reference only.
+        self._task = asyncio.get_running_loop().create_task(self._run())
         self._task.add_done_callback(self._on_done)
         return self._task
 
     async def _run(self) -> None:
         try:
-            if not self._stopping:
+            if not self._is_stopping:
                 await self._echo()
-            if self._stopping:
+            if self._is_stopping:
                 await self._drain()
             await self._linger()
             is_sent = self._transport.can_write_eof() and not self.unsent()  # TLS has its close_notify to send
             self._transport.close()
             if not is_sent:
                 await self._writer.wait_closed()
-        except (OSError, RuntimeError) as error:
-            # The connection broke. uvloop says RuntimeError where asyncio says ConnectionError.
+        except TRANSPORT_ERRORS as error:
             log.debug("%s broke off: %s", self.peer, error)
         except Exception as error:
             self.fail(error)
 
     def _on_done(self, _: object) -> None:
-        """The task is done; it may have been cancelled before it ran at all."""
-        self._close_socket()
-        self.registry.remove(self)
-
-    def _close_socket(self) -> None:
-        """Abort the transport, if it is not closed already."""
-        # asyncio's has no event loop any more, once it has sent the last of what it still had when it was closed.
-        with contextlib.suppress(AttributeError):
-            self._transport.abort()
+        """Close the connection: the task is done, or was canceled before it ran."""
+        abort_transport(self._transport)
+        self._registry.remove(self)
 
     async def _echo(self) -> None:
-        """Read a chunk, answer what it completed; until the conversation or the client's side ends, or we are woken."""
+        """Read a chunk, send the replies it completes; until the conversation or the input ends, or :meth:`_wake`."""
         conversation, transport = self.conversation, self._transport
-        read, write, size = self._reader.read, transport.write, self.registry.config.chunk_size
-        log_messages, log_chunks = self.registry.log_messages, self.registry.log_chunks
+        read, write, size = self._reader.read, transport.write, self.context.config.chunk_size
+        log_messages, log_chunks = self.context.log_messages, self.context.log_chunks
         chunks = 0
-        self._reading = True
+        self._is_reading = True
         try:
             while chunk := await read(size):
                 reply = conversation.receive(chunk)
                 if log_chunks:
                     self.log_chunk(chunk)
                 if reply:
-                    if transport.is_closing():  # the client is gone, and what it had sent is still being read
+                    if transport.is_closing():  # the client is gone; its input is still buffered
                         return
                     write(reply)
                     if log_messages:
@@ -177,18 +172,17 @@ class StreamConnection(Connection):
                     await asyncio.sleep(0)
             conversation.receive_eof()
         except asyncio.CancelledError:
-            if self._reading or self._task.uncancel():  # it was not us who cancelled, or not us alone
+            if self._is_reading or self._task.uncancel():  # not canceled by _wake, or not by it alone
                 raise
         finally:
-            self._reading = False
+            self._is_reading = False
 
     async def _drain(self) -> None:
-        """At a stop: answer what has arrived, and let a message that has begun be finished."""
+        """Shut down: answer what has arrived, and wait for the rest of an incomplete message."""
         conversation = self.conversation
         try:
             while not conversation.finished:
-                for _ in range(READ_AHEAD_TURNS):
-                    await asyncio.sleep(0)
+                await run_turns(READ_AHEAD_TURNS)
                 async with asyncio.timeout(None if conversation.incomplete else 0):
                     chunk = await self._reader.read(DISCARD_SIZE)
                 if not chunk:
@@ -197,14 +191,14 @@ class StreamConnection(Connection):
                 if self._transport.is_closing():
                     return
                 self._transport.write(reply)
-                if reply and self.registry.log_messages:
+                if reply and self.context.log_messages:
                     await self._log(reply)
                 await self._writer.drain()
         except TimeoutError:
             conversation.finish()
 
     async def _log(self, reply: bytes) -> None:
-        """The lines for one reply, in turns with the other clients; those that are left at once, if we are woken."""
+        """Log the messages of one reply, in turns with other connections; the rest at once if woken."""
         lines = self.log_reply(reply)
         try:
             for _ in lines:
@@ -214,7 +208,7 @@ class StreamConnection(Connection):
                 pass
 
     async def _linger(self) -> None:
-        """Discard what still comes until the client ends its side. The sweep bounds the time."""
+        """Discard input until the client closes its side. The sweep limits the time."""
         if not self._reader.at_eof() and self._transport.can_write_eof():
             self._transport.write_eof()
             while chunk := await self._reader.read(DISCARD_SIZE):
@@ -228,14 +222,14 @@ class StreamConnection(Connection):
         self._wake()
 
     def stop(self) -> None:
-        self._stopping = True
+        self._is_stopping = True
         self._wake()
 
     def abort(self) -> None:
-        self.conversation.finish()  # what was read ahead is not answered any more
-        self._close_socket()
+        self.conversation.finish()  # input that is buffered is not answered
+        abort_transport(self._transport)
 
     def _wake(self) -> None:
-        if self._reading:
-            self._reading = False
+        if self._is_reading:
+            self._is_reading = False
             self._task.cancel()

@@ -1,4 +1,4 @@
-"""The clock of the asyncio engines: one repeated timer for all connections of a server."""
+"""The periodic timer of the asyncio engines: one for all connections of a server."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import asyncio
 
 from .registry import Registry
 
-__all__ = ["Sweeper"]
-
 
 class Sweeper:
     """Between ``start`` and ``stop``, ``registry.sweep()`` runs every ``registry.sweep_interval`` seconds."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._interval = registry.sweep_interval
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        self._timer = self._loop.call_later(self._interval, self._sweep)
+        self._timer = self._loop.call_later(self._registry.sweep_interval, self._sweep)
 
     def stop(self, *_: object) -> None:
         if self._timer is not None:

@@ -1,8 +1,7 @@
-"""A thread a client, with blocking reads of ``chunk_size`` bytes: the project's first model, but one that ends.
+"""One thread per connection, with blocking reads of ``chunk_size`` bytes: the project's first model, with an end.
 
-A thread that waits for its client is never killed: it is woken by what is done to its socket. Ending the
-sending side makes a client that is well close its own, which the thread sees; shutting down both sides
-wakes it in any case.
+A thread that waits for its client is woken through its socket: once the sending side is closed, a well-behaved
+client closes its own, which ends the read; shutting down both sides ends it in any case.
 """
 
 from __future__ import annotations
@@ -16,34 +15,40 @@ from .connection import Connection
 from .registry import Registry
 from .tls_socket import TlsSocket
 
-__all__ = ["ThreadConnection"]
-
-SEND_SIZE = 64 * 1024  # bytes of one send, which comes back when the kernel has taken all: so it shows that it gets on
-DISCARD_SIZE = 64 * 1024  # bytes asked for at each read whose input is discarded
+SEND_SIZE = 64 * 1024  # bytes per send, which blocks until the kernel has taken all: small enough to show progress
+DISCARD_SIZE = 64 * 1024  # bytes per read of input that is discarded
 
 
 class ThreadConnection(Connection):
-    """One client of the ``threads`` engine.
+    """One connection of the ``threads`` engine.
 
-    ``_io_lock`` is held from before a chunk leaves the kernel until it is answered. So whoever stops the server
-    sees all that was received and not answered, and never ends the sending side in the middle of a reply.
-    Nobody waits for it but the thread itself: who finds it taken leaves a mark, and the thread looks for
-    marks when it has let go.
+    ``_io_lock`` is held from before a chunk leaves the kernel until it is answered. So a shutdown sees all input
+    that is not answered, and never closes the sending side in the middle of a reply. Only the connection's own
+    thread waits for the lock: another thread that finds it taken sets a flag, which the owner checks after release.
     """
 
-    __slots__ = ("_finish_requested", "_io_lock", "_is_write_closed", "_socket", "_stop_requested", "_unsent")
+    __slots__ = (
+        "_finish_requested",
+        "_io_lock",
+        "_is_write_closed",
+        "_registry",
+        "_socket",
+        "_stop_requested",
+        "_unsent",
+    )
 
-    def __init__(self, registry: Registry, client: socket.socket | TlsSocket, peername: object) -> None:
-        super().__init__(registry, peername)
-        self._socket = client
+    def __init__(self, registry: Registry, connected: socket.socket | TlsSocket, peername: object) -> None:
+        super().__init__(registry.context, peername)
+        self._registry = registry
+        self._socket = connected
         self._io_lock = threading.Lock()
-        self._stop_requested = False  # the server stops, or this client's time is up
-        self._finish_requested = False  # the latter
-        self._is_write_closed = False  # our sending side is ended
+        self._stop_requested = False  # by a shutdown or a timeout
+        self._finish_requested = False  # by a timeout
+        self._is_write_closed = False
         self._unsent = 0
 
     def run(self) -> None:
-        """Serve the client until the connection is closed. For a thread of its own."""
+        """Serve the connection until it is closed, in a thread of its own."""
         try:
             self._echo()
         except OSError as error:
@@ -52,10 +57,10 @@ class ThreadConnection(Connection):
             self.fail(error)
         finally:
             self._socket.close()
-            self.registry.remove(self)
+            self._registry.remove(self)
 
     def _echo(self) -> None:
-        """Answer what arrives, until the client ends its side. Then close."""
+        """Answer input until the conversation is finished; then discard it until the client closes its side."""
         conversation, receive = self.conversation, self._socket.recv
         while not conversation.finished:
             if self._answer_input():
@@ -64,22 +69,22 @@ class ThreadConnection(Connection):
                 self._handle_stop_request()
             if not conversation.finished:
                 receive(1, socket.MSG_PEEK)  # wait
-        with self._io_lock:  # another thread may be about to end our side, and TLS takes one at a time
+        with self._io_lock:  # another thread may be closing the sending side, and TLS allows one at a time
             pass
         while chunk := receive(DISCARD_SIZE):
             conversation.receive(chunk)
 
     def _answer_input(self) -> bool:
-        """Read chunks, answer what they complete, as long as there may be more. True at the client's end."""
-        conversation, receive, size = self.conversation, self._socket.recv, self.registry.config.chunk_size
-        answer = self._answer_and_log if self.registry.log_chunks else conversation.receive
+        """Read and answer chunks while there may be more. Return True at the end of the input."""
+        conversation, receive, size = self.conversation, self._socket.recv, self.context.config.chunk_size
+        answer = self._answer_and_log if self.context.log_chunks else conversation.receive
         with self._io_lock:
             try:
                 while chunk := receive(size, socket.MSG_DONTWAIT):
                     if reply := answer(chunk):
                         self._send(reply)
                     if len(chunk) < size or self._stop_requested or conversation.finished:
-                        return False  # less than was asked for: there was no more
+                        return False  # less than requested: there was no more
             except BlockingIOError:
                 return False
         return True
@@ -89,7 +94,7 @@ class ThreadConnection(Connection):
         return self.conversation.receive(chunk)
 
     def _send(self, reply: bytes) -> None:
-        """Like ``sendall``, but it can be seen from outside whether it gets on."""
+        """Like ``sendall``, but its progress shows in ``_unsent``."""
         self._unsent = len(reply)
         if self._unsent <= SEND_SIZE:
             self._unsent -= self._socket.send(reply)
@@ -98,12 +103,12 @@ class ThreadConnection(Connection):
             while rest:
                 rest = rest[self._socket.send(rest[:SEND_SIZE]) :]
                 self._unsent = len(rest)
-        if self.registry.log_messages:
+        if self.context.log_messages:
             for _ in self.log_reply(reply):
-                pass  # threads take turns by themselves
+                pass  # the operating system schedules threads
 
     def _handle_stop_request(self) -> None:
-        """Do what is due at the end, unless the thread is busy: then it does so itself when it has let go."""
+        """Close the sending side if nothing is left to answer. The owner of a taken lock does this after release."""
         if self._is_write_closed or not self._io_lock.acquire(blocking=False):
             return
         try:
@@ -114,13 +119,13 @@ class ThreadConnection(Connection):
             if self.conversation.finished:
                 self._is_write_closed = True
                 self._socket.shutdown(socket.SHUT_WR)
-        except OSError:  # the client reset the connection
+        except OSError:  # the client has reset the connection
             self.abort()
         finally:
             self._io_lock.release()
 
     def _has_input(self) -> bool:
-        """Whether the client has sent something that waits to be read."""
+        """Whether input waits in the kernel."""
         try:
             return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
         except BlockingIOError:

@@ -27,7 +27,7 @@ from ..errors import StartError, describe_error
 from ..logs import log
 from ..net import format_address
 from ..stats import Stats
-from .base import BaseServer
+from .server import BaseServer
 
 __all__ = ["MetricsServer", "StatsCollector"]
 

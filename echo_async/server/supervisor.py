@@ -20,13 +20,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Self
 
-from .. import net
 from ..config import ServerConfig
 from ..errors import StartError
+from ..listeners import Listeners
 from ..logs import LogFormat, LogLevel, log
 from ..loops import LoopName
 from ..stats import Stats
-from .base import BaseServer
+from .server import BaseServer
 
 __all__ = ["Supervisor", "WorkerSettings"]
 
@@ -55,10 +55,8 @@ class Supervisor(BaseServer):
     ``limit_connections`` and the time-outs hold for each worker.
     """
 
-    def __init__(
-        self, config: ServerConfig, settings: WorkerSettings, sockets: Sequence[socket.socket], path: str | None
-    ) -> None:
-        super().__init__(config, sockets, path)
+    def __init__(self, config: ServerConfig, settings: WorkerSettings, listeners: Listeners) -> None:
+        super().__init__(config, listeners)
         self._settings = {"config": asdict(config), **asdict(settings)}
         self._loop = asyncio.get_running_loop()
         self._workers: set[Worker] = set()
@@ -78,17 +76,14 @@ class Supervisor(BaseServer):
 
         :exc:`~echo_async.StartError` if the workers cannot start; the first one says why on stderr.
         """
-        if sockets is None:
-            self = cls(config, settings, net.bind(config, net.resolve(config)), config.uds)
-        else:
-            self = cls(config, settings, sockets, None)
+        self = cls(config, settings, Listeners.bind(config) if sockets is None else Listeners(sockets))
         try:
             first = await self._start_worker()  # alone: what is wrong is said once
             rest = await asyncio.gather(*(self._start_worker() for _ in range(workers - 1)))
         except StartError:
             self.abort()
             await self._wait_for_workers()
-            self._close_sockets()
+            self._listeners.close()
             raise
         self._supervisions = [asyncio.create_task(self._supervise(worker)) for worker in (first, *rest)]
         return self
@@ -111,10 +106,10 @@ class Supervisor(BaseServer):
         return await asyncio.gather(*(worker.fetch_stats() for worker in self._workers if worker.is_ready))
 
     def close(self) -> None:
-        if not self._stopping:
-            self._stopping = True
+        if not self._is_stopping:
+            self._is_stopping = True
             self._schedule_kill(self.config.timeout_graceful_shutdown + KILL_DELAY)
-        self._close_sockets()  # or the kernel would let clients in that no worker accepts any more
+        self._listeners.close()  # or the kernel would let clients in that no worker accepts any more
         for worker in self._workers:
             worker.send_command("stop")
 
@@ -136,19 +131,19 @@ class Supervisor(BaseServer):
         finally:
             self.close()
             await self._wait_for_workers()
-            self._close_sockets()
+            self._listeners.close()
 
     async def _start_worker(self) -> Worker:
-        if self._stopping:
+        if self._is_stopping:
             raise StartError("the server stops")
-        worker = await Worker.start(self._settings, self._sockets)
+        worker = await Worker.start(self._settings, self.sockets)
         self._workers.add(worker)
         try:
             await worker.wait_ready()
         except StartError:
             self._workers.discard(worker)
             raise
-        if self._stopping:
+        if self._is_stopping:
             worker.send_command("stop")
         return worker
 
@@ -160,7 +155,7 @@ class Supervisor(BaseServer):
             code = await worker.wait_ended()
             self._workers.discard(worker)
             self._exited_stats += replace(worker.stats, active=0)
-            if self._stopping:
+            if self._is_stopping:
                 return
             log.error("worker %d ended with %d: starting another", worker.pid, code)
             if self._loop.time() - started < MIN_UPTIME:
@@ -171,7 +166,7 @@ class Supervisor(BaseServer):
             try:
                 worker = await self._replace()
             except StartError:
-                if self._stopping:
+                if self._is_stopping:
                     return
                 raise
 

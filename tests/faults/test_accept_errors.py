@@ -37,8 +37,8 @@ class FailingAccept:
         self.error: OSError | None = None
         self.failed = 0
         self._most = most
-        for module in ("engines.acceptor", "sync.server"):
-            monkeypatch.setattr(f"echo_async.{module}.ACCEPT_RETRY_DELAY", self.PAUSE)
+        for module in ("handshake_acceptor", "thread_acceptor"):
+            monkeypatch.setattr(f"echo_async.engines.{module}.ACCEPT_RETRY_DELAY", self.PAUSE)
         self._accept = socket.socket.accept
         monkeypatch.setattr(socket.socket, "accept", lambda listener: self(listener))
 
@@ -117,7 +117,7 @@ def test_a_client_that_is_gone_when_it_is_accepted_does_not_hold_up_the_next(
 
 def test_a_client_that_another_worker_took_first_does_not_hold_up_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     accept = FailingAccept(monkeypatch, most=1)
-    monkeypatch.setattr("echo_async.sync.server.ACCEPT_RETRY_DELAY", 2 * TIMEOUT)  # a pause would be seen
+    monkeypatch.setattr("echo_async.engines.thread_acceptor.ACCEPT_RETRY_DELAY", 2 * TIMEOUT)  # a pause would be seen
     with sync.serve(port=0, mode="stream") as server:
         accept.begin(errno.EAGAIN)
         with connect(server) as client:

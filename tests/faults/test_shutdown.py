@@ -125,7 +125,7 @@ def test_a_stop_answers_what_waits_in_the_kernel_and_not_what_a_flood_brings_lat
         ours, theirs = socket.socketpair()
         connecting = asyncio.create_task(
             asyncio.get_running_loop().connect_accepted_socket(
-                partial(ProtocolConnection, registry), theirs, ssl=context if tls else None
+                partial(ProtocolConnection, registry, lambda: True), theirs, ssl=context if tls else None
             )
         )
         reader, writer = await asyncio.open_connection(

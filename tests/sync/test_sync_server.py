@@ -179,7 +179,7 @@ def test_the_port_is_free_at_once() -> None:
 
 @pytest.mark.parametrize("engine", ["streams", "protocol"])
 def test_an_engine_that_needs_an_event_loop_is_refused(engine: Any) -> None:
-    with pytest.raises(echo_async.ConfigError, match=f"engine '{engine}' needs an event loop: use echo_async.serve"):
+    with pytest.raises(echo_async.ConfigError, match=f"engine '{engine}' requires an event loop; use echo_async.serve"):
         sync.serve(engine=engine)
 
 

@@ -1,0 +1,103 @@
+"""Which new connections are established: the connection limit, trusted proxies, handshakes in progress.
+
+A connection that has to send a PROXY header or complete a TLS handshake first is pending until then.
+"""
+
+from __future__ import annotations
+
+import errno
+import resource
+import threading
+
+from ..errors import describe_error
+from ..logs import RateLimitedLog, log
+from ..net import format_address
+from ..proxy import ProxyHeader, ProxyHeaderError, TrustedProxies
+from .registry import Registry
+
+HANDSHAKE_TIMEOUT = 10.0  # seconds for a TLS handshake
+ACCEPT_RETRY_DELAY = 0.1  # seconds after accept() failed for lack of descriptors or memory
+ACCEPT_ABORTED = {errno.ECONNABORTED, errno.EPROTO, errno.EINTR}  # of accept(2): the next connection can be accepted
+RESERVED_DESCRIPTORS = 32  # for listeners, logs, the event loop, and what the host program has open
+
+
+class Admission:
+    """Safe to use from several threads. Refusals and failures are counted, and logged with a rate limit."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.config = config = registry.context.config
+        self.limit = config.limit_connections or max_connections()
+        self.expects_header = config.proxy_protocol != "off"
+        self._trusted_proxies = TrustedProxies(config.proxy_allow_from) if self.expects_header else None
+        self._counters = registry.context.counters
+        self._lock = threading.Lock()
+        self._pending = 0
+        self._log_accept_error = RateLimitedLog(log.warning, "cannot accept clients just now: %s")
+        self._log_handshake_failure = RateLimitedLog(log.warning, "%s closed: its TLS handshake failed: %s")
+        self._log_header_failure = RateLimitedLog(log.warning, "%s closed: %s")
+        self._log_refused = RateLimitedLog(log.warning, "refused a client: %d are connected, the limit")
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no connection, established or pending."""
+        return not self.registry.connections and not self._pending
+
+    def admit(self, peername: object = None) -> bool:
+        """Whether a new connection may be established. ``peername`` is needed where a PROXY header is expected."""
+        connections = len(self.registry.connections) + self._pending
+        if connections >= self.limit:
+            self._counters.increment("refused")
+            self._log_refused(connections)
+            return False
+        if self._trusted_proxies is not None and not self._trusted_proxies.allow(peername):
+            self._counters.increment("proxy_failures")
+            self._log_header_failure(format_address(peername), "it may not send a PROXY header (proxy_allow_from)")
+            return False
+        return True
+
+    def log_accept_error(self, error: Exception) -> None:
+        self._log_accept_error(describe_error(error))
+
+    def new_header(self) -> ProxyHeader:
+        """Return the parser for the PROXY header of a new connection."""
+        return ProxyHeader(self.config.proxy_protocol)
+
+    def begin_handshake(self) -> None:
+        """Count an accepted connection as pending."""
+        with self._lock:
+            self._pending += 1
+
+    def end_handshake(self) -> None:
+        """Count a pending connection no more: it is established, or closed."""
+        with self._lock:
+            self._pending -= 1
+
+    def fail_handshake(self, peer: str, error: Exception) -> None:
+        """End a pending connection whose TLS handshake failed."""
+        self.end_handshake()
+        if isinstance(error, TimeoutError):
+            self._counters.increment("timeouts_handshake")
+            details = f"not done in {HANDSHAKE_TIMEOUT:g} s"
+        else:
+            self._counters.increment("tls_failures")
+            details = describe_error(error)
+        self._log_handshake_failure(peer, details)
+
+    def fail_header(self, peer: str, error: BaseException) -> None:
+        """End a pending connection that sent no valid PROXY header. A disconnect or a shutdown is no failure."""
+        self.end_handshake()
+        if isinstance(error, TimeoutError):
+            self._counters.increment("timeouts_message")
+            self._log_header_failure(peer, f"it sent no whole PROXY header in {self.config.timeout_message:g} s")
+        elif isinstance(error, ProxyHeaderError):
+            self._counters.increment("proxy_failures")
+            self._log_header_failure(peer, error)
+        else:
+            log.debug("%s closed before its PROXY header: %r", peer, error)
+
+
+def max_connections() -> int:
+    """Return the number of connections that the descriptor limit of this process has room for."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**31 if soft == resource.RLIM_INFINITY else max(1, soft - RESERVED_DESCRIPTORS)

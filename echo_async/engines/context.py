@@ -1,0 +1,32 @@
+"""What all connections of one server share: options, counters, log settings, the clock."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+from ..config import ServerConfig
+from ..conversation import MODES, Conversation
+from ..logs import access_log, log
+from .counters import Counters
+
+LINGER_TIMEOUT = 5.0  # seconds that input is discarded after the last reply, until the client closes its side
+LINGER_TIMEOUT_AT_STOP = 0.5  # the same during a shutdown
+
+ConversationFactory = Callable[[], Conversation]
+
+
+class ConnectionContext:
+    """``log_messages`` and ``log_chunks`` are decided once, so that a disabled log line costs nothing."""
+
+    now = staticmethod(time.monotonic)
+
+    def __init__(self, config: ServerConfig, make_conversation: ConversationFactory | None = None) -> None:
+        self.config = config
+        self.make_conversation = make_conversation or partial(MODES[config.mode], config.limit_message_size)
+        self.counters = Counters()
+        self.linger_timeout = LINGER_TIMEOUT
+        self.log_messages = not config.no_access_log and access_log.isEnabledFor(logging.INFO)
+        self.log_chunks = log.isEnabledFor(logging.DEBUG)

@@ -1,0 +1,84 @@
+"""Everything that relies on how event loops work inside, each with the source that it relies on.
+
+``asyncio``: CPython 3.11 to 3.13, Lib/asyncio. ``uvloop``: 0.22 and 0.23.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+ACCEPT_BATCH = 5
+"""The backlog that an event loop's server is created with.
+
+asyncio accepts as many connections before it looks at any of them (selector_events.py, ``_accept_connection``:
+``for _ in range(backlog)``). A few turns' worth has to fit into the reserved descriptors, or connections that
+are refused use up the rest.
+"""
+
+TRANSPORT_ERRORS = (OSError, RuntimeError)
+"""A lost connection. uvloop raises RuntimeError for a closed transport (handles/handle.pyx, ``_ensure_alive``)."""
+
+# Turns of the loop, with a margin, until:
+ACCEPT_TURNS = 10
+"""an accepted connection has its transport, and what it sent was read.
+
+asyncio: a task (selector_events.py, ``_accept_connection2``), then ``call_soon`` for ``connection_made`` and for
+``_add_reader`` (``_SelectorSocketTransport.__init__``), then a select. uvloop: streamserver.pyx, ``_on_listen``.
+"""
+ABORT_TURNS = 10
+"""an aborted transport has called ``connection_lost``, and the task of the connection has ended.
+
+asyncio: ``call_soon`` (selector_events.py, ``_force_close``), twice over TLS. uvloop: after ``uv_close`` has called
+back (handles/handle.pyx, ``__uv_close_handle_cb``).
+"""
+READ_AHEAD_TURNS = 3
+"""bytes that wait in the kernel are in a StreamReader that was emptied.
+
+asyncio: streams.py, ``StreamReader._maybe_resume_transport`` resumes reading; the next select finds them.
+"""
+
+
+async def run_turns(count: int) -> None:
+    """Let the event loop run ``count`` times."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def start_serving(server: asyncio.Server, listener: socket.socket, backlog: int) -> asyncio.Server:
+    """Let ``server`` accept the connections of ``listener``; close it if this is canceled.
+
+    A server calls ``listen`` with the backlog it was created with (base_events.py, ``Server._start_serving``), which
+    is ``ACCEPT_BATCH`` here: listen again with the configured one.
+    """
+    try:
+        await server.start_serving()
+    except BaseException:
+        server.close()
+        raise
+    listener.listen(backlog)
+    return server
+
+
+async def stop_accepting(loop: asyncio.AbstractEventLoop, listeners: tuple[socket.socket, ...]) -> None:
+    """Accept no more, and wait until what was accepted is established: the servers can be closed then.
+
+    asyncio resets a connection that is accepted and has no transport yet when its server is closed (base_events.py,
+    ``Server._attach`` asserts that it is open). uvloop refuses ``remove_reader`` for a descriptor with a transport,
+    and has no such gap.
+    """
+    for listener in listeners:
+        with contextlib.suppress(RuntimeError):
+            loop.remove_reader(listener)
+    await run_turns(ACCEPT_TURNS)
+
+
+def abort_transport(transport: asyncio.WriteTransport) -> None:
+    """Abort ``transport``, if it is not closed yet.
+
+    A transport of asyncio that was closed with unsent data has no event loop once that is sent (selector_events.py,
+    ``_write_ready`` calls ``_call_connection_lost``): aborting it raises AttributeError.
+    """
+    with contextlib.suppress(AttributeError):
+        transport.abort()

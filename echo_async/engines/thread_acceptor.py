@@ -1,0 +1,263 @@
+"""Accepts connections for the ``threads`` engine, in a thread that also sweeps and ends them."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import selectors
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from ..errors import StartError, describe_error
+from ..listeners import Listeners
+from ..net import format_address
+from ..tls import Certificates
+from .admission import ACCEPT_ABORTED, ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, Admission
+from .proxy_reader import receive_header
+from .registry import DRAIN_INTERVAL
+from .threads import ThreadConnection
+from .tls_socket import TlsSocket
+
+STACK_SIZE = 256 * 1024  # bytes of address space of a connection's thread
+ACCEPT_BATCH = 16  # connections that are accepted between two checks of the clock
+JOIN_TIMEOUT = 5.0  # seconds for threads whose sockets were shut down to end
+
+
+class Accepted(enum.Enum):
+    """The result of accepting a batch."""
+
+    ALL = enum.auto()
+    MAYBE_MORE = enum.auto()
+    FAILED = enum.auto()
+
+
+_stack_size_lock = threading.Lock()  # threading.stack_size is one for the whole process
+
+
+class ThreadAcceptor:
+    """Serves ``listeners`` with one thread per connection; ``on_closed`` is called at the end, in the accept thread.
+
+    The threads are not daemons, which the interpreter would kill in the middle of a reply. So it has to be closed.
+    """
+
+    def __init__(
+        self,
+        admission: Admission,
+        listeners: Listeners,
+        certificates: Certificates | None,
+        on_closed: Callable[[], object],
+    ) -> None:
+        self._admission = admission
+        self._registry = admission.registry
+        self._listeners = listeners
+        self._certificates = certificates
+        self._on_closed = on_closed
+        self._threads: set[threading.Thread] = set()
+        self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
+        self._pending: set[socket.socket] = set()  # connections in a handshake
+        self._is_stopping = self._is_aborting = False
+        self._thread = threading.Thread(target=self._run, name="echo-async accept")
+
+    async def start(self) -> None:
+        """The same as :meth:`start_thread`, which does not block."""
+        self.start_thread()
+
+    def start_thread(self) -> None:
+        """Accept connections from now on. Once, after the acceptor is made.
+
+        :exc:`~echo_async.StartError` for lack of descriptors or threads; then the listeners are closed.
+        """
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._listeners.close)
+            try:
+                self._resources = on_failure.enter_context(self._open_resources())
+                self._thread.start()
+            except (OSError, RuntimeError) as error:
+                raise StartError(
+                    f"cannot serve on threads: {describe_error(error)}; "
+                    "give the process more, or stop what takes so much"
+                ) from error
+            on_failure.pop_all()
+
+    def _open_resources(self) -> contextlib.ExitStack:
+        """Open every descriptor that serving needs besides those of connections: a lack of them shows at the start."""
+        with contextlib.ExitStack() as resources:
+            self._waker, self._wakened = map(resources.enter_context, socket.socketpair())
+            self._waker.setblocking(False)
+            self._listener_selector = resources.enter_context(selectors.DefaultSelector())
+            self._waker_selector = resources.enter_context(selectors.DefaultSelector())
+            for selector in (self._listener_selector, self._waker_selector):
+                selector.register(self._wakened, selectors.EVENT_READ)
+            for listener in self._listeners.sockets:
+                self._listener_selector.register(listener, selectors.EVENT_READ, listener)
+            return resources.pop_all()
+
+    def close(self) -> None:
+        """Begin the graceful shutdown. Returns at once; safe to call twice, from any thread or signal handler."""
+        self._is_stopping = True
+        self._wake()
+
+    def abort(self) -> None:
+        """Shut down without waiting for any client."""
+        self._is_aborting = True
+        self.close()
+
+    def join(self) -> None:
+        """Wait for the end of the accept thread, which is the last."""
+        self._thread.join()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # it is awake, or closed
+            self._waker.send(b"\0")
+
+    # The accept thread.
+
+    def _run(self) -> None:
+        try:
+            self._accept_until_stopped()
+            self._listeners.close()
+            self._abort_pending()
+            self._registry.stop()
+            self._wait_for_connections(self._admission.config.timeout_graceful_shutdown, or_abort=True)
+        finally:
+            self._listeners.close()
+            self._abort_pending()
+            self._registry.abort()
+            self._wait_for_connections(JOIN_TIMEOUT)
+            self._resources.close()
+            self._on_closed()
+
+    def _accept_until_stopped(self) -> None:
+        now, interval = self._registry.context.now, self._registry.sweep_interval
+        next_sweep = now() + interval
+        while not self._is_stopping:
+            for key, _ in self._listener_selector.select(max(0.0, next_sweep - now())):
+                if key.data is not None and self._accept(key.data) is Accepted.FAILED:
+                    self._waker_selector.select(ACCEPT_RETRY_DELAY)
+            self._forget_finished()
+            if now() >= next_sweep:
+                self._registry.sweep()
+                next_sweep = now() + interval
+        for listener in self._listeners.sockets:  # closing resets the connections in its backlog
+            while self._accept(listener) is Accepted.MAYBE_MORE:
+                pass
+
+    def _accept(self, listener: socket.socket) -> Accepted:
+        """Accept what waits, up to ``ACCEPT_BATCH`` connections."""
+        for _ in range(ACCEPT_BATCH):
+            try:
+                connection, peername = listener.accept()
+            except BlockingIOError:
+                return Accepted.ALL
+            except OSError as error:
+                if error.errno in ACCEPT_ABORTED:
+                    continue
+                self._admission.log_accept_error(error)
+                return Accepted.FAILED
+            if self._admission.admit(peername):
+                connection.setblocking(True)  # whatever socket.setdefaulttimeout is
+                self._serve(connection, peername)
+            else:
+                connection.close()
+        return Accepted.MAYBE_MORE
+
+    def _serve(self, connected: socket.socket, peername: object) -> None:
+        """Serve a connection in a thread of its own; close it if there is none."""
+        run: Callable[[], None]
+        withdraw: Callable[[], None]
+        if self._certificates is None and not self._admission.expects_header:
+            connection = ThreadConnection(self._registry, connected, peername)
+            self._registry.add(connection)
+            run, withdraw = connection.run, partial(self._registry.withdraw, connection)
+        else:
+            self._admission.begin_handshake()
+            self._pending.add(connected)
+            run = partial(self._establish, connected, peername)
+            withdraw = partial(self._withdraw, connected)
+        try:
+            self._start_thread(run)
+        except (RuntimeError, MemoryError) as error:  # "can't start new thread"
+            self._admission.log_accept_error(error)
+            withdraw()
+            connected.close()
+
+    def _start_thread(self, run: Callable[[], None]) -> None:
+        thread = threading.Thread(target=self._run_connection, args=(run,), name="echo-async client")
+        self._threads.add(thread)
+        with _stack_size_lock:
+            previous = threading.stack_size(STACK_SIZE)
+            try:
+                thread.start()
+            except BaseException:
+                self._threads.discard(thread)
+                raise
+            finally:
+                threading.stack_size(previous)
+
+    def _withdraw(self, connected: socket.socket) -> None:
+        """Count a pending connection that has no thread as refused."""
+        self._pending.discard(connected)
+        self._admission.end_handshake()
+        self._registry.context.counters.increment("refused")
+
+    def _abort_pending(self) -> None:
+        """End handshakes. A PROXY header that has arrived is still read; a TLS handshake is cut."""
+        how = socket.SHUT_RD if self._certificates is None else socket.SHUT_RDWR
+        for connected in list(self._pending):
+            self._pending.discard(connected)
+            with contextlib.suppress(OSError):  # it has ended
+                connected.shutdown(how)
+
+    def _forget_finished(self) -> None:
+        """Forget threads that have ended; waiting for one that is about to would delay the next connection."""
+        while self._finished and not self._finished[0].is_alive():
+            self._threads.discard(self._finished.popleft())
+
+    def _wait_for_connections(self, seconds: float, *, or_abort: bool = False) -> None:
+        now = self._registry.context.now
+        deadline = now() + seconds
+        while self._threads and now() < deadline and not (or_abort and self._is_aborting):
+            if self._finished:
+                self._finished[0].join()
+            elif self._waker_selector.select(DRAIN_INTERVAL):
+                self._wakened.recv(4096)
+            self._forget_finished()
+            self._registry.sweep()
+
+    # A connection's thread.
+
+    def _run_connection(self, run: Callable[[], object]) -> None:
+        try:
+            run()
+        finally:
+            self._finished.append(threading.current_thread())
+            if self._is_stopping:
+                self._wake()
+
+    def _establish(self, connected: socket.socket, peername: object) -> None:
+        """Read the PROXY header, do the TLS handshake, whichever is configured; then serve the connection."""
+        admission = self._admission
+        fail: Callable[[str, Exception], None] = admission.fail_header
+        secured: socket.socket | TlsSocket = connected
+        try:
+            if admission.expects_header:
+                header = admission.new_header()
+                receive_header(connected, header, admission.config.timeout_message)
+                peername = header.source or peername
+            if self._certificates is not None:
+                fail = admission.fail_handshake
+                secured = TlsSocket(connected, self._certificates.context)
+                secured.handshake(HANDSHAKE_TIMEOUT)
+        except Exception as error:
+            was_aborted = connected not in self._pending
+            self._pending.discard(connected)
+            fail(format_address(peername), ConnectionError("the server stops") if was_aborted else error)
+            return connected.close()
+        connection = ThreadConnection(self._registry, secured, peername)
+        self._registry.add(connection)
+        admission.end_handshake()
+        self._pending.discard(connected)
+        connection.run()

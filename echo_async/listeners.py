@@ -1,0 +1,38 @@
+"""The listening sockets of one server, and the Unix socket path that it created."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Self
+
+from . import net
+from .config import ServerConfig
+
+
+class Listeners:
+    """Listening sockets that are closed together; a Unix socket path that was bound here is removed then."""
+
+    def __init__(self, sockets: Sequence[socket.socket], path: str | None = None) -> None:
+        self.addresses = [net.address_of(each) for each in sockets]
+        self._sockets = list(sockets)
+        self._path = path
+        self._inode = None if path is None else net.inode(path)
+
+    @classmethod
+    def bind(cls, config: ServerConfig, infos: Sequence[net.AddressInfo] | None = None) -> Self:
+        """Bind the addresses of ``config``, which are resolved here unless ``infos`` has them."""
+        return cls(net.bind(config, net.resolve(config) if infos is None else infos), config.uds)
+
+    @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        """The open ones."""
+        return tuple(self._sockets)
+
+    def close(self) -> None:
+        if self._path is not None:
+            net.unlink(self._path, self._inode)
+            self._path = None
+        for each in self._sockets:
+            each.close()
+        self._sockets.clear()
