@@ -318,6 +318,25 @@ def test_the_last_connection_to_end_says_so_once() -> None:
     assert calls == [0]
 
 
+def test_timeout_counted_once_while_thread_ends() -> None:
+    """A thread may need some time to close an aborted connection, which is swept meanwhile."""
+    registry = Clocked(ServerConfig(mode="stream"))
+
+    class Slow(Client):
+        def abort(self) -> None:
+            self.ended.append("abort")
+
+    slow = Slow(registry)
+    slow.sends(b"one\n")
+    slow.stuck = 4
+    registry.sweep()
+    for _ in range(3):
+        registry.time += WRITE
+        registry.sweep()
+    assert slow.ended == ["abort"] * 3
+    assert registry.stats.timeouts_write == 1
+
+
 def test_clients_over_the_limit_are_all_counted_and_logged_once_a_second(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -26,6 +26,7 @@ class Registry:
         self.on_empty: Callable[[], object] | None = None
         self._lock = threading.Lock()  # a connection is in the set, or in the totals
         self._is_stopping = False
+        self._timed_out: set[Connection] = set()  # counted, and not closed yet
         shortest_timeout = min(config.timeout_idle, config.timeout_message, config.timeout_write)
         self.sweep_interval = min(1.0, shortest_timeout / 20)
         """Seconds between two sweeps: how late a timeout can be."""
@@ -41,6 +42,7 @@ class Registry:
             if connection not in self.connections:
                 return
             self.connections.remove(connection)
+            self._timed_out.discard(connection)
             self.context.counters.add_closed(connection.conversation)
         if connection.conversation.incomplete or self.context.log_chunks:
             connection.log_closed()
@@ -73,7 +75,8 @@ class Registry:
             if self._is_stopping and not connection.is_new(now):
                 connection.stop()
             return
-        if kind != "linger":
+        if kind != "linger" and connection not in self._timed_out:
+            self._timed_out.add(connection)
             self.context.counters.increment(f"timeouts_{kind}")
             connection.log_timeout(kind)
         if kind in ("idle", "message"):
