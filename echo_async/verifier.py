@@ -1,7 +1,7 @@
-"""What came back compared with what was sent, without IO: the part of a connection that both clients share.
+"""Verify that the bytes received on a connection are the bytes that were sent; without IO.
 
-Nothing that arrives is stored. Every byte is compared, as it comes, with the bytes that are out; so
-memory is bounded by what was sent, however the replies are split and whatever else a server sends.
+Nothing received is stored: each byte is compared with the data in flight. So memory is bounded by what was sent,
+however the replies are split and whatever else a server sends.
 """
 
 from __future__ import annotations
@@ -10,156 +10,149 @@ from collections import deque
 from time import monotonic
 
 from .errors import ReplyDifferent, ReplyError, ReplyLate, ReplyLost
-from .messages import readable
+from .logs import escape
 
-__all__ = ["Exchange", "ReplyVerifier"]
-
-LARGE = 65_536  # bytes of a message that a server may not take
-SHOWN = 40  # bytes of a wrong reply that an error shows
+LARGE_MESSAGE = 65_536  # bytes; above it, the error of a lost reply mentions the limit of the server
+MAX_QUOTED = 40  # bytes of a reply that an error quotes
 
 
 class Exchange:
-    """Whole messages that were sent in one write, and how much of them came back.
+    """Complete messages sent in one write, and how many bytes of their replies were received.
 
-    ``progress`` is called, from the event loop, when more whole messages are back, all are, or
-    ``error`` was set; it must not raise.
+    ``on_progress`` is called when more replies are complete or ``error`` was set. It must not raise.
     """
 
-    __slots__ = ("data", "error", "returned")
+    __slots__ = ("data", "error", "received")
 
     def __init__(self, data: bytes) -> None:
         self.data = data
-        self.returned = 0
+        self.received = 0
         self.error: ReplyError | None = None
 
-    def progress(self) -> None:
-        raise NotImplementedError
+    def on_progress(self) -> None:
+        pass
 
-    def current_message(self) -> tuple[int, int]:
-        """Where the first message that is not back yet starts and ends in ``data``."""
-        data, returned = self.data, min(self.returned, len(self.data) - 1)
-        return data.rfind(b"\n", 0, returned) + 1, data.find(b"\n", returned) + 1
+    def pending_message(self) -> tuple[int, int]:
+        """Return the start and the end in ``data`` of the first message whose reply is not complete."""
+        data, received = self.data, min(self.received, len(self.data) - 1)
+        return data.rfind(b"\n", 0, received) + 1, data.find(b"\n", received) + 1
 
 
 class ReplyVerifier:
-    """The bytes that were sent must come back, in order, and no others.
+    """The receiving side of a connection that must return the bytes that were sent, in order, and no others.
 
-    ``open``: more can be sent. ``replies``: exchanges that came back whole. ``partial``: it was lost
-    in the middle of a reply. ``unexpected``: the error of bytes that came when nothing was out; it belongs
-    to whoever uses the connection next.
+    Attributes:
+        is_open: Whether more can be sent.
+        replies: Number of exchanges whose replies were received completely.
+        is_partial: Whether the connection was lost in the middle of a reply.
+        unexpected: The error of bytes received with nothing in flight; the next use of the connection raises it.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._in_flight: deque[Exchange] = deque()
-        self._since = 0.0  # when the first of them was sent, or came to be the first
-        self.open = False
+        self._waiting_since = 0.0  # when the first exchange in flight was sent or became the first
+        self.is_open = False
         self.replies = 0
-        self.partial = False
+        self.is_partial = False
         self.unexpected: ReplyDifferent | None = None
 
-    def _close_socket(self) -> None:
-        """Close the socket at once."""
+    def close(self) -> None:
+        """Close the connection; replies in flight are lost. Closing twice is harmless."""
         raise NotImplementedError
 
-    # ReplyVerifier
+    def _close_socket(self) -> None:
+        """Close the socket immediately."""
+        raise NotImplementedError
 
-    def _compare(self, data: bytes) -> None:
-        """``data`` in any pieces: the end of one reply, several replies, the start of another."""
-        out, at = self._in_flight, 0
-        back: list[Exchange] = []
-        while out and at < len(data):
-            exchange = out[0]
-            size = min(len(exchange.data) - exchange.returned, len(data) - at)
-            if not _same(exchange.data, exchange.returned, data, at, size):
-                self._tell(back)
-                return self._differ(exchange, data, at)
-            at += size
-            exchange.returned += size
-            if exchange.returned < len(exchange.data):
-                if data.find(b"\n", at - size) >= 0:
-                    self._since = monotonic()
-                    exchange.progress()
+    def _verify(self, data: bytes) -> None:
+        """Compare ``data``: any part of one reply, or of several."""
+        in_flight, position = self._in_flight, 0
+        completed: list[Exchange] = []
+        while in_flight and position < len(data):
+            exchange = in_flight[0]
+            size = min(len(exchange.data) - exchange.received, len(data) - position)
+            if not _equal(exchange.data, exchange.received, data, position, size):
+                self._notify(completed)
+                return self._fail_mismatch(exchange, data[position:])
+            position += size
+            exchange.received += size
+            if exchange.received < len(exchange.data):
+                if data.find(b"\n", position - size) >= 0:
+                    self._waiting_since = monotonic()
+                    exchange.on_progress()
                 break
-            back.append(out.popleft())
+            completed.append(in_flight.popleft())
             self.replies += 1
-            self._since = monotonic()
-        if at < len(data):
-            self._too_much(back, data[at:])
-        self._tell(back)
+            self._waiting_since = monotonic()
+        if position < len(data):
+            self._fail_unexpected(completed, data[position:])
+        self._notify(completed)
 
-    def _tell(self, exchanges: list[Exchange]) -> None:
-        for exchange in exchanges:
-            exchange.progress()
+    def _notify(self, completed: list[Exchange]) -> None:
+        for exchange in completed:
+            exchange.on_progress()
 
-    def _differ(self, exchange: Exchange, data: bytes, at: int) -> None:
-        expected = exchange.data
-        same = _common(data[at:], expected[exchange.returned :])
-        exchange.returned += same
-        start, end = exchange.current_message()
-        offset = exchange.returned - start
-        shared = expected[max(start, exchange.returned - SHOWN // 2) : exchange.returned]
-        came, _, more = data[at + same :].partition(b"\n")
-        came += b"\n" if more or data.endswith(b"\n") else b""
-        wanted = expected[exchange.returned : end]
-        exchange.error = ReplyDifferent(
-            f"{self._name} answered something else: byte {offset} of the reply differs, "
-            f"came {_shown(shared + came)}, expected {_shown(shared + wanted)}; is it an echo server?",
-            offset,
-        )
-        self._drop("a reply before it was different")
+    def _fail_mismatch(self, exchange: Exchange, data: bytes) -> None:
+        """Fail ``exchange``: ``data`` is not the next part of its replies."""
+        sent = exchange.data
+        equal = _common_prefix(data, sent[exchange.received :])
+        exchange.received += equal
+        start, end = exchange.pending_message()
+        context = sent[max(start, exchange.received - MAX_QUOTED // 2) : exchange.received]
+        received = b"".join(data[equal:].partition(b"\n")[:2])
+        details = f"received {_quote(context + received)}, expected {_quote(context + sent[exchange.received : end])}"
+        exchange.error = self._mismatch(exchange.received - start, details)
+        self._lose("an earlier reply did not match")
 
-    def _too_much(self, back: list[Exchange], more: bytes) -> None:
-        """Bytes that nobody asked for: they spoil the reply they came with, or else the next one."""
-        text = f"{self._name} sent {len(more)} bytes more than it was sent: {_shown(more)}"
-        if back:
-            last = back[-1]
-            offset = len(last.data) - (last.data.rfind(b"\n", 0, -1) + 1)
-            last.error = ReplyDifferent(text, offset)
+    def _fail_unexpected(self, completed: list[Exchange], data: bytes) -> None:
+        """Fail the exchange that ``data`` was received with, or else the next one."""
+        details = f"received {len(data)} unexpected bytes {_quote(data)}"
+        if completed:
+            last = completed[-1]
+            last.error = self._mismatch(len(last.data) - (last.data.rfind(b"\n", 0, -1) + 1), details)
         else:
-            self.unexpected = ReplyDifferent(text, 0)
-        self._drop("bytes came that nobody asked for")
+            self.unexpected = self._mismatch(0, details)
+        self._lose("unexpected bytes received")
 
-    # Losing
+    def _mismatch(self, offset: int, details: str) -> ReplyDifferent:
+        text = f"reply mismatch at byte {offset}: {details}; is {self._name} an echo server?"
+        return ReplyDifferent(text, offset)
 
-    def _late(self, seconds: float) -> ReplyLate:
-        return ReplyLate(
-            f"{self._name} did not send the reply within {seconds:g} s; "
-            "is it an echo server, or does it need a longer timeout?"
-        )
+    def _fail_timeout(self, seconds: float) -> None:
+        """Fail the first exchange in flight: its reply was not received in time."""
+        self._in_flight[0].error = ReplyLate(f"reply timeout: no reply from {self._name} within {seconds:g} s")
+        self._lose("an earlier reply timed out")
 
-    def _drop(self, why: str) -> None:
-        self._lose(f"the connection to {self._name} was dropped ({why})")
-
-    def _lose(self, why: str) -> None:
-        """Nothing more can be matched here: tell all who wait, and let go of the socket at once."""
-        out = self._in_flight
-        if self.open:
-            self.open = False
-            self.partial = bool(out and out[0].returned)
+    def _lose(self, reason: str) -> None:
+        """Close the socket, and fail all exchanges in flight that have no error yet."""
+        in_flight = self._in_flight
+        if self.is_open:
+            self.is_open = False
+            self.is_partial = bool(in_flight and in_flight[0].received)
             self._close_socket()
-        while out:
-            exchange = out.popleft()
+        while in_flight:
+            exchange = in_flight.popleft()
             if exchange.error is None:
-                start, end = exchange.current_message()
-                part = exchange.returned - start
-                when = f"after {part} of the {end - start} bytes of" if part else "before"
-                advice = f"; does it take messages of {end - start} bytes?" if end - start > LARGE else ""
-                exchange.error = ReplyLost(f"{why} {when} the reply{advice}")
-            exchange.progress()
+                start, end = exchange.pending_message()
+                size, received = end - start, exchange.received - start
+                when = f"after {received} of {size} bytes of" if received else "before"
+                advice = f"; does the server accept messages of {size} bytes?" if size > LARGE_MESSAGE else ""
+                exchange.error = ReplyLost(f"connection to {self._name} lost {when} the reply: {reason}{advice}")
+            exchange.on_progress()
 
 
-def _same(expected: bytes, start: int, data: bytes, at: int, size: int) -> bool:
-    """Whether ``size`` bytes of both are equal; without a copy where one of them is taken whole."""
+def _equal(sent: bytes, start: int, data: bytes, position: int, size: int) -> bool:
+    """Compare ``size`` bytes, without copying if all of ``sent`` or of ``data`` is compared."""
     if size == len(data):
-        return expected.startswith(data, start)
-    if size == len(expected):
-        return data.startswith(expected, at)
-    return expected[start : start + size] == data[at : at + size]
+        return sent.startswith(data, start)
+    if size == len(sent):
+        return data.startswith(sent, position)
+    return sent[start : start + size] == data[position : position + size]
 
 
-def _common(one: bytes, other: bytes) -> int:
-    """How many bytes both begin with, by comparing halves of halves."""
+def _common_prefix(one: bytes, other: bytes) -> int:
+    """Return the number of bytes that both begin with, by binary search."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -170,5 +163,13 @@ def _common(one: bytes, other: bytes) -> int:
     return low
 
 
-def _shown(data: bytes) -> str:
-    return f'"{readable(data[:SHOWN])}"' + ("..." if len(data) > SHOWN else "")
+def _quote(data: bytes) -> str:
+    return f'"{escape_bytes(data[:MAX_QUOTED])}"' + ("..." if len(data) > MAX_QUOTED else "")
+
+
+def escape_bytes(data: bytes) -> str:
+    r"""Decode ``data`` for a terminal: bytes that are not UTF-8, and control characters, become ``\xNN``."""
+    text = data.decode("utf-8", "surrogateescape")
+    if text.isprintable() and "\\" not in text:
+        return text
+    return "".join(f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else escape(c) for c in text)

@@ -8,7 +8,9 @@ import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import pytest
 from support import TIMEOUT
 
 
@@ -136,3 +138,15 @@ def over_tls(context: ssl.SSLContext, serve: Serve = answer_all) -> Serve:
         serve(peer)
 
     return serve_over_tls
+
+
+def resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> None:
+    """Make the resolver return ``addresses`` for the name several.example."""
+    real = socket.getaddrinfo
+
+    def resolve(host: str, *args: Any, **kwargs: Any) -> Any:
+        if host != "several.example" or kwargs.get("flags"):
+            return real(host, *args, **kwargs)
+        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)

@@ -14,9 +14,9 @@ import click
 from click.core import ParameterSource
 
 from ..awaitable import AwaitableContextManager
-from ..client.client import EchoClient, connect
-from ..client.connector import log
+from ..client.session import Session
 from ..config import ClientConfig, Option, options_of
+from ..endpoint import Endpoint, log
 from ..errors import ConfigError, ConnectError, EchoError
 from ..loops import loop_factory
 from ..stdio import discard_output
@@ -104,9 +104,10 @@ def _lines(message: str) -> bytes:
     return data if data.endswith(b"\n") else data + b"\n"
 
 
-def _connect(values: dict[str, Any], output: Output) -> AwaitableContextManager[EchoClient]:
+def _connect(values: dict[str, Any], output: Output) -> AwaitableContextManager[Session]:
     arguments = {name: values[name] for name in options_of(ClientConfig)}
-    return connect(**{**arguments, "ssl": _ssl_context(values, output)})
+    endpoint = Endpoint(**{**arguments, "ssl": _ssl_context(values, output)})
+    return AwaitableContextManager(lambda: Session.open(endpoint))
 
 
 def _ssl_context(values: dict[str, Any], output: Output) -> SSLContext | None:

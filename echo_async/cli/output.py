@@ -11,8 +11,8 @@ import select
 import sys
 
 from ..errors import EchoError, describe_error
-from ..messages import readable
 from ..stdio import discard_output
+from ..verifier import escape_bytes
 
 
 class OutputClosed(Exception):
@@ -87,7 +87,7 @@ class Output:
     def _format_replies(self, data: bytes, seconds: float) -> bytes:
         if not self._is_terminal:
             return data
-        text = "".join(f"{readable(line)}\n" for line in data.split(b"\n")[:-1])
+        text = "".join(f"{escape_bytes(line)}\n" for line in data.split(b"\n")[:-1])
         return text.encode(self._stdout.encoding, "backslashreplace")
 
     def _write_line(self, text: str) -> None:

@@ -9,7 +9,7 @@ from array import array
 from time import perf_counter
 
 from ..awaitable import AwaitableContextManager
-from ..client.client import EchoClient
+from ..client.session import Session
 from ..errors import ConnectError, ReplyError
 from .output import Output
 
@@ -57,7 +57,7 @@ class RoundTrips:
 
 
 async def ping(
-    connecting: AwaitableContextManager[EchoClient], message: bytes, count: int, interval: float, output: Output
+    connecting: AwaitableContextManager[Session], message: bytes, count: int, interval: float, output: Output
 ) -> bool:
     """Send ``message`` ``count`` times (0: until interrupted), ``interval`` seconds apart, and print the times.
 
@@ -77,7 +77,7 @@ async def ping(
 
 
 async def _ping(
-    client: EchoClient, message: bytes, count: int, interval: float, output: Output, trips: RoundTrips
+    client: Session, message: bytes, count: int, interval: float, output: Output, trips: RoundTrips
 ) -> None:
     loop = asyncio.get_running_loop()
     next_send = loop.time()

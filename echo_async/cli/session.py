@@ -5,19 +5,19 @@ from __future__ import annotations
 from contextlib import aclosing
 
 from ..awaitable import AwaitableContextManager
-from ..client.client import EchoClient
-from ..client.stream import Source, flow
+from ..client.session import Session
+from ..client.stream import Source, send_batches
 from ..errors import ConnectError
 from .output import Output
 
 
-async def send_messages(connecting: AwaitableContextManager[EchoClient], messages: Source, output: Output) -> bool:
+async def send_messages(connecting: AwaitableContextManager[Session], messages: Source, output: Output) -> bool:
     """Send ``messages`` and print the replies; return whether all of them matched.
 
     :exc:`ConnectError` if the server cannot be reached and no reply was lost before.
     """
     all_matched = True
-    async with connecting as client, aclosing(flow(client, messages)) as results:
+    async with connecting as client, aclosing(send_batches(client, messages)) as results:
         try:
             async for batch, start, end, seconds, error in results:
                 output.print_replies(batch.data[start:end], seconds)

@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from ..client.stream import Batch
+from ..batching import Batch
 from ..errors import EchoError, describe_error
 
 READ_SIZE = 65_536  # bytes
@@ -45,7 +45,7 @@ class LineSource:
         self.failure: BaseException | None = None
 
     @property
-    def ended(self) -> bool:
+    def is_exhausted(self) -> bool:
         return self._is_complete and not self._blocks
 
     def start(self, notify: Callable[[], None]) -> None:

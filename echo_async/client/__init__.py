@@ -1,13 +1,10 @@
-"""The other side: send messages, get them back, and know that what came back is what was sent.
+"""The asyncio client.
 
-``echo_client``  the client, and when it connects again
-``connection``   one connection: what was sent must come back
-``stream``       many messages in a bounded window
-``target``       where to connect, and how
-``messages`` ``tls``   what a message is; the context of the TLS options
-
-The command: ``command`` (options in, an exit code out), ``conversing`` (message after message),
-``pinging`` (one message again and again), ``stdin``, ``output`` and ``interrupts``.
+``client``      the public API: connect, echo, EchoClient
+``session``     which connection a message is sent on
+``stream``      many messages in a bounded window
+``connection``  one connection
+``connector``   opening a connection
 """
 
 from .client import EchoClient, connect, echo

@@ -1,224 +1,149 @@
-"""The client: ``connect`` gives an :class:`EchoClient`, ``echo`` sends one message and closes.
-
-A client connects again by itself when the server closed between two messages. Servers are of two
-kinds, and the client finds out which it talks to:
-
-- one that closes after a reply: the connection ends before any byte of its second reply. That message
-  is sent again on a new connection, which harms nothing (an echo changes nothing), and from then on
-  every message gets a connection of its own;
-- one that keeps connections open: it answered twice on one. From then on messages are pipelined, and
-  a connection that ends with a message on its way is :exc:`~echo_async.ReplyLost`, never hidden.
-"""
+"""The public API of the asyncio client."""
 
 from __future__ import annotations
 
-import asyncio
-import enum
-import os
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
-from ssl import SSLContext
-from time import perf_counter
-from typing import TypedDict, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 from ..awaitable import AwaitableContextManager
-from ..config import CONNECT_TIMEOUT, HOST, PORT, REPLY_TIMEOUT, check_seconds
-from ..errors import ConfigError, EchoError, ReplyLost
-from ..messages import encode
-from .connection import Connection
-from .connector import Connector
-from .stream import WINDOW, stream
-
-__all__ = ["ClientOptions", "EchoClient", "connect", "echo"]
+from ..batching import WINDOW_MESSAGES, check_stream, encode
+from ..config import HOST, PORT
+from ..endpoint import ClientOptions, Endpoint
+from .session import Session
+from .stream import stream
 
 M = TypeVar("M", str, bytes)
 
 
-class ClientOptions(TypedDict, total=False):
-    """The keyword arguments of ``connect`` and ``echo``, each of them optional."""
-
-    uds: str | os.PathLike[str] | None
-    timeout: float
-    connect_timeout: float
-    retry: float
-    ssl: SSLContext | bool | None
-    server_hostname: str | None
-
-
-class ServerBehavior(enum.Enum):
-    """What the client knows of its server."""
-
-    UNKNOWN = enum.auto()
-    CLOSES_AFTER_REPLY = enum.auto()
-    KEEPS_OPEN = enum.auto()
-
-
 class EchoClient:
-    """A client of one server. ``name`` is the server's address as errors show it.
+    """A client of one echo server, created by :func:`connect`.
 
-    Any number of tasks may use it at once: their messages are pipelined on one connection.
+    Several tasks can use a client concurrently: their messages are pipelined on one connection. After a connection
+    was lost, the next message opens a new one.
     """
 
-    def __init__(self, target: Connector, timeout: float) -> None:
-        self.name = target.name
-        self._target = target
-        self._timeout = timeout
-        self._server = ServerBehavior.UNKNOWN
-        self._connection: Connection | None = None
-        self._connections: set[Connection] = set()  # those that have not let go of their sockets yet
-        self._one_by_one = asyncio.Lock()  # held while the server is not known to keep connections open
-        self._closed = False
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    @property
+    def name(self) -> str:
+        """The address of the server in error messages: ``host:port``, or the path of a Unix socket."""
+        return self._session.name
 
     async def echo(self, message: M) -> M:
-        """Send ``message``, and return the reply once it is all there: str for str, bytes for bytes.
+        r"""Send a message and return its reply.
 
-        A newline is added on the way if ``message`` has none at its end; the reply has it only if
-        ``message`` had. One inside is a :exc:`MessageError`. :exc:`ReplyLost`, :exc:`ReplyLate` and
-        :exc:`ReplyDifferent` say what became of a reply; the next message gets a new connection then.
+        Args:
+            message: One line. A newline at its end is optional: if there is none, it is added for sending and
+                removed from the reply.
+
+        Returns:
+            The reply, verified byte by byte, in the type of ``message``.
+
+        Raises:
+            MessageError: The message has a newline before its end, or is not valid Unicode. Nothing was sent.
+            ReplyLost, ReplyLate, ReplyDifferent: The reply was not received completely, not within ``timeout``
+                seconds, or does not match the message.
+            ConnectError: The connection had been lost, and a new one failed.
+            EchoError: The client is closed.
         """
         data = encode(message)
-        if self.pipelines:
-            assert self._connection is not None
-            await self._connection.echo(data)
+        connection = self._session.pipeline()
+        if connection is not None:
+            await connection.echo(data)
         else:
-            await self.exchange(data)
-        return message  # every byte of the reply was compared with it
+            await self._session.exchange(data)
+        return message  # equal to the reply: every byte was compared
 
-    def stream(self, messages: Iterable[M] | AsyncIterable[M], *, window: int = WINDOW) -> AsyncGenerator[M, None]:
-        """Send ``messages`` and yield the replies, in order: ``async for reply in client.stream(messages)``.
+    def stream(
+        self, messages: Iterable[M] | AsyncIterable[M], *, window: int = WINDOW_MESSAGES
+    ) -> AsyncGenerator[M, None]:
+        """Send many messages and yield their replies in order.
 
-        At most ``window`` messages are on their way at a time (and 256 KiB, unless one message is
-        larger): a slow server, and a slow reader of the replies, hold up the taking of more messages,
-        and nothing piles up. With a server that closes after each reply, one is on its way at a time.
+        Messages are pipelined if the server keeps connections open, and sent one at a time otherwise. Both a slow
+        server and a slow consumer of the replies delay taking more messages. To stop early, close the generator
+        (:func:`contextlib.aclosing`).
 
-        The first reply that is lost, late or different raises its error, after the replies before it;
-        so does an error of ``messages`` itself. To leave early, ``aclose()`` the generator
-        (``contextlib.aclosing`` does): nothing is left running.
+        Args:
+            messages: An iterable or asynchronous iterable of messages, each as for :meth:`echo`.
+            window: Maximum number of messages in flight, 1 or more. At most 256 KiB are in flight as well; only the
+                last message can exceed that.
+
+        Returns:
+            An asynchronous generator of the replies, each in the type of its message.
+
+        Raises:
+            ConfigError: ``window`` is less than 1.
+            MessageError, ReplyLost, ReplyLate, ReplyDifferent, ConnectError, EchoError: As for :meth:`echo`; raised
+                by the generator after the replies before the failed one. So is an exception of ``messages``.
         """
-        if isinstance(messages, str | bytes):
-            raise TypeError("stream takes an iterable of messages, not one message; echo sends one")
-        if window < 1:
-            raise ConfigError(f"window {window} makes no sense: give messages, 1 or more")
-        return stream(self, messages, window)
+        check_stream(messages, window)
+        return stream(self._session, messages, window)
 
     async def ping(self) -> float:
-        """Send a small message; return the seconds until it is back, without those for connecting."""
-        return await self.exchange(b"ping\n")
+        """Send a message of 5 bytes and measure its round trip.
+
+        Returns:
+            The round-trip time in seconds, without the time for connecting.
+
+        Raises:
+            ReplyLost, ReplyLate, ReplyDifferent, ConnectError, EchoError: As for :meth:`echo`.
+        """
+        return await self._session.exchange(b"ping\n")
 
     def close(self) -> None:
-        """Close the connection; messages on their way are lost. To call it twice does no harm."""
-        self._closed = True
-        for connection in self._connections:
-            connection.close()
+        """Close the connection. Replies in flight raise :exc:`ReplyLost`. Closing twice is harmless."""
+        self._session.close()
 
     async def wait_closed(self) -> None:
-        """Wait until every connection of this client has let go of its socket."""
-        if self._connections:
-            await asyncio.wait([connection.closed for connection in self._connections])
-
-    @property
-    def keeps_open(self) -> bool:
-        """Whether the server is known to answer message after message on one connection."""
-        return self._server is ServerBehavior.KEEPS_OPEN
-
-    @property
-    def pipelines(self) -> bool:
-        """Whether a message can be sent now, without connecting and without waiting for the replies before it."""
-        connection = self._connection
-        return self._server is ServerBehavior.KEEPS_OPEN and connection is not None and connection.open
-
-    async def exchange(self, data: bytes) -> float:
-        """Send one message, as ``encode`` makes it; return the seconds until it is back."""
-        async with self._one_by_one:
-            connection = await self._connected()
-            if self._server is not ServerBehavior.KEEPS_OPEN:
-                return await self._exchange_alone(connection, data)
-        return await _timed(connection, data)
-
-    async def ready(self) -> Connection:
-        """The connection to pipeline on, made anew if need be."""
-        async with self._one_by_one:
-            return await self._connected()
-
-    async def _exchange_alone(self, connection: Connection, data: bytes) -> float:
-        """One message with no other on the way, and what its end tells of the server."""
-        try:
-            seconds = await _timed(connection, data)
-        except ReplyLost:
-            if connection.replies != 1 or connection.partial or self._closed:
-                raise
-            self._server = ServerBehavior.CLOSES_AFTER_REPLY
-            connection = await self._connected()
-            seconds = await _timed(connection, data)
-        if self._server is ServerBehavior.CLOSES_AFTER_REPLY:
-            connection.close()
-        elif connection.replies > 1:
-            self._server = ServerBehavior.KEEPS_OPEN
-        return seconds
-
-    async def _connected(self) -> Connection:
-        connection = self._connection
-        if connection is not None and connection.unexpected is not None:
-            error, connection.unexpected = connection.unexpected, None
-            raise error
-        if connection is None or not connection.open:
-            connection = self._connection = await self._connect()
-        return connection
-
-    async def _connect(self) -> Connection:
-        if not self._closed:
-            connection = await self._target.open(lambda: Connection(self.name, self._timeout))
-            self._connections.add(connection)
-            connection.closed.add_done_callback(lambda _: self._connections.discard(connection))
-        if self._closed:  # perhaps while connecting
-            self.close()
-            raise EchoError(f"this client of {self.name} is closed; connect again")
-        return connection
-
-
-async def _timed(connection: Connection, data: bytes) -> float:
-    started = perf_counter()
-    await connection.echo(data)
-    return perf_counter() - started
+        """Wait until every socket of this client is closed."""
+        await self._session.wait_closed()
 
 
 def connect(
-    host: str = HOST,
-    port: int = PORT,
-    *,
-    uds: str | os.PathLike[str] | None = None,
-    timeout: float = REPLY_TIMEOUT,
-    connect_timeout: float = CONNECT_TIMEOUT,
-    retry: float = 0.0,
-    ssl: SSLContext | bool | None = None,
-    server_hostname: str | None = None,
+    host: str = HOST, port: int = PORT, **options: Unpack[ClientOptions]
 ) -> AwaitableContextManager[EchoClient]:
-    """Connect to an echo server: ``async with connect(...) as client``, or ``client = await connect(...)``.
+    """Connect to an echo server: ``async with connect() as client``, or ``client = await connect()``.
 
-    ``uds`` is the path of a Unix socket, instead of ``host`` and ``port``. ``timeout`` is for each
-    reply, ``connect_timeout`` for each connection, all in seconds; ``retry`` keeps trying to connect
-    that long, for a server that is still starting. ``ssl`` is True, for TLS with the certificates that
-    the system trusts, or a context. :exc:`ConnectError` if there is no connection in the end.
+    Args:
+        host: Host name or address of the server.
+        port: TCP port of the server, 1 to 65535.
+        uds: Path of a Unix socket, instead of ``host`` and ``port``.
+        timeout: Seconds for each reply, greater than 0 (default 10).
+        connect_timeout: Seconds for each connection including TLS, greater than 0 (default 10).
+        retry: Seconds during which a failed connection is tried again, 0 or more (default 0).
+        ssl: A context, or True for TLS with the certificate authorities of the system.
+        server_hostname: Name in the certificate of the server, if it is not ``host``. Requires ``ssl``.
+
+    Returns:
+        An object that connects when it is awaited or entered, and gives an :class:`EchoClient`.
+
+    Raises:
+        ConfigError: An argument is invalid.
+        ConnectError: The connection failed. Raised by ``await`` and ``async with``.
+        ConnectTimeout: The connection was not established in time. Raised likewise.
     """
+    endpoint = Endpoint(host, port, **options)
 
     async def open() -> EchoClient:
-        client = EchoClient(target, timeout)
-        await client._connected()
-        return client
+        return EchoClient(await Session.open(endpoint))
 
-    check_seconds("timeout", timeout)
-    target = Connector(
-        host,
-        port,
-        uds=uds,
-        connect_timeout=connect_timeout,
-        retry=retry,
-        ssl=ssl,
-        server_hostname=server_hostname,
-    )
     return AwaitableContextManager(open)
 
 
 async def echo(message: M, host: str = HOST, port: int = PORT, **options: Unpack[ClientOptions]) -> M:
-    """One connection, one message: send it, return the reply. ``options`` are those of :func:`connect`."""
+    """Send one message on a connection of its own and return its reply.
+
+    Args:
+        message: As for :meth:`EchoClient.echo`.
+        host, port, options: As for :func:`connect`.
+
+    Returns:
+        The reply, in the type of ``message``.
+
+    Raises:
+        ConfigError, ConnectError, ConnectTimeout: As for :func:`connect`.
+        MessageError, ReplyLost, ReplyLate, ReplyDifferent: As for :meth:`EchoClient.echo`.
+    """
     async with connect(host, port, **options) as client:
         return await client.echo(message)

@@ -1,7 +1,4 @@
-"""One connection: the bytes that were sent must come back, in order, and no others.
-
-How they are compared is in ``comparing``; here they are carried by an asyncio transport, and timed.
-"""
+"""One connection on an asyncio transport, with a timeout for each reply."""
 
 from __future__ import annotations
 
@@ -12,122 +9,116 @@ import os
 from time import monotonic
 from typing import cast
 
+from ..endpoint import Endpoint, log
 from ..errors import describe_error
 from ..verifier import Exchange, ReplyVerifier
 
-__all__ = ["Connection"]
-
-log = logging.getLogger("echo_async.client")
-
-READ_SIZE = 65_536  # bytes of one read after a connection broke
-STALL_THRESHOLD = 0.1  # seconds: a timer that is later than this tells that the loop stood still, not the server
+READ_SIZE = 65_536  # bytes of one read after the connection was lost
+STALL_THRESHOLD = 0.1  # seconds; a timer later than this shows that the event loop was blocked
 
 
 class _Echo(Exchange):
-    """One message, and the caller who waits for it."""
+    """One message, and the future of its reply."""
 
     __slots__ = ("future",)
 
     def __init__(self, data: bytes, future: asyncio.Future[None]) -> None:
         self.data = data
-        self.returned = 0
+        self.received = 0
         self.error = None
         self.future = future
 
-    def progress(self) -> None:
+    def on_progress(self) -> None:
         future = self.future
-        if future.done():  # cancelled: the reply still had to come, for those after it
+        if future.done():  # canceled: its reply is received all the same
             return
         if self.error is not None:
             future.set_exception(self.error)
-        elif self.returned == len(self.data):
+        elif self.received == len(self.data):
             future.set_result(None)
 
 
 class Connection(ReplyVerifier, asyncio.Protocol):
-    """Sends, and compares what comes back. ``closed`` is done once the socket was let go."""
+    """Send messages and verify their replies. ``closed`` is done when the socket is closed."""
 
     _transport: asyncio.Transport
     _is_tls: bool
 
-    def __init__(self, name: str, timeout: float) -> None:
-        super().__init__(name)
+    def __init__(self, endpoint: Endpoint) -> None:
+        super().__init__(endpoint.name)
         self._loop = asyncio.get_running_loop()
-        self._timeout = timeout
+        self._timeout = endpoint.timeout
         self._timer: asyncio.TimerHandle | None = None
-        self._overdue = False
-        self._logs = log.isEnabledFor(logging.DEBUG)
+        self._is_overdue = False
+        self._is_logging = log.isEnabledFor(logging.DEBUG)
         self.closed: asyncio.Future[None] = self._loop.create_future()
 
     # Sending
 
     def echo(self, data: bytes) -> asyncio.Future[None]:
-        """Send one message; the future is done when it is back."""
+        """Send one message; the future is done when its reply was received."""
         future = self._loop.create_future()
         self.send(_Echo(data, future))
         return future
 
     def send(self, exchange: Exchange) -> None:
-        out = self._in_flight
-        if not out:
-            self._since = monotonic()
+        in_flight = self._in_flight
+        if not in_flight:
+            self._waiting_since = monotonic()
             if self._timer is None:
-                self._timer = self._loop.call_later(self._timeout, self._look_at_time)
-        out.append(exchange)
-        if self._logs:
+                self._timer = self._loop.call_later(self._timeout, self._check_timeout)
+        in_flight.append(exchange)
+        if self._is_logging:
             log.debug("sending %d bytes", len(exchange.data))
         try:
             self._transport.write(exchange.data)
         except RuntimeError as error:  # uvloop: "the handler is closed"
-            self._lose(f"the connection to {self._name} broke ({describe_error(error)})")
+            self._lose(describe_error(error))
 
     def close(self) -> None:
-        """Close; what is still out is lost. To call it twice does no harm."""
         if self._in_flight:
-            self._lose(f"the connection to {self._name} was closed by this client")
+            self._lose("closed by this client")
         else:
-            self.open = False
+            self.is_open = False
             self._transport.close()
 
     def _close_socket(self) -> None:
         self._transport.abort()
 
-    # asyncio calls these
+    # Callbacks of the transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's do not inherit from it
-        # Asked now: asyncio's TLS transport cannot be asked any more once it is closed.
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports are not subclasses
+        # A closed TLS transport of asyncio no longer has this information.
         self._is_tls = transport.get_extra_info("ssl_object") is not None
-        self.open = True
+        self.is_open = True
 
     def data_received(self, data: bytes) -> None:
-        out = self._in_flight
-        if out and not (exchange := out[0]).returned and data == exchange.data:  # the common case
-            out.popleft()
-            exchange.returned = len(data)
+        in_flight = self._in_flight
+        if in_flight and not (exchange := in_flight[0]).received and data == exchange.data:  # the common case
+            in_flight.popleft()
+            exchange.received = len(data)
             self.replies += 1
-            if out:
-                self._since = monotonic()
-            exchange.progress()
-        elif self.open:
-            self._compare(data)
+            if in_flight:
+                self._waiting_since = monotonic()
+            exchange.on_progress()
+        elif self.is_open:
+            self._verify(data)
 
     def eof_received(self) -> None:
-        self._lose(f"{self._name} closed the connection")
+        self._lose("closed by the server")
 
     def connection_lost(self, error: Exception | None) -> None:
-        if error is None:
-            self._lose(f"{self._name} closed the connection")
-        else:
-            self._read_what_came_before()
-            self._lose(f"the connection to {self._name} broke ({describe_error(error)})")
+        if error is not None:
+            self._read_remaining()
+        self._lose("closed by the server" if error is None else describe_error(error))
         if self._timer is not None:
             self._timer.cancel()
         if not self.closed.done():
             self.closed.set_result(None)
 
-    def _read_what_came_before(self) -> None:
-        """A write that fails ends a transport at once, with replies unread that had come before."""
+    def _read_remaining(self) -> None:
+        """Read replies that the kernel received before a write failed: the transport does not."""
         if self._is_tls:
             return
         with contextlib.suppress(OSError):
@@ -135,26 +126,23 @@ class Connection(ReplyVerifier, asyncio.Protocol):
             while self._in_flight and (data := os.read(descriptor, READ_SIZE)):
                 self.data_received(data)
 
-    # Time
+    # Timeout
 
-    def _look_at_time(self) -> None:
-        """The one timer of a connection, set for the reply that has to come next."""
+    def _check_timeout(self) -> None:
+        """The only timer of a connection, set for the first reply in flight."""
         self._timer = None
         if not self._in_flight:
-            self._overdue = False
+            self._is_overdue = False
             return
         now = monotonic()
-        left = self._since + self._timeout - now
-        if (
-            left < -STALL_THRESHOLD
-        ):  # the loop stood still: nobody looked at the socket, so the reply gets its time anew
-            self._since, left = now, self._timeout
+        left = self._waiting_since + self._timeout - now
+        if left < -STALL_THRESHOLD:  # the loop was blocked and read nothing: restart the timeout
+            self._waiting_since, left = now, self._timeout
         if left > 0:
-            self._overdue = False
-            self._timer = self._loop.call_later(left, self._look_at_time)
-        elif not self._overdue:  # uvloop looks at timers before sockets: one more round before we blame the server
-            self._overdue = True
-            self._timer = self._loop.call_later(0, self._look_at_time)
+            self._is_overdue = False
+            self._timer = self._loop.call_later(left, self._check_timeout)
+        elif not self._is_overdue:  # uvloop runs timers before it reads sockets: wait one more iteration
+            self._is_overdue = True
+            self._timer = self._loop.call_later(0, self._check_timeout)
         else:
-            self._in_flight[0].error = self._late(self._timeout)
-            self._drop("a reply before it was late")
+            self._fail_timeout(self._timeout)

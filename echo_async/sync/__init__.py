@@ -1,4 +1,4 @@
-"""The blocking twins, for programs without an event loop: ``serve`` on threads, ``connect`` and ``echo``."""
+"""The blocking API, for programs without an event loop: ``serve`` on threads, ``connect`` and ``echo``."""
 
 from .client import EchoClient, connect, echo
 from .server import EchoServer, serve

@@ -16,8 +16,8 @@ from scripted import Peer, Serve, Start, answer_all, keep_silent
 from support import TIMEOUT, run
 
 import echo_async
+from echo_async.batching import WINDOW_BYTES
 from echo_async.client import EchoClient, connect
-from echo_async.client.stream import WINDOW_BYTES
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -340,9 +340,9 @@ def test_one_message_is_no_stream_of_messages(on_loop: OnLoop, scripted_server: 
 
     async def main() -> None:
         async with connect(*server.address) as client:
-            with pytest.raises(TypeError, match="not one message"):
+            with pytest.raises(TypeError, match="not str; use echo"):
                 client.stream("Hola")
-            with pytest.raises(echo_async.ConfigError, match="window 0 makes no sense"):
+            with pytest.raises(echo_async.ConfigError, match="invalid window: 0 "):
                 client.stream(["Hola"], window=0)
 
     on_loop(main)
@@ -436,8 +436,8 @@ def test_a_connection_that_ends_between_messages_is_made_anew(on_loop: OnLoop, s
         async with connect(*server.address) as client, aclosing(client.stream(messages())) as replies:
             for number in range(6):
                 if number and number % 2 == 0:
-                    assert client._connection is not None
-                    await client._connection.closed
+                    assert client._session.connection is not None
+                    await client._session.connection.closed
                 queue.put_nowait(str(number))
                 assert await anext(replies) == str(number)
 
@@ -468,10 +468,10 @@ def test_bytes_that_nobody_asked_for_spoil_the_next_reply(on_loop: OnLoop, scrip
                 queue.put_nowait(message)
                 assert await anext(replies) == message
             go_on.set()
-            assert client._connection is not None
-            await client._connection.closed
+            assert client._session.connection is not None
+            await client._session.connection.closed
             queue.put_nowait("2")
-            with pytest.raises(echo_async.ReplyDifferent, match='5 bytes more than it was sent: "stray"'):
+            with pytest.raises(echo_async.ReplyDifferent, match='received 5 unexpected bytes "stray"'):
                 await anext(replies)
 
     on_loop(main)

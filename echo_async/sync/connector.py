@@ -1,0 +1,144 @@
+"""Open a connection: resolve the name, race the addresses, perform the TLS handshake, retry.
+
+Every wait has a deadline, except that of the resolver, which has its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from contextlib import ExitStack
+from ssl import SSLContext, SSLSocket, SSLWantReadError, SSLWantWriteError
+from time import monotonic, perf_counter, sleep
+
+from ..endpoint import CONNECTION_ATTEMPT_DELAY, UNIX_RETRY_DELAY, Endpoint, RetrySchedule, log, log_tls, new_socket
+from ..errors import ConnectError
+from ..net import AddressInfo
+
+MAX_WAIT = 3600.0  # seconds; poll takes milliseconds as a 32-bit integer
+
+
+class Connector:
+    """Open nonblocking sockets that are connected to an endpoint."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    def open(self) -> socket.socket:
+        """Connect, with retries."""
+        schedule = RetrySchedule(self._endpoint)
+        while True:
+            try:
+                return self._attempt(schedule.timeout)
+            except ConnectError as error:
+                delay = schedule.next_delay(error)
+                if delay is None:
+                    raise
+            sleep(delay)
+
+    def _attempt(self, seconds: float) -> socket.socket:
+        endpoint, started, deadline = self._endpoint, perf_counter(), monotonic() + seconds
+        log.debug("connecting to %s", endpoint.name)
+        try:
+            connected = self._connect(deadline)
+            log.debug("connected to %s in %.3f ms", endpoint.name, 1e3 * (perf_counter() - started))
+            if endpoint.ssl is None:
+                return connected
+            return _start_tls(connected, endpoint.ssl, endpoint.server_hostname, deadline)
+        except (OSError, UnicodeError) as error:
+            raise endpoint.connect_error(error, seconds) from error
+
+    def _connect(self, deadline: float) -> socket.socket:
+        endpoint = self._endpoint
+        if endpoint.uds is not None:
+            return _connect_unix(endpoint.uds, deadline)
+        return _race(list(endpoint.numeric or endpoint.resolve()), deadline)
+
+
+def _connect_unix(path: str, deadline: float) -> socket.socket:
+    with ExitStack() as on_error:
+        connecting = on_error.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        connecting.setblocking(False)
+        while (code := connecting.connect_ex(path)) == errno.EAGAIN:  # the backlog is full
+            if monotonic() >= deadline:
+                raise TimeoutError
+            sleep(UNIX_RETRY_DELAY)
+        if code:
+            raise OSError(code, os.strerror(code))
+        on_error.pop_all()
+        return connecting
+
+
+def _race(waiting: list[AddressInfo], deadline: float) -> socket.socket:
+    """Connect to the first address that accepts; the next is tried after a delay, or after a failure (RFC 8305)."""
+    failure: OSError | None = None
+    running: dict[int, socket.socket] = {}
+    poll = select.poll()
+    try:
+        while running or waiting:
+            if waiting:
+                try:
+                    connecting = _start_connecting(waiting.pop(0))
+                except OSError as error:
+                    failure = failure or error
+                    continue
+                running[connecting.fileno()] = connecting
+                poll.register(connecting, select.POLLOUT)
+            for descriptor in _wait(poll, deadline, CONNECTION_ATTEMPT_DELAY if waiting else MAX_WAIT):
+                poll.unregister(descriptor)
+                connecting = running.pop(descriptor)
+                code = connecting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not code:
+                    return connecting
+                connecting.close()
+                failure = failure or OSError(code, os.strerror(code))
+    finally:
+        for connecting in running.values():
+            connecting.close()
+    assert failure is not None
+    raise failure
+
+
+def _start_connecting(info: AddressInfo) -> socket.socket:
+    with ExitStack() as on_error:
+        connecting = on_error.enter_context(new_socket(info))
+        code = connecting.connect_ex(info[4])
+        if code not in (0, errno.EINPROGRESS):
+            raise OSError(code, os.strerror(code))
+        on_error.pop_all()
+        return connecting
+
+
+def _start_tls(connected: socket.socket, context: SSLContext, server_hostname: str, deadline: float) -> SSLSocket:
+    started, poll = perf_counter(), select.poll()
+    with ExitStack() as on_error:
+        on_error.enter_context(connected)
+        secured = context.wrap_socket(connected, server_hostname=server_hostname, do_handshake_on_connect=False)
+        on_error.enter_context(secured)
+        while (event := _continue_handshake(secured)) is not None:
+            poll.register(secured, event)
+            _wait(poll, deadline, MAX_WAIT)
+        on_error.pop_all()
+    log_tls(secured, started)
+    return secured
+
+
+def _continue_handshake(secured: SSLSocket) -> int | None:
+    """Return the poll event that the handshake waits for; None if it is complete."""
+    try:
+        secured.do_handshake()
+    except SSLWantReadError:
+        return select.POLLIN
+    except SSLWantWriteError:
+        return select.POLLOUT
+    return None
+
+
+def _wait(poll: select.poll, deadline: float, seconds: float) -> list[int]:
+    """Return the descriptors that are ready, waiting at most ``seconds``; raise TimeoutError at the deadline."""
+    left = deadline - monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return [descriptor for descriptor, _ in poll.poll(1e3 * min(left, seconds))]
