@@ -23,7 +23,7 @@ MESSAGES = ["", "a", "Hola Server!", "ñandú 🎉", "\x00\x1b[2J\r", "x" * 19, 
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
-def test_every_message_comes_back(on_loop: OnLoop, mode: Any) -> None:
+def test_echo_returns_every_message(on_loop: OnLoop, mode: Any) -> None:
     async def main() -> None:
         async with echo_async.serve(port=0, mode=mode) as server, connect(*server.address) as client:
             for message in MESSAGES:
@@ -34,7 +34,7 @@ def test_every_message_comes_back(on_loop: OnLoop, mode: Any) -> None:
 
 
 @pytest.mark.parametrize("message", ["Hola\n", b"Hola\n", "Hola", b"Hola", b"\xff\x00", "", b"\n"])
-def test_a_reply_is_of_the_type_and_shape_of_the_message(
+def test_echo_reply_has_type_and_newline_of_message(
     on_loop: OnLoop, scripted_server: Start, message: str | bytes
 ) -> None:
     server = scripted_server(answer_all)
@@ -49,7 +49,7 @@ def test_a_reply_is_of_the_type_and_shape_of_the_message(
     assert server.received == [[sent if sent.endswith(b"\n") else sent + b"\n"]]
 
 
-def test_a_newline_inside_a_message_is_refused_and_nothing_is_sent(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_echo_newline_inside_message_sends_nothing(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_all)
 
     async def main() -> None:
@@ -62,7 +62,7 @@ def test_a_newline_inside_a_message_is_refused_and_nothing_is_sent(on_loop: OnLo
     assert server.received == [[b"after\n"]]
 
 
-def test_what_is_no_text_is_refused(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_echo_invalid_message_raises(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_all)
 
     async def main() -> None:
@@ -76,9 +76,7 @@ def test_what_is_no_text_is_refused(on_loop: OnLoop, scripted_server: Start) -> 
 
 
 @pytest.mark.parametrize("serve", [answer_all, answer_byte_by_byte])
-def test_a_server_that_never_closes_gets_all_messages_on_one_connection(
-    on_loop: OnLoop, scripted_server: Start, serve: Serve
-) -> None:
+def test_client_reuses_connection_that_stays_open(on_loop: OnLoop, scripted_server: Start, serve: Serve) -> None:
     server = scripted_server(serve)
 
     async def main() -> None:
@@ -89,9 +87,7 @@ def test_a_server_that_never_closes_gets_all_messages_on_one_connection(
     assert server.received == [[b"one\n", b"two\n", b"three\n"]]
 
 
-def test_a_server_that_closes_after_a_reply_gets_a_connection_for_each_message(
-    on_loop: OnLoop, scripted_server: Start
-) -> None:
+def test_client_reconnects_for_every_message(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_one)
 
     async def main() -> None:
@@ -102,7 +98,7 @@ def test_a_server_that_closes_after_a_reply_gets_a_connection_for_each_message(
     assert [messages for messages in server.received if messages] == [[b"%d\n" % number] for number in range(20)]
 
 
-def test_a_server_that_resets_after_a_reply_is_one_that_closes(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_client_treats_reset_after_reply_as_close(on_loop: OnLoop, scripted_server: Start) -> None:
     def answer_and_reset(peer: Peer) -> None:
         peer.send(peer.message())
         peer.message()  # so the reset comes with the second message on its way
@@ -118,7 +114,7 @@ def test_a_server_that_resets_after_a_reply_is_one_that_closes(on_loop: OnLoop, 
     assert server.received == [[b"one\n", b"two\n"], [b"two\n"], [b"three\n"]]
 
 
-def test_a_server_that_closes_between_messages_is_connected_to_again(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_client_reconnects_after_close_between_messages(on_loop: OnLoop, scripted_server: Start) -> None:
     def answer_two(peer: Peer) -> None:
         peer.send(peer.message())
         peer.send(peer.message())
@@ -138,7 +134,7 @@ def test_a_server_that_closes_between_messages_is_connected_to_again(on_loop: On
 
 
 @pytest.mark.parametrize(("mode", "number"), [("message", 20), ("stream", 200)])
-def test_many_messages_at_once_on_one_client(on_loop: OnLoop, mode: Any, number: int) -> None:
+def test_echo_concurrent_on_one_client(on_loop: OnLoop, mode: Any, number: int) -> None:
     async def main() -> None:
         async with echo_async.serve(port=0, mode=mode) as server, connect(*server.address) as client:
             messages = list(map(str, range(number)))
@@ -147,7 +143,7 @@ def test_many_messages_at_once_on_one_client(on_loop: OnLoop, mode: Any, number:
     on_loop(main)
 
 
-def test_many_clients_at_once(on_loop: OnLoop) -> None:
+def test_echo_concurrent_clients(on_loop: OnLoop) -> None:
     async def main() -> None:
         async with echo_async.serve(port=0) as server:
             messages = [str(number) for number in range(50)]
@@ -156,7 +152,7 @@ def test_many_clients_at_once(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_ten_mebibytes_each_way(on_loop: OnLoop) -> None:
+def test_echo_returns_ten_mebibytes(on_loop: OnLoop) -> None:
     async def main() -> None:
         options: Any = {"mode": "stream", "engine": "protocol", "limit_message_size": 2**30}
         async with echo_async.serve(port=0, **options) as server, connect(*server.address) as client:
@@ -167,7 +163,7 @@ def test_ten_mebibytes_each_way(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_a_message_whose_sender_gave_up_is_no_harm_to_the_others(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_echo_canceled_does_not_affect_others(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_all)
 
     async def main() -> None:
@@ -183,7 +179,7 @@ def test_a_message_whose_sender_gave_up_is_no_harm_to_the_others(on_loop: OnLoop
     on_loop(main)
 
 
-def test_ping_tells_the_time_of_a_round_trip(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_ping_returns_round_trip_time(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_all)
 
     async def main() -> None:
@@ -194,7 +190,7 @@ def test_ping_tells_the_time_of_a_round_trip(on_loop: OnLoop, scripted_server: S
     assert server.received == [[b"ping\n"]]
 
 
-def test_closing_twice_and_sending_afterwards(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_echo_after_close_raises(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_all)
 
     async def main() -> None:
@@ -210,7 +206,7 @@ def test_closing_twice_and_sending_afterwards(on_loop: OnLoop, scripted_server: 
     on_loop(main)
 
 
-def test_closing_with_a_message_on_its_way(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_close_with_message_in_flight_raises_reply_lost(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(keep_silent)
 
     async def main() -> None:
@@ -225,7 +221,7 @@ def test_closing_with_a_message_on_its_way(on_loop: OnLoop, scripted_server: Sta
     on_loop(main)
 
 
-def test_closing_while_connecting_again(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_close_while_reconnecting_raises(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_one)
 
     async def main() -> None:
@@ -242,7 +238,7 @@ def test_closing_while_connecting_again(on_loop: OnLoop, scripted_server: Start)
     on_loop(main)
 
 
-def test_a_unix_socket(on_loop: OnLoop, tmp_path: Path) -> None:
+def test_connect_unix_socket(on_loop: OnLoop, tmp_path: Path) -> None:
     path = tmp_path / "socket"
 
     async def main() -> None:
@@ -252,7 +248,7 @@ def test_a_unix_socket(on_loop: OnLoop, tmp_path: Path) -> None:
     on_loop(main)
 
 
-def test_a_unix_socket_with_a_full_queue_is_waited_for(on_loop: OnLoop, tmp_path: Path) -> None:
+def test_connect_unix_socket_waits_for_full_backlog(on_loop: OnLoop, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
 
     async def main() -> None:
@@ -269,7 +265,7 @@ def test_a_unix_socket_with_a_full_queue_is_waited_for(on_loop: OnLoop, tmp_path
     on_loop(main)
 
 
-def test_the_client_is_told_apart_by_its_name(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_client_name_is_server_address(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_all)
 
     async def main() -> None:

@@ -27,7 +27,7 @@ OnLoop = Callable[[Callable[[], Any]], Any]
 # Connecting
 
 
-def test_nobody_there(on_loop: OnLoop, closed_port: int) -> None:
+def test_connect_refused_raises(on_loop: OnLoop, closed_port: int) -> None:
     async def main() -> None:
         started = time.monotonic()
         with pytest.raises(echo_async.ConnectError) as caught:
@@ -40,7 +40,7 @@ def test_nobody_there(on_loop: OnLoop, closed_port: int) -> None:
     on_loop(main)
 
 
-def test_no_such_unix_socket(on_loop: OnLoop, tmp_path: Path) -> None:
+def test_connect_missing_unix_socket_raises(on_loop: OnLoop, tmp_path: Path) -> None:
     async def main() -> None:
         with pytest.raises(echo_async.ConnectError, match="no such file or directory; is the server running"):
             await connect(uds=tmp_path / "nobody")
@@ -51,7 +51,7 @@ def test_no_such_unix_socket(on_loop: OnLoop, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["does-not-exist.invalid", "a..b", "x" * 300])
-def test_no_such_host(on_loop: OnLoop, host: str) -> None:
+def test_connect_unknown_host_raises(on_loop: OnLoop, host: str) -> None:
     async def main() -> None:
         with pytest.raises(echo_async.ConnectError, match="check the host name"):
             await connect(host)
@@ -59,7 +59,7 @@ def test_no_such_host(on_loop: OnLoop, host: str) -> None:
     on_loop(main)
 
 
-def test_a_resolver_that_does_not_answer(on_loop: OnLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect_resolver_blocked_times_out(on_loop: OnLoop, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, resolve = threading.Event(), socket.getaddrinfo
 
     def never_answer(*args: Any, **options: Any) -> Any:
@@ -80,7 +80,7 @@ def test_a_resolver_that_does_not_answer(on_loop: OnLoop, monkeypatch: pytest.Mo
     go_on.set()
 
 
-def test_a_black_hole(on_loop: OnLoop, black_hole: tuple[str, int]) -> None:
+def test_connect_unreachable_address_times_out(on_loop: OnLoop, black_hole: tuple[str, int]) -> None:
     async def main() -> None:
         with pytest.raises(
             echo_async.ConnectTimeout, match=r"cannot connect to .*: timed out after 0\.1 s; check the address"
@@ -90,7 +90,7 @@ def test_a_black_hole(on_loop: OnLoop, black_hole: tuple[str, int]) -> None:
     on_loop(main)
 
 
-def test_a_unix_socket_whose_queue_stays_full(on_loop: OnLoop, tmp_path: Path) -> None:
+def test_connect_unix_socket_full_backlog_times_out(on_loop: OnLoop, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
 
     async def main() -> None:
@@ -104,7 +104,7 @@ def test_a_unix_socket_whose_queue_stays_full(on_loop: OnLoop, tmp_path: Path) -
     on_loop(main)
 
 
-def test_connecting_can_be_cancelled(on_loop: OnLoop, black_hole: tuple[str, int]) -> None:
+def test_connect_can_be_canceled(on_loop: OnLoop, black_hole: tuple[str, int]) -> None:
     async def main() -> None:
         with pytest.raises(TimeoutError) as caught:
             async with asyncio.timeout(0.05):
@@ -114,7 +114,7 @@ def test_connecting_can_be_cancelled(on_loop: OnLoop, black_hole: tuple[str, int
     on_loop(main)
 
 
-def test_a_name_with_a_dead_and_a_living_address(
+def test_connect_tries_every_address(
     on_loop: OnLoop,
     scripted_server: Start,
     monkeypatch: pytest.MonkeyPatch,
@@ -130,7 +130,9 @@ def test_a_name_with_a_dead_and_a_living_address(
     on_loop(main)
 
 
-def test_a_name_with_dead_addresses_only(on_loop: OnLoop, monkeypatch: pytest.MonkeyPatch, closed_port: int) -> None:
+def test_connect_all_addresses_refused_raises(
+    on_loop: OnLoop, monkeypatch: pytest.MonkeyPatch, closed_port: int
+) -> None:
     resolve_to(monkeypatch, ("127.0.0.1", closed_port), ("127.0.0.2", closed_port))
 
     async def main() -> None:
@@ -140,7 +142,7 @@ def test_a_name_with_dead_addresses_only(on_loop: OnLoop, monkeypatch: pytest.Mo
     on_loop(main)
 
 
-def test_localhost_is_found(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_connect_resolves_localhost(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_all)
 
     async def main() -> None:
@@ -149,7 +151,7 @@ def test_localhost_is_found(on_loop: OnLoop, scripted_server: Start) -> None:
     on_loop(main)
 
 
-def test_retry_waits_for_a_server_that_is_still_starting(on_loop: OnLoop, bound_socket: socket.socket) -> None:
+def test_retry_waits_for_starting_server(on_loop: OnLoop, bound_socket: socket.socket) -> None:
     async def main() -> None:
         waiting = asyncio.create_task(echo("Hola", *bound_socket.getsockname(), retry=10))
         done, _ = await asyncio.wait([waiting], timeout=0.1)  # it is refused now
@@ -162,7 +164,7 @@ def test_retry_waits_for_a_server_that_is_still_starting(on_loop: OnLoop, bound_
     on_loop(main)
 
 
-def test_retry_ends(on_loop: OnLoop, closed_port: int, black_hole: tuple[str, int]) -> None:
+def test_retry_ends_after_its_time(on_loop: OnLoop, closed_port: int, black_hole: tuple[str, int]) -> None:
     async def main() -> None:
         started = time.monotonic()
         with pytest.raises(echo_async.ConnectError):
@@ -189,7 +191,7 @@ def test_retry_ends(on_loop: OnLoop, closed_port: int, black_hole: tuple[str, in
         ({"server_hostname": "x"}, "server_hostname requires ssl"),
     ],
 )
-def test_options_that_make_no_sense(options: dict[str, Any], text: str) -> None:
+def test_connect_invalid_option_raises(options: dict[str, Any], text: str) -> None:
     with pytest.raises(echo_async.ConfigError, match=text):
         connect(**options)
 
@@ -205,7 +207,9 @@ def test_options_that_make_no_sense(options: dict[str, Any], text: str) -> None:
         (b"Hola Server!", "lost after 12 of 13 bytes of the reply: closed by the server"),
     ],
 )
-def test_a_server_that_closes_too_early(on_loop: OnLoop, scripted_server: Start, reply: bytes, text: str) -> None:
+def test_connection_closed_before_reply_raises_reply_lost(
+    on_loop: OnLoop, scripted_server: Start, reply: bytes, text: str
+) -> None:
     server = scripted_server(answer_with(reply))
 
     async def main() -> None:
@@ -217,7 +221,7 @@ def test_a_server_that_closes_too_early(on_loop: OnLoop, scripted_server: Start,
     assert len(server.received) == 1  # on a fresh connection, it is not tried again
 
 
-def test_a_server_that_resets(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_connection_reset_raises_reply_lost(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_with(b"", reset=True))
 
     async def main() -> None:
@@ -227,7 +231,7 @@ def test_a_server_that_resets(on_loop: OnLoop, scripted_server: Start) -> None:
     on_loop(main)
 
 
-def test_a_message_that_the_server_finds_too_long(on_loop: OnLoop) -> None:
+def test_message_too_long_for_server_raises_reply_lost(on_loop: OnLoop) -> None:
     async def main() -> None:
         async with echo_async.serve(port=0, mode="stream") as server, connect(*server.address) as client:
             with pytest.raises(echo_async.ReplyLost, match="does the server accept messages of 3000001 bytes"):
@@ -237,7 +241,7 @@ def test_a_message_that_the_server_finds_too_long(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_a_second_reply_that_is_cut_is_lost_not_asked_for_again(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_incomplete_second_reply_is_not_resent(on_loop: OnLoop, scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.send(peer.message())
         peer.send(peer.message()[:2])
@@ -253,7 +257,7 @@ def test_a_second_reply_that_is_cut_is_lost_not_asked_for_again(on_loop: OnLoop,
     on_loop(main)
 
 
-def test_a_server_that_keeps_connections_open_hides_no_loss(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_lost_reply_on_reused_connection_raises(on_loop: OnLoop, scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for _ in range(3):
             peer.send(peer.message())
@@ -275,7 +279,7 @@ def test_a_server_that_keeps_connections_open_hides_no_loss(on_loop: OnLoop, scr
     on_loop(main)
 
 
-def test_replies_that_came_before_a_write_that_failed_count(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_replies_received_before_failed_write_are_kept(on_loop: OnLoop, scripted_server: Start) -> None:
     closed = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -304,7 +308,7 @@ def test_replies_that_came_before_a_write_that_failed_count(on_loop: OnLoop, scr
 # Replies that are late
 
 
-def test_a_server_that_never_answers(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_reply_timeout_raises_reply_late(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(lambda peer: keep_silent(peer) if peer.number == 0 else answer_all(peer))
 
     async def main() -> None:
@@ -319,7 +323,7 @@ def test_a_server_that_never_answers(on_loop: OnLoop, scripted_server: Start) ->
     assert server.received == [[b"Hola\n"], [b"again\n"]]
 
 
-def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_slow_reply_bytes_do_not_extend_timeout(on_loop: OnLoop, scripted_server: Start) -> None:
     go_on = threading.Event()
 
     def trickle(peer: Peer) -> None:
@@ -337,7 +341,7 @@ def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(on_loop: OnLoo
     go_on.set()
 
 
-def test_all_that_wait_behind_a_late_reply_are_told(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_replies_after_late_reply_are_lost(on_loop: OnLoop, scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for message in itertools.islice(peer.messages(), 2):
             peer.send(message)
@@ -357,7 +361,7 @@ def test_all_that_wait_behind_a_late_reply_are_told(on_loop: OnLoop, scripted_se
     on_loop(main)
 
 
-def test_a_loop_that_stands_still_is_not_the_fault_of_the_server(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_blocked_event_loop_does_not_cause_timeout(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_all)
 
     async def main() -> None:
@@ -370,7 +374,7 @@ def test_a_loop_that_stands_still_is_not_the_fault_of_the_server(on_loop: OnLoop
     on_loop(main)
 
 
-def test_a_timer_that_is_still_set_does_not_make_a_later_reply_late(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_timeout_restarts_for_every_reply(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_all)
 
     async def main() -> None:
@@ -397,7 +401,7 @@ def test_a_timer_that_is_still_set_does_not_make_a_later_reply_late(on_loop: OnL
         (b"Hola Server!\nmore", 13, 'reply mismatch at byte 13: received 4 unexpected bytes "more"'),
     ],
 )
-def test_a_server_that_answers_something_else(
+def test_reply_mismatch_raises_reply_different(
     on_loop: OnLoop, scripted_server: Start, reply: bytes, offset: int, text: str
 ) -> None:
     server = scripted_server(answer_with(reply))
@@ -411,7 +415,7 @@ def test_a_server_that_answers_something_else(
     on_loop(main)
 
 
-def test_only_a_few_bytes_of_a_long_reply_are_shown(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_reply_mismatch_error_quotes_few_bytes(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_with(b"x" * 50_000 + b"y" * 50_001))
 
     async def main() -> None:
@@ -424,7 +428,7 @@ def test_only_a_few_bytes_of_a_long_reply_are_shown(on_loop: OnLoop, scripted_se
     on_loop(main)
 
 
-def test_those_behind_a_different_reply_are_lost(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_replies_after_mismatch_are_lost(on_loop: OnLoop, scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for message in peer.messages():
             peer.send(message.replace(b"bad", b"BAD"))
@@ -443,7 +447,7 @@ def test_those_behind_a_different_reply_are_lost(on_loop: OnLoop, scripted_serve
     on_loop(main)
 
 
-def test_bytes_that_nobody_asked_for_spoil_the_next_reply(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_unexpected_bytes_fail_next_reply(on_loop: OnLoop, scripted_server: Start) -> None:
     sent = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -466,7 +470,7 @@ def test_bytes_that_nobody_asked_for_spoil_the_next_reply(on_loop: OnLoop, scrip
     on_loop(main)
 
 
-def test_an_endless_reply_takes_no_memory(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_endless_reply_uses_bounded_memory(on_loop: OnLoop, scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.message()
         while True:
@@ -483,7 +487,7 @@ def test_an_endless_reply_takes_no_memory(on_loop: OnLoop, scripted_server: Star
     on_loop(main)
 
 
-def test_code_that_catches_the_errors_of_the_standard_library_catches_ours() -> None:
+def test_errors_are_subclasses_of_standard_errors() -> None:
     assert issubclass(echo_async.ReplyLost, ConnectionError)
     assert issubclass(echo_async.ReplyLate, TimeoutError)
     assert issubclass(echo_async.ConnectError, OSError)

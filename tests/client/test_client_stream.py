@@ -45,7 +45,7 @@ async def collect_into(collected: list[str], replies: AsyncIterator[str]) -> Non
 @pytest.mark.parametrize("mode", ["message", "stream"])
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("window", [1, 1024])
-def test_replies_come_in_order(on_loop: OnLoop, mode: Any, asynchronous: bool, window: int) -> None:
+def test_stream_yields_replies_in_order(on_loop: OnLoop, mode: Any, asynchronous: bool, window: int) -> None:
     async def main() -> None:
         messages = [str(number) for number in range(10 if mode == "message" else 100)]
         async with echo_async.serve(port=0, mode=mode) as server, connect(*server.address) as client:
@@ -56,7 +56,7 @@ def test_replies_come_in_order(on_loop: OnLoop, mode: Any, asynchronous: bool, w
     on_loop(main)
 
 
-def test_messages_keep_their_shape(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_stream_replies_equal_messages(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_all)
 
     async def main() -> None:
@@ -75,7 +75,7 @@ def test_messages_keep_their_shape(on_loop: OnLoop, scripted_server: Start) -> N
     messages=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"))),
     window=st.integers(1, 9),
 )
-def test_any_messages_come_back_in_any_window(messages: list[str], window: int) -> None:
+def test_stream_returns_any_messages_in_any_window(messages: list[str], window: int) -> None:
     async def main() -> None:
         async with echo_async.serve(port=0, mode="stream") as server, connect(*server.address) as client:
             await collect(client.stream(["so that", "it pipelines"]))
@@ -84,7 +84,7 @@ def test_any_messages_come_back_in_any_window(messages: list[str], window: int) 
     run(main)
 
 
-def test_messages_are_pipelined_up_to_the_window(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_stream_pipelines_up_to_window(on_loop: OnLoop, scripted_server: Start) -> None:
     seen = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -117,7 +117,7 @@ def test_messages_are_pipelined_up_to_the_window(on_loop: OnLoop, scripted_serve
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_nothing_piles_up_while_the_server_is_slow(on_loop: OnLoop, scripted_server: Start, asynchronous: bool) -> None:
+def test_stream_is_bounded_while_server_is_slow(on_loop: OnLoop, scripted_server: Start, asynchronous: bool) -> None:
     held, go_on = threading.Event(), threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -154,7 +154,7 @@ def test_nothing_piles_up_while_the_server_is_slow(on_loop: OnLoop, scripted_ser
     on_loop(main)
 
 
-def test_nothing_piles_up_while_the_reader_is_slow(on_loop: OnLoop) -> None:
+def test_stream_is_bounded_while_consumer_is_slow(on_loop: OnLoop) -> None:
     taken = 0
 
     def messages() -> Iterator[str]:
@@ -177,7 +177,7 @@ def test_nothing_piles_up_while_the_reader_is_slow(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_replies_come_while_the_next_message_is_waited_for(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_stream_yields_replies_while_source_waits(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_all)
 
     async def main() -> None:
@@ -198,7 +198,7 @@ def test_replies_come_while_the_next_message_is_waited_for(on_loop: OnLoop, scri
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_leaving_early_leaves_nothing_behind(on_loop: OnLoop, scripted_server: Start, asynchronous: bool) -> None:
+def test_stream_closed_early_leaves_no_task(on_loop: OnLoop, scripted_server: Start, asynchronous: bool) -> None:
     server = scripted_server(answer_all)
 
     async def main() -> None:
@@ -213,7 +213,7 @@ def test_leaving_early_leaves_nothing_behind(on_loop: OnLoop, scripted_server: S
     on_loop(main)
 
 
-def test_leaving_early_ends_messages_that_swallow_a_cancellation(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_stream_closed_early_stops_source_that_ignores_cancel(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_all)
 
     async def main() -> None:
@@ -238,7 +238,7 @@ def test_leaving_early_ends_messages_that_swallow_a_cancellation(on_loop: OnLoop
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_cancelling_leaves_nothing_behind(on_loop: OnLoop, scripted_server: Start, asynchronous: bool) -> None:
+def test_stream_canceled_leaves_no_task(on_loop: OnLoop, scripted_server: Start, asynchronous: bool) -> None:
     reached = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -264,7 +264,7 @@ def test_cancelling_leaves_nothing_behind(on_loop: OnLoop, scripted_server: Star
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_an_error_of_the_messages_comes_after_the_replies_before_it(
+def test_stream_source_error_follows_earlier_replies(
     on_loop: OnLoop, scripted_server: Start, asynchronous: bool
 ) -> None:
     server = scripted_server(answer_all)
@@ -287,7 +287,7 @@ def test_an_error_of_the_messages_comes_after_the_replies_before_it(
     on_loop(main)
 
 
-def test_messages_that_are_cancelled_are_not_at_their_end(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_stream_canceled_source_raises_canceled_error(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_all)
 
     async def messages() -> AsyncIterator[str]:
@@ -313,7 +313,7 @@ def test_messages_that_are_cancelled_are_not_at_their_end(on_loop: OnLoop, scrip
         (b"x", None),
     ],
 )
-def test_a_message_that_cannot_be_sent(
+def test_stream_invalid_message_follows_earlier_replies(
     on_loop: OnLoop, scripted_server: Start, bad: Any, error: type[Exception] | None, asynchronous: bool
 ) -> None:
     server = scripted_server(answer_all)
@@ -335,7 +335,7 @@ def test_a_message_that_cannot_be_sent(
     on_loop(main)
 
 
-def test_one_message_is_no_stream_of_messages(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_stream_invalid_arguments_raise(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(answer_all)
 
     async def main() -> None:
@@ -375,7 +375,7 @@ def _keep_fifth(peer: Peer) -> None:
         (_keep_fifth, echo_async.ReplyLate),
     ],
 )
-def test_the_first_reply_that_fails_raises_after_those_before_it(
+def test_stream_failed_reply_follows_earlier_replies(
     on_loop: OnLoop, scripted_server: Start, serve: Serve, error: type[Exception]
 ) -> None:
     server = scripted_server(serve)
@@ -391,7 +391,7 @@ def test_the_first_reply_that_fails_raises_after_those_before_it(
     on_loop(main)
 
 
-def test_a_server_that_goes_away(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_client_server_stopped_raises_connect_error(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(_drop_fifth)
 
     async def main() -> None:
@@ -405,7 +405,7 @@ def test_a_server_that_goes_away(on_loop: OnLoop, scripted_server: Start) -> Non
     on_loop(main)
 
 
-def test_a_stream_and_echoes_at_once(on_loop: OnLoop) -> None:
+def test_stream_and_echo_concurrent(on_loop: OnLoop) -> None:
     async def main() -> None:
         async with echo_async.serve(port=0, mode="stream") as server, connect(*server.address) as client:
             messages = [str(number) for number in range(100)]
@@ -419,7 +419,7 @@ def test_a_stream_and_echoes_at_once(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_a_connection_that_ends_between_messages_is_made_anew(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_stream_reconnects_after_close_between_messages(on_loop: OnLoop, scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for _ in range(2):
             peer.send(peer.message())
@@ -445,7 +445,7 @@ def test_a_connection_that_ends_between_messages_is_made_anew(on_loop: OnLoop, s
     assert server.received == [[b"0\n", b"1\n"], [b"2\n", b"3\n"], [b"4\n", b"5\n"]]
 
 
-def test_bytes_that_nobody_asked_for_spoil_the_next_reply(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_unexpected_bytes_fail_next_reply(on_loop: OnLoop, scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for message in peer.messages():
             peer.send(message)

@@ -52,7 +52,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @pytest.mark.parametrize("serve", [answer_one, answer_all])
-def test_every_message_comes_back(on_loop: OnLoop, scripted_server: Start, files: Files, serve: Serve) -> None:
+def test_echo_returns_every_message(on_loop: OnLoop, scripted_server: Start, files: Files, serve: Serve) -> None:
     server = scripted_server(over_tls(files.server_context(), serve))
 
     async def main() -> None:
@@ -66,7 +66,7 @@ def test_every_message_comes_back(on_loop: OnLoop, scripted_server: Start, files
     on_loop(main)
 
 
-def test_a_server_that_resets_while_the_client_closes(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
+def test_close_during_reset_completes(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
     closed = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -88,7 +88,7 @@ def test_a_server_that_resets_while_the_client_closes(on_loop: OnLoop, scripted_
     on_loop(main)
 
 
-def test_a_mebibyte_comes_back(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
+def test_echo_returns_one_mebibyte(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
     server = scripted_server(over_tls(files.server_context()))
 
     async def main() -> None:
@@ -100,7 +100,7 @@ def test_a_mebibyte_comes_back(on_loop: OnLoop, scripted_server: Start, files: F
     on_loop(main)
 
 
-def test_a_certificate_that_nobody_vouches_for(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
+def test_connect_untrusted_certificate_raises(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
     server = scripted_server(over_tls(files.server_context()))
 
     async def main() -> None:
@@ -110,7 +110,7 @@ def test_a_certificate_that_nobody_vouches_for(on_loop: OnLoop, scripted_server:
     on_loop(main)
 
 
-def test_a_certificate_of_somebody_else(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
+def test_connect_certificate_for_other_host_raises(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
     server = scripted_server(over_tls(files.server_context()))
 
     async def main() -> None:
@@ -122,7 +122,9 @@ def test_a_certificate_of_somebody_else(on_loop: OnLoop, scripted_server: Start,
     on_loop(main)
 
 
-def test_no_check_if_it_is_given_up(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
+def test_connect_without_verification_accepts_any_certificate(
+    on_loop: OnLoop, scripted_server: Start, files: Files
+) -> None:
     server = scripted_server(over_tls(files.server_context()))
 
     async def main() -> None:
@@ -131,7 +133,7 @@ def test_no_check_if_it_is_given_up(on_loop: OnLoop, scripted_server: Start, fil
     on_loop(main)
 
 
-def test_a_client_certificate(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
+def test_connect_client_certificate_is_sent(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
     demanding = files.server_context()
     demanding.verify_mode = ssl.CERT_REQUIRED
     demanding.load_verify_locations(files.ca_certs)
@@ -147,7 +149,7 @@ def test_a_client_certificate(on_loop: OnLoop, scripted_server: Start, files: Fi
     on_loop(main)
 
 
-def test_a_server_that_does_not_speak_tls(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_connect_server_without_tls_raises(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(lambda peer: peer.send(b"Hola\n"))
 
     async def main() -> None:
@@ -157,7 +159,7 @@ def test_a_server_that_does_not_speak_tls(on_loop: OnLoop, scripted_server: Star
     on_loop(main)
 
 
-def test_a_server_that_never_shakes_hands(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_connect_stalled_handshake_times_out(on_loop: OnLoop, scripted_server: Start) -> None:
     go_on = threading.Event()
     server = scripted_server(lambda _: wait(go_on))
 
@@ -173,7 +175,7 @@ def wait(event: threading.Event) -> None:
     event.wait(TIMEOUT)
 
 
-def test_the_command(scripted_server: Start, files: Files) -> None:
+def test_command_tls_options(scripted_server: Start, files: Files) -> None:
     server = scripted_server(over_tls(files.server_context()))
 
     def client(*args: str) -> tuple[int, bytes, bytes]:
@@ -192,7 +194,7 @@ def test_the_command(scripted_server: Start, files: Files) -> None:
     assert code == 0
 
 
-def test_what_is_wrong_with_a_file_is_told(files: Files, tmp_path: Path) -> None:
+def test_client_context_invalid_file_raises(files: Files, tmp_path: Path) -> None:
     nonsense = tmp_path / "nonsense.pem"
     nonsense.write_text("nonsense")
     for options, text in (

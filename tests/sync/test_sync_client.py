@@ -75,12 +75,12 @@ def hosted(engine: EngineName, mode: Mode) -> Iterator[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("name", ["connect", "echo"])
-def test_a_function_takes_what_its_twin_takes(name: str) -> None:
+def test_function_has_parameters_of_asyncio_function(name: str) -> None:
     ours, theirs = (inspect.signature(getattr(each, name)) for each in (sync, asynchronous))
     assert ours.parameters == theirs.parameters
 
 
-def test_a_client_can_do_what_its_twin_can() -> None:
+def test_client_has_members_of_asyncio_client() -> None:
     def public(client: type) -> set[str]:
         return {name for name in dir(client) if not name.startswith("_")}
 
@@ -93,7 +93,7 @@ def test_a_client_can_do_what_its_twin_can() -> None:
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
 @pytest.mark.parametrize("engine", ["streams", "protocol", "threads"])
-def test_every_message_comes_back_from_every_engine(engine: EngineName, mode: Mode) -> None:
+def test_echo_returns_every_message_on_every_engine(engine: EngineName, mode: Mode) -> None:
     with hosted(engine, mode) as address, sync.connect(*address) as client:
         for message in MESSAGES:
             assert client.echo(message) == message
@@ -104,13 +104,13 @@ def test_every_message_comes_back_from_every_engine(engine: EngineName, mode: Mo
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
-def test_every_message_comes_back_from_the_blocking_server(mode: Mode) -> None:
+def test_echo_returns_every_message_of_blocking_server(mode: Mode) -> None:
     with sync.serve(port=0, mode=mode) as server, sync.connect(*server.address) as client:
         assert [client.echo(message) for message in MESSAGES] == MESSAGES
 
 
 @pytest.mark.parametrize("message", ["Hola\n", b"Hola\n", "Hola", b"Hola", b"\xff\x00", "", b"\n"])
-def test_a_reply_is_of_the_type_and_shape_of_the_message(scripted_server: Start, message: str | bytes) -> None:
+def test_echo_reply_has_type_and_newline_of_message(scripted_server: Start, message: str | bytes) -> None:
     server = scripted_server(answer_all)
     reply = sync.echo(cast(str, message), *server.address)
     assert reply == message
@@ -119,7 +119,7 @@ def test_a_reply_is_of_the_type_and_shape_of_the_message(scripted_server: Start,
     assert server.received == [[sent if sent.endswith(b"\n") else sent + b"\n"]]
 
 
-def test_what_cannot_be_sent_is_refused_and_nothing_is_sent(scripted_server: Start) -> None:
+def test_echo_invalid_message_sends_nothing(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     with sync.connect(*server.address) as client:
         with pytest.raises(echo_async.MessageError, match="newline at byte 3"):
@@ -132,7 +132,7 @@ def test_what_cannot_be_sent_is_refused_and_nothing_is_sent(scripted_server: Sta
     assert server.received == [[b"after\n"]]
 
 
-def test_a_client_can_be_used_without_a_with_statement(scripted_server: Start) -> None:
+def test_client_works_without_with_statement(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     client = sync.connect(*server.address)
     assert client.name == f"127.0.0.1:{server.address[1]}"
@@ -143,13 +143,13 @@ def test_a_client_can_be_used_without_a_with_statement(scripted_server: Start) -
         client.echo("two")
 
 
-def test_a_unix_socket(tmp_path: Path) -> None:
+def test_connect_unix_socket(tmp_path: Path) -> None:
     with sync.serve(uds=str(tmp_path / "socket")) as server:
         assert sync.echo("Hola", uds=cast(str, server.address)) == "Hola"
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
-def test_ten_mebibytes_each_way(mode: Mode) -> None:
+def test_echo_returns_ten_mebibytes(mode: Mode) -> None:
     message = bytes(range(11, 256)) * 42_800
     options: Any = {"mode": mode, "limit_message_size": 2**30, "chunk_size": 65_536, "no_access_log": True}
     with sync.serve(port=0, **options) as server, sync.connect(*server.address) as client:
@@ -161,7 +161,7 @@ def test_ten_mebibytes_each_way(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("serve", [answer_all, answer_byte_by_byte])
-def test_a_server_that_never_closes_gets_all_messages_on_one_connection(scripted_server: Start, serve: Serve) -> None:
+def test_client_reuses_connection_that_stays_open(scripted_server: Start, serve: Serve) -> None:
     server = scripted_server(serve)
     with sync.connect(*server.address) as client:
         assert [client.echo(message) for message in ("one", "two", "three")] == ["one", "two", "three"]
@@ -169,7 +169,7 @@ def test_a_server_that_never_closes_gets_all_messages_on_one_connection(scripted
     assert server.received == [[b"one\n", b"two\n", b"three\n", b"four\n", b"five\n"]]
 
 
-def test_a_server_that_closes_after_a_reply_gets_a_connection_for_each_message(scripted_server: Start) -> None:
+def test_client_reconnects_for_every_message(scripted_server: Start) -> None:
     server = scripted_server(answer_one)
     with sync.connect(*server.address) as client:
         expected = [str(number) for number in range(20)]
@@ -178,7 +178,7 @@ def test_a_server_that_closes_after_a_reply_gets_a_connection_for_each_message(s
     assert [messages for messages in server.received if messages] == [[b"%d\n" % number] for number in range(20)]
 
 
-def test_a_server_that_resets_after_a_reply_is_one_that_closes(scripted_server: Start) -> None:
+def test_client_treats_reset_after_reply_as_close(scripted_server: Start) -> None:
     def answer_and_reset(peer: Peer) -> None:
         peer.send(peer.message())
         peer.message()  # so the reset comes with the second message on its way
@@ -190,7 +190,7 @@ def test_a_server_that_resets_after_a_reply_is_one_that_closes(scripted_server: 
     assert server.received == [[b"one\n", b"two\n"], [b"two\n"], [b"three\n"]]
 
 
-def test_a_server_that_closes_between_messages_is_connected_to_again(scripted_server: Start) -> None:
+def test_client_reconnects_after_close_between_messages(scripted_server: Start) -> None:
     closed = threading.Semaphore(0)
 
     def answer_two(peer: Peer) -> None:
@@ -208,7 +208,7 @@ def test_a_server_that_closes_between_messages_is_connected_to_again(scripted_se
     assert server.received == [[b"0\n", b"1\n"], [b"2\n", b"3\n"], [b"4\n", b"5\n"]]
 
 
-def test_a_server_that_keeps_connections_open_hides_no_loss(scripted_server: Start) -> None:
+def test_lost_reply_on_reused_connection_raises(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for _ in range(3):
             peer.send(peer.message())
@@ -223,7 +223,7 @@ def test_a_server_that_keeps_connections_open_hides_no_loss(scripted_server: Sta
         assert client.echo("3") == "3"
 
 
-def test_a_second_reply_that_is_cut_is_lost_not_asked_for_again(scripted_server: Start) -> None:
+def test_incomplete_second_reply_is_not_resent(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.send(peer.message())
         peer.send(peer.message()[:2])
@@ -246,20 +246,20 @@ def test_a_second_reply_that_is_cut_is_lost_not_asked_for_again(scripted_server:
         (b"Hola Server!", "lost after 12 of 13 bytes of the reply: closed by the server"),
     ],
 )
-def test_a_server_that_closes_too_early(scripted_server: Start, reply: bytes, text: str) -> None:
+def test_connection_closed_before_reply_raises_reply_lost(scripted_server: Start, reply: bytes, text: str) -> None:
     server = scripted_server(answer_with(reply))
     with sync.connect(*server.address) as client, pytest.raises(echo_async.ReplyLost, match=text):
         client.echo("Hola Server!")
     assert len(server.received) == 1  # on a fresh connection, it is not tried again
 
 
-def test_a_server_that_resets(scripted_server: Start) -> None:
+def test_connection_reset_raises_reply_lost(scripted_server: Start) -> None:
     server = scripted_server(answer_with(b"", reset=True))
     with pytest.raises(echo_async.ReplyLost, match="lost before the reply: connection reset by peer"):
         sync.echo("Hola", *server.address)
 
 
-def test_a_server_that_resets_while_it_is_sent_a_long_message(scripted_server: Start) -> None:
+def test_connection_reset_during_send_raises_reply_lost(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.socket.recv(100)
         peer.reset()
@@ -269,7 +269,7 @@ def test_a_server_that_resets_while_it_is_sent_a_long_message(scripted_server: S
         sync.echo("x" * 10_000_000, *server.address)
 
 
-def test_replies_that_came_before_a_write_that_failed_count(scripted_server: Start) -> None:
+def test_replies_received_before_failed_write_are_kept(scripted_server: Start) -> None:
     closed = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -290,7 +290,7 @@ def test_replies_that_came_before_a_write_that_failed_count(scripted_server: Sta
     assert replies == ["0", "1", "2"]
 
 
-def test_a_server_that_never_answers(scripted_server: Start) -> None:
+def test_reply_timeout_raises_reply_late(scripted_server: Start) -> None:
     server = scripted_server(lambda peer: keep_silent(peer) if peer.number == 0 else answer_all(peer))
     with sync.connect(*server.address, timeout=0.5) as client:
         started = time.monotonic()
@@ -301,7 +301,7 @@ def test_a_server_that_never_answers(scripted_server: Start) -> None:
     assert server.received == [[b"Hola\n"], [b"again\n"]]
 
 
-def test_a_server_that_reads_nothing_is_late_too(scripted_server: Start) -> None:
+def test_server_not_reading_raises_reply_late(scripted_server: Start) -> None:
     go_on = threading.Event()
 
     def read_nothing(_: Peer) -> None:
@@ -313,7 +313,7 @@ def test_a_server_that_reads_nothing_is_late_too(scripted_server: Start) -> None
     go_on.set()
 
 
-def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(scripted_server: Start) -> None:
+def test_slow_reply_bytes_do_not_extend_timeout(scripted_server: Start) -> None:
     go_on = threading.Event()
 
     def trickle(peer: Peer) -> None:
@@ -337,7 +337,7 @@ def test_bytes_that_come_in_time_do_not_make_a_reply_come_in_time(scripted_serve
         (b"Hola Server!\nmore", 13, 'reply mismatch at byte 13: received 4 unexpected bytes "more"'),
     ],
 )
-def test_a_server_that_answers_something_else(scripted_server: Start, reply: bytes, offset: int, text: str) -> None:
+def test_reply_mismatch_raises_reply_different(scripted_server: Start, reply: bytes, offset: int, text: str) -> None:
     server = scripted_server(answer_with(reply))
     with pytest.raises(echo_async.ReplyDifferent) as caught:
         sync.echo("Hola Server!", *server.address)
@@ -345,7 +345,7 @@ def test_a_server_that_answers_something_else(scripted_server: Start, reply: byt
     assert text in str(caught.value).replace("\\\\", "\\")
 
 
-def test_bytes_that_nobody_asked_for_spoil_the_next_reply(scripted_server: Start) -> None:
+def test_unexpected_bytes_fail_next_reply(scripted_server: Start) -> None:
     sent = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -363,7 +363,7 @@ def test_bytes_that_nobody_asked_for_spoil_the_next_reply(scripted_server: Start
         assert client.echo("Hola") == "Hola"
 
 
-def test_an_endless_reply_takes_no_memory(scripted_server: Start) -> None:
+def test_endless_reply_uses_bounded_memory(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.message()
         while True:
@@ -379,14 +379,14 @@ def test_an_endless_reply_takes_no_memory(scripted_server: Start) -> None:
 # Connecting
 
 
-def test_nobody_there(bound_socket: socket.socket) -> None:
+def test_connect_refused_raises(bound_socket: socket.socket) -> None:
     port = bound_socket.getsockname()[1]
     with pytest.raises(echo_async.ConnectError) as caught:
         sync.echo("Hola", port=port)
     assert str(caught.value) == (f"cannot connect to 127.0.0.1:{port}: connection refused; is the server running?")
 
 
-def test_no_such_unix_socket(tmp_path: Path) -> None:
+def test_connect_missing_unix_socket_raises(tmp_path: Path) -> None:
     with pytest.raises(echo_async.ConnectError, match="no such file or directory; is the server running"):
         sync.connect(uds=tmp_path / "nobody")
     with pytest.raises(echo_async.ConnectError, match="path too long"):
@@ -394,12 +394,12 @@ def test_no_such_unix_socket(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["does-not-exist.invalid", "a..b", "x" * 300])
-def test_no_such_host(host: str) -> None:
+def test_connect_unknown_host_raises(host: str) -> None:
     with pytest.raises(echo_async.ConnectError, match="check the host name"):
         sync.connect(host)
 
 
-def test_no_descriptor_left() -> None:
+def test_connect_without_free_descriptor_raises() -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
@@ -409,14 +409,14 @@ def test_no_descriptor_left() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_a_black_hole(black_hole: tuple[str, int]) -> None:
+def test_connect_unreachable_address_times_out(black_hole: tuple[str, int]) -> None:
     with pytest.raises(
         echo_async.ConnectTimeout, match=r"cannot connect to .*: timed out after 0\.1 s; check the address"
     ):
         sync.connect(*black_hole, connect_timeout=0.1)
 
 
-def test_a_unix_socket_whose_queue_stays_full(tmp_path: Path) -> None:
+def test_connect_unix_socket_full_backlog_times_out(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as filler:
         listener.bind(path)
@@ -426,7 +426,7 @@ def test_a_unix_socket_whose_queue_stays_full(tmp_path: Path) -> None:
             sync.connect(uds=path, connect_timeout=0.05)
 
 
-def test_a_name_with_a_dead_and_a_living_address(
+def test_connect_tries_every_address(
     scripted_server: Start, monkeypatch: pytest.MonkeyPatch, black_hole: tuple[str, int], bound_socket: socket.socket
 ) -> None:
     server = scripted_server(answer_all)
@@ -435,9 +435,7 @@ def test_a_name_with_a_dead_and_a_living_address(
     assert sync.echo("Hola", "several.example") == "Hola"
 
 
-def test_a_name_with_an_address_of_a_family_that_this_machine_does_not_have(
-    scripted_server: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_connect_skips_unsupported_address_family(scripted_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     server = scripted_server(answer_all)
     resolve_to(monkeypatch, ("127.0.0.1", 1), server.address)
     real, refused = socket.socket, [OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))]
@@ -452,20 +450,18 @@ def test_a_name_with_an_address_of_a_family_that_this_machine_does_not_have(
     assert not refused
 
 
-def test_a_name_with_dead_addresses_only(monkeypatch: pytest.MonkeyPatch, bound_socket: socket.socket) -> None:
+def test_connect_all_addresses_refused_raises(monkeypatch: pytest.MonkeyPatch, bound_socket: socket.socket) -> None:
     port = bound_socket.getsockname()[1]
     resolve_to(monkeypatch, ("127.0.0.1", port), ("127.0.0.2", port))
     with pytest.raises(echo_async.ConnectError, match=r"several\.example:5500: connection refused"):
         sync.echo("Hola", "several.example")
 
 
-def test_localhost_is_found(scripted_server: Start) -> None:
+def test_connect_resolves_localhost(scripted_server: Start) -> None:
     assert sync.echo("Hola", "localhost", scripted_server(answer_all).address[1]) == "Hola"
 
 
-def test_retry_waits_for_a_server_that_is_still_starting(
-    bound_socket: socket.socket, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_retry_waits_for_starting_server(bound_socket: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
     refused = threading.Event()
 
     def serve() -> None:
@@ -494,7 +490,7 @@ def test_retry_waits_for_a_server_that_is_still_starting(
     assert refused.is_set()
 
 
-def test_retry_ends(bound_socket: socket.socket, black_hole: tuple[str, int]) -> None:
+def test_retry_ends_after_its_time(bound_socket: socket.socket, black_hole: tuple[str, int]) -> None:
     started = time.monotonic()
     with pytest.raises(echo_async.ConnectError):
         sync.echo("Hola", *bound_socket.getsockname(), retry=0.1)
@@ -517,7 +513,7 @@ def test_retry_ends(bound_socket: socket.socket, black_hole: tuple[str, int]) ->
         ({"server_hostname": "x"}, "server_hostname requires ssl"),
     ],
 )
-def test_options_that_make_no_sense(options: dict[str, Any], text: str) -> None:
+def test_connect_invalid_option_raises(options: dict[str, Any], text: str) -> None:
     with pytest.raises(echo_async.ConfigError, match=text):
         sync.connect(**options)
 
@@ -527,14 +523,14 @@ def test_options_that_make_no_sense(options: dict[str, Any], text: str) -> None:
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
 @pytest.mark.parametrize("window", [1, 3, 1024])
-def test_replies_come_in_order(mode: Mode, window: int) -> None:
+def test_stream_yields_replies_in_order(mode: Mode, window: int) -> None:
     messages = [str(number) for number in range(20 if mode == "message" else 500)]
     with sync.serve(port=0, mode=mode) as server, sync.connect(*server.address) as client:
         assert list(client.stream(messages, window=window)) == messages
         assert client.echo("after") == "after"
 
 
-def test_messages_keep_their_shape(scripted_server: Start) -> None:
+def test_stream_replies_equal_messages(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     with sync.connect(*server.address) as client:
         text = ["a", "b\n", "", "\n", "ñ", "x" * 100_000]
@@ -549,13 +545,13 @@ LINES_PER_TURN = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclu
 
 @settings(max_examples=30)
 @given(messages=LINES_PER_TURN, window=st.integers(1, 9))
-def test_any_messages_come_back_in_any_window(messages: list[str], window: int) -> None:
+def test_stream_returns_any_messages_in_any_window(messages: list[str], window: int) -> None:
     with sync.serve(port=0, mode="stream", no_access_log=True) as server, sync.connect(*server.address) as client:
         assert list(client.stream(["so that", "it pipelines"])) == ["so that", "it pipelines"]
         assert list(client.stream(messages, window=window)) == messages
 
 
-def test_messages_are_pipelined_up_to_the_window(scripted_server: Start) -> None:
+def test_stream_pipelines_up_to_window(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for message in itertools.islice(peer.messages(), 2):
             peer.send(message)
@@ -578,7 +574,7 @@ def test_messages_are_pipelined_up_to_the_window(scripted_server: Start) -> None
     assert taken == 42
 
 
-def test_nothing_piles_up_while_the_reader_is_slow(scripted_server: Start) -> None:
+def test_stream_is_bounded_while_consumer_is_slow(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     taken = 0
 
@@ -593,7 +589,7 @@ def test_nothing_piles_up_while_the_reader_is_slow(scripted_server: Start) -> No
             assert taken * 10_000 < 2 * WINDOW_BYTES + 1_000_000
 
 
-def test_the_time_of_a_slow_reader_and_of_a_slow_source_is_not_the_servers(scripted_server: Start) -> None:
+def test_stream_slow_caller_does_not_cause_timeout(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     pause = threading.Event()
 
@@ -609,7 +605,7 @@ def test_the_time_of_a_slow_reader_and_of_a_slow_source_is_not_the_servers(scrip
             assert len(list(other.stream(messages()))) == 6
 
 
-def test_a_source_of_messages_that_come_one_by_one_is_sent_as_it_comes(scripted_server: Start) -> None:
+def test_stream_window_one_sends_each_message_at_once(scripted_server: Start) -> None:
     arrived = threading.Semaphore(0)
 
     def serve(peer: Peer) -> None:
@@ -627,7 +623,7 @@ def test_a_source_of_messages_that_come_one_by_one_is_sent_as_it_comes(scripted_
         assert list(client.stream(messages(), window=1)) == [str(number) for number in range(10)]
 
 
-def test_leaving_early_does_no_harm_to_what_comes_after(scripted_server: Start) -> None:
+def test_stream_closed_early_keeps_connection(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     messages = [str(number) for number in range(1000)]
     with sync.connect(*server.address) as client:
@@ -638,7 +634,7 @@ def test_leaving_early_does_no_harm_to_what_comes_after(scripted_server: Start) 
     assert len(server.received) == 1
 
 
-def test_a_ping_in_the_middle_of_a_stream(scripted_server: Start) -> None:
+def test_stream_with_ping_between_replies(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     messages = [str(number) for number in range(100)]
     replies = []
@@ -649,7 +645,7 @@ def test_a_ping_in_the_middle_of_a_stream(scripted_server: Start) -> None:
     assert replies == messages
 
 
-def test_the_client_can_be_used_while_replies_of_large_batches_are_taken() -> None:
+def test_stream_with_echo_between_replies() -> None:
     messages = [str(number) for number in range(10_000)]
     with sync.serve(port=0, mode="stream") as server, sync.connect(*server.address) as client:
         replies = []
@@ -661,7 +657,7 @@ def test_the_client_can_be_used_while_replies_of_large_batches_are_taken() -> No
         assert list(zip(one, other, strict=True)) == list(zip(messages[:3000], messages[3000:6000], strict=True))
 
 
-def test_the_client_can_be_used_where_its_messages_come_from() -> None:
+def test_stream_source_can_use_client() -> None:
     with sync.serve(port=0, mode="stream") as server, sync.connect(*server.address) as client:
 
         def messages() -> Iterator[str]:
@@ -671,7 +667,7 @@ def test_the_client_can_be_used_where_its_messages_come_from() -> None:
         assert list(client.stream(messages())) == ["a", "b", "c"]
 
 
-def test_an_error_of_the_messages_comes_after_the_replies_before_it(scripted_server: Start) -> None:
+def test_stream_source_error_follows_earlier_replies(scripted_server: Start) -> None:
     def messages() -> Iterator[str]:
         yield from ("0", "1", "2", "3")
         raise ZeroDivisionError
@@ -685,7 +681,9 @@ def test_an_error_of_the_messages_comes_after_the_replies_before_it(scripted_ser
 
 
 @pytest.mark.parametrize(("bad", "error"), [("a\nb", echo_async.MessageError), (5, TypeError)])
-def test_a_message_that_cannot_be_sent(scripted_server: Start, bad: Any, error: type[Exception]) -> None:
+def test_stream_invalid_message_follows_earlier_replies(
+    scripted_server: Start, bad: Any, error: type[Exception]
+) -> None:
     server = scripted_server(answer_all)
     with sync.connect(*server.address) as client:
         stream = client.stream(["0", "1", "2", bad, "never"])
@@ -694,7 +692,7 @@ def test_a_message_that_cannot_be_sent(scripted_server: Start, bad: Any, error: 
             next(stream)
 
 
-def test_one_message_is_no_stream_of_messages(scripted_server: Start) -> None:
+def test_stream_invalid_arguments_raise(scripted_server: Start) -> None:
     with sync.connect(*scripted_server(answer_all).address) as client:
         with pytest.raises(TypeError, match="not str; use echo"):
             client.stream("Hola")
@@ -737,7 +735,7 @@ def _keep_fifth(peer: Peer) -> None:
         (_keep_fifth, echo_async.ReplyLate),
     ],
 )
-def test_the_first_reply_that_fails_raises_after_those_before_it(
+def test_stream_failed_reply_follows_earlier_replies(
     scripted_server: Start, serve: Serve, error: type[Exception]
 ) -> None:
     server = scripted_server(serve)
@@ -749,7 +747,7 @@ def test_the_first_reply_that_fails_raises_after_those_before_it(
         assert client.echo("after") == "after"
 
 
-def test_a_server_that_goes_away(scripted_server: Start) -> None:
+def test_client_server_stopped_raises_connect_error(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     with sync.connect(*server.address) as client:
         assert list(client.stream(["a", "b"])) == ["a", "b"]
@@ -775,7 +773,7 @@ def context(authority: trustme.CA, tmp_path: Path) -> ssl.SSLContext:
 
 
 @pytest.mark.parametrize("serve", [answer_one, answer_all])
-def test_every_message_comes_back_over_tls(
+def test_echo_returns_every_message_over_tls(
     scripted_server: Start, servers_context: ssl.SSLContext, context: ssl.SSLContext, serve: Serve
 ) -> None:
     server = scripted_server(over_tls(servers_context, serve))
@@ -786,13 +784,13 @@ def test_every_message_comes_back_over_tls(
         assert list(client.stream(messages)) == messages
 
 
-def test_a_certificate_that_nobody_vouches_for(scripted_server: Start, servers_context: ssl.SSLContext) -> None:
+def test_connect_untrusted_certificate_raises(scripted_server: Start, servers_context: ssl.SSLContext) -> None:
     server = scripted_server(over_tls(servers_context))
     with pytest.raises(echo_async.ConnectError, match="TLS: certificate verify failed: "):
         sync.echo("Hola", *server.address, ssl=True, retry=5)  # to try again would not help
 
 
-def test_a_server_that_speaks_no_tls(scripted_server: Start, context: ssl.SSLContext) -> None:
+def test_connect_server_without_tls_raises(scripted_server: Start, context: ssl.SSLContext) -> None:
     def greet(peer: Peer) -> None:
         peer.send(b"220 mail.example ESMTP\r\n")
         keep_silent(peer)
@@ -808,7 +806,7 @@ def test_a_server_that_speaks_no_tls(scripted_server: Start, context: ssl.SSLCon
 # Around it
 
 
-def test_no_warning_and_nothing_left_to_collect() -> None:
+def test_client_leaves_no_warning() -> None:
     code = """
 from echo_async import sync
 with sync.serve(port=0) as server:
