@@ -1,4 +1,4 @@
-"""Servers that behave as no good server does: each does to its clients what a test tells it."""
+"""Servers that misbehave as a test demands."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 from support import TIMEOUT
 
+from echo_async import EchoClient
+
 
 class Peer:
-    """One connection of a :class:`ScriptedServer`. ``number``: how many were there before it."""
+    """One connection of a :class:`ScriptedServer`. ``number`` counts from 0."""
 
     def __init__(self, connected: socket.socket, number: int) -> None:
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a reset drops what was sent before it
+        # A reset discards data that was not sent yet: send everything immediately.
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = connected
         self.number = number
         self.received: list[bytes] = []
@@ -30,7 +33,7 @@ class Peer:
         self._lines = self.socket.makefile("rb")
 
     def message(self) -> bytes:
-        """The next message; the thread ends with the client."""
+        """Return the next message; at the end of input, end the thread."""
         line = self._lines.readline()
         if not line.endswith(b"\n"):
             raise ConnectionResetError
@@ -57,7 +60,7 @@ Serve = Callable[[Peer], None]
 
 
 class ScriptedServer:
-    """A server that does to each connection what ``serve`` does, in a thread for each."""
+    """A server that runs ``serve`` for each connection, in one thread per connection."""
 
     def __init__(self, serve: Serve) -> None:
         self._serve = serve
@@ -69,7 +72,7 @@ class ScriptedServer:
 
     @property
     def received(self) -> list[list[bytes]]:
-        """The whole messages of each connection, in the order of connecting."""
+        """The complete messages of each connection, in the order of acceptance."""
         return [peer.received for peer in self._peers]
 
     def _accept(self) -> None:
@@ -85,7 +88,7 @@ class ScriptedServer:
             self._serve(peer)
 
     def stop_listening(self) -> None:
-        """Whoever connects from now on is refused."""
+        """Refuse new connections."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
 
@@ -122,6 +125,32 @@ def keep_silent(peer: Peer) -> None:
         pass
 
 
+def lose_fifth(peer: Peer) -> None:
+    for _ in range(5):
+        peer.send(peer.message())
+    peer.message()
+    peer.send(b"5")
+
+
+def change_fifth(peer: Peer) -> None:
+    for message in peer.messages():
+        peer.send(message.replace(b"5", b"V"))
+
+
+def ignore_fifth(peer: Peer) -> None:
+    for message in peer.messages():
+        if message == b"5\n":
+            return keep_silent(peer)
+        peer.send(message)
+
+
+def reset_fifth(peer: Peer) -> None:
+    for _ in range(5):
+        peer.send(peer.message())
+    peer.message()
+    peer.reset()
+
+
 def answer_with(reply: bytes, *, reset: bool = False) -> Serve:
     def serve(peer: Peer) -> None:
         peer.message()
@@ -150,3 +179,9 @@ def resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> 
         return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address) for address in addresses]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+
+async def disconnected(client: EchoClient) -> None:
+    """Wait until the client has closed its connection between two messages, for which it has no public event."""
+    assert client._session.connection is not None
+    await client._session.connection.closed

@@ -1,4 +1,4 @@
-"""Event loops to meet servers on."""
+"""Fixtures of the client tests."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ T = TypeVar("T")
 
 @pytest.fixture(params=LOOPS)
 def on_loop(request: pytest.FixtureRequest) -> Callable[[Callable[[], Coroutine[Any, Any, T]]], T]:
-    """Run a coroutine function on each event loop; it must leave no task behind."""
+    """Run a coroutine function on each event loop; it must leave no task and no error of the loop."""
     loop: LoopName = request.param
 
-    def run_and_look(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        problems: list[dict[str, Any]] = []
+    def run_and_check(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        errors: list[dict[str, Any]] = []
 
         async def watched() -> T:
-            asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
             result = await main()
             assert asyncio.all_tasks() == {asyncio.current_task()}
             return result
 
         result: T = run(watched, loop)
-        assert not problems
+        assert not errors
         return result
 
-    return run_and_look
+    return run_and_check

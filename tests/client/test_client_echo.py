@@ -1,4 +1,4 @@
-"""``connect``, ``echo`` and ``EchoClient`` against servers that do as they should: what comes back is what was sent."""
+"""``connect``, ``echo`` and ``EchoClient`` with servers that reply correctly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from scripted import Peer, Serve, Start, answer_all, answer_byte_by_byte, answer_one, keep_silent
+from scripted import Peer, Serve, Start, answer_all, answer_byte_by_byte, answer_one, disconnected, keep_silent
 
 import echo_async
 from echo_async.client import EchoClient, connect, echo
@@ -101,7 +101,7 @@ def test_client_reconnects_for_every_message(on_loop: OnLoop, scripted_server: S
 def test_client_treats_reset_after_reply_as_close(on_loop: OnLoop, scripted_server: Start) -> None:
     def answer_and_reset(peer: Peer) -> None:
         peer.send(peer.message())
-        peer.message()  # so the reset comes with the second message on its way
+        peer.message()  # the reset follows the second message
         peer.reset()
 
     server = scripted_server(answer_and_reset)
@@ -125,9 +125,8 @@ def test_client_reconnects_after_close_between_messages(on_loop: OnLoop, scripte
         async with connect(*server.address) as client:
             for number in range(6):
                 assert await client.echo(str(number)) == str(number)
-                if number % 2:  # the end is there before the next message
-                    assert client._session.connection is not None
-                    await client._session.connection.closed
+                if number % 2:  # the connection is lost before the next message
+                    await disconnected(client)
 
     on_loop(main)
     assert server.received == [[b"0\n", b"1\n"], [b"2\n", b"3\n"], [b"4\n", b"5\n"]]
@@ -168,7 +167,7 @@ def test_echo_canceled_does_not_affect_others(on_loop: OnLoop, scripted_server: 
 
     async def main() -> None:
         async with connect(*server.address) as client:
-            for first in range(0, 9, 3):  # in the first round, the server is not known yet
+            for first in range(0, 9, 3):  # in the first round, the behavior of the server is unknown
                 tasks = [asyncio.create_task(client.echo(str(first + number))) for number in range(3)]
                 await asyncio.sleep(0)
                 tasks[0].cancel()
@@ -257,7 +256,7 @@ def test_connect_unix_socket_waits_for_full_backlog(on_loop: OnLoop, tmp_path: P
             listener.listen(0)
             stack.enter_context(socket.socket(socket.AF_UNIX)).connect(path)
             waiting = asyncio.create_task(echo("Hola", uds=path))
-            for _ in range(2):  # the one that filled the queue, and ours
+            for _ in range(2):  # the connection that fills the backlog, and the client
                 connected = stack.enter_context(await asyncio.to_thread(lambda: listener.accept()[0]))
             connected.sendall(await asyncio.to_thread(connected.recv, 100))
             assert await waiting == "Hola"

@@ -1,4 +1,4 @@
-"""What goes wrong, and what the client says of it: each error tells which, and nothing partial is ever a reply."""
+"""Failures to connect, and replies that are lost, late or different."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Peer, Start, answer_all, answer_with, keep_silent, resolve_to
+from scripted import Peer, Start, answer_all, answer_with, disconnected, keep_silent, resolve_to
 from support import MAX_DELAY
 
 import echo_async
@@ -60,15 +60,15 @@ def test_connect_unknown_host_raises(on_loop: OnLoop, host: str) -> None:
 
 
 def test_connect_resolver_blocked_times_out(on_loop: OnLoop, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, resolve = threading.Event(), socket.getaddrinfo
+    resume, resolve = threading.Event(), socket.getaddrinfo
 
-    def never_answer(*args: Any, **options: Any) -> Any:
+    def block(*args: Any, **options: Any) -> Any:
         if options.get("flags"):
             return resolve(*args, **options)
-        go_on.wait(10)
+        resume.wait(10)
         raise socket.gaierror(socket.EAI_AGAIN, "too late")
 
-    monkeypatch.setattr(socket, "getaddrinfo", never_answer)
+    monkeypatch.setattr(socket, "getaddrinfo", block)
 
     async def main() -> None:
         with pytest.raises(echo_async.ConnectTimeout):
@@ -76,8 +76,8 @@ def test_connect_resolver_blocked_times_out(on_loop: OnLoop, monkeypatch: pytest
 
     started = time.monotonic()
     on_loop(main)
-    assert time.monotonic() - started < MAX_DELAY  # nothing waits for the resolver
-    go_on.set()
+    assert time.monotonic() - started < MAX_DELAY  # the resolver is not waited for
+    resume.set()
 
 
 def test_connect_unreachable_address_times_out(on_loop: OnLoop, black_hole: tuple[str, int]) -> None:
@@ -154,7 +154,7 @@ def test_connect_resolves_localhost(on_loop: OnLoop, scripted_server: Start) -> 
 def test_retry_waits_for_starting_server(on_loop: OnLoop, bound_socket: socket.socket) -> None:
     async def main() -> None:
         waiting = asyncio.create_task(echo("Hola", *bound_socket.getsockname(), retry=10))
-        done, _ = await asyncio.wait([waiting], timeout=0.1)  # it is refused now
+        done, _ = await asyncio.wait([waiting], timeout=0.1)  # connections are refused until listen()
         assert not done
         bound_socket.listen()
         with (await asyncio.to_thread(bound_socket.accept))[0] as connected:
@@ -196,7 +196,7 @@ def test_connect_invalid_option_raises(options: dict[str, Any], text: str) -> No
         connect(**options)
 
 
-# Replies that are lost
+# Lost replies
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_connection_closed_before_reply_raises_reply_lost(
                 await client.echo("Hola Server!")
 
     on_loop(main)
-    assert len(server.received) == 1  # on a fresh connection, it is not tried again
+    assert len(server.received) == 1  # not sent again: the connection was new
 
 
 def test_connection_reset_raises_reply_lost(on_loop: OnLoop, scripted_server: Start) -> None:
@@ -296,7 +296,7 @@ def test_replies_received_before_failed_write_are_kept(on_loop: OnLoop, scripted
             assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
             answered = asyncio.create_task(client.echo("2"))
             await asyncio.sleep(0)
-            closed.wait()  # the loop stands still: the reply and the reset are there, and it has read neither
+            closed.wait()  # blocks the loop: the reply and the reset have arrived, neither is read
             lost = asyncio.create_task(client.echo("3"))
             assert await answered == "2"
             with pytest.raises(echo_async.ReplyLost):
@@ -305,7 +305,7 @@ def test_replies_received_before_failed_write_are_kept(on_loop: OnLoop, scripted
     on_loop(main)
 
 
-# Replies that are late
+# Late replies
 
 
 def test_reply_timeout_raises_reply_late(on_loop: OnLoop, scripted_server: Start) -> None:
@@ -324,12 +324,12 @@ def test_reply_timeout_raises_reply_late(on_loop: OnLoop, scripted_server: Start
 
 
 def test_slow_reply_bytes_do_not_extend_timeout(on_loop: OnLoop, scripted_server: Start) -> None:
-    go_on = threading.Event()
+    resume = threading.Event()
 
     def trickle(peer: Peer) -> None:
         for byte in peer.message():
             peer.send(bytes([byte]))
-            go_on.wait(0.02)
+            resume.wait(0.02)
 
     server = scripted_server(trickle)
 
@@ -338,7 +338,7 @@ def test_slow_reply_bytes_do_not_extend_timeout(on_loop: OnLoop, scripted_server
             await echo("x" * 100, *server.address, timeout=0.1)
 
     on_loop(main)
-    go_on.set()
+    resume.set()
 
 
 def test_replies_after_late_reply_are_lost(on_loop: OnLoop, scripted_server: Start) -> None:
@@ -387,7 +387,7 @@ def test_timeout_restarts_for_every_reply(on_loop: OnLoop, scripted_server: Star
     on_loop(main)
 
 
-# Replies that are different
+# Different replies
 
 
 @pytest.mark.parametrize(
@@ -460,8 +460,7 @@ def test_unexpected_bytes_fail_next_reply(on_loop: OnLoop, scripted_server: Star
 
     async def main() -> None:
         async with connect(*server.address) as client:
-            assert client._session.connection is not None
-            await client._session.connection.closed  # the client drops what it cannot match
+            await disconnected(client)  # the client closes it because of the unexpected bytes
             with pytest.raises(echo_async.ReplyDifferent, match="received 24 unexpected bytes") as caught:
                 await client.echo("Hola")
             assert caught.value.offset == 0

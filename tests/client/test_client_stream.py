@@ -1,4 +1,4 @@
-"""``EchoClient.stream``: in order, bounded both ways, and nothing left behind however it ends."""
+"""``EchoClient.stream``: order, bounds, errors and cleanup."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted import Peer, Serve, Start, answer_all, keep_silent
+from scripted import Peer, Serve, Start, answer_all, change_fifth, disconnected, ignore_fifth, lose_fifth
 from support import TIMEOUT, run
 
 import echo_async
@@ -78,21 +78,21 @@ def test_stream_replies_equal_messages(on_loop: OnLoop, scripted_server: Start) 
 def test_stream_returns_any_messages_in_any_window(messages: list[str], window: int) -> None:
     async def main() -> None:
         async with echo_async.serve(port=0, mode="stream") as server, connect(*server.address) as client:
-            await collect(client.stream(["so that", "it pipelines"]))
+            await collect(client.stream(["first", "second"]))
             assert await collect(client.stream(messages, window=window)) == messages
 
     run(main)
 
 
 def test_stream_pipelines_up_to_window(on_loop: OnLoop, scripted_server: Start) -> None:
-    seen = threading.Event()
+    window_received = threading.Event()
 
     def serve(peer: Peer) -> None:
         for message in itertools.islice(peer.messages(), 2):
             peer.send(message)
         while True:
             window = list(itertools.islice(peer.messages(), 8))
-            seen.set()
+            window_received.set()
             peer.send(b"".join(window))
 
     server = scripted_server(serve)
@@ -113,18 +113,18 @@ def test_stream_pipelines_up_to_window(on_loop: OnLoop, scripted_server: Start) 
             assert replies == 42
 
     on_loop(main)
-    assert seen.is_set()
+    assert window_received.is_set()
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_stream_is_bounded_while_server_is_slow(on_loop: OnLoop, scripted_server: Start, asynchronous: bool) -> None:
-    held, go_on = threading.Event(), threading.Event()
+    blocked, resume = threading.Event(), threading.Event()
 
     def serve(peer: Peer) -> None:
         for number, message in enumerate(peer.messages()):
             if number == 2:
-                held.set()
-                go_on.wait()
+                blocked.set()
+                resume.wait()
             peer.send(message)
 
     server = scripted_server(serve)
@@ -136,19 +136,19 @@ def test_stream_is_bounded_while_server_is_slow(on_loop: OnLoop, scripted_server
             taken += 1
             yield b"x" * 999
 
-    async def as_they_come() -> AsyncIterator[bytes]:
+    async def async_messages() -> AsyncIterator[bytes]:
         for message in messages():
             yield message
 
     async def main() -> None:
         async with connect(*server.address) as client:
-            task = asyncio.create_task(collect(client.stream(as_they_come() if asynchronous else messages())))
-            await asyncio.to_thread(held.wait)
+            task = asyncio.create_task(collect(client.stream(async_messages() if asynchronous else messages())))
+            await asyncio.to_thread(blocked.wait)
             for _ in range(100):
                 await asyncio.sleep(0)
-            allowed = 3 * WINDOW_BYTES if asynchronous else 2 * WINDOW_BYTES
-            assert taken * 1000 < allowed
-            go_on.set()
+            limit = 3 * WINDOW_BYTES if asynchronous else 2 * WINDOW_BYTES
+            assert taken * 1000 < limit
+            resume.set()
             assert len(await task) == 2000
 
     on_loop(main)
@@ -225,7 +225,7 @@ def test_stream_closed_early_stops_source_that_ignores_cancel(on_loop: OnLoop, s
                 asked.set()
                 try:
                     await asyncio.Event().wait()
-                except asyncio.CancelledError:  # as asyncio.wait_for can on 3.11
+                except asyncio.CancelledError:  # as asyncio.wait_for can in Python 3.11
                     yield "another"
 
         async with connect(*server.address) as client, asyncio.timeout(TIMEOUT):
@@ -273,7 +273,7 @@ def test_stream_source_error_follows_earlier_replies(
         yield from ("0", "1", "2", "3")
         raise ZeroDivisionError
 
-    async def as_they_come() -> AsyncIterator[str]:
+    async def async_messages() -> AsyncIterator[str]:
         for message in messages():
             yield message
 
@@ -281,7 +281,7 @@ def test_stream_source_error_follows_earlier_replies(
         async with connect(*server.address) as client:
             replies: list[str] = []
             with pytest.raises(ZeroDivisionError):
-                await collect_into(replies, client.stream(as_they_come() if asynchronous else messages()))
+                await collect_into(replies, client.stream(async_messages() if asynchronous else messages()))
             assert replies == ["0", "1", "2", "3"]
 
     on_loop(main)
@@ -348,31 +348,12 @@ def test_stream_invalid_arguments_raise(on_loop: OnLoop, scripted_server: Start)
     on_loop(main)
 
 
-def _drop_fifth(peer: Peer) -> None:
-    for _ in range(5):
-        peer.send(peer.message())
-    peer.message()
-    peer.send(b"5")
-
-
-def _change_fifth(peer: Peer) -> None:
-    for message in peer.messages():
-        peer.send(message.replace(b"5", b"V"))
-
-
-def _keep_fifth(peer: Peer) -> None:
-    for message in peer.messages():
-        if message == b"5\n":
-            return keep_silent(peer)
-        peer.send(message)
-
-
 @pytest.mark.parametrize(
     ("serve", "error"),
     [
-        (_drop_fifth, echo_async.ReplyLost),
-        (_change_fifth, echo_async.ReplyDifferent),
-        (_keep_fifth, echo_async.ReplyLate),
+        (lose_fifth, echo_async.ReplyLost),
+        (change_fifth, echo_async.ReplyDifferent),
+        (ignore_fifth, echo_async.ReplyLate),
     ],
 )
 def test_stream_failed_reply_follows_earlier_replies(
@@ -392,7 +373,7 @@ def test_stream_failed_reply_follows_earlier_replies(
 
 
 def test_client_server_stopped_raises_connect_error(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(_drop_fifth)
+    server = scripted_server(lose_fifth)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -436,8 +417,7 @@ def test_stream_reconnects_after_close_between_messages(on_loop: OnLoop, scripte
         async with connect(*server.address) as client, aclosing(client.stream(messages())) as replies:
             for number in range(6):
                 if number and number % 2 == 0:
-                    assert client._session.connection is not None
-                    await client._session.connection.closed
+                    await disconnected(client)
                 queue.put_nowait(str(number))
                 assert await anext(replies) == str(number)
 
@@ -450,11 +430,11 @@ def test_unexpected_bytes_fail_next_reply(on_loop: OnLoop, scripted_server: Star
         for message in peer.messages():
             peer.send(message)
             if message == b"1\n":
-                go_on.wait(TIMEOUT)
-                peer.send(b"stray")
+                resume.wait(TIMEOUT)
+                peer.send(b"extra")
 
     server = scripted_server(serve)
-    go_on = threading.Event()
+    resume = threading.Event()
 
     async def main() -> None:
         queue: asyncio.Queue[str] = asyncio.Queue()
@@ -467,11 +447,10 @@ def test_unexpected_bytes_fail_next_reply(on_loop: OnLoop, scripted_server: Star
             for message in ("0", "1"):
                 queue.put_nowait(message)
                 assert await anext(replies) == message
-            go_on.set()
-            assert client._session.connection is not None
-            await client._session.connection.closed
+            resume.set()
+            await disconnected(client)
             queue.put_nowait("2")
-            with pytest.raises(echo_async.ReplyDifferent, match='received 5 unexpected bytes "stray"'):
+            with pytest.raises(echo_async.ReplyDifferent, match='received 5 unexpected bytes "extra"'):
                 await anext(replies)
 
     on_loop(main)

@@ -1,4 +1,4 @@
-"""TLS: certificates checked, what is wrong told in one line, and no goodbye before the replies are read."""
+"""The client over TLS: certificates, handshakes, errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COMMAND = [sys.executable, "-W", "error", "-m", "echo_async.client"]
 
 
 class Files:
-    """A certificate authority, a server's certificate and a client's, as files."""
+    """Files with the certificates of an authority, a server and a client."""
 
     def __init__(self, folder: Path) -> None:
         authority = trustme.CA()
@@ -105,7 +105,7 @@ def test_connect_untrusted_certificate_raises(on_loop: OnLoop, scripted_server: 
 
     async def main() -> None:
         with pytest.raises(echo_async.ConnectError, match="TLS: certificate verify failed: "):
-            await echo("Hola", *server.address, ssl=True, retry=5)  # to try again would not help
+            await echo("Hola", *server.address, ssl=True, retry=5)  # not retried
 
     on_loop(main)
 
@@ -115,8 +115,8 @@ def test_connect_certificate_for_other_host_raises(on_loop: OnLoop, scripted_ser
 
     async def main() -> None:
         context = client_context(ca_certs=files.ca_certs)
-        with pytest.raises(echo_async.ConnectError, match=r"'somebody\.example'"):
-            await echo("Hola", *server.address, ssl=context, server_hostname="somebody.example")
+        with pytest.raises(echo_async.ConnectError, match=r"'other\.example'"):
+            await echo("Hola", *server.address, ssl=context, server_hostname="other.example")
         assert await echo("Hola", *server.address, ssl=context, server_hostname="localhost") == "Hola"
 
     on_loop(main)
@@ -134,15 +134,15 @@ def test_connect_without_verification_accepts_any_certificate(
 
 
 def test_connect_client_certificate_is_sent(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
-    demanding = files.server_context()
-    demanding.verify_mode = ssl.CERT_REQUIRED
-    demanding.load_verify_locations(files.ca_certs)
-    server = scripted_server(over_tls(demanding))
+    context_with_client_ca = files.server_context()
+    context_with_client_ca.verify_mode = ssl.CERT_REQUIRED
+    context_with_client_ca.load_verify_locations(files.ca_certs)
+    server = scripted_server(over_tls(context_with_client_ca))
 
     async def main() -> None:
         context = client_context(ca_certs=files.ca_certs, certfile=files.client)
         assert await echo("Hola", *server.address, ssl=context) == "Hola"
-        # Which of the two the client sees first is up to the network.
+        # Either can be received first.
         with pytest.raises(echo_async.ReplyLost, match=r"certificate required|connection reset by peer"):
             await echo("Hola", *server.address, ssl=client_context(ca_certs=files.ca_certs))
 
@@ -160,15 +160,15 @@ def test_connect_server_without_tls_raises(on_loop: OnLoop, scripted_server: Sta
 
 
 def test_connect_stalled_handshake_times_out(on_loop: OnLoop, scripted_server: Start) -> None:
-    go_on = threading.Event()
-    server = scripted_server(lambda _: wait(go_on))
+    resume = threading.Event()
+    server = scripted_server(lambda _: wait(resume))
 
     async def main() -> None:
         with pytest.raises(echo_async.ConnectTimeout):
             await echo("Hola", *server.address, ssl=True, connect_timeout=0.1)
 
     on_loop(main)
-    go_on.set()
+    resume.set()
 
 
 def wait(event: threading.Event) -> None:
@@ -195,12 +195,12 @@ def test_command_tls_options(scripted_server: Start, files: Files) -> None:
 
 
 def test_client_context_invalid_file_raises(files: Files, tmp_path: Path) -> None:
-    nonsense = tmp_path / "nonsense.pem"
-    nonsense.write_text("nonsense")
+    invalid = tmp_path / "invalid.pem"
+    invalid.write_text("invalid")
     for options, text in (
         ({"ca_certs": "/nonexistent"}, "ssl_ca_certs /nonexistent: no such file or directory"),
-        ({"ca_certs": str(nonsense)}, "no certificate or crl found"),
-        ({"certfile": str(nonsense)}, f"ssl_certfile {nonsense}: "),
+        ({"ca_certs": str(invalid)}, "no certificate or crl found"),
+        ({"certfile": str(invalid)}, f"ssl_certfile {invalid}: "),
         ({"keyfile": files.client}, "give ssl_certfile as well"),
     ):
         with pytest.raises(echo_async.ConfigError, match=text):

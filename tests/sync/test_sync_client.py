@@ -1,4 +1,4 @@
-"""The blocking client: what comes back is what was sent, and every failure is told as the async client tells it."""
+"""The blocking client: the same replies and errors as those of the asyncio client."""
 
 from __future__ import annotations
 
@@ -31,14 +31,18 @@ from scripted import (
     answer_byte_by_byte,
     answer_one,
     answer_with,
+    change_fifth,
+    ignore_fifth,
     keep_silent,
+    lose_fifth,
     over_tls,
+    reset_fifth,
     resolve_to,
 )
 from support import MAX_DELAY, TIMEOUT
 
 import echo_async
-from echo_async import client as asynchronous
+from echo_async import client as asyncio_client
 from echo_async import sync
 from echo_async.batching import WINDOW_BYTES
 from echo_async.config import EngineName, Mode
@@ -50,8 +54,8 @@ MESSAGES = ["", "a", "Hola Server!", "ñandú 🎉", "\x00\x1b[2J\r", "x" * 19, 
 
 
 @contextlib.contextmanager
-def hosted(engine: EngineName, mode: Mode) -> Iterator[tuple[str, int]]:
-    """The address of a server of that engine, in an event loop in another thread."""
+def running_server(engine: EngineName, mode: Mode) -> Iterator[tuple[str, int]]:
+    """Run a server on an event loop in another thread."""
     started: list[echo_async.EchoServer] = []
     ready = threading.Event()
 
@@ -71,12 +75,12 @@ def hosted(engine: EngineName, mode: Mode) -> Iterator[tuple[str, int]]:
         thread.join(TIMEOUT)
 
 
-# What it is a twin of
+# The same API as the asyncio client
 
 
 @pytest.mark.parametrize("name", ["connect", "echo"])
 def test_function_has_parameters_of_asyncio_function(name: str) -> None:
-    ours, theirs = (inspect.signature(getattr(each, name)) for each in (sync, asynchronous))
+    ours, theirs = (inspect.signature(getattr(each, name)) for each in (sync, asyncio_client))
     assert ours.parameters == theirs.parameters
 
 
@@ -88,13 +92,13 @@ def test_client_has_members_of_asyncio_client() -> None:
     assert public(echo_async.EchoClient) == public(sync.EchoClient) | {"wait_closed"}
 
 
-# Replies that are right
+# Correct replies
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
 @pytest.mark.parametrize("engine", ["streams", "protocol", "threads"])
 def test_echo_returns_every_message_on_every_engine(engine: EngineName, mode: Mode) -> None:
-    with hosted(engine, mode) as address, sync.connect(*address) as client:
+    with running_server(engine, mode) as address, sync.connect(*address) as client:
         for message in MESSAGES:
             assert client.echo(message) == message
             assert client.echo(message.encode()) == message.encode()
@@ -157,7 +161,7 @@ def test_echo_returns_ten_mebibytes(mode: Mode) -> None:
         assert list(client.stream([message] * 3)) == [message] * 3
 
 
-# Connecting again
+# Reconnecting
 
 
 @pytest.mark.parametrize("serve", [answer_all, answer_byte_by_byte])
@@ -181,7 +185,7 @@ def test_client_reconnects_for_every_message(scripted_server: Start) -> None:
 def test_client_treats_reset_after_reply_as_close(scripted_server: Start) -> None:
     def answer_and_reset(peer: Peer) -> None:
         peer.send(peer.message())
-        peer.message()  # so the reset comes with the second message on its way
+        peer.message()  # the reset follows the second message
         peer.reset()
 
     server = scripted_server(answer_and_reset)
@@ -203,7 +207,7 @@ def test_client_reconnects_after_close_between_messages(scripted_server: Start) 
     with sync.connect(*server.address) as client:
         for number in range(6):
             assert client.echo(str(number)) == str(number)
-            if number % 2:  # the end is there before the next message
+            if number % 2:  # the connection is closed before the next message
                 assert closed.acquire(timeout=TIMEOUT)
     assert server.received == [[b"0\n", b"1\n"], [b"2\n", b"3\n"], [b"4\n", b"5\n"]]
 
@@ -235,7 +239,7 @@ def test_incomplete_second_reply_is_not_resent(scripted_server: Start) -> None:
             client.echo("two")
 
 
-# Replies that are lost, late or different
+# Lost, late and different replies
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_connection_closed_before_reply_raises_reply_lost(scripted_server: Start
     server = scripted_server(answer_with(reply))
     with sync.connect(*server.address) as client, pytest.raises(echo_async.ReplyLost, match=text):
         client.echo("Hola Server!")
-    assert len(server.received) == 1  # on a fresh connection, it is not tried again
+    assert len(server.received) == 1  # not sent again: the connection was new
 
 
 def test_connection_reset_raises_reply_lost(scripted_server: Start) -> None:
@@ -280,7 +284,7 @@ def test_replies_received_before_failed_write_are_kept(scripted_server: Start) -
 
     def messages() -> Iterator[str]:
         yield from ("0", "1", "2")
-        assert closed.wait(TIMEOUT)  # the reply and the reset are there, and the client has read neither
+        assert closed.wait(TIMEOUT)  # the reply and the reset have arrived, neither is read
         yield "3"
 
     server = scripted_server(serve)
@@ -302,29 +306,29 @@ def test_reply_timeout_raises_reply_late(scripted_server: Start) -> None:
 
 
 def test_server_not_reading_raises_reply_late(scripted_server: Start) -> None:
-    go_on = threading.Event()
+    resume = threading.Event()
 
     def read_nothing(_: Peer) -> None:
-        go_on.wait(TIMEOUT)
+        resume.wait(TIMEOUT)
 
     server = scripted_server(read_nothing)
     with sync.connect(*server.address, timeout=0.2) as client, pytest.raises(echo_async.ReplyLate):
         client.echo(b"x" * 20_000_000)
-    go_on.set()
+    resume.set()
 
 
 def test_slow_reply_bytes_do_not_extend_timeout(scripted_server: Start) -> None:
-    go_on = threading.Event()
+    resume = threading.Event()
 
     def trickle(peer: Peer) -> None:
         for byte in peer.message():
             peer.send(bytes([byte]))
-            go_on.wait(0.02)
+            resume.wait(0.02)
 
     server = scripted_server(trickle)
     with pytest.raises(echo_async.ReplyLate):
         sync.echo("x" * 1000, *server.address, timeout=0.15)
-    go_on.set()
+    resume.set()
 
 
 @pytest.mark.parametrize(
@@ -430,8 +434,8 @@ def test_connect_tries_every_address(
     scripted_server: Start, monkeypatch: pytest.MonkeyPatch, black_hole: tuple[str, int], bound_socket: socket.socket
 ) -> None:
     server = scripted_server(answer_all)
-    at_once = ("127.255.255.255", server.address[1])  # the system refuses to connect to a broadcast address
-    resolve_to(monkeypatch, at_once, bound_socket.getsockname(), black_hole, server.address)
+    broadcast = ("127.255.255.255", server.address[1])  # connect() fails immediately
+    resolve_to(monkeypatch, broadcast, bound_socket.getsockname(), black_hole, server.address)
     assert sync.echo("Hola", "several.example") == "Hola"
 
 
@@ -471,7 +475,7 @@ def test_retry_waits_for_starting_server(bound_socket: socket.socket, caplog: py
             connected.sendall(connected.recv(100))
 
     class Watch:
-        """Sees the client's log: the line of its first failure."""
+        """Detect the log line of the first failed attempt."""
 
         def filter(self, record: Any) -> bool:
             if "; retrying in " in record.getMessage():
@@ -540,14 +544,14 @@ def test_stream_replies_equal_messages(scripted_server: Start) -> None:
         assert list(client.stream(cast(list[str], []))) == []
 
 
-LINES_PER_TURN = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n")))
+MESSAGE_LISTS = st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n")))
 
 
 @settings(max_examples=30)
-@given(messages=LINES_PER_TURN, window=st.integers(1, 9))
+@given(messages=MESSAGE_LISTS, window=st.integers(1, 9))
 def test_stream_returns_any_messages_in_any_window(messages: list[str], window: int) -> None:
     with sync.serve(port=0, mode="stream", no_access_log=True) as server, sync.connect(*server.address) as client:
-        assert list(client.stream(["so that", "it pipelines"])) == ["so that", "it pipelines"]
+        assert list(client.stream(["first", "second"])) == ["first", "second"]
         assert list(client.stream(messages, window=window)) == messages
 
 
@@ -555,7 +559,7 @@ def test_stream_pipelines_up_to_window(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for message in itertools.islice(peer.messages(), 2):
             peer.send(message)
-        while True:  # nothing is answered before a whole window is there
+        while True:  # replies only to a complete window
             peer.send(b"".join(itertools.islice(peer.messages(), 8)))
 
     server = scripted_server(serve)
@@ -605,7 +609,7 @@ def test_stream_slow_caller_does_not_cause_timeout(scripted_server: Start) -> No
             assert len(list(other.stream(messages()))) == 6
 
 
-def test_stream_window_one_sends_each_message_at_once(scripted_server: Start) -> None:
+def test_stream_window_one_sends_each_message_broadcast(scripted_server: Start) -> None:
     arrived = threading.Semaphore(0)
 
     def serve(peer: Peer) -> None:
@@ -616,7 +620,7 @@ def test_stream_window_one_sends_each_message_at_once(scripted_server: Start) ->
     def messages() -> Iterator[str]:
         for number in range(10):
             yield str(number)
-            assert arrived.acquire(timeout=TIMEOUT)  # a batch that waited for more would wait for ever
+            assert arrived.acquire(timeout=TIMEOUT)  # fails if the batch waits for more messages
 
     server = scripted_server(serve)
     with sync.connect(*server.address) as client:
@@ -700,39 +704,13 @@ def test_stream_invalid_arguments_raise(scripted_server: Start) -> None:
             client.stream(["Hola"], window=0)
 
 
-def _drop_fifth(peer: Peer) -> None:
-    for _ in range(5):
-        peer.send(peer.message())
-    peer.message()
-    peer.send(b"5")
-
-
-def _reset_fifth(peer: Peer) -> None:
-    for _ in range(5):
-        peer.send(peer.message())
-    peer.message()
-    peer.reset()
-
-
-def _change_fifth(peer: Peer) -> None:
-    for message in peer.messages():
-        peer.send(message.replace(b"5", b"V"))
-
-
-def _keep_fifth(peer: Peer) -> None:
-    for message in peer.messages():
-        if message == b"5\n":
-            return keep_silent(peer)
-        peer.send(message)
-
-
 @pytest.mark.parametrize(
     ("serve", "error"),
     [
-        (_drop_fifth, echo_async.ReplyLost),
-        (_reset_fifth, echo_async.ReplyLost),
-        (_change_fifth, echo_async.ReplyDifferent),
-        (_keep_fifth, echo_async.ReplyLate),
+        (lose_fifth, echo_async.ReplyLost),
+        (reset_fifth, echo_async.ReplyLost),
+        (change_fifth, echo_async.ReplyDifferent),
+        (ignore_fifth, echo_async.ReplyLate),
     ],
 )
 def test_stream_failed_reply_follows_earlier_replies(
@@ -760,7 +738,7 @@ def test_client_server_stopped_raises_connect_error(scripted_server: Start) -> N
 
 
 @pytest.fixture
-def servers_context(authority: trustme.CA) -> ssl.SSLContext:
+def server_context(authority: trustme.CA) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
     return context
@@ -774,9 +752,9 @@ def context(authority: trustme.CA, tmp_path: Path) -> ssl.SSLContext:
 
 @pytest.mark.parametrize("serve", [answer_one, answer_all])
 def test_echo_returns_every_message_over_tls(
-    scripted_server: Start, servers_context: ssl.SSLContext, context: ssl.SSLContext, serve: Serve
+    scripted_server: Start, server_context: ssl.SSLContext, context: ssl.SSLContext, serve: Serve
 ) -> None:
-    server = scripted_server(over_tls(servers_context, serve))
+    server = scripted_server(over_tls(server_context, serve))
     with sync.connect(*server.address, ssl=context) as client:
         for message in ("a", "", "ñ 🎉", "x" * 3_000_000):
             assert client.echo(message) == message
@@ -784,10 +762,10 @@ def test_echo_returns_every_message_over_tls(
         assert list(client.stream(messages)) == messages
 
 
-def test_connect_untrusted_certificate_raises(scripted_server: Start, servers_context: ssl.SSLContext) -> None:
-    server = scripted_server(over_tls(servers_context))
+def test_connect_untrusted_certificate_raises(scripted_server: Start, server_context: ssl.SSLContext) -> None:
+    server = scripted_server(over_tls(server_context))
     with pytest.raises(echo_async.ConnectError, match="TLS: certificate verify failed: "):
-        sync.echo("Hola", *server.address, ssl=True, retry=5)  # to try again would not help
+        sync.echo("Hola", *server.address, ssl=True, retry=5)  # not retried
 
 
 def test_connect_server_without_tls_raises(scripted_server: Start, context: ssl.SSLContext) -> None:
@@ -803,7 +781,7 @@ def test_connect_server_without_tls_raises(scripted_server: Start, context: ssl.
         sync.connect(*silent.address, ssl=context, connect_timeout=0.1)
 
 
-# Around it
+# Cleanup
 
 
 def test_client_leaves_no_warning() -> None:
