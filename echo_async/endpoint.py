@@ -8,6 +8,7 @@ import math
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from ssl import SSLCertVerificationError, SSLContext, SSLError, SSLObject, SSLSocket, create_default_context
 from time import monotonic, perf_counter
 from typing import TypedDict
@@ -65,21 +66,14 @@ class Endpoint:
         self.ssl = create_default_context() if ssl is True else ssl or None
         self.server_hostname = server_hostname or ("localhost" if uds is not None else host.partition("%")[0])
         self.name = format_address((host, port) if self.uds is None else self.uds)
-        self.numeric = self._parse_host()
+        self.numeric: Sequence[AddressInfo] = ()  # the address, if the host is one and needs no resolver
+        with suppress(OSError, UnicodeError):
+            self.numeric = self.resolve(socket.AI_NUMERICHOST)
 
-    def _parse_host(self) -> Sequence[AddressInfo]:
-        """Return the address if the host is a numeric one, which needs no resolver."""
-        try:
-            return self._getaddrinfo(socket.AI_NUMERICHOST) if self.uds is None else []
-        except (OSError, UnicodeError):
-            return []
-
-    def resolve(self) -> Sequence[AddressInfo]:
-        """Return each address of the host once. Blocks while the resolver is asked."""
-        return list(dict.fromkeys(self._getaddrinfo()))
-
-    def _getaddrinfo(self, flags: int = 0) -> Sequence[AddressInfo]:
-        return socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=flags)
+    def resolve(self, flags: int = 0) -> Sequence[AddressInfo]:
+        """Return each address of the host once. Blocks while the resolver is asked, if the host is a name."""
+        infos = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=flags)
+        return list(dict.fromkeys(infos))
 
     def connect_error(self, error: OSError | UnicodeError, seconds: float) -> ConnectError:
         """Translate the ``error`` of an attempt to connect that had ``seconds``."""
@@ -136,12 +130,8 @@ def new_socket(info: AddressInfo) -> socket.socket:
     """Create a nonblocking TCP socket for an address."""
     family, kind, protocol, _, _ = info
     created = socket.socket(family, kind, protocol)
-    try:
-        created.setblocking(False)
-        created.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except BaseException:
-        created.close()
-        raise
+    created.setblocking(False)
+    created.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return created
 
 

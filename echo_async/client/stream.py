@@ -167,11 +167,10 @@ class _AsyncMessages:
                 if len(self._waiting) >= self._window or self._size >= WINDOW_BYTES:
                     self._has_room.clear()
                     await self._has_room.wait()
-        except Exception as error:
+        except BaseException as error:
             failure = error
-        except BaseException as error:  # canceled
-            failure = error
-            raise
+            if not isinstance(error, Exception):  # canceled
+                raise
         finally:
             if not self._is_done:
                 self._is_done, self.failure = True, failure
