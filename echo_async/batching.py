@@ -64,7 +64,7 @@ class Batch(Exchange):
         if self.notify is not None:
             self.notify()
 
-    def verified(self) -> int:
+    def verified_bytes(self) -> int:
         """Return the size in bytes of the complete replies that match."""
         if self.error is not None:
             return self.pending_message()[0]
@@ -134,7 +134,7 @@ class Window:
         """Yield what was received since the last call, up to the first incomplete or failed reply."""
         while self.batches:
             batch = self.batches[0]
-            start, batch.delivered = batch.delivered, batch.verified()
+            start, batch.delivered = batch.delivered, batch.verified_bytes()
             if batch.delivered > start or batch.error is not None:
                 yield Result(batch, start, batch.delivered, perf_counter() - batch.sent_at, batch.error)
             if batch.delivered < len(batch.data) or batch.error is not None:

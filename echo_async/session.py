@@ -47,7 +47,7 @@ class BaseSession(Generic[C]):
         """Whether the server is known to answer several messages on one connection."""
         return self._behavior is ServerBehavior.KEEPS_OPEN
 
-    def open_connection(self) -> C | None:
+    def usable_connection(self) -> C | None:
         """Return the current connection if it is open; raise the error of unexpected bytes received on it."""
         connection = self.connection
         if connection is not None and connection.unexpected is not None:

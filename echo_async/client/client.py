@@ -48,7 +48,7 @@ class EchoClient:
             EchoError: The client is closed.
         """
         data = encode(message)
-        connection = self._session.pipeline()
+        connection = self._session.pipelined_connection()
         if connection is not None:
             await connection.echo(data)
         else:

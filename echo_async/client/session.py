@@ -28,7 +28,7 @@ class Session(BaseSession[Connection]):
         await session.connect()
         return session
 
-    def pipeline(self) -> Connection | None:
+    def pipelined_connection(self) -> Connection | None:
         """Return the connection on which a message can be sent immediately, if there is one."""
         connection = self.connection
         return connection if connection is not None and connection.is_open and self.keeps_open else None
@@ -58,7 +58,7 @@ class Session(BaseSession[Connection]):
         return seconds
 
     async def _connect(self) -> Connection:
-        connection = self.open_connection()
+        connection = self.usable_connection()
         if connection is None:
             self.check_not_closed()
             connection = await self._connector.open(lambda: Connection(self.endpoint))

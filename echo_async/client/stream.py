@@ -67,7 +67,7 @@ async def send_batches(session: Session, source: Source, window: int = WINDOW_ME
                 if result.error is not None:
                     resend.extend(in_flight.clear_failed())
             # After a connection was lost, all its results are yielded before the next one is opened.
-            while session.pipeline() is not None or not in_flight.batches:
+            while session.pipelined_connection() is not None or not in_flight.batches:
                 if session.keeps_open:
                     if not (capacity := in_flight.capacity()) or (batch := take(capacity)) is None:
                         break

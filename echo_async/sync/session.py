@@ -28,7 +28,7 @@ class Session(BaseSession[Connection]):
         """Return an open connection, a new one if necessary."""
         if self.connection is not None:
             self.connection.receive_pending()
-        connection = self.open_connection()
+        connection = self.usable_connection()
         if connection is None:
             self.check_not_closed()
             connection = self.connection = Connection(self.endpoint, self._connector.open())
