@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 from .errors import ConfigError
 
 if TYPE_CHECKING:
+    from os import PathLike
     from ssl import SSLContext
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PORT",
     "REPLY_TIMEOUT",
     "ClientConfig",
+    "ClientOptions",
     "EngineName",
     "Mode",
     "ProxyProtocol",
@@ -186,6 +188,17 @@ class ServerConfig:
             for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name} requires ssl_certfile")
+
+
+class ClientOptions(TypedDict, total=False):
+    """The keyword arguments of ``connect`` and ``echo``."""
+
+    uds: str | PathLike[str] | None
+    timeout: float
+    connect_timeout: float
+    retry: float
+    ssl: SSLContext | bool | None
+    server_hostname: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

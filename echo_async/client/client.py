@@ -7,8 +7,8 @@ from typing import TypeVar, Unpack
 
 from ..awaitable import AwaitableContextManager
 from ..batching import WINDOW_MESSAGES, check_stream, encode
-from ..config import HOST, PORT
-from ..endpoint import ClientOptions, Endpoint
+from ..config import HOST, PORT, ClientOptions
+from ..endpoint import Endpoint
 from .session import Session
 from .stream import stream
 

@@ -47,7 +47,7 @@ class Connection(ReplyVerifier, asyncio.Protocol):
     def __init__(self, endpoint: Endpoint) -> None:
         super().__init__(endpoint.name)
         self._loop = asyncio.get_running_loop()
-        self._timeout = endpoint.timeout
+        self._timeout = endpoint.config.timeout
         self._timer: asyncio.TimerHandle | None = None
         self._is_overdue = False
         self._is_logging = log.isEnabledFor(logging.DEBUG)

@@ -57,15 +57,15 @@ class Connector:
             raise endpoint.connect_error(error, seconds) from error
 
     async def _connect(self) -> socket.socket:
-        if self._endpoint.uds is not None:
-            return await _connect_unix(self._endpoint.uds)
+        if self._endpoint.config.uds is not None:
+            return await _connect_unix(self._endpoint.config.uds)
         infos = self._endpoint.numeric or await _resolve(self._endpoint)
         return await _connect_tcp(infos[0]) if len(infos) == 1 else await _race(infos)
 
     async def _create_protocol(self, connected: socket.socket, factory: Callable[[], P]) -> P:
         """Create the transport, which owns the socket from then on, also when this is canceled."""
         loop, started = asyncio.get_running_loop(), perf_counter()
-        create = loop.create_connection if self._endpoint.uds is None else loop.create_unix_connection
+        create = loop.create_connection if self._endpoint.config.uds is None else loop.create_unix_connection
         transport, protocol = await create(factory, sock=connected, **self._tls)
         if self._tls:
             log_tls(transport.get_extra_info("ssl_object"), started)
@@ -85,7 +85,7 @@ async def _resolve(endpoint: Endpoint) -> Sequence[AddressInfo]:
         else:
             resolved.set_result(infos)
 
-    threading.Thread(target=resolve, name=f"resolve {endpoint.host}", daemon=True).start()
+    threading.Thread(target=resolve, name=f"resolve {endpoint.config.host}", daemon=True).start()
     return await asyncio.wrap_future(resolved)
 
 

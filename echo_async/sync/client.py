@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Self, TypeVar, Unpack, cast
 
 from ..batching import WINDOW_MESSAGES, Messages, check_stream, encode
-from ..config import HOST, PORT
-from ..endpoint import ClientOptions, Endpoint
+from ..config import HOST, PORT, ClientOptions
+from ..endpoint import Endpoint
 from .session import Session
 
 M = TypeVar("M", str, bytes)

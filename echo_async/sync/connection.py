@@ -24,7 +24,7 @@ class Connection(ReplyVerifier):
         super().__init__(endpoint.name)
         self.is_open = True
         self._socket = connected
-        self._timeout = endpoint.timeout
+        self._timeout = endpoint.config.timeout
         self._unsent: deque[memoryview] = deque()
         self._send_error: str | None = None
         self._poll = select.poll()

@@ -52,8 +52,8 @@ class Connector:
 
     def _connect(self, deadline: float) -> socket.socket:
         endpoint = self._endpoint
-        if endpoint.uds is not None:
-            return _connect_unix(endpoint.uds, deadline)
+        if endpoint.config.uds is not None:
+            return _connect_unix(endpoint.config.uds, deadline)
         return _race(list(endpoint.numeric or endpoint.resolve()), deadline)
 
 
