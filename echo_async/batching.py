@@ -159,25 +159,24 @@ class Messages:
         self.is_exhausted = False
         self.failure: BaseException | None = None
 
-    def take(self, count: int, size: int) -> MessageBatch | None:
-        """Take at most ``count`` messages, and stop after the one that reaches ``size`` bytes."""
+    def take(self, count: int) -> MessageBatch | None:
+        """Take a batch of at most ``count`` messages; None if there are no more."""
         if self.is_exhausted:
             return None
-        batch, self.is_exhausted, self.failure = take_batch(self._iterator, count, size)
+        batch, self.is_exhausted, self.failure = take_batch(self._iterator, count)
         return batch
 
 
-def take_batch(
-    messages: Iterator[Message], count: int, size: int
-) -> tuple[MessageBatch | None, bool, BaseException | None]:
+def take_batch(messages: Iterator[Message], count: int) -> tuple[MessageBatch | None, bool, BaseException | None]:
     """Return a batch of ``messages``, whether they are exhausted, and the error that ended them, if any."""
+    size = 0
     taken: list[Message] = []
     is_exhausted, failure = False, None
     try:
         for message in messages:
             taken.append(message)
-            size -= len(message)
-            if size <= 0 or len(taken) >= count:
+            size += len(message)
+            if size >= BATCH_BYTES or len(taken) >= count:
                 break
         else:
             is_exhausted = True

@@ -61,7 +61,7 @@ class LineSource:
         self._is_stopped = True
         self._free_blocks.release()
 
-    def take(self, count: int, size: int) -> Batch | None:
+    def take(self, count: int) -> Batch | None:
         """Return one line if ``count`` is 1, else the rest of a block."""
         if not self._blocks:
             return None

@@ -1,11 +1,4 @@
-"""The asyncio client.
-
-``client``      the public API: connect, echo, EchoClient
-``session``     which connection a message is sent on
-``stream``      many messages in a bounded window
-``connection``  one connection
-``connector``   opening a connection
-"""
+"""The asyncio client: ``connect``, ``echo`` and ``EchoClient``."""
 
 from .client import EchoClient, connect, echo
 

@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Protocol, TypeVar, cast
 
 from ..batching import (
-    BATCH_BYTES,
     WINDOW_BYTES,
     WINDOW_MESSAGES,
     Batch,
@@ -41,8 +40,8 @@ class Source(Protocol):
     async def stop(self) -> None:
         """Stop everything that the source runs."""
 
-    def take(self, count: int, size: int) -> Batch | None:
-        """Return the next batch of at most ``count`` messages and about ``size`` bytes; None if none is ready."""
+    def take(self, count: int) -> Batch | None:
+        """Return the next batch of at most ``count`` messages; None if none is ready."""
 
 
 async def send_batches(session: Session, source: Source, window: int = WINDOW_MESSAGES) -> AsyncGenerator[Result, None]:
@@ -56,7 +55,7 @@ async def send_batches(session: Session, source: Source, window: int = WINDOW_ME
     resend: deque[Batch] = deque()
 
     def take(count: int) -> Batch | None:
-        return resend.popleft() if resend else source.take(count, BATCH_BYTES)
+        return resend.popleft() if resend else source.take(count)
 
     try:
         source.start(changed.set)
@@ -176,8 +175,8 @@ class _AsyncMessages:
                 self._is_done, self.failure = True, failure
                 notify()
 
-    def take(self, count: int, size: int) -> Batch | None:
-        batch, _, failure = take_batch(self._pop_all(), count, size)
+    def take(self, count: int) -> Batch | None:
+        batch, _, failure = take_batch(self._pop_all(), count)
         if failure is not None:
             self._waiting.clear()
             self._is_done, self.failure = True, failure

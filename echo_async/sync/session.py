@@ -6,7 +6,7 @@ from collections.abc import Generator
 from time import monotonic
 from typing import cast
 
-from ..batching import BATCH_BYTES, Message, MessageBatch, Messages, Window
+from ..batching import Message, MessageBatch, Messages, Window
 from ..endpoint import Endpoint
 from ..errors import ReplyLost
 from ..session import BaseSession
@@ -64,7 +64,7 @@ class Session(BaseSession[Connection]):
                     raise error
             while (capacity := self._capacity(in_flight)) and not source.is_exhausted:
                 taking = monotonic()
-                taken = source.take(min(capacity, batch_size), BATCH_BYTES)
+                taken = source.take(min(capacity, batch_size))
                 batch_size = min(2 * batch_size, window) if monotonic() - taking < IMMEDIATE else 1
                 if taken is None:
                     break
