@@ -35,7 +35,7 @@ BYTES = [b"\xff\xfe\xc0\x80\xed\xa0\x80\xf0\x9f\n", b"nul \0 and\rreturn\r\n", b
 MESSAGES = [*EDGES, *(text.encode() for text in TEXTS), *BYTES]
 
 
-def test_a_client_of_the_first_kind_gets_its_reply(start_server: StartServer) -> None:
+def test_message_read_in_20_byte_chunks_is_echoed(start_server: StartServer) -> None:
     """As the course's client did it: one message, then 20 bytes at a time until the newline."""
     with start_server() as server, connect(server) as client:
         client.sendall("¡Hola Server! Esto es más largo que veinte bytes.\n".encode())
@@ -45,7 +45,7 @@ def test_a_client_of_the_first_kind_gets_its_reply(start_server: StartServer) ->
         assert reply.decode() == "¡Hola Server! Esto es más largo que veinte bytes.\n"
 
 
-def test_one_message_comes_back_byte_for_byte_and_the_server_closes(start_server: StartServer) -> None:
+def test_message_mode_echoes_once_and_closes(start_server: StartServer) -> None:
     with start_server() as server:
         for message in MESSAGES:
             with connect(server) as client:
@@ -55,7 +55,7 @@ def test_one_message_comes_back_byte_for_byte_and_the_server_closes(start_server
         assert server.stats.bytes_out == sum(map(len, MESSAGES))
 
 
-def test_messages_come_back_in_order_on_one_connection(start_server: StartServer) -> None:
+def test_stream_mode_echoes_messages_in_order(start_server: StartServer) -> None:
     with start_server(mode="stream") as server, connect(server) as client:
         for message in MESSAGES:
             client.sendall(message)
@@ -65,7 +65,7 @@ def test_messages_come_back_in_order_on_one_connection(start_server: StartServer
     assert server.stats.messages == len(MESSAGES)
 
 
-def test_raw_bytes_come_back_as_they_arrive(start_server: StartServer) -> None:
+def test_raw_mode_echoes_bytes_as_they_arrive(start_server: StartServer) -> None:
     with start_server(mode="raw") as server, connect(server) as client:
         client.sendall(b"no newline")
         assert client.recv(100) == b"no newline"
@@ -76,7 +76,7 @@ def test_raw_bytes_come_back_as_they_arrive(start_server: StartServer) -> None:
 
 
 @pytest.mark.parametrize("mode", ["message", "stream", "raw"])
-def test_bytes_that_come_one_at_a_time_make_the_same_message(start_server: StartServer, mode: Mode) -> None:
+def test_message_sent_byte_by_byte_is_echoed(start_server: StartServer, mode: Mode) -> None:
     message = "¡Hola Server! ñ😀\n".encode()
     with start_server(mode=mode) as server, connect(server) as client:
         for index in range(len(message)):
@@ -84,7 +84,7 @@ def test_bytes_that_come_one_at_a_time_make_the_same_message(start_server: Start
         assert receive_line(client) == message
 
 
-def test_many_messages_in_one_packet_are_all_answered(start_server: StartServer) -> None:
+def test_many_messages_in_one_send_are_all_answered(start_server: StartServer) -> None:
     messages = b"".join(b"%d\n" % number for number in range(10_000))
     with start_server(mode="stream") as server, connect(server) as client:
         sender = threading.Thread(target=client.sendall, args=(messages,))
@@ -98,7 +98,7 @@ def test_many_messages_in_one_packet_are_all_answered(start_server: StartServer)
 
 
 @pytest.mark.parametrize("mode", ["stream", "raw"])
-def test_everything_comes_back_to_a_client_that_ends_its_side_first(start_server: StartServer, mode: Mode) -> None:
+def test_half_closed_client_receives_all_replies(start_server: StartServer, mode: Mode) -> None:
     with start_server(mode=mode) as server, connect(server) as client:
         client.sendall(b"one\ntwo\n")
         client.shutdown(socket.SHUT_WR)
@@ -106,7 +106,7 @@ def test_everything_comes_back_to_a_client_that_ends_its_side_first(start_server
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
-def test_an_unfinished_rest_is_not_answered_and_counted_as_lost(start_server: StartServer, mode: Mode) -> None:
+def test_incomplete_message_at_eof_is_not_answered(start_server: StartServer, mode: Mode) -> None:
     with start_server(mode=mode) as server, connect(server) as client:
         client.sendall(b"one\ntwo" if mode == "stream" else b"two")
         client.shutdown(socket.SHUT_WR)
@@ -115,7 +115,7 @@ def test_an_unfinished_rest_is_not_answered_and_counted_as_lost(start_server: St
         assert server.stats.lost == 1
 
 
-def test_a_reply_is_whole_although_the_client_sent_more_than_one_message(start_server: StartServer) -> None:
+def test_message_mode_with_extra_input_delivers_the_reply(start_server: StartServer) -> None:
     with start_server() as server:
         for _ in range(300):
             with connect(server) as client:
@@ -123,7 +123,7 @@ def test_a_reply_is_whole_although_the_client_sent_more_than_one_message(start_s
                 assert receive_all(client) == b"first, a little over one chunk\n"
 
 
-def test_no_reset_overtakes_a_reply_to_a_client_that_goes_on_sending(start_server: StartServer) -> None:
+def test_lingering_close_with_more_input_sends_no_reset(start_server: StartServer) -> None:
     more = b"x" * 300_000
     with start_server() as server, connect(server) as client:
         client.sendall(b"first\n" + more)
@@ -135,7 +135,7 @@ def test_no_reset_overtakes_a_reply_to_a_client_that_goes_on_sending(start_serve
         assert server.stats.bytes_in == 6 + 3 * len(more)
 
 
-def test_a_message_at_the_limit_is_answered_and_one_over_it_closes(start_server: StartServer) -> None:
+def test_message_over_the_limit_closes_the_connection(start_server: StartServer) -> None:
     with start_server(mode="stream", limit_message_size=64) as server:
         with connect(server) as client:
             client.sendall(b"x" * 63 + b"\n" + b"ok\n" + b"y" * 64 + b"\nnever\n")
@@ -148,7 +148,7 @@ def test_a_message_at_the_limit_is_answered_and_one_over_it_closes(start_server:
         assert server.stats.lost == 0
 
 
-def test_a_large_message_comes_back_whole_to_a_client_that_reads_late(start_server: StartServer) -> None:
+def test_large_message_to_a_late_reader_is_unchanged(start_server: StartServer) -> None:
     message = os.urandom(4_000_000).replace(b"\n", b"") + b"\n"
     with start_server(limit_message_size=8_000_000, chunk_size=65536) as server, connect(server) as client:
         client.sendall(message)  # nothing is answered, so nothing is read, before it is all there
@@ -156,7 +156,7 @@ def test_a_large_message_comes_back_whole_to_a_client_that_reads_late(start_serv
 
 
 @pytest.mark.parametrize("mode", ["stream", "raw"])
-def test_a_client_that_does_not_read_is_not_read_from_either(start_server: StartServer, mode: Mode) -> None:
+def test_backpressure_with_unread_replies_stops_reading(start_server: StartServer, mode: Mode) -> None:
     message = bytes(range(32, 127)) * 10 + b"\n"
     with start_server(mode=mode, chunk_size=4096) as server, connect(server) as client:
         client.settimeout(0.2)
@@ -173,7 +173,7 @@ def test_a_client_that_does_not_read_is_not_read_from_either(start_server: Start
         assert received == expected[:whole]
 
 
-def test_clients_that_vanish_leave_nothing_behind(start_server: StartServer) -> None:
+def test_disconnects_in_any_state_leave_no_connection(start_server: StartServer) -> None:
     with start_server(mode="stream", no_access_log=True) as server:
         for number in range(60):
             client = connect(server)
@@ -185,7 +185,7 @@ def test_clients_that_vanish_leave_nothing_behind(start_server: StartServer) -> 
             assert receive_line(client) == b"still there\n"
 
 
-def test_a_stop_ends_idle_clients_and_frees_the_port(start_server: StartServer) -> None:
+def test_close_with_idle_clients_frees_the_port(start_server: StartServer) -> None:
     with start_server(mode="stream") as server:
         clients = [connect(server) for _ in range(50)]
         wait_until(lambda: server.stats.active == 50)
@@ -204,7 +204,7 @@ def test_a_stop_ends_idle_clients_and_frees_the_port(start_server: StartServer) 
         assert again.address == address
 
 
-def test_a_stop_answers_what_was_received_and_lets_a_message_be_finished(start_server: StartServer) -> None:
+def test_close_during_a_message_waits_for_its_end(start_server: StartServer) -> None:
     with start_server(mode="stream") as server, connect(server) as idle, connect(server) as busy:
         busy.sendall(b"done\nbegun, ")
         assert receive_line(busy) == b"done\n"
@@ -214,7 +214,7 @@ def test_a_stop_answers_what_was_received_and_lets_a_message_be_finished(start_s
         assert receive_all(busy) == b"begun, finished\n"
 
 
-def test_a_stop_does_not_wait_longer_than_it_was_told(start_server: StartServer) -> None:
+def test_close_with_incomplete_message_ends_after_timeout(start_server: StartServer) -> None:
     with start_server(mode="stream", timeout_graceful_shutdown=0.3) as server, connect(server) as client:
         client.sendall(b"never finished")
         wait_until(lambda: server.stats.bytes_in == 14)
@@ -222,7 +222,7 @@ def test_a_stop_does_not_wait_longer_than_it_was_told(start_server: StartServer)
     assert server.stats.lost == 1
 
 
-def test_clients_over_the_limit_are_closed_at_once_and_counted(start_server: StartServer) -> None:
+def test_connection_over_the_limit_is_closed_and_counted(start_server: StartServer) -> None:
     with start_server(mode="stream", limit_connections=2) as server:
         with connect(server) as first, connect(server) as second:
             for client in (first, second):
@@ -237,7 +237,7 @@ def test_clients_over_the_limit_are_closed_at_once_and_counted(start_server: Sta
             assert receive_line(client) == b"room again\n"
 
 
-def test_a_client_that_sends_nothing_is_closed_and_an_active_one_is_not(start_server: StartServer) -> None:
+def test_idle_timeout_closes_only_the_idle_client(start_server: StartServer) -> None:
     with start_server(mode="stream", timeout_idle=1) as server, connect(server) as idle, connect(server) as active:
         idle.settimeout(0.02)
         ended = False
@@ -249,7 +249,7 @@ def test_a_client_that_sends_nothing_is_closed_and_an_active_one_is_not(start_se
         assert server.stats.timeouts_idle == 1
 
 
-def test_a_message_that_is_never_finished_is_closed_however_often_bytes_come(start_server: StartServer) -> None:
+def test_message_timeout_applies_despite_new_bytes(start_server: StartServer) -> None:
     with start_server(timeout_message=0.3) as server, connect(server) as client:
         client.settimeout(0.02)
         ended = False
@@ -260,7 +260,7 @@ def test_a_message_that_is_never_finished_is_closed_however_often_bytes_come(sta
         assert server.stats.timeouts_message == 1
 
 
-def test_a_client_that_never_reads_is_closed(start_server: StartServer) -> None:
+def test_write_timeout_closes_a_client_that_never_reads(start_server: StartServer) -> None:
     with start_server(mode="raw", timeout_write=0.3, chunk_size=65536) as server, connect(server) as client:
         with suppress(ConnectionError):
             while True:
@@ -269,7 +269,7 @@ def test_a_client_that_never_reads_is_closed(start_server: StartServer) -> None:
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
-def test_the_same_over_a_unix_socket(start_server: StartServer, mode: Mode, tmp_path: Path) -> None:
+def test_unix_socket_echoes_and_is_removed(start_server: StartServer, mode: Mode, tmp_path: Path) -> None:
     path = str(tmp_path / "echo")
     with start_server(uds=path, mode=mode) as server:
         assert server.address == path
@@ -281,14 +281,14 @@ def test_the_same_over_a_unix_socket(start_server: StartServer, mode: Mode, tmp_
     assert not os.path.exists(path)
 
 
-def test_the_same_over_ipv6(start_server: StartServer) -> None:
+def test_ipv6_address_is_served(start_server: StartServer) -> None:
     with start_server(host="::1") as server, connect(server) as client:
         assert server.address == ("::1", server.port)
         client.sendall(b"one\n")
         assert receive_all(client) == b"one\n"
 
 
-def test_a_name_with_several_addresses_has_one_port(start_server: StartServer) -> None:
+def test_host_with_several_addresses_shares_one_port(start_server: StartServer) -> None:
     with start_server(host="localhost") as server:
         addresses = [address for address in server.addresses if isinstance(address, tuple)]
         assert len({port for _, port in addresses}) == 1
@@ -298,7 +298,7 @@ def test_a_name_with_several_addresses_has_one_port(start_server: StartServer) -
                 assert receive_all(client) == b"one\n"
 
 
-def test_it_can_be_started_and_stopped_again_and_again(start_server: StartServer) -> None:
+def test_server_restarted_20_times_echoes_each_time(start_server: StartServer) -> None:
     for _ in range(20):
         with start_server() as server, connect(server) as client:
             client.sendall(b"one\n")
@@ -310,7 +310,9 @@ SPLITS = st.lists(st.binary(max_size=60).map(lambda data: data.replace(b"\n", b"
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(messages=SPLITS, cuts=st.lists(st.integers(1, 50), max_size=40))
-def test_any_messages_in_any_split_come_back(start_server: StartServer, messages: list[bytes], cuts: list[int]) -> None:
+def test_stream_mode_with_any_split_echoes_all_messages(
+    start_server: StartServer, messages: list[bytes], cuts: list[int]
+) -> None:
     sent = b"".join(message + b"\n" for message in messages)
     with start_server(mode="stream", no_access_log=True) as server, connect(server) as client:
         rest = sent

@@ -70,14 +70,14 @@ def client(mode: Mode = "stream") -> Client:
 
 
 @pytest.mark.parametrize("mode", ["message", "stream", "raw"])
-def test_a_client_that_sends_nothing_is_idle_when_the_time_is_up_and_not_before(mode: Mode) -> None:
+def test_idle_timeout_expires_after_exactly_its_time(mode: Mode) -> None:
     silent = client(mode)
     assert silent.after(IDLE - 0.5) is None
     assert silent.after(0.5) == "idle"
 
 
 @pytest.mark.parametrize("mode", ["stream", "raw"])
-def test_whatever_is_received_begins_the_idle_time_again(mode: Mode) -> None:
+def test_idle_timeout_restarts_with_any_input(mode: Mode) -> None:
     active = client(mode)
     for _ in range(5):
         assert active.after(IDLE - 1) is None
@@ -87,7 +87,7 @@ def test_whatever_is_received_begins_the_idle_time_again(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
-def test_a_begun_message_has_to_be_finished_however_often_bytes_come(mode: Mode) -> None:
+def test_message_timeout_ignores_progress_within_a_message(mode: Mode) -> None:
     slow = client(mode)
     expired_timeout, seconds = None, 0
     while expired_timeout is None:
@@ -98,7 +98,7 @@ def test_a_begun_message_has_to_be_finished_however_often_bytes_come(mode: Mode)
     assert MESSAGE <= seconds <= MESSAGE + 1
 
 
-def test_a_begun_message_is_not_idle_even_where_the_idle_time_is_the_shorter() -> None:
+def test_incomplete_message_is_not_subject_to_idle_timeout() -> None:
     registry = Clocked(ServerConfig(timeout_idle=5, timeout_message=60))
     slow = Client(registry)
     slow.sends(b"begun")
@@ -106,7 +106,7 @@ def test_a_begun_message_is_not_idle_even_where_the_idle_time_is_the_shorter() -
     assert slow.after(2) == "message"
 
 
-def test_each_message_has_the_whole_time() -> None:
+def test_message_timeout_restarts_with_each_message() -> None:
     slow = client()
     slow.sends(b"a message that is begun")
     for _ in range(5):
@@ -115,7 +115,7 @@ def test_each_message_has_the_whole_time() -> None:
     assert slow.after(MESSAGE + 1) == "message"
 
 
-def test_the_idle_time_begins_with_the_end_of_a_message() -> None:
+def test_idle_timeout_starts_at_the_end_of_a_message() -> None:
     slow = Client(Clocked(ServerConfig(mode="stream", timeout_idle=10)))
     slow.sends(b"begun")
     assert slow.after(50) is None
@@ -124,13 +124,13 @@ def test_the_idle_time_begins_with_the_end_of_a_message() -> None:
     assert slow.after(0.5) == "idle"
 
 
-def test_there_is_no_time_for_a_message_in_raw_mode() -> None:
+def test_message_timeout_in_raw_mode_does_not_apply() -> None:
     talking = client("raw")
     talking.sends(b"never a newline")
     assert talking.after(IDLE) is None
 
 
-def test_a_client_that_reads_nothing_of_what_it_is_sent_is_overdue() -> None:
+def test_write_timeout_without_progress_expires() -> None:
     deaf = client("raw")
     deaf.sends(b"x" * 1000)
     deaf.stuck = 1000
@@ -138,7 +138,7 @@ def test_a_client_that_reads_nothing_of_what_it_is_sent_is_overdue() -> None:
     assert deaf.after(2) == "write"
 
 
-def test_the_time_to_read_begins_when_something_is_stuck_and_not_before() -> None:
+def test_write_timeout_starts_with_the_first_unsent_byte() -> None:
     deaf = client()
     assert deaf.after(500) is None
     deaf.sends(b"one\n")
@@ -147,7 +147,7 @@ def test_the_time_to_read_begins_when_something_is_stuck_and_not_before() -> Non
     assert deaf.after(2) == "write"
 
 
-def test_any_progress_begins_the_time_to_read_again() -> None:
+def test_write_timeout_restarts_with_any_progress() -> None:
     slow = client("raw")
     slow.sends(b"x" * 1000)
     slow.stuck = 1000
@@ -157,7 +157,7 @@ def test_any_progress_begins_the_time_to_read_again() -> None:
     assert slow.after(WRITE + 1) == "write"
 
 
-def test_more_to_read_is_no_progress() -> None:
+def test_write_timeout_ignores_additional_output() -> None:
     deaf = client("raw")
     deaf.sends(b"x" * 1000)
     deaf.stuck = 1000
@@ -167,7 +167,7 @@ def test_more_to_read_is_no_progress() -> None:
     assert deaf.after(2) == "write"
 
 
-def test_the_other_clocks_stand_still_while_output_is_stuck() -> None:
+def test_write_timeout_suspends_the_other_timeouts() -> None:
     registry = Clocked(ServerConfig(mode="stream", timeout_idle=5, timeout_message=5, timeout_write=30))
     slow, begun, ended = Client(registry), Client(registry), Client(registry)
     for each in (slow, begun, ended):
@@ -185,14 +185,14 @@ def test_the_other_clocks_stand_still_while_output_is_stuck() -> None:
     assert ended.after(1.5) == "linger"
 
 
-def test_a_finished_client_gets_a_moment_to_end_its_side() -> None:
+def test_linger_timeout_expires_after_the_last_reply() -> None:
     done = client("message")
     done.sends(b"one\n")
     assert done.after(LINGER_TIMEOUT) is None
     assert done.after(0.5) == "linger"
 
 
-def test_input_that_is_discarded_does_not_prolong_the_moment() -> None:
+def test_linger_timeout_ignores_discarded_input() -> None:
     chatty = client("message")
     chatty.sends(b"one\n")
     expired_timeout, seconds = None, 0.0
@@ -204,7 +204,7 @@ def test_input_that_is_discarded_does_not_prolong_the_moment() -> None:
     assert LINGER_TIMEOUT <= seconds <= LINGER_TIMEOUT + 1
 
 
-def test_a_stop_makes_the_moment_shorter() -> None:
+def test_linger_timeout_during_shutdown_is_shorter() -> None:
     done = client("message")
     done.sends(b"one\n")
     done.clock.stop()
@@ -213,7 +213,7 @@ def test_a_stop_makes_the_moment_shorter() -> None:
     assert done.after(LINGER_TIMEOUT_AT_STOP) == "linger"
 
 
-def test_an_active_client_is_never_overdue() -> None:
+def test_timeouts_with_an_active_client_never_expire() -> None:
     active = client()
     for number in range(2000):
         active.sends(b"a whole message, and another that is beg")
@@ -225,7 +225,7 @@ def test_an_active_client_is_never_overdue() -> None:
     assert active.conversation.messages == 2000
 
 
-def test_a_sweep_ends_and_counts_every_overdue_client(caplog: pytest.LogCaptureFixture) -> None:
+def test_sweep_closes_and_counts_expired_connections(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "echo_async")
     registry = Clocked(ServerConfig(mode="stream", timeout_idle=60, timeout_message=60, timeout_write=60))
     idle, begun, deaf, active = (Client(registry) for _ in range(4))
@@ -254,12 +254,12 @@ def test_a_sweep_ends_and_counts_every_overdue_client(caplog: pytest.LogCaptureF
     ]
 
 
-def test_a_sweep_is_often_enough_for_the_shortest_limit() -> None:
+def test_sweep_interval_fits_the_shortest_timeout() -> None:
     assert Registry(ServerConfig()).sweep_interval == 1
     assert Registry(ServerConfig(timeout_write=0.5)).sweep_interval <= 0.05
 
 
-def test_one_that_cannot_be_looked_at_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_sweep_with_a_failing_connection_aborts_only_it(caplog: pytest.LogCaptureFixture) -> None:
     registry = Clocked(ServerConfig(mode="stream"))
 
     class Broken(Client):
@@ -274,7 +274,7 @@ def test_one_that_cannot_be_looked_at_ends_alone(caplog: pytest.LogCaptureFixtur
     assert "broken" in caplog.text
 
 
-def test_the_counters_are_those_of_the_open_and_the_gone_together() -> None:
+def test_stats_include_open_and_closed_connections() -> None:
     registry = Clocked(ServerConfig(mode="stream", limit_message_size=20))
     whole, begun, long, open = (Client(registry) for _ in range(4))
     whole.sends(b"one\ntwo\n")
@@ -291,7 +291,7 @@ def test_the_counters_are_those_of_the_open_and_the_gone_together() -> None:
     assert registry.stats == Stats(accepted=4, active=0, messages=4, bytes_in=58, bytes_out=19, lost=2, too_long=1)
 
 
-def test_a_snapshot_does_not_change_later() -> None:
+def test_stats_are_a_snapshot() -> None:
     registry = Clocked(ServerConfig())
     Client(registry).sends(b"one\n")
     before = registry.stats
@@ -300,13 +300,13 @@ def test_a_snapshot_does_not_change_later() -> None:
     assert registry.stats.active == 0
 
 
-def test_the_counters_of_two_servers_can_be_added_up_and_shown() -> None:
+def test_stats_of_two_servers_can_be_added() -> None:
     both = Stats(accepted=2, messages=3, bytes_in=10) + Stats(accepted=1, active=1, bytes_in=5)
     assert both == Stats(accepted=3, active=1, messages=3, bytes_in=15)
     assert str(both).startswith("accepted=3 active=1 refused=0 ")
 
 
-def test_the_last_connection_to_end_says_so_once() -> None:
+def test_on_empty_is_called_once_by_the_last_connection() -> None:
     registry = Clocked(ServerConfig())
     calls: list[int] = []
     registry.on_empty = lambda: calls.append(len(registry.connections))
@@ -337,7 +337,7 @@ def test_timeout_counted_once_while_thread_ends() -> None:
     assert registry.stats.timeouts_write == 1
 
 
-def test_clients_over_the_limit_are_all_counted_and_logged_once_a_second(
+def test_refused_connections_are_counted_and_rate_limited(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     seconds = 1000.0
@@ -363,6 +363,6 @@ def test_clients_over_the_limit_are_all_counted_and_logged_once_a_second(
     assert registry.stats.refused == 1000
 
 
-def test_without_a_limit_there_is_room_for_what_the_descriptors_allow() -> None:
+def test_connection_limit_defaults_to_the_descriptor_limit() -> None:
     assert 1 <= Admission(Registry(ServerConfig())).limit <= 2**31
     assert Admission(Registry(ServerConfig(limit_connections=7))).limit == 7

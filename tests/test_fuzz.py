@@ -188,7 +188,7 @@ CLIENTS = st.lists(st.tuples(ACTIONS, st.sampled_from(["read", "read", "close", 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mode=st.sampled_from(MODES), clients=CLIENTS)
-def test_whatever_clients_do_a_server_answers_by_the_rules_and_goes_on(
+def test_fuzz_any_actions_of_clients_get_correct_replies(
     server: dict[Mode, echo_async.EchoServer],
     caplog: pytest.LogCaptureFixture,
     mode: Mode,
@@ -223,7 +223,7 @@ def test_whatever_clients_do_a_server_answers_by_the_rules_and_goes_on(
     clients=st.lists(ACTIONS, min_size=1, max_size=4),
     begun=st.booleans(),
 )
-def test_a_stop_at_any_moment_ends_everything_and_answers_no_wrong_byte(
+def test_fuzz_shutdown_at_any_time_sends_only_correct_bytes(
     backend: Backend, mode: Mode, clients: list[list[object]], begun: bool
 ) -> None:
     descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
@@ -254,7 +254,7 @@ def test_a_stop_at_any_moment_ends_everything_and_answers_no_wrong_byte(
     assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
-def test_after_all_that_each_server_still_serves(server: dict[Mode, echo_async.EchoServer]) -> None:
+def test_fuzz_servers_still_answer_afterwards(server: dict[Mode, echo_async.EchoServer]) -> None:
     for echo in server.values():
         with connect(echo) as client:
             assert is_echoed(client)

@@ -70,7 +70,7 @@ async def all_gone() -> None:
         await asyncio.wait(handlers)
 
 
-def test_alone_it_answers_one_message_and_closes(on_loop: OnLoop) -> None:
+def test_handle_echo_answers_one_message_and_closes(on_loop: OnLoop) -> None:
     message = "¡Hola Server! Esto es más largo que veinte bytes.\n".encode()
 
     async def main() -> None:
@@ -83,7 +83,7 @@ def test_alone_it_answers_one_message_and_closes(on_loop: OnLoop) -> None:
 
 
 @pytest.mark.parametrize(("mode", "reply"), [("message", b"one\n"), ("stream", b"one\ntwo\n"), ("raw", None)])
-def test_every_mode(on_loop: OnLoop, mode: Mode, reply: bytes | None) -> None:
+def test_handle_echo_in_each_mode_answers_by_its_rules(on_loop: OnLoop, mode: Mode, reply: bytes | None) -> None:
     sent = b"one\ntwo\nunfinished"
 
     async def main() -> None:
@@ -97,7 +97,7 @@ def test_every_mode(on_loop: OnLoop, mode: Mode, reply: bytes | None) -> None:
     on_loop(main)
 
 
-def test_ten_thousand_messages_in_a_row(on_loop: OnLoop) -> None:
+def test_handle_echo_answers_ten_thousand_messages(on_loop: OnLoop) -> None:
     sent = b"".join(b"%d\n" % number for number in range(10_000))
 
     async def main() -> None:
@@ -110,7 +110,7 @@ def test_ten_thousand_messages_in_a_row(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_a_message_over_the_limit_closes_after_the_replies_before_it(on_loop: OnLoop) -> None:
+def test_handle_echo_message_too_long_closes_after_replies(on_loop: OnLoop) -> None:
     handler = partial(echo_async.handle_echo, mode="stream", limit_message_size=64)
 
     async def main() -> None:
@@ -123,7 +123,7 @@ def test_a_message_over_the_limit_closes_after_the_replies_before_it(on_loop: On
 
 
 @pytest.mark.parametrize(("sent", "option"), [(b"", "timeout_idle"), (b"begun", "timeout_message")])
-def test_a_client_whose_time_is_up_is_closed(on_loop: OnLoop, sent: bytes, option: str) -> None:
+def test_handle_echo_timeout_closes_the_connection(on_loop: OnLoop, sent: bytes, option: str) -> None:
     handler = partial(echo_async.handle_echo, **{option: 0.1})  # type: ignore[arg-type]
 
     async def main() -> None:
@@ -135,7 +135,7 @@ def test_a_client_whose_time_is_up_is_closed(on_loop: OnLoop, sent: bytes, optio
     on_loop(main)
 
 
-def test_a_client_that_does_not_read_is_closed(on_loop: OnLoop) -> None:
+def test_handle_echo_write_timeout_closes_the_connection(on_loop: OnLoop) -> None:
     handler = partial(echo_async.handle_echo, mode="raw", chunk_size=65536, timeout_write=0.1)
 
     async def main() -> None:
@@ -152,7 +152,7 @@ def test_a_client_that_does_not_read_is_closed(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_a_client_that_resets_is_nothing_to_report(on_loop: OnLoop) -> None:
+def test_handle_echo_reset_is_not_reported_to_the_loop(on_loop: OnLoop) -> None:
     async def main() -> None:
         async with served(partial(echo_async.handle_echo, mode="stream")) as address:
             for sent in (b"", b"begun", b"one\n" * 10_000):
@@ -165,7 +165,7 @@ def test_a_client_that_resets_is_nothing_to_report(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_bad_options_are_named(on_loop: OnLoop) -> None:
+def test_handle_echo_invalid_option_raises_and_closes(on_loop: OnLoop) -> None:
     async def main() -> None:
         problem: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
 
@@ -184,7 +184,7 @@ def test_bad_options_are_named(on_loop: OnLoop) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"begun", b"whole\n"])
-def test_the_end_of_the_loop_ends_every_connection(on_loop: OnLoop, sent: bytes) -> None:
+def test_handle_echo_end_of_loop_closes_all_connections(on_loop: OnLoop, sent: bytes) -> None:
     clients: list[socket.socket] = []
 
     async def main() -> None:
@@ -213,7 +213,7 @@ def everything(client: socket.socket) -> bytes:
         return b""
 
 
-def test_a_handler_is_cancelled_while_its_client_does_not_read(on_loop: OnLoop) -> None:
+def test_handle_echo_canceled_while_sending_ends(on_loop: OnLoop) -> None:
     size = 12 * 1024 * 1024
 
     async def main() -> None:
@@ -237,7 +237,7 @@ def test_a_handler_is_cancelled_while_its_client_does_not_read(on_loop: OnLoop) 
     on_loop(main)
 
 
-def test_a_handler_that_is_cancelled_says_so_and_closes(on_loop: OnLoop) -> None:
+def test_handle_echo_canceled_while_reading_closes(on_loop: OnLoop) -> None:
     async def main() -> None:
         started: asyncio.Future[asyncio.Task[None]] = asyncio.get_running_loop().create_future()
 

@@ -34,7 +34,7 @@ def session(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
 # Sessions of pytest
 
 
-def test_a_test_of_three_lines(session: pytest.Pytester) -> None:
+def test_echo_server_fixture_echoes(session: pytest.Pytester) -> None:
     session.makepyfile("""
         def test_it(echo_server):
             from echo_async import sync
@@ -43,7 +43,7 @@ def test_a_test_of_three_lines(session: pytest.Pytester) -> None:
     session.runpytest_inprocess().assert_outcomes(passed=1)
 
 
-def test_every_test_has_a_server_of_its_own_that_ends_with_it(session: pytest.Pytester) -> None:
+def test_echo_server_fixture_is_new_for_each_test(session: pytest.Pytester) -> None:
     session.makepyfile("""
         import socket, threading
         import pytest
@@ -70,7 +70,7 @@ def test_every_test_has_a_server_of_its_own_that_ends_with_it(session: pytest.Py
     session.runpytest_inprocess().assert_outcomes(passed=3)
 
 
-def test_options_are_overridden_by_module_by_class_and_by_parameter(session: pytest.Pytester) -> None:
+def test_echo_server_options_are_overridden_at_each_level(session: pytest.Pytester) -> None:
     session.makepyfile("""
         import socket
         import pytest
@@ -104,7 +104,7 @@ def test_options_are_overridden_by_module_by_class_and_by_parameter(session: pyt
     session.runpytest_inprocess().assert_outcomes(passed=4)
 
 
-def test_servers_of_the_factory_run_until_they_are_closed_or_the_session_ends(session: pytest.Pytester) -> None:
+def test_make_echo_server_runs_until_closed_or_session_end(session: pytest.Pytester) -> None:
     session.makeconftest("""
         import threading
 
@@ -138,7 +138,7 @@ def test_servers_of_the_factory_run_until_they_are_closed_or_the_session_ends(se
     result.stdout.fnmatch_lines(["*more threads at the end: 0"])
 
 
-def test_an_option_that_makes_no_sense_is_told_in_one_line(session: pytest.Pytester) -> None:
+def test_make_echo_server_invalid_option_is_one_error_line(session: pytest.Pytester) -> None:
     session.makepyfile("""
         def test_it(make_echo_server):
             make_echo_server(mode="nonsense")
@@ -148,14 +148,14 @@ def test_an_option_that_makes_no_sense_is_told_in_one_line(session: pytest.Pytes
     result.stdout.fnmatch_lines(["E *ConfigError: invalid mode: 'nonsense' (choose from message, stream, raw)"])
 
 
-def test_loading_the_plugin_loads_nothing_else() -> None:
+def test_plugin_import_loads_no_other_module() -> None:
     code = "import sys, pytest; old = {*sys.modules}; import echo_async.pytest_plugin; print(*{*sys.modules} - old)"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.stderr == ""
     assert set(done.stdout.split()) == {"echo_async", "echo_async.pytest_plugin"}
 
 
-def test_pytest_finds_the_plugin_where_the_package_is_installed() -> None:
+def test_plugin_is_registered_as_an_entry_point() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["pytest11"] == {"echo_async": "echo_async.pytest_plugin"}
 
@@ -163,7 +163,7 @@ def test_pytest_finds_the_plugin_where_the_package_is_installed() -> None:
 # The server on its own
 
 
-def test_a_message_is_there_before_its_reply() -> None:
+def test_received_contains_a_message_before_its_reply() -> None:
     with HostedServer() as server, connect(server) as client:
         for number in range(1000):
             message = b"%d\r\n" % number
@@ -177,7 +177,7 @@ def test_a_message_is_there_before_its_reply() -> None:
     ("mode", "received"),
     [("message", [b"one\n"]), ("stream", [b"one\n", b"\xff\r\n", b"\n", b"a long message, in several chunks\n"])],
 )
-def test_only_whole_messages_are_received(mode: Mode, received: list[bytes]) -> None:
+def test_received_contains_only_complete_messages(mode: Mode, received: list[bytes]) -> None:
     with HostedServer(mode=mode) as server, connect(server) as client:
         client.sendall(b"one\n\xff\r\n\na long message, in several chunks\nunfinished")
         client.shutdown(socket.SHUT_WR)
@@ -185,7 +185,7 @@ def test_only_whole_messages_are_received(mode: Mode, received: list[bytes]) -> 
         assert server.received == received
 
 
-def test_what_is_received_in_raw_mode_is_every_byte() -> None:
+def test_received_in_raw_mode_contains_every_byte() -> None:
     sent = bytes(range(256)) * 10
     with HostedServer(mode="raw") as server, connect(server) as client:
         client.sendall(sent)
@@ -193,7 +193,7 @@ def test_what_is_received_in_raw_mode_is_every_byte() -> None:
         assert receive_all(client) == b"".join(server.received) == sent
 
 
-def test_the_messages_of_many_clients_are_each_there_once() -> None:
+def test_received_from_many_clients_contains_each_once() -> None:
     messages = [str(number).encode() for number in range(200)]
 
     async def main(server: HostedServer) -> None:
@@ -204,7 +204,7 @@ def test_the_messages_of_many_clients_are_each_there_once() -> None:
         assert sorted(server.received) == sorted(message + b"\n" for message in messages)
 
 
-def test_it_says_where_it_is_also_when_it_is_closed(tmp_path: Path) -> None:
+def test_address_after_close_is_still_available(tmp_path: Path) -> None:
     with HostedServer() as server:
         assert server.address == ("127.0.0.1", server.port)
     assert server.address == ("127.0.0.1", server.port)
@@ -215,7 +215,7 @@ def test_it_says_where_it_is_also_when_it_is_closed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"begun", b"one\nbegun"])
-def test_it_stops_at_once_whatever_its_clients_have_begun(sent: bytes) -> None:
+def test_close_with_connected_clients_does_not_wait(sent: bytes) -> None:
     with HostedServer(timeout_graceful_shutdown=TIMEOUT) as server, connect(server) as client:
         client.sendall(sent)
         if b"\n" in sent:
@@ -230,7 +230,7 @@ def test_it_stops_at_once_whatever_its_clients_have_begun(sent: bytes) -> None:
             connect(server)
 
 
-def test_over_tls_only_who_has_the_context_trusts_it() -> None:
+def test_tls_server_is_trusted_only_by_its_client_context() -> None:
     with HostedServer(tls=True) as server, HostedServer(tls=True) as other:
         for name in ("127.0.0.1", "localhost"):
             reply = sync.echo("in private", *server.address, ssl=server.client_context, server_hostname=name)
@@ -241,17 +241,17 @@ def test_over_tls_only_who_has_the_context_trusts_it() -> None:
         assert server.received == 2 * [b"in private\n"]
 
 
-def test_without_tls_there_is_no_context() -> None:
+def test_client_context_without_tls_is_none() -> None:
     with HostedServer() as server:
         assert server.client_context is None
 
 
-def test_tls_without_trustme_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls_without_trustme_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trustme", None)
     with pytest.raises(echo_async.StartError, match="pip install trustme"):
         HostedServer(tls=True)
 
 
-def test_an_engine_with_an_event_loop_is_refused() -> None:
+def test_engine_other_than_threads_is_rejected() -> None:
     with pytest.raises(echo_async.ConfigError, match="engine 'protocol' needs an event loop"):
         HostedServer(engine="protocol")

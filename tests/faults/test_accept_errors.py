@@ -71,7 +71,7 @@ PASSING = [errno.ECONNABORTED, errno.EPROTO, errno.EPERM]
 
 @each_accept_of_ours
 @pytest.mark.parametrize("number", LASTING, ids=errno.errorcode.get)
-def test_accept_that_fails_is_tried_again_after_a_pause(
+def test_accept_error_is_retried_after_a_pause(
     start_server: StartServer,
     tls: bool,
     number: int,
@@ -98,7 +98,7 @@ def test_accept_that_fails_is_tried_again_after_a_pause(
 
 
 @each_accept_of_ours
-def test_a_client_that_is_gone_when_it_is_accepted_does_not_hold_up_the_next(
+def test_accept_aborted_connection_does_not_delay_the_next(
     start_server: StartServer,
     tls: bool,
     client_context: ssl.SSLContext,
@@ -115,7 +115,7 @@ def test_a_client_that_is_gone_when_it_is_accepted_does_not_hold_up_the_next(
             assert accept.failed == 1
 
 
-def test_a_client_that_another_worker_took_first_does_not_hold_up_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accept_by_another_worker_does_not_delay_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     accept = FailingAccept(monkeypatch, most=1)
     monkeypatch.setattr("echo_async.engines.thread_acceptor.ACCEPT_RETRY_DELAY", 2 * TIMEOUT)  # a pause would be seen
     with sync.serve(port=0, mode="stream") as server:
@@ -126,7 +126,9 @@ def test_a_client_that_another_worker_took_first_does_not_hold_up_the_next(monke
 
 
 @each_accept_of_ours
-def test_a_stop_while_accept_fails(start_server: StartServer, tls: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accept_error_during_shutdown_does_not_delay_it(
+    start_server: StartServer, tls: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in LASTING:
         accept = FailingAccept(monkeypatch)
         with start_server(tls=tls) as server:

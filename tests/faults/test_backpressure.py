@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_ten_mebibytes_come_back_byte_for_byte_to_a_reader_that_pauses(
+def test_slow_reader_receives_ten_mebibytes_unchanged(
     start_server: StartServer, tls: bool, client_context: ssl.SSLContext
 ) -> None:
     pattern = Random(5500).randbytes(10 * 1024 * 1024)
@@ -48,7 +48,7 @@ def test_ten_mebibytes_come_back_byte_for_byte_to_a_reader_that_pauses(
         client.close()
 
 
-def test_a_large_reply_that_gets_on_can_be_seen_to_get_on() -> None:
+def test_large_reply_being_sent_reports_unsent_bytes() -> None:
     """For the time-out of a client that does not read: it is for no progress at all."""
     ours, theirs = socket.socketpair()
     connection = ThreadConnection(Registry(echo_async.ServerConfig(mode="raw", no_access_log=True)), theirs, None)

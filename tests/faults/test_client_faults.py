@@ -159,7 +159,7 @@ MAY_LOSE |= {close_the_window_and_open_it, hear_nothing}
 
 
 @pytest.mark.parametrize(("fault", "counted"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
-def test_a_faulty_client_ends_alone(
+def test_faulty_client_in_any_state_affects_only_itself(
     start_server: StartServer,
     fault: Callable[[socket.socket], None],
     counted: dict[str, int],
@@ -186,9 +186,7 @@ def test_a_faulty_client_ends_alone(
     assert len(log_lines(caplog, logging.INFO)) <= 2
 
 
-def test_clients_that_came_and_went_before_they_were_accepted(
-    backend: Backend, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_backlog_with_closed_connections_is_served(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
     """The queue of a listening socket is as long as it is: some have gone, some have reset, all others are served."""
     caplog.set_level(logging.DEBUG, "echo_async")
     engine, loop = backend
@@ -213,7 +211,7 @@ def test_clients_that_came_and_went_before_they_were_accepted(
     assert not [line for line in log_lines(caplog, logging.DEBUG) if "unix" in line or "None" in line]
 
 
-def test_every_place_is_free_again_after_any_kind_of_end(start_server: StartServer) -> None:
+def test_connection_limit_after_any_end_frees_the_slot(start_server: StartServer) -> None:
     with start_server(limit_connections=3, limit_message_size=100, no_access_log=True) as server:
         ends = [
             connect_and_leave,
@@ -236,7 +234,7 @@ def test_every_place_is_free_again_after_any_kind_of_end(start_server: StartServ
             assert server.stats.refused == 1
 
 
-def test_clients_that_reset_with_much_unanswered_are_no_line_of_the_event_loops(
+def test_reset_with_unread_input_causes_no_asyncio_warning(
     start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with start_server(no_access_log=True) as server:

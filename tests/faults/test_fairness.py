@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("engine", ["streams", "protocol"])
-def test_a_flood_from_one_client_leaves_every_other_its_turn(engine: EngineName, loop: LoopName) -> None:
+def test_flood_from_one_client_is_read_in_limited_shares(engine: EngineName, loop: LoopName) -> None:
     """Between two turns of the loop a client is served no more than a share, however much of its input is there."""
     flood = b"x" * 399_999 + b"\n"
     share = CHUNKS_PER_TURN * 20 if engine == "streams" else 256 * 1024
@@ -65,7 +65,7 @@ class CountingHandler(logging.Handler):
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("engine", ["streams", "protocol"])
 @pytest.mark.parametrize("chunk_size", [20, 65536])
-def test_a_flood_of_short_messages_is_logged_in_turns(engine: EngineName, loop: LoopName, chunk_size: int) -> None:
+def test_flood_of_short_messages_is_logged_in_shares(engine: EngineName, loop: LoopName, chunk_size: int) -> None:
     """A read can hold very many messages: their lines are written a share at a time."""
     flood = b"\n" * 5_000
     log = CountingHandler()

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 @pytest.mark.parametrize("error", [ValueError("a bug"), MemoryError()], ids=["bug", "memory"])
-def test_an_error_of_the_servers_own_ends_that_client_only(
+def test_internal_error_aborts_only_its_connection(
     start_server: StartServer,
     tls: bool,
     error: Exception,

@@ -32,7 +32,7 @@ from echo_async.server.server import start_server as start_in_loop
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-def test_a_default_time_out_of_the_program_is_none_for_clients() -> None:
+def test_default_socket_timeout_does_not_apply_to_clients() -> None:
     before = socket.getdefaulttimeout()
     with sync.serve(port=0, mode="stream") as server, connect(server) as client:
         socket.setdefaulttimeout(0.05)
@@ -46,7 +46,7 @@ def test_a_default_time_out_of_the_program_is_none_for_clients() -> None:
         assert is_echoed(client)
 
 
-def test_a_start_that_is_cancelled_leaves_nothing(backend: Backend) -> None:
+def test_start_canceled_leaves_no_descriptor(backend: Backend) -> None:
     async def main() -> None:
         async with serve_in_loop(backend) as server:  # what the loop opens for itself is open then
             server.close()
@@ -68,7 +68,7 @@ def test_a_start_that_is_cancelled_leaves_nothing(backend: Backend) -> None:
     run(main, backend.loop)
 
 
-def test_it_can_be_closed_twice_by_many_and_waited_for_by_many(backend: Backend) -> None:
+def test_close_called_repeatedly_is_idempotent(backend: Backend) -> None:
     async def main() -> None:
         async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT):
             server.close()
@@ -81,7 +81,7 @@ def test_it_can_be_closed_twice_by_many_and_waited_for_by_many(backend: Backend)
     run(main, backend.loop)
 
 
-def test_one_that_was_awaited_can_be_entered_and_is_closed_with_the_block(backend: Backend) -> None:
+def test_server_awaited_then_entered_closes_with_the_block(backend: Backend) -> None:
     async def main() -> None:
         async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT), server as entered:
             assert entered is server
@@ -90,7 +90,7 @@ def test_one_that_was_awaited_can_be_entered_and_is_closed_with_the_block(backen
     run(main, backend.loop)
 
 
-def test_it_can_be_closed_before_its_loop_has_turned(backend: Backend) -> None:
+def test_close_before_first_loop_iteration_returns(backend: Backend) -> None:
     async def main() -> None:
         async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT):
             server.close()
@@ -99,7 +99,7 @@ def test_it_can_be_closed_before_its_loop_has_turned(backend: Backend) -> None:
     run(main, backend.loop)
 
 
-def test_a_task_that_serves_can_be_cancelled(backend: Backend) -> None:
+def test_serve_forever_canceled_closes_connections(backend: Backend) -> None:
     async def main() -> None:
         async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT):
             assert isinstance(server.address, tuple)
@@ -117,7 +117,7 @@ def test_a_task_that_serves_can_be_cancelled(backend: Backend) -> None:
     run(main, backend.loop)
 
 
-def test_two_hundred_lives_in_one_process(backend: Backend) -> None:
+def test_server_restarted_200_times_leaves_no_resources(backend: Backend) -> None:
     """Start, serve, stop, on the same port each time. What the host program has set is as it was."""
     engine, loop = backend
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
@@ -171,7 +171,7 @@ sys.exit(main(["--port", "0", *sys.argv[1:]]))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, ["--workers", "2"]], ids=" ".join)
-def test_a_signal_while_it_starts_is_a_stop(kind: list[str]) -> None:
+def test_sigterm_during_startup_stops_the_server(kind: list[str]) -> None:
     command = [sys.executable, "-c", STOPPED_WHILE_IT_STARTS, *kind]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0

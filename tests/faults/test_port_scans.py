@@ -20,9 +20,7 @@ from support import (
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-def test_a_port_scan_is_no_line_in_the_log_and_leaves_nothing(
-    start_server: StartServer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_port_scan_is_not_logged(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "echo_async")
     with start_server() as server, connect(server) as well:
         for number in range(400):
@@ -33,7 +31,7 @@ def test_a_port_scan_is_no_line_in_the_log_and_leaves_nothing(
         assert is_echoed(well)
 
 
-def test_a_scan_over_the_limit_is_one_line_a_second(
+def test_port_scan_over_limit_is_logged_once_per_second(
     start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with start_server(limit_connections=1) as server, connect(server) as well:

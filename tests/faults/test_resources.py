@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_no_thread_for_a_client_is_that_clients_loss_only(
+def test_thread_start_failure_refuses_only_that_client(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     certificate: Path,
@@ -62,7 +62,7 @@ def test_no_thread_for_a_client_is_that_clients_loss_only(
     assert log_lines(caplog, logging.WARNING) == ["cannot accept clients just now: can't start new thread"]
 
 
-def test_threads_that_cannot_start_are_one_error_and_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_without_resources_fails_without_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_thread(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -85,7 +85,7 @@ KINDS = [["--loop", "asyncio"], ["--loop", "uvloop"], ["--engine", "threads"]]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
-def test_64_descriptors_and_200_clients(kind: list[str]) -> None:
+def test_descriptors_exhausted_serves_some_and_recovers(kind: list[str]) -> None:
     """Those that fit are served, the others refused and counted; nothing spins; there is room when they leave."""
 
     def few_descriptors() -> None:

@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 @pytest.mark.parametrize("no_access_log", [True, False], ids=["quiet", "logged"])
 @pytest.mark.parametrize("chunk_size", [20, 65536])
-def test_a_stop_answers_all_that_had_arrived(
+def test_shutdown_answers_received_messages(
     backend: Backend, chunk_size: int, no_access_log: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also what the server had not read yet, because it was busy with what came before; and each line is in the log."""
@@ -75,7 +75,7 @@ def test_a_stop_answers_all_that_had_arrived(
     run(main, backend.loop)
 
 
-def test_replies_that_are_sent_while_it_closes(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_with_buffered_replies_delivers_them(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that reads nothing until its last message was answered, and its side is ended."""
     monkeypatch.setattr("echo_async.engines.streams.DRAIN_THRESHOLD", 2**40)
     messages = b"sixteen letters!\n" * 500_000
@@ -111,7 +111,7 @@ def not_read_from(address: object) -> int:
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_a_stop_answers_what_waits_in_the_kernel_and_not_what_a_flood_brings_later(
+def test_shutdown_during_flood_answers_kernel_input(
     loop: LoopName, tls: bool, certificate: Path, client_context: ssl.SSLContext
 ) -> None:
     """The engine ``protocol``, which is given what arrives and cannot go and read it."""
@@ -155,7 +155,7 @@ def test_a_stop_answers_what_waits_in_the_kernel_and_not_what_a_flood_brings_lat
     run(main, loop)
 
 
-def test_a_stop_answers_what_a_client_had_sent_that_reads_slowly(backend: Backend) -> None:
+def test_shutdown_with_slow_reader_answers_received_messages(backend: Backend) -> None:
     async def main() -> None:
         async with serve_in_loop(backend, chunk_size=65536) as server, asyncio.timeout(TIMEOUT):
             with await asyncio.to_thread(connect, server) as client:
@@ -178,7 +178,7 @@ def test_a_stop_answers_what_a_client_had_sent_that_reads_slowly(backend: Backen
     run(main, backend.loop)
 
 
-def test_a_stop_from_where_a_client_is_served(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shutdown_from_within_a_connection_sends_its_reply(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("echo_async.engines.registry.LINGER_TIMEOUT_AT_STOP", 0.05)
     receive = StreamConversation.receive
     servers: list[echo_async.EchoServer] = []
@@ -200,7 +200,7 @@ def test_a_stop_from_where_a_client_is_served(backend: Backend, monkeypatch: pyt
     run(main, backend.loop)
 
 
-def test_a_stop_while_one_client_leaves_and_another_comes(backend: Backend) -> None:
+def test_shutdown_between_two_clients_answers_the_second(backend: Backend) -> None:
     async def main() -> None:
         async with serve_in_loop(backend, timeout_graceful_shutdown=1) as server, asyncio.timeout(TIMEOUT):
             leaving = connect(server)
@@ -219,7 +219,7 @@ def test_a_stop_while_one_client_leaves_and_another_comes(backend: Backend) -> N
     run(main, backend.loop)
 
 
-def test_a_stop_that_is_cancelled_ends_at_once(backend: Backend) -> None:
+def test_shutdown_canceled_aborts_connections(backend: Backend) -> None:
     async def main() -> None:
         async with serve_in_loop(backend, timeout_graceful_shutdown=600) as server, asyncio.timeout(TIMEOUT):
             with connect(server) as client:
@@ -236,7 +236,7 @@ def test_a_stop_that_is_cancelled_ends_at_once(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("accepted", [True, False], ids=["accepted", "still in the queue"])
-def test_an_abort_waits_for_nobody(backend: Backend, accepted: bool) -> None:
+def test_abort_with_incomplete_message_does_not_wait(backend: Backend, accepted: bool) -> None:
     async def main() -> None:
         async with serve_in_loop(backend, timeout_graceful_shutdown=600) as server, asyncio.timeout(TIMEOUT):
             with connect(server) as client:
@@ -248,7 +248,7 @@ def test_an_abort_waits_for_nobody(backend: Backend, accepted: bool) -> None:
     run(main, backend.loop)
 
 
-def test_a_stop_waits_for_a_slow_reader_as_long_as_it_may(start_server: StartServer) -> None:
+def test_shutdown_with_slow_readers_ends_after_timeout(start_server: StartServer) -> None:
     """Nobody who reads slowly, or not at all, holds it longer than ``timeout_graceful_shutdown``."""
     with (
         start_server(timeout_graceful_shutdown=0.2, chunk_size=65536, no_access_log=True) as server,

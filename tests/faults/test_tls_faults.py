@@ -139,7 +139,7 @@ TLS_FAULTS: list[tuple[Callable[[TlsClient], None], dict[str, int]]] = [
 ]
 
 
-def test_who_was_lost_over_tls_is_named(
+def test_tls_incomplete_message_is_logged_with_peer(
     start_server: StartServer, client_context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     with start_server(tls=True) as server, connect(server) as plain:
@@ -153,7 +153,7 @@ def test_who_was_lost_over_tls_is_named(
 
 
 @pytest.mark.parametrize(("fault", "counted"), TLS_FAULTS, ids=[fault.__name__ for fault, _ in TLS_FAULTS])
-def test_a_faulty_client_over_tls_ends_alone(
+def test_tls_faulty_client_in_any_state_affects_only_itself(
     start_server: StartServer,
     fault: Callable[[TlsClient], None],
     counted: dict[str, int],
@@ -177,7 +177,7 @@ def test_a_faulty_client_over_tls_ends_alone(
 
 
 @pytest.mark.parametrize("said", [0, 50, None], ids=["nothing", "half a hello", "a hello"])
-def test_a_stop_in_the_middle_of_a_handshake(
+def test_tls_shutdown_during_handshake_does_not_wait(
     start_server: StartServer, said: int | None, client_context: ssl.SSLContext
 ) -> None:
     with start_server(tls=True, timeout_graceful_shutdown=600) as server, connect(server) as client:
@@ -194,7 +194,7 @@ def test_a_stop_in_the_middle_of_a_handshake(
     assert server.stats.accepted == 0
 
 
-def test_a_stop_does_not_wait_for_the_close_notify_of_a_client(
+def test_tls_shutdown_does_not_wait_for_close_notify(
     start_server: StartServer, client_context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("echo_async.engines.registry.LINGER_TIMEOUT_AT_STOP", 0.05)
@@ -209,7 +209,7 @@ def test_a_stop_does_not_wait_for_the_close_notify_of_a_client(
         assert monotonic() - began < MAX_DELAY
 
 
-def test_failed_handshakes_give_their_places_back(start_server: StartServer, client_context: ssl.SSLContext) -> None:
+def test_tls_failed_handshakes_free_their_slots(start_server: StartServer, client_context: ssl.SSLContext) -> None:
     with start_server(tls=True, limit_connections=2) as server:
         for number in range(20):
             with connect(server) as client:
@@ -223,9 +223,7 @@ def test_failed_handshakes_give_their_places_back(start_server: StartServer, cli
                 each.close()
 
 
-def test_ending_the_sending_side_over_tls_never_waits_for_the_client(
-    certificate: Path, client_context: ssl.SSLContext
-) -> None:
+def test_tls_finish_with_full_buffers_does_not_block(certificate: Path, client_context: ssl.SSLContext) -> None:
     """Whoever sweeps does so for every client: one whose buffers are full must not hold it up."""
     ours, theirs = socket.socketpair()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -253,9 +251,7 @@ def test_ending_the_sending_side_over_tls_never_waits_for_the_client(
         assert not waits
 
 
-def test_nobody_reads_over_tls_while_another_thread_ends_the_sending_side(
-    certificate: Path, client_context: ssl.SSLContext
-) -> None:
+def test_tls_shutdown_and_read_never_overlap(certificate: Path, client_context: ssl.SSLContext) -> None:
     """OpenSSL allows no two threads at one connection, and lets go of Python's lock in both calls."""
     ending, overlapped = threading.Event(), threading.Event()
 

@@ -47,7 +47,7 @@ def thread(function: Any) -> Iterator[None]:
 # Starting and stopping
 
 
-def test_it_is_started_and_stopped_500_times_from_several_threads_at_once() -> None:
+def test_sync_server_started_500_times_by_threads_echoes() -> None:
     def start_and_stop(times: int) -> int:
         for _ in range(times):
             with sync.serve(port=0, no_access_log=True) as server:
@@ -58,7 +58,7 @@ def test_it_is_started_and_stopped_500_times_from_several_threads_at_once() -> N
         assert sum(threads.map(start_and_stop, [100] * 5)) == 500
 
 
-def test_what_it_says_of_itself() -> None:
+def test_sync_server_attributes_describe_it() -> None:
     with sync.serve(port=0, mode="stream") as server:
         assert server.is_serving()
         assert server.address == ("127.0.0.1", server.port)
@@ -70,7 +70,7 @@ def test_what_it_says_of_itself() -> None:
     assert server.stats == echo_async.Stats(accepted=1, messages=1, bytes_in=5, bytes_out=5)
 
 
-def test_it_can_be_closed_twice_and_waited_for_twice() -> None:
+def test_sync_server_closed_twice_is_idempotent() -> None:
     server = sync.serve(port=0)
     server.close()
     server.close()
@@ -82,13 +82,13 @@ def test_it_can_be_closed_twice_and_waited_for_twice() -> None:
         socket.create_connection(cast(tuple[str, int], server.address))
 
 
-def test_it_is_closed_when_its_block_ends_with_an_error() -> None:
+def test_sync_server_closes_when_its_block_raises() -> None:
     with pytest.raises(ZeroDivisionError), sync.serve(port=0) as server:
         raise ZeroDivisionError
     assert not server.is_serving()
 
 
-def test_it_serves_until_another_thread_closes_it() -> None:
+def test_serve_forever_ends_when_a_thread_closes_the_server() -> None:
     server = sync.serve(port=0)
 
     def use_and_close() -> None:
@@ -100,7 +100,7 @@ def test_it_serves_until_another_thread_closes_it() -> None:
     assert server.stats.messages == 1
 
 
-def test_it_serves_until_a_signal_handler_closes_it() -> None:
+def test_serve_forever_ends_when_a_signal_handler_closes_it() -> None:
     server = sync.serve(port=0)
     before = signal.signal(signal.SIGUSR1, lambda *_: server.close())
     try:
@@ -119,7 +119,7 @@ def interrupt_who_waits() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_it_is_closed_by_ctrl_c_and_waited_for() -> None:
+def test_serve_forever_interrupted_closes_and_waits() -> None:
     server = sync.serve(port=0, mode="stream", timeout_graceful_shutdown=0.2)
     with socket.create_connection(cast(tuple[str, int], server.address), TIMEOUT) as client:
         client.sendall(b"Hola\nbegun")  # it holds the stop as long as it may
@@ -130,7 +130,7 @@ def test_it_is_closed_by_ctrl_c_and_waited_for() -> None:
         assert server.stats.active == 0
 
 
-def test_it_is_closed_from_within_a_clients_own_thread() -> None:
+def test_close_from_a_connection_thread_ends_the_server() -> None:
     class CloseAtFirstMessage(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             server.close()
@@ -149,7 +149,7 @@ def test_it_is_closed_from_within_a_clients_own_thread() -> None:
         access.setLevel(logging.NOTSET)
 
 
-def test_many_threads_close_it_at_once_while_clients_come_and_go() -> None:
+def test_close_by_many_threads_with_active_clients_ends() -> None:
     for _ in range(20):
         with sync.serve(port=0, no_access_log=True) as server, ExitStack() as threads:
 
@@ -167,7 +167,7 @@ def test_many_threads_close_it_at_once_while_clients_come_and_go() -> None:
         assert server.stats.active == 0
 
 
-def test_the_port_is_free_at_once() -> None:
+def test_close_frees_the_port_immediately() -> None:
     with sync.serve(port=0) as server:
         assert exchange(server.address, b"Hola\n") == b"Hola\n"
     with sync.serve(port=cast(int, server.port)) as again:
@@ -178,17 +178,17 @@ def test_the_port_is_free_at_once() -> None:
 
 
 @pytest.mark.parametrize("engine", ["streams", "protocol"])
-def test_an_engine_that_needs_an_event_loop_is_refused(engine: Any) -> None:
+def test_sync_serve_asyncio_engine_is_rejected(engine: Any) -> None:
     with pytest.raises(echo_async.ConfigError, match=f"engine '{engine}' requires an event loop; use echo_async.serve"):
         sync.serve(engine=engine)
 
 
-def test_an_option_that_makes_no_sense_is_refused() -> None:
+def test_sync_serve_invalid_option_is_rejected() -> None:
     with pytest.raises(echo_async.ConfigError, match="invalid mode: 'loud' "):
         sync.serve(mode=cast(Any, "loud"))
 
 
-def test_a_port_in_use_is_refused() -> None:
+def test_sync_serve_port_in_use_is_rejected() -> None:
     with sync.serve(port=0) as server, pytest.raises(echo_async.StartError, match="another server has it"):
         sync.serve(port=cast(int, server.port))
 
@@ -196,7 +196,7 @@ def test_a_port_in_use_is_refused() -> None:
 # Want of resources
 
 
-def test_a_client_for_whom_there_is_no_thread_is_refused_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thread_start_failure_refuses_and_counts_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     start, refused = threading.Thread.start, threading.Event()
 
     def start_all_but_one(self: threading.Thread) -> None:
@@ -227,7 +227,7 @@ def peeked(client: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("options", [(), ("--limit-connections", "1000")], ids=["own limit", "no limit"])
-def test_it_serves_on_with_64_descriptors_and_200_clients(options: tuple[str, ...]) -> None:
+def test_sync_server_with_64_descriptors_serves_in_turn(options: tuple[str, ...]) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
@@ -266,7 +266,7 @@ def many_descriptors() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("many_descriptors")
-def test_one_ctrl_c_ends_it_soon_with_1000_idle_clients() -> None:
+def test_sigint_with_1000_idle_clients_ends_promptly() -> None:
     with server_process("--threaded", "--no-access-log") as server, ExitStack() as clients:
         connected = [clients.enter_context(server.connect()) for _ in range(1000)]
         assert exchange(server.address, b"Hola\n") == b"Hola\n"  # those before it are let in
