@@ -251,11 +251,12 @@ def is_echoed(client: socket.socket, message: bytes = b"still there\n") -> bool:
     return receive_line(client) == message
 
 
-def fill(client: socket.socket, data: bytes = bytes(range(32, 127)) * 10 + b"\n") -> None:
-    """Send until the server stops reading because this client reads nothing."""
+def fill(client: socket.socket, data: bytes = bytes(range(32, 127)) * 10 + b"\n") -> int:
+    """Send until the server stops reading because this client reads nothing. Return the number of bytes sent."""
     sent = 0
     while select.select([], [client], [], 0.04)[1]:
         sent += client.send(data[sent % len(data) :])
+    return sent
 
 
 async def wait_in_loop(condition: Callable[[], bool]) -> None:
@@ -289,3 +290,18 @@ def receive_exactly(client: socket.socket, size: int) -> bytes:
     while len(received) < size and (data := client.recv(min(65536, size - len(received)))):
         received += data
     return bytes(received)
+
+
+# The modules of ``echo_async.engines`` that use a constant.
+CONSTANTS = {
+    "ACCEPT_RETRY_DELAY": ("handshake_acceptor", "thread_acceptor"),
+    "DRAIN_THRESHOLD": ("streams",),
+    "HANDSHAKE_TIMEOUT": ("admission", "handshake_acceptor", "thread_acceptor"),
+    "LINGER_TIMEOUT_AT_STOP": ("registry",),
+}
+
+
+def set_constant(monkeypatch: pytest.MonkeyPatch, name: str, value: float) -> None:
+    """Change a constant of the server in every module that uses it."""
+    for module in CONSTANTS[name]:
+        monkeypatch.setattr(f"echo_async.engines.{module}.{name}", value)

@@ -23,6 +23,7 @@ from support import (
     receive_all,
     receive_line,
     server_process,
+    set_constant,
     single_error_line,
     wait_until,
 )
@@ -131,8 +132,7 @@ def test_tls_on_a_plain_port_gets_no_connection(start_server: StartServer, files
 def test_silent_clients_are_counted_from_the_start_and_gone_in_time(
     start_server: StartServer, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("admission", "handshake_acceptor", "thread_acceptor"):
-        monkeypatch.setattr(f"echo_async.engines.{module}.HANDSHAKE_TIMEOUT", 1.0)
+    set_constant(monkeypatch, "HANDSHAKE_TIMEOUT", 1.0)
     with start_server(limit_connections=20) as server:
         silent = [plain(server) for _ in range(20)]
         with plain(server) as one_more:

@@ -1,4 +1,4 @@
-"""Replies that wait for a slow reader."""
+"""Buffered replies and slow readers."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def test_slow_reader_receives_ten_mebibytes_unchanged(
     pattern = Random(5500).randbytes(10 * 1024 * 1024)
     with start_server(tls=tls, mode="raw", chunk_size=65536) as server, connect(server) as plain:
         client = client_context.wrap_socket(plain, server_hostname="localhost") if tls else plain
-        client.setblocking(False)  # one thread does both: OpenSSL allows no two of them at one connection
-        no_more_now = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
+        client.setblocking(False)  # one thread sends and receives: OpenSSL does not allow two threads on one connection
+        would_block = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
         unsent, received, seen = memoryview(pattern), bytearray(), -1
         while len(received) < len(pattern):
-            while seen != (seen := server.stats.bytes_in):  # until the server is held up: nobody reads
-                with suppress(*no_more_now):
+            while seen != (seen := server.stats.bytes_in):  # until backpressure stops the server
+                with suppress(*would_block):
                     while unsent:
                         unsent = unsent[client.send(unsent[:65536]) :]
                 select.select([], [], [], 0.005)
-            select.select([client], [], [], 0.005)  # TLS may have something that the socket has no more
-            with suppress(*no_more_now):
+            select.select([client], [], [], 0.005)  # TLS can hold data when the socket has none
+            with suppress(*would_block):
                 for _ in range(40):
                     received += client.recv(65536)
         assert received == pattern
@@ -49,18 +49,21 @@ def test_slow_reader_receives_ten_mebibytes_unchanged(
 
 
 def test_large_reply_being_sent_reports_unsent_bytes() -> None:
-    """For the time-out of a client that does not read: it is for no progress at all."""
+    """The write timeout needs it: any progress restarts the timeout."""
     ours, theirs = socket.socketpair()
-    connection = ThreadConnection(Registry(echo_async.ServerConfig(mode="raw", no_access_log=True)), theirs, None)
     size = 8 * 1024 * 1024
-    sending = threading.Thread(target=connection._send, args=[bytes(size)])
+    config = echo_async.ServerConfig(chunk_size=65536, limit_message_size=size, no_access_log=True)
+    connection = ThreadConnection(Registry(config), theirs, None)
+    thread = threading.Thread(target=connection.run)
     with ours, theirs:
-        sending.start()
+        thread.start()
+        ours.sendall(bytes(size - 1) + b"\n")
         left = size
         while left:
             if left == size // 2:
                 wait_until(lambda: connection.unsent() < size)
             left -= len(ours.recv(min(65536, left), socket.MSG_WAITALL))
-        sending.join(TIMEOUT)
-        assert not sending.is_alive()
+        ours.shutdown(socket.SHUT_WR)
+        thread.join(TIMEOUT)
+        assert not thread.is_alive()
     assert connection.unsent() == 0

@@ -1,13 +1,12 @@
-"""Clients that fail in any state: each ends alone, is counted, and leaves nothing.
+"""Faulty clients: each affects only its own connection, is counted, and leaves no resources behind.
 
-A fault is one row of a table: what a client does, and which counters may move. Beside it there is always a healthy
-client, which must not notice anything.
+A row of ``FAULTS`` is one fault: what the client does, and which counters increase. A healthy client is connected at
+the same time and must not notice the fault.
 """
 
 from __future__ import annotations
 
 import logging
-import select
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -32,7 +31,7 @@ from support import (
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-def connect_and_leave(client: socket.socket) -> None:
+def connect_and_close(client: socket.socket) -> None:
     client.close()
 
 
@@ -40,7 +39,7 @@ def connect_and_reset(client: socket.socket) -> None:
     reset(client)
 
 
-def leave_in_mid_message(client: socket.socket) -> None:
+def close_within_a_message(client: socket.socket) -> None:
     client.sendall(b"begun")
     client.close()
 
@@ -50,28 +49,28 @@ def reset_after_a_reply(client: socket.socket) -> None:
     reset(client)
 
 
-def reset_in_mid_message(client: socket.socket) -> None:
+def reset_within_a_message(client: socket.socket) -> None:
     client.sendall(b"one\nbegun")
     assert receive_line(client) == b"one\n"
     reset(client)
 
 
-def reset_while_replies_are_queued(client: socket.socket) -> None:
+def reset_with_buffered_replies(client: socket.socket) -> None:
     fill(client)
     reset(client)
 
 
-def leave_while_replies_are_queued(client: socket.socket) -> None:
+def close_with_buffered_replies(client: socket.socket) -> None:
     fill(client)
     client.close()
 
 
-def half_close_without_a_word(client: socket.socket) -> None:
+def half_close_without_a_message(client: socket.socket) -> None:
     client.shutdown(socket.SHUT_WR)
     assert receive_all(client) == b""
 
 
-def half_close_in_mid_message(client: socket.socket) -> None:
+def half_close_within_a_message(client: socket.socket) -> None:
     client.sendall(b"one\nbegun")
     client.shutdown(socket.SHUT_WR)
     assert receive_all(client) == b"one\n"
@@ -84,7 +83,7 @@ def half_close_and_read(client: socket.socket) -> None:
     assert receive_all(client) == messages
 
 
-def dribble(client: socket.socket) -> None:
+def send_byte_by_byte(client: socket.socket) -> None:
     for byte in b"one byte at a time\n":
         client.sendall(bytes([byte]))
     assert receive_line(client) == b"one byte at a time\n"
@@ -96,25 +95,21 @@ def flood_and_reset(client: socket.socket) -> None:
 
 
 def never_read(client: socket.socket) -> None:
-    with suppress(ConnectionError):  # until the server ends it
+    with suppress(ConnectionError):  # until the server closes the connection
         fill(client)
         while True:
             client.sendall(bytes(65536))
 
 
-def close_the_window_and_open_it(client: socket.socket) -> None:
-    """No zero window lasts as long as ``timeout_write``; what was sent before comes back in order."""
+def pause_and_resume_reading(client: socket.socket) -> None:
+    """Close the receive window for less than ``timeout_write``, then read all replies."""
     line = bytes(range(32, 127)) * 10 + b"\n"
-    sent = 0
-    while select.select([], [client], [], 0.04)[1]:
-        sent += client.send(line[sent % len(line) :])
+    sent = fill(client, line)
     client.shutdown(socket.SHUT_WR)
-    expected = line * (sent // len(line))
-    received = receive_all(client)
-    assert received == expected
+    assert receive_all(client) == line * (sent // len(line))
 
 
-def hear_nothing(client: socket.socket) -> None:
+def shut_down_reading(client: socket.socket) -> None:
     client.shutdown(socket.SHUT_RD)
     with suppress(ConnectionError):
         client.sendall(b"a message\n" * 100)
@@ -126,36 +121,37 @@ def send_urgent_data(client: socket.socket) -> None:
     assert is_echoed(client)
 
 
-def send_what_is_too_long(client: socket.socket) -> None:
+def send_too_long_message(client: socket.socket) -> None:
     client.sendall(b"one\n" + b"x" * 600_000)
     client.shutdown(socket.SHUT_WR)
     assert receive_all(client) == b"one\n"
 
 
 FAULTS: list[tuple[Callable[[socket.socket], None], dict[str, int]]] = [
-    # what the client does              what it adds to the counters, besides accepted, messages and bytes
-    (connect_and_leave, {}),
+    # what the client does; the counters that increase, other than accepted, messages and bytes
+    (connect_and_close, {}),
     (connect_and_reset, {}),
-    (leave_in_mid_message, {"lost": 1}),
+    (close_within_a_message, {"lost": 1}),
     (reset_after_a_reply, {}),
-    (reset_in_mid_message, {"lost": 1}),
-    (reset_while_replies_are_queued, {}),
-    (leave_while_replies_are_queued, {}),
-    (half_close_without_a_word, {}),
-    (half_close_in_mid_message, {"lost": 1}),
+    (reset_within_a_message, {"lost": 1}),
+    (reset_with_buffered_replies, {}),
+    (close_with_buffered_replies, {}),
+    (half_close_without_a_message, {}),
+    (half_close_within_a_message, {"lost": 1}),
     (half_close_and_read, {}),
-    (dribble, {}),
+    (send_byte_by_byte, {}),
     (flood_and_reset, {}),
     (never_read, {"timeouts_write": 1}),
-    (close_the_window_and_open_it, {}),
-    (hear_nothing, {}),
+    (pause_and_resume_reading, {}),
+    (shut_down_reading, {}),
     (send_urgent_data, {}),
-    (send_what_is_too_long, {"too_long": 1}),
+    (send_too_long_message, {"too_long": 1}),
 ]
 
-MAY_LOSE = {reset_while_replies_are_queued, leave_while_replies_are_queued, flood_and_reset, never_read}  # mid-message
+# These can end within a message.
+MAY_COUNT_LOST = {reset_with_buffered_replies, close_with_buffered_replies, flood_and_reset, never_read}
 
-MAY_LOSE |= {close_the_window_and_open_it, hear_nothing}
+MAY_COUNT_LOST |= {pause_and_resume_reading, shut_down_reading}
 
 
 @pytest.mark.parametrize(("fault", "counted"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
@@ -169,17 +165,17 @@ def test_faulty_client_in_any_state_affects_only_itself(
     timeout = 0.3 if fault is never_read else 30
     with (
         start_server(timeout_write=timeout, limit_message_size=500_000, chunk_size=4096, no_access_log=True) as server,
-        connect(server) as well,
+        connect(server) as healthy,
     ):
-        assert is_echoed(well)
+        assert is_echoed(healthy)
         with connect(server) as client:
             fault(client)
         wait_until(lambda: server.stats.accepted == 2 and server.stats.active == 1)
-        assert is_echoed(well)
+        assert is_echoed(healthy)
         stats = {name: number for name, number in asdict(server.stats).items() if number}
         for name in ("accepted", "active", "messages", "bytes_in", "bytes_out"):
             del stats[name]
-        if fault in MAY_LOSE:
+        if fault in MAY_COUNT_LOST:
             stats.pop("lost", None)
         assert stats == counted
     assert log_lines(caplog, logging.ERROR) == []
@@ -187,11 +183,11 @@ def test_faulty_client_in_any_state_affects_only_itself(
 
 
 def test_backlog_with_closed_connections_is_served(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
-    """The queue of a listening socket is as long as it is: some have gone, some have reset, all others are served."""
+    """Of 300 clients in the backlog, some have closed or reset their connection. The others are served."""
     caplog.set_level(logging.DEBUG, "echo_async")
     engine, loop = backend
     listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-    waiting = []
+    connected = []
     for number in range(300):
         client = socket.create_connection(listener.getsockname(), TIMEOUT)
         if number % 3 == 0:
@@ -201,9 +197,9 @@ def test_backlog_with_closed_connections_is_served(backend: Backend, caplog: pyt
         if number % 3 == 1:
             client.close()
         else:
-            waiting.append((client, number))
+            connected.append((client, number))
     with ServerThread(loop, {"engine": engine, "fd": listener.detach()}) as server:
-        for client, number in waiting:
+        for client, number in connected:
             assert receive_all(client) == b"%d\n" % number
             client.close()
         wait_until(lambda: server.stats.accepted == 300 and server.stats.active == 0)
@@ -214,10 +210,10 @@ def test_backlog_with_closed_connections_is_served(backend: Backend, caplog: pyt
 def test_connection_limit_after_any_end_frees_the_slot(start_server: StartServer) -> None:
     with start_server(limit_connections=3, limit_message_size=100, no_access_log=True) as server:
         ends = [
-            connect_and_leave,
+            connect_and_close,
             connect_and_reset,
-            leave_in_mid_message,
-            half_close_in_mid_message,
+            close_within_a_message,
+            half_close_within_a_message,
             reset_after_a_reply,
         ]
         for number in range(60):
@@ -229,8 +225,8 @@ def test_connection_limit_after_any_end_frees_the_slot(start_server: StartServer
         with ExitStack() as clients:
             full = [clients.enter_context(connect(server)) for _ in range(3)]
             assert all(map(is_echoed, full))
-            with connect(server) as one_more, suppress(ConnectionError):
-                assert receive_all(one_more) == b""
+            with connect(server) as refused, suppress(ConnectionError):
+                assert receive_all(refused) == b""
             assert server.stats.refused == 1
 
 

@@ -1,4 +1,4 @@
-"""A flood from one client leaves the others their share."""
+"""One client that floods the server does not starve the others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("engine", ["streams", "protocol"])
 def test_flood_from_one_client_is_read_in_limited_shares(engine: EngineName, loop: LoopName) -> None:
-    """Between two turns of the loop a client is served no more than a share, however much of its input is there."""
+    """In one event loop iteration the server reads a limited number of bytes from one client."""
     flood = b"x" * 399_999 + b"\n"
     share = CHUNKS_PER_TURN * 20 if engine == "streams" else 256 * 1024
 
@@ -34,15 +34,15 @@ def test_flood_from_one_client_is_read_in_limited_shares(engine: EngineName, loo
         async with echo_async.serve(**options) as server:
             received = [0]
 
-            def turn() -> None:
+            def sample() -> None:
                 received.append(server.stats.bytes_in)
                 if received[-1] < len(flood):
-                    running.call_soon(turn)
+                    running.call_soon(sample)
 
             assert isinstance(server.address, tuple)
             reader, writer = await asyncio.open_connection(*server.address, limit=len(flood))
             writer.write(flood)
-            turn()
+            sample()
             assert await reader.readline() == flood
             writer.close()
             await writer.wait_closed()
@@ -54,21 +54,21 @@ def test_flood_from_one_client_is_read_in_limited_shares(engine: EngineName, loo
 
 
 class CountingHandler(logging.Handler):
-    """A log that counts its lines only."""
+    """Counts log records."""
 
-    lines = 0
+    count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines += 1
+        self.count += 1
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("engine", ["streams", "protocol"])
 @pytest.mark.parametrize("chunk_size", [20, 65536])
 def test_flood_of_short_messages_is_logged_in_shares(engine: EngineName, loop: LoopName, chunk_size: int) -> None:
-    """A read can hold very many messages: their lines are written a share at a time."""
+    """One read can contain thousands of messages. In one iteration the server logs at most 1,000 of them."""
     flood = b"\n" * 5_000
-    log = CountingHandler()
+    handler = CountingHandler()
     access = logging.getLogger("echo_async.access")
 
     async def main() -> None:
@@ -76,28 +76,28 @@ def test_flood_of_short_messages_is_logged_in_shares(engine: EngineName, loop: L
         async with echo_async.serve(port=0, mode="stream", engine=engine, chunk_size=chunk_size) as server:
             written = [0]
 
-            def turn() -> None:
-                written.append(log.lines)
-                if log.lines < len(flood):
-                    running.call_soon(turn)
+            def sample() -> None:
+                written.append(handler.count)
+                if handler.count < len(flood):
+                    running.call_soon(sample)
 
             assert isinstance(server.address, tuple)
             reader, writer = await asyncio.open_connection(*server.address)
             writer.write(flood)
-            turn()
+            sample()
             assert await reader.readexactly(len(flood)) == flood
-            await wait_in_loop(lambda: log.lines == len(flood))
+            await wait_in_loop(lambda: handler.count == len(flood))
             writer.close()
             await writer.wait_closed()
             assert max(after - before for before, after in pairwise(written)) <= 1000
 
     level, propagate = access.level, access.propagate
-    access.addHandler(log)
+    access.addHandler(handler)
     access.setLevel(logging.INFO)
     access.propagate = False
     try:
         run(main, loop)
     finally:
-        access.removeHandler(log)
+        access.removeHandler(handler)
         access.setLevel(level)
         access.propagate = propagate

@@ -1,4 +1,4 @@
-"""Errors in the server's own code."""
+"""Errors in the code of the server."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ def test_internal_error_aborts_only_its_connection(
     receive = StreamConversation.receive
 
     def fail(self: StreamConversation, data: bytes) -> bytes:
-        if data == b"poison\n":
+        if data == b"trigger\n":
             raise error
         return receive(self, data)
 
     monkeypatch.setattr(StreamConversation, "receive", fail)
     with start_server(tls=tls) as server, connect(server) as one, connect(server) as two:
-        well, ill = (
+        healthy, failing = (
             client_context.wrap_socket(client, server_hostname="localhost") if tls else client for client in (one, two)
         )
-        assert is_echoed(well)
-        assert is_echoed(ill)
-        ill.sendall(b"poison\n")
+        assert is_echoed(healthy)
+        assert is_echoed(failing)
+        failing.sendall(b"trigger\n")
         with suppress(ConnectionError, ssl.SSLError):
-            assert ill.recv(100) == b""
+            assert failing.recv(100) == b""
         wait_until(lambda: server.stats.active == 1)
         assert server.stats.failed == 1
-        assert is_echoed(well)
-        well.close()
-        ill.close()
+        assert is_echoed(healthy)
+        healthy.close()
+        failing.close()
     [line] = log_lines(caplog, logging.WARNING)
     assert re.fullmatch(r"127\.0\.0\.1:\d+ closed for an error of the server's: .*(a bug|Memory).*", line)

@@ -1,11 +1,10 @@
-"""Start, close, cancel, repeat: nothing is left behind."""
+"""Starting, closing and canceling servers, repeatedly and without leaks."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -37,10 +36,13 @@ def test_default_socket_timeout_does_not_apply_to_clients() -> None:
     with sync.serve(port=0, mode="stream") as server, connect(server) as client:
         socket.setdefaulttimeout(0.05)
         try:
-            with socket.create_connection(server.address, TIMEOUT) as another:
-                assert is_echoed(another)
-                select.select([another], [], [], 0.2)  # longer than the program's default
-                assert is_echoed(another)
+            with socket.create_connection(server.address, TIMEOUT) as other:
+                assert is_echoed(other)
+                other.settimeout(0.2)  # longer than the default timeout
+                with pytest.raises(TimeoutError):
+                    other.recv(1)
+                other.settimeout(TIMEOUT)
+                assert is_echoed(other)
         finally:
             socket.setdefaulttimeout(before)
         assert is_echoed(client)
@@ -48,7 +50,7 @@ def test_default_socket_timeout_does_not_apply_to_clients() -> None:
 
 def test_start_canceled_leaves_no_descriptor(backend: Backend) -> None:
     async def main() -> None:
-        async with serve_in_loop(backend) as server:  # what the loop opens for itself is open then
+        async with serve_in_loop(backend) as server:  # the event loop has opened its own descriptors afterwards
             server.close()
             await server.wait_closed()
         before = sorted(os.listdir("/proc/self/fd"))
@@ -118,16 +120,16 @@ def test_serve_forever_canceled_closes_connections(backend: Backend) -> None:
 
 
 def test_server_restarted_200_times_leaves_no_resources(backend: Backend) -> None:
-    """Start, serve, stop, on the same port each time. What the host program has set is as it was."""
+    """Start, serve and stop on the same port each time. The signal handlers of the program stay unchanged."""
     engine, loop = backend
     handlers = [signal.getsignal(number) for number in signal.valid_signals()]
 
-    async def live(port: int) -> int:
+    async def serve_once(port: int) -> int:
         async with echo_async.serve(engine=engine, port=port) as server:
             assert isinstance(server.address, tuple)
             reader, writer = await asyncio.open_connection(*server.address)
-            writer.write(b"alive\n")
-            assert await reader.read() == b"alive\n"
+            writer.write(b"hello\n")
+            assert await reader.read() == b"hello\n"
             writer.close()
             await writer.wait_closed()
         assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -140,39 +142,39 @@ def test_server_restarted_200_times_leaves_no_resources(backend: Backend) -> Non
     with asyncio.Runner(loop_factory=loop_factory(loop)) as runner:
         port = 0
         for _ in range(50):
-            port = runner.run(live(port))
+            port = runner.run(serve_once(port))
         gc.collect()
         threads, descriptors, before = threading.enumerate(), len(os.listdir("/proc/self/fd")), memory()
         for _ in range(150):
-            assert runner.run(live(port)) == port
+            assert runner.run(serve_once(port)) == port
         gc.collect()
-        assert set(threading.enumerate()) <= set(threads)  # of those before, trio's may have ended
+        assert set(threading.enumerate()) <= set(threads)  # threads of trio may have ended
         assert len(os.listdir("/proc/self/fd")) == descriptors
         assert memory() - before < 5 * 1024 * 1024
         assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
 
 
-KINDS = [["--loop", "asyncio"], ["--loop", "uvloop"], ["--engine", "threads"]]
+OPTIONS = [["--loop", "asyncio"], ["--loop", "uvloop"], ["--engine", "threads"]]
 
-STOPPED_WHILE_IT_STARTS = """
+SIGTERM_DURING_STARTUP = """
 import os, signal, sys
 from echo_async import net
 from echo_async.cli.server import main
 
 bind = net.bind
 
-def signalled(*arguments):
+def bind_after_sigterm(*arguments):
     os.kill(os.getpid(), signal.SIGTERM)
     return bind(*arguments)
 
-net.bind = signalled
+net.bind = bind_after_sigterm
 sys.exit(main(["--port", "0", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.parametrize("kind", [*KINDS, ["--workers", "2"]], ids=" ".join)
-def test_sigterm_during_startup_stops_the_server(kind: list[str]) -> None:
-    command = [sys.executable, "-c", STOPPED_WHILE_IT_STARTS, *kind]
+@pytest.mark.parametrize("options", [*OPTIONS, ["--workers", "2"]], ids=" ".join)
+def test_sigterm_during_startup_stops_the_server(options: list[str]) -> None:
+    command = [sys.executable, "-c", SIGTERM_DURING_STARTUP, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0
     assert " SIGTERM received: shutting down\n" in done.stderr

@@ -29,6 +29,7 @@ from support import (
     receive_exactly,
     run,
     serve_in_loop,
+    set_constant,
     wait_in_loop,
     wait_until,
 )
@@ -48,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 def test_shutdown_answers_received_messages(
     backend: Backend, chunk_size: int, no_access_log: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Also what the server had not read yet, because it was busy with what came before; and each line is in the log."""
+    """Messages that the server has not read yet are answered, and each of them is logged."""
     caplog.set_level(logging.INFO, "echo_async")
     messages = b"sixteen letters!\n" * 5000
 
@@ -62,7 +63,7 @@ def test_shutdown_answers_received_messages(
                 assert await loop.sock_recv(client, 6) == b"hello\n"
                 sent = client.send(messages)
                 while int.from_bytes(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)), sys.byteorder):
-                    pass  # until the server's kernel has all of it
+                    pass  # until the kernel has delivered all of it
                 server.close()
                 client.shutdown(socket.SHUT_WR)
                 client.settimeout(TIMEOUT)
@@ -76,13 +77,13 @@ def test_shutdown_answers_received_messages(
 
 
 def test_close_with_buffered_replies_delivers_them(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that reads nothing until its last message was answered, and its side is ended."""
-    monkeypatch.setattr("echo_async.engines.streams.DRAIN_THRESHOLD", 2**40)
+    """The client reads nothing until it has closed its sending side and the server has answered everything."""
+    set_constant(monkeypatch, "DRAIN_THRESHOLD", 2**40)
     messages = b"sixteen letters!\n" * 500_000
     with start_server(no_access_log=True, chunk_size=65536) as server, connect(server) as client:
         sending = threading.Thread(target=client.sendall, args=[messages])
         sending.start()
-        if server.config.engine != "streams":  # the others read on when the client does
+        if server.config.engine != "streams":  # the other engines continue to read when the client reads
             assert receive_exactly(client, len(messages)) == messages
         sending.join(TIMEOUT)
         client.shutdown(socket.SHUT_WR)
@@ -93,10 +94,10 @@ def test_close_with_buffered_replies_delivers_them(start_server: StartServer, mo
         wait_until(lambda: server.stats.active == 0)
 
 
-def not_read_from(address: object) -> int:
-    """Bytes that the kernel has for the socket of this process that is connected to ``address``."""
+def unread_bytes(address: object) -> int:
+    """Return the size of the receive buffer of the socket in this process whose peer is ``address``."""
     for number in map(int, os.listdir("/proc/self/fd")):
-        with suppress(OSError):  # it is no socket, or not connected
+        with suppress(OSError):  # not a socket, or not connected
             copy = os.dup(number)
             try:
                 found = socket.socket(fileno=copy)
@@ -106,7 +107,7 @@ def not_read_from(address: object) -> int:
             with found:
                 if found.getpeername() == address:
                     return int.from_bytes(fcntl.ioctl(found, termios.FIONREAD, bytes(4)), sys.byteorder)
-    raise AssertionError("there is none")
+    raise AssertionError(f"no socket is connected to {address}")
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -114,7 +115,7 @@ def not_read_from(address: object) -> int:
 def test_shutdown_during_flood_answers_kernel_input(
     loop: LoopName, tls: bool, certificate: Path, client_context: ssl.SSLContext
 ) -> None:
-    """The engine ``protocol``, which is given what arrives and cannot go and read it."""
+    """In the engine ``protocol`` the event loop reads; the input that the kernel holds must still be answered."""
     messages = b"sixteen letters!\n" * 500
 
     async def main() -> None:
@@ -136,7 +137,7 @@ def test_shutdown_during_flood_answers_kernel_input(
             async with asyncio.timeout(TIMEOUT):
                 writer.write(b"one\n")
                 assert await reader.readline() == b"one\n"
-                writer.write(messages)  # which sends at once
+                writer.write(messages)  # sends immediately
                 registry.stop()
                 received = await reader.readexactly(len(messages))
                 while not reader.at_eof():
@@ -160,26 +161,26 @@ def test_shutdown_with_slow_reader_answers_received_messages(backend: Backend) -
         async with serve_in_loop(backend, chunk_size=65536) as server, asyncio.timeout(TIMEOUT):
             with await asyncio.to_thread(connect, server) as client:
                 client.setblocking(False)
-                client.send(b"sixteen letters!\n")  # so that it is accepted before it sends all that it can
+                client.send(b"sixteen letters!\n")  # so that the connection is accepted before the rest is sent
                 received = await asyncio.get_running_loop().sock_recv(client, 17)
                 sent = 0
                 with suppress(BlockingIOError):
                     while True:
                         sent += client.send(b"sixteen letters!\n" * 1000)
                         await asyncio.sleep(0)
-                had_arrived = server.stats.bytes_in + not_read_from(client.getsockname())
+                arrived = server.stats.bytes_in + unread_bytes(client.getsockname())
                 server.close()
                 client.shutdown(socket.SHUT_WR)
                 client.settimeout(TIMEOUT)
                 received += await asyncio.to_thread(receive_all, client)
             await server.wait_closed()
-            assert len(received) >= had_arrived - had_arrived % 17
+            assert len(received) >= arrived - arrived % 17
 
     run(main, backend.loop)
 
 
 def test_shutdown_from_within_a_connection_sends_its_reply(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echo_async.engines.registry.LINGER_TIMEOUT_AT_STOP", 0.05)
+    set_constant(monkeypatch, "LINGER_TIMEOUT_AT_STOP", 0.05)
     receive = StreamConversation.receive
     servers: list[echo_async.EchoServer] = []
 
@@ -203,17 +204,17 @@ def test_shutdown_from_within_a_connection_sends_its_reply(backend: Backend, mon
 def test_shutdown_between_two_clients_answers_the_second(backend: Backend) -> None:
     async def main() -> None:
         async with serve_in_loop(backend, timeout_graceful_shutdown=1) as server, asyncio.timeout(TIMEOUT):
-            leaving = connect(server)
-            leaving.sendall(b"one\n")
+            first = connect(server)
+            first.sendall(b"one\n")
             await wait_in_loop(lambda: server.stats.messages == 1)
-            leaving.close()
-            with connect(server) as coming:
-                coming.sendall(b"begun, ")
+            first.close()
+            with connect(server) as second:
+                second.sendall(b"first half, ")
                 server.close()
                 await wait_in_loop(lambda: all(each.fileno() == -1 for each in server.sockets))
-                coming.sendall(b"finished\n")
+                second.sendall(b"second half\n")
                 await wait_in_loop(lambda: server.stats.active == 0 or server.stats.messages == 2)
-                assert coming.recv(100) == b"begun, finished\n"
+                assert second.recv(100) == b"first half, second half\n"
             await server.wait_closed()
 
     run(main, backend.loop)
@@ -235,7 +236,7 @@ def test_shutdown_canceled_aborts_connections(backend: Backend) -> None:
     run(main, backend.loop)
 
 
-@pytest.mark.parametrize("accepted", [True, False], ids=["accepted", "still in the queue"])
+@pytest.mark.parametrize("accepted", [True, False], ids=["accepted", "in the backlog"])
 def test_abort_with_incomplete_message_does_not_wait(backend: Backend, accepted: bool) -> None:
     async def main() -> None:
         async with serve_in_loop(backend, timeout_graceful_shutdown=600) as server, asyncio.timeout(TIMEOUT):
@@ -249,19 +250,19 @@ def test_abort_with_incomplete_message_does_not_wait(backend: Backend, accepted:
 
 
 def test_shutdown_with_slow_readers_ends_after_timeout(start_server: StartServer) -> None:
-    """Nobody who reads slowly, or not at all, holds it longer than ``timeout_graceful_shutdown``."""
+    """One client reads slowly and another not at all; both are aborted after ``timeout_graceful_shutdown``."""
     with (
         start_server(timeout_graceful_shutdown=0.2, chunk_size=65536, no_access_log=True) as server,
-        connect(server) as deaf,
+        connect(server) as stalled,
         connect(server) as slow,
     ):
-        for client in (deaf, slow):
+        for client in (stalled, slow):
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             fill(client)
-        began = monotonic()
+        start = monotonic()
         server.close()
         with suppress(ConnectionError):
             while server.stats.active and slow.recv(100):
                 pass
         wait_until(lambda: server.stats.active == 0)
-        assert monotonic() - began < MAX_DELAY
+        assert monotonic() - start < MAX_DELAY

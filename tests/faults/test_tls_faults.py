@@ -1,4 +1,4 @@
-"""TLS clients that fail in any state."""
+"""Faulty clients over TLS, and shutdown during TLS handshakes."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from support import (
     log_lines,
     receive_all,
     reset,
+    set_constant,
     wait_until,
 )
 
@@ -36,15 +37,15 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 class TlsClient:
-    """A client that does TLS in memory, so that it can break off, or send something else, between any two bytes."""
+    """A client with TLS in memory, so that it can stop or send anything else at any byte."""
 
     def __init__(self, plain: socket.socket, context: ssl.SSLContext) -> None:
         self.plain = plain
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname="localhost")
 
-    def hello(self) -> bytes:
-        """The first bytes of a handshake."""
+    def client_hello(self) -> bytes:
+        """Return the ClientHello."""
         with suppress(ssl.SSLWantReadError):
             self._tls.do_handshake()
         return self._outgoing.read()
@@ -59,7 +60,7 @@ class TlsClient:
                 self._incoming.write(self.plain.recv(65536))
 
     def record(self, data: bytes) -> bytes:
-        """``data`` as it goes over the wire."""
+        """Return ``data`` as a TLS record."""
         self._tls.write(data)
         return self._outgoing.read()
 
@@ -69,13 +70,13 @@ class TlsClient:
         return self._outgoing.read()
 
 
-def hello_and_reset(client: TlsClient) -> None:
-    client.plain.sendall(client.hello())
+def client_hello_and_reset(client: TlsClient) -> None:
+    client.plain.sendall(client.client_hello())
     reset(client.plain)
 
 
-def half_a_hello(client: TlsClient) -> None:
-    client.plain.sendall(client.hello()[:50])
+def half_a_client_hello(client: TlsClient) -> None:
+    client.plain.sendall(client.client_hello()[:50])
     client.plain.shutdown(socket.SHUT_WR)
     with suppress(ConnectionError):
         receive_all(client.plain)
@@ -88,7 +89,7 @@ def close_notify_before_reading(client: TlsClient) -> None:
         receive_all(client.plain)
 
 
-def end_in_the_middle_of_a_record(client: TlsClient) -> None:
+def half_close_within_a_record(client: TlsClient) -> None:
     client.handshake()
     client.plain.sendall(client.record(b"a message\n")[:-5])
     client.plain.shutdown(socket.SHUT_WR)
@@ -96,7 +97,7 @@ def end_in_the_middle_of_a_record(client: TlsClient) -> None:
         receive_all(client.plain)
 
 
-def reset_in_the_middle_of_a_record(client: TlsClient) -> None:
+def reset_within_a_record(client: TlsClient) -> None:
     client.handshake()
     client.plain.sendall(client.record(b"a message\n"))
     assert client.plain.recv(1)
@@ -111,7 +112,7 @@ def send_a_mebibyte_of_garbage(client: TlsClient) -> None:
         receive_all(client.plain)
 
 
-def send_a_record_that_was_changed(client: TlsClient) -> None:
+def send_a_corrupt_record(client: TlsClient) -> None:
     client.handshake()
     record = bytearray(client.record(b"a message\n"))
     record[-1] ^= 1
@@ -120,7 +121,7 @@ def send_a_record_that_was_changed(client: TlsClient) -> None:
         receive_all(client.plain)
 
 
-def talk_plain_after_the_handshake(client: TlsClient) -> None:
+def send_plain_text_after_the_handshake(client: TlsClient) -> None:
     client.handshake()
     with suppress(ConnectionError):
         client.plain.sendall(b"Hola Server!\n" * 10)
@@ -128,14 +129,14 @@ def talk_plain_after_the_handshake(client: TlsClient) -> None:
 
 
 TLS_FAULTS: list[tuple[Callable[[TlsClient], None], dict[str, int]]] = [
-    (hello_and_reset, {"tls_failures": 1}),
-    (half_a_hello, {"tls_failures": 1}),
+    (client_hello_and_reset, {"tls_failures": 1}),
+    (half_a_client_hello, {"tls_failures": 1}),
     (close_notify_before_reading, {}),
-    (end_in_the_middle_of_a_record, {}),
-    (reset_in_the_middle_of_a_record, {}),
+    (half_close_within_a_record, {}),
+    (reset_within_a_record, {}),
     (send_a_mebibyte_of_garbage, {}),
-    (send_a_record_that_was_changed, {}),
-    (talk_plain_after_the_handshake, {}),
+    (send_a_corrupt_record, {}),
+    (send_plain_text_after_the_handshake, {}),
 ]
 
 
@@ -146,7 +147,7 @@ def test_tls_incomplete_message_is_logged_with_peer(
         name = f"127.0.0.1:{plain.getsockname()[1]}"
         with client_context.wrap_socket(plain, server_hostname="localhost") as client:
             client.sendall(b"begun")
-            with suppress(ssl.SSLError):  # who ends a connection owes no answer to its end
+            with suppress(ssl.SSLError):  # the server may close without close_notify
                 client.unwrap()
         wait_until(lambda: server.stats.lost == 1)
     assert log_lines(caplog, logging.WARNING) == [f"{name} lost in mid-message, after 5 bytes without a newline"]
@@ -162,12 +163,12 @@ def test_tls_faulty_client_in_any_state_affects_only_itself(
 ) -> None:
     caplog.set_level(logging.INFO, "echo_async")
     with start_server(tls=True, no_access_log=True) as server, connect(server) as plain:
-        with client_context.wrap_socket(plain, server_hostname="localhost") as well:
-            assert is_echoed(well)
+        with client_context.wrap_socket(plain, server_hostname="localhost") as healthy:
+            assert is_echoed(healthy)
             with connect(server) as client:
                 fault(TlsClient(client, client_context))
             wait_until(lambda: server.stats.active == 1 and server.stats.tls_failures == counted.get("tls_failures", 0))
-            assert is_echoed(well)
+            assert is_echoed(healthy)
         stats = {name: number for name, number in asdict(server.stats).items() if number}
         for name in ("accepted", "active", "messages", "bytes_in", "bytes_out"):
             stats.pop(name, None)
@@ -176,20 +177,20 @@ def test_tls_faulty_client_in_any_state_affects_only_itself(
     assert len(log_lines(caplog, logging.INFO)) <= 1
 
 
-@pytest.mark.parametrize("said", [0, 50, None], ids=["nothing", "half a hello", "a hello"])
+@pytest.mark.parametrize("sent", [0, 50, None], ids=["nothing", "half of the ClientHello", "ClientHello"])
 def test_tls_shutdown_during_handshake_does_not_wait(
-    start_server: StartServer, said: int | None, client_context: ssl.SSLContext
+    start_server: StartServer, sent: int | None, client_context: ssl.SSLContext
 ) -> None:
     with start_server(tls=True, timeout_graceful_shutdown=600) as server, connect(server) as client:
-        client.sendall(TlsClient(client, client_context).hello()[:said])
-        wait_until(lambda: not select.select([server.sockets[0]], [], [], 0)[0])  # it is accepted
-        if said is None:
-            assert client.recv(1)  # the server has answered the hello
-        began = monotonic()
+        client.sendall(TlsClient(client, client_context).client_hello()[:sent])
+        wait_until(lambda: not select.select([server.sockets[0]], [], [], 0)[0])  # the connection is accepted
+        if sent is None:
+            assert client.recv(1)  # the server has replied to the ClientHello
+        start = monotonic()
         server.close()
         with suppress(ConnectionError):
             receive_all(client)
-        assert monotonic() - began < MAX_DELAY
+        assert monotonic() - start < MAX_DELAY
     assert server.stats.tls_failures == 1
     assert server.stats.accepted == 0
 
@@ -197,23 +198,23 @@ def test_tls_shutdown_during_handshake_does_not_wait(
 def test_tls_shutdown_does_not_wait_for_close_notify(
     start_server: StartServer, client_context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("echo_async.engines.registry.LINGER_TIMEOUT_AT_STOP", 0.05)
+    set_constant(monkeypatch, "LINGER_TIMEOUT_AT_STOP", 0.05)
     with start_server(tls=True, timeout_graceful_shutdown=1) as server, connect(server) as plain:
         client = TlsClient(plain, client_context)
         client.handshake()
         plain.sendall(client.record(b"a message\n"))
         wait_until(lambda: server.stats.messages == 1)
-        began = monotonic()
+        start = monotonic()
         server.close()
         wait_until(lambda: server.stats.active == 0 and not server.sockets)
-        assert monotonic() - began < MAX_DELAY
+        assert monotonic() - start < MAX_DELAY
 
 
 def test_tls_failed_handshakes_free_their_slots(start_server: StartServer, client_context: ssl.SSLContext) -> None:
     with start_server(tls=True, limit_connections=2) as server:
         for number in range(20):
             with connect(server) as client:
-                (half_a_hello, hello_and_reset)[number % 2](TlsClient(client, client_context))
+                (half_a_client_hello, client_hello_and_reset)[number % 2](TlsClient(client, client_context))
             wait_until(lambda number=number: server.stats.tls_failures == number + 1)  # type: ignore[misc]
         assert server.stats.refused == 0
         with connect(server) as one, connect(server) as two:
@@ -224,7 +225,7 @@ def test_tls_failed_handshakes_free_their_slots(start_server: StartServer, clien
 
 
 def test_tls_finish_with_full_buffers_does_not_block(certificate: Path, client_context: ssl.SSLContext) -> None:
-    """Whoever sweeps does so for every client: one whose buffers are full must not hold it up."""
+    """The sweep calls ``finish`` for every connection, so one with full buffers must not block it."""
     ours, theirs = socket.socketpair()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
@@ -233,39 +234,43 @@ def test_tls_finish_with_full_buffers_does_not_block(certificate: Path, client_c
         theirs.settimeout(TIMEOUT)
         secured = TlsSocket(ours, context)
         client = TlsClient(theirs, client_context)
-        shaking = threading.Thread(target=client.handshake)
-        shaking.start()
+        handshaking = threading.Thread(target=client.handshake)
+        handshaking.start()
         secured.handshake(TIMEOUT)
-        shaking.join()
+        handshaking.join()
         registry = Registry(echo_async.ServerConfig(mode="stream"))
-        connection = ThreadConnection(registry, secured, "a client that does not read")
+        connection = ThreadConnection(registry, secured, "client")
         with suppress(BlockingIOError):
             while True:
                 ours.send(bytes(4096), socket.MSG_DONTWAIT)
         finishing = threading.Thread(target=connection.finish)
         finishing.start()
         finishing.join(MAX_DELAY)
-        waits = finishing.is_alive()
+        is_blocked = finishing.is_alive()
         theirs.close()
         finishing.join(TIMEOUT)
-        assert not waits
+        assert not is_blocked
 
 
 def test_tls_shutdown_and_read_never_overlap(certificate: Path, client_context: ssl.SSLContext) -> None:
-    """OpenSSL allows no two threads at one connection, and lets go of Python's lock in both calls."""
-    ending, overlapped = threading.Event(), threading.Event()
+    """OpenSSL does not allow two threads on one connection, and both calls release the GIL."""
+    shutting_down, overlapped, waiting = threading.Event(), threading.Event(), threading.Event()
 
-    class Watched(TlsSocket):
+    class OverlapDetector(TlsSocket):
         def recv(self, size: int, flags: int = 0) -> bytes:
-            if ending.is_set() and not flags & socket.MSG_PEEK:
+            if flags == socket.MSG_PEEK:
+                waiting.set()
+            else:
+                waiting.clear()
+            if shutting_down.is_set() and not flags & socket.MSG_PEEK:
                 overlapped.set()
             return super().recv(size, flags)
 
         def shutdown(self, how: int) -> None:
-            ending.set()
-            theirs.sendall(client.record(b"too late\n"))  # wakes the thread that waits for the client
+            shutting_down.set()
+            theirs.sendall(client.record(b"too late\n"))  # wakes the thread of the connection
             overlapped.wait(0.2)
-            ending.clear()
+            shutting_down.clear()
             super().shutdown(how)
 
     ours, theirs = socket.socketpair()
@@ -273,18 +278,18 @@ def test_tls_shutdown_and_read_never_overlap(certificate: Path, client_context: 
     context.load_cert_chain(certificate)
     with ours, theirs:
         theirs.settimeout(TIMEOUT)
-        secured, client = Watched(ours, context), TlsClient(theirs, client_context)
-        shaking = threading.Thread(target=client.handshake)
-        shaking.start()
+        secured, client = OverlapDetector(ours, context), TlsClient(theirs, client_context)
+        handshaking = threading.Thread(target=client.handshake)
+        handshaking.start()
         secured.handshake(TIMEOUT)
-        shaking.join()
+        handshaking.join()
         registry = Registry(echo_async.ServerConfig(mode="stream", no_access_log=True))
-        connection = ThreadConnection(registry, secured, "a client that is late")
+        connection = ThreadConnection(registry, secured, "client")
         registry.add(connection)
         serving = threading.Thread(target=connection.run)
         serving.start()
         theirs.sendall(client.record(b"in time\n"))
-        wait_until(lambda: registry.stats.messages == 1 and not connection._io_lock.locked())
+        wait_until(lambda: registry.stats.messages == 1 and waiting.is_set())  # the thread waits for input
         connection.stop()
         theirs.shutdown(socket.SHUT_WR)
         serving.join(TIMEOUT)
