@@ -1,4 +1,4 @@
-"""What tests of every part may ask for, and what is looked at after each of them."""
+"""Fixtures of all tests, and the checks after each test."""
 
 from __future__ import annotations
 
@@ -24,47 +24,47 @@ from support import BACKENDS, LOOPS, Backend, ServerThread, StartServer, run, wa
 import echo_async
 from echo_async.config import ServerOptions
 
-settings.register_profile("any machine", deadline=None)  # however slow or busy it is
-settings.load_profile("any machine")
+settings.register_profile("no deadline", deadline=None)  # examples take longer on a loaded machine
+settings.load_profile("no deadline")
 
 
 def pytest_configure() -> None:
-    """Ctrl-C ends the commands that tests start, also where a shell has started all this in the background."""
+    """Restore the default SIGINT handler, which a shell disables for background jobs and commands inherit."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
-    """What the session itself has made stays until its end: a full collection need not look through it each time."""
+    """Exclude the objects of the session from later garbage collections."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def warm_up_loops() -> None:
-    """The first event loop of a process opens descriptors that it keeps."""
+    """Run each event loop once: the first one in a process opens descriptors that stay open."""
     for loop in LOOPS:
         run(lambda: asyncio.sleep(0), loop)
 
 
 def count_resources() -> tuple[int, int]:
-    """How many descriptors and threads there are, without the threads that trio keeps for a while."""
+    """Return the number of descriptors and of threads, without the cached threads of trio."""
     threads = [each for each in threading.enumerate() if not each.name.startswith("Trio ")]
     return len(os.listdir("/proc/self/fd")), len(threads)
 
 
 @pytest.fixture
 def no_leaks(warm_up_loops: None) -> Iterator[None]:
-    """No test ends with more descriptors or threads than there were at its beginning."""
+    """Check that a test leaves no additional descriptor or thread."""
     before = count_resources()
     yield
-    # A thread that resolves a name may be about to answer, although nobody waits for it any more.
+    # A canceled name resolution continues in its thread for a moment.
     wait_until(lambda: all(now <= then for now, then in zip(count_resources(), before, strict=True)))
 
 
 @pytest.fixture
 def restore_loggers() -> Iterator[None]:
-    """A command that runs in this process configures the log; it is undone."""
+    """Undo the logging configuration of a command that runs in this process."""
     package = logging.getLogger("echo_async")
     handlers, level, propagate, raising = package.handlers, package.level, package.propagate, logging.raiseExceptions
     yield
@@ -116,7 +116,7 @@ def start_server(backend: Backend, certificate: Path) -> StartServer:
 
 @pytest.fixture
 def scripted_server() -> Iterator[Start]:
-    """Start a server that does what it is told; it is stopped with the test."""
+    """Start servers with a scripted behavior, and stop them after the test."""
     with ExitStack() as stack:
 
         def start(serve: Serve) -> ScriptedServer:
@@ -129,7 +129,7 @@ def scripted_server() -> Iterator[Start]:
 
 @pytest.fixture
 def bound_socket() -> Iterator[socket.socket]:
-    """A socket that has an address and does not listen yet: nobody is there, and nobody else can be."""
+    """A socket that is bound but does not listen, so that its port stays closed and reserved."""
     with socket.socket() as bound_socket:
         bound_socket.bind(("127.0.0.1", 0))
         yield bound_socket
@@ -143,7 +143,7 @@ def closed_port(bound_socket: socket.socket) -> int:
 
 @pytest.fixture
 def black_hole() -> Iterator[tuple[str, int]]:
-    """An address that never answers: its queue of connections is full."""
+    """An address that never accepts a connection: its backlog is full."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as stack:
         for _ in range(4):
             filler = stack.enter_context(socket.socket())

@@ -1,4 +1,4 @@
-"""What several tests need: event loops by name, raw clients, a server in a process of its own."""
+"""Helpers of several tests: event loops, blocking clients, servers in a thread or in a process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TIMEOUT = 20.0  # seconds after which a test that waits fails
 
 
 def run(main: Callable[[], Coroutine[Any, Any, T]], loop: LoopName = "asyncio") -> T:
-    """Run ``main()`` in a new event loop of that name, with asyncio's debug checks."""
+    """Run ``main()`` in a new event loop in debug mode."""
     with asyncio.Runner(loop_factory=loop_factory(loop), debug=True) as runner:
         return runner.run(main())
 
@@ -61,11 +61,11 @@ class ServerThread:
         self._options = options
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run)
-        self.problems: list[str] = []
+        self.loop_errors: list[str] = []
 
     def _run(self) -> None:
         with self._runner as runner:
-            runner.get_loop().set_exception_handler(lambda _, context: self.problems.append(str(context)))
+            runner.get_loop().set_exception_handler(lambda _, context: self.loop_errors.append(str(context)))
             try:
                 runner.run(self._serve())
             finally:
@@ -75,7 +75,7 @@ class ServerThread:
         async with echo_async.serve(**self._options) as self.server:
             self._started.set()
             await self.server.wait_closed()
-        assert asyncio.all_tasks() == {asyncio.current_task()}, "the server left a task behind"
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "the server left a task"
 
     def __enter__(self) -> echo_async.EchoServer:
         self._thread.start()
@@ -86,7 +86,7 @@ class ServerThread:
         self.server.close()
         self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
-        assert not self.problems, self.problems
+        assert not self.loop_errors, self.loop_errors
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -126,14 +126,14 @@ def single_error_line(stdout: str, stderr: str) -> str:
 
 
 class ServerProcess:
-    """``python -m echo_async.server`` in a process of its own, once it can be reached."""
+    """A running server command, reachable at ``address``."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         assert process.stdout is not None
         self.startup_line = process.stdout.readline()
         self._stderr: list[str] = []
-        # A daemon, and what closes the pipe: a process that the server left behind holds it, and nobody up.
+        # A daemon thread: a process that the server left behind keeps the pipe open and must not block the tests.
         self._reader = threading.Thread(target=self._read_stderr, daemon=True)
         self._reader.start()
 
@@ -149,40 +149,40 @@ class ServerProcess:
 
     @property
     def log(self) -> str:
-        """What is on stderr so far."""
+        """The output on stderr so far."""
         return "".join(self._stderr)
 
     @property
     def worker_pids(self) -> list[int]:
-        """Its processes."""
-        listed = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return [int(number) for each in listed for number in each.read_text().split()]
+        """The process ids of its workers."""
+        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(number) for each in children for number in each.read_text().split()]
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address, TIMEOUT)
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Send a signal, wait for the end: exit code, and all that was on stderr."""
+        """Send a signal and wait for the exit. Return the exit code and the output on stderr."""
         self.process.send_signal(number)
         return self.wait()
 
     def wait(self) -> tuple[int, str]:
         code = self.process.wait(TIMEOUT)
         self._reader.join(TIMEOUT)
-        assert not self._reader.is_alive(), f"it left a process behind, after:\n{self.log}"
+        assert not self._reader.is_alive(), f"the server left a process, after:\n{self.log}"
         return code, self.log
 
 
 @contextmanager
 def server_process(*args: str, env: dict[str, str] | None = None, **popen: Any) -> Iterator[ServerProcess]:
-    """A server on a free port, ended with the block."""
+    """Run ``python -m echo_async.server`` on a free port until the end of the block."""
     with command_process([sys.executable, "-m", "echo_async.server", "--port", "0", *args], env, **popen) as server:
         yield server
 
 
 @contextmanager
 def command_process(command: list[str], env: dict[str, str] | None = None, **popen: Any) -> Iterator[ServerProcess]:
-    """What ``command`` runs, a server that can be reached; ended with the block."""
+    """Run ``command``, which starts a server, until the end of the block."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -1,7 +1,7 @@
-"""One suite for all engines: what the interface promises on the wire, over real sockets.
+"""Conformance of every engine with the wire protocol, over real sockets.
 
-A new engine joins by its line in ``support.BACKENDS``. Clients are blocking sockets in the test's own thread;
-the server runs in an event loop in another, so nothing here depends on how an engine works inside.
+``support.BACKENDS`` lists the engines. The clients are blocking sockets in the thread of the test, and the server runs
+in its own thread, so that no test depends on the implementation of an engine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import TIMEOUT, StartServer, connect, receive_all, receive_line, reset, wait_until
+from support import (
+    TIMEOUT,
+    StartServer,
+    connect,
+    fill,
+    is_echoed,
+    receive_all,
+    receive_exactly,
+    receive_line,
+    reset,
+    wait_until,
+)
 
 from echo_async.config import Mode
 
@@ -36,7 +47,7 @@ MESSAGES = [*EDGES, *(text.encode() for text in TEXTS), *BYTES]
 
 
 def test_message_read_in_20_byte_chunks_is_echoed(start_server: StartServer) -> None:
-    """As the course's client did it: one message, then 20 bytes at a time until the newline."""
+    """The client reads 20 bytes at a time until the newline, like the original client of the course."""
     with start_server() as server, connect(server) as client:
         client.sendall("¡Hola Server! Esto es más largo que veinte bytes.\n".encode())
         reply = bytearray()
@@ -58,8 +69,7 @@ def test_message_mode_echoes_once_and_closes(start_server: StartServer) -> None:
 def test_stream_mode_echoes_messages_in_order(start_server: StartServer) -> None:
     with start_server(mode="stream") as server, connect(server) as client:
         for message in MESSAGES:
-            client.sendall(message)
-            assert receive_line(client) == message
+            assert is_echoed(client, message)
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == b""
     assert server.stats.messages == len(MESSAGES)
@@ -89,11 +99,8 @@ def test_many_messages_in_one_send_are_all_answered(start_server: StartServer) -
     with start_server(mode="stream") as server, connect(server) as client:
         sender = threading.Thread(target=client.sendall, args=(messages,))
         sender.start()
-        received = b""
-        while len(received) < len(messages):
-            received += client.recv(65536)
+        assert receive_exactly(client, len(messages)) == messages
         sender.join()
-        assert received == messages
     assert server.stats.messages == 10_000
 
 
@@ -127,7 +134,7 @@ def test_lingering_close_with_more_input_sends_no_reset(start_server: StartServe
     more = b"x" * 300_000
     with start_server() as server, connect(server) as client:
         client.sendall(b"first\n" + more)
-        client.sendall(more)  # the server discards it
+        client.sendall(more)  # the server discards this
         assert receive_all(client) == b"first\n"
         client.sendall(more)
         client.shutdown(socket.SHUT_WR)
@@ -151,7 +158,7 @@ def test_message_over_the_limit_closes_the_connection(start_server: StartServer)
 def test_large_message_to_a_late_reader_is_unchanged(start_server: StartServer) -> None:
     message = os.urandom(4_000_000).replace(b"\n", b"") + b"\n"
     with start_server(limit_message_size=8_000_000, chunk_size=65536) as server, connect(server) as client:
-        client.sendall(message)  # nothing is answered, so nothing is read, before it is all there
+        client.sendall(message)  # the server answers, and the client reads, only after the whole message
         assert receive_all(client) == message
 
 
@@ -159,18 +166,10 @@ def test_large_message_to_a_late_reader_is_unchanged(start_server: StartServer) 
 def test_backpressure_with_unread_replies_stops_reading(start_server: StartServer, mode: Mode) -> None:
     message = bytes(range(32, 127)) * 10 + b"\n"
     with start_server(mode=mode, chunk_size=4096) as server, connect(server) as client:
-        client.settimeout(0.2)
-        sent = 0
-        with suppress(TimeoutError):
-            while True:
-                sent += client.send(message[sent % len(message) :])
-        client.settimeout(TIMEOUT)
-        whole = sent - sent % len(message) if mode == "stream" else sent
-        received = bytearray()
-        while len(received) < whole:
-            received += client.recv(65536)
+        sent = fill(client, message)
+        answered = sent - sent % len(message) if mode == "stream" else sent
         expected = message * (sent // len(message) + 1)
-        assert received == expected[:whole]
+        assert receive_exactly(client, answered) == expected[:answered]
 
 
 def test_disconnects_in_any_state_leave_no_connection(start_server: StartServer) -> None:
@@ -181,8 +180,7 @@ def test_disconnects_in_any_state_leave_no_connection(start_server: StartServer)
             reset(client)
         wait_until(lambda: server.stats.accepted == 60 and server.stats.active == 0)
         with connect(server) as client:
-            client.sendall(b"still there\n")
-            assert receive_line(client) == b"still there\n"
+            assert is_echoed(client)
 
 
 def test_close_with_idle_clients_frees_the_port(start_server: StartServer) -> None:
@@ -206,12 +204,12 @@ def test_close_with_idle_clients_frees_the_port(start_server: StartServer) -> No
 
 def test_close_during_a_message_waits_for_its_end(start_server: StartServer) -> None:
     with start_server(mode="stream") as server, connect(server) as idle, connect(server) as busy:
-        busy.sendall(b"done\nbegun, ")
+        busy.sendall(b"done\nfirst half, ")
         assert receive_line(busy) == b"done\n"
         server.close()
-        assert receive_all(idle) == b""  # the stop has reached the connections
-        busy.sendall(b"finished\n")
-        assert receive_all(busy) == b"begun, finished\n"
+        assert receive_all(idle) == b""  # the connections are stopping
+        busy.sendall(b"second half\n")
+        assert receive_all(busy) == b"first half, second half\n"
 
 
 def test_close_with_incomplete_message_ends_after_timeout(start_server: StartServer) -> None:
@@ -226,15 +224,13 @@ def test_connection_over_the_limit_is_closed_and_counted(start_server: StartServ
     with start_server(mode="stream", limit_connections=2) as server:
         with connect(server) as first, connect(server) as second:
             for client in (first, second):
-                client.sendall(b"in\n")
-                assert receive_line(client) == b"in\n"
+                assert is_echoed(client, b"hello\n")
             with connect(server) as third:
                 assert is_closed(third)
             assert server.stats.refused == 1
         wait_until(lambda: server.stats.active == 0)
         with connect(server) as client:
-            client.sendall(b"room again\n")
-            assert receive_line(client) == b"room again\n"
+            assert is_echoed(client, b"room again\n")
 
 
 def test_idle_timeout_closes_only_the_idle_client(start_server: StartServer) -> None:
@@ -242,8 +238,7 @@ def test_idle_timeout_closes_only_the_idle_client(start_server: StartServer) -> 
         idle.settimeout(0.02)
         ended = False
         while not ended:
-            active.sendall(b"here\n")
-            assert receive_line(active) == b"here\n"
+            assert is_echoed(active)
             with suppress(TimeoutError):
                 ended = idle.recv(1) == b""
         assert server.stats.timeouts_idle == 1
@@ -274,8 +269,7 @@ def test_unix_socket_echoes_and_is_removed(start_server: StartServer, mode: Mode
     with start_server(uds=path, mode=mode) as server:
         assert server.address == path
         with connect(server) as client:
-            client.sendall(b"one\n")
-            assert receive_line(client) == b"one\n"
+            assert is_echoed(client, b"one\n")
             client.shutdown(socket.SHUT_WR)
             assert receive_all(client) == b""
     assert not os.path.exists(path)

@@ -1,4 +1,4 @@
-"""The time limits of a connection and the counters of a server, with a clock that the test sets."""
+"""Timeouts of a connection and counters of a server, with a fake clock and connections without sockets."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from echo_async.engines.registry import Registry
 IDLE, MESSAGE, WRITE = 600.0, 60.0, 30.0
 
 
-class Clocked(Registry):
-    """A registry whose time passes only when the test says so."""
+class FakeClockRegistry(Registry):
+    """A registry whose clock only the test advances."""
 
     time = 1000.0
 
@@ -28,226 +28,226 @@ class Clocked(Registry):
         self.context.now = lambda: self.time
 
 
-class Client(Connection):
-    """A connection without a socket: the test says what is stuck in it."""
+class FakeConnection(Connection):
+    """A connection without a socket. The test sets ``unsent_bytes``; ``calls`` records what the registry does."""
 
-    def __init__(self, registry: Clocked) -> None:
+    def __init__(self, registry: FakeClockRegistry) -> None:
         super().__init__(registry.context, None)
         self.clock = registry
-        self.stuck = 0
-        self.ended: list[str] = []
+        self.unsent_bytes = 0
+        self.calls: list[str] = []
         registry.add(self)
 
     def unsent(self) -> int:
-        return self.stuck
+        return self.unsent_bytes
 
     def finish(self) -> None:
         self.conversation.finish()
-        self.ended.append("finish")
+        self.calls.append("finish")
 
     def stop(self) -> None:
         self.conversation.stop()
-        self.ended.append("stop")
+        self.calls.append("stop")
 
     def abort(self) -> None:
-        self.ended.append("abort")
+        self.calls.append("abort")
         self.clock.remove(self)
 
-    def sends(self, data: bytes) -> None:
+    def receive(self, data: bytes) -> None:
         self.conversation.receive(data)
 
-    def after(self, seconds: float) -> str | None:
-        """Let that much time pass, with a sweep each half second; what is expired_timeout first."""
+    def advance(self, seconds: float) -> str | None:
+        """Advance the clock in steps of half a second. Return the first timeout that expires."""
         for _ in range(int(seconds * 2)):
             self.clock.time += 0.5
-            if expired_timeout := self.expired_timeout(self.clock.time):
-                return expired_timeout
+            if expired := self.expired_timeout(self.clock.time):
+                return expired
         return None
 
 
-def client(mode: Mode = "stream") -> Client:
-    return Client(Clocked(ServerConfig(mode=mode)))
+def connection(mode: Mode = "stream") -> FakeConnection:
+    return FakeConnection(FakeClockRegistry(ServerConfig(mode=mode)))
 
 
 @pytest.mark.parametrize("mode", ["message", "stream", "raw"])
 def test_idle_timeout_expires_after_exactly_its_time(mode: Mode) -> None:
-    silent = client(mode)
-    assert silent.after(IDLE - 0.5) is None
-    assert silent.after(0.5) == "idle"
+    silent = connection(mode)
+    assert silent.advance(IDLE - 0.5) is None
+    assert silent.advance(0.5) == "idle"
 
 
 @pytest.mark.parametrize("mode", ["stream", "raw"])
 def test_idle_timeout_restarts_with_any_input(mode: Mode) -> None:
-    active = client(mode)
+    active = connection(mode)
     for _ in range(5):
-        assert active.after(IDLE - 1) is None
-        active.sends(b"\n")
-    assert active.after(IDLE) is None
-    assert active.after(0.5) == "idle"
+        assert active.advance(IDLE - 1) is None
+        active.receive(b"\n")
+    assert active.advance(IDLE) is None
+    assert active.advance(0.5) == "idle"
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
 def test_message_timeout_ignores_progress_within_a_message(mode: Mode) -> None:
-    slow = client(mode)
-    expired_timeout, seconds = None, 0
-    while expired_timeout is None:
-        slow.sends(b".")
-        expired_timeout = slow.after(1)
+    slow = connection(mode)
+    expired, seconds = None, 0
+    while expired is None:
+        slow.receive(b".")
+        expired = slow.advance(1)
         seconds += 1
-    assert expired_timeout == "message"
+    assert expired == "message"
     assert MESSAGE <= seconds <= MESSAGE + 1
 
 
 def test_incomplete_message_is_not_subject_to_idle_timeout() -> None:
-    registry = Clocked(ServerConfig(timeout_idle=5, timeout_message=60))
-    slow = Client(registry)
-    slow.sends(b"begun")
-    assert slow.after(59) is None
-    assert slow.after(2) == "message"
+    registry = FakeClockRegistry(ServerConfig(timeout_idle=5, timeout_message=60))
+    slow = FakeConnection(registry)
+    slow.receive(b"begun")
+    assert slow.advance(59) is None
+    assert slow.advance(2) == "message"
 
 
 def test_message_timeout_restarts_with_each_message() -> None:
-    slow = client()
-    slow.sends(b"a message that is begun")
+    slow = connection()
+    slow.receive(b"the first half")
     for _ in range(5):
-        assert slow.after(MESSAGE - 1) is None
-        slow.sends(b" and finished\nand the next, begun in the same packet")
-    assert slow.after(MESSAGE + 1) == "message"
+        assert slow.advance(MESSAGE - 1) is None
+        slow.receive(b" and the second half\nthe first half of the next")
+    assert slow.advance(MESSAGE + 1) == "message"
 
 
 def test_idle_timeout_starts_at_the_end_of_a_message() -> None:
-    slow = Client(Clocked(ServerConfig(mode="stream", timeout_idle=10)))
-    slow.sends(b"begun")
-    assert slow.after(50) is None
-    slow.sends(b", finished\n")
-    assert slow.after(10) is None
-    assert slow.after(0.5) == "idle"
+    slow = FakeConnection(FakeClockRegistry(ServerConfig(mode="stream", timeout_idle=10)))
+    slow.receive(b"begun")
+    assert slow.advance(50) is None
+    slow.receive(b", completed\n")
+    assert slow.advance(10) is None
+    assert slow.advance(0.5) == "idle"
 
 
 def test_message_timeout_in_raw_mode_does_not_apply() -> None:
-    talking = client("raw")
-    talking.sends(b"never a newline")
-    assert talking.after(IDLE) is None
+    talking = connection("raw")
+    talking.receive(b"never a newline")
+    assert talking.advance(IDLE) is None
 
 
 def test_write_timeout_without_progress_expires() -> None:
-    deaf = client("raw")
-    deaf.sends(b"x" * 1000)
-    deaf.stuck = 1000
-    assert deaf.after(WRITE - 1) is None
-    assert deaf.after(2) == "write"
+    stalled = connection("raw")
+    stalled.receive(b"x" * 1000)
+    stalled.unsent_bytes = 1000
+    assert stalled.advance(WRITE - 1) is None
+    assert stalled.advance(2) == "write"
 
 
 def test_write_timeout_starts_with_the_first_unsent_byte() -> None:
-    deaf = client()
-    assert deaf.after(500) is None
-    deaf.sends(b"one\n")
-    deaf.stuck = 4
-    assert deaf.after(WRITE - 1) is None
-    assert deaf.after(2) == "write"
+    stalled = connection()
+    assert stalled.advance(500) is None
+    stalled.receive(b"one\n")
+    stalled.unsent_bytes = 4
+    assert stalled.advance(WRITE - 1) is None
+    assert stalled.advance(2) == "write"
 
 
 def test_write_timeout_restarts_with_any_progress() -> None:
-    slow = client("raw")
-    slow.sends(b"x" * 1000)
-    slow.stuck = 1000
+    slow = connection("raw")
+    slow.receive(b"x" * 1000)
+    slow.unsent_bytes = 1000
     for _ in range(5):
-        assert slow.after(WRITE - 1) is None
-        slow.stuck -= 1
-    assert slow.after(WRITE + 1) == "write"
+        assert slow.advance(WRITE - 1) is None
+        slow.unsent_bytes -= 1
+    assert slow.advance(WRITE + 1) == "write"
 
 
 def test_write_timeout_ignores_additional_output() -> None:
-    deaf = client("raw")
-    deaf.sends(b"x" * 1000)
-    deaf.stuck = 1000
-    assert deaf.after(WRITE - 1) is None
-    deaf.sends(b"y" * 1000)
-    deaf.stuck += 1000
-    assert deaf.after(2) == "write"
+    stalled = connection("raw")
+    stalled.receive(b"x" * 1000)
+    stalled.unsent_bytes = 1000
+    assert stalled.advance(WRITE - 1) is None
+    stalled.receive(b"y" * 1000)
+    stalled.unsent_bytes += 1000
+    assert stalled.advance(2) == "write"
 
 
 def test_write_timeout_suspends_the_other_timeouts() -> None:
-    registry = Clocked(ServerConfig(mode="stream", timeout_idle=5, timeout_message=5, timeout_write=30))
-    slow, begun, ended = Client(registry), Client(registry), Client(registry)
-    for each in (slow, begun, ended):
-        each.sends(b"one\n")
-    begun.sends(b"begun")
-    ended.conversation.receive_eof()
-    for each in (slow, begun, ended):
-        each.after(1)
-        each.stuck = 4
-        assert each.after(29) is None
-        each.stuck = 0
-        assert each.after(4) is None
-    assert slow.after(1.5) == "idle"
-    assert begun.after(1.5) == "message"
-    assert ended.after(1.5) == "linger"
+    registry = FakeClockRegistry(ServerConfig(mode="stream", timeout_idle=5, timeout_message=5, timeout_write=30))
+    slow, incomplete, finished = (FakeConnection(registry) for _ in range(3))
+    for each in (slow, incomplete, finished):
+        each.receive(b"one\n")
+    incomplete.receive(b"begun")
+    finished.conversation.receive_eof()
+    for each in (slow, incomplete, finished):
+        each.advance(1)
+        each.unsent_bytes = 4
+        assert each.advance(29) is None
+        each.unsent_bytes = 0
+        assert each.advance(4) is None
+    assert slow.advance(1.5) == "idle"
+    assert incomplete.advance(1.5) == "message"
+    assert finished.advance(1.5) == "linger"
 
 
 def test_linger_timeout_expires_after_the_last_reply() -> None:
-    done = client("message")
-    done.sends(b"one\n")
-    assert done.after(LINGER_TIMEOUT) is None
-    assert done.after(0.5) == "linger"
+    done = connection("message")
+    done.receive(b"one\n")
+    assert done.advance(LINGER_TIMEOUT) is None
+    assert done.advance(0.5) == "linger"
 
 
 def test_linger_timeout_ignores_discarded_input() -> None:
-    chatty = client("message")
-    chatty.sends(b"one\n")
-    expired_timeout, seconds = None, 0.0
-    while expired_timeout is None:
-        chatty.sends(b"and on\n")
-        expired_timeout = chatty.after(0.5)
+    chatty = connection("message")
+    chatty.receive(b"one\n")
+    expired, seconds = None, 0.0
+    while expired is None:
+        chatty.receive(b"and on\n")
+        expired = chatty.advance(0.5)
         seconds += 0.5
-    assert expired_timeout == "linger"
+    assert expired == "linger"
     assert LINGER_TIMEOUT <= seconds <= LINGER_TIMEOUT + 1
 
 
 def test_linger_timeout_during_shutdown_is_shorter() -> None:
-    done = client("message")
-    done.sends(b"one\n")
+    done = connection("message")
+    done.receive(b"one\n")
     done.clock.stop()
-    assert done.ended == ["stop"]
+    assert done.calls == ["stop"]
     assert done.expired_timeout(done.clock.time) is None
-    assert done.after(LINGER_TIMEOUT_AT_STOP) == "linger"
+    assert done.advance(LINGER_TIMEOUT_AT_STOP) == "linger"
 
 
 def test_timeouts_with_an_active_client_never_expire() -> None:
-    active = client()
+    active = connection()
     for number in range(2000):
-        active.sends(b"a whole message, and another that is beg")
-        active.stuck = 20 * (number % 2)
-        assert active.after(0.5) is None
-        active.sends(b"un\n")
-        active.stuck = 0
-        assert active.after(9.5) is None
+        active.receive(b"the first half of a message")
+        active.unsent_bytes = 20 * (number % 2)
+        assert active.advance(0.5) is None
+        active.receive(b", the second half\n")
+        active.unsent_bytes = 0
+        assert active.advance(9.5) is None
     assert active.conversation.messages == 2000
 
 
 def test_sweep_closes_and_counts_expired_connections(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "echo_async")
-    registry = Clocked(ServerConfig(mode="stream", timeout_idle=60, timeout_message=60, timeout_write=60))
-    idle, begun, deaf, active = (Client(registry) for _ in range(4))
-    begun.sends(b"begun")
-    deaf.sends(b"one\n")
-    deaf.stuck = 4
+    registry = FakeClockRegistry(ServerConfig(mode="stream", timeout_idle=60, timeout_message=60, timeout_write=60))
+    idle, incomplete, stalled, active = (FakeConnection(registry) for _ in range(4))
+    incomplete.receive(b"begun")
+    stalled.receive(b"one\n")
+    stalled.unsent_bytes = 4
     for _ in range(61):
         registry.time += 1
-        active.sends(b"one\n")
+        active.receive(b"one\n")
         registry.sweep()
-    assert (idle.ended, begun.ended, deaf.ended, active.ended) == (["finish"], ["finish"], ["abort"], [])
+    assert (idle.calls, incomplete.calls, stalled.calls, active.calls) == (["finish"], ["finish"], ["abort"], [])
     stats = registry.stats
     assert (stats.timeouts_idle, stats.timeouts_message, stats.timeouts_write) == (1, 1, 1)
     for _ in range(int(LINGER_TIMEOUT) + 2):
         registry.time += 1
-        active.sends(b"one\n")
+        active.receive(b"one\n")
         registry.sweep()
     assert registry.connections == {active}
-    assert (idle.ended, begun.ended) == (["finish", "abort"], ["finish", "abort"])
+    assert (idle.calls, incomplete.calls) == (["finish", "abort"], ["finish", "abort"])
     assert registry.stats.timeouts_idle == 1
-    said = [record.getMessage() for record in caplog.records]
-    assert sorted(line for line in said if " closed: " in line) == [
+    lines = [record.getMessage() for record in caplog.records]
+    assert sorted(line for line in lines if " closed: " in line) == [
         "a client that is gone closed: a message was begun and not finished in 60 s",
         "a client that is gone closed: it read nothing of what it was sent for 60 s",
         "a client that is gone closed: nothing received for 60 s",
@@ -260,40 +260,40 @@ def test_sweep_interval_fits_the_shortest_timeout() -> None:
 
 
 def test_sweep_with_a_failing_connection_aborts_only_it(caplog: pytest.LogCaptureFixture) -> None:
-    registry = Clocked(ServerConfig(mode="stream"))
+    registry = FakeClockRegistry(ServerConfig(mode="stream"))
 
-    class Broken(Client):
+    class Broken(FakeConnection):
         def unsent(self) -> int:
             raise AttributeError("broken")
 
-    clients = [Client(registry), Broken(registry), Client(registry)]
+    clients = [FakeConnection(registry), Broken(registry), FakeConnection(registry)]
     registry.time += IDLE
     registry.sweep()
-    assert [client.ended for client in clients] == [["finish"], ["abort"], ["finish"]]
+    assert [client.calls for client in clients] == [["finish"], ["abort"], ["finish"]]
     assert registry.stats.failed == 1
     assert "broken" in caplog.text
 
 
 def test_stats_include_open_and_closed_connections() -> None:
-    registry = Clocked(ServerConfig(mode="stream", limit_message_size=20))
-    whole, begun, long, open = (Client(registry) for _ in range(4))
-    whole.sends(b"one\ntwo\n")
-    begun.sends(b"three\nbegun")
-    long.sends(b"x" * 30)
-    open.sends(b"four\nfive")
+    registry = FakeClockRegistry(ServerConfig(mode="stream", limit_message_size=20))
+    complete, incomplete, long, open = (FakeConnection(registry) for _ in range(4))
+    complete.receive(b"one\ntwo\n")
+    incomplete.receive(b"three\nbegun")
+    long.receive(b"x" * 30)
+    open.receive(b"four\nfive")
     before = registry.stats
     assert before == Stats(accepted=4, active=4, messages=4, bytes_in=58, bytes_out=19, too_long=1)
-    for each in (whole, begun, long):
+    for each in (complete, incomplete, long):
         registry.remove(each)
-        registry.remove(each)  # the second time is none
+        registry.remove(each)  # has no effect the second time
     assert registry.stats == Stats(accepted=4, active=1, messages=4, bytes_in=58, bytes_out=19, lost=1, too_long=1)
     registry.remove(open)
     assert registry.stats == Stats(accepted=4, active=0, messages=4, bytes_in=58, bytes_out=19, lost=2, too_long=1)
 
 
 def test_stats_are_a_snapshot() -> None:
-    registry = Clocked(ServerConfig())
-    Client(registry).sends(b"one\n")
+    registry = FakeClockRegistry(ServerConfig())
+    FakeConnection(registry).receive(b"one\n")
     before = registry.stats
     registry.abort()
     assert before.active == 1
@@ -307,10 +307,10 @@ def test_stats_of_two_servers_can_be_added() -> None:
 
 
 def test_on_empty_is_called_once_by_the_last_connection() -> None:
-    registry = Clocked(ServerConfig())
+    registry = FakeClockRegistry(ServerConfig())
     calls: list[int] = []
     registry.on_empty = lambda: calls.append(len(registry.connections))
-    first, second = Client(registry), Client(registry)
+    first, second = FakeConnection(registry), FakeConnection(registry)
     registry.remove(first)
     assert calls == []
     registry.remove(second)
@@ -320,20 +320,20 @@ def test_on_empty_is_called_once_by_the_last_connection() -> None:
 
 def test_timeout_counted_once_while_thread_ends() -> None:
     """A thread may need some time to close an aborted connection, which is swept meanwhile."""
-    registry = Clocked(ServerConfig(mode="stream"))
+    registry = FakeClockRegistry(ServerConfig(mode="stream"))
 
-    class Slow(Client):
+    class Slow(FakeConnection):
         def abort(self) -> None:
-            self.ended.append("abort")
+            self.calls.append("abort")
 
     slow = Slow(registry)
-    slow.sends(b"one\n")
-    slow.stuck = 4
+    slow.receive(b"one\n")
+    slow.unsent_bytes = 4
     registry.sweep()
     for _ in range(3):
         registry.time += WRITE
         registry.sweep()
-    assert slow.ended == ["abort"] * 3
+    assert slow.calls == ["abort"] * 3
     assert registry.stats.timeouts_write == 1
 
 
@@ -342,12 +342,12 @@ def test_refused_connections_are_counted_and_rate_limited(
 ) -> None:
     seconds = 1000.0
     monkeypatch.setattr("echo_async.logs.time", SimpleNamespace(monotonic=lambda: seconds))
-    registry = Clocked(ServerConfig(limit_connections=2))
+    registry = FakeClockRegistry(ServerConfig(limit_connections=2))
     admission = Admission(registry)
     assert admission.admit()
-    first = Client(registry)
+    first = FakeConnection(registry)
     assert admission.admit()
-    Client(registry)
+    FakeConnection(registry)
     for _ in range(1000):  # over 10 seconds
         assert not admission.admit()
         seconds += 0.01
