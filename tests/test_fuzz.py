@@ -1,7 +1,7 @@
-"""Fuzz: whatever comes in, in whatever pieces and at whatever moment, only what is documented comes out.
+"""Fuzzing: any input, in any split and at any time, gets only the documented replies.
 
-Once for the rules alone, as a state machine beside a model that is too simple to be wrong; and once for running
-servers, which meet clients that do anything a client can do.
+A state machine compares a conversation with a simple model of the wire protocol. Other tests run servers with clients
+that perform random actions.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from support import BACKENDS, Backend, ServerThread, connect, is_echoed, receive
 
 import echo_async
 from echo_async.config import Mode
-from echo_async.conversation import Conversation, conversation
+from echo_async.conversation import Conversation
+from echo_async.conversation import conversation as new_conversation
 
 MODES: list[Mode] = ["message", "stream", "raw"]
 
-# Bytes in which newlines are frequent, and all the others possible.
+# Any bytes, with frequent newlines.
 BYTES = st.lists(st.one_of(st.just(b"\n"), st.binary(max_size=12), st.just(b"x" * 40)), max_size=12).map(b"".join)
 SHORT = [b"\n", b"a", b"ab", b"a\n", b"a\nb", b"\na\n", b"one\ntwo\n", b"\n\nx", b"x" * 40]
 PIECES = st.one_of(st.sampled_from(SHORT), st.sampled_from(SHORT), BYTES.map(lambda data: data or b"a"))
-SELDOM = st.integers(0, 5).map(lambda number: number == 5)  # what ends a conversation, so that most go on
+RARELY = st.integers(0, 5).map(lambda number: number == 5)  # for steps that end a conversation
 
 
-def replies(mode: Mode, sent: bytes, limit: int) -> bytes:
-    """What is answered to all of ``sent``, by the rules as a person reads them."""
+def expected_replies(mode: Mode, sent: bytes, limit: int) -> bytes:
+    """Return the replies to ``sent``, by the simplest reading of the wire protocol."""
     if mode == "raw":
         return sent
     messages = [message + b"\n" for message in sent.split(b"\n")[:-1]]
@@ -49,76 +50,76 @@ def replies(mode: Mode, sent: bytes, limit: int) -> bytes:
 
 
 class AnyConversation(RuleBasedStateMachine):
-    """One client does anything, the server stops or not; beside it, all that was sent in one piece."""
+    """A conversation with random input and shutdown, compared with ``expected_replies``."""
 
-    talk: Conversation
+    conversation: Conversation
 
     @initialize(mode=st.sampled_from(MODES), limit=st.sampled_from([1, 2, 3, 40, 500]))
     def begin(self, mode: Mode, limit: int) -> None:
         self.mode, self.limit = mode, limit
-        self.talk = conversation(mode, limit)
+        self.conversation = new_conversation(mode, limit)
         self.sent = self.answered = b""
-        self.stopped_at: int | None = None  # bytes that had been sent when the server was stopped
+        self.stopped_at: int | None = None  # number of bytes sent before the shutdown
         self.ended = False
 
     @rule(data=PIECES)
     def send(self, data: bytes) -> None:
-        finished = self.talk.finished
-        reply = self.talk.receive(data)
+        finished = self.conversation.finished
+        reply = self.conversation.receive(data)
         self.sent += data
         self.answered += reply
         assert not (finished and reply)
 
-    @rule(really=SELDOM)
-    def end(self, really: bool) -> None:
-        if not really:
+    @rule(enabled=RARELY)
+    def end(self, enabled: bool) -> None:
+        if not enabled:
             return
-        self.talk.receive_eof()
+        self.conversation.receive_eof()
         self.ended = True
-        assert self.talk.finished
+        assert self.conversation.finished
 
     @rule()
     def stop(self) -> None:
-        self.talk.stop()
+        self.conversation.stop()
         if self.stopped_at is None:
             self.stopped_at = len(self.sent)
 
-    @rule(really=SELDOM)
-    def finish(self, really: bool) -> None:
-        if not really:
+    @rule(enabled=RARELY)
+    def finish(self, enabled: bool) -> None:
+        if not enabled:
             return
-        self.talk.finish()
+        self.conversation.finish()
         self.ended = True
 
     def expected(self) -> bytes:
-        whole = replies(self.mode, self.sent, self.limit)
+        whole = expected_replies(self.mode, self.sent, self.limit)
         if self.stopped_at is None:
             return whole
-        before = replies(self.mode, self.sent[: self.stopped_at], self.limit)
+        before = expected_replies(self.mode, self.sent[: self.stopped_at], self.limit)
         if self.mode == "raw" or len(before) == self.stopped_at:
-            return before  # nothing was begun
-        return before + replies("message", whole[len(before) :], self.limit)
+            return before  # there was no incomplete message
+        return before + expected_replies("message", whole[len(before) :], self.limit)
 
     @invariant()
-    def only_what_is_documented_comes_out(self) -> None:
-        talk = self.talk
+    def replies_are_correct(self) -> None:
+        conversation = self.conversation
         expected = self.expected()
-        if self.ended or talk.too_long:
+        if self.ended or conversation.too_long:
             assert expected.startswith(self.answered)
         else:
             assert self.answered == expected
-        assert talk.received == len(self.sent)
-        assert talk.answered == len(self.answered)
-        assert talk.received == talk.answered + talk.incomplete + talk.discarded
-        assert talk.messages == (0 if self.mode == "raw" else self.answered.count(b"\n"))
-        assert 0 <= talk.incomplete < self.limit + talk.finished
-        assert talk.finished or not talk.too_long
+        assert conversation.received == len(self.sent)
+        assert conversation.answered == len(self.answered)
+        assert conversation.received == conversation.answered + conversation.incomplete + conversation.discarded
+        assert conversation.messages == (0 if self.mode == "raw" else self.answered.count(b"\n"))
+        assert 0 <= conversation.incomplete < self.limit + conversation.finished
+        assert conversation.finished or not conversation.too_long
         if self.mode == "raw":
-            assert not talk.too_long
-            assert not talk.incomplete
-        if self.mode == "message" and talk.messages:
-            assert talk.finished
-            assert talk.messages == 1
+            assert not conversation.too_long
+            assert not conversation.incomplete
+        if self.mode == "message" and conversation.messages:
+            assert conversation.finished
+            assert conversation.messages == 1
 
 
 TestAnyConversation = AnyConversation.TestCase
@@ -132,7 +133,7 @@ LIMIT = 200
 
 @pytest.fixture(params=BACKENDS, ids="-".join, scope="module")
 def server(request: pytest.FixtureRequest) -> Iterator[dict[Mode, echo_async.EchoServer]]:
-    """A server of each mode, on one engine and loop, for all examples; nothing of them is left in the end."""
+    """A server in each mode, on one backend, for all examples."""
     backend: Backend = request.param
     with ExitStack() as servers:
         yield {
@@ -146,7 +147,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[dict[Mode, echo_async.Ech
 
 
 class FuzzedClient:
-    """A client that does one thing after another, and knows what it may get for it."""
+    """A client that performs actions and records what it sends and receives."""
 
     def __init__(self, server: echo_async.EchoServer) -> None:
         self.socket = connect(server)
@@ -162,12 +163,12 @@ class FuzzedClient:
                 if select.select([self.socket], [], [], 0.002)[0]:
                     self.received += self.socket.recv(100)
             elif action == "end":
-                with suppress(OSError):  # it is not connected any more
+                with suppress(OSError):  # not connected anymore
                     self.socket.shutdown(socket.SHUT_WR)
             return
         self.broken = True
 
-    def leave(self, how: str) -> None:
+    def end(self, how: str) -> None:
         if how == "reset":
             reset(self.socket)
         elif how == "read":
@@ -197,17 +198,17 @@ def test_fuzz_any_actions_of_clients_get_correct_replies(
     caplog.set_level(logging.INFO, "echo_async")
     echo = server[mode]
     before = echo.stats
-    talking = [FuzzedClient(echo) for _ in clients]
-    for step in range(max(len(actions) for actions, _ in clients)):  # each does one thing in its turn
-        for client, (actions, _) in zip(talking, clients, strict=True):
+    fuzzed = [FuzzedClient(echo) for _ in clients]
+    for step in range(max(len(actions) for actions, _ in clients)):  # one action per client and step
+        for client, (actions, _) in zip(fuzzed, clients, strict=True):
             if step < len(actions):
                 client.do(actions[step])
-    for client, (_, how) in zip(talking, clients, strict=True):
-        client.leave(how)
-        right = replies(mode, client.sent, LIMIT)
-        assert right.startswith(client.received)
+    for client, (_, how) in zip(fuzzed, clients, strict=True):
+        client.end(how)
+        expected = expected_replies(mode, client.sent, LIMIT)
+        assert expected.startswith(client.received)
         if how == "read" and not client.broken:
-            assert client.received == right
+            assert client.received == expected
     wait_until(lambda: echo.stats.accepted == before.accepted + len(clients) and echo.stats.active == 0)
     assert echo.stats.failed == 0
     assert echo.stats.timeouts_idle + echo.stats.timeouts_message + echo.stats.timeouts_write == 0
@@ -221,10 +222,10 @@ def test_fuzz_any_actions_of_clients_get_correct_replies(
     backend=st.sampled_from(BACKENDS),
     mode=st.sampled_from(MODES),
     clients=st.lists(ACTIONS, min_size=1, max_size=4),
-    begun=st.booleans(),
+    during=st.booleans(),
 )
 def test_fuzz_shutdown_at_any_time_sends_only_correct_bytes(
-    backend: Backend, mode: Mode, clients: list[list[object]], begun: bool
+    backend: Backend, mode: Mode, clients: list[list[object]], during: bool
 ) -> None:
     descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     with ServerThread(
@@ -238,16 +239,16 @@ def test_fuzz_shutdown_at_any_time_sends_only_correct_bytes(
             "no_access_log": True,
         },
     ) as echo:
-        talking = [FuzzedClient(echo) for _ in clients]
-        for client, actions in zip(talking, clients, strict=True):
+        fuzzed = [FuzzedClient(echo) for _ in clients]
+        for client, actions in zip(fuzzed, clients, strict=True):
             for number, action in enumerate(actions):
-                if begun and number == len(actions) // 2:
+                if during and number == len(actions) // 2:
                     echo.close()
                 client.do(action)
         echo.close()
-        for client in talking:
-            client.leave("read")
-            assert replies(mode, client.sent, LIMIT).startswith(client.received)
+        for client in fuzzed:
+            client.end("read")
+            assert expected_replies(mode, client.sent, LIMIT).startswith(client.received)
         wait_until(lambda: echo.stats.active == 0 and not echo.sockets)
     assert echo.stats.failed == 0
     assert threading.active_count() <= threads

@@ -1,4 +1,4 @@
-"""``handle_echo`` in a server of the user's own: it keeps every rule of the wire, and ends with the event loop."""
+"""``handle_echo`` as the handler of ``asyncio.start_server``."""
 
 from __future__ import annotations
 
@@ -24,48 +24,48 @@ OnLoop = Callable[..., None]
 
 @pytest.fixture(params=LOOPS)
 def on_loop(request: pytest.FixtureRequest) -> OnLoop:
-    """Run a coroutine function on each event loop, in debug mode, ``then`` something without it.
+    """Run a coroutine function on each event loop in debug mode, and call ``then`` when the loop is closed.
 
-    Nothing may be reported to the loop, and no descriptor left open.
+    The event loop must report no error, and no descriptor may stay open.
     """
     loop: LoopName = request.param
-    run(lambda: asyncio.sleep(0), loop)  # what a loop opens once for all
+    run(lambda: asyncio.sleep(0), loop)  # opens descriptors that stay open
 
-    def run_and_look(main: Callable[[], Awaitable[None]], then: Callable[[], None] = lambda: None) -> None:
-        problems: list[dict[str, Any]] = []
+    def run_and_check(main: Callable[[], Awaitable[None]], then: Callable[[], None] = lambda: None) -> None:
+        loop_errors: list[dict[str, Any]] = []
         descriptors = len(os.listdir("/proc/self/fd"))
 
-        async def watched() -> None:
-            asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+        async def checked() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: loop_errors.append(context))
             async with asyncio.timeout(TIMEOUT):
                 await main()
 
-        run(watched, loop)
+        run(checked, loop)
         then()
         gc.collect()
-        assert problems == []
+        assert loop_errors == []
         assert len(os.listdir("/proc/self/fd")) == descriptors
 
-    return run_and_look
+    return run_and_check
 
 
 @asynccontextmanager
-async def served(handler: Any) -> AsyncIterator[tuple[str, int]]:
+async def start_server(handler: Any) -> AsyncIterator[tuple[str, int]]:
     server = await asyncio.start_server(handler, "127.0.0.1", 0)
     async with server:
         yield server.sockets[0].getsockname()
 
 
 @asynccontextmanager
-async def connected(address: tuple[str, int]) -> AsyncIterator[Streams]:
+async def open_client(address: tuple[str, int]) -> AsyncIterator[Streams]:
     reader, writer = await asyncio.open_connection(*address)
     yield reader, writer
     writer.close()
     await writer.wait_closed()
 
 
-async def all_gone() -> None:
-    """Wait until no handler runs any more."""
+async def wait_for_handlers() -> None:
+    """Wait until every handler has ended."""
     if handlers := asyncio.all_tasks() - {asyncio.current_task()}:
         await asyncio.wait(handlers)
 
@@ -74,10 +74,10 @@ def test_handle_echo_answers_one_message_and_closes(on_loop: OnLoop) -> None:
     message = "¡Hola Server! Esto es más largo que veinte bytes.\n".encode()
 
     async def main() -> None:
-        async with served(echo_async.handle_echo) as address, connected(address) as (reader, writer):
+        async with start_server(echo_async.handle_echo) as address, open_client(address) as (reader, writer):
             writer.write(message + b"discarded")
             assert await reader.read() == message
-        await all_gone()
+        await wait_for_handlers()
 
     on_loop(main)
 
@@ -88,11 +88,11 @@ def test_handle_echo_in_each_mode_answers_by_its_rules(on_loop: OnLoop, mode: Mo
 
     async def main() -> None:
         handler = partial(echo_async.handle_echo, mode=mode, chunk_size=3)
-        async with served(handler) as address, connected(address) as (reader, writer):
+        async with start_server(handler) as address, open_client(address) as (reader, writer):
             writer.write(sent)
             writer.write_eof()
             assert await reader.read() == (sent if reply is None else reply)
-        await all_gone()
+        await wait_for_handlers()
 
     on_loop(main)
 
@@ -101,11 +101,11 @@ def test_handle_echo_answers_ten_thousand_messages(on_loop: OnLoop) -> None:
     sent = b"".join(b"%d\n" % number for number in range(10_000))
 
     async def main() -> None:
-        async with served(partial(echo_async.handle_echo, mode="stream")) as address:
-            async with connected(address) as (reader, writer):
+        async with start_server(partial(echo_async.handle_echo, mode="stream")) as address:
+            async with open_client(address) as (reader, writer):
                 writer.write(sent)
                 assert await reader.readexactly(len(sent)) == sent
-            await all_gone()
+            await wait_for_handlers()
 
     on_loop(main)
 
@@ -114,10 +114,10 @@ def test_handle_echo_message_too_long_closes_after_replies(on_loop: OnLoop) -> N
     handler = partial(echo_async.handle_echo, mode="stream", limit_message_size=64)
 
     async def main() -> None:
-        async with served(handler) as address, connected(address) as (reader, writer):
+        async with start_server(handler) as address, open_client(address) as (reader, writer):
             writer.write(b"x" * 63 + b"\n" + b"y" * 64 + b"\nnever\n")
             assert await reader.read() == b"x" * 63 + b"\n"
-        await all_gone()
+        await wait_for_handlers()
 
     on_loop(main)
 
@@ -127,10 +127,10 @@ def test_handle_echo_timeout_closes_the_connection(on_loop: OnLoop, sent: bytes,
     handler = partial(echo_async.handle_echo, **{option: 0.1})  # type: ignore[arg-type]
 
     async def main() -> None:
-        async with served(handler) as address, connected(address) as (reader, writer):
+        async with start_server(handler) as address, open_client(address) as (reader, writer):
             writer.write(sent)
             assert await reader.read() == b""
-        await all_gone()
+        await wait_for_handlers()
 
     on_loop(main)
 
@@ -139,46 +139,46 @@ def test_handle_echo_write_timeout_closes_the_connection(on_loop: OnLoop) -> Non
     handler = partial(echo_async.handle_echo, mode="raw", chunk_size=65536, timeout_write=0.1)
 
     async def main() -> None:
-        async with served(handler) as address:
+        async with start_server(handler) as address:
             reader, writer = await asyncio.open_connection(*address, limit=1)
-            with suppress(ConnectionError, RuntimeError):  # uvloop says RuntimeError
+            with suppress(ConnectionError, RuntimeError):  # uvloop raises RuntimeError
                 while True:
                     writer.write(bytes(65536))
                     await writer.drain()
             writer.transport.abort()
-            await all_gone()
-            del reader  # it had to live: a client that is collected closes
+            await wait_for_handlers()
+            del reader  # until here: the garbage collector would close the connection
 
     on_loop(main)
 
 
 def test_handle_echo_reset_is_not_reported_to_the_loop(on_loop: OnLoop) -> None:
     async def main() -> None:
-        async with served(partial(echo_async.handle_echo, mode="stream")) as address:
+        async with start_server(partial(echo_async.handle_echo, mode="stream")) as address:
             for sent in (b"", b"begun", b"one\n" * 10_000):
                 _, writer = await asyncio.open_connection(*address)
                 writer.write(sent)
                 writer.transport.abort()
                 await asyncio.sleep(0)
-            await all_gone()
+            await wait_for_handlers()
 
     on_loop(main)
 
 
 def test_handle_echo_invalid_option_raises_and_closes(on_loop: OnLoop) -> None:
     async def main() -> None:
-        problem: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        raised: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
 
         def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
                 echo_async.handle_echo(reader, writer, mode="loud")  # type: ignore[arg-type]
             except echo_async.ConfigError as error:
-                problem.set_result(error)
+                raised.set_result(error)
 
-        async with served(handle) as address, connected(address) as (reader, _):
+        async with start_server(handle) as address, open_client(address) as (reader, _):
             with suppress(ConnectionResetError):
-                assert await reader.read() == b""  # and not an open connection that nobody serves
-            assert str(await problem).startswith("invalid mode: 'loud' ")
+                assert await reader.read() == b""  # the connection is closed
+            assert str(await raised).startswith("invalid mode: 'loud' ")
 
     on_loop(main)
 
@@ -201,12 +201,13 @@ def test_handle_echo_end_of_loop_closes_all_connections(on_loop: OnLoop, sent: b
         for client in clients:
             client.settimeout(TIMEOUT)
             with client:
-                assert everything(client) in (b"", sent)
+                assert receive_until_reset(client) in (b"", sent)
 
     on_loop(main, then)
 
 
-def everything(client: socket.socket) -> bytes:
+def receive_until_reset(client: socket.socket) -> bytes:
+    """Read until the end of the stream or a reset."""
     try:
         return receive_all(client)
     except ConnectionResetError:
@@ -222,13 +223,13 @@ def test_handle_echo_canceled_while_sending_ends(on_loop: OnLoop) -> None:
         def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             started.set_result(echo_async.handle_echo(reader, writer, limit_message_size=size, chunk_size=65536))
 
-        async with served(handle) as address:
+        async with start_server(handle) as address:
             loop = asyncio.get_running_loop()
             with socket.create_connection(address) as client:
                 client.setblocking(False)
                 await loop.sock_sendall(client, b"x" * (size - 1) + b"\n")
                 task = await started
-                assert await loop.sock_recv(client, 1) == b"x"  # the reply is on its way
+                assert await loop.sock_recv(client, 1) == b"x"  # the server is sending the reply
                 task.cancel()
                 async with asyncio.timeout(TIMEOUT):
                     with pytest.raises(asyncio.CancelledError):
@@ -241,10 +242,10 @@ def test_handle_echo_canceled_while_reading_closes(on_loop: OnLoop) -> None:
     async def main() -> None:
         started: asyncio.Future[asyncio.Task[None]] = asyncio.get_running_loop().create_future()
 
-        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             started.set_result(echo_async.handle_echo(reader, writer))
 
-        async with served(connected) as address:
+        async with start_server(handle) as address:
             reader, writer = await asyncio.open_connection(*address)
             task = await started
             task.cancel()
@@ -253,6 +254,6 @@ def test_handle_echo_canceled_while_reading_closes(on_loop: OnLoop) -> None:
             with suppress(ConnectionResetError):
                 assert await reader.read() == b""
             writer.close()
-        await all_gone()
+        await wait_for_handlers()
 
     on_loop(main)

@@ -1,4 +1,4 @@
-"""The fixtures, in sessions of pytest as their users run them; and the server behind them, on its own."""
+"""The fixtures in pytest sessions, and the class ``HostedServer``."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 @pytest.fixture
 def session(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
-    """A session with the fixtures, whether or not the package is installed, and with no other plugin."""
+    """A pytest session with this plugin and no other, even if the package is not installed."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p echo_async.pytest_plugin -W error")
     return pytester
 
 
-# Sessions of pytest
+# Fixtures
 
 
 def test_echo_server_fixture_echoes(session: pytest.Pytester) -> None:
     session.makepyfile("""
-        def test_it(echo_server):
+        def test_echo(echo_server):
             from echo_async import sync
             assert sync.echo("Hola Server!", *echo_server.address) == "Hola Server!"
     """)
@@ -53,7 +53,7 @@ def test_echo_server_fixture_is_new_for_each_test(session: pytest.Pytester) -> N
 
         def test_first(echo_server):
             seen.append((echo_server, socket.create_connection(echo_server.address)))
-            seen[0][1].sendall(b"one\\nbegun")
+            seen[0][1].sendall(b"one\\nincomplete")
             assert seen[0][1].recv(10) == b"one\\n"
 
         def test_second(echo_server):
@@ -64,7 +64,7 @@ def test_echo_server_fixture_is_new_for_each_test(session: pytest.Pytester) -> N
             assert (first.received, echo_server.received) == ([b"one\\n"], [])
             assert first.address != echo_server.address
 
-        def test_nothing_is_left():
+        def test_no_thread_is_left():
             assert set(threading.enumerate()) <= threads
     """)
     session.runpytest_inprocess().assert_outcomes(passed=3)
@@ -75,7 +75,7 @@ def test_echo_server_options_are_overridden_at_each_level(session: pytest.Pytest
         import socket
         import pytest
 
-        def answer(server, sent):
+        def exchange(server, sent):
             with socket.create_connection(server.address) as client:
                 client.sendall(sent)
                 client.shutdown(socket.SHUT_WR)
@@ -86,7 +86,7 @@ def test_echo_server_options_are_overridden_at_each_level(session: pytest.Pytest
             return {"mode": "message"}
 
         def test_module(echo_server):
-            assert answer(echo_server, b"one\\ntwo\\n") == b"one\\n"
+            assert exchange(echo_server, b"one\\ntwo\\n") == b"one\\n"
 
         class TestClass:
             @pytest.fixture
@@ -94,12 +94,12 @@ def test_echo_server_options_are_overridden_at_each_level(session: pytest.Pytest
                 return echo_server_options | {"limit_message_size": 4}
 
             def test_class(self, echo_server):
-                assert answer(echo_server, b"one\\n") == b"one\\n"
-                assert answer(echo_server, b"four\\n") == b""
+                assert exchange(echo_server, b"one\\n") == b"one\\n"
+                assert exchange(echo_server, b"four\\n") == b""
 
         @pytest.mark.parametrize("echo_server_options", [{}, {"mode": "raw"}])
         def test_parameter(echo_server):
-            assert answer(echo_server, b"one\\ntwo\\n") == b"one\\ntwo\\n"
+            assert exchange(echo_server, b"one\\ntwo\\n") == b"one\\ntwo\\n"
     """)
     session.runpytest_inprocess().assert_outcomes(passed=4)
 
@@ -111,7 +111,7 @@ def test_make_echo_server_runs_until_closed_or_session_end(session: pytest.Pytes
         threads = set(threading.enumerate())
 
         def pytest_unconfigure():
-            print("more threads at the end:", len(set(threading.enumerate()) - threads))
+            print("threads left:", len(set(threading.enumerate()) - threads))
     """)
     session.makepyfile("""
         import pytest
@@ -121,7 +121,7 @@ def test_make_echo_server_runs_until_closed_or_session_end(session: pytest.Pytes
         def shared(make_echo_server):
             return make_echo_server(mode="message")
 
-        def test_many(shared, make_echo_server):
+        def test_two_servers(shared, make_echo_server):
             other = make_echo_server()
             assert other.port != shared.port
             assert sync.echo("one", *shared.address) == sync.echo("one", *other.address)
@@ -129,18 +129,18 @@ def test_make_echo_server_runs_until_closed_or_session_end(session: pytest.Pytes
             with pytest.raises(ConnectError):
                 sync.connect(*other.address)
 
-        def test_it_still_runs(shared):
+        def test_shared_server_still_runs(shared):
             assert sync.echo("two", *shared.address) == "two"
             assert shared.received == [b"one\\n", b"two\\n"]
     """)
     result = session.runpytest_inprocess("-s")
     result.assert_outcomes(passed=2)
-    result.stdout.fnmatch_lines(["*more threads at the end: 0"])
+    result.stdout.fnmatch_lines(["*threads left: 0"])
 
 
 def test_make_echo_server_invalid_option_is_one_error_line(session: pytest.Pytester) -> None:
     session.makepyfile("""
-        def test_it(make_echo_server):
+        def test_invalid(make_echo_server):
             make_echo_server(mode="nonsense")
     """)
     result = session.runpytest_inprocess()
@@ -160,7 +160,7 @@ def test_plugin_is_registered_as_an_entry_point() -> None:
     assert project["entry-points"]["pytest11"] == {"echo_async": "echo_async.pytest_plugin"}
 
 
-# The server on its own
+# HostedServer
 
 
 def test_received_contains_a_message_before_its_reply() -> None:
@@ -214,13 +214,13 @@ def test_address_after_close_is_still_available(tmp_path: Path) -> None:
         assert sync.echo("one", uds=path) == "one"
 
 
-@pytest.mark.parametrize("sent", [b"", b"begun", b"one\nbegun"])
+@pytest.mark.parametrize("sent", [b"", b"incomplete", b"one\nincomplete"])
 def test_close_with_connected_clients_does_not_wait(sent: bytes) -> None:
     with HostedServer(timeout_graceful_shutdown=TIMEOUT) as server, connect(server) as client:
         client.sendall(sent)
         if b"\n" in sent:
             assert receive_line(client) == b"one\n"
-        client.settimeout(1)  # far less than a server waits that stops gracefully
+        client.settimeout(1)  # much less than the graceful shutdown timeout
         closing = threading.Thread(target=server.close)
         closing.start()
         assert receive_all(client) == b""
@@ -233,12 +233,12 @@ def test_close_with_connected_clients_does_not_wait(sent: bytes) -> None:
 def test_tls_server_is_trusted_only_by_its_client_context() -> None:
     with HostedServer(tls=True) as server, HostedServer(tls=True) as other:
         for name in ("127.0.0.1", "localhost"):
-            reply = sync.echo("in private", *server.address, ssl=server.client_context, server_hostname=name)
-            assert reply == "in private"
+            reply = sync.echo("secret", *server.address, ssl=server.client_context, server_hostname=name)
+            assert reply == "secret"
         with pytest.raises(echo_async.ConnectError) as caught:
-            sync.echo("in private", *server.address, ssl=other.client_context)
+            sync.echo("secret", *server.address, ssl=other.client_context)
         assert isinstance(caught.value.__cause__, SSLCertVerificationError)
-        assert server.received == 2 * [b"in private\n"]
+        assert server.received == 2 * [b"secret\n"]
 
 
 def test_client_context_without_tls_is_none() -> None:

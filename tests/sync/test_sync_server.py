@@ -1,4 +1,4 @@
-"""The server on threads: it can be started and stopped by anybody, any number of times, and leaves nothing behind."""
+"""The blocking server: starting, stopping and resource limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def exchange(address: Any, message: bytes) -> bytes:
 
 @contextmanager
 def thread(function: Any) -> Iterator[None]:
-    """``function`` runs in a thread of its own, which ends with the block."""
+    """Run ``function`` in a thread and join it at the end of the block."""
     running = threading.Thread(target=function)
     running.start()
     try:
@@ -111,8 +111,8 @@ def test_serve_forever_ends_when_a_signal_handler_closes_it() -> None:
     assert not server.is_serving()
 
 
-def interrupt_who_waits() -> None:
-    """Ctrl-C, once the main thread waits for the end of a server."""
+def interrupt_main_thread() -> None:
+    """Send SIGINT when the main thread waits in ``wait_closed``."""
     main = threading.main_thread().ident
     assert main is not None
     wait_until(lambda: "wait_closed" in [each.name for each in traceback.extract_stack(sys._current_frames()[main])])
@@ -122,9 +122,9 @@ def interrupt_who_waits() -> None:
 def test_serve_forever_interrupted_closes_and_waits() -> None:
     server = sync.serve(port=0, mode="stream", timeout_graceful_shutdown=0.2)
     with socket.create_connection(cast(tuple[str, int], server.address), TIMEOUT) as client:
-        client.sendall(b"Hola\nbegun")  # it holds the stop as long as it may
+        client.sendall(b"Hola\nincomplete")  # delays the shutdown until its timeout
         assert receive_line(client) == b"Hola\n"
-        with thread(interrupt_who_waits), pytest.raises(KeyboardInterrupt):
+        with thread(interrupt_main_thread), pytest.raises(KeyboardInterrupt):
             server.serve_forever()
         assert not server.is_serving()
         assert server.stats.active == 0
@@ -174,7 +174,7 @@ def test_close_frees_the_port_immediately() -> None:
         assert exchange(again.address, b"Hola\n") == b"Hola\n"
 
 
-# Refusing to start
+# Errors at startup
 
 
 @pytest.mark.parametrize("engine", ["streams", "protocol"])
@@ -193,7 +193,7 @@ def test_sync_serve_port_in_use_is_rejected() -> None:
         sync.serve(port=cast(int, server.port))
 
 
-# Want of resources
+# Resource limits
 
 
 def test_thread_start_failure_refuses_and_counts_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,42 +213,42 @@ def test_thread_start_failure_refuses_and_counts_the_client(monkeypatch: pytest.
         assert (server.stats.refused, server.stats.accepted) == (1, 1)
 
 
-def answered(clients: list[socket.socket]) -> list[socket.socket]:
-    """Those of ``clients`` for whom something is there to be read: not an end, but bytes."""
+def with_reply(clients: list[socket.socket]) -> list[socket.socket]:
+    """Return the clients that have unread bytes."""
     ready, _, _ = select.select(clients, [], [], 0)
-    return [client for client in ready if peeked(client)]
+    return [client for client in ready if peek(client)]
 
 
-def peeked(client: socket.socket) -> bytes:
+def peek(client: socket.socket) -> bytes:
     try:
         return client.recv(1, socket.MSG_PEEK)
     except ConnectionError:
         return b""
 
 
-@pytest.mark.parametrize("options", [(), ("--limit-connections", "1000")], ids=["own limit", "no limit"])
+@pytest.mark.parametrize("options", [(), ("--limit-connections", "1000")], ids=["default limit", "high limit"])
 def test_sync_server_with_64_descriptors_serves_in_turn(options: tuple[str, ...]) -> None:
-    def limit() -> None:
+    def limit_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
     args = ("--threaded", "--mode", "stream", "--no-access-log", *options)
-    with server_process(*args, preexec_fn=limit) as server, ExitStack() as stack:
+    with server_process(*args, preexec_fn=limit_descriptors) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(200)]
         for client in clients:
             with suppress(ConnectionError):
                 client.sendall(b"Hola\n")
         wait_until(lambda: any(words in server.log for words in ("the limit", "cannot accept clients")))
-        wait_until(lambda: len(answered(clients)) >= 20)
-        served = answered(clients)
+        wait_until(lambda: len(with_reply(clients)) >= 20)
+        served = with_reply(clients)
         assert len(served) < 64
-        for client in served:  # those that were let in live
+        for client in served:
             assert receive_line(client) == b"Hola\n"
             client.sendall(b"still there\n")
             assert receive_line(client) == b"still there\n"
             client.close()
-        if options:  # nobody was refused: the others have waited for their turn
+        if options:  # no client was refused: the others are served after these
             others = [client for client in clients if client not in served]
-            wait_until(lambda: len(served) + len(answered(others)) > 64)
+            wait_until(lambda: len(served) + len(with_reply(others)) > 64)
         stack.close()
         assert exchange(server.address, b"room again\n") == b"room again\n"
         code, log = server.stop()
@@ -269,10 +269,10 @@ def many_descriptors() -> Iterator[None]:
 def test_sigint_with_1000_idle_clients_ends_promptly() -> None:
     with server_process("--threaded", "--no-access-log") as server, ExitStack() as clients:
         connected = [clients.enter_context(server.connect()) for _ in range(1000)]
-        assert exchange(server.address, b"Hola\n") == b"Hola\n"  # those before it are let in
-        began = monotonic()
+        assert exchange(server.address, b"Hola\n") == b"Hola\n"  # all earlier connections are accepted
+        start = monotonic()
         code, log = server.stop(signal.SIGINT)
-        assert monotonic() - began < MAX_DELAY
+        assert monotonic() - start < MAX_DELAY
         assert {receive_all(client) for client in connected} == {b""}
     assert code == 0
     assert "Traceback" not in log
