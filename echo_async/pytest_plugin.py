@@ -1,7 +1,7 @@
-"""Fixtures for pytest: ``echo_server``, a running server for one test; ``make_echo_server``, as many as it takes.
+"""pytest fixtures: ``echo_server``, a server for one test, and ``make_echo_server``, for any number of servers.
 
-pytest loads this file in every session of whoever has the package installed. So it imports nothing but pytest
-and typing; the rest comes with the first server that a test asks for, from :mod:`echo_async.testing`.
+pytest imports this module in every session of an environment that has the package installed. Therefore it imports only
+pytest and typing. :mod:`echo_async.testing` is imported when a test first uses a fixture.
 """
 
 from __future__ import annotations
@@ -20,20 +20,33 @@ __all__ = ["MakeEchoServer", "echo_server", "echo_server_options", "make_echo_se
 
 
 class MakeEchoServer(Protocol):
-    """The type of the fixture ``make_echo_server``."""
+    """The type of the fixture :func:`make_echo_server`."""
 
-    def __call__(self, *, tls: bool = False, **options: Unpack[ServerOptions]) -> HostedServer: ...
+    def __call__(self, *, tls: bool = False, **options: Unpack[ServerOptions]) -> HostedServer:
+        """Start a server.
+
+        Args:
+            tls: Whether to serve TLS with a new certificate. ``client_context`` of the server trusts it.
+            **options: The options of :func:`echo_async.serve`.
+
+        Returns:
+            A running server, which is closed at the end of the session unless a test closes it.
+
+        Raises:
+            ConfigError: An option is invalid.
+            StartError: The server cannot listen, or ``tls`` is true and trustme is not installed.
+        """
 
 
 @pytest.fixture
 def echo_server_options() -> dict[str, Any]:
-    """The options of ``echo_server``, as ``make_echo_server`` takes them. Made to be overridden: there are none."""
+    """The options of ``echo_server``: the arguments of ``make_echo_server``. Override it to change them."""
     return {}
 
 
 @pytest.fixture
 def echo_server(echo_server_options: dict[str, Any]) -> Iterator[HostedServer]:
-    """A running echo server of this test's own; ``echo_server.address`` is where clients reach it."""
+    """A running echo server for this test; ``echo_server.address`` is its address."""
     from .testing import HostedServer
 
     with HostedServer(**echo_server_options) as server:
@@ -42,10 +55,7 @@ def echo_server(echo_server_options: dict[str, Any]) -> Iterator[HostedServer]:
 
 @pytest.fixture(scope="session")
 def make_echo_server() -> Iterator[MakeEchoServer]:
-    """Start an echo server with the options of ``echo_async.serve``, or with ``tls=True``.
-
-    It runs until it is closed, or until the session ends.
-    """
+    """Start echo servers with the options of ``echo_async.serve``, or with ``tls=True``, for the whole session."""
     from contextlib import ExitStack
 
     from .testing import HostedServer

@@ -1,8 +1,7 @@
-"""An echo server for tests, whatever they run on: it starts in a millisecond or two, and stops at once.
+"""An echo server for tests of plain Python, asyncio, trio or anyio programs.
 
-It is the server of :mod:`echo_async.sync`, on threads of its own. So plain, asyncio, trio and anyio tests can
-all use it, and nothing that a test does to its event loop reaches it. When it is closed it waits for nobody,
-whoever is still connected and whatever they have begun.
+It runs in threads of its own, so it does not depend on the event loop of a test. It starts within a few milliseconds,
+and :meth:`HostedServer.close` does not wait for connected clients.
 """
 
 from __future__ import annotations
@@ -25,20 +24,28 @@ __all__ = ["HostedServer"]
 
 
 class HostedServer:
-    """A running echo server, on any free port and in ``stream`` mode unless ``options`` say something else.
+    """A running echo server for tests, by default on a free port and in the mode ``stream``.
 
-    ``options`` are those of :func:`echo_async.serve`; the engine is ``threads``. ``received`` has every complete
-    message, newline included, in the order of arrival: it is there before its reply is. (In ``raw`` mode there
-    are no messages; an item is what one read brought.) With ``tls`` the server shows a certificate of a CA made
-    for it alone, and ``client_context`` trusts that CA; without, ``client_context`` is None.
+    It is a context manager that closes the server.
+
+    Attributes:
+        received: The complete messages of all clients, including their newlines, in the order of arrival. A message
+            is appended before its reply is sent. In the mode ``raw`` each item is the data of one read.
+        client_context: A TLS context that trusts only the certificate of this server, or None without ``tls``.
+
+    Args:
+        tls: Whether to serve TLS, with a new certificate for ``host``, ``localhost``, 127.0.0.1 and ::1.
+        **options: The options of :func:`echo_async.serve`. The engine is ``threads``.
+
+    Raises:
+        ConfigError: An option is invalid, or the engine is not ``threads``.
+        StartError: The server cannot listen, or ``tls`` is true and trustme is not installed.
     """
 
     def __init__(self, *, tls: bool = False, **options: Unpack[ServerOptions]) -> None:
         given: ServerOptions = {"port": 0, "mode": "stream", "engine": "threads", **options}
         if given["engine"] != "threads":
-            raise ConfigError(
-                f"engine {given['engine']!r} needs an event loop, which this server does without: leave it out"
-            )
+            raise ConfigError(f"invalid engine: {given['engine']!r} (must be 'threads')")
         self.client_context: ssl.SSLContext | None = None
         with ExitStack() as files:
             if tls:
@@ -50,21 +57,25 @@ class HostedServer:
 
     @property
     def address(self) -> Address:
-        """Where clients reach it: ``(host, port)``, or the path of a Unix socket. Stays when it is closed."""
+        """The address that clients connect to, also after ``close``.
+
+        Returns:
+            ``(host, port)``, or the path of a Unix socket.
+        """
         return self._server.address
 
     @property
     def port(self) -> int | None:
-        """The port that it listens on; None for a Unix socket."""
+        """The port, or None for a Unix socket."""
         return self._server.port
 
     @property
     def stats(self) -> Stats:
-        """What it has seen so far."""
+        """A snapshot of the counters."""
         return self._server.stats
 
     def close(self) -> None:
-        """Stop at once: who is connected is cut off, who connects is refused. To call it twice does no harm."""
+        """Abort all connections, stop listening, and return when the threads have ended. Idempotent."""
         self._server.abort()
         self._server.wait_closed()
 
@@ -78,26 +89,28 @@ class HostedServer:
 
 
 def _recording(mode: Mode, received: list[bytes]) -> Callable[[int], Conversation]:
-    """The conversation of ``mode``; each message is put by in ``received`` before the engine has its reply to send."""
-    usual = MODES[mode]
+    """Derive a conversation of ``mode`` that appends each message to ``received`` before it returns the reply."""
+    base = MODES[mode]
 
     def receive(self: Conversation, data: bytes) -> bytes:
-        reply = usual.receive(self, data)
+        reply = base.receive(self, data)
         if mode != "raw":
             received.extend(message + b"\n" for message in reply.split(b"\n")[:-1])
         elif reply:
             received.append(reply)
         return reply
 
-    return type(usual.__name__, (usual,), {"__slots__": (), "receive": receive})
+    return type(base.__name__, (base,), {"__slots__": (), "receive": receive})
 
 
 def _certify(host: str, files: ExitStack) -> tuple[str, ssl.SSLContext]:
-    """A file with a certificate for ``host`` and this machine, and a context that trusts nothing but its CA."""
+    """Create a certificate file for ``host`` and this machine, and a client context that trusts only its CA."""
     try:
         import trustme
     except ImportError as error:
-        raise StartError("tls=True takes trustme, which is not installed: pip install trustme") from error
+        raise StartError(
+            "cannot create a certificate: trustme is not installed; install it with 'pip install trustme'"
+        ) from error
     authority = trustme.CA()
     certificate = authority.issue_cert(*{"localhost", "127.0.0.1", "::1", host})
     path = files.enter_context(certificate.private_key_and_cert_chain_pem.tempfile())

@@ -253,5 +253,5 @@ def test_tls_without_trustme_names_the_missing_package(monkeypatch: pytest.Monke
 
 
 def test_engine_other_than_threads_is_rejected() -> None:
-    with pytest.raises(echo_async.ConfigError, match="engine 'protocol' needs an event loop"):
+    with pytest.raises(echo_async.ConfigError, match="invalid engine: 'protocol'"):
         HostedServer(engine="protocol")
