@@ -1,39 +1,37 @@
-"""The wire rules, without IO: bytes in, bytes out, end of input, finished.
+"""The wire protocol, without IO: bytes in, bytes out, end of input, finished.
 
-This file imports nothing that reads, writes, waits or logs, and gives the same answer however its
-input is split. An engine calls ``receive`` once for each read, sends what it returns, and looks at
-``finished``; all engines use these classes, so all engines give the same answers.
+This module imports nothing that reads, writes, waits or logs. However the input is split, the replies are the
+same. An engine calls ``receive`` once per read, sends the result and checks ``finished``. All engines use these
+classes, so all engines give the same replies.
 
-How it stays fast. Every byte is searched for a newline once, with ``find``/``rfind``/``replace``,
-which use ``memchr``; a message that arrives in pieces is gathered in a ``BytesIO``, which grows
-without copying what it holds and hands the whole over without copying it either. What arrives whole,
-between two messages, is answered with the very object that came in.
+Performance: each byte is searched for a newline once, with ``find``, ``rfind`` or ``replace``, which use
+``memchr``. An incomplete message is collected in a ``BytesIO``, which appends and returns its content without
+copying it. A chunk that consists of complete messages is returned as it is, without a copy.
 """
 
 from __future__ import annotations
 
 from io import BytesIO
 
-__all__ = ["Conversation", "MessageConversation", "RawConversation", "StreamConversation", "conversation"]
-
-NEWLINE = 10  # ord("\n"), as data[-1] gives it; and looking for a number is what bytes do with the least ado
-COPIED_FAST = 1000  # bytes: up to here a copy costs no more than the call that may find out that none is needed
+NEWLINE = 10  # ord("\n"), to compare with data[-1]; bytes also search for an integer faster than for bytes
+MIN_FIND_SIZE = 1000  # bytes; below this size, counting newlines is as fast as first looking for a single message
 
 
 class Conversation:
-    """What one client said, and what it is answered. Use :func:`conversation` to make one.
+    """The state of one connection's message exchange. Use :func:`make_conversation` to create one.
 
-    ``finished``: nothing that arrives from now on is answered; send what was returned, end the
-    sending side, and discard the rest of the input.
-    ``too_long``: it is finished because a message was over ``limit`` bytes.
-    ``incomplete``: bytes of a message that has begun and has no newline yet.
-    ``received``: bytes that came in. ``discarded``: those of them that will never be answered.
-    ``messages``: complete messages that were answered.
+    Attributes:
+        finished: No further input is answered. Send the replies so far, close the sending side, discard input.
+        too_long: Finished because a message was longer than ``limit`` bytes.
+        incomplete: Bytes of a message whose newline has not been received.
+        received: Bytes received.
+        discarded: Received bytes that are never answered.
+        messages: Complete messages that were answered.
     """
 
     __slots__ = (
         "_is_at_boundary",
-        "_last",
+        "_is_stopping",
         "_partial_message",
         "discarded",
         "finished",
@@ -52,38 +50,38 @@ class Conversation:
         self.incomplete = 0
         self.finished = False
         self.too_long = False
-        self._is_at_boundary = True  # nothing begun and not finished: what comes next starts a message
-        self._partial_message: BytesIO | None = None  # the unfinished message, where there is one
-        self._last = False  # finish with the message that has begun
+        self._is_at_boundary = True  # no message is incomplete: the next byte starts one
+        self._is_stopping = False  # finish after the incomplete message
+        self._partial_message: BytesIO | None = None
 
     @property
     def answered(self) -> int:
-        """Bytes that were returned as replies."""
+        """Bytes returned as replies."""
         return self.received - self.incomplete - self.discarded
 
     def receive(self, data: bytes) -> bytes:
-        """Take what one read brought (at least one byte); return what to send now, perhaps nothing."""
+        """Process one chunk of at least one byte; return the bytes to send now, possibly none."""
         raise NotImplementedError
 
     def receive_eof(self) -> None:
-        """The client ended its side: a message without a newline will not be answered."""
+        """Process the end of input: an incomplete message is not answered."""
         self.finish()
 
     def stop(self) -> None:
-        """Finish with the message that has begun, or at once where none has."""
+        """Finish after the incomplete message, or at once if there is none."""
         if self.incomplete:
-            self._last = True
+            self._is_stopping = True
         else:
             self.finish()
 
     def finish(self) -> None:
-        """Answer nothing from now on. ``incomplete`` still tells how much of a message was lost."""
+        """Answer no further input. ``incomplete`` keeps the size of a message that was cut off."""
         self.finished = True
         self._is_at_boundary = False
         self._partial_message = None
 
     def _reject_too_long(self) -> None:
-        """The message that has begun is too long: its first ``limit`` bytes have no newline at their end."""
+        """Finish because the first ``limit`` bytes of the incomplete message have no newline at their end."""
         self.discarded += self.incomplete - self.limit
         self.incomplete = self.limit
         self.too_long = True
@@ -94,23 +92,34 @@ class Conversation:
         self.discarded += len(data)
         return b""
 
-    def _keep(self, data: bytes) -> None:
-        """Put by the beginning of a message, or more of it, up to ``limit``."""
+    def _store_partial(self, data: bytes) -> None:
+        """Append ``data`` to the incomplete message, unless that makes it too long."""
         self.incomplete += len(data)
-        if self.incomplete >= self.limit:  # its newline is still to come, and counts
+        if self.incomplete >= self.limit:  # the newline is still missing, and counts
             return self._reject_too_long()
         if self._partial_message is None:
             self._partial_message = BytesIO()
             self._is_at_boundary = False
         self._partial_message.write(data)
 
-    def _receive_last(self, data: bytes) -> bytes:
-        """One message, and no other after it."""
+    def _complete_partial(self, end: bytes) -> bytes:
+        """Return the incomplete message with ``end`` appended."""
+        partial_message = self._partial_message
+        if partial_message is None:
+            return end
+        partial_message.write(end)
+        self._partial_message = None
+        self._is_at_boundary = True
+        self.incomplete = 0
+        return partial_message.getvalue()
+
+    def _receive_single(self, data: bytes) -> bytes:
+        """Answer one message, then finish."""
         if self.finished:
             return self._discard(data)
         self.received += len(data)
         if NEWLINE not in data:
-            self._keep(data)
+            self._store_partial(data)
             return b""
         end = data.find(b"\n") + 1
         if self.incomplete + end > self.limit:
@@ -119,62 +128,52 @@ class Conversation:
             return b""
         self.messages += 1
         self.discarded += len(data) - end
-        reply = self._complete(data if end == len(data) else data[:end])
+        reply = self._complete_partial(data if end == len(data) else data[:end])
         self.finish()
         return reply
 
-    def _complete(self, end: bytes) -> bytes:
-        """The message that was put by, with the last of it."""
-        begun = self._partial_message
-        if begun is None:
-            return end
-        begun.write(end)
-        self._partial_message = None
-        self._is_at_boundary = True
-        self.incomplete = 0
-        return begun.getvalue()
-
 
 class StreamConversation(Conversation):
-    """``stream``: message after message, answered in order, until the client ends its side."""
+    """Mode ``stream``: every message is answered, in order, until the end of input."""
 
     __slots__ = ()
 
     def receive(self, data: bytes) -> bytes:
-        # The common case, in as few steps as it goes: only whole messages, none over the limit.
+        # Fast path: complete messages only, and none can be over the limit.
         if self._is_at_boundary and data[-1] == NEWLINE and (size := len(data)) <= self.limit:
             self.received += size
-            if size > COPIED_FAST and size - data.find(b"\n") == 1:
+            if size > MIN_FIND_SIZE and size - data.find(b"\n") == 1:
                 self.messages += 1
-            else:  # counts by memchr; bytes.count looks at each byte in turn
+            else:  # bytes.count does not use memchr
                 self.messages += size - len(data.replace(b"\n", b""))
             return data
-        return self._receive_pieces(data)
+        return self._receive_split(data)
 
-    def _receive_pieces(self, data: bytes) -> bytes:
-        if self.finished or self._last:
-            return self._receive_last(data)
+    def _receive_split(self, data: bytes) -> bytes:
+        """Process a chunk that starts or ends within a message, or may hold one that is too long."""
+        if self.finished or self._is_stopping:
+            return self._receive_single(data)
         self.received += len(data)
         if NEWLINE not in data:
-            self._keep(data)
+            self._store_partial(data)
             return b""
         end = data.rfind(b"\n") + 1
         size = self.incomplete + end
-        if size > self.limit and (allowed := self._allowed(data)) < end:
-            reply = self._complete(data[:allowed]) if allowed else b""
-            self.messages += allowed - len(data[:allowed].replace(b"\n", b""))
-            self.incomplete += len(data) - allowed
+        if size > self.limit and (valid_end := self._find_valid_end(data)) < end:
+            reply = self._complete_partial(data[:valid_end]) if valid_end else b""
+            self.messages += valid_end - len(data[:valid_end].replace(b"\n", b""))
+            self.incomplete += len(data) - valid_end
             self._reject_too_long()
             return reply
-        whole = data if end == len(data) else data[:end]
-        self.messages += end - len(whole.replace(b"\n", b""))
-        reply = self._complete(whole)
+        complete = data if end == len(data) else data[:end]
+        self.messages += end - len(complete.replace(b"\n", b""))
+        reply = self._complete_partial(complete)
         if end < len(data):
-            self._keep(data[end:])
+            self._store_partial(data[end:])
         return reply
 
-    def _allowed(self, data: bytes) -> int:
-        """Where the last complete message ends before the first that is over the limit."""
+    def _find_valid_end(self, data: bytes) -> int:
+        """Return the end of the last message before the first one that is too long."""
         start, end = -self.incomplete, data.find(b"\n") + 1
         while end and end - start <= self.limit:
             start, end = end, data.find(b"\n", end) + 1
@@ -182,15 +181,15 @@ class StreamConversation(Conversation):
 
 
 class MessageConversation(Conversation):
-    """``message``: one message, one reply; what comes after the newline is discarded."""
+    """Mode ``message``: one message, one reply. Bytes after the newline are discarded."""
 
     __slots__ = ()
 
-    receive = Conversation._receive_last
+    receive = Conversation._receive_single
 
 
 class RawConversation(Conversation):
-    """``raw``: RFC 862, every byte goes back as it arrives; there are no messages to count or limit."""
+    """Mode ``raw`` (RFC 862): every byte is returned as it arrives. There are no messages to count or limit."""
 
     __slots__ = ()
 
@@ -208,6 +207,6 @@ MODES: dict[str, type[Conversation]] = {
 }
 
 
-def conversation(mode: str, limit: int) -> Conversation:
-    """Begin a conversation in ``mode`` whose messages have at most ``limit`` bytes, newline included."""
+def make_conversation(mode: str, limit: int) -> Conversation:
+    """Create a conversation in ``mode``; a message has at most ``limit`` bytes, including its newline."""
     return MODES[mode](limit)

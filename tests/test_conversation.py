@@ -1,7 +1,7 @@
-"""The wire rules of each mode, without a loop or a socket.
+"""The wire protocol of each mode, without an event loop or a socket.
 
-Every case is fed whole, byte by byte, in pieces of 20 bytes and with trailing data, and has to come out
-the same; hypothesis then looks for a split that makes a difference.
+Every input is fed as a whole, byte by byte and in chunks of 20 bytes, with and without trailing data, and must
+give the same outcome. Hypothesis then searches for a split that makes a difference.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_async.config import Mode
-from echo_async.conversation import Conversation, conversation
+from echo_async.conversation import Conversation, make_conversation
 
 MODES: tuple[Mode, ...] = ("message", "stream", "raw")
 LIMIT = 1_048_576
 
 
-def pieces(data: bytes, size: int) -> Iterator[bytes]:
+def split_evenly(data: bytes, size: int) -> Iterator[bytes]:
     return (data[start : start + size] for start in range(0, len(data), size))
 
 
-def feed(talk: Conversation, reads: Iterable[bytes]) -> bytes:
-    """All that is answered to what each read brought; no read is empty, as in life."""
-    reply = b"".join(talk.receive(read) for read in reads if read)
-    assert len(reply) == talk.answered
-    assert talk.received == talk.answered + talk.incomplete + talk.discarded
+def feed(conversation: Conversation, chunks: Iterable[bytes]) -> bytes:
+    """Feed the chunks that are not empty; return all replies joined."""
+    reply = b"".join(conversation.receive(chunk) for chunk in chunks if chunk)
+    assert len(reply) == conversation.answered
+    assert conversation.received == conversation.answered + conversation.incomplete + conversation.discarded
     return reply
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Everything that can be told of a conversation from outside."""
+    """The observable state of a conversation, and its replies."""
 
     reply: bytes
     messages: int
@@ -44,242 +44,244 @@ class Outcome:
     too_long: bool = False
 
     @classmethod
-    def of(cls, talk: Conversation, reply: bytes) -> Outcome:
+    def of(cls, conversation: Conversation, reply: bytes) -> Outcome:
         return cls(
             reply=reply,
-            messages=talk.messages,
-            incomplete=talk.incomplete,
-            discarded=talk.discarded,
-            finished=talk.finished,
-            too_long=talk.too_long,
+            messages=conversation.messages,
+            incomplete=conversation.incomplete,
+            discarded=conversation.discarded,
+            finished=conversation.finished,
+            too_long=conversation.too_long,
         )
 
 
-def outcome(mode: Mode, reads: Iterable[bytes], limit: int = LIMIT) -> Outcome:
-    talk = conversation(mode, limit)
-    return Outcome.of(talk, feed(talk, reads))
+def run_conversation(mode: Mode, chunks: Iterable[bytes], limit: int = LIMIT) -> Outcome:
+    conversation = make_conversation(mode, limit)
+    return Outcome.of(conversation, feed(conversation, chunks))
 
 
-EDGES = [b"x" * (size - 1) + b"\n" for size in (1, 19, 20, 21, 40, 41, 10_000)]
-TEXTS = [(" " * pad + character + " Hola\n").encode() for pad in range(17, 22) for character in "ñ€😀"]
-BYTES = [
+BOUNDARY_SIZES = [b"x" * (size - 1) + b"\n" for size in (1, 19, 20, 21, 40, 41, 10_000)]
+SPLIT_CHARACTERS = [(" " * pad + character + " Hola\n").encode() for pad in range(17, 22) for character in "ñ€😀"]
+UNUSUAL_BYTES = [
     b"\r\n",
-    b"only a return\r and on\n",
+    b"carriage return\r alone\n",
     b"\0\n",
-    b"nul \0 in the midst\n",
-    b"\xff\xfe\n",  # in no text
-    b"\xc0\x8a\xe0\x80\x8a\n",  # a newline written too long is none
-    b"\xed\xa0\x80\n",  # half a surrogate pair
-    b"\xf0\x9f\x98\n",  # an emoji that ends too soon
-    b"\x1b[2J\x9b31m\xe2\x80\xae\xe2\x80\xa8\xc2\x85\n",  # no other character ends a line
+    b"nul \0 in the middle\n",
+    b"\xff\xfe\n",  # never valid in UTF-8
+    b"\xc0\x8a\xe0\x80\x8a\n",  # overlong encodings of a newline
+    b"\xed\xa0\x80\n",  # a lone surrogate
+    b"\xf0\x9f\x98\n",  # a truncated emoji
+    b"\x1b[2J\x9b31m\xe2\x80\xae\xe2\x80\xa8\xc2\x85\n",  # other line separators
 ]
-MESSAGES = [*EDGES, *TEXTS, *BYTES]
+MESSAGES = [*BOUNDARY_SIZES, *SPLIT_CHARACTERS, *UNUSUAL_BYTES]
 
 
-def name(message: bytes) -> str:
+def message_id(message: bytes) -> str:
     return f"{len(message)} bytes {ascii(message[-12:])[2:-1]}"
 
 
-@pytest.mark.parametrize("message", MESSAGES, ids=name)
+@pytest.mark.parametrize("message", MESSAGES, ids=message_id)
 @pytest.mark.parametrize("size", [1, 19, 20, 21, 20_000])
-def test_a_message_comes_back_byte_for_byte_whatever_pieces_it_comes_in(message: bytes, size: int) -> None:
-    reads = list(pieces(message, size))
-    assert outcome("message", reads) == Outcome(reply=message, messages=1, finished=True)
-    assert outcome("stream", reads) == Outcome(reply=message, messages=1)
-    assert outcome("raw", reads) == Outcome(reply=message, messages=0)
+def test_message_split_anywhere_is_echoed_unchanged(message: bytes, size: int) -> None:
+    chunks = list(split_evenly(message, size))
+    assert run_conversation("message", chunks) == Outcome(reply=message, messages=1, finished=True)
+    assert run_conversation("stream", chunks) == Outcome(reply=message, messages=1)
+    assert run_conversation("raw", chunks) == Outcome(reply=message, messages=0)
 
 
-@pytest.mark.parametrize("message", MESSAGES, ids=name)
+@pytest.mark.parametrize("message", MESSAGES, ids=message_id)
 @pytest.mark.parametrize("size", [1, 20, 20_000])
-def test_what_follows_a_message_means_something_else_in_each_mode(message: bytes, size: int) -> None:
-    reads = list(pieces(message + b"trailing", size))
-    assert outcome("message", reads) == Outcome(reply=message, messages=1, discarded=8, finished=True)
-    assert outcome("stream", reads) == Outcome(reply=message, messages=1, incomplete=8)
-    assert outcome("raw", reads) == Outcome(reply=message + b"trailing", messages=0)
+def test_bytes_after_a_message_depend_on_the_mode(message: bytes, size: int) -> None:
+    chunks = list(split_evenly(message + b"trailing", size))
+    assert run_conversation("message", chunks) == Outcome(reply=message, messages=1, discarded=8, finished=True)
+    assert run_conversation("stream", chunks) == Outcome(reply=message, messages=1, incomplete=8)
+    assert run_conversation("raw", chunks) == Outcome(reply=message + b"trailing", messages=0)
 
 
-@pytest.mark.parametrize("message", MESSAGES, ids=name)
+@pytest.mark.parametrize("message", MESSAGES, ids=message_id)
 @pytest.mark.parametrize("size", [1, 20, 20_000])
-def test_nothing_is_answered_to_a_message_without_its_newline(message: bytes, size: int) -> None:
-    begun = message[:-1]
-    reads = list(pieces(begun, size))
-    assert outcome("message", reads) == Outcome(reply=b"", messages=0, incomplete=len(begun))
-    assert outcome("stream", reads) == Outcome(reply=b"", messages=0, incomplete=len(begun))
-    assert outcome("raw", reads) == Outcome(reply=begun, messages=0)
+def test_message_without_newline_is_not_answered(message: bytes, size: int) -> None:
+    incomplete = message[:-1]
+    chunks = list(split_evenly(incomplete, size))
+    assert run_conversation("message", chunks) == Outcome(reply=b"", messages=0, incomplete=len(incomplete))
+    assert run_conversation("stream", chunks) == Outcome(reply=b"", messages=0, incomplete=len(incomplete))
+    assert run_conversation("raw", chunks) == Outcome(reply=incomplete, messages=0)
 
 
 @pytest.mark.parametrize("size", [1, 7, 20, 100_000])
-def test_a_stream_answers_every_message_in_order(size: int) -> None:
+def test_stream_answers_every_message_in_order(size: int) -> None:
     sent = b"".join(MESSAGES)
-    assert outcome("stream", pieces(sent, size)) == Outcome(reply=sent, messages=len(MESSAGES))
+    assert run_conversation("stream", split_evenly(sent, size)) == Outcome(reply=sent, messages=len(MESSAGES))
 
 
-def test_a_reply_is_there_as_soon_as_its_newline_is() -> None:
-    talk = conversation("stream", LIMIT)
-    assert talk.receive(b"on") == b""
-    assert talk.receive(b"e") == b""
-    assert talk.receive(b"\ntwo\nth") == b"one\ntwo\n"
-    assert talk.receive(b"ree\n") == b"three\n"
+def test_stream_replies_as_soon_as_the_newline_arrives() -> None:
+    conversation = make_conversation("stream", LIMIT)
+    assert conversation.receive(b"on") == b""
+    assert conversation.receive(b"e") == b""
+    assert conversation.receive(b"\ntwo\nth") == b"one\ntwo\n"
+    assert conversation.receive(b"ree\n") == b"three\n"
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_message_that_arrives_whole_is_answered_with_the_object_that_came_in(mode: Mode) -> None:
-    talk = conversation(mode, LIMIT)
+def test_complete_message_is_returned_without_a_copy(mode: Mode) -> None:
+    conversation = make_conversation(mode, LIMIT)
     message = b"Hola Server!\n"
-    assert talk.receive(message) is message
+    assert conversation.receive(message) is message
 
 
-def test_a_stream_goes_on_answering_with_what_came_in_after_a_message_in_pieces() -> None:
-    talk = conversation("stream", LIMIT)
-    feed(talk, [b"in ", b"pieces\n"])
+def test_stream_after_a_split_message_returns_without_a_copy() -> None:
+    conversation = make_conversation("stream", LIMIT)
+    feed(conversation, [b"in ", b"pieces\n"])
     several = b"one\ntwo\n"
-    assert talk.receive(several) is several
-    assert talk.messages == 3
+    assert conversation.receive(several) is several
+    assert conversation.messages == 3
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
 @pytest.mark.parametrize("size", [1, 20, 1000])
 @pytest.mark.parametrize("limit", [1, 19, 20, 21, 64])
-def test_a_message_of_exactly_the_limit_is_answered(mode: Mode, size: int, limit: int) -> None:
+def test_message_of_exactly_the_limit_is_answered(mode: Mode, size: int, limit: int) -> None:
     message = b"x" * (limit - 1) + b"\n"
-    assert outcome(mode, pieces(message, size), limit).reply == message
+    assert run_conversation(mode, split_evenly(message, size), limit).reply == message
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
 @pytest.mark.parametrize("size", [1, 20, 1000])
 @pytest.mark.parametrize("limit", [1, 19, 20, 21, 64])
-def test_a_message_one_byte_over_the_limit_ends_the_conversation(mode: Mode, size: int, limit: int) -> None:
+def test_message_one_byte_over_the_limit_is_too_long(mode: Mode, size: int, limit: int) -> None:
     message = b"x" * limit + b"\n"
-    ended = outcome(mode, pieces(message, size), limit)
-    assert (ended.reply, ended.messages, ended.finished, ended.too_long) == (b"", 0, True, True)
+    outcome = run_conversation(mode, split_evenly(message, size), limit)
+    assert (outcome.reply, outcome.messages, outcome.finished, outcome.too_long) == (b"", 0, True, True)
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
-def test_a_message_is_too_long_before_its_newline_comes(mode: Mode) -> None:
-    talk = conversation(mode, 20)
-    feed(talk, [b"x" * 19])
-    assert not talk.too_long
-    feed(talk, [b"x"])  # the newline would be byte 21
-    assert talk.too_long
-    assert talk.finished
+def test_message_without_newline_at_the_limit_is_too_long(mode: Mode) -> None:
+    conversation = make_conversation(mode, 20)
+    feed(conversation, [b"x" * 19])
+    assert not conversation.too_long
+    feed(conversation, [b"x"])  # the newline would be byte 21
+    assert conversation.too_long
+    assert conversation.finished
 
 
-def test_nothing_is_too_long_in_raw_mode() -> None:
-    assert outcome("raw", [b"x" * 1000], limit=20) == Outcome(reply=b"x" * 1000, messages=0)
+def test_raw_mode_has_no_message_limit() -> None:
+    assert run_conversation("raw", [b"x" * 1000], limit=20) == Outcome(reply=b"x" * 1000, messages=0)
 
 
 @pytest.mark.parametrize("size", [1, 20, 1000])
-def test_the_limit_is_for_one_message_and_not_for_what_one_read_brings(size: int) -> None:
+def test_chunk_over_the_limit_with_short_messages_is_answered(size: int) -> None:
     sent = b"small\n" * 100
-    assert outcome("stream", pieces(sent, size), limit=6) == Outcome(reply=sent, messages=100)
+    assert run_conversation("stream", split_evenly(sent, size), limit=6) == Outcome(reply=sent, messages=100)
 
 
-def test_a_message_in_pieces_and_many_small_ones_in_a_read_over_the_limit_are_answered() -> None:
+def test_long_chunk_completing_a_split_message_is_answered() -> None:
     sent = [b"beg", b"un\n" + b"small\n" * 100 + b"be", b"gun\n"]
-    assert outcome("stream", sent, limit=6) == Outcome(reply=b"".join(sent), messages=102)
+    assert run_conversation("stream", sent, limit=6) == Outcome(reply=b"".join(sent), messages=102)
 
 
 @pytest.mark.parametrize("size", [1, 20, 1000])
-def test_replies_before_a_message_that_is_too_long_are_still_given(size: int) -> None:
+def test_messages_before_one_too_long_are_answered(size: int) -> None:
     sent = b"one\ntwo\n" + b"x" * 64 + b"\nthree\n"
-    ended = outcome("stream", pieces(sent, size), limit=64)
-    assert (ended.reply, ended.messages) == (b"one\ntwo\n", 2)
-    assert ended.finished
-    assert ended.too_long
+    outcome = run_conversation("stream", split_evenly(sent, size), limit=64)
+    assert (outcome.reply, outcome.messages) == (b"one\ntwo\n", 2)
+    assert outcome.finished
+    assert outcome.too_long
 
 
-def test_a_begun_message_that_grows_too_long_takes_no_later_one_with_it() -> None:
-    ended = outcome("stream", [b"x" * 10, b"x" * 10 + b"\nnever\n"], limit=20)
-    assert (ended.reply, ended.messages, ended.too_long) == (b"", 0, True)
+def test_message_after_one_too_long_is_not_answered() -> None:
+    outcome = run_conversation("stream", [b"x" * 10, b"x" * 10 + b"\nnever\n"], limit=20)
+    assert (outcome.reply, outcome.messages, outcome.too_long) == (b"", 0, True)
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
-def test_a_message_that_is_too_long_is_counted_the_same_in_any_pieces(mode: Mode) -> None:
+def test_message_too_long_is_counted_the_same_in_any_split(mode: Mode) -> None:
     sent = b"x" * 100 + b"\nmore\n"
-    whole = outcome(mode, [sent], limit=20)
-    assert outcome(mode, pieces(sent, 1), limit=20) == whole
-    assert outcome(mode, pieces(sent, 20), limit=20) == whole
+    whole = run_conversation(mode, [sent], limit=20)
+    assert run_conversation(mode, split_evenly(sent, 1), limit=20) == whole
+    assert run_conversation(mode, split_evenly(sent, 20), limit=20) == whole
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_is_answered_after_the_end(mode: Mode) -> None:
-    talk = conversation(mode, LIMIT)
-    talk.finish()
-    assert talk.receive(b"never\n") == b""
-    assert talk.receive(b"never") == b""
-    assert (talk.received, talk.discarded, talk.incomplete, talk.messages) == (11, 11, 0, 0)
+def test_input_after_finish_is_discarded(mode: Mode) -> None:
+    conversation = make_conversation(mode, LIMIT)
+    conversation.finish()
+    assert conversation.receive(b"never\n") == b""
+    assert conversation.receive(b"never") == b""
+    assert conversation.received == conversation.discarded == 11
+    assert conversation.incomplete == conversation.messages == 0
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
-def test_the_end_of_input_in_mid_message_tells_how_much_was_lost(mode: Mode) -> None:
-    talk = conversation(mode, LIMIT)
-    feed(talk, [b"no newline"])
-    talk.receive_eof()
-    assert Outcome.of(talk, b"") == Outcome(reply=b"", messages=0, incomplete=10, finished=True)
+def test_eof_within_a_message_keeps_the_incomplete_size(mode: Mode) -> None:
+    conversation = make_conversation(mode, LIMIT)
+    feed(conversation, [b"no newline"])
+    conversation.receive_eof()
+    assert Outcome.of(conversation, b"") == Outcome(reply=b"", messages=0, incomplete=10, finished=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_end_of_input_between_messages_loses_nothing(mode: Mode) -> None:
-    talk = conversation(mode, LIMIT)
-    feed(talk, [b"whole\n"])
-    talk.receive_eof()
-    talk.receive_eof()
-    assert talk.finished
-    assert talk.incomplete == 0
+def test_eof_between_messages_leaves_nothing_incomplete(mode: Mode) -> None:
+    conversation = make_conversation(mode, LIMIT)
+    feed(conversation, [b"whole\n"])
+    conversation.receive_eof()
+    conversation.receive_eof()
+    assert conversation.finished
+    assert conversation.incomplete == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_stop_before_the_first_byte_finishes_at_once(mode: Mode) -> None:
-    talk = conversation(mode, LIMIT)
-    talk.stop()
-    assert talk.finished
-    assert feed(talk, [b"late\n"]) == b""
-    assert talk.discarded == 5
+def test_stop_before_the_first_byte_finishes_at_once(mode: Mode) -> None:
+    conversation = make_conversation(mode, LIMIT)
+    conversation.stop()
+    assert conversation.finished
+    assert feed(conversation, [b"late\n"]) == b""
+    assert conversation.discarded == 5
 
 
-def test_a_stop_between_messages_finishes_at_once() -> None:
-    talk = conversation("stream", LIMIT)
-    feed(talk, [b"beg", b"un\n"])
-    talk.stop()
-    assert Outcome.of(talk, b"") == Outcome(reply=b"", messages=1, finished=True)
+def test_stop_between_messages_finishes_at_once() -> None:
+    conversation = make_conversation("stream", LIMIT)
+    feed(conversation, [b"beg", b"un\n"])
+    conversation.stop()
+    assert Outcome.of(conversation, b"") == Outcome(reply=b"", messages=1, finished=True)
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
 @pytest.mark.parametrize("size", [1, 20])
-def test_a_stop_in_mid_message_lets_it_be_finished_and_no_other(mode: Mode, size: int) -> None:
-    talk = conversation(mode, LIMIT)
-    assert talk.receive(b"begun, ") == b""
-    talk.stop()
-    assert not talk.finished
-    reply = b"".join(talk.receive(piece) for piece in pieces(b"ended\nno\nmore", size))
-    assert Outcome.of(talk, reply) == Outcome(reply=b"begun, ended\n", messages=1, discarded=7, finished=True)
+def test_stop_within_a_message_answers_it_and_no_other(mode: Mode, size: int) -> None:
+    conversation = make_conversation(mode, LIMIT)
+    assert conversation.receive(b"first ") == b""
+    conversation.stop()
+    assert not conversation.finished
+    reply = b"".join(conversation.receive(chunk) for chunk in split_evenly(b"part\nno\nmore", size))
+    assert Outcome.of(conversation, reply) == Outcome(reply=b"first part\n", messages=1, discarded=7, finished=True)
 
 
-def test_a_message_can_grow_too_long_after_a_stop() -> None:
-    talk = conversation("stream", 20)
-    feed(talk, [b"begun"])
-    talk.stop()
-    assert talk.receive(b"x" * 20) == b""
-    assert talk.finished
-    assert talk.too_long
+def test_message_after_stop_can_be_too_long() -> None:
+    conversation = make_conversation("stream", 20)
+    feed(conversation, [b"begun"])
+    conversation.stop()
+    assert conversation.receive(b"x" * 20) == b""
+    assert conversation.finished
+    assert conversation.too_long
 
 
-# Any split. Short messages over few byte values, so that newlines, limits and cuts meet often.
-SENT = st.lists(st.sampled_from([b"\n", b"a", b"\r\n", b"bc\n", b"\0\xff", "ñ😀\n".encode(), b"d" * 20])).map(b"".join)
-CUTS = st.lists(st.integers(1, 25))
+# Short messages of few byte values, so that newlines, limits and chunk boundaries coincide often.
+PARTS = st.sampled_from([b"\n", b"a", b"\r\n", b"bc\n", b"\0\xff", "ñ😀\n".encode(), b"d" * 20])
+INPUTS = st.lists(PARTS).map(b"".join)
+CHUNK_SIZES = st.lists(st.integers(1, 25))
 LIMITS = st.integers(1, 40) | st.just(LIMIT)
 
 
-def cut(data: bytes, cuts: Iterable[int]) -> list[bytes]:
-    reads = []
-    for size in cuts:
-        reads.append(data[:size])
+def split(data: bytes, sizes: Iterable[int]) -> list[bytes]:
+    chunks = []
+    for size in sizes:
+        chunks.append(data[:size])
         data = data[size:]
-    return [read for read in [*reads, data] if read]
+    return [chunk for chunk in [*chunks, data] if chunk]
 
 
 def model(mode: Mode, sent: bytes, limit: int) -> tuple[bytes, int, bool, bool]:
-    """The rules once more, slowly: reply, messages, finished, too_long."""
+    """Reference implementation, simple and slow: reply, messages, finished, too_long."""
     if mode == "raw":
         return sent, 0, False, False
     *messages, rest = sent.split(b"\n")
@@ -295,27 +297,27 @@ def model(mode: Mode, sent: bytes, limit: int) -> tuple[bytes, int, bool, bool]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@given(sent=SENT, cuts=CUTS, limit=LIMITS)
-def test_any_messages_in_any_split_give_what_the_rules_say(
-    mode: Mode, sent: bytes, cuts: list[int], limit: int
+@given(sent=INPUTS, sizes=CHUNK_SIZES, limit=LIMITS)
+def test_any_split_matches_the_reference_model(mode: Mode, sent: bytes, sizes: list[int], limit: int) -> None:
+    outcome = run_conversation(mode, split(sent, sizes), limit)
+    assert (outcome.reply, outcome.messages, outcome.finished, outcome.too_long) == model(mode, sent, limit)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(sent=INPUTS, sizes=CHUNK_SIZES, limit=LIMITS)
+def test_any_split_gives_the_same_outcome(mode: Mode, sent: bytes, sizes: list[int], limit: int) -> None:
+    assert run_conversation(mode, split(sent, sizes), limit) == run_conversation(mode, [sent], limit)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(before=INPUTS, after=INPUTS, sizes=CHUNK_SIZES, limit=LIMITS)
+def test_stop_before_any_split_gives_the_same_outcome(
+    mode: Mode, before: bytes, after: bytes, sizes: list[int], limit: int
 ) -> None:
-    ended = outcome(mode, cut(sent, cuts), limit)
-    assert (ended.reply, ended.messages, ended.finished, ended.too_long) == model(mode, sent, limit)
+    def run_stopped(chunks: Iterable[bytes]) -> Outcome:
+        conversation = make_conversation(mode, limit)
+        reply = feed(conversation, [before])
+        conversation.stop()
+        return Outcome.of(conversation, reply + b"".join(map(conversation.receive, chunks)))
 
-
-@pytest.mark.parametrize("mode", MODES)
-@given(sent=SENT, cuts=CUTS, limit=LIMITS)
-def test_any_split_ends_as_the_whole_does(mode: Mode, sent: bytes, cuts: list[int], limit: int) -> None:
-    assert outcome(mode, cut(sent, cuts), limit) == outcome(mode, [sent], limit)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@given(before=SENT, after=SENT, cuts=CUTS, limit=LIMITS)
-def test_a_stop_is_the_same_in_any_split(mode: Mode, before: bytes, after: bytes, cuts: list[int], limit: int) -> None:
-    def stopped(reads: Iterable[bytes]) -> Outcome:
-        talk = conversation(mode, limit)
-        reply = feed(talk, [before])
-        talk.stop()
-        return Outcome.of(talk, reply + b"".join(map(talk.receive, reads)))
-
-    assert stopped(cut(after, cuts)) == stopped([after] if after else [])
+    assert run_stopped(split(after, sizes)) == run_stopped([after] if after else [])

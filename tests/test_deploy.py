@@ -38,7 +38,7 @@ def manifest(path: Path) -> Any:
 
 
 @needs("systemd-analyze")
-def test_systemd_accepts_the_units(tmp_path: Path) -> None:
+def test_systemd_units_are_valid(tmp_path: Path) -> None:
     socket, service = tmp_path / "echo-async.socket", tmp_path / "echo-async.service"
     shutil.copy(DEPLOY / socket.name, socket)
     text = (DEPLOY / service.name).read_text()
@@ -48,12 +48,12 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
 
 
 @needs("haproxy")
-def test_haproxy_accepts_its_configuration() -> None:
+def test_haproxy_configuration_is_valid() -> None:
     check("haproxy", "-c", "-f", DEPLOY / "haproxy.cfg")
 
 
 @needs("haproxy")
-def test_behind_haproxy_the_log_shows_the_clients_own_addresses(tmp_path: Path) -> None:
+def test_log_behind_haproxy_shows_the_client_addresses(tmp_path: Path) -> None:
     path = tmp_path / "haproxy.cfg"
     text = (DEPLOY / path.name).read_text().replace("maxconn 100000", "maxconn 100")  # fits the descriptor limit
     options = ("--mode", "stream", "--proxy-protocol", "v2")
@@ -79,12 +79,12 @@ def test_behind_haproxy_the_log_shows_the_clients_own_addresses(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
-def test_kubernetes_accepts_the_manifests(path: Path) -> None:
+def test_kubernetes_manifests_are_valid(path: Path) -> None:
     validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed").validate
     validate(manifest(path), "1.31", strict=True)
 
 
-def test_the_manifests_name_the_same_server() -> None:
+def test_kubernetes_manifests_have_the_same_labels() -> None:
     found = {path.stem: manifest(path) for path in MANIFESTS}
     labels = {"app.kubernetes.io/name": "echo-async"}
     assert found["deployment"]["spec"]["template"]["metadata"]["labels"] == labels
@@ -94,14 +94,14 @@ def test_the_manifests_name_the_same_server() -> None:
 
 
 @pytest.mark.parametrize("name", ["echo-async.service", "Containerfile", "kubernetes/deployment.yaml"])
-def test_what_is_set_in_the_environment_are_options(name: str) -> None:
+def test_environment_variables_in_deploy_files_are_options(name: str) -> None:
     known = {f"ECHO_ASYNC_{parameter.name}".upper() for parameter in command.params}
     used = set(re.findall(r"\bECHO_ASYNC_[A-Z_]+", (DEPLOY / name).read_text()))
     assert used
     assert used <= known
 
 
-def test_the_dashboard_shows_metrics_that_there_are() -> None:
+def test_dashboard_queries_exactly_the_existing_metrics() -> None:
     dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     shown = {name for query in queries for name in re.findall(r"echo_async_\w+", query)}

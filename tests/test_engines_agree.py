@@ -120,7 +120,7 @@ def receive_until_quiet(client: socket.socket, expected: tuple[bytes, bool]) -> 
 
 @settings(max_examples=50)
 @given(sent=SENT, cuts=CUTS, end_first=st.booleans())
-def test_every_engine_gives_the_same_answer(
+def test_all_engines_give_the_expected_reply(
     servers: Servers, mode: Mode, sent: bytes, cuts: list[tuple[int, bool]], end_first: bool
 ) -> None:
     reply, ends = answer(mode, sent)

@@ -38,18 +38,18 @@ ESCAPED = [
 
 
 @pytest.mark.parametrize(("text", "shown"), ESCAPED, ids=ascii)
-def test_what_drives_a_terminal_or_forges_a_line_is_escaped(text: str, shown: str) -> None:
+def test_escape_replaces_control_characters(text: str, shown: str) -> None:
     assert escape(text) == shown
     assert escape(f"before {text} after") == f"before {shown} after"
 
 
 @pytest.mark.parametrize("text", ["", "Hola Server!", "ñandú €", "😀", "日本語", "'\"%s {} $(x)"])
-def test_readable_text_is_shown_as_it_is(text: str) -> None:
+def test_escape_keeps_printable_text(text: str) -> None:
     assert escape(text) == text
     assert excerpt(text.encode()) == text
 
 
-def test_the_joiners_of_emoji_and_scripts_stay() -> None:
+def test_escape_keeps_zero_width_joiners() -> None:
     family = "👩\u200d👧"
     assert escape(family) == family
     assert excerpt(family.encode()) == family
@@ -70,19 +70,19 @@ def test_the_joiners_of_emoji_and_scripts_stay() -> None:
         (b"\\n\n", r"\\n"),
     ],
 )
-def test_a_message_is_shown_without_its_newline_and_escaped(message: bytes, shown: str) -> None:
+def test_excerpt_is_escaped_and_without_newline(message: bytes, shown: str) -> None:
     assert excerpt(message) == shown
 
 
 @pytest.mark.parametrize("character", ["x", "ñ", "€", "😀"])
-def test_a_message_is_cut_at_80_characters(character: str) -> None:
+def test_excerpt_is_truncated_to_80_characters(character: str) -> None:
     assert excerpt((character * 80 + "\n").encode()) == character * 80
     assert excerpt((character * 81 + "\n").encode()) == character * 80 + "..."
     assert excerpt((character * 10_000).encode()) == character * 80 + "..."
 
 
 @pytest.mark.parametrize("pad", range(74, 81))
-def test_no_escape_is_cut_in_two(pad: int) -> None:
+def test_excerpt_never_truncates_within_an_escape(pad: int) -> None:
     shown = excerpt(b"x" * pad + b"\x1b" + b"x" * 80)
     kept = shown.removesuffix("...")
     assert kept.rstrip("x") in ("", "x" * pad + r"\x1b")
@@ -97,19 +97,19 @@ def is_one_harmless_line(text: str) -> bool:
 
 
 @given(ANY_TEXT)
-def test_escaped_text_is_always_one_harmless_line(text: str) -> None:
+def test_escape_of_any_text_is_one_printable_line(text: str) -> None:
     assert is_one_harmless_line(escape(text))
 
 
 @given(ANY_TEXT)
-def test_escaped_text_still_tells_what_it_was(text: str) -> None:
+def test_escape_of_any_text_can_be_reversed(text: str) -> None:
     escape_sequence = re.compile(r"\\(?:\\|[abfnrtv]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
     restored = escape_sequence.sub(lambda found: found[0].encode("ascii").decode("unicode_escape"), escape(text))
     assert restored == text
 
 
 @given(st.binary(max_size=500) | ANY_TEXT.map(lambda text: text.encode("utf-8", "surrogatepass") * 9))
-def test_an_excerpt_is_always_short_and_one_harmless_line(message: bytes) -> None:
+def test_excerpt_of_any_bytes_is_one_short_printable_line(message: bytes) -> None:
     shown = excerpt(message)
     assert is_one_harmless_line(shown)
     assert len(shown) <= 83
@@ -126,14 +126,14 @@ def log_a_message(format: LogFormat, message: bytes) -> None:
     list(Connection(context, ("127.0.0.1", 40000)).log_reply(message))
 
 
-def test_a_text_line_has_time_level_client_size_and_text(capsys: Captured) -> None:
+def test_text_format_has_time_level_peer_size_and_text(capsys: Captured) -> None:
     log_a_message("text", "¡Hola %s {}!\n".encode())
     line = capsys.readouterr().err
     assert line.endswith(" INFO 127.0.0.1:40000 14 bytes: ¡Hola %s {}!\n")
     assert datetime.fromisoformat(line[: line.index(" INFO")])
 
 
-def test_a_json_line_is_one_object_with_the_facts_of_the_event(capsys: Captured) -> None:
+def test_json_format_has_the_fields_of_the_event(capsys: Captured) -> None:
     log_a_message("json", "¡Hola\x1b!\n".encode())
     (line,) = capsys.readouterr().err.splitlines()
     entry = json.loads(line)
@@ -148,7 +148,7 @@ def test_a_json_line_is_one_object_with_the_facts_of_the_event(capsys: Captured)
     }
 
 
-def test_a_json_line_holds_an_exception_too(capsys: Captured) -> None:
+def test_json_format_includes_the_exception(capsys: Captured) -> None:
     configure("info", "json")
     try:
         raise ValueError("the reason")
@@ -160,7 +160,7 @@ def test_a_json_line_holds_an_exception_too(capsys: Captured) -> None:
     assert "ValueError: the reason" in entry["exception"]
 
 
-def test_what_is_below_the_level_is_not_shown(capsys: Captured) -> None:
+def test_records_below_the_level_are_not_written(capsys: Captured) -> None:
     configure("warning", "text")
     access_log.info("no")
     log.warning("yes")
@@ -168,13 +168,13 @@ def test_what_is_below_the_level_is_not_shown(capsys: Captured) -> None:
     assert line.endswith(" WARNING yes")
 
 
-def test_configuring_twice_does_not_show_a_line_twice(capsys: Captured) -> None:
+def test_configure_twice_writes_each_line_once(capsys: Captured) -> None:
     log_a_message("text", b"first\n")
     log_a_message("text", b"second\n")
     assert capsys.readouterr().err.count("\n") == 2
 
 
-def test_a_log_that_cannot_be_written_stops_nothing(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+def test_log_to_closed_stderr_is_dropped(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     closed = io.StringIO()
     with monkeypatch.context() as patched:
         patched.setattr("sys.stderr", closed)

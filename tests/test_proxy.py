@@ -127,7 +127,7 @@ def assert_read(header: ProxyHeader, source: Source) -> None:
 
 @each_header
 @pytest.mark.parametrize("rest", [b"", b"\n", b"Hola Server!\n", b"PROXY UNKNOWN\r\n" * 100])
-def test_a_header_is_taken_and_nothing_of_what_follows(header: bytes, rest: bytes) -> None:
+def test_parser_consumes_the_header_and_no_more(header: bytes, rest: bytes) -> None:
     taken = ProxyHeader()
     assert taken.feed(header + rest) == len(header)
     assert taken.received == len(header)
@@ -135,7 +135,7 @@ def test_a_header_is_taken_and_nothing_of_what_follows(header: bytes, rest: byte
 
 
 @each_header
-def test_a_header_that_comes_byte_by_byte_is_the_same(header: bytes) -> None:
+def test_parser_fed_byte_by_byte_gives_the_same_source(header: bytes) -> None:
     taken = ProxyHeader()
     for index in range(len(header)):
         assert not taken.finished
@@ -144,7 +144,7 @@ def test_a_header_that_comes_byte_by_byte_is_the_same(header: bytes) -> None:
 
 
 @given(header=st.sampled_from(list(HEADERS)), rest=st.binary(), data=st.data())
-def test_how_a_header_is_split_changes_nothing(header: bytes, rest: bytes, data: st.DataObject) -> None:
+def test_parser_fed_any_split_gives_the_same_source(header: bytes, rest: bytes, data: st.DataObject) -> None:
     taken, sent, at = ProxyHeader(), header + rest, 0
     while not taken.finished:
         at += taken.feed(sent[at : at + data.draw(st.integers(1, len(sent)))])
@@ -153,7 +153,7 @@ def test_how_a_header_is_split_changes_nothing(header: bytes, rest: bytes, data:
 
 
 @given(source=st.from_type(IPv4Address) | st.from_type(IPv6Address), port=st.integers(0, 65535))
-def test_every_address_is_read_in_both_versions(source: IPv4Address | IPv6Address, port: int) -> None:
+def test_parser_reads_every_address_in_both_versions(source: IPv4Address | IPv6Address, port: int) -> None:
     address = str(source)
     line = f"PROXY TCP{source.version} {address} {address} {port} 1\r\n".encode()
     binary = v2(0x21, 0x11 if source.version == 4 else 0x21, packed(address, address, (port, 1)))
@@ -166,7 +166,7 @@ def test_every_address_is_read_in_both_versions(source: IPv4Address | IPv6Addres
 
 
 @each_malformed
-def test_what_is_no_header_is_refused_with_the_reason(header: bytes) -> None:
+def test_malformed_header_is_rejected_with_the_reason(header: bytes) -> None:
     with pytest.raises(ProxyHeaderError) as refused:
         ProxyHeader().feed(header)
     assert MALFORMED[header] in str(refused.value)
@@ -174,7 +174,7 @@ def test_what_is_no_header_is_refused_with_the_reason(header: bytes) -> None:
 
 
 @each_malformed
-def test_what_is_no_header_is_refused_byte_by_byte_as_well(header: bytes) -> None:
+def test_malformed_header_fed_byte_by_byte_is_rejected(header: bytes) -> None:
     def feed_each_byte() -> None:
         taken = ProxyHeader()
         for index in range(len(header)):
@@ -185,7 +185,7 @@ def test_what_is_no_header_is_refused_byte_by_byte_as_well(header: bytes) -> Non
 
 
 @given(st.binary(min_size=1, max_size=300) | st.binary(max_size=300).map(SIGNATURE.__add__))
-def test_whatever_comes_is_a_header_or_needs_more_or_is_refused(data: bytes) -> None:
+def test_parser_fed_any_bytes_consumes_or_rejects_them(data: bytes) -> None:
     taken = ProxyHeader()
     with suppress(ProxyHeaderError):
         assert 0 < taken.feed(data) <= len(data)
@@ -193,7 +193,7 @@ def test_whatever_comes_is_a_header_or_needs_more_or_is_refused(data: bytes) -> 
 
 
 @pytest.mark.parametrize(("versions", "other"), [("v1", v2(0x20, 0)), ("v2", b"PROXY UNKNOWN\r\n")])
-def test_only_the_version_that_is_asked_for_is_taken(versions: str, other: bytes) -> None:
+def test_header_of_another_version_is_rejected(versions: str, other: bytes) -> None:
     with pytest.raises(ProxyHeaderError, match=f"and not {versions} as asked for"):
         ProxyHeader(versions).feed(other)
 
@@ -212,7 +212,7 @@ def test_only_the_version_that_is_asked_for_is_taken(versions: str, other: bytes
         ("10.0.0.0/8", "", True),  # a Unix socket
     ],
 )
-def test_who_may_send_a_header(senders: str, peername: object, allowed: bool) -> None:
+def test_trusted_proxies_match_addresses_and_networks(senders: str, peername: object, allowed: bool) -> None:
     assert TrustedProxies(senders).allow(peername) is allowed
 
 
@@ -233,7 +233,7 @@ def assert_cut(client: socket.socket) -> None:
 ONE = b"PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\r\n"
 
 
-def test_the_log_shows_the_client_that_the_header_names(
+def test_log_shows_the_source_address_of_the_header(
     start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "echo_async")
@@ -257,7 +257,7 @@ def test_the_log_shows_the_client_that_the_header_names(
 
 
 @pytest.mark.parametrize("header", [ONE, v2(0x21, 0x11, TCP4, TLV)], ids=["v1", "v2"])
-def test_a_header_in_pieces_and_a_stream_after_it(start_server: StartServer, header: bytes) -> None:
+def test_header_sent_byte_by_byte_precedes_the_messages(start_server: StartServer, header: bytes) -> None:
     with start_server(mode="stream") as server, connect(server) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for index in range(len(header)):
@@ -267,14 +267,14 @@ def test_a_header_in_pieces_and_a_stream_after_it(start_server: StartServer, hea
             assert receive_line(client, len(message)) == message
 
 
-def test_raw_bytes_after_a_header_come_back(start_server: StartServer) -> None:
+def test_raw_bytes_after_a_header_are_echoed(start_server: StartServer) -> None:
     with start_server(mode="raw") as server, connect(server) as client:
         client.sendall(ONE + b"no newline")
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == b"no newline"
 
 
-def test_a_unix_socket_takes_headers_too(start_server: StartServer, tmp_path: Path) -> None:
+def test_header_on_a_unix_socket_is_accepted(start_server: StartServer, tmp_path: Path) -> None:
     with start_server(uds=str(tmp_path / "socket")) as server, socket.socket(socket.AF_UNIX) as client:
         client.settimeout(TIMEOUT)
         client.connect(str(server.address))
@@ -282,7 +282,7 @@ def test_a_unix_socket_takes_headers_too(start_server: StartServer, tmp_path: Pa
         assert receive_all(client) == b"Hola Server!\n"
 
 
-def test_a_bad_or_missing_header_closes_and_is_counted(
+def test_invalid_or_missing_header_closes_and_is_counted(
     start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = [b"Hola Server!\n", b"PROXY TCP4 nonsense\r\n", SIGNATURE + b"\x31", v2(0x21, 0x11)]
@@ -301,7 +301,7 @@ def test_a_bad_or_missing_header_closes_and_is_counted(
     assert line.endswith(" closed: there is no PROXY header: it began with Hola Server!\\none")
 
 
-def test_a_client_that_leaves_without_a_word_is_no_failure(
+def test_client_closing_before_its_header_is_not_counted(
     start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with start_server() as server:
@@ -313,7 +313,7 @@ def test_a_client_that_leaves_without_a_word_is_no_failure(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_no_header_or_half_of_one_is_closed_in_time(start_server: StartServer) -> None:
+def test_missing_or_incomplete_header_times_out(start_server: StartServer) -> None:
     with start_server(timeout_message=0.3, limit_connections=2) as server:
         with connect(server) as silent, connect(server) as slow:
             slow.sendall(v2(0x21, 0x11, TCP4)[:20])
@@ -333,7 +333,7 @@ def refused(server: echo_async.EchoServer) -> bool:
     return server.stats.refused > 0
 
 
-def test_who_may_not_send_a_header_is_closed(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_peer_outside_proxy_allow_from_is_closed(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
     with start_server(proxy_allow_from="10.0.0.0/8,192.0.2.1") as server:
         with connect(server) as client:
             assert_cut(client)
@@ -341,13 +341,13 @@ def test_who_may_not_send_a_header_is_closed(start_server: StartServer, caplog: 
     assert "it may not send a PROXY header (proxy_allow_from)" in caplog.text
 
 
-def test_without_the_option_a_header_is_a_message(start_server: StartServer) -> None:
+def test_header_with_proxy_protocol_off_is_a_message(start_server: StartServer) -> None:
     with start_server(proxy_protocol="off", mode="stream") as server, connect(server) as client:
         client.sendall(ONE)
         assert receive_line(client) == ONE
 
 
-def test_a_stop_answers_who_sent_all_and_ends_who_did_not(start_server: StartServer) -> None:
+def test_stop_answers_complete_headers_and_closes_the_others(start_server: StartServer) -> None:
     with start_server(mode="stream") as server:
         clients = [connect(server) for _ in range(20)]
         for client in clients[10:]:
@@ -374,7 +374,7 @@ class Dribbling(socket.socket):
         return b"P" if flags else b""
 
 
-def test_a_header_does_not_take_longer_however_often_a_byte_comes() -> None:
+def test_header_timeout_is_not_extended_by_single_bytes() -> None:
     header = ProxyHeader()
     header.feed(v2(0x21, 0x11, TCP4, b"\0" * 60_000)[:20])
     with Dribbling() as client, pytest.raises(TimeoutError):
@@ -402,7 +402,7 @@ class Sudden(asyncio.SelectorEventLoop):
         raise asyncio.CancelledError
 
 
-def test_a_stop_does_not_wait_for_a_client_that_was_accepted_just_then() -> None:
+def test_close_at_the_moment_of_accept_closes_the_connection() -> None:
     async def main() -> None:
         admission = Admission(Registry(echo_async.ServerConfig(proxy_protocol="auto")))
         loop = asyncio.get_running_loop()
@@ -422,7 +422,7 @@ def test_a_stop_does_not_wait_for_a_client_that_was_accepted_just_then() -> None
         assert ours.recv(1) == b""
 
 
-def test_with_tls_the_header_comes_first_and_in_clear(
+def test_header_precedes_the_tls_handshake(
     start_server: StartServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "echo_async")
@@ -448,7 +448,7 @@ def test_with_tls_the_header_comes_first_and_in_clear(
     assert "192.168.0.1:56324 closed: its TLS handshake failed" in caplog.text
 
 
-def test_workers_take_headers() -> None:
+def test_workers_accept_headers() -> None:
     with server_process("--workers", "2", "--proxy-protocol", "v2") as server:
         for _ in range(8):
             with server.connect() as client:

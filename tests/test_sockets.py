@@ -71,7 +71,7 @@ def refusal(**options: Any) -> str:
     return text
 
 
-def test_a_free_port_is_found_and_reported() -> None:
+def test_bind_to_port_0_uses_a_free_port() -> None:
     with bound() as [listener]:
         host, port = cast(tuple[str, int], address_of(listener))
         assert host == "127.0.0.1"
@@ -79,14 +79,14 @@ def test_a_free_port_is_found_and_reported() -> None:
         assert is_reachable((host, port))
 
 
-def test_a_given_port_is_used() -> None:
+def test_bind_uses_the_given_port() -> None:
     with bound() as [first]:
         port = first.getsockname()[1]
     with bound(port=port) as [second]:
         assert address_of(second) == ("127.0.0.1", port)
 
 
-def test_a_listening_socket_never_blocks_and_is_not_inherited() -> None:
+def test_bound_socket_is_nonblocking_and_not_inheritable() -> None:
     with bound() as [listener]:
         assert not listener.getblocking()
         assert not listener.get_inheritable()
@@ -94,7 +94,7 @@ def test_a_listening_socket_never_blocks_and_is_not_inherited() -> None:
             listener.accept()
 
 
-def test_several_addresses_get_the_port_that_the_first_was_given() -> None:
+def test_bind_of_several_addresses_uses_the_same_port() -> None:
     infos: list[AddressInfo] = [
         (socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{number}", 0)) for number in (1, 2, 3)
     ]
@@ -106,14 +106,14 @@ def test_several_addresses_get_the_port_that_the_first_was_given() -> None:
         assert all(is_reachable(address) for address in addresses)
 
 
-def test_an_address_that_the_resolver_gives_twice_is_bound_once() -> None:
+def test_bind_of_a_duplicate_address_opens_one_socket() -> None:
     info: AddressInfo = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
     (listener,) = bind(ServerConfig(port=0), [info, info])
     listener.close()
 
 
 @needs_ipv6
-def test_an_ipv6_address_is_bound() -> None:
+def test_bind_of_ipv6_address_is_reachable() -> None:
     with bound(host="::1") as [listener]:
         host, port = cast(tuple[str, int], address_of(listener))
         assert host == "::1"
@@ -121,7 +121,7 @@ def test_an_ipv6_address_is_bound() -> None:
 
 
 @needs_ipv6
-def test_all_ipv6_addresses_leave_the_same_ipv4_port_to_others() -> None:
+def test_bind_of_all_ipv6_addresses_leaves_the_ipv4_port_free() -> None:
     with bound(host="::") as [six]:
         port = six.getsockname()[1]
         with bound(host="0.0.0.0", port=port) as [four]:
@@ -129,18 +129,18 @@ def test_all_ipv6_addresses_leave_the_same_ipv4_port_to_others() -> None:
 
 
 @needs_ipv6
-def test_an_ipv6_address_with_a_zone_is_bound_as_any_other() -> None:
+def test_bind_of_ipv6_address_with_zone_is_supported() -> None:
     assert "fe80::1" in refusal(host="fe80::1%lo")  # the loopback interface has no such address
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
-def test_an_address_needs_no_resolver(host: str) -> None:
+def test_resolve_literal_with_an_ip_address_returns_it(host: str) -> None:
     infos = numeric(ServerConfig(host=host, port=0))
     assert infos is not None
     assert [info[4][0] for info in infos] == [host]
 
 
-def test_a_name_does() -> None:
+def test_resolve_literal_with_a_host_name_returns_none() -> None:
     assert numeric(ServerConfig(host="localhost")) is None
     assert {info[4][0] for info in resolve(ServerConfig(host="localhost"))} <= {"127.0.0.1", "::1"}
 
@@ -161,13 +161,13 @@ def test_a_name_does() -> None:
     ],
     ids=ascii,
 )
-def test_a_host_that_does_not_exist_is_one_error_that_names_it(host: str) -> None:
+def test_bind_of_unknown_host_raises_start_error(host: str) -> None:
     text = refusal(host=host)
     assert text.startswith(f"cannot listen on host {host!r}: ")
     assert "give a name or an address of this machine" in text
 
 
-def test_a_host_that_does_not_exist_stops_a_server_too() -> None:
+def test_serve_on_unknown_host_raises_start_error() -> None:
     async def start() -> None:
         await echo_async.serve(host="x" * 64, port=0)
 
@@ -175,7 +175,7 @@ def test_a_host_that_does_not_exist_stops_a_server_too() -> None:
         run(start)
 
 
-def test_an_address_in_use_is_one_error_that_names_it() -> None:
+def test_bind_of_address_in_use_raises_start_error() -> None:
     with bound() as [listener]:
         port = listener.getsockname()[1]
         text = refusal(port=port)
@@ -183,7 +183,7 @@ def test_an_address_in_use_is_one_error_that_names_it() -> None:
     assert "port 0 finds a free one" in text
 
 
-def test_where_one_of_several_addresses_is_in_use_none_is_bound() -> None:
+def test_bind_with_one_address_in_use_binds_none() -> None:
     with bound(host="127.0.0.2") as [taken]:
         port = taken.getsockname()[1]
         infos: list[AddressInfo] = [
@@ -194,7 +194,7 @@ def test_where_one_of_several_addresses_is_in_use_none_is_bound() -> None:
         assert not is_reachable(("127.0.0.1", port))
 
 
-def test_an_address_that_is_taken_between_bind_and_listen_is_in_use_as_well() -> None:
+def test_address_taken_before_listen_raises_start_error() -> None:
     # Two sockets may be bound to one port until one of them listens: protocol 6 and 0 are both TCP.
     infos: list[AddressInfo] = [
         (socket.AF_INET, socket.SOCK_STREAM, protocol, "", ("127.0.0.1", 0)) for protocol in (6, 0)
@@ -203,7 +203,7 @@ def test_an_address_that_is_taken_between_bind_and_listen_is_in_use_as_well() ->
         bind(ServerConfig(port=0), infos)
 
 
-def test_a_port_whose_last_connections_are_still_closing_can_be_bound_again() -> None:
+def test_bind_of_a_port_in_time_wait_succeeds() -> None:
     with bound() as [listener]:
         port = listener.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port), TIMEOUT) as client:
@@ -215,7 +215,7 @@ def test_a_port_whose_last_connections_are_still_closing_can_be_bound_again() ->
         assert is_reachable(again.getsockname())
 
 
-def test_an_address_of_another_machine_is_one_error_that_names_it() -> None:
+def test_bind_of_a_foreign_address_raises_start_error() -> None:
     text = refusal(host="192.0.2.1")  # kept free for documentation
     assert text.startswith("cannot listen on 192.0.2.1:0: cannot assign requested address; ")
     assert "an address of this machine" in text
@@ -238,7 +238,7 @@ def first_unprivileged_port() -> int:
 
 
 @pytest.mark.skipif(first_unprivileged_port() < 2, reason="this machine lets everyone bind every port")
-def test_a_port_that_needs_special_rights_is_one_error_that_says_so() -> None:
+def test_bind_of_a_privileged_port_raises_start_error() -> None:
     with unprivileged():
         text = refusal(port=1)
     assert text.startswith("cannot listen on 127.0.0.1:1: permission denied; take a port from 1024 up")
@@ -248,7 +248,7 @@ def path_in(directory: Path) -> str:
     return str(directory / "echo.sock")
 
 
-def test_a_unix_socket_is_bound(tmp_path: Path) -> None:
+def test_bind_of_unix_path_is_reachable(tmp_path: Path) -> None:
     path = path_in(tmp_path)
     with bound(uds=path) as [listener]:
         assert address_of(listener) == path
@@ -256,7 +256,7 @@ def test_a_unix_socket_is_bound(tmp_path: Path) -> None:
         assert is_reachable(path)
 
 
-def test_a_unix_socket_that_a_killed_server_left_behind_is_replaced(tmp_path: Path) -> None:
+def test_bind_replaces_a_stale_unix_socket(tmp_path: Path) -> None:
     path = path_in(tmp_path)
     with socket.socket(socket.AF_UNIX) as killed:
         killed.bind(path)
@@ -266,14 +266,14 @@ def test_a_unix_socket_that_a_killed_server_left_behind_is_replaced(tmp_path: Pa
         assert is_reachable(path)
 
 
-def test_a_unix_socket_of_a_running_server_stays_with_it(tmp_path: Path) -> None:
+def test_bind_keeps_the_unix_socket_of_a_running_server(tmp_path: Path) -> None:
     path = path_in(tmp_path)
     with bound(uds=path):
         assert refusal(uds=path).startswith(f"cannot listen on {path}: address already in use")
         assert is_reachable(path)
 
 
-def test_a_unix_socket_of_a_server_whose_queue_is_full_stays_with_it(tmp_path: Path) -> None:
+def test_bind_keeps_a_unix_socket_with_a_full_backlog(tmp_path: Path) -> None:
     path = path_in(tmp_path)
     with bound(uds=path, backlog=1), ExitStack() as clients:
         for _ in range(10):
@@ -289,19 +289,19 @@ def test_a_unix_socket_of_a_server_whose_queue_is_full_stays_with_it(tmp_path: P
         assert os.path.exists(path)
 
 
-def test_a_file_at_the_path_is_not_removed(tmp_path: Path) -> None:
+def test_bind_of_unix_path_keeps_a_regular_file(tmp_path: Path) -> None:
     path = tmp_path / "notes"
     path.write_text("dear diary")
     assert refusal(uds=str(path)).startswith(f"cannot listen on {path}: ")
     assert path.read_text() == "dear diary"
 
 
-def test_a_directory_at_the_path_is_not_removed(tmp_path: Path) -> None:
+def test_bind_of_unix_path_keeps_a_directory(tmp_path: Path) -> None:
     assert refusal(uds=str(tmp_path)).startswith(f"cannot listen on {tmp_path}: ")
     assert tmp_path.is_dir()
 
 
-def test_a_unix_socket_that_another_server_has_made_meanwhile_stays(tmp_path: Path) -> None:
+def test_close_keeps_the_unix_socket_of_a_newer_server(tmp_path: Path) -> None:
     path = str(tmp_path / "echo")
 
     async def main() -> None:
@@ -316,7 +316,7 @@ def test_a_unix_socket_that_another_server_has_made_meanwhile_stays(tmp_path: Pa
     assert not os.path.exists(path)
 
 
-def test_clients_of_a_socket_that_was_handed_over_are_answered_without_delay() -> None:
+def test_adopted_socket_accepts_connections_with_nodelay() -> None:
     with socket.create_server(("127.0.0.1", 0)) as made:
         address = made.getsockname()
         with closing(adopt(made.detach())) as listener, socket.create_connection(address) as client:
@@ -326,7 +326,7 @@ def test_clients_of_a_socket_that_was_handed_over_are_answered_without_delay() -
             client.close()
 
 
-def test_a_unix_socket_of_another_kind_at_the_path_is_not_removed(tmp_path: Path) -> None:
+def test_bind_of_unix_path_keeps_a_datagram_socket(tmp_path: Path) -> None:
     path = path_in(tmp_path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
         datagrams.bind(path)
@@ -334,24 +334,24 @@ def test_a_unix_socket_of_another_kind_at_the_path_is_not_removed(tmp_path: Path
         assert os.path.exists(path)
 
 
-def test_a_path_without_its_directory_is_one_error_that_names_it(tmp_path: Path) -> None:
+def test_bind_in_a_missing_directory_raises_start_error(tmp_path: Path) -> None:
     path = str(tmp_path / "missing" / "echo.sock")
     assert refusal(uds=path).startswith(f"cannot listen on {path}: no such file or directory")
 
 
-def test_a_path_that_is_too_long_is_one_error_that_names_it(tmp_path: Path) -> None:
+def test_bind_of_a_too_long_path_raises_start_error(tmp_path: Path) -> None:
     path = str(tmp_path / ("x" * 200))
     assert refusal(uds=path) == f"cannot listen on {path}: af_unix path too long"
 
 
-def test_a_path_that_may_not_be_written_is_one_error_that_speaks_of_no_port() -> None:
+def test_bind_of_an_unwritable_path_raises_start_error() -> None:
     with unprivileged():
         text = refusal(uds="/echo-async-test.sock")
     assert text.startswith("cannot listen on /echo-async-test.sock: permission denied")
     assert "port" not in text
 
 
-def test_a_unix_socket_needs_no_file() -> None:
+def test_bind_of_an_abstract_unix_name_is_reachable() -> None:
     name = f"\0echo-async-test-{os.getpid()}"  # in Linux' abstract namespace
     with bound(uds=name) as [listener], socket.socket(socket.AF_UNIX) as client:
         client.connect(name)
@@ -360,12 +360,12 @@ def test_a_unix_socket_needs_no_file() -> None:
         accepted.close()
 
 
-def test_a_path_with_a_nul_in_it_is_an_error_of_the_package(tmp_path: Path) -> None:
+def test_bind_of_a_path_with_nul_raises_echo_error(tmp_path: Path) -> None:
     with pytest.raises(echo_async.EchoError, match=r"uds|cannot listen on"), bound(uds=f"{tmp_path}/a\0b"):
         pass
 
 
-def test_sockets_that_are_listening_already_are_served_as_they_are() -> None:
+def test_server_on_given_sockets_serves_and_closes_them() -> None:
     async def serve(listener: socket.socket) -> None:
         server = await start_server(ServerConfig(port=0), [listener])
         assert server.address == ("127.0.0.1", listener.getsockname()[1])

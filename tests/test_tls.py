@@ -86,7 +86,7 @@ def secure(server: echo_async.EchoServer, context: ssl.SSLContext) -> ssl.SSLSoc
 
 
 @pytest.mark.parametrize("mode", ["message", "stream", "raw"])
-def test_messages_come_back_in_every_mode(start_server: StartServer, files: Files, mode: Mode) -> None:
+def test_messages_over_tls_are_echoed_in_every_mode(start_server: StartServer, files: Files, mode: Mode) -> None:
     message = "ñ😀 a little more than one chunk of twenty\n".encode()
     with start_server(mode=mode) as server:
         for _ in range(3):
@@ -103,7 +103,7 @@ def test_messages_come_back_in_every_mode(start_server: StartServer, files: File
     assert server.stats.tls_failures == 0
 
 
-def test_a_large_message_comes_back_whole(start_server: StartServer, files: Files) -> None:
+def test_large_message_over_tls_is_echoed(start_server: StartServer, files: Files) -> None:
     message = os.urandom(2_000_000).replace(b"\n", b"") + b"\n"
     with (
         start_server(limit_message_size=4_000_000, chunk_size=65536) as server,
@@ -122,14 +122,14 @@ def test_plain_text_on_a_tls_port_is_closed_and_counted(start_server: StartServe
         assert server.stats.accepted == server.stats.timeouts_handshake == 0
 
 
-def test_tls_on_a_plain_port_gets_no_connection(start_server: StartServer, files: Files) -> None:
+def test_tls_on_a_plain_port_fails_the_handshake(start_server: StartServer, files: Files) -> None:
     with start_server(ssl_certfile=None, timeout_message=0.2) as server, plain(server) as client:
         client.settimeout(TIMEOUT)
         with pytest.raises(OSError, match=r"(?i)wrong version|EOF|reset|unknown|record|protocol"):
             files.context().wrap_socket(client, server_hostname="localhost")
 
 
-def test_silent_clients_are_counted_from_the_start_and_gone_in_time(
+def test_silent_tls_clients_use_the_limit_and_time_out(
     start_server: StartServer, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_constant(monkeypatch, "HANDSHAKE_TIMEOUT", 1.0)
@@ -148,7 +148,7 @@ def test_silent_clients_are_counted_from_the_start_and_gone_in_time(
             assert receive_line(client) == b"room again\n"
 
 
-def test_a_client_certificate_is_required_where_a_ca_is_given(start_server: StartServer, files: Files) -> None:
+def test_ssl_ca_certs_requires_a_client_certificate(start_server: StartServer, files: Files) -> None:
     with start_server(ssl_ca_certs=str(files.ca_file)) as server:
         with secure(server, files.context(files.client)) as client:
             client.sendall(b"welcome\n")
@@ -167,7 +167,7 @@ def exchange(server: echo_async.EchoServer, context: ssl.SSLContext) -> None:
             raise ConnectionError("closed")
 
 
-def test_old_tls_is_refused(start_server: StartServer, files: Files) -> None:
+def test_tls_1_1_is_refused(start_server: StartServer, files: Files) -> None:
     context = files.context()
     context.set_ciphers("DEFAULT:@SECLEVEL=0")
     with pytest.warns(DeprecationWarning, match="TLSv1_1"):
@@ -179,7 +179,7 @@ def test_old_tls_is_refused(start_server: StartServer, files: Files) -> None:
             assert client.version() in ("TLSv1.2", "TLSv1.3")
 
 
-def test_clients_that_break_off_in_any_state_leave_nothing_behind(start_server: StartServer, files: Files) -> None:
+def test_tls_clients_reset_in_any_state_are_removed(start_server: StartServer, files: Files) -> None:
     with start_server(mode="stream") as server:
         for number in range(12):
             if number % 2:
@@ -194,7 +194,7 @@ def test_clients_that_break_off_in_any_state_leave_nothing_behind(start_server: 
         wait_until(lambda: server.stats.accepted == 6 and server.stats.tls_failures == 6 and server.stats.active == 0)
 
 
-def test_a_stop_ends_clients_and_handshakes(start_server: StartServer, files: Files) -> None:
+def test_stop_closes_tls_connections_and_handshakes(start_server: StartServer, files: Files) -> None:
     with start_server(mode="stream") as server:
         clients = [secure(server, files.context()) for _ in range(5)]
         in_handshake = plain(server)
@@ -208,7 +208,7 @@ def test_a_stop_ends_clients_and_handshakes(start_server: StartServer, files: Fi
             client.close()
 
 
-def test_new_certificates_are_taken_up_and_nobody_is_dropped(
+def test_reload_applies_to_new_connections_only(
     start_server: StartServer, files: Files, tmp_path: Path
 ) -> None:
     served = tmp_path / "served.pem"
@@ -228,7 +228,7 @@ def test_new_certificates_are_taken_up_and_nobody_is_dropped(
             client.close()
 
 
-def test_no_handshake_fails_while_certificates_are_read_again(
+def test_reload_during_handshakes_fails_none(
     start_server: StartServer, files: Files, tmp_path: Path
 ) -> None:
     served = tmp_path / "served.pem"
@@ -255,7 +255,7 @@ def test_no_handshake_fails_while_certificates_are_read_again(
             renewing.join()
 
 
-def test_a_ca_that_is_taken_out_of_the_file_is_trusted_no_more(
+def test_reload_without_a_ca_rejects_its_clients(
     start_server: StartServer, files: Files, tmp_path: Path
 ) -> None:
     trusted = tmp_path / "trusted.pem"
@@ -302,7 +302,7 @@ def bad_certificates(files: Files) -> dict[str, list[str]]:
 
 
 @pytest.mark.usefixtures("restore_loggers")
-def test_certificates_that_are_no_good_are_one_line_that_names_the_file(
+def test_invalid_certificate_is_one_error_line_with_the_path(
     files: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for what, options in bad_certificates(files).items():
@@ -311,7 +311,7 @@ def test_certificates_that_are_no_good_are_one_line_that_names_the_file(
             assert options[-1] in single_error_line(*capsys.readouterr()), what
 
 
-def test_a_password_opens_the_key_and_is_shown_nowhere(files: Files) -> None:
+def test_key_password_is_used_and_never_shown(files: Files) -> None:
     options = bad_certificates(files)["encrypted"]
     with server_process(*options, env={"ECHO_ASYNC_SSL_KEYFILE_PASSWORD": "secret"}) as server:
         with files.context().wrap_socket(server.connect(), server_hostname="localhost") as client:
@@ -324,7 +324,7 @@ def test_a_password_opens_the_key_and_is_shown_nowhere(files: Files) -> None:
 
 
 @pytest.mark.parametrize("kind", [[], ["--threaded"], ["--workers", "2"]], ids=" ".join)
-def test_sighup_brings_new_certificates(kind: list[str], files: Files, tmp_path: Path) -> None:
+def test_sighup_reloads_certificates(kind: list[str], files: Files, tmp_path: Path) -> None:
     served = tmp_path / "served.pem"
     shutil.copy(files.server, served)
     with server_process("--mode", "stream", "--ssl-certfile", str(served), *kind) as server:
@@ -349,7 +349,7 @@ def test_sighup_brings_new_certificates(kind: list[str], files: Files, tmp_path:
         assert server.stop()[0] == 0
 
 
-def test_many_clients_at_once_all_get_their_reply(start_server: StartServer, files: Files) -> None:
+def test_concurrent_tls_clients_all_get_their_reply(start_server: StartServer, files: Files) -> None:
     context = files.context()
     replies: list[bytes] = []
     with start_server() as server:

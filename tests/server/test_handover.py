@@ -59,7 +59,7 @@ def exchange(address: tuple[str, int], message: bytes) -> bytes:
 
 
 @each_kind
-def test_a_socket_that_is_handed_over_is_served_and_stays_open_for_the_next(
+def test_inherited_socket_is_served_and_stays_open(
     kind: list[str], listener: socket.socket
 ) -> None:
     with under(listener, *kind) as server:
@@ -70,7 +70,7 @@ def test_a_socket_that_is_handed_over_is_served_and_stays_open_for_the_next(
         pass  # whoever is next could serve this client
 
 
-def test_a_unix_socket_that_is_handed_over_stays_where_it_is(tmp_path: Path) -> None:
+def test_inherited_unix_socket_file_is_not_removed(tmp_path: Path) -> None:
     path = tmp_path / "echo"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -87,7 +87,7 @@ def test_a_unix_socket_that_is_handed_over_stays_where_it_is(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("restore_loggers")
 @pytest.mark.parametrize("kind", [[], ["--workers", "2"]], ids=" ".join)
-def test_what_is_no_listening_socket_is_one_line_and_exit_code_3(
+def test_fd_that_is_not_listening_exits_with_code_3(
     kind: list[str], listener: socket.socket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def said(of: HasFileno) -> str:
@@ -140,7 +140,7 @@ def activated(*listeners: socket.socket, pid: str = "", options: tuple[str, ...]
 
 
 @each_kind
-def test_sockets_from_systemd_are_served_all_of_them(kind: list[str], listener: socket.socket) -> None:
+def test_all_sockets_from_systemd_are_served(kind: list[str], listener: socket.socket) -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as second,
         activated(listener, second, options=(*kind, "--port", "1")) as server,
@@ -153,7 +153,7 @@ def test_sockets_from_systemd_are_served_all_of_them(kind: list[str], listener: 
     assert "messages=2 " in log
 
 
-def test_sockets_for_another_process_are_none_of_ours(listener: socket.socket) -> None:
+def test_listen_fds_of_another_process_is_ignored(listener: socket.socket) -> None:
     with activated(listener, pid="1", options=("--port", "0")) as server:
         assert server.address != listener.getsockname()
         assert exchange(server.address, b"one\n") == b"one\n"
@@ -167,7 +167,7 @@ TOLD = [(["--loop", "asyncio"], False), (["--engine", "threads"], True), (["--wo
 
 
 @pytest.mark.parametrize(("kind", "abstract"), TOLD, ids=["asyncio", "threads", "workers"])
-def test_the_service_manager_is_told_of_the_start_and_the_stop(kind: list[str], abstract: bool, tmp_path: Path) -> None:
+def test_service_manager_is_notified_of_start_and_stop(kind: list[str], abstract: bool, tmp_path: Path) -> None:
     name = f"@echo-async-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind("\0" + name[1:] if abstract else name)
@@ -185,7 +185,7 @@ def test_the_service_manager_is_told_of_the_start_and_the_stop(kind: list[str], 
             manager.recv(100)
 
 
-def test_a_service_manager_that_is_not_there_stops_nothing(tmp_path: Path) -> None:
+def test_missing_service_manager_is_only_a_warning(tmp_path: Path) -> None:
     with command_process([*SERVER, "--port", "0"], {"NOTIFY_SOCKET": str(tmp_path / "nobody")}) as server:
         assert exchange(server.address, b"one\n") == b"one\n"
         code, log = server.stop()
@@ -237,7 +237,7 @@ class Crowd:
 
 
 @each_kind
-def test_no_client_fails_in_a_restart_under_a_socket_that_is_handed_over(
+def test_restart_on_an_inherited_socket_fails_no_client(
     kind: list[str], listener: socket.socket
 ) -> None:
     clients = 200
@@ -253,7 +253,7 @@ def test_no_client_fails_in_a_restart_under_a_socket_that_is_handed_over(
 
 
 @each_kind
-def test_a_client_whose_message_is_on_its_way_at_the_stop_is_answered(kind: list[str], listener: socket.socket) -> None:
+def test_message_in_transit_at_the_stop_is_answered(kind: list[str], listener: socket.socket) -> None:
     """It has connected and said nothing yet: it is given a moment, or the next server gets it."""
     with under(listener, *kind) as server:
         clients = [socket.create_connection(listener.getsockname(), TIMEOUT) for _ in range(20)]

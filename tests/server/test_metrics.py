@@ -68,7 +68,7 @@ def exchange(client: socket.socket, message: bytes) -> None:
 
 
 @each_kind
-def test_the_counts_are_exactly_what_was_sent(engine: EngineName, workers: int) -> None:
+def test_metrics_match_what_was_sent(engine: EngineName, workers: int) -> None:
     with measured(engine, workers) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(8)]
 
@@ -99,7 +99,7 @@ def test_the_counts_are_exactly_what_was_sent(engine: EngineName, workers: int) 
     assert f" messages=800 bytes_in={size + 5} bytes_out={size} lost=1 " in lines
 
 
-def test_what_was_refused_or_too_slow_is_counted_by_kind() -> None:
+def test_metrics_count_refusals_and_timeouts_by_kind() -> None:
     with measured("streams", 1, "--limit-connections", "1", "--timeout-idle", "0.2") as server:
         with server.connect() as idle, server.connect() as refused:
             assert receive_all(refused) == receive_all(idle) == b""
@@ -109,7 +109,7 @@ def test_what_was_refused_or_too_slow_is_counted_by_kind() -> None:
     assert now[f"echo_async_info[streams][stream][{echo_async.__version__}][1]"] == 1
 
 
-def test_counts_survive_a_worker_that_is_killed() -> None:
+def test_metrics_keep_the_counters_of_a_killed_worker() -> None:
     with measured("protocol", 2) as server, ExitStack() as stack:
         victim, survivor = server.worker_pids
         for other in [victim] * 5 + [survivor] * 10:
@@ -130,7 +130,7 @@ def test_counts_survive_a_worker_that_is_killed() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_it_is_well_while_it_serves(workers: int) -> None:
+def test_healthz_is_200_until_the_stop(workers: int) -> None:
     with measured("protocol", workers) as server, server.connect() as client:
         assert get(server, "/healthz") == (200, "serving\n")
         assert get(server, "/") == (404, "there are /metrics and /healthz\n")
@@ -145,14 +145,14 @@ def test_it_is_well_while_it_serves(workers: int) -> None:
         assert server.wait()[0] == 0
 
 
-def test_it_is_not_well_when_no_worker_answers() -> None:
+def test_healthz_is_503_if_no_worker_responds() -> None:
     with measured("protocol", 2) as server:
         with paused_processes(*server.worker_pids):
             assert get(server, "/healthz") == (503, "not serving\n")
         assert server.stop()[0] == 0
 
 
-def test_a_worker_that_ends_when_it_is_asked_has_not_answered() -> None:
+def test_worker_exiting_during_a_stats_request_returns_false() -> None:
     async def main() -> None:
         ours, theirs = socket.socketpair()
         worker = Worker(process, *await asyncio.open_connection(sock=ours))
@@ -166,7 +166,7 @@ def test_a_worker_that_ends_when_it_is_asked_has_not_answered() -> None:
         asyncio.run(main())
 
 
-def test_a_worker_that_has_ended_can_be_asked_often_without_a_line_of_asyncios(
+def test_commands_to_an_exited_worker_log_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def main() -> None:
@@ -182,7 +182,7 @@ def test_a_worker_that_has_ended_can_be_asked_often_without_a_line_of_asyncios(
     assert not caplog.records
 
 
-def test_clients_of_the_port_who_break_off_or_talk_nonsense_say_nothing_in_the_log() -> None:
+def test_invalid_http_requests_log_nothing() -> None:
     with measured("streams", 1) as server:
         found = re.search(r"metrics at http://127\.0\.0\.1:(\d+)/", server.log)
         assert found is not None
@@ -195,7 +195,7 @@ def test_clients_of_the_port_who_break_off_or_talk_nonsense_say_nothing_in_the_l
     assert len(lines.splitlines()) == 4, lines
 
 
-def test_a_port_in_use_is_exit_code_3_in_one_line() -> None:
+def test_metrics_port_in_use_exits_with_code_3() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with server_process("--metrics-port", str(port)) as server:
@@ -207,21 +207,21 @@ def test_a_port_in_use_is_exit_code_3_in_one_line() -> None:
     )
 
 
-def test_an_address_without_a_port_is_exit_code_2_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_metrics_address_without_port_exits_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--port", "0", "--metrics-address", "0.0.0.0"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "error: --metrics-address requires --metrics-port\n"
 
 
-def test_no_such_address_is_exit_code_3_in_one_line() -> None:
+def test_unavailable_metrics_address_exits_with_code_3() -> None:
     with server_process("--metrics-port", "0", "--metrics-address", "192.0.2.1") as server:
         code, lines = server.wait()
     assert (code, server.startup_line, len(lines.splitlines())) == (3, "", 1)
     assert "cannot serve metrics on 192.0.2.1:0: " in lines
 
 
-def test_without_prometheus_client_it_says_what_to_install(tmp_path: Path) -> None:
+def test_missing_prometheus_client_error_names_the_extra(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['prometheus_client'] = None")
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     with server_process("--metrics-port", "0", env=env) as server:
@@ -233,11 +233,11 @@ def test_without_prometheus_client_it_says_what_to_install(tmp_path: Path) -> No
 # The collector alone
 
 
-def test_every_counter_is_a_metric() -> None:
+def test_every_stats_field_is_a_metric() -> None:
     assert {field for field, _ in COUNTERS.values()} | {*TIMEOUTS, "active"} == {each.name for each in fields(Stats)}
 
 
-def test_names_and_help_keep_to_the_conventions() -> None:
+def test_metric_names_and_help_follow_the_conventions() -> None:
     for metric in StatsCollector(Stats, {}).describe():
         assert re.fullmatch(r"echo_async(_[a-z]+)*", metric.name)
         assert metric.documentation.endswith(".")
@@ -245,7 +245,7 @@ def test_names_and_help_keep_to_the_conventions() -> None:
             assert (metric.type == "counter") is sample.name.endswith("_total")
 
 
-def test_counters_never_go_down() -> None:
+def test_counters_never_decrease() -> None:
     seen = iter([Stats(bytes_out=10, active=5), Stats(bytes_out=9, active=4, lost=1), Stats(bytes_out=11, active=6)])
     collector = StatsCollector(lambda: next(seen), {})
 
@@ -259,7 +259,7 @@ def test_counters_never_go_down() -> None:
         assert now["echo_async_lost_total"] == lost
 
 
-def test_an_event_loop_that_is_stuck_does_not_answer_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocked_or_closed_event_loop_raises_timeout_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STATS_TIMEOUT", 0.05)
     release = threading.Event()
 

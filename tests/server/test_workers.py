@@ -125,7 +125,7 @@ class Load:
 
 
 @each_engine
-def test_one_address_is_announced_and_the_counters_of_both_workers_are_added_up(engine: EngineName) -> None:
+def test_workers_print_one_address_and_add_up_counters(engine: EngineName) -> None:
     messages = [b"%d\n" % number for number in range(50)]
     with two_workers(engine) as server, ExitStack() as clients:
         first, second = server.worker_pids
@@ -144,7 +144,7 @@ def test_one_address_is_announced_and_the_counters_of_both_workers_are_added_up(
     assert {name: count for name, count in counters(lines).items() if count} == expected
 
 
-def test_a_unix_socket_is_shared_and_its_path_removed(tmp_path: Path) -> None:
+def test_workers_share_a_unix_socket_and_its_file_is_removed(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     with two_workers("protocol", "--uds", path) as server:
         assert server.startup_line == f"listening on {path}\n"
@@ -163,7 +163,7 @@ def test_a_unix_socket_is_shared_and_its_path_removed(tmp_path: Path) -> None:
 
 
 @each_engine
-def test_a_worker_that_is_killed_is_replaced_at_once_and_only_its_own_clients_notice(engine: EngineName) -> None:
+def test_killed_worker_is_replaced_and_others_are_unaffected(engine: EngineName) -> None:
     with two_workers(engine) as server:
         victim, survivor = server.worker_pids
         with client_of(server, survivor) as lost, client_of(server, victim) as kept, Load(server) as load:
@@ -201,7 +201,7 @@ if "echo_async.server.worker" in sys.orig_argv and os.path.exists({str(trouble)!
 """
 
 
-def test_workers_that_cannot_start_are_exit_code_3_after_one_try(tmp_path: Path) -> None:
+def test_first_worker_failing_to_start_exits_with_code_3(tmp_path: Path) -> None:
     trouble, tries = tmp_path / "trouble", tmp_path / "tries"
     trouble.touch()
     env = sitecustomize(tmp_path, no_worker_while(trouble, tries))
@@ -214,7 +214,7 @@ def test_workers_that_cannot_start_are_exit_code_3_after_one_try(tmp_path: Path)
     assert tries.read_text() == "."
 
 
-def test_a_replacement_that_cannot_start_ends_the_service_after_a_few_tries(tmp_path: Path) -> None:
+def test_replacement_failing_to_start_stops_the_server(tmp_path: Path) -> None:
     trouble, tries = tmp_path / "trouble", tmp_path / "tries"
     env = sitecustomize(tmp_path, no_worker_while(trouble, tries))
     with two_workers("protocol", env=env) as server:
@@ -231,7 +231,7 @@ def test_a_replacement_that_cannot_start_ends_the_service_after_a_few_tries(tmp_
     assert is_gone(survivor)
 
 
-def test_no_uvloop_is_said_once_by_the_parent(tmp_path: Path) -> None:
+def test_missing_uvloop_is_one_error_line(tmp_path: Path) -> None:
     env = sitecustomize(tmp_path, "import sys; sys.modules['uvloop'] = None")
     with server_process("--workers", "2", "--loop", "uvloop", env=env) as server:
         code, lines = server.wait()
@@ -250,7 +250,7 @@ def acknowledged(client: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("engine", ["streams", "threads"])
-def test_a_stop_under_load_gives_each_client_the_whole_reply_or_nothing(engine: EngineName) -> None:
+def test_stop_under_load_never_sends_a_partial_reply(engine: EngineName) -> None:
     with two_workers(engine) as server, Load(server, 4) as load:
         code, lines = server.stop()
     assert code == 0
@@ -261,7 +261,7 @@ def test_a_stop_under_load_gives_each_client_the_whole_reply_or_nothing(engine: 
 
 
 @each_engine
-def test_a_stop_answers_every_message_that_was_received(engine: EngineName) -> None:
+def test_stop_answers_every_message_received(engine: EngineName) -> None:
     """Those of clients who are served, and those of clients whom the kernel has connected and nobody has accepted."""
     sent = b"".join(b"%060d\n" % number for number in range(200))
     with two_workers(engine) as server, ExitStack() as stack:
@@ -281,7 +281,7 @@ def test_a_stop_answers_every_message_that_was_received(engine: EngineName) -> N
     assert counters(lines)["messages"] == 200 * len(clients) + 2
 
 
-def test_who_connects_during_the_stop_is_refused() -> None:
+def test_connection_during_the_stop_is_refused() -> None:
     with two_workers("protocol") as server, server.connect() as busy:
         assert exchange(busy, b"done\n") == b"done\n"
         busy.sendall(b"begun, ")
@@ -303,7 +303,7 @@ def test_who_connects_during_the_stop_is_refused() -> None:
 
 
 @pytest.mark.parametrize("engine", ["streams", "threads"])
-def test_a_second_signal_ends_it_at_once_while_a_client_holds_the_stop(engine: EngineName) -> None:
+def test_second_signal_aborts_incomplete_messages(engine: EngineName) -> None:
     with two_workers(engine) as server, server.connect() as idle, ExitStack() as clients:
         busy = [clients.enter_context(client_of(server, other)) for other in server.worker_pids]
         for client in busy:
@@ -321,7 +321,7 @@ def test_a_second_signal_ends_it_at_once_while_a_client_holds_the_stop(engine: E
 
 
 @pytest.mark.parametrize(("signals", "grace"), [(1, "0.1"), (2, "60")])
-def test_a_worker_that_hangs_does_not_hold_the_stop(signals: int, grace: str) -> None:
+def test_hung_worker_is_killed_at_a_stop(signals: int, grace: str) -> None:
     with two_workers("protocol", "--timeout-graceful-shutdown", grace) as server:
         hung, _ = server.worker_pids
         with paused_processes(hung):
@@ -336,7 +336,7 @@ def test_a_worker_that_hangs_does_not_hold_the_stop(signals: int, grace: str) ->
     assert "Traceback" not in lines
 
 
-def test_ctrl_c_reaches_all_processes_and_is_one_clean_stop() -> None:
+def test_ctrl_c_to_the_process_group_is_one_graceful_stop() -> None:
     with two_workers("protocol", group=True) as server, server.connect() as client:
         assert exchange(client, b"one\n") == b"one\n"
         os.killpg(server.process.pid, signal.SIGINT)
@@ -350,7 +350,7 @@ def test_ctrl_c_reaches_all_processes_and_is_one_clean_stop() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_while_a_worker_is_starting_is_a_clean_stop(number: signal.Signals) -> None:
+def test_signal_while_a_worker_starts_is_a_graceful_stop(number: signal.Signals) -> None:
     with two_workers("protocol", group=True) as server:
         before = server.worker_pids
         os.kill(before[0], signal.SIGKILL)
@@ -365,7 +365,7 @@ def test_a_signal_to_all_processes_while_a_worker_is_starting_is_a_clean_stop(nu
 
 
 @each_engine
-def test_workers_do_not_outlive_their_parent_and_the_port_is_free(engine: EngineName) -> None:
+def test_workers_exit_with_the_supervisor_and_free_the_port(engine: EngineName) -> None:
     with two_workers(engine) as server, ExitStack() as clients:
         both = server.worker_pids
         for other in both:
@@ -383,7 +383,7 @@ def test_workers_do_not_outlive_their_parent_and_the_port_is_free(engine: Engine
 
 
 @each_engine
-def test_a_worker_does_not_outlive_a_parent_that_dies_with_an_answer_unread(engine: EngineName) -> None:
+def test_worker_exits_if_the_supervisor_reads_no_report(engine: EngineName) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs, socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
@@ -402,7 +402,7 @@ def test_a_worker_does_not_outlive_a_parent_that_dies_with_an_answer_unread(engi
     assert (worker.returncode, lines) == (0, "")
 
 
-def test_a_worker_says_that_it_keeps_its_old_certificates(tmp_path: Path) -> None:
+def test_worker_failing_to_reload_keeps_its_certificates(tmp_path: Path) -> None:
     """The parent could read the new ones: they have changed since."""
     trouble, served = tmp_path / "trouble", tmp_path / "served.pem"
     trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(served)
@@ -423,7 +423,7 @@ if "echo_async.server.worker" in sys.orig_argv:
         assert server.stop()[0] == 0
 
 
-def test_workers_in_development_mode_take_proxy_headers() -> None:
+def test_workers_in_development_mode_accept_proxy_headers() -> None:
     """asyncio's debug mode requires that the listening socket object does not block."""
     options = ("--workers", "2", "--proxy-protocol", "v1")
     with server_process(*options, env={"PYTHONDEVMODE": "1"}) as server, server.connect() as client:
