@@ -382,7 +382,7 @@ def test_header_timeout_is_not_extended_by_single_bytes() -> None:
     assert not header.finished
 
 
-def test_a_time_out_longer_than_sockets_know() -> None:
+def test_header_timeout_over_the_socket_maximum_is_accepted() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.sendall(b"PROXY UNKNOWN\r\n")
