@@ -1,17 +1,17 @@
-"""Everything that goes wrong in a way this package knows, as one tree::
+"""The exceptions of this package::
 
     EchoError
-    ├── ConfigError           an option has a value that makes no sense (also a ValueError)
-    ├── StartError            the server cannot start: address in use, no such host, no uvloop
+    ├── ConfigError           an option is invalid (also a ValueError)
+    ├── StartError            the server cannot start
     ├── ConnectError          the client cannot connect (also a ConnectionError)
-    │   └── ConnectTimeout    ... within its time (also a TimeoutError)
-    ├── MessageError          a message that cannot be sent as one message (also a ValueError)
-    └── ReplyError            a connection was there, but the reply is not the echo
-        ├── ReplyLost         the server closed before the whole reply was there
-        ├── ReplyLate         the reply was not there in time (also a TimeoutError)
-        └── ReplyDifferent    the server answered something else
+    │   └── ConnectTimeout    connecting timed out (also a TimeoutError)
+    ├── MessageError          the message is invalid (also a ValueError)
+    └── ReplyError            the reply is missing or different from the message
+        ├── ReplyLost         the connection was lost before the reply was complete (also a ConnectionError)
+        ├── ReplyLate         the reply timed out (also a TimeoutError)
+        └── ReplyDifferent    the reply differs from the message
 
-Each says what was done, to whom, and what to do about it.
+The text of each names the operation, the address or option, the reason, and what to do.
 """
 
 from __future__ import annotations
@@ -35,43 +35,47 @@ __all__ = [
 
 
 class EchoError(Exception):
-    """The base of all errors that this package raises on purpose."""
+    """Base class of all exceptions of this package."""
 
 
 class ConfigError(EchoError, ValueError):
-    """An option has a value that makes no sense."""
+    """An option has an invalid value, or conflicts with another option."""
 
 
 class StartError(EchoError):
-    """The server cannot start."""
+    """The server cannot start: address in use, unknown host, invalid certificate, uvloop not installed."""
 
 
 class ConnectError(EchoError, ConnectionError):
-    """The client cannot connect."""
+    """The client cannot connect: connection refused, unknown host, failed TLS handshake."""
 
 
 class ConnectTimeout(ConnectError, TimeoutError):
-    """The client could not connect within its time."""
+    """The connection was not established within ``connect_timeout`` seconds."""
 
 
 class MessageError(EchoError, ValueError):
-    """A message that cannot be sent as one message."""
+    """The message is invalid, for example because it contains a newline before its end."""
 
 
 class ReplyError(EchoError):
-    """The reply is not the echo of what was sent."""
+    """The reply is missing, or is not the echo of the message."""
 
 
 class ReplyLost(ReplyError, ConnectionError):
-    """The server closed, or the connection broke, before the whole reply was there."""
+    """The connection was closed or reset before the reply was complete."""
 
 
 class ReplyLate(ReplyError, TimeoutError):
-    """The whole reply was not there in time."""
+    """The reply was not complete within ``timeout`` seconds."""
 
 
 class ReplyDifferent(ReplyError):
-    """The server answered something else. ``offset`` is the first byte of the reply that differs."""
+    """The reply differs from the message.
+
+    Attributes:
+        offset: Index of the first byte of the reply that differs, from 0.
+    """
 
     def __init__(self, message: str, offset: int) -> None:
         super().__init__(message, offset)
@@ -82,14 +86,18 @@ class ReplyDifferent(ReplyError):
 
 
 def describe_error(error: Exception) -> str:
-    """``connection refused``, ``name or service not known``, ``certificate verify failed: ...``"""
+    """Return the reason of an error in lower case, as error messages and log lines show it.
+
+    Examples: ``connection refused``, ``name or service not known``, ``certificate verify failed: ...``. Errors
+    without a text are described by the name of their class.
+    """
     if isinstance(error, ssl.SSLError):
-        words = (error.reason or str(error)).lower().replace("_", " ")
+        reason = (error.reason or str(error)).lower().replace("_", " ")
         detail = getattr(error, "verify_message", "")
-        return f"{words}: {detail}" if detail else words
+        return f"{reason}: {detail}" if detail else reason
     if isinstance(error, UnicodeError):
         return "not a host name"
-    if isinstance(error, socket.gaierror):  # its numbers are not those of the system
+    if isinstance(error, socket.gaierror):  # its errno is not one of os.strerror
         return str(error.strerror or error).lower()
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno).lower()

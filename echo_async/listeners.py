@@ -14,10 +14,10 @@ class Listeners:
     """Listening sockets that are closed together; a Unix socket path that was bound here is removed then."""
 
     def __init__(self, sockets: Sequence[socket.socket], path: str | None = None) -> None:
-        self.addresses = [net.address_of(each) for each in sockets]
+        self.addresses = [net.get_address(each) for each in sockets]
         self._sockets = list(sockets)
         self._path = path
-        self._inode = None if path is None else net.inode(path)
+        self._file_id = None if path is None else net.get_file_id(path)
 
     @classmethod
     def bind(cls, config: ServerConfig, infos: Sequence[net.AddressInfo] | None = None) -> Self:
@@ -31,7 +31,7 @@ class Listeners:
 
     def close(self) -> None:
         if self._path is not None:
-            net.unlink(self._path, self._inode)
+            net.remove_socket_file(self._path, self._file_id)
             self._path = None
         for each in self._sockets:
             each.close()

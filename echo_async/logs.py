@@ -1,6 +1,6 @@
-"""What the log shows, and that no client can forge it: text from the network is escaped and cut here.
+"""Loggers, formatters, and the escaping of text from the network, so that no client can forge log lines.
 
-The library only writes to stdlib loggers under ``echo_async``; ``configure`` is for the commands.
+The library only writes to the loggers below ``echo_async``. Only the commands call :func:`configure`.
 """
 
 from __future__ import annotations
@@ -13,58 +13,54 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Literal
 
-__all__ = ["LogFormat", "LogLevel", "RateLimitedLog", "access_log", "configure", "escape", "excerpt", "log"]
-
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 LogFormat = Literal["text", "json"]
 
 log = logging.getLogger("echo_async.server")
 access_log = logging.getLogger("echo_async.access")
 
-EXCERPT = 80  # characters of a client's text that a log line shows
-_JOINERS = "\u200c\u200d"  # format characters that emoji and several scripts need, and that hide nothing
+MAX_EXCERPT = 80  # characters of a message in a log line
+JOINERS = "\u200c\u200d"  # zero-width joiners: emoji and several scripts need them, and they are harmless
 
 
 def escape(text: str) -> str:
-    r"""``text`` with nothing in it that drives a terminal or forges a line.
+    r"""Escape every character that could control a terminal or forge a log line.
 
-    Control characters (C0, C1, DEL), newlines, ANSI sequences, bidirectional overrides, lone
-    surrogates and everything else that :meth:`str.isprintable` refuses become ``\xNN``, ``\uNNNN``;
-    a backslash becomes two, so that no text can pretend to have been escaped.
+    Control characters (C0, C1, DEL), newlines, ANSI sequences, bidirectional overrides, lone surrogates and
+    all others that are not :meth:`str.isprintable` become ``\xNN`` or ``\uNNNN``. A backslash is doubled, so
+    that the result is unambiguous.
     """
     if text.isprintable() and "\\" not in text:
         return text
-    return "".join(map(_escape_one, text))
+    return "".join(map(_escape_character, text))
 
 
-def _escape_one(character: str) -> str:
+def _escape_character(character: str) -> str:
     if character == "\\":
         return "\\\\"
-    if character.isprintable() or character in _JOINERS:
+    if character.isprintable() or character in JOINERS:
         return character
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def excerpt(message: bytes) -> str:
-    """The text of a message for one log line: without its newline, escaped, cut at 80 characters.
+    """Return the text of a message for a log line: without newline, escaped, truncated to 80 characters.
 
-    Bytes that are not UTF-8 are shown as ``\\xNN``. Only as much of the message is looked at as the
-    line can show.
+    Bytes that are not valid UTF-8 become ``\\xNN``. Only the part of the message that fits is processed.
     """
-    head = message[: 4 * EXCERPT + 4]  # UTF-8 has at most 4 bytes a character
+    head = message[: 4 * MAX_EXCERPT + 4]  # UTF-8 has at most 4 bytes per character
     shown = ""
     for character in head.removesuffix(b"\n").decode("utf-8", "surrogateescape"):
-        # A surrogate of this range stands for a byte that is not UTF-8.
-        is_byte = "\udc80" <= character <= "\udcff"
-        character = f"\\x{ord(character) - 0xDC00:02x}" if is_byte else _escape_one(character)
-        if len(shown) + len(character) > EXCERPT:
+        is_invalid_byte = "\udc80" <= character <= "\udcff"  # by surrogateescape
+        character = f"\\x{ord(character) - 0xDC00:02x}" if is_invalid_byte else _escape_character(character)
+        if len(shown) + len(character) > MAX_EXCERPT:
             return shown + "..."
         shown += character
     return shown
 
 
 class RateLimitedLog:
-    """A log line that cannot flood: at most one a second, which tells how many it stands for."""
+    """Logs at most one line per second, with the number of events since the previous line."""
 
     def __init__(self, write: Callable[..., object], template: str) -> None:
         self._write = write
@@ -72,13 +68,13 @@ class RateLimitedLog:
         self._written_at = -math.inf
         self._unwritten = 0
 
-    def __call__(self, *facts: object) -> None:
+    def __call__(self, *args: object) -> None:
         self._unwritten += 1
         now = time.monotonic()
         if now - self._written_at >= 1:
-            since = f" ({self._unwritten} times since the last such line)" if self._unwritten > 1 else ""
+            suffix = f" (repeated {self._unwritten} times)" if self._unwritten > 1 else ""
             self._written_at, self._unwritten = now, 0
-            self._write(self._template + since, *facts)
+            self._write(self._template + suffix, *args)
 
 
 class TextFormatter(logging.Formatter):
@@ -91,7 +87,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (ISO 8601, UTC), level, logger, message, and the facts of the event."""
+    """One JSON object per line: time (ISO 8601, UTC), level, logger, message, and the event's facts."""
 
     def format(self, record: logging.LogRecord) -> str:
         import json
@@ -109,8 +105,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: LogLevel, format: LogFormat) -> None:
-    """Send the ``echo_async`` loggers to stderr. A log that nobody can read any more stops nothing."""
-    logging.raiseExceptions = False  # stderr closed or its reader gone: drop the line, without a traceback
+    """Write the ``echo_async`` loggers to stderr. Lines that cannot be written are dropped."""
+    logging.raiseExceptions = False  # no traceback if stderr is closed or full
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     root = logging.getLogger("echo_async")

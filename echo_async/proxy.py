@@ -1,11 +1,11 @@
-"""The PROXY protocol, without IO: what a balancer says of a client before the client's own first byte.
+"""The PROXY protocol, without IO: parse the header in which a load balancer sends the client's address.
 
-A header is either one line of text (version 1, at most 107 bytes) or binary (version 2: 16 bytes, then as many
-as they announce). :meth:`ProxyHeader.feed` says how many of the bytes it is shown are the header's, so whoever
-reads never takes a byte of what comes after it: the client's message, or its TLS handshake. What cannot become a
-header is refused at its first wrong byte. No more of a header is kept than its addresses take.
+A header is one line of text (version 1, at most 107 bytes) or binary (version 2: 16 bytes, and as many as they
+announce). :meth:`ProxyHeader.feed` returns how many bytes belong to the header, so that the caller consumes none
+of the message or TLS handshake after it. Invalid input is rejected at its first invalid byte. Only the part of the
+header up to the end of its addresses is buffered.
 
-By https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt, sections 2.1 and 2.2.
+Specification: https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt, sections 2.1 and 2.2.
 """
 
 from __future__ import annotations
@@ -20,167 +20,164 @@ from .logs import excerpt
 if TYPE_CHECKING:
     from ipaddress import IPv4Network, IPv6Network
 
-__all__ = ["ProxyHeader", "ProxyHeaderError", "Source", "TrustedProxies"]
-
 Source = tuple[str, int] | str | None
-"""The client's address and port, the path of its Unix socket, or None: the one that is connected speaks for itself."""
+"""The client's host and port, or Unix socket path. None: the header has no address, the peer is the client."""
 
 V1_PREFIX = b"PROXY "
-V1_SIZE = 107  # bytes of the longest line, CRLF included
+V1_MAX_SIZE = 107  # bytes, including CRLF
 V1_ADDRESSES = re.compile(rb"PROXY (TCP[46]) ([0-9A-Fa-f.:]+) ([0-9A-Fa-f.:]+) (0|[1-9]\d{0,4}) (0|[1-9]\d{0,4})")
 V1_UNKNOWN = re.compile(rb"PROXY UNKNOWN( |\Z)")
 
 V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
-V2_FIXED = struct.Struct("!12sBBH")
+V2_FIXED_PART = struct.Struct("!12sBBH")  # signature, version and command, family and transport, size of the rest
 LOCAL, PROXY = 0x20, 0x21  # version 2 and the command
 TCP4, TCP6, UNIX = 0x11, 0x21, 0x31  # address family and transport
-V2_ADDRESSES = {TCP4: 12, TCP6: 36, UNIX: 216}  # bytes; other families have no address that is of use here
+V2_ADDRESS_SIZES = {TCP4: 12, TCP6: 36, UNIX: 216}  # bytes; the addresses of other families are ignored
 
-MAX_KEPT = V2_FIXED.size + V2_ADDRESSES[UNIX]
+MAX_BUFFERED = V2_FIXED_PART.size + V2_ADDRESS_SIZES[UNIX]
 
 
 class ProxyHeaderError(Exception):
-    """What came is no header that is allowed here. The text says why."""
+    """The input is not an acceptable PROXY header."""
 
 
 class ProxyHeader:
-    """One header, taken in as it comes; ``versions`` is ``v1``, ``v2`` or, for both, ``auto``.
+    """Incremental parser of one header. ``versions`` is ``v1``, ``v2`` or ``auto`` (both).
 
-    ``finished``: it is complete, and ``source`` is the client whom it names.
+    Attributes:
+        finished: The header is complete, and ``source`` is set.
+        source: The client's address.
+        received: Bytes of the header received.
     """
 
-    __slots__ = ("_head", "_received", "_size", "_versions", "finished", "source")
+    __slots__ = ("_buffer", "_size", "_versions", "finished", "received", "source")
 
     def __init__(self, versions: str = "auto") -> None:
         self.finished = False
         self.source: Source = None
+        self.received = 0
         self._versions = versions
-        self._head = b""  # its beginning, up to the end of its addresses
-        self._received = 0
-        self._size: int | None = None  # of the whole header, once that is known
-
-    @property
-    def received(self) -> int:
-        """Bytes of the header that have come."""
-        return self._received
+        self._buffer = b""  # the header, at most to the end of its addresses
+        self._size: int | None = None  # of the complete header, once known
 
     def feed(self, data: bytes) -> int:
-        """Take what comes next; return how many bytes of it are the header's: all, unless it is finished with them.
+        """Process received bytes; return how many belong to the header. All do, unless it is finished.
 
-        :exc:`ProxyHeaderError` if this cannot become a header.
+        Raises:
+            ProxyHeaderError: The bytes cannot become an acceptable header.
         """
-        before = self._received
-        self._head += data[: MAX_KEPT - len(self._head)]
+        before = self.received
+        self._buffer += data[: MAX_BUFFERED - len(self._buffer)]
         if self._size is None:
-            self._size = self._measure()
-        self._received = before + len(data)
-        if self._size is None or self._received < self._size:
+            self._size = self._find_size()
+        self.received = before + len(data)
+        if self._size is None or self.received < self._size:
             return len(data)
-        self._received = self._size
-        self.source = _source_v1(self._head[: self._size]) if self._head.startswith(b"P") else _source_v2(self._head)
+        self.received = self._size
+        self.source = _parse_v1(self._buffer[: self._size]) if self._buffer[:1] == b"P" else _parse_v2(self._buffer)
         self.finished = True
         return self._size - before
 
-    def _measure(self) -> int | None:
-        """How long the header is in all; None if too little of it has come to know."""
-        head = self._head
-        if V2_SIGNATURE.startswith(head[: len(V2_SIGNATURE)]):
-            return self._measure_v2()
-        if V1_PREFIX.startswith(head[: len(V1_PREFIX)]):
-            return self._measure_v1()
-        raise ProxyHeaderError(f"there is no PROXY header: it began with {excerpt(head[:20])}")
+    def _find_size(self) -> int | None:
+        """Return the size of the complete header; None if too few bytes have been received to know it."""
+        if V2_SIGNATURE.startswith(self._buffer[: len(V2_SIGNATURE)]):
+            return self._find_size_v2()
+        if V1_PREFIX.startswith(self._buffer[: len(V1_PREFIX)]):
+            return self._find_size_v1()
+        raise ProxyHeaderError(f"no PROXY signature, received {excerpt(self._buffer[:20])}")
 
-    def _measure_v1(self) -> int | None:
-        if len(self._head) < len(V1_PREFIX):
+    def _find_size_v1(self) -> int | None:
+        if len(self._buffer) < len(V1_PREFIX):
             return None
-        self._allow("v1")
-        end = self._head.find(b"\r\n", 0, V1_SIZE) + 2
+        self._check_version("v1")
+        end = self._buffer.find(b"\r\n", 0, V1_MAX_SIZE) + 2
         if end >= 2:
             return end
-        if len(self._head) >= V1_SIZE:
-            raise ProxyHeaderError(f"its PROXY header has no end within {V1_SIZE} bytes")
+        if len(self._buffer) >= V1_MAX_SIZE:
+            raise ProxyHeaderError(f"no end of line within {V1_MAX_SIZE} bytes")
         return None
 
-    def _measure_v2(self) -> int | None:
-        head = self._head
-        if len(head) < len(V2_SIGNATURE):
+    def _find_size_v2(self) -> int | None:
+        header = self._buffer
+        if len(header) < len(V2_SIGNATURE):
             return None
-        self._allow("v2")
-        if len(head) > 12 and head[12] not in (LOCAL, PROXY):
-            raise ProxyHeaderError(f"its PROXY header has version and command {head[12]:#04x}, which do not exist")
-        if len(head) > 13 and head[12] == PROXY and (head[13] >> 4 > 3 or head[13] & 15 > 2):
-            raise ProxyHeaderError(f"its PROXY header has family and transport {head[13]:#04x}, which do not exist")
-        if len(head) < V2_FIXED.size:
+        self._check_version("v2")
+        if len(header) > 12 and header[12] not in (LOCAL, PROXY):
+            raise ProxyHeaderError(f"unknown version and command {header[12]:#04x}")
+        if len(header) > 13 and header[12] == PROXY and (header[13] >> 4 > 3 or header[13] & 15 > 2):
+            raise ProxyHeaderError(f"unknown family and transport {header[13]:#04x}")
+        if len(header) < V2_FIXED_PART.size:
             return None
-        _, command, family, size = V2_FIXED.unpack_from(head)
-        if command == PROXY and size < V2_ADDRESSES.get(family, 0):
-            raise ProxyHeaderError(f"its PROXY header has {size} bytes for addresses of {V2_ADDRESSES[family]}")
-        return V2_FIXED.size + int(size)
+        _, command, family, size = V2_FIXED_PART.unpack_from(header)
+        if command == PROXY and size < V2_ADDRESS_SIZES.get(family, 0):
+            raise ProxyHeaderError(f"address block of {size} bytes, expected at least {V2_ADDRESS_SIZES[family]}")
+        return V2_FIXED_PART.size + int(size)
 
-    def _allow(self, version: str) -> None:
+    def _check_version(self, version: str) -> None:
         if self._versions not in (version, "auto"):
-            raise ProxyHeaderError(f"its PROXY header is {version}, and not {self._versions} as asked for")
+            raise ProxyHeaderError(f"version {version}, expected {self._versions}")
 
 
-def _source_v1(line: bytes) -> Source:
+def _parse_v1(line: bytes) -> Source:
     line = line.removesuffix(b"\r\n")
     if V1_UNKNOWN.match(line):
         return None
-    if found := V1_ADDRESSES.fullmatch(line):
-        family = socket.AF_INET if found[1] == b"TCP4" else socket.AF_INET6
+    if match := V1_ADDRESSES.fullmatch(line):
+        family = socket.AF_INET if match[1] == b"TCP4" else socket.AF_INET6
         try:
-            source, _ = (_address(family, each.decode("ascii")) for each in (found[2], found[3]))
+            source, _ = (_normalize(family, address.decode("ascii")) for address in (match[2], match[3]))
         except OSError:
             pass
         else:
-            if max(int(found[4]), int(found[5])) <= 65535:
-                return source, int(found[4])
-    raise ProxyHeaderError(f"its PROXY header makes no sense: {excerpt(line)}")
+            if max(int(match[4]), int(match[5])) <= 65535:
+                return source, int(match[4])
+    raise ProxyHeaderError(f"malformed line: {excerpt(line)}")
 
 
-def _address(family: socket.AddressFamily, text: str) -> str:
-    """``text`` as an address is usually written. :exc:`OSError` if it is none, or has leading zeros."""
-    return socket.inet_ntop(family, socket.inet_pton(family, text))
+def _normalize(family: socket.AddressFamily, address: str) -> str:
+    """Return the canonical text form of ``address``. :exc:`OSError` if it is invalid or has leading zeros."""
+    return socket.inet_ntop(family, socket.inet_pton(family, address))
 
 
-def _source_v2(head: bytes) -> Source:
-    _, command, family, _ = V2_FIXED.unpack_from(head)
-    addresses = head[V2_FIXED.size :]
+def _parse_v2(header: bytes) -> Source:
+    _, command, family, _ = V2_FIXED_PART.unpack_from(header)
+    addresses = header[V2_FIXED_PART.size :]
     if command == PROXY and family == TCP4:
         return socket.inet_ntop(socket.AF_INET, addresses[:4]), int.from_bytes(addresses[8:10])
     if command == PROXY and family == TCP6:
         return socket.inet_ntop(socket.AF_INET6, addresses[:16]), int.from_bytes(addresses[32:34])
     if command == PROXY and family == UNIX:
-        return _path(addresses[:108]) or None
+        return _parse_unix_path(addresses[:108]) or None
     return None
 
 
-def _path(field: bytes) -> str:
-    """A path ends at its first NUL; a name that begins with NUL is one of Linux' abstract names."""
+def _parse_unix_path(field: bytes) -> str:
+    """Decode a NUL-padded path. One that begins with NUL is an abstract name on Linux."""
     path = field.rstrip(b"\0") if field.startswith(b"\0") else field.partition(b"\0")[0]
     return path.decode("utf-8", "surrogateescape")
 
 
 class TrustedProxies:
-    """Who may send a header: ``text`` is addresses and networks with commas between them, or ``*`` for all.
+    """The peers that may send a PROXY header, since a header can spoof the client address.
 
-    Whoever may send one can claim any address. :exc:`ValueError` says what in ``text`` makes no sense.
+    ``text`` lists addresses and networks, separated by commas; ``*`` is every address. :exc:`ValueError` if an
+    entry is invalid.
     """
 
     def __init__(self, text: str) -> None:
-        from ipaddress import ip_network  # most servers have no need of it
+        from ipaddress import ip_network  # imported only if PROXY headers are used
 
         entries = [entry.strip() for entry in text.split(",")]
-        self._all = "*" in entries
+        self._trusts_all = "*" in entries
         self._networks: list[IPv4Network | IPv6Network] = [ip_network(entry) for entry in entries if entry != "*"]
 
-    def allow(self, peername: object) -> bool:
-        """Whether who is connected from ``peername`` is one of them. A Unix socket is guarded by its path's rights."""
+    def is_trusted(self, peername: object) -> bool:
+        """Return whether ``peername`` is listed. Unix peers always are: the file permissions protect the socket."""
         from ipaddress import IPv6Address, ip_address
 
-        if self._all or not isinstance(peername, tuple):
+        if self._trusts_all or not isinstance(peername, tuple):
             return True
         address = ip_address(peername[0].partition("%")[0])
-        if isinstance(address, IPv6Address) and address.ipv4_mapped:  # a client of a socket for both
+        if isinstance(address, IPv6Address) and address.ipv4_mapped:  # an IPv4 peer of a dual-stack socket
             address = address.ipv4_mapped
         return any(address in network for network in self._networks)

@@ -16,7 +16,6 @@ from typing import Self, Unpack
 from .config import Mode, ServerConfig, ServerOptions
 from .conversation import MODES, Conversation
 from .errors import ConfigError, StartError
-from .net import Address
 from .stats import Stats
 from .sync import EchoServer
 
@@ -56,11 +55,11 @@ class HostedServer:
             self._server = EchoServer.start(config, make_conversation)
 
     @property
-    def address(self) -> Address:
+    def address(self) -> tuple[str, int]:
         """The address that clients connect to, also after ``close``.
 
         Returns:
-            ``(host, port)``, or the path of a Unix socket.
+            Host and port. For a Unix socket the value is its path.
         """
         return self._server.address
 

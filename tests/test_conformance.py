@@ -267,7 +267,7 @@ def test_write_timeout_closes_a_client_that_never_reads(start_server: StartServe
 def test_unix_socket_echoes_and_is_removed(start_server: StartServer, mode: Mode, tmp_path: Path) -> None:
     path = str(tmp_path / "echo")
     with start_server(uds=path, mode=mode) as server:
-        assert server.address == path
+        assert server.addresses == [path]
         with connect(server) as client:
             assert is_echoed(client, b"one\n")
             client.shutdown(socket.SHUT_WR)

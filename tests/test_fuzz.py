@@ -23,7 +23,7 @@ from support import BACKENDS, Backend, ServerThread, connect, is_echoed, receive
 import echo_async
 from echo_async.config import Mode
 from echo_async.conversation import Conversation
-from echo_async.conversation import conversation as new_conversation
+from echo_async.conversation import make_conversation
 
 MODES: list[Mode] = ["message", "stream", "raw"]
 
@@ -57,7 +57,7 @@ class AnyConversation(RuleBasedStateMachine):
     @initialize(mode=st.sampled_from(MODES), limit=st.sampled_from([1, 2, 3, 40, 500]))
     def begin(self, mode: Mode, limit: int) -> None:
         self.mode, self.limit = mode, limit
-        self.conversation = new_conversation(mode, limit)
+        self.conversation = make_conversation(mode, limit)
         self.sent = self.answered = b""
         self.stopped_at: int | None = None  # number of bytes sent before the shutdown
         self.ended = False

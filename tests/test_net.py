@@ -1,4 +1,4 @@
-"""Listening sockets: what can be bound is, what cannot is one error that names it, and nothing is left open."""
+"""Listening sockets: resolve, bind, adopt. Every error names the address, and no socket is left open."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support import TIMEOUT, receive_all, run
 
 import echo_async
 from echo_async import ServerConfig, StartError
-from echo_async.net import Address, AddressInfo, address_of, adopt, bind, numeric, resolve
+from echo_async.net import Address, AddressInfo, adopt, bind, get_address, resolve, resolve_literal
 from echo_async.server.server import start_server
 
 
@@ -40,13 +40,13 @@ def _no_descriptor_is_left_open() -> Iterator[None]:
 
 @contextmanager
 def bound(**options: Any) -> Iterator[list[socket.socket]]:
-    """The listening sockets for these options; the port is any free one."""
+    """Bind the listening sockets of these options, by default on any free port."""
     config = ServerConfig(**{"port": 0, **options})
-    infos: Any = [] if config.uds else numeric(config) or resolve(config)
-    with ExitStack() as opened:
+    infos: Any = [] if config.uds else resolve_literal(config) or resolve(config)
+    with ExitStack() as stack:
         sockets = bind(config, infos)
         for each in sockets:
-            opened.enter_context(each)
+            stack.enter_context(each)
         yield sockets
         if config.uds and os.path.exists(config.uds):
             os.unlink(config.uds)
@@ -62,18 +62,18 @@ def is_reachable(address: Address) -> bool:
         return True
 
 
-def refusal(**options: Any) -> str:
-    """What is said where nothing can be bound."""
-    with pytest.raises(StartError) as refused, bound(**options):
+def bind_error(**options: Any) -> str:
+    """Return the text of the StartError that these options raise."""
+    with pytest.raises(StartError) as caught, bound(**options):
         pass
-    text = str(refused.value)
+    text = str(caught.value)
     assert "\n" not in text
     return text
 
 
 def test_bind_to_port_0_uses_a_free_port() -> None:
     with bound() as [listener]:
-        host, port = cast(tuple[str, int], address_of(listener))
+        host, port = cast(tuple[str, int], get_address(listener))
         assert host == "127.0.0.1"
         assert port != 0
         assert is_reachable((host, port))
@@ -83,7 +83,7 @@ def test_bind_uses_the_given_port() -> None:
     with bound() as [first]:
         port = first.getsockname()[1]
     with bound(port=port) as [second]:
-        assert address_of(second) == ("127.0.0.1", port)
+        assert get_address(second) == ("127.0.0.1", port)
 
 
 def test_bound_socket_is_nonblocking_and_not_inheritable() -> None:
@@ -100,7 +100,7 @@ def test_bind_of_several_addresses_uses_the_same_port() -> None:
     ]
     with ExitStack() as opened:
         sockets = [opened.enter_context(each) for each in bind(ServerConfig(port=0), infos)]
-        addresses = [cast(tuple[str, int], address_of(each)) for each in sockets]
+        addresses = [cast(tuple[str, int], get_address(each)) for each in sockets]
         assert [host for host, _ in addresses] == ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
         assert len({port for _, port in addresses}) == 1
         assert all(is_reachable(address) for address in addresses)
@@ -115,7 +115,7 @@ def test_bind_of_a_duplicate_address_opens_one_socket() -> None:
 @needs_ipv6
 def test_bind_of_ipv6_address_is_reachable() -> None:
     with bound(host="::1") as [listener]:
-        host, port = cast(tuple[str, int], address_of(listener))
+        host, port = cast(tuple[str, int], get_address(listener))
         assert host == "::1"
         assert is_reachable((host, port))
 
@@ -125,23 +125,23 @@ def test_bind_of_all_ipv6_addresses_leaves_the_ipv4_port_free() -> None:
     with bound(host="::") as [six]:
         port = six.getsockname()[1]
         with bound(host="0.0.0.0", port=port) as [four]:
-            assert address_of(four) == ("0.0.0.0", port)
+            assert get_address(four) == ("0.0.0.0", port)
 
 
 @needs_ipv6
 def test_bind_of_ipv6_address_with_zone_is_supported() -> None:
-    assert "fe80::1" in refusal(host="fe80::1%lo")  # the loopback interface has no such address
+    assert "fe80::1" in bind_error(host="fe80::1%lo")  # not an address of the loopback interface
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
 def test_resolve_literal_with_an_ip_address_returns_it(host: str) -> None:
-    infos = numeric(ServerConfig(host=host, port=0))
+    infos = resolve_literal(ServerConfig(host=host, port=0))
     assert infos is not None
     assert [info[4][0] for info in infos] == [host]
 
 
 def test_resolve_literal_with_a_host_name_returns_none() -> None:
-    assert numeric(ServerConfig(host="localhost")) is None
+    assert resolve_literal(ServerConfig(host="localhost")) is None
     assert {info[4][0] for info in resolve(ServerConfig(host="localhost"))} <= {"127.0.0.1", "::1"}
 
 
@@ -162,9 +162,9 @@ def test_resolve_literal_with_a_host_name_returns_none() -> None:
     ids=ascii,
 )
 def test_bind_of_unknown_host_raises_start_error(host: str) -> None:
-    text = refusal(host=host)
+    text = bind_error(host=host)
     assert text.startswith(f"cannot listen on host {host!r}: ")
-    assert "give a name or an address of this machine" in text
+    assert "; choose a host name or an address of this machine" in text
 
 
 def test_serve_on_unknown_host_raises_start_error() -> None:
@@ -178,14 +178,14 @@ def test_serve_on_unknown_host_raises_start_error() -> None:
 def test_bind_of_address_in_use_raises_start_error() -> None:
     with bound() as [listener]:
         port = listener.getsockname()[1]
-        text = refusal(port=port)
+        text = bind_error(port=port)
     assert text.startswith(f"cannot listen on 127.0.0.1:{port}: address already in use; ")
-    assert "port 0 finds a free one" in text
+    assert "choose another port (0: any free port)" in text
 
 
 def test_bind_with_one_address_in_use_binds_none() -> None:
-    with bound(host="127.0.0.2") as [taken]:
-        port = taken.getsockname()[1]
+    with bound(host="127.0.0.2") as [other]:
+        port = other.getsockname()[1]
         infos: list[AddressInfo] = [
             (socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port)) for host in ("127.0.0.1", "127.0.0.2")
         ]
@@ -195,7 +195,7 @@ def test_bind_with_one_address_in_use_binds_none() -> None:
 
 
 def test_address_taken_before_listen_raises_start_error() -> None:
-    # Two sockets may be bound to one port until one of them listens: protocol 6 and 0 are both TCP.
+    # Two sockets can be bound to one port until one of them listens. Protocols 6 and 0 are both TCP.
     infos: list[AddressInfo] = [
         (socket.AF_INET, socket.SOCK_STREAM, protocol, "", ("127.0.0.1", 0)) for protocol in (6, 0)
     ]
@@ -209,21 +209,21 @@ def test_bind_of_a_port_in_time_wait_succeeds() -> None:
         with socket.create_connection(("127.0.0.1", port), TIMEOUT) as client:
             listener.setblocking(True)
             accepted, _ = listener.accept()
-            accepted.close()  # first: it is the server's port that has to wait
+            accepted.close()  # closed first, so that the server's port is in TIME_WAIT
             assert receive_all(client) == b""
     with bound(port=port) as [again]:
         assert is_reachable(again.getsockname())
 
 
 def test_bind_of_a_foreign_address_raises_start_error() -> None:
-    text = refusal(host="192.0.2.1")  # kept free for documentation
+    text = bind_error(host="192.0.2.1")  # reserved for documentation (RFC 5737)
     assert text.startswith("cannot listen on 192.0.2.1:0: cannot assign requested address; ")
-    assert "an address of this machine" in text
+    assert "; choose an address of this machine" in text
 
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """As a user without special rights, where the tests run as root."""
+    """Run the block as an unprivileged user if the tests run as root."""
     user = os.geteuid()
     if user == 0:
         os.seteuid(65534)
@@ -237,44 +237,44 @@ def first_unprivileged_port() -> int:
     return int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
 
 
-@pytest.mark.skipif(first_unprivileged_port() < 2, reason="this machine lets everyone bind every port")
+@pytest.mark.skipif(first_unprivileged_port() < 2, reason="all ports are unprivileged on this machine")
 def test_bind_of_a_privileged_port_raises_start_error() -> None:
     with unprivileged():
-        text = refusal(port=1)
-    assert text.startswith("cannot listen on 127.0.0.1:1: permission denied; take a port from 1024 up")
+        text = bind_error(port=1)
+    assert text.startswith("cannot listen on 127.0.0.1:1: permission denied; choose a port from 1024 up")
 
 
-def path_in(directory: Path) -> str:
+def socket_path(directory: Path) -> str:
     return str(directory / "echo.sock")
 
 
 def test_bind_of_unix_path_is_reachable(tmp_path: Path) -> None:
-    path = path_in(tmp_path)
+    path = socket_path(tmp_path)
     with bound(uds=path) as [listener]:
-        assert address_of(listener) == path
+        assert get_address(listener) == path
         assert stat.S_ISSOCK(os.stat(path).st_mode)
         assert is_reachable(path)
 
 
 def test_bind_replaces_a_stale_unix_socket(tmp_path: Path) -> None:
-    path = path_in(tmp_path)
-    with socket.socket(socket.AF_UNIX) as killed:
-        killed.bind(path)
-        killed.listen()
+    path = socket_path(tmp_path)
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(path)
+        stale.listen()
     assert not is_reachable(path)
     with bound(uds=path):
         assert is_reachable(path)
 
 
 def test_bind_keeps_the_unix_socket_of_a_running_server(tmp_path: Path) -> None:
-    path = path_in(tmp_path)
+    path = socket_path(tmp_path)
     with bound(uds=path):
-        assert refusal(uds=path).startswith(f"cannot listen on {path}: address already in use")
+        assert bind_error(uds=path).startswith(f"cannot listen on {path}: address already in use")
         assert is_reachable(path)
 
 
 def test_bind_keeps_a_unix_socket_with_a_full_backlog(tmp_path: Path) -> None:
-    path = path_in(tmp_path)
+    path = socket_path(tmp_path)
     with bound(uds=path, backlog=1), ExitStack() as clients:
         for _ in range(10):
             client = clients.enter_context(socket.socket(socket.AF_UNIX))
@@ -284,20 +284,20 @@ def test_bind_keeps_a_unix_socket_with_a_full_backlog(tmp_path: Path) -> None:
             except BlockingIOError:
                 break
         else:
-            pytest.fail("the queue was never full")
-        assert "address already in use" in refusal(uds=path)
+            pytest.fail("the backlog was never full")
+        assert "address already in use" in bind_error(uds=path)
         assert os.path.exists(path)
 
 
 def test_bind_of_unix_path_keeps_a_regular_file(tmp_path: Path) -> None:
     path = tmp_path / "notes"
-    path.write_text("dear diary")
-    assert refusal(uds=str(path)).startswith(f"cannot listen on {path}: ")
-    assert path.read_text() == "dear diary"
+    path.write_text("content")
+    assert bind_error(uds=str(path)).startswith(f"cannot listen on {path}: ")
+    assert path.read_text() == "content"
 
 
 def test_bind_of_unix_path_keeps_a_directory(tmp_path: Path) -> None:
-    assert refusal(uds=str(tmp_path)).startswith(f"cannot listen on {tmp_path}: ")
+    assert bind_error(uds=str(tmp_path)).startswith(f"cannot listen on {tmp_path}: ")
     assert tmp_path.is_dir()
 
 
@@ -317,9 +317,9 @@ def test_close_keeps_the_unix_socket_of_a_newer_server(tmp_path: Path) -> None:
 
 
 def test_adopted_socket_accepts_connections_with_nodelay() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as made:
-        address = made.getsockname()
-        with closing(adopt(made.detach())) as listener, socket.create_connection(address) as client:
+    with socket.create_server(("127.0.0.1", 0)) as original:
+        address = original.getsockname()
+        with closing(adopt(original.detach())) as listener, socket.create_connection(address) as client:
             listener.setblocking(True)
             with listener.accept()[0] as accepted:
                 assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
@@ -327,32 +327,32 @@ def test_adopted_socket_accepts_connections_with_nodelay() -> None:
 
 
 def test_bind_of_unix_path_keeps_a_datagram_socket(tmp_path: Path) -> None:
-    path = path_in(tmp_path)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams:
-        datagrams.bind(path)
-        refusal(uds=path)
+    path = socket_path(tmp_path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagram_socket:
+        datagram_socket.bind(path)
+        bind_error(uds=path)
         assert os.path.exists(path)
 
 
 def test_bind_in_a_missing_directory_raises_start_error(tmp_path: Path) -> None:
     path = str(tmp_path / "missing" / "echo.sock")
-    assert refusal(uds=path).startswith(f"cannot listen on {path}: no such file or directory")
+    assert bind_error(uds=path).startswith(f"cannot listen on {path}: no such file or directory")
 
 
 def test_bind_of_a_too_long_path_raises_start_error(tmp_path: Path) -> None:
     path = str(tmp_path / ("x" * 200))
-    assert refusal(uds=path) == f"cannot listen on {path}: af_unix path too long"
+    assert bind_error(uds=path) == f"cannot listen on {path}: af_unix path too long"
 
 
 def test_bind_of_an_unwritable_path_raises_start_error() -> None:
     with unprivileged():
-        text = refusal(uds="/echo-async-test.sock")
+        text = bind_error(uds="/echo-async-test.sock")
     assert text.startswith("cannot listen on /echo-async-test.sock: permission denied")
     assert "port" not in text
 
 
 def test_bind_of_an_abstract_unix_name_is_reachable() -> None:
-    name = f"\0echo-async-test-{os.getpid()}"  # in Linux' abstract namespace
+    name = f"\0echo-async-test-{os.getpid()}"  # in the abstract namespace of Linux
     with bound(uds=name) as [listener], socket.socket(socket.AF_UNIX) as client:
         client.connect(name)
         listener.setblocking(True)

@@ -131,7 +131,7 @@ def test_the_conversation_imports_nothing_that_reads_writes_waits_or_logs() -> N
 import runpy, sys
 before = set(sys.modules)
 names = runpy.run_path({str(ROOT / "conversation.py")!r})
-talk = names["conversation"]("stream", 100)
+talk = names["make_conversation"]("stream", 100)
 assert talk.receive(b"one\\n") == b"one\\n"
 print(*set(sys.modules) - before)
 """

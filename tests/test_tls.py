@@ -208,9 +208,7 @@ def test_stop_closes_tls_connections_and_handshakes(start_server: StartServer, f
             client.close()
 
 
-def test_reload_applies_to_new_connections_only(
-    start_server: StartServer, files: Files, tmp_path: Path
-) -> None:
+def test_reload_applies_to_new_connections_only(start_server: StartServer, files: Files, tmp_path: Path) -> None:
     served = tmp_path / "served.pem"
     shutil.copy(files.server, served)
     with start_server(mode="stream", ssl_certfile=str(served)) as server, secure(server, files.context()) as old:
@@ -228,9 +226,7 @@ def test_reload_applies_to_new_connections_only(
             client.close()
 
 
-def test_reload_during_handshakes_fails_none(
-    start_server: StartServer, files: Files, tmp_path: Path
-) -> None:
+def test_reload_during_handshakes_fails_none(start_server: StartServer, files: Files, tmp_path: Path) -> None:
     served = tmp_path / "served.pem"
     shutil.copy(files.server, served)
     done = threading.Event()
@@ -255,9 +251,7 @@ def test_reload_during_handshakes_fails_none(
             renewing.join()
 
 
-def test_reload_without_a_ca_rejects_its_clients(
-    start_server: StartServer, files: Files, tmp_path: Path
-) -> None:
+def test_reload_without_a_ca_rejects_its_clients(start_server: StartServer, files: Files, tmp_path: Path) -> None:
     trusted = tmp_path / "trusted.pem"
     shutil.copy(files.ca_file, trusted)
     with (
@@ -302,9 +296,7 @@ def bad_certificates(files: Files) -> dict[str, list[str]]:
 
 
 @pytest.mark.usefixtures("restore_loggers")
-def test_invalid_certificate_is_one_error_line_with_the_path(
-    files: Files, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_invalid_certificate_is_one_error_line_with_the_path(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     for what, options in bad_certificates(files).items():
         for more in [[], ["--threaded"], ["--workers", "2"]] if what == "expired" else [[]]:
             assert main(["--port", "0", *options, *more]) == 3, what

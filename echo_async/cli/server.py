@@ -113,7 +113,7 @@ def _metrics_server(address: str, port: int | None) -> contextlib.AbstractContex
         from ..server.metrics import MetricsServer
     except ImportError as error:
         raise StartError(f"cannot serve metrics: {error}; install it (pip install 'echo-async[metrics]')") from error
-    return MetricsServer(address, port)
+    return contextlib.closing(MetricsServer(address, port))
 
 
 async def _serve(

@@ -50,7 +50,7 @@ class Admission:
             self._counters.increment("refused")
             self._log_refused(connections)
             return False
-        if self._trusted_proxies is not None and not self._trusted_proxies.allow(peername):
+        if self._trusted_proxies is not None and not self._trusted_proxies.is_trusted(peername):
             self._counters.increment("proxy_failures")
             self._log_header_failure(format_address(peername), "it may not send a PROXY header (proxy_allow_from)")
             return False

@@ -50,7 +50,7 @@ def _consume(connected: socket.socket, header: ProxyHeader) -> None:
     if data:
         connected.recv(header.feed(data))
     elif header.received:
-        raise ProxyHeaderError(f"its PROXY header ended after {header.received} bytes")
+        raise ProxyHeaderError(f"truncated after {header.received} bytes")
     else:
         raise ConnectionError("the client left without a word")
 

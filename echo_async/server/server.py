@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Self, Unpack
+from typing import Self, Unpack, cast
 
 from .. import net
 from ..awaitable import AwaitableContextManager
@@ -57,7 +57,7 @@ def serve(**options: Unpack[ServerOptions]) -> AwaitableContextManager[EchoServe
 async def start_server(config: ServerConfig, sockets: Sequence[socket.socket] | None = None) -> EchoServer:
     """Serve on ``sockets``, which are listening, or on the addresses of ``config``."""
     if sockets is None:
-        infos = net.numeric(config)
+        infos = net.resolve_literal(config)
         if infos is None:
             infos = await asyncio.to_thread(net.resolve, config)
         server = EchoServer(config, Listeners.bind(config, infos))
@@ -81,19 +81,23 @@ class BaseServer:
             raise
 
     @property
-    def address(self) -> net.Address:
-        """The first address: ``(host, port)``, or the path of a Unix socket. Kept after the server is closed."""
-        return self._listeners.addresses[0]
+    def address(self) -> tuple[str, int]:
+        """Host and port of the first listening socket, also after it is closed.
+
+        For a Unix socket it is the path instead, which only ``addresses`` has in its type.
+        """
+        return cast(tuple[str, int], self._listeners.addresses[0])
 
     @property
     def addresses(self) -> list[net.Address]:
-        """All addresses; a host name can have several."""
+        """Host and port, or Unix socket path, of every listening socket."""
         return list(self._listeners.addresses)
 
     @property
     def port(self) -> int | None:
         """The port of the first address; None for a Unix socket."""
-        return None if isinstance(self.address, str) else self.address[1]
+        first = self._listeners.addresses[0]
+        return None if isinstance(first, str) else first[1]
 
     @property
     def sockets(self) -> tuple[socket.socket, ...]:

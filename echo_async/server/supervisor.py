@@ -1,9 +1,9 @@
-"""Several processes that serve one listening socket: opened once by the parent, inherited by each worker.
+"""Several worker processes that serve the same listening sockets.
 
-The parent serves nobody. It starts the workers, replaces one that dies, passes a stop on, and adds their
-counters up. A socket that is shared (not one for each worker, with SO_REUSEPORT) keeps the clients that wait
-in its queue when a worker ends. Parent and worker talk over a socket pair, a JSON object a line; when the
-parent dies the worker reads its end, and ends too.
+The supervisor opens the sockets and starts the workers, which inherit them. It serves no connections itself: it
+replaces workers that exit, forwards a shutdown, and adds up the counters. The workers share one socket per address
+instead of opening their own with SO_REUSEPORT, so that the connections in its backlog outlive a worker. Supervisor
+and worker communicate over a socket pair, in lines of JSON. A worker exits when the supervisor closes its end.
 """
 
 from __future__ import annotations
@@ -28,21 +28,20 @@ from ..loops import LoopName
 from ..stats import Stats
 from .server import BaseServer
 
-__all__ = ["Supervisor", "WorkerSettings"]
-
-WORKER_START_TIMEOUT = 30.0  # seconds for a new worker to be ready
-MAX_RESTARTS = 5  # times in a row that a replacement may fail to start before the service ends
-MIN_UPTIME = 1.0  # seconds: a worker that ends sooner is replaced after a pause
-MAX_RETRY_DELAY = 10.0  # seconds; the first is 0.1, and each is twice the one before
+WORKER_START_TIMEOUT = 30.0  # seconds until a new worker must be ready
+MAX_RESTARTS = 5  # consecutive attempts to start a replacement before the server stops
+MIN_UPTIME = 1.0  # seconds; a worker that exits earlier is replaced after a delay
+INITIAL_RESTART_DELAY = 0.1  # seconds; doubled after each failure
+MAX_RESTART_DELAY = 10.0  # seconds
+STATS_TIMEOUT = 1.0  # seconds until a worker must report its counters; otherwise its last report is used
+MAX_PENDING_REQUESTS = 8  # unanswered requests for the counters of one worker
+KILL_DELAY = 2.0  # seconds after the graceful shutdown timeout, or after an abort, until a worker is killed
 BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM}
-STATS_TIMEOUT = 1.0  # seconds for a worker to tell its counters; else those that it told last are taken
-MAX_PENDING_REQUESTS = 8  # times that a worker is asked before it has answered
-KILL_DELAY = 2.0  # seconds over the graceful stop, or after an abort, until a worker that has not ended is killed
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a worker has to know besides the server's configuration."""
+    """The settings of a worker besides the server's configuration."""
 
     loop: LoopName
     log_level: LogLevel
@@ -50,19 +49,16 @@ class WorkerSettings:
 
 
 class Supervisor(BaseServer):
-    """A server of ``workers`` processes; the same object to start, stop and wait for as one of a single process.
-
-    ``limit_connections`` and the time-outs hold for each worker.
-    """
+    """The parent process of the workers, with the methods of a server. ``limit_connections`` applies per worker."""
 
     def __init__(self, config: ServerConfig, settings: WorkerSettings, listeners: Listeners) -> None:
         super().__init__(config, listeners)
         self._settings = {"config": asdict(config), **asdict(settings)}
         self._loop = asyncio.get_running_loop()
         self._workers: set[Worker] = set()
-        self._exited_stats = Stats()  # the counters of workers that are gone
-        self._supervisions: list[asyncio.Task[None]] = []
-        self._kill_timer: asyncio.TimerHandle | None = None  # once it stops
+        self._exited_stats = Stats()  # the counters of workers that have exited
+        self._supervise_tasks: list[asyncio.Task[None]] = []
+        self._kill_timer: asyncio.TimerHandle | None = None  # set during a shutdown
 
     @classmethod
     async def start(
@@ -72,44 +68,45 @@ class Supervisor(BaseServer):
         settings: WorkerSettings,
         sockets: Sequence[socket.socket] | None = None,
     ) -> Self:
-        """Serve on ``sockets``, which are listening already, or on those that ``config`` names.
+        """Start ``workers`` processes that serve ``sockets``, or the addresses of ``config``.
 
-        :exc:`~echo_async.StartError` if the workers cannot start; the first one says why on stderr.
+        :exc:`~echo_async.StartError` if a worker cannot start; it writes the reason to stderr.
         """
         self = cls(config, settings, Listeners.bind(config) if sockets is None else Listeners(sockets))
         try:
-            first = await self._start_worker()  # alone: what is wrong is said once
+            first = await self._start_worker()  # on its own, so that an error is printed once
             rest = await asyncio.gather(*(self._start_worker() for _ in range(workers - 1)))
         except StartError:
             self.abort()
             await self._wait_for_workers()
             self._listeners.close()
             raise
-        self._supervisions = [asyncio.create_task(self._supervise(worker)) for worker in (first, *rest)]
+        self._supervise_tasks = [asyncio.create_task(self._supervise(worker)) for worker in (first, *rest)]
         return self
 
     @property
     def stats(self) -> Stats:
-        """The counters of all workers, as far as they have told them: when they were asked last, and at their end."""
+        """The sum of the counters that the workers reported last."""
         return sum((worker.stats for worker in self._workers), self._exited_stats)
 
     async def fetch_stats(self) -> Stats:
-        """The counters of all workers, now. One that is killed keeps those that it told last."""
-        await self._ask_workers()
+        """Return the current counters of all workers; for those that do not respond, the last reported."""
+        await self._request_stats()
         return self.stats
 
     async def is_healthy(self) -> bool:
-        """Whether it accepts clients and at least one worker answers."""
-        return self.is_serving() and any(await self._ask_workers())
+        """Return whether connections are accepted and at least one worker responds."""
+        return self.is_serving() and any(await self._request_stats())
 
-    async def _ask_workers(self) -> list[bool]:
+    async def _request_stats(self) -> list[bool]:
+        """Update the counters of the workers that are ready; return which of them responded."""
         return await asyncio.gather(*(worker.fetch_stats() for worker in self._workers if worker.is_ready))
 
     def close(self) -> None:
         if not self._is_stopping:
             self._is_stopping = True
             self._schedule_kill(self.config.timeout_graceful_shutdown + KILL_DELAY)
-        self._listeners.close()  # or the kernel would let clients in that no worker accepts any more
+        self._listeners.close()  # otherwise the kernel would still establish connections
         for worker in self._workers:
             worker.send_command("stop")
 
@@ -120,14 +117,14 @@ class Supervisor(BaseServer):
             worker.send_command("abort")
 
     def reload_certificates(self) -> None:
-        super().reload_certificates()  # finds out what is wrong once, here
+        super().reload_certificates()  # raises StartError before any worker reads the files
         for worker in self._workers:
             worker.send_command("reload")
 
     async def wait_closed(self) -> None:
-        """Wait until all workers have ended. :exc:`~echo_async.StartError` if a replacement could not start."""
+        """Wait until all workers have exited. :exc:`~echo_async.StartError` if a replacement could not start."""
         try:
-            await asyncio.gather(*self._supervisions)
+            await asyncio.gather(*self._supervise_tasks)
         finally:
             self.close()
             await self._wait_for_workers()
@@ -135,7 +132,7 @@ class Supervisor(BaseServer):
 
     async def _start_worker(self) -> Worker:
         if self._is_stopping:
-            raise StartError("the server stops")
+            raise StartError("server is shutting down")
         worker = await Worker.start(self._settings, self.sockets)
         self._workers.add(worker)
         try:
@@ -148,62 +145,66 @@ class Supervisor(BaseServer):
         return worker
 
     async def _supervise(self, worker: Worker) -> None:
-        """Wait for the end of ``worker`` and put another in its place, until the server stops."""
-        short_lives = 0
+        """Replace ``worker``, and each replacement, when it exits, until the server stops."""
+        early_exits = 0
         while True:
-            started = self._loop.time()
-            code = await worker.wait_ended()
+            started_at = self._loop.time()
+            code = await worker.run_until_exit()
             self._workers.discard(worker)
             self._exited_stats += replace(worker.stats, active=0)
             if self._is_stopping:
                 return
-            log.error("worker %d ended with %d: starting another", worker.pid, code)
-            if self._loop.time() - started < MIN_UPTIME:
-                await self._back_off(short_lives)
-                short_lives += 1
+            log.error("worker %d exited with code %d, restarting", worker.pid, code)
+            if self._loop.time() - started_at < MIN_UPTIME:
+                await _delay_restart(early_exits)
+                early_exits += 1
             else:
-                short_lives = 0
+                early_exits = 0
             try:
-                worker = await self._replace()
+                worker = await self._start_replacement()
             except StartError:
                 if self._is_stopping:
                     return
                 raise
 
-    async def _replace(self) -> Worker:
-        for failed in range(MAX_RESTARTS - 1):
+    async def _start_replacement(self) -> Worker:
+        for failures in range(MAX_RESTARTS - 1):
             with contextlib.suppress(StartError):
                 return await self._start_worker()
-            await self._back_off(failed)
+            await _delay_restart(failures)
         return await self._start_worker()
-
-    async def _back_off(self, failed: int) -> None:
-        await asyncio.sleep(min(MAX_RETRY_DELAY, 0.1 * 2**failed))
 
     def _schedule_kill(self, seconds: float) -> None:
         if self._kill_timer is not None:
             self._kill_timer.cancel()
-        self._kill_timer = self._loop.call_later(seconds, self._kill)
+        self._kill_timer = self._loop.call_later(seconds, self._kill_workers)
 
-    def _kill(self) -> None:
-        """End who was told to stop and takes longer than it may."""
+    def _kill_workers(self) -> None:
         for worker in self._workers:
-            log.error("worker %d does not stop: killing it", worker.pid)
+            log.error("worker %d did not stop in time, killed", worker.pid)
             worker.kill()
 
     async def _wait_for_workers(self) -> None:
-        """Wait for the end of those that were told to stop."""
-        await asyncio.gather(*self._supervisions, return_exceptions=True)
+        await asyncio.gather(*self._supervise_tasks, return_exceptions=True)
         await asyncio.gather(*(worker.wait_exited() for worker in self._workers))
         if self._kill_timer is not None:
             self._kill_timer.cancel()
 
 
-class Worker:
-    """One worker process, seen from the parent.
+async def _delay_restart(failures: int) -> None:
+    await asyncio.sleep(min(MAX_RESTART_DELAY, INITIAL_RESTART_DELAY * 2**failures))
 
-    A :class:`subprocess.Popen`, not asyncio's: killing one of asyncio's that has just ended takes its exit
-    code away from who waits for it (https://github.com/python/cpython/issues/87744).
+
+class Worker:
+    """One worker process, as the supervisor controls it.
+
+    It uses :class:`subprocess.Popen`, since killing an asyncio subprocess that has just exited loses its exit code
+    (https://github.com/python/cpython/issues/87744).
+
+    Attributes:
+        pid: The process ID.
+        stats: The counters that the worker reported last.
+        is_ready: The worker accepts connections.
     """
 
     def __init__(
@@ -212,7 +213,7 @@ class Worker:
         self.pid = process.pid
         self.stats = Stats()
         self.is_ready = False
-        self._requests: deque[asyncio.Future[bool]] = deque()  # for its counters
+        self._requests: deque[asyncio.Future[bool]] = deque()  # for the counters, in order; True: answered
         self._process = process
         self._reader = reader
         self._writer = writer
@@ -224,34 +225,35 @@ class Worker:
         self._writer.write(json.dumps(settings).encode() + b"\n")
         return self
 
-    def send_command(self, what: str) -> None:
-        if not self._writer.is_closing():  # it is gone: asyncio would say so on stderr
-            self._writer.write(json.dumps({"do": what}).encode() + b"\n")
+    def send_command(self, command: str) -> None:
+        """Send ``stats``, ``stop``, ``abort`` or ``reload``; do nothing if the worker has exited."""
+        if not self._writer.is_closing():  # asyncio logs a warning for writes after the connection is lost
+            self._writer.write(json.dumps({"command": command}).encode() + b"\n")
 
     async def wait_ready(self) -> None:
+        """Wait until the worker accepts connections; kill it and raise StartError if it does not."""
         try:
             async with asyncio.timeout(WORKER_START_TIMEOUT):
-                answer = await self._reader.readline()
+                self.is_ready = bool(await self._reader.readline())
         except (TimeoutError, ConnectionError):
-            answer = b""
-        if not answer:
+            pass
+        if not self.is_ready:
             self.kill()
             await self.wait_exited()
             self._writer.close()
-            raise StartError("a worker could not start: the reason is in the line before")
-        self.is_ready = True
+            raise StartError("cannot start a worker: it exited or timed out; see the error above")
 
     async def fetch_stats(self) -> bool:
-        """Have its counters of now in ``stats``; False if it ends, or does not tell them in time."""
+        """Update ``stats``; return False if the worker exits or does not respond in time."""
         if len(self._requests) < MAX_PENDING_REQUESTS:
             self._requests.append(asyncio.get_running_loop().create_future())
             self.send_command("stats")
-        answer = self._requests[-1]
-        await asyncio.wait([answer], timeout=STATS_TIMEOUT)
-        return answer.done() and answer.result()
+        request = self._requests[-1]
+        await asyncio.wait([request], timeout=STATS_TIMEOUT)
+        return request.done() and request.result()
 
-    async def wait_ended(self) -> int:
-        """Wait for its end; keep the counters that it tells, and those that it sends last. Returns the exit code."""
+    async def run_until_exit(self) -> int:
+        """Process the worker's reports until it exits; return its exit code."""
         with contextlib.suppress(ConnectionError):
             while line := await self._reader.readline():
                 self.stats = Stats(**json.loads(line)["stats"])
@@ -265,29 +267,29 @@ class Worker:
         return code
 
     async def wait_exited(self) -> int:
+        """Wait until the process has exited; return its exit code."""
         return await asyncio.to_thread(self._process.wait)
 
     def kill(self) -> None:
-        """End it if it has not ended."""
         self._process.kill()
 
 
 def _spawn(sockets: Sequence[socket.socket]) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start a worker that serves ``sockets``; returns it, and the parent's end of the channel to it."""
-    ours, theirs = socket.socketpair()
-    with theirs, _blocked_signals():
-        descriptors = [each.fileno() for each in (theirs, *sockets)]
+    """Start a worker process that serves ``sockets``; return it and the supervisor's end of the channel to it."""
+    channel, worker_channel = socket.socketpair()
+    with worker_channel, _blocked_signals():
+        descriptors = [each.fileno() for each in (worker_channel, *sockets)]
         command = [sys.executable, "-m", "echo_async.server.worker", *map(str, descriptors)]
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=descriptors
-        ), ours
+        ), channel
 
 
 @contextlib.contextmanager
 def _blocked_signals() -> Iterator[None]:
-    """What is started here begins with SIGINT and SIGTERM held back: it is not to die of one before it can obey."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
+    """Block SIGINT and SIGTERM, so that a worker started here is not killed before it can handle them."""
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)

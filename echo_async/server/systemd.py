@@ -1,6 +1,6 @@
-"""What systemd asks of a service: take the sockets that it opened, and say when it is ready and when it stops.
+"""The interface to systemd: socket activation (``sd_listen_fds(3)``) and notifications (``sd_notify(3)``).
 
-By ``sd_listen_fds(3)`` and ``sd_notify(3)``; both do nothing where systemd did not start this process.
+Both do nothing unless systemd started this process.
 """
 
 from __future__ import annotations
@@ -9,24 +9,23 @@ import contextlib
 import os
 import socket
 
+from ..errors import describe_error
 from ..logs import log
 
-__all__ = ["listen_descriptors", "notify"]
-
-FIRST = 3  # SD_LISTEN_FDS_START
+FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
 
 
 def listen_descriptors() -> list[int]:
-    """The descriptors of listening sockets that were handed to this very process, if any."""
+    """Return the descriptors of the listening sockets passed to this process, and clear the variables."""
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     os.environ.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()) or not count.isdecimal():
         return []
-    return list(range(FIRST, FIRST + int(count)))
+    return list(range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + int(count)))
 
 
 def notify(state: str) -> None:
-    """Tell the service manager ``state``, such as ``READY=1``, where it asks to be told."""
+    """Send a state such as ``READY=1`` to the service manager, if NOTIFY_SOCKET is set."""
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path.startswith(("/", "@")):
         return
@@ -35,4 +34,4 @@ def notify(state: str) -> None:
         try:
             sender.sendto(state.encode(), address)
         except OSError as error:
-            log.warning("cannot tell the service manager at %s that %s: %s", path, state, error.strerror)
+            log.warning("cannot notify the service manager at %s: %s", path, describe_error(error))

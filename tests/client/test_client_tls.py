@@ -201,7 +201,7 @@ def test_client_context_invalid_file_raises(files: Files, tmp_path: Path) -> Non
         ({"ca_certs": "/nonexistent"}, "ssl_ca_certs /nonexistent: no such file or directory"),
         ({"ca_certs": str(invalid)}, "no certificate or crl found"),
         ({"certfile": str(invalid)}, f"ssl_certfile {invalid}: "),
-        ({"keyfile": files.client}, "give ssl_certfile as well"),
+        ({"keyfile": files.client}, "ssl_keyfile requires ssl_certfile"),
     ):
         with pytest.raises(echo_async.ConfigError, match=text):
             client_context(**options)  # type: ignore[arg-type]

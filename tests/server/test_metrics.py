@@ -43,7 +43,7 @@ def measured(engine: EngineName, workers: int, *args: str) -> Iterator[ServerPro
 
 
 def get(server: ServerProcess, path: str) -> tuple[int, str]:
-    found = re.search(r" metrics at http://(127\.0\.0\.1):(\d+)/metrics\n", server.log)
+    found = re.search(r" metrics available at http://(127\.0\.0\.1):(\d+)/metrics\n", server.log)
     assert found is not None
     connection = HTTPConnection(found[1], int(found[2]), timeout=TIMEOUT)
     try:
@@ -117,7 +117,7 @@ def test_metrics_keep_the_counters_of_a_killed_worker() -> None:
                 exchange(stack.enter_context(server.connect()), b"hello\n")
         assert scrape(server)["echo_async_messages_total"] == 15
         os.kill(victim, signal.SIGKILL)
-        wait_until(lambda: " starting another" in server.log)
+        wait_until(lambda: " exited with code -9, restarting" in server.log)
         now = scrape(server)
         assert now["echo_async_messages_total"] == now["echo_async_connections_accepted_total"] == 15
         assert now["echo_async_connections_active"] == 5
@@ -133,7 +133,7 @@ def test_metrics_keep_the_counters_of_a_killed_worker() -> None:
 def test_healthz_is_200_until_the_stop(workers: int) -> None:
     with measured("protocol", workers) as server, server.connect() as client:
         assert get(server, "/healthz") == (200, "serving\n")
-        assert get(server, "/") == (404, "there are /metrics and /healthz\n")
+        assert get(server, "/") == (404, "not found; use /metrics or /healthz\n")
         exchange(client, b"one\n")
         client.sendall(b"begun, ")
         wait_until(lambda: scrape(server)["echo_async_received_bytes_total"] == 11)
@@ -159,7 +159,7 @@ def test_worker_exiting_during_a_stats_request_returns_false() -> None:
         question = asyncio.create_task(worker.fetch_stats())
         await asyncio.to_thread(theirs.recv, 1)
         theirs.close()
-        assert await worker.wait_ended() == 0
+        assert await worker.run_until_exit() == 0
         assert await question is False
 
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
@@ -175,7 +175,7 @@ def test_commands_to_an_exited_worker_log_nothing(
         theirs.close()
         for _ in range(20):
             worker.send_command("stats")
-        await worker.wait_ended()
+        await worker.run_until_exit()
 
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         asyncio.run(main())
@@ -184,7 +184,7 @@ def test_commands_to_an_exited_worker_log_nothing(
 
 def test_invalid_http_requests_log_nothing() -> None:
     with measured("streams", 1) as server:
-        found = re.search(r"metrics at http://127\.0\.0\.1:(\d+)/", server.log)
+        found = re.search(r"metrics available at http://127\.0\.0\.1:(\d+)/", server.log)
         assert found is not None
         for nonsense in (b"", b"\n", b"GET /metrics", b"\0\xff\r\n\r\n", b"GET /metrics HTTP/1.1\r\n\r\n"):
             with socket.create_connection(("127.0.0.1", int(found[1])), TIMEOUT) as client:
@@ -203,7 +203,7 @@ def test_metrics_port_in_use_exits_with_code_3() -> None:
     assert (code, server.startup_line) == (3, "")
     assert lines == (
         f"error: cannot serve metrics on 127.0.0.1:{port}: address already in use; "
-        "give another --metrics-port or --metrics-address\n"
+        "choose another --metrics-port or --metrics-address\n"
     )
 
 

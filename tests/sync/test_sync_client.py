@@ -69,7 +69,7 @@ def running_server(engine: EngineName, mode: Mode) -> Iterator[tuple[str, int]]:
     thread.start()
     ready.wait(TIMEOUT)
     try:
-        yield cast(tuple[str, int], started[0].address)
+        yield started[0].address
     finally:
         started[0].close()
         thread.join(TIMEOUT)
