@@ -1,4 +1,4 @@
-"""What is in deploy/ holds: each file is accepted by the program that it is for, where that is installed."""
+"""The files in deploy/: each is checked with the program that uses it, if that is installed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def needs(program: str) -> pytest.MarkDecorator:
 
 
 def check(*arguments: str | Path) -> None:
-    """Run a program that looks at a file; it may not find anything."""
+    """Run a program that validates a file; it must succeed."""
     done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20)
     assert done.returncode == 0, done.stdout
 
@@ -57,8 +57,8 @@ def test_log_behind_haproxy_shows_the_client_addresses(tmp_path: Path) -> None:
     path = tmp_path / "haproxy.cfg"
     text = (DEPLOY / path.name).read_text().replace("maxconn 100000", "maxconn 100")  # fits the descriptor limit
     options = ("--mode", "stream", "--proxy-protocol", "v2")
-    with server_process(*options) as one, server_process(*options) as two, ExitStack() as stack:
-        for number, server in enumerate((one, two), 1):
+    with server_process(*options) as first, server_process(*options) as second, ExitStack() as stack:
+        for number, server in enumerate((first, second), 1):
             text = text.replace(f"192.0.2.1{number}:5500", "{}:{}".format(*server.address))
         with socket.create_server(("127.0.0.1", 0)) as listener:
             path.write_text(text.replace("bind :5500", f"bind fd@{listener.fileno()}"))
@@ -66,16 +66,16 @@ def test_log_behind_haproxy_shows_the_client_addresses(tmp_path: Path) -> None:
             haproxy = subprocess.Popen(command, pass_fds=[listener.fileno()], stdout=subprocess.DEVNULL)
         stack.callback(haproxy.wait, TIMEOUT)
         stack.callback(haproxy.terminate)
-        wait_until(lambda: all(" 8 bytes: healthy" in server.log for server in (one, two)))
-        shown = set()
-        for _ in range(2):  # the second goes where no client is yet
+        wait_until(lambda: all(" 8 bytes: healthy" in server.log for server in (first, second)))
+        client_addresses = set()
+        for _ in range(2):  # the second client goes to the other server
             client = stack.enter_context(socket.create_connection(address, TIMEOUT))
             client.sendall(b"Hola Server!\n")
             assert receive_line(client) == b"Hola Server!\n"
-            shown.add("{}:{}".format(*client.getsockname()))
-        named = re.compile(r" INFO (\S+) 13 bytes: Hola Server!\n")
-        wait_until(lambda: {*named.findall(one.log + two.log)} == shown)
-        assert len(named.findall(one.log)) == len(named.findall(two.log)) == 1
+            client_addresses.add("{}:{}".format(*client.getsockname()))
+        log_line = re.compile(r" INFO (\S+) 13 bytes: Hola Server!\n")
+        wait_until(lambda: {*log_line.findall(first.log + second.log)} == client_addresses)
+        assert len(log_line.findall(first.log)) == len(log_line.findall(second.log)) == 1
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
@@ -104,8 +104,8 @@ def test_environment_variables_in_deploy_files_are_options(name: str) -> None:
 def test_dashboard_queries_exactly_the_existing_metrics() -> None:
     dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    shown = {name for query in queries for name in re.findall(r"echo_async_\w+", query)}
+    queried = {name for query in queries for name in re.findall(r"echo_async_\w+", query)}
     described = StatsCollector(Stats, {}).describe()
-    # An InfoMetricFamily has the name of the metric without the suffix of its sample.
-    exist = {sample.name for metric in described for sample in metric.samples} | {"echo_async_timeouts_total"}
-    assert shown == exist
+    # The name of an InfoMetricFamily lacks the suffix of its sample.
+    existing = {sample.name for metric in described for sample in metric.samples} | {"echo_async_timeouts_total"}
+    assert queried == existing

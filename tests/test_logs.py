@@ -1,4 +1,4 @@
-"""What the log shows: whatever a client sends, one line without anything that drives a terminal."""
+"""Log output: whatever a client sends becomes one printable line."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ ESCAPED = [
     ("\x1b[2J", r"\x1b[2J"),
     ("\x7f", r"\x7f"),
     ("\x85", r"\x85"),  # C1: next line
-    ("\x9b31m", r"\x9b31m"),  # C1: what ESC [ is in one character
+    ("\x9b31m", r"\x9b31m"),  # C1: ESC [ as one character
     ("\u2028", r"\u2028"),
-    ("\u202e", r"\u202e"),  # from here on right to left
+    ("\u202e", r"\u202e"),  # right-to-left override
     ("\u2066", r"\u2066"),
     ("\ufeff", r"\ufeff"),
     ("\ud800", r"\ud800"),
     ("\udcff", r"\udcff"),
     ("\U000e0001", r"\U000e0001"),
     ("\\", r"\\"),
-    (r"\x1b", r"\\x1b"),  # what looks escaped has not been
+    (r"\x1b", r"\\x1b"),  # text that looks escaped
 ]
 
 
@@ -84,34 +84,34 @@ def test_excerpt_is_truncated_to_80_characters(character: str) -> None:
 @pytest.mark.parametrize("pad", range(74, 81))
 def test_excerpt_never_truncates_within_an_escape(pad: int) -> None:
     shown = excerpt(b"x" * pad + b"\x1b" + b"x" * 80)
-    kept = shown.removesuffix("...")
-    assert kept.rstrip("x") in ("", "x" * pad + r"\x1b")
+    text = shown.removesuffix("...")
+    assert text.rstrip("x") in ("", "x" * pad + r"\x1b")
     assert len(shown) <= 83
 
 
-ANY_TEXT = st.text(st.characters(codec=None))  # lone surrogates as well
+ANY_TEXT = st.text(st.characters(codec=None))  # including lone surrogates
 
 
-def is_one_harmless_line(text: str) -> bool:
+def is_one_printable_line(text: str) -> bool:
     return text.replace("\u200c", "").replace("\u200d", "").isprintable() and len(text.splitlines()) <= 1
 
 
 @given(ANY_TEXT)
 def test_escape_of_any_text_is_one_printable_line(text: str) -> None:
-    assert is_one_harmless_line(escape(text))
+    assert is_one_printable_line(escape(text))
 
 
 @given(ANY_TEXT)
 def test_escape_of_any_text_can_be_reversed(text: str) -> None:
     escape_sequence = re.compile(r"\\(?:\\|[abfnrtv]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
-    restored = escape_sequence.sub(lambda found: found[0].encode("ascii").decode("unicode_escape"), escape(text))
+    restored = escape_sequence.sub(lambda match: match[0].encode("ascii").decode("unicode_escape"), escape(text))
     assert restored == text
 
 
 @given(st.binary(max_size=500) | ANY_TEXT.map(lambda text: text.encode("utf-8", "surrogatepass") * 9))
 def test_excerpt_of_any_bytes_is_one_short_printable_line(message: bytes) -> None:
     shown = excerpt(message)
-    assert is_one_harmless_line(shown)
+    assert is_one_printable_line(shown)
     assert len(shown) <= 83
 
 
@@ -153,19 +153,19 @@ def test_json_format_includes_the_exception(capsys: Captured) -> None:
     try:
         raise ValueError("the reason")
     except ValueError:
-        log.exception("it failed")
+        log.exception("operation failed")
     (line,) = capsys.readouterr().err.splitlines()
     entry = json.loads(line)
-    assert (entry["level"], entry["message"]) == ("error", "it failed")
+    assert (entry["level"], entry["message"]) == ("error", "operation failed")
     assert "ValueError: the reason" in entry["exception"]
 
 
 def test_records_below_the_level_are_not_written(capsys: Captured) -> None:
     configure("warning", "text")
-    access_log.info("no")
-    log.warning("yes")
+    access_log.info("below")
+    log.warning("at the level")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(" WARNING yes")
+    assert line.endswith(" WARNING at the level")
 
 
 def test_configure_twice_writes_each_line_once(capsys: Captured) -> None:
@@ -175,10 +175,10 @@ def test_configure_twice_writes_each_line_once(capsys: Captured) -> None:
 
 
 def test_log_to_closed_stderr_is_dropped(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
-    closed = io.StringIO()
+    closed_stderr = io.StringIO()
     with monkeypatch.context() as patched:
-        patched.setattr("sys.stderr", closed)
+        patched.setattr("sys.stderr", closed_stderr)
         configure("info", "text")
-    closed.close()
-    log.info("nobody reads this")
+    closed_stderr.close()
+    log.info("dropped")
     assert capsys.readouterr() == ("", "")

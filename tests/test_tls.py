@@ -1,4 +1,4 @@
-"""TLS, over every engine and loop: the same answers, and nothing that a handshake can hold up."""
+"""TLS on every engine and event loop: echo, handshake failures and timeouts, client certificates, reload."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from echo_async.cli.server import main
 from echo_async.config import Mode
 
 
-class Files:
-    """Certificates in files, made once: of the server, of a client, of others."""
+class CertificateFiles:
+    """Certificate files of a server, a client, an untrusted client and an expired server."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,7 +43,7 @@ class Files:
         now = datetime.datetime.now(datetime.UTC)
         self.server = self.issue("server", self.ca)
         self.client = self.issue("client", self.ca)
-        self.stranger = self.issue("stranger", self.other_ca)
+        self.untrusted = self.issue("untrusted", self.other_ca)
         self.expired = self.issue("expired", self.ca, now - datetime.timedelta(days=1))
 
     def issue(self, name: str, ca: trustme.CA, not_after: datetime.datetime | None = None) -> Path:
@@ -58,7 +58,7 @@ class Files:
         return path
 
     def context(self, certificate: Path | None = None) -> ssl.SSLContext:
-        """A client's, which trusts the CA."""
+        """Return a client context that trusts the CA."""
         context = ssl.create_default_context(cafile=str(self.ca_file))
         if certificate is not None:
             context.load_cert_chain(certificate)
@@ -66,34 +66,36 @@ class Files:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return Files(tmp_path_factory.mktemp("certificates"))
+def files(tmp_path_factory: pytest.TempPathFactory) -> CertificateFiles:
+    return CertificateFiles(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture
-def start_server(start_server: StartServer, files: Files) -> StartServer:
+def start_server(start_server: StartServer, files: CertificateFiles) -> StartServer:
     """Start servers with the certificate ``files.server``."""
     return partial(start_server, ssl_certfile=str(files.server))
 
 
-def plain(server: echo_async.EchoServer) -> socket.socket:
+def connect_plain(server: echo_async.EchoServer) -> socket.socket:
     assert isinstance(server.address, tuple)
     return socket.create_connection(server.address, TIMEOUT)
 
 
-def secure(server: echo_async.EchoServer, context: ssl.SSLContext) -> ssl.SSLSocket:
-    return context.wrap_socket(plain(server), server_hostname="localhost")
+def connect_tls(server: echo_async.EchoServer, context: ssl.SSLContext) -> ssl.SSLSocket:
+    return context.wrap_socket(connect_plain(server), server_hostname="localhost")
 
 
 @pytest.mark.parametrize("mode", ["message", "stream", "raw"])
-def test_messages_over_tls_are_echoed_in_every_mode(start_server: StartServer, files: Files, mode: Mode) -> None:
+def test_messages_over_tls_are_echoed_in_every_mode(
+    start_server: StartServer, files: CertificateFiles, mode: Mode
+) -> None:
     message = "ñ😀 a little more than one chunk of twenty\n".encode()
     with start_server(mode=mode) as server:
         for _ in range(3):
-            with secure(server, files.context()) as client:
+            with connect_tls(server, files.context()) as client:
                 client.sendall(message)
                 assert receive_line(client) == message
-        with secure(server, files.context()) as client:
+        with connect_tls(server, files.context()) as client:
             client.sendall(message + b"second\n")
             if mode == "message":
                 assert receive_all(client) == message
@@ -103,18 +105,18 @@ def test_messages_over_tls_are_echoed_in_every_mode(start_server: StartServer, f
     assert server.stats.tls_failures == 0
 
 
-def test_large_message_over_tls_is_echoed(start_server: StartServer, files: Files) -> None:
+def test_large_message_over_tls_is_echoed(start_server: StartServer, files: CertificateFiles) -> None:
     message = os.urandom(2_000_000).replace(b"\n", b"") + b"\n"
     with (
         start_server(limit_message_size=4_000_000, chunk_size=65536) as server,
-        secure(server, files.context()) as client,
+        connect_tls(server, files.context()) as client,
     ):
         client.sendall(message)
         assert receive_all(client) == message
 
 
 def test_plain_text_on_a_tls_port_is_closed_and_counted(start_server: StartServer) -> None:
-    with start_server() as server, plain(server) as client:
+    with start_server() as server, connect_plain(server) as client:
         client.sendall(b"Hola Server!\n")
         with suppress(ConnectionError):
             assert not receive_all(client).endswith(b"Hola Server!\n")
@@ -122,20 +124,20 @@ def test_plain_text_on_a_tls_port_is_closed_and_counted(start_server: StartServe
         assert server.stats.accepted == server.stats.timeouts_handshake == 0
 
 
-def test_tls_on_a_plain_port_fails_the_handshake(start_server: StartServer, files: Files) -> None:
-    with start_server(ssl_certfile=None, timeout_message=0.2) as server, plain(server) as client:
+def test_tls_on_a_plain_port_fails_the_handshake(start_server: StartServer, files: CertificateFiles) -> None:
+    with start_server(ssl_certfile=None, timeout_message=0.2) as server, connect_plain(server) as client:
         client.settimeout(TIMEOUT)
         with pytest.raises(OSError, match=r"(?i)wrong version|EOF|reset|unknown|record|protocol"):
             files.context().wrap_socket(client, server_hostname="localhost")
 
 
 def test_silent_tls_clients_use_the_limit_and_time_out(
-    start_server: StartServer, files: Files, monkeypatch: pytest.MonkeyPatch
+    start_server: StartServer, files: CertificateFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_constant(monkeypatch, "HANDSHAKE_TIMEOUT", 1.0)
     with start_server(limit_connections=20) as server:
-        silent = [plain(server) for _ in range(20)]
-        with plain(server) as one_more:
+        silent = [connect_plain(server) for _ in range(20)]
+        with connect_plain(server) as one_more:
             wait_until(lambda: server.stats.refused == 1)
             one_more.close()
         wait_until(lambda: server.stats.timeouts_handshake == 20)
@@ -143,50 +145,50 @@ def test_silent_tls_clients_use_the_limit_and_time_out(
             with suppress(ConnectionError):
                 assert receive_all(client) == b""
             client.close()
-        with secure(server, files.context()) as client:
+        with connect_tls(server, files.context()) as client:
             client.sendall(b"room again\n")
             assert receive_line(client) == b"room again\n"
 
 
-def test_ssl_ca_certs_requires_a_client_certificate(start_server: StartServer, files: Files) -> None:
+def test_ssl_ca_certs_requires_a_client_certificate(start_server: StartServer, files: CertificateFiles) -> None:
     with start_server(ssl_ca_certs=str(files.ca_file)) as server:
-        with secure(server, files.context(files.client)) as client:
+        with connect_tls(server, files.context(files.client)) as client:
             client.sendall(b"welcome\n")
             assert receive_line(client) == b"welcome\n"
-        for wrong in (None, files.stranger):
+        for wrong in (None, files.untrusted):
             with pytest.raises(OSError, match=r"(?i)alert|reset|broken|EOF|closed"):
                 exchange(server, files.context(wrong))
         wait_until(lambda: server.stats.tls_failures == 2)
 
 
 def exchange(server: echo_async.EchoServer, context: ssl.SSLContext) -> None:
-    """One message; with TLS 1.3 a client learns that it was refused when it reads."""
-    with secure(server, context) as client:
+    """Exchange one message. With TLS 1.3 the client detects a rejected certificate when it reads."""
+    with connect_tls(server, context) as client:
         client.sendall(b"x\n")
         if receive_all(client) != b"x\n":
             raise ConnectionError("closed")
 
 
-def test_tls_1_1_is_refused(start_server: StartServer, files: Files) -> None:
+def test_tls_1_1_is_refused(start_server: StartServer, files: CertificateFiles) -> None:
     context = files.context()
     context.set_ciphers("DEFAULT:@SECLEVEL=0")
     with pytest.warns(DeprecationWarning, match="TLSv1_1"):
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
     with start_server() as server:
         with pytest.raises(OSError, match=r"(?i)alert|reset|EOF|no protocols|version"):
-            secure(server, context)
-        with secure(server, files.context()) as client:
+            connect_tls(server, context)
+        with connect_tls(server, files.context()) as client:
             assert client.version() in ("TLSv1.2", "TLSv1.3")
 
 
-def test_tls_clients_reset_in_any_state_are_removed(start_server: StartServer, files: Files) -> None:
+def test_tls_clients_reset_in_any_state_are_removed(start_server: StartServer, files: CertificateFiles) -> None:
     with start_server(mode="stream") as server:
         for number in range(12):
             if number % 2:
-                client: socket.socket = plain(server)
+                client: socket.socket = connect_plain(server)
                 client.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc"[: number % 9])
             else:
-                client = secure(server, files.context())
+                client = connect_tls(server, files.context())
                 client.sendall(b"in\nbegun")
                 assert receive_line(client) == b"in\n"
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -194,10 +196,10 @@ def test_tls_clients_reset_in_any_state_are_removed(start_server: StartServer, f
         wait_until(lambda: server.stats.accepted == 6 and server.stats.tls_failures == 6 and server.stats.active == 0)
 
 
-def test_stop_closes_tls_connections_and_handshakes(start_server: StartServer, files: Files) -> None:
+def test_stop_closes_tls_connections_and_handshakes(start_server: StartServer, files: CertificateFiles) -> None:
     with start_server(mode="stream") as server:
-        clients = [secure(server, files.context()) for _ in range(5)]
-        in_handshake = plain(server)
+        clients = [connect_tls(server, files.context()) for _ in range(5)]
+        in_handshake = connect_plain(server)
         clients[0].sendall(b"answered\n")
         assert receive_line(clients[0]) == b"answered\n"
         wait_until(lambda: server.stats.active == 5)
@@ -208,30 +210,34 @@ def test_stop_closes_tls_connections_and_handshakes(start_server: StartServer, f
             client.close()
 
 
-def test_reload_applies_to_new_connections_only(start_server: StartServer, files: Files, tmp_path: Path) -> None:
+def test_reload_applies_to_new_connections_only(
+    start_server: StartServer, files: CertificateFiles, tmp_path: Path
+) -> None:
     served = tmp_path / "served.pem"
     shutil.copy(files.server, served)
-    with start_server(mode="stream", ssl_certfile=str(served)) as server, secure(server, files.context()) as old:
+    with start_server(mode="stream", ssl_certfile=str(served)) as server, connect_tls(server, files.context()) as old:
         before = old.getpeercert(binary_form=True)
         shutil.copy(files.client, served)
         server.reload_certificates()
-        with secure(server, files.context()) as new:
+        with connect_tls(server, files.context()) as new:
             assert new.getpeercert(binary_form=True) != before
-            served.write_text("nonsense")
+            served.write_text("invalid")
             with pytest.raises(echo_async.StartError, match=r"served\.pem"):
                 server.reload_certificates()
-        for client in (old, secure(server, files.context())):
-            client.sendall(b"still there\n")
-            assert receive_line(client) == b"still there\n"
+        for client in (old, connect_tls(server, files.context())):
+            client.sendall(b"still open\n")
+            assert receive_line(client) == b"still open\n"
             client.close()
 
 
-def test_reload_during_handshakes_fails_none(start_server: StartServer, files: Files, tmp_path: Path) -> None:
+def test_reload_during_handshakes_fails_none(
+    start_server: StartServer, files: CertificateFiles, tmp_path: Path
+) -> None:
     served = tmp_path / "served.pem"
     shutil.copy(files.server, served)
     done = threading.Event()
 
-    def renew() -> None:
+    def reload_repeatedly() -> None:
         for certificate in itertools.cycle([files.client, files.server]):
             if done.is_set():
                 return
@@ -239,24 +245,26 @@ def test_reload_during_handshakes_fails_none(start_server: StartServer, files: F
             server.reload_certificates()
 
     with start_server(mode="stream", ssl_certfile=str(served)) as server:
-        renewing = threading.Thread(target=renew)
-        renewing.start()
+        reloading = threading.Thread(target=reload_repeatedly)
+        reloading.start()
         try:
             for _ in range(60):
-                with secure(server, files.context()) as client:
+                with connect_tls(server, files.context()) as client:
                     client.sendall(b"one\n")
                     assert receive_line(client) == b"one\n"
         finally:
             done.set()
-            renewing.join()
+            reloading.join()
 
 
-def test_reload_without_a_ca_rejects_its_clients(start_server: StartServer, files: Files, tmp_path: Path) -> None:
+def test_reload_without_a_ca_rejects_its_clients(
+    start_server: StartServer, files: CertificateFiles, tmp_path: Path
+) -> None:
     trusted = tmp_path / "trusted.pem"
     shutil.copy(files.ca_file, trusted)
     with (
         start_server(mode="stream", ssl_ca_certs=str(trusted)) as server,
-        secure(server, files.context(files.client)) as old,
+        connect_tls(server, files.context(files.client)) as old,
     ):
         old.sendall(b"welcome\n")
         assert receive_line(old) == b"welcome\n"
@@ -264,19 +272,19 @@ def test_reload_without_a_ca_rejects_its_clients(start_server: StartServer, file
         server.reload_certificates()
         with pytest.raises(OSError, match=r"(?i)alert|reset|broken|EOF|closed"):
             exchange(server, files.context(files.client))
-        for client in (old, secure(server, files.context(files.stranger))):
-            client.sendall(b"still there\n")
-            assert receive_line(client) == b"still there\n"
+        for client in (old, connect_tls(server, files.context(files.untrusted))):
+            client.sendall(b"still open\n")
+            assert receive_line(client) == b"still open\n"
             client.close()
 
 
-# Certificates that are no good: found at start, by name.
+# Invalid certificates: an error at startup that names the file
 
 
-def bad_certificates(files: Files) -> dict[str, list[str]]:
+def invalid_certificates(files: CertificateFiles) -> dict[str, list[str]]:
     folder = files.folder
-    nonsense = folder / "nonsense.pem"
-    nonsense.write_text("nonsense")
+    invalid = folder / "invalid.pem"
+    invalid.write_text("invalid")
     encrypted = folder / "encrypted.key"
     subprocess.run(
         ["openssl", "pkey", "-in", folder / "server.key", "-aes256", "-passout", "pass:secret", "-out", encrypted],
@@ -284,27 +292,29 @@ def bad_certificates(files: Files) -> dict[str, list[str]]:
     )
     return {
         "missing": ["--ssl-certfile", str(folder / "missing.pem")],
-        "a folder": ["--ssl-certfile", str(folder)],
-        "nonsense": ["--ssl-certfile", str(nonsense)],
+        "directory": ["--ssl-certfile", str(folder)],
+        "not PEM": ["--ssl-certfile", str(invalid)],
         "missing key": ["--ssl-certfile", str(files.server), "--ssl-keyfile", str(folder / "missing.key")],
         "no key": ["--ssl-certfile", str(folder / "server.crt")],
         "another key": ["--ssl-certfile", str(folder / "server.crt"), "--ssl-keyfile", str(folder / "client.key")],
         "expired": ["--ssl-certfile", str(files.expired)],
         "encrypted": ["--ssl-certfile", str(folder / "server.crt"), "--ssl-keyfile", str(encrypted)],
-        "nonsense CA": ["--ssl-certfile", str(files.server), "--ssl-ca-certs", str(nonsense)],
+        "CA not PEM": ["--ssl-certfile", str(files.server), "--ssl-ca-certs", str(invalid)],
     }
 
 
 @pytest.mark.usefixtures("restore_loggers")
-def test_invalid_certificate_is_one_error_line_with_the_path(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
-    for what, options in bad_certificates(files).items():
-        for more in [[], ["--threaded"], ["--workers", "2"]] if what == "expired" else [[]]:
-            assert main(["--port", "0", *options, *more]) == 3, what
-            assert options[-1] in single_error_line(*capsys.readouterr()), what
+def test_invalid_certificate_is_one_error_line_with_the_path(
+    files: CertificateFiles, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for case, options in invalid_certificates(files).items():
+        for more in [[], ["--threaded"], ["--workers", "2"]] if case == "expired" else [[]]:
+            assert main(["--port", "0", *options, *more]) == 3, case
+            assert options[-1] in single_error_line(*capsys.readouterr()), case
 
 
-def test_key_password_is_used_and_never_shown(files: Files) -> None:
-    options = bad_certificates(files)["encrypted"]
+def test_key_password_is_used_and_never_shown(files: CertificateFiles) -> None:
+    options = invalid_certificates(files)["encrypted"]
     with server_process(*options, env={"ECHO_ASYNC_SSL_KEYFILE_PASSWORD": "secret"}) as server:
         with files.context().wrap_socket(server.connect(), server_hostname="localhost") as client:
             client.sendall(b"open\n")
@@ -316,7 +326,7 @@ def test_key_password_is_used_and_never_shown(files: Files) -> None:
 
 
 @pytest.mark.parametrize("kind", [[], ["--threaded"], ["--workers", "2"]], ids=" ".join)
-def test_sighup_reloads_certificates(kind: list[str], files: Files, tmp_path: Path) -> None:
+def test_sighup_reloads_certificates(kind: list[str], files: CertificateFiles, tmp_path: Path) -> None:
     served = tmp_path / "served.pem"
     shutil.copy(files.server, served)
     with server_process("--mode", "stream", "--ssl-certfile", str(served), *kind) as server:
@@ -330,28 +340,28 @@ def test_sighup_reloads_certificates(kind: list[str], files: Files, tmp_path: Pa
                     return new.getpeercert(binary_form=True) != before
 
             wait_until(is_new)
-            served.write_text("nonsense")
+            served.write_text("invalid")
             server.process.send_signal(signal.SIGHUP)
             wait_until(lambda: "reload failed, keeping the previous certificates: " in server.log)
             with files.context().wrap_socket(server.connect(), server_hostname="localhost") as another:
                 another.sendall(b"served\n")
                 assert receive_line(another) == b"served\n"
-            old.sendall(b"not dropped\n")
-            assert receive_line(old) == b"not dropped\n"
+            old.sendall(b"still open\n")
+            assert receive_line(old) == b"still open\n"
         assert server.stop()[0] == 0
 
 
-def test_concurrent_tls_clients_all_get_their_reply(start_server: StartServer, files: Files) -> None:
+def test_concurrent_tls_clients_all_get_their_reply(start_server: StartServer, files: CertificateFiles) -> None:
     context = files.context()
     replies: list[bytes] = []
     with start_server() as server:
 
-        def one(number: int) -> None:
-            with secure(server, context) as client:
+        def send_one(number: int) -> None:
+            with connect_tls(server, context) as client:
                 client.sendall(b"%d\n" % number)
                 replies.append(receive_all(client))
 
-        threads = [threading.Thread(target=one, args=(number,)) for number in range(40)]
+        threads = [threading.Thread(target=send_one, args=(number,)) for number in range(40)]
         for thread in threads:
             thread.start()
         for thread in threads:

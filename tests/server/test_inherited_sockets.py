@@ -1,4 +1,4 @@
-"""A listening socket that is handed over, and what a service manager is told: restarts that no client notices."""
+"""Inherited listening sockets (--fd, LISTEN_FDS), service manager notifications, and restarts without failures."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def listener() -> Iterator[socket.socket]:
 
 
 @contextmanager
-def under(listener: socket.socket, *options: str, env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
-    """A server under ``--fd``."""
+def server_on(listener: socket.socket, *options: str, env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
+    """Start a server with ``--fd``."""
     number = listener.fileno()
     with command_process([*SERVER, "--fd", str(number), *options], env, pass_fds=[number]) as server:
         yield server
@@ -60,12 +60,12 @@ def exchange(address: tuple[str, int], message: bytes) -> bytes:
 
 @each_kind
 def test_inherited_socket_is_served_and_stays_open(kind: list[str], listener: socket.socket) -> None:
-    with under(listener, *kind) as server:
+    with server_on(listener, *kind) as server:
         assert server.address == listener.getsockname()
         assert exchange(server.address, b"one\n") == b"one\n"
         assert server.stop()[0] == 0
     with socket.create_connection(server.address, TIMEOUT), listener.accept()[0]:
-        pass  # whoever is next could serve this client
+        pass  # a new server could accept this client
 
 
 def test_inherited_unix_socket_file_is_not_removed(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_inherited_unix_socket_file_is_not_removed(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(512)
-        with under(listener) as server, socket.socket(socket.AF_UNIX) as client:
+        with server_on(listener) as server, socket.socket(socket.AF_UNIX) as client:
             assert server.startup_line == f"listening on {path}\n"
             client.settimeout(TIMEOUT)
             client.connect(str(path))
@@ -88,29 +88,29 @@ def test_inherited_unix_socket_file_is_not_removed(tmp_path: Path) -> None:
 def test_fd_that_is_not_listening_exits_with_code_3(
     kind: list[str], listener: socket.socket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def said(of: HasFileno) -> str:
-        assert main(["--fd", str(of.fileno()), *kind]) == 3
+    def error_line(file: HasFileno) -> str:
+        assert main(["--fd", str(file.fileno()), *kind]) == 3
         return single_error_line(*capsys.readouterr())
 
     with (
         open(tmp_path / "file", "w") as file,
-        socket.socket() as deaf,
+        socket.socket() as not_listening,
         socket.socket(type=socket.SOCK_DGRAM) as datagrams,
         socket.create_connection(listener.getsockname()) as connected,
     ):
-        deaf.bind(("127.0.0.1", 0))
-        assert f"descriptor {file.fileno()}: socket operation on non-socket; " in said(file)
-        for other in (deaf, datagrams, connected):
-            assert f"descriptor {other.fileno()}: not a listening stream socket; " in said(other)
-    number = listener.fileno()  # which is closed in a process that it is not passed to
-    done = subprocess.run([*SERVER, "--fd", str(number), *kind], capture_output=True, text=True, timeout=TIMEOUT)
-    assert done.returncode == 3
-    assert f"descriptor {number}: bad file descriptor; " in single_error_line(done.stdout, done.stderr)
+        not_listening.bind(("127.0.0.1", 0))
+        assert f"descriptor {file.fileno()}: socket operation on non-socket; " in error_line(file)
+        for other in (not_listening, datagrams, connected):
+            assert f"descriptor {other.fileno()}: not a listening stream socket; " in error_line(other)
+    number = listener.fileno()  # closed in a process to which it is not passed
+    completed = subprocess.run([*SERVER, "--fd", str(number), *kind], capture_output=True, text=True, timeout=TIMEOUT)
+    assert completed.returncode == 3
+    assert f"descriptor {number}: bad file descriptor; " in single_error_line(completed.stdout, completed.stderr)
 
 
-# LISTEN_FDS, as systemd sets it: for the very process that it becomes, from descriptor 3 on
+# LISTEN_FDS, as systemd sets it: for one process, from descriptor 3 on
 
-AS_SYSTEMD_DOES = """
+SOCKET_ACTIVATION = """
 import os, sys
 pid, count, numbers, *command = sys.argv[1:]
 for place, number in enumerate(map(int, numbers.split(",")), 3):
@@ -123,13 +123,13 @@ os.execv(command[0], command)
 
 @contextmanager
 def activated(*listeners: socket.socket, pid: str = "", options: tuple[str, ...] = ()) -> Iterator[ServerProcess]:
-    moved = [os.dup(listener.fileno()) for listener in listeners]  # clear of 3 and up, where they will be
+    moved = [os.dup(listener.fileno()) for listener in listeners]  # away from 3 and up, the target range
     high = [os.dup2(number, 100 + place) for place, number in enumerate(moved)]
     for number in moved:
         os.close(number)
     try:
         numbers = ",".join(map(str, high))
-        command = [sys.executable, "-c", AS_SYSTEMD_DOES, pid, str(len(listeners)), numbers, *SERVER, *options]
+        command = [sys.executable, "-c", SOCKET_ACTIVATION, pid, str(len(listeners)), numbers, *SERVER, *options]
         with command_process(command, pass_fds=high) as server:
             yield server
     finally:
@@ -161,10 +161,10 @@ def test_listen_fds_of_another_process_is_ignored(listener: socket.socket) -> No
 # NOTIFY_SOCKET
 
 
-TOLD = [(["--loop", "asyncio"], False), (["--engine", "threads"], True), (["--workers", "2"], False)]
+NOTIFY_CASES = [(["--loop", "asyncio"], False), (["--engine", "threads"], True), (["--workers", "2"], False)]
 
 
-@pytest.mark.parametrize(("kind", "abstract"), TOLD, ids=["asyncio", "threads", "workers"])
+@pytest.mark.parametrize(("kind", "abstract"), NOTIFY_CASES, ids=["asyncio", "threads", "workers"])
 def test_service_manager_is_notified_of_start_and_stop(kind: list[str], abstract: bool, tmp_path: Path) -> None:
     name = f"@echo-async-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
@@ -172,7 +172,7 @@ def test_service_manager_is_notified_of_start_and_stop(kind: list[str], abstract
         manager.settimeout(TIMEOUT)
         with command_process([*SERVER, "--port", "0", *kind], {"NOTIFY_SOCKET": name}) as server:
             assert manager.recv(100) == b"READY=1"
-            assert exchange(server.address, b"one\n") == b"one\n"  # that is what ready means
+            assert exchange(server.address, b"one\n") == b"one\n"  # READY=1: the server is reachable
             server.process.send_signal(signal.SIGTERM)
             assert manager.recv(100) == b"STOPPING=1"
             code, log = server.wait()
@@ -184,7 +184,7 @@ def test_service_manager_is_notified_of_start_and_stop(kind: list[str], abstract
 
 
 def test_missing_service_manager_is_only_a_warning(tmp_path: Path) -> None:
-    with command_process([*SERVER, "--port", "0"], {"NOTIFY_SOCKET": str(tmp_path / "nobody")}) as server:
+    with command_process([*SERVER, "--port", "0"], {"NOTIFY_SOCKET": str(tmp_path / "missing")}) as server:
         assert exchange(server.address, b"one\n") == b"one\n"
         code, log = server.stop()
     assert code == 0
@@ -195,32 +195,32 @@ def test_missing_service_manager_is_only_a_warning(tmp_path: Path) -> None:
 # Restarts
 
 
-class Crowd:
-    """Clients that go on sending one message each, on connections of their own, whoever serves them."""
+class ClientLoad:
+    """Threads that send one message per connection, until ``clients`` connections were made."""
 
     def __init__(self, address: tuple[str, int], clients: int) -> None:
         self._address = address
-        self._rest = clients
+        self._remaining = clients
         self._lock = threading.Lock()
         self.done = 0
         self.failures: list[str] = []
         self._threads = [threading.Thread(target=self._work) for _ in range(4)]
 
-    def __enter__(self) -> Crowd:
+    def __enter__(self) -> ClientLoad:
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
-            self._rest = min(self._rest, 0 if exception[0] else self._rest)
+            self._remaining = min(self._remaining, 0 if exception[0] else self._remaining)
         for thread in self._threads:
             thread.join()
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                number, self._rest = self._rest, self._rest - 1
+                number, self._remaining = self._remaining, self._remaining - 1
             if number <= 0:
                 return
             message = b"client %d, with a message of more than one chunk\n" % number
@@ -237,27 +237,27 @@ class Crowd:
 @each_kind
 def test_restart_on_an_inherited_socket_fails_no_client(kind: list[str], listener: socket.socket) -> None:
     clients = 200
-    with Crowd(listener.getsockname(), clients) as crowd:
-        for part in (clients // 2, clients):
-            with under(listener, *kind, "--no-access-log") as server:
-                wait_until(lambda part=part: crowd.done >= part)  # type: ignore[misc]
+    with ClientLoad(listener.getsockname(), clients) as load:
+        for target in (clients // 2, clients):
+            with server_on(listener, *kind, "--no-access-log") as server:
+                wait_until(lambda target=target: load.done >= target)  # type: ignore[misc]
                 code, log = server.stop()
                 assert code == 0
                 assert "Traceback" not in log
-    assert crowd.done == clients
-    assert crowd.failures == []
+    assert load.done == clients
+    assert load.failures == []
 
 
 @each_kind
 def test_message_in_transit_at_the_stop_is_answered(kind: list[str], listener: socket.socket) -> None:
-    """It has connected and said nothing yet: it is given a moment, or the next server gets it."""
-    with under(listener, *kind) as server:
+    """A new connection has a grace period for its first message; otherwise the next server accepts it."""
+    with server_on(listener, *kind) as server:
         clients = [socket.create_connection(listener.getsockname(), TIMEOUT) for _ in range(20)]
         server.process.send_signal(signal.SIGTERM)
         for client in clients:
-            client.sendall(b"on its way\n")
+            client.sendall(b"in transit\n")
         with ServerThread("asyncio", {"fd": os.dup(listener.fileno())}):
             for client in clients:
                 with client:
-                    assert receive_all(client) == b"on its way\n"
+                    assert receive_all(client) == b"in transit\n"
         assert server.wait()[0] == 0

@@ -1,4 +1,4 @@
-"""The metrics, as Prometheus gets them: over HTTP, from real servers of one process and of several."""
+"""Prometheus metrics and the health check, over HTTP, from servers with one and several processes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from echo_async.server import metrics as module
 from echo_async.server.metrics import COUNTERS, TIMEOUTS, StatsCollector
 from echo_async.server.supervisor import Worker
 
-# One process with each engine, and several.
+# Engine and number of workers
 KINDS = [("streams", 1), ("protocol", 1), ("threads", 1), ("protocol", 2), ("threads", 2)]
 each_kind = pytest.mark.parametrize(("engine", "workers"), KINDS)
 
 
 @contextmanager
-def measured(engine: EngineName, workers: int, *args: str) -> Iterator[ServerProcess]:
-    """A server in ``stream`` mode that serves its metrics on a free port."""
+def server_with_metrics(engine: EngineName, workers: int, *args: str) -> Iterator[ServerProcess]:
+    """Start a server in ``stream`` mode with metrics on a free port."""
     options = ("--engine", engine, "--workers", str(workers), "--mode", "stream", "--no-access-log")
     with server_process(*options, "--metrics-port", "0", *args) as server:
         wait_until(lambda: " server started: mode stream, " in server.log)
@@ -43,19 +43,19 @@ def measured(engine: EngineName, workers: int, *args: str) -> Iterator[ServerPro
 
 
 def get(server: ServerProcess, path: str) -> tuple[int, str]:
-    found = re.search(r" metrics available at http://(127\.0\.0\.1):(\d+)/metrics\n", server.log)
-    assert found is not None
-    connection = HTTPConnection(found[1], int(found[2]), timeout=TIMEOUT)
+    match = re.search(r" metrics available at http://(127\.0\.0\.1):(\d+)/metrics\n", server.log)
+    assert match is not None
+    connection = HTTPConnection(match[1], int(match[2]), timeout=TIMEOUT)
     try:
         connection.request("GET", path)
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
+        response = connection.getresponse()
+        return response.status, response.read().decode()
     finally:
         connection.close()
 
 
 def scrape(server: ServerProcess) -> dict[str, float]:
-    """Every sample, by its name and labels."""
+    """Return every sample by its name and labels."""
     status, text = get(server, "/metrics")
     assert status == 200
     samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
@@ -69,7 +69,7 @@ def exchange(client: socket.socket, message: bytes) -> None:
 
 @each_kind
 def test_metrics_match_what_was_sent(engine: EngineName, workers: int) -> None:
-    with measured(engine, workers) as server, ExitStack() as stack:
+    with server_with_metrics(engine, workers) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(8)]
 
         def send(client: socket.socket) -> None:
@@ -80,19 +80,19 @@ def test_metrics_match_what_was_sent(engine: EngineName, workers: int) -> None:
         for sender in senders:
             sender.start()
         for sender in senders:
-            scrape(server)  # under load
+            scrape(server)  # while messages are sent
             sender.join()
-        now = scrape(server)
+        samples = scrape(server)
         size = 8 * sum(len(b"%d \xf1\n" % number) for number in range(100))
-        assert now["echo_async_messages_total"] == 800
-        assert now["echo_async_received_bytes_total"] == now["echo_async_sent_bytes_total"] == size
-        assert now["echo_async_connections_accepted_total"] == now["echo_async_connections_active"] == 8
+        assert samples["echo_async_messages_total"] == 800
+        assert samples["echo_async_received_bytes_total"] == samples["echo_async_sent_bytes_total"] == size
+        assert samples["echo_async_connections_accepted_total"] == samples["echo_async_connections_active"] == 8
         clients.pop().sendall(b"begun")
         stack.close()
         wait_until(lambda: scrape(server)["echo_async_connections_active"] == 0)
-        now = scrape(server)
-        assert (now["echo_async_connections_accepted_total"], now["echo_async_lost_total"]) == (8, 1)
-        assert (now["echo_async_messages_total"], now["echo_async_sent_bytes_total"]) == (800, size)
+        samples = scrape(server)
+        assert (samples["echo_async_connections_accepted_total"], samples["echo_async_lost_total"]) == (8, 1)
+        assert (samples["echo_async_messages_total"], samples["echo_async_sent_bytes_total"]) == (800, size)
         code, lines = server.stop()
     assert code == 0
     assert " accepted=8 active=0 " in lines
@@ -100,30 +100,30 @@ def test_metrics_match_what_was_sent(engine: EngineName, workers: int) -> None:
 
 
 def test_metrics_count_refusals_and_timeouts_by_kind() -> None:
-    with measured("streams", 1, "--limit-connections", "1", "--timeout-idle", "0.2") as server:
+    with server_with_metrics("streams", 1, "--limit-connections", "1", "--timeout-idle", "0.2") as server:
         with server.connect() as idle, server.connect() as refused:
             assert receive_all(refused) == receive_all(idle) == b""
-        now = scrape(server)
-    assert now["echo_async_connections_refused_total"] == now["echo_async_timeouts_total[idle]"] == 1
-    assert [now[f"echo_async_timeouts_total[{kind}]"] for kind in ("message", "write", "handshake")] == [0, 0, 0]
-    assert now[f"echo_async_info[streams][stream][{echo_async.__version__}][1]"] == 1
+        samples = scrape(server)
+    assert samples["echo_async_connections_refused_total"] == samples["echo_async_timeouts_total[idle]"] == 1
+    assert [samples[f"echo_async_timeouts_total[{kind}]"] for kind in ("message", "write", "handshake")] == [0, 0, 0]
+    assert samples[f"echo_async_info[streams][stream][{echo_async.__version__}][1]"] == 1
 
 
 def test_metrics_keep_the_counters_of_a_killed_worker() -> None:
-    with measured("protocol", 2) as server, ExitStack() as stack:
-        victim, survivor = server.worker_pids
-        for other in [victim] * 5 + [survivor] * 10:
+    with server_with_metrics("protocol", 2) as server, ExitStack() as stack:
+        killed_worker, survivor = server.worker_pids
+        for other in [killed_worker] * 5 + [survivor] * 10:
             with paused_processes(other):
                 exchange(stack.enter_context(server.connect()), b"hello\n")
         assert scrape(server)["echo_async_messages_total"] == 15
-        os.kill(victim, signal.SIGKILL)
+        os.kill(killed_worker, signal.SIGKILL)
         wait_until(lambda: " exited with code -9, restarting" in server.log)
-        now = scrape(server)
-        assert now["echo_async_messages_total"] == now["echo_async_connections_accepted_total"] == 15
-        assert now["echo_async_connections_active"] == 5
-        with paused_processes(survivor):  # one that hangs keeps what it told last, too
+        samples = scrape(server)
+        assert samples["echo_async_messages_total"] == samples["echo_async_connections_accepted_total"] == 15
+        assert samples["echo_async_connections_active"] == 5
+        with paused_processes(survivor):  # a hung worker keeps its last report
             assert scrape(server)["echo_async_messages_total"] == 15
-            wait_until(lambda: get(server, "/healthz")[0] == 200)  # once the other worker is ready
+            wait_until(lambda: get(server, "/healthz")[0] == 200)  # as soon as the replacement is ready
         code, lines = server.stop()
     assert code == 0
     assert " messages=15 " in lines
@@ -131,22 +131,22 @@ def test_metrics_keep_the_counters_of_a_killed_worker() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_healthz_is_200_until_the_stop(workers: int) -> None:
-    with measured("protocol", workers) as server, server.connect() as client:
+    with server_with_metrics("protocol", workers) as server, server.connect() as client:
         assert get(server, "/healthz") == (200, "serving\n")
         assert get(server, "/") == (404, "not found; use /metrics or /healthz\n")
         exchange(client, b"one\n")
-        client.sendall(b"begun, ")
-        wait_until(lambda: scrape(server)["echo_async_received_bytes_total"] == 11)
+        client.sendall(b"first ")
+        wait_until(lambda: scrape(server)["echo_async_received_bytes_total"] == 10)
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: get(server, "/healthz") == (503, "not serving\n"))
         assert scrape(server)["echo_async_messages_total"] == 1
-        client.sendall(b"finished\n")
-        assert receive_all(client) == b"begun, finished\n"
+        client.sendall(b"part\n")
+        assert receive_all(client) == b"first part\n"
         assert server.wait()[0] == 0
 
 
 def test_healthz_is_503_if_no_worker_responds() -> None:
-    with measured("protocol", 2) as server:
+    with server_with_metrics("protocol", 2) as server:
         with paused_processes(*server.worker_pids):
             assert get(server, "/healthz") == (503, "not serving\n")
         assert server.stop()[0] == 0
@@ -156,11 +156,11 @@ def test_worker_exiting_during_a_stats_request_returns_false() -> None:
     async def main() -> None:
         ours, theirs = socket.socketpair()
         worker = Worker(process, *await asyncio.open_connection(sock=ours))
-        question = asyncio.create_task(worker.fetch_stats())
+        request = asyncio.create_task(worker.fetch_stats())
         await asyncio.to_thread(theirs.recv, 1)
         theirs.close()
         assert await worker.run_until_exit() == 0
-        assert await question is False
+        assert await request is False
 
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         asyncio.run(main())
@@ -183,12 +183,12 @@ def test_commands_to_an_exited_worker_log_nothing(
 
 
 def test_invalid_http_requests_log_nothing() -> None:
-    with measured("streams", 1) as server:
-        found = re.search(r"metrics available at http://127\.0\.0\.1:(\d+)/", server.log)
-        assert found is not None
-        for nonsense in (b"", b"\n", b"GET /metrics", b"\0\xff\r\n\r\n", b"GET /metrics HTTP/1.1\r\n\r\n"):
-            with socket.create_connection(("127.0.0.1", int(found[1])), TIMEOUT) as client:
-                client.sendall(nonsense)
+    with server_with_metrics("streams", 1) as server:
+        match = re.search(r"metrics available at http://127\.0\.0\.1:(\d+)/", server.log)
+        assert match is not None
+        for request in (b"", b"\n", b"GET /metrics", b"\0\xff\r\n\r\n", b"GET /metrics HTTP/1.1\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", int(match[1])), TIMEOUT) as client:
+                client.sendall(request)
         assert scrape(server)["echo_async_connections_accepted_total"] == 0
         code, lines = server.stop()
     assert code == 0
@@ -230,7 +230,7 @@ def test_missing_prometheus_client_error_names_the_extra(tmp_path: Path) -> None
     assert "pip install 'echo-async[metrics]'" in lines
 
 
-# The collector alone
+# StatsCollector
 
 
 def test_every_stats_field_is_a_metric() -> None:
@@ -253,36 +253,36 @@ def test_counters_never_decrease() -> None:
         return {sample.name: sample.value for metric in collector.collect() for sample in metric.samples}
 
     for bytes_out, active, lost in [(10, 5, 0), (10, 4, 1), (11, 6, 1)]:
-        now = collected()
-        assert now["echo_async_sent_bytes_total"] == bytes_out
-        assert now["echo_async_connections_active"] == active
-        assert now["echo_async_lost_total"] == lost
+        samples = collected()
+        assert samples["echo_async_sent_bytes_total"] == bytes_out
+        assert samples["echo_async_connections_active"] == active
+        assert samples["echo_async_lost_total"] == lost
 
 
 def test_blocked_or_closed_event_loop_raises_timeout_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STATS_TIMEOUT", 0.05)
     release = threading.Event()
 
-    async def question() -> bool:
+    async def respond() -> bool:
         return True
 
-    async def hang_while(thread: threading.Thread) -> None:
+    async def block_loop_while_running(thread: threading.Thread) -> None:
         thread.start()
-        release.wait(TIMEOUT)  # the loop does not turn meanwhile
+        release.wait(TIMEOUT)  # blocks the event loop
 
-    def ask() -> None:
+    def call() -> None:
         try:
-            answers.append(module._run_in_loop(loop, question()))
+            results.append(module._run_in_loop(loop, respond()))
         except TimeoutError as error:
-            answers.append(error)
+            results.append(error)
         release.set()
 
-    answers: list[object] = []
+    results: list[object] = []
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
-        thread = threading.Thread(target=ask)
-        runner.run(hang_while(thread))
+        thread = threading.Thread(target=call)
+        runner.run(block_loop_while_running(thread))
         thread.join()
     with pytest.raises(TimeoutError):
-        module._run_in_loop(loop, question())  # it is closed now
-    assert [type(answer) for answer in answers] == [TimeoutError]
+        module._run_in_loop(loop, respond())  # the loop is closed
+    assert [type(result) for result in results] == [TimeoutError]

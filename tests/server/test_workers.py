@@ -1,4 +1,4 @@
-"""Several processes on one listening socket, as people run them: it outlives them all, and none outlives the parent."""
+"""Worker processes: shared listening socket, replacement, graceful shutdown, and exit with the supervisor."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ each_engine = pytest.mark.parametrize("engine", ["streams", "protocol", "threads
 def two_workers(
     engine: EngineName, *args: str, env: dict[str, str] | None = None, group: bool = False
 ) -> Iterator[ServerProcess]:
-    """A server of two workers in ``stream`` mode, which are there when it is announced."""
+    """Start a server of two workers in ``stream`` mode."""
     arguments = ("--workers", "2", "--engine", engine, "--mode", "stream", "--no-access-log", *args)
     with server_process(*arguments, env=env, start_new_session=group) as server:
         assert len(server.worker_pids) == 2
@@ -49,11 +49,11 @@ def two_workers(
 
 
 def counters(lines: str) -> dict[str, int]:
-    """The numbers of the last line."""
+    """Return the counters in the last line of the log."""
     return {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", lines.splitlines()[-1])}
 
 
-def is_gone(process: int) -> bool:
+def has_exited(process: int) -> bool:
     try:
         return re.search(r"^State:\s+Z", Path(f"/proc/{process}/status").read_text(), re.M) is not None
     except (FileNotFoundError, ProcessLookupError):
@@ -65,24 +65,24 @@ def exchange(client: socket.socket, message: bytes) -> bytes:
     return receive_line(client)
 
 
-def client_of(server: ServerProcess, other: int) -> socket.socket:
-    """A client of the worker that is not ``other``."""
+def connect_avoiding(server: ServerProcess, other: int) -> socket.socket:
+    """Connect to the worker that is not ``other``."""
     with paused_processes(other):
         client = server.connect()
         assert exchange(client, b"hello\n") == b"hello\n"
         return client
 
 
-def is_cut(client: socket.socket) -> bool:
-    """Whether the connection ends, with a reset or without, and with nothing more on it."""
+def is_closed(client: socket.socket) -> bool:
+    """Return whether the connection is closed or reset, without further bytes."""
     try:
         return client.recv(1) == b""
     except ConnectionError:
         return True
 
 
-def received(client: socket.socket) -> bytes | None:
-    """Everything that comes until the other side ends; None if it is reset."""
+def receive_or_none(client: socket.socket) -> bytes | None:
+    """Receive until the end; return None if the connection is reset."""
     try:
         return receive_all(client)
     except ConnectionError:
@@ -90,7 +90,7 @@ def received(client: socket.socket) -> bytes | None:
 
 
 class Load:
-    """Threads that connect, get one reply and close, again and again; when each attempt that failed was begun."""
+    """Threads that repeatedly connect, receive one reply and close. ``failed`` has the start time of each failure."""
 
     def __init__(self, server: ServerProcess, threads: int = 2) -> None:
         self._server = server
@@ -101,13 +101,13 @@ class Load:
 
     def _run(self) -> None:
         while not self._end.is_set():
-            began = monotonic()
+            started_at = monotonic()
             try:
                 with self._server.connect() as client:
                     assert exchange(client, b"under load\n") == b"under load\n"
                 self.done += 1
             except (OSError, AssertionError) as error:
-                self.failed.append((began, error))
+                self.failed.append((started_at, error))
 
     def __enter__(self) -> Load:
         for thread in self._threads:
@@ -130,7 +130,7 @@ def test_workers_print_one_address_and_add_up_counters(engine: EngineName) -> No
     with two_workers(engine) as server, ExitStack() as clients:
         first, second = server.worker_pids
         for other in (first, second):
-            client = clients.enter_context(client_of(server, other))
+            client = clients.enter_context(connect_avoiding(server, other))
             for message in messages:
                 assert exchange(client, message) == message
         clients.close()
@@ -159,76 +159,80 @@ def test_workers_share_a_unix_socket_and_its_file_is_removed(tmp_path: Path) -> 
     assert not os.path.exists(path)
 
 
-# A worker that dies
+# Replacement of workers
 
 
 @each_engine
 def test_killed_worker_is_replaced_and_others_are_unaffected(engine: EngineName) -> None:
     with two_workers(engine) as server:
-        victim, survivor = server.worker_pids
-        with client_of(server, survivor) as lost, client_of(server, victim) as kept, Load(server) as load:
-            os.kill(victim, signal.SIGKILL)
-            wait_until(lambda: is_gone(victim))
-            died = monotonic()
-            client_of(server, survivor).close()  # the replacement alone answers
-            assert monotonic() - died < MAX_DELAY
-            assert is_cut(lost)
-            assert exchange(kept, b"still there\n") == b"still there\n"
+        killed_worker, survivor = server.worker_pids
+        with (
+            connect_avoiding(server, survivor) as closed,
+            connect_avoiding(server, killed_worker) as open_client,
+            Load(server) as load,
+        ):
+            os.kill(killed_worker, signal.SIGKILL)
+            wait_until(lambda: has_exited(killed_worker))
+            killed_at = monotonic()
+            connect_avoiding(server, survivor).close()  # the survivor is stopped: only the replacement responds
+            assert monotonic() - killed_at < MAX_DELAY
+            assert is_closed(closed)
+            assert exchange(open_client, b"still there\n") == b"still there\n"
             done = load.done
             wait_until(lambda: load.done > done + 20)
-        assert [failure for failure in load.failed if failure[0] >= died] == []
+        assert [failure for failure in load.failed if failure[0] >= killed_at] == []
         code, lines = server.stop()
     assert code == 0
     assert lines.count("restarting") == 1
-    assert f"worker {victim} exited with code -9, restarting" in lines
+    assert f"worker {killed_worker} exited with code -9, restarting" in lines
 
 
 def sitecustomize(folder: Path, code: str) -> dict[str, str]:
-    """The environment of a Python in which ``code`` runs first."""
+    """Return the environment in which Python runs ``code`` at startup."""
     (folder / "sitecustomize.py").write_text(code)
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
-def no_worker_while(trouble: Path, tries: Path) -> str:
-    """Code that ends every worker as it starts, while there is ``trouble``; a byte in ``tries`` for each."""
+def failing_workers(failing: Path, attempts: Path) -> str:
+    """Return code that makes workers exit at startup while ``failing`` exists, and adds a byte to ``attempts``."""
     return f"""
 import os, sys
-if "echo_async.server.worker" in sys.orig_argv and os.path.exists({str(trouble)!r}):
-    with open({str(tries)!r}, "a") as tries:
-        tries.write(".")
-    os.write(2, b"no worker today\\n")
+if "echo_async.server.worker" in sys.orig_argv and os.path.exists({str(failing)!r}):
+    with open({str(attempts)!r}, "a") as attempts:
+        attempts.write(".")
+    os.write(2, b"worker failed\\n")
     os._exit(1)
 """
 
 
 def test_first_worker_failing_to_start_exits_with_code_3(tmp_path: Path) -> None:
-    trouble, tries = tmp_path / "trouble", tmp_path / "tries"
-    trouble.touch()
-    env = sitecustomize(tmp_path, no_worker_while(trouble, tries))
+    failing, attempts = tmp_path / "failing", tmp_path / "attempts"
+    failing.touch()
+    env = sitecustomize(tmp_path, failing_workers(failing, attempts))
     with server_process("--workers", "4", env=env) as server:
         code, lines = server.wait()
     assert code == 3
     assert server.startup_line == ""
-    assert lines.splitlines()[0] == "no worker today"
+    assert lines.splitlines()[0] == "worker failed"
     assert len(lines.splitlines()) == 2
-    assert tries.read_text() == "."
+    assert attempts.read_text() == "."
 
 
 def test_replacement_failing_to_start_stops_the_server(tmp_path: Path) -> None:
-    trouble, tries = tmp_path / "trouble", tmp_path / "tries"
-    env = sitecustomize(tmp_path, no_worker_while(trouble, tries))
+    failing, attempts = tmp_path / "failing", tmp_path / "attempts"
+    env = sitecustomize(tmp_path, failing_workers(failing, attempts))
     with two_workers("protocol", env=env) as server:
-        trouble.touch()
-        victim, survivor = server.worker_pids
-        with client_of(server, victim) as client:
-            os.kill(victim, signal.SIGKILL)
-            assert receive_all(client) == b""  # the other worker is stopped in good order
+        failing.touch()
+        killed_worker, survivor = server.worker_pids
+        with connect_avoiding(server, killed_worker) as client:
+            os.kill(killed_worker, signal.SIGKILL)
+            assert receive_all(client) == b""  # the other worker shuts down gracefully
             code, lines = server.wait()
     assert code == 3
-    assert 2 <= len(tries.read_text()) <= 8
+    assert 2 <= len(attempts.read_text()) <= 8
     assert lines.count("restarting") == 1
     assert "Traceback" not in lines
-    assert is_gone(survivor)
+    assert has_exited(survivor)
 
 
 def test_missing_uvloop_is_one_error_line(tmp_path: Path) -> None:
@@ -240,11 +244,11 @@ def test_missing_uvloop_is_one_error_line(tmp_path: Path) -> None:
     assert "cannot use --loop uvloop" in lines
 
 
-# The stop
+# Graceful shutdown
 
 
-def acknowledged(client: socket.socket) -> bool:
-    """Whether everything that was sent has reached the kernel of the other side."""
+def is_acknowledged(client: socket.socket) -> bool:
+    """Return whether everything sent has reached the kernel of the peer."""
     (unsent,) = struct.unpack("i", fcntl.ioctl(client, termios.TIOCOUTQ, b"\0" * 4))
     return bool(unsent == 0)
 
@@ -262,20 +266,20 @@ def test_stop_under_load_never_sends_a_partial_reply(engine: EngineName) -> None
 
 @each_engine
 def test_stop_answers_every_message_received(engine: EngineName) -> None:
-    """Those of clients who are served, and those of clients whom the kernel has connected and nobody has accepted."""
+    """Both of accepted connections and of connections in the backlog."""
     sent = b"".join(b"%060d\n" % number for number in range(200))
     with two_workers(engine) as server, ExitStack() as stack:
-        clients = [stack.enter_context(client_of(server, other)) for other in server.worker_pids]
+        clients = [stack.enter_context(connect_avoiding(server, other)) for other in server.worker_pids]
         with ExitStack() as holding:
             for worker in server.worker_pids:
                 holding.enter_context(paused_processes(worker))
             clients += [stack.enter_context(server.connect()) for _ in range(100)]
             for client in clients:
                 client.sendall(sent)
-            wait_until(lambda: all(map(acknowledged, clients)))
+            wait_until(lambda: all(map(is_acknowledged, clients)))
             server.process.send_signal(signal.SIGTERM)
             wait_until(lambda: " SIGTERM received: shutting down" in server.log)
-        answered = sum(received(client) == sent for client in clients)
+        answered = sum(receive_or_none(client) == sent for client in clients)
         code, lines = server.wait()
     assert (code, answered) == (0, len(clients))
     assert counters(lines)["messages"] == 200 * len(clients) + 2
@@ -284,8 +288,8 @@ def test_stop_answers_every_message_received(engine: EngineName) -> None:
 def test_connection_during_the_stop_is_refused() -> None:
     with two_workers("protocol") as server, server.connect() as busy:
         assert exchange(busy, b"done\n") == b"done\n"
-        busy.sendall(b"begun, ")
-        wait_until(lambda: acknowledged(busy))
+        busy.sendall(b"first ")
+        wait_until(lambda: is_acknowledged(busy))
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: " SIGTERM received: shutting down" in server.log)
 
@@ -297,7 +301,7 @@ def test_connection_during_the_stop_is_refused() -> None:
             return False
 
         wait_until(is_refused)
-        assert exchange(busy, b"finished\n") == b"begun, finished\n"
+        assert exchange(busy, b"part\n") == b"first part\n"
         code, _ = server.wait()
     assert code == 0
 
@@ -305,24 +309,24 @@ def test_connection_during_the_stop_is_refused() -> None:
 @pytest.mark.parametrize("engine", ["streams", "threads"])
 def test_second_signal_aborts_incomplete_messages(engine: EngineName) -> None:
     with two_workers(engine) as server, server.connect() as idle, ExitStack() as clients:
-        busy = [clients.enter_context(client_of(server, other)) for other in server.worker_pids]
+        busy = [clients.enter_context(connect_avoiding(server, other)) for other in server.worker_pids]
         for client in busy:
             client.sendall(b"never finished")
-        wait_until(lambda: all(map(acknowledged, busy)))
+        wait_until(lambda: all(map(is_acknowledged, busy)))
         server.process.send_signal(signal.SIGTERM)
-        assert receive_all(idle) == b""  # the stop has reached the workers
-        began = monotonic()
+        assert receive_all(idle) == b""  # the workers are shutting down
+        started_at = monotonic()
         code, lines = server.stop()
-        assert monotonic() - began < MAX_DELAY
-        assert all(map(is_cut, busy))
+        assert monotonic() - started_at < MAX_DELAY
+        assert all(map(is_closed, busy))
     assert code == 0
     assert "Traceback" not in lines
     assert counters(lines)["lost"] == 2
 
 
-@pytest.mark.parametrize(("signals", "grace"), [(1, "0.1"), (2, "60")])
-def test_hung_worker_is_killed_at_a_stop(signals: int, grace: str) -> None:
-    with two_workers("protocol", "--timeout-graceful-shutdown", grace) as server:
+@pytest.mark.parametrize(("signals", "timeout"), [(1, "0.1"), (2, "60")])
+def test_hung_worker_is_killed_at_a_stop(signals: int, timeout: str) -> None:
+    with two_workers("protocol", "--timeout-graceful-shutdown", timeout) as server:
         hung, _ = server.worker_pids
         with paused_processes(hung):
             server.process.send_signal(signal.SIGTERM)
@@ -361,23 +365,23 @@ def test_signal_while_a_worker_starts_is_a_graceful_stop(number: signal.Signals)
     assert "Traceback" not in lines
 
 
-# The parent's death
+# Exit with the supervisor
 
 
 @each_engine
 def test_workers_exit_with_the_supervisor_and_free_the_port(engine: EngineName) -> None:
     with two_workers(engine) as server, ExitStack() as clients:
-        both = server.worker_pids
-        for other in both:
-            client = clients.enter_context(client_of(server, other))
-            client.sendall(b"begun")
+        workers = server.worker_pids
+        for other in workers:
+            client = clients.enter_context(connect_avoiding(server, other))
+            client.sendall(b"incomplete")
         server.process.kill()
-        died = monotonic()
-        wait_until(lambda: all(map(is_gone, both)))
+        killed_at = monotonic()
+        wait_until(lambda: all(map(has_exited, workers)))
         with suppress(OSError):
             clients.close()
         with socket.create_server(server.address):
-            assert monotonic() - died < MAX_DELAY
+            assert monotonic() - killed_at < MAX_DELAY
         _, lines = server.wait()
     assert "Traceback" not in lines
 
@@ -394,7 +398,8 @@ def test_worker_exits_if_the_supervisor_reads_no_report(engine: EngineName) -> N
             try:
                 theirs.close()
                 ours.sendall(json.dumps(settings).encode() + b"\n")
-                assert select.select([ours], [], [], TIMEOUT)[0]  # it says that it is ready, and nobody reads it
+                readable, _, _ = select.select([ours], [], [], TIMEOUT)
+                assert readable  # the worker has reported that it is ready; the report is not read
                 ours.close()
                 _, lines = worker.communicate(timeout=TIMEOUT)
             finally:
@@ -403,28 +408,28 @@ def test_worker_exits_if_the_supervisor_reads_no_report(engine: EngineName) -> N
 
 
 def test_worker_failing_to_reload_keeps_its_certificates(tmp_path: Path) -> None:
-    """The parent could read the new ones: they have changed since."""
-    trouble, served = tmp_path / "trouble", tmp_path / "served.pem"
+    """The files changed after the supervisor validated them."""
+    failing, served = tmp_path / "failing", tmp_path / "served.pem"
     trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(served)
     code = f"""
 import os, ssl, sys
 load = ssl.SSLContext.load_cert_chain
-def load_or_not(*arguments, **named):
-    if os.path.exists({str(trouble)!r}):
-        raise OSError("changed just now")
+def failing_load(*arguments, **named):
+    if os.path.exists({str(failing)!r}):
+        raise OSError("file changed")
     return load(*arguments, **named)
 if "echo_async.server.worker" in sys.orig_argv:
-    ssl.SSLContext.load_cert_chain = load_or_not
+    ssl.SSLContext.load_cert_chain = failing_load
 """
     with server_process("--workers", "2", "--ssl-certfile", str(served), env=sitecustomize(tmp_path, code)) as server:
-        trouble.touch()
+        failing.touch()
         server.process.send_signal(signal.SIGHUP)
         wait_until(lambda: server.log.count("reload failed, keeping the previous certificates: ") == 2)
         assert server.stop()[0] == 0
 
 
 def test_workers_in_development_mode_accept_proxy_headers() -> None:
-    """asyncio's debug mode requires that the listening socket object does not block."""
+    """The debug mode of asyncio requires a non-blocking socket object."""
     options = ("--workers", "2", "--proxy-protocol", "v1")
     with server_process(*options, env={"PYTHONDEVMODE": "1"}) as server, server.connect() as client:
         client.sendall(b"PROXY UNKNOWN\r\nHola Server!\n")
