@@ -158,8 +158,7 @@ class StreamConversation(Conversation):
             self._store_partial(data)
             return b""
         end = data.rfind(b"\n") + 1
-        size = self.incomplete + end
-        if size > self.limit and (valid_end := self._find_valid_end(data)) < end:
+        if self.incomplete + end > self.limit and (valid_end := self._find_valid_end(data)) < end:
             reply = self._complete_partial(data[:valid_end]) if valid_end else b""
             self.messages += valid_end - len(data[:valid_end].replace(b"\n", b""))
             self.incomplete += len(data) - valid_end

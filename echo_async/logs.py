@@ -19,6 +19,8 @@ LogFormat = Literal["text", "json"]
 log = logging.getLogger("echo_async.server")
 access_log = logging.getLogger("echo_async.access")
 
+TEXT_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s"
+TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 MAX_EXCERPT = 80  # characters of a message in a log line
 JOINERS = "\u200c\u200d"  # zero-width joiners: emoji and several scripts need them, and they are harmless
 
@@ -77,15 +79,6 @@ class RateLimitedLog:
             self._write(self._template + suffix, *args)
 
 
-class TextFormatter(logging.Formatter):
-    """``2026-11-23 10:00:00.123 INFO 127.0.0.1:40000 13 bytes: Hola Server!``"""
-
-    default_msec_format = "%s.%03d"
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
-
-
 class JsonFormatter(logging.Formatter):
     """One JSON object per line: time (ISO 8601, UTC), level, logger, message, and the event's facts."""
 
@@ -108,7 +101,7 @@ def configure(level: LogLevel, format: LogFormat) -> None:
     """Write the ``echo_async`` loggers to stderr. Lines that cannot be written are dropped."""
     logging.raiseExceptions = False  # no traceback if stderr is closed or full
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    handler.setFormatter(JsonFormatter() if format == "json" else logging.Formatter(TEXT_FORMAT, TIME_FORMAT))
     root = logging.getLogger("echo_async")
     root.handlers = [handler]
     root.setLevel(level.upper())

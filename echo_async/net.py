@@ -44,10 +44,9 @@ def get_address(listener: socket.socket) -> Address:
 
 def resolve_literal(config: ServerConfig) -> Sequence[AddressInfo] | None:
     """Return the address of a host that is an IP address, without asking a resolver; None if it is a name."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return _getaddrinfo(config, socket.AI_NUMERICHOST)
-    except (OSError, ValueError):
-        return None
+    return None
 
 
 def resolve(config: ServerConfig) -> Sequence[AddressInfo]:
@@ -151,11 +150,10 @@ def _remove_stale_socket(path: str) -> None:
 
 def get_file_id(path: str) -> tuple[int, int] | None:
     """Return the device and inode of ``path``; None if there is no such file."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # ValueError: an abstract name
         status = os.stat(path)
-    except (OSError, ValueError):  # ValueError: an abstract name
-        return None
-    return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino
+    return None
 
 
 def remove_socket_file(path: str, file_id: tuple[int, int] | None) -> None:

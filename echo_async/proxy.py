@@ -10,6 +10,7 @@ Specification: https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt, sect
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import struct
@@ -91,11 +92,9 @@ class ProxyHeader:
             return None
         self._check_version("v1")
         end = self._buffer.find(b"\r\n", 0, V1_MAX_SIZE) + 2
-        if end >= 2:
-            return end
-        if len(self._buffer) >= V1_MAX_SIZE:
+        if end < 2 and len(self._buffer) >= V1_MAX_SIZE:
             raise ProxyHeaderError(f"no end of line within {V1_MAX_SIZE} bytes")
-        return None
+        return end if end >= 2 else None
 
     def _find_size_v2(self) -> int | None:
         header = self._buffer
@@ -122,15 +121,12 @@ def _parse_v1(line: bytes) -> Source:
     line = line.removesuffix(b"\r\n")
     if V1_UNKNOWN.match(line):
         return None
-    if match := V1_ADDRESSES.fullmatch(line):
+    match = V1_ADDRESSES.fullmatch(line)
+    if match and max(int(match[4]), int(match[5])) <= 65535:
         family = socket.AF_INET if match[1] == b"TCP4" else socket.AF_INET6
-        try:
+        with contextlib.suppress(OSError):
             source, _ = (_normalize(family, address.decode("ascii")) for address in (match[2], match[3]))
-        except OSError:
-            pass
-        else:
-            if max(int(match[4]), int(match[5])) <= 65535:
-                return source, int(match[4])
+            return source, int(match[4])
     raise ProxyHeaderError(f"malformed line: {excerpt(line)}")
 
 

@@ -258,7 +258,7 @@ def test_stop_within_a_message_answers_it_and_no_other(mode: Mode, size: int) ->
 
 def test_message_after_stop_can_be_too_long() -> None:
     conversation = make_conversation("stream", 20)
-    feed(conversation, [b"begun"])
+    feed(conversation, [b"first"])
     conversation.stop()
     assert conversation.receive(b"x" * 20) == b""
     assert conversation.finished

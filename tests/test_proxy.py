@@ -383,10 +383,10 @@ def test_header_timeout_is_not_extended_by_single_bytes() -> None:
 
 
 def test_header_timeout_over_the_socket_maximum_is_accepted() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.sendall(b"PROXY UNKNOWN\r\n")
-        receive_header(theirs, ProxyHeader(), 1e11)
+    client, accepted = socket.socketpair()
+    with client, accepted:
+        client.sendall(b"PROXY UNKNOWN\r\n")
+        receive_header(accepted, ProxyHeader(), 1e11)
 
 
 class SingleAcceptLoop(asyncio.SelectorEventLoop):
@@ -407,19 +407,19 @@ def test_close_at_the_moment_of_accept_closes_the_connection() -> None:
         admission = Admission(Registry(echo_async.ServerConfig(proxy_protocol="auto")))
         loop = asyncio.get_running_loop()
         assert isinstance(loop, SingleAcceptLoop)
-        loop.clients = [theirs]
+        loop.clients = [accepted]
         loop.on_next_accept = HandshakeAcceptor(
-            admission, loop, theirs, None, lambda establish, peername: asyncio.Protocol()
+            admission, loop, accepted, None, lambda establish, peername: asyncio.Protocol()
         ).close
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert admission.is_idle
 
-    ours, theirs = socket.socketpair()
-    with ours, theirs, asyncio.Runner(loop_factory=SingleAcceptLoop) as runner:
+    client, accepted = socket.socketpair()
+    with client, accepted, asyncio.Runner(loop_factory=SingleAcceptLoop) as runner:
         runner.run(main())
-        assert ours.recv(1) == b""
+        assert client.recv(1) == b""
 
 
 def test_header_precedes_the_tls_handshake(

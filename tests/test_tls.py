@@ -189,8 +189,8 @@ def test_tls_clients_reset_in_any_state_are_removed(start_server: StartServer, f
                 client.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc"[: number % 9])
             else:
                 client = connect_tls(server, files.context())
-                client.sendall(b"in\nbegun")
-                assert receive_line(client) == b"in\n"
+                client.sendall(b"one\nincomplete")
+                assert receive_line(client) == b"one\n"
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             socket.socket.close(client)
         wait_until(lambda: server.stats.accepted == 6 and server.stats.tls_failures == 6 and server.stats.active == 0)

@@ -96,10 +96,8 @@ class MetricsServer:
 
     def __init__(self, address: str, port: int) -> None:
         try:
-            family, _, _, _, target = socket.getaddrinfo(
-                address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )[0]
-            self._http = _HttpServer(family, target)
+            infos = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            self._http = _HttpServer(infos[0][0], infos[0][4])
         except (OSError, ValueError) as error:
             raise StartError(
                 f"cannot serve metrics on {format_address((address, port))}: {describe_error(error)}; "

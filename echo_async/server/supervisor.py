@@ -200,18 +200,13 @@ class Worker:
 
     It uses :class:`subprocess.Popen`, since killing an asyncio subprocess that has just exited loses its exit code
     (https://github.com/python/cpython/issues/87744).
-
-    Attributes:
-        pid: The process ID.
-        stats: The counters that the worker reported last.
-        is_ready: The worker accepts connections.
     """
 
     def __init__(
         self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self.pid = process.pid
-        self.stats = Stats()
+        self.stats = Stats()  # as last reported
         self.is_ready = False
         self._requests: deque[asyncio.Future[bool]] = deque()  # for the counters, in order; True: answered
         self._process = process

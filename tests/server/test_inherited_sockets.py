@@ -20,7 +20,7 @@ from echo_async.cli.server import main
 
 SERVER = (sys.executable, "-m", "echo_async.server")
 
-KINDS = [
+VARIANTS = [
     ["--loop", "asyncio"],
     ["--loop", "uvloop"],
     ["--engine", "protocol", "--loop", "asyncio"],
@@ -28,7 +28,7 @@ KINDS = [
     ["--engine", "threads"],
     ["--workers", "2"],
 ]
-each_kind = pytest.mark.parametrize("kind", KINDS, ids=" ".join)
+each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
 
 
 class HasFileno(Protocol):
@@ -58,9 +58,9 @@ def exchange(address: tuple[str, int], message: bytes) -> bytes:
 # --fd
 
 
-@each_kind
-def test_inherited_socket_is_served_and_stays_open(kind: list[str], listener: socket.socket) -> None:
-    with server_on(listener, *kind) as server:
+@each_variant
+def test_inherited_socket_is_served_and_stays_open(variant: list[str], listener: socket.socket) -> None:
+    with server_on(listener, *variant) as server:
         assert server.address == listener.getsockname()
         assert exchange(server.address, b"one\n") == b"one\n"
         assert server.stop()[0] == 0
@@ -84,12 +84,12 @@ def test_inherited_unix_socket_file_is_not_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("restore_loggers")
-@pytest.mark.parametrize("kind", [[], ["--workers", "2"]], ids=" ".join)
+@pytest.mark.parametrize("variant", [[], ["--workers", "2"]], ids=" ".join)
 def test_fd_that_is_not_listening_exits_with_code_3(
-    kind: list[str], listener: socket.socket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    variant: list[str], listener: socket.socket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def error_line(file: HasFileno) -> str:
-        assert main(["--fd", str(file.fileno()), *kind]) == 3
+        assert main(["--fd", str(file.fileno()), *variant]) == 3
         return single_error_line(*capsys.readouterr())
 
     with (
@@ -103,7 +103,9 @@ def test_fd_that_is_not_listening_exits_with_code_3(
         for other in (not_listening, datagrams, connected):
             assert f"descriptor {other.fileno()}: not a listening stream socket; " in error_line(other)
     number = listener.fileno()  # closed in a process to which it is not passed
-    completed = subprocess.run([*SERVER, "--fd", str(number), *kind], capture_output=True, text=True, timeout=TIMEOUT)
+    completed = subprocess.run(
+        [*SERVER, "--fd", str(number), *variant], capture_output=True, text=True, timeout=TIMEOUT
+    )
     assert completed.returncode == 3
     assert f"descriptor {number}: bad file descriptor; " in single_error_line(completed.stdout, completed.stderr)
 
@@ -137,11 +139,11 @@ def activated(*listeners: socket.socket, pid: str = "", options: tuple[str, ...]
             os.close(number)
 
 
-@each_kind
-def test_all_sockets_from_systemd_are_served(kind: list[str], listener: socket.socket) -> None:
+@each_variant
+def test_all_sockets_from_systemd_are_served(variant: list[str], listener: socket.socket) -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as second,
-        activated(listener, second, options=(*kind, "--port", "1")) as server,
+        activated(listener, second, options=(*variant, "--port", "1")) as server,
     ):
         assert server.address == listener.getsockname()
         for each in (listener, second):
@@ -164,13 +166,13 @@ def test_listen_fds_of_another_process_is_ignored(listener: socket.socket) -> No
 NOTIFY_CASES = [(["--loop", "asyncio"], False), (["--engine", "threads"], True), (["--workers", "2"], False)]
 
 
-@pytest.mark.parametrize(("kind", "abstract"), NOTIFY_CASES, ids=["asyncio", "threads", "workers"])
-def test_service_manager_is_notified_of_start_and_stop(kind: list[str], abstract: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("variant", "abstract"), NOTIFY_CASES, ids=["asyncio", "threads", "workers"])
+def test_service_manager_is_notified_of_start_and_stop(variant: list[str], abstract: bool, tmp_path: Path) -> None:
     name = f"@echo-async-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind("\0" + name[1:] if abstract else name)
         manager.settimeout(TIMEOUT)
-        with command_process([*SERVER, "--port", "0", *kind], {"NOTIFY_SOCKET": name}) as server:
+        with command_process([*SERVER, "--port", "0", *variant], {"NOTIFY_SOCKET": name}) as server:
             assert manager.recv(100) == b"READY=1"
             assert exchange(server.address, b"one\n") == b"one\n"  # READY=1: the server is reachable
             server.process.send_signal(signal.SIGTERM)
@@ -196,7 +198,7 @@ def test_missing_service_manager_is_only_a_warning(tmp_path: Path) -> None:
 
 
 class ClientLoad:
-    """Threads that send one message per connection, until ``clients`` connections were made."""
+    """Threads that send one message per connection, until ``clients`` messages are sent."""
 
     def __init__(self, address: tuple[str, int], clients: int) -> None:
         self._address = address
@@ -234,12 +236,12 @@ class ClientLoad:
                     self.failures.append(f"{number}: {failure}")
 
 
-@each_kind
-def test_restart_on_an_inherited_socket_fails_no_client(kind: list[str], listener: socket.socket) -> None:
+@each_variant
+def test_restart_on_an_inherited_socket_fails_no_client(variant: list[str], listener: socket.socket) -> None:
     clients = 200
     with ClientLoad(listener.getsockname(), clients) as load:
         for target in (clients // 2, clients):
-            with server_on(listener, *kind, "--no-access-log") as server:
+            with server_on(listener, *variant, "--no-access-log") as server:
                 wait_until(lambda target=target: load.done >= target)  # type: ignore[misc]
                 code, log = server.stop()
                 assert code == 0
@@ -248,10 +250,10 @@ def test_restart_on_an_inherited_socket_fails_no_client(kind: list[str], listene
     assert load.failures == []
 
 
-@each_kind
-def test_message_in_transit_at_the_stop_is_answered(kind: list[str], listener: socket.socket) -> None:
+@each_variant
+def test_message_in_transit_at_the_stop_is_answered(variant: list[str], listener: socket.socket) -> None:
     """A new connection has a grace period for its first message; otherwise the next server accepts it."""
-    with server_on(listener, *kind) as server:
+    with server_on(listener, *variant) as server:
         clients = [socket.create_connection(listener.getsockname(), TIMEOUT) for _ in range(20)]
         server.process.send_signal(signal.SIGTERM)
         for client in clients:

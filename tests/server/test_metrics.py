@@ -29,8 +29,8 @@ from echo_async.server.metrics import COUNTERS, TIMEOUTS, StatsCollector
 from echo_async.server.supervisor import Worker
 
 # Engine and number of workers
-KINDS = [("streams", 1), ("protocol", 1), ("threads", 1), ("protocol", 2), ("threads", 2)]
-each_kind = pytest.mark.parametrize(("engine", "workers"), KINDS)
+VARIANTS = [("streams", 1), ("protocol", 1), ("threads", 1), ("protocol", 2), ("threads", 2)]
+each_variant = pytest.mark.parametrize(("engine", "workers"), VARIANTS)
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def exchange(client: socket.socket, message: bytes) -> None:
     assert receive_line(client, len(message)) == message
 
 
-@each_kind
+@each_variant
 def test_metrics_match_what_was_sent(engine: EngineName, workers: int) -> None:
     with server_with_metrics(engine, workers) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(8)]
@@ -87,7 +87,7 @@ def test_metrics_match_what_was_sent(engine: EngineName, workers: int) -> None:
         assert samples["echo_async_messages_total"] == 800
         assert samples["echo_async_received_bytes_total"] == samples["echo_async_sent_bytes_total"] == size
         assert samples["echo_async_connections_accepted_total"] == samples["echo_async_connections_active"] == 8
-        clients.pop().sendall(b"begun")
+        clients.pop().sendall(b"incomplete")
         stack.close()
         wait_until(lambda: scrape(server)["echo_async_connections_active"] == 0)
         samples = scrape(server)
@@ -96,7 +96,7 @@ def test_metrics_match_what_was_sent(engine: EngineName, workers: int) -> None:
         code, lines = server.stop()
     assert code == 0
     assert " accepted=8 active=0 " in lines
-    assert f" messages=800 bytes_in={size + 5} bytes_out={size} lost=1 " in lines
+    assert f" messages=800 bytes_in={size + 10} bytes_out={size} lost=1 " in lines
 
 
 def test_metrics_count_refusals_and_timeouts_by_kind() -> None:
@@ -154,11 +154,11 @@ def test_healthz_is_503_if_no_worker_responds() -> None:
 
 def test_worker_exiting_during_a_stats_request_returns_false() -> None:
     async def main() -> None:
-        ours, theirs = socket.socketpair()
-        worker = Worker(process, *await asyncio.open_connection(sock=ours))
+        channel, worker_channel = socket.socketpair()
+        worker = Worker(process, *await asyncio.open_connection(sock=channel))
         request = asyncio.create_task(worker.fetch_stats())
-        await asyncio.to_thread(theirs.recv, 1)
-        theirs.close()
+        await asyncio.to_thread(worker_channel.recv, 1)
+        worker_channel.close()
         assert await worker.run_until_exit() == 0
         assert await request is False
 
@@ -170,9 +170,9 @@ def test_commands_to_an_exited_worker_log_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def main() -> None:
-        ours, theirs = socket.socketpair()
-        worker = Worker(process, *await asyncio.open_connection(sock=ours))
-        theirs.close()
+        channel, worker_channel = socket.socketpair()
+        worker = Worker(process, *await asyncio.open_connection(sock=channel))
+        worker_channel.close()
         for _ in range(20):
             worker.send_command("stats")
         await worker.run_until_exit()

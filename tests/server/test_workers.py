@@ -388,19 +388,25 @@ def test_workers_exit_with_the_supervisor_and_free_the_port(engine: EngineName) 
 
 @each_engine
 def test_worker_exits_if_the_supervisor_reads_no_report(engine: EngineName) -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs, socket.create_server(("127.0.0.1", 0)) as listener:
+    channel, worker_channel = socket.socketpair()
+    with channel, worker_channel, socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         settings = {"config": {"engine": engine}, "loop": "auto", "log_level": "info", "log_format": "text"}
-        command = [sys.executable, "-m", "echo_async.server.worker", str(theirs.fileno()), str(listener.fileno())]
-        inherited = (theirs.fileno(), listener.fileno())
+        command = [
+            sys.executable,
+            "-m",
+            "echo_async.server.worker",
+            str(worker_channel.fileno()),
+            str(listener.fileno()),
+        ]
+        inherited = (worker_channel.fileno(), listener.fileno())
         with subprocess.Popen(command, pass_fds=inherited, stderr=subprocess.PIPE, text=True) as worker:
             try:
-                theirs.close()
-                ours.sendall(json.dumps(settings).encode() + b"\n")
-                readable, _, _ = select.select([ours], [], [], TIMEOUT)
+                worker_channel.close()
+                channel.sendall(json.dumps(settings).encode() + b"\n")
+                readable, _, _ = select.select([channel], [], [], TIMEOUT)
                 assert readable  # the worker has reported that it is ready; the report is not read
-                ours.close()
+                channel.close()
                 _, lines = worker.communicate(timeout=TIMEOUT)
             finally:
                 worker.kill()
