@@ -125,17 +125,18 @@ os.execv(command[0], command)
 
 @contextmanager
 def activated(*listeners: socket.socket, pid: str = "", options: tuple[str, ...] = ()) -> Iterator[ServerProcess]:
-    moved = [os.dup(listener.fileno()) for listener in listeners]  # away from 3 and up, the target range
-    high = [os.dup2(number, 100 + place) for place, number in enumerate(moved)]
-    for number in moved:
+    """Start a server as systemd does, with ``listeners`` as descriptors from 3 on."""
+    duplicates = [os.dup(listener.fileno()) for listener in listeners]
+    inherited = [os.dup2(number, 100 + place) for place, number in enumerate(duplicates)]  # clear of 3 and up
+    for number in duplicates:
         os.close(number)
     try:
-        numbers = ",".join(map(str, high))
+        numbers = ",".join(map(str, inherited))
         command = [sys.executable, "-c", SOCKET_ACTIVATION, pid, str(len(listeners)), numbers, *SERVER, *options]
-        with command_process(command, pass_fds=high) as server:
+        with command_process(command, pass_fds=inherited) as server:
             yield server
     finally:
-        for number in high:
+        for number in inherited:
             os.close(number)
 
 
