@@ -1,4 +1,4 @@
-"""An echo server that stands still for 200 ms of each second, to see what a load generator makes of it.
+"""An echo server that blocks for 200 ms of each second, to test whether a load generator shows it.
 
 ``python benchmarks/pausing.py PORT``
 """
@@ -17,7 +17,7 @@ class Echo(asyncio.Protocol):
 
 
 def pause(loop: asyncio.AbstractEventLoop) -> None:
-    time.sleep(0.2)  # everybody waits: that is the point
+    time.sleep(0.2)  # blocks all connections
     loop.call_later(0.8, pause, loop)
 
 

@@ -1,8 +1,8 @@
-"""All the echo servers that can be run here, side by side: this package's, and peers as small as they go.
+"""Compare the servers of this package with minimal servers in other languages and frameworks.
 
-``python benchmarks/run.py`` measures every peer whose compiler, runtime or package is installed, in several
-loads, in interleaved rounds (see ``echo_async.bench.comparison``), and writes ``results/DATE.json`` and
-``results/DATE.md``. The peers in Python run on the Python that runs this.
+``python benchmarks/run.py`` measures every server in ``peers`` whose compiler, runtime or package is installed,
+under several loads, in interleaved rounds (see ``echo_async.bench.comparison``). It writes ``results/DATE.json``
+and ``results/DATE.md``. The servers in Python use the interpreter that runs this script.
 """
 
 from __future__ import annotations
@@ -26,37 +26,42 @@ from echo_async.bench.report import format_comparison, format_machine, format_sp
 HERE = Path(__file__).resolve().parent
 
 Loads = dict[str, tuple[LoadPlan, int]]
-"""A name, how the load is, and the bytes of a message."""
+"""The name of each load, with its plan and its message size in bytes."""
 
 
 def main() -> int:
-    options = _options()
+    options = _parse_options()
     plan = LoadPlan(duration=options.duration, warmup=0.3)
     with tempfile.TemporaryDirectory() as build:
-        candidates = [*_peers(Path(build)), *_ours()]
+        candidates = [*_peer_candidates(Path(build)), *_own_candidates()]
         if options.only:
             candidates = [each for each in candidates if any(word in each.name for word in options.only)]
         if not candidates:
-            print(f"error: no server here is called {' or '.join(options.only)}", file=sys.stderr)
+            print(
+                f"error: invalid --only: {' '.join(options.only)} (must be part of the name of an installed server)",
+                file=sys.stderr,
+            )
             return 2
-        done: list[tuple[str, Comparison]] = []
+        comparisons: list[tuple[str, Comparison]] = []
         for name, (load, size) in _loads(plan).items():
             if name in options.loads:
-                done.append((name, _measure(name, candidates, load, size, options.rounds)))
-                print_comparison(done[-1][1])
-                # Each time: a server that fails later on takes nothing of this with it.
-                _write(done, options.rounds, Path(options.output))
+                comparisons.append((name, _measure(name, candidates, load, size, options.rounds)))
+                print_comparison(comparisons[-1][1])
+                # Written after each load, so that a later failure loses no results.
+                _write_results(comparisons, options.rounds, Path(options.output))
     return 0
 
 
-def _options() -> argparse.Namespace:
+def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(_loads(LoadPlan()))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--duration", type=float, default=1.0, help="seconds of each result")
     parser.add_argument("--loads", nargs="+", choices=names, default=names)
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="servers with one of these in the name")
-    parser.add_argument("--output", default=str(HERE / "results"), help="the directory for the results")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="measure only servers with one of these words in the name"
+    )
+    parser.add_argument("--output", default=str(HERE / "results"), help="directory for the results")
     return parser.parse_args()
 
 
@@ -74,64 +79,66 @@ def _measure(name: str, candidates: Sequence[Candidate], plan: LoadPlan, size: i
         return compare(candidates, [size], plan, rounds, progress)
 
 
-def _ours() -> Iterator[Candidate]:
+def _own_candidates() -> Iterator[Candidate]:
     yield from make_candidates(["protocol"], ["uvloop", "asyncio"], [1])
     yield from make_candidates(["streams"], ["uvloop", "asyncio"], [65_536])
     yield from make_candidates(["streams"], ["uvloop"], [20])
     yield from make_candidates(["threads"], [], [65_536, 20])
 
 
-def _peers(build: Path) -> Iterator[Candidate]:
-    """Those that can be run here, the one in C first: it is the base of the ratios."""
-    yield from _compiled("C epoll", "cc", ["-O2", "-o"], "epoll.c", build)
-    yield from _compiled("Go goroutines", "go", ["build", "-o"], "goroutines.go", build)
+def _peer_candidates(build: Path) -> Iterator[Candidate]:
+    """Return the installed peers; the first one, in C, is the base of the ratios."""
+    yield from _compiled_peer("C epoll", "cc", ["-O2", "-o"], "epoll.c", build)
+    yield from _compiled_peer("Go goroutines", "go", ["build", "-o"], "goroutines.go", build)
     if node := shutil.which("node"):
-        yield _peer("Node net", node, HERE / "peers/node.js")
-    yield from _python("bare uvloop protocol", "uvloop", "uvloop_protocol.py")
-    yield from _python("bare uvloop streams", "uvloop", "streams.py")
-    yield from _python("bare asyncio streams", "asyncio", "streams.py", "asyncio")
-    yield from _python("trio", "trio", "trio_streams.py")
-    yield from _python("Twisted", "twisted", "twisted_protocol.py")
-    yield from _python("gevent", "gevent", "gevent_stream.py")
-    yield from _python("bare threads 65536 B", "threading", "threads.py", "65536")
-    yield from _python("bare threads 20 B", "threading", "threads.py")
+        yield _make_peer("Node net", node, HERE / "peers/node.js")
+    yield from _python_peer("bare uvloop protocol", "uvloop", "uvloop_protocol.py")
+    yield from _python_peer("bare uvloop streams", "uvloop", "streams.py")
+    yield from _python_peer("bare asyncio streams", "asyncio", "streams.py", "asyncio")
+    yield from _python_peer("trio", "trio", "trio_streams.py")
+    yield from _python_peer("Twisted", "twisted", "twisted_protocol.py")
+    yield from _python_peer("gevent", "gevent", "gevent_stream.py")
+    yield from _python_peer("bare threads 65536 B", "threading", "threads.py", "65536")
+    yield from _python_peer("bare threads 20 B", "threading", "threads.py")
 
 
-def _compiled(name: str, compiler: str, options: Sequence[str], source: str, build: Path) -> Iterator[Candidate]:
+def _compiled_peer(name: str, compiler: str, options: Sequence[str], source: str, build: Path) -> Iterator[Candidate]:
     if found := shutil.which(compiler):
         program = build / Path(source).stem
         subprocess.run([found, *options, program, HERE / "peers" / source], check=True)
-        yield _peer(name, program)
+        yield _make_peer(name, program)
 
 
-def _python(name: str, module: str, script: str, *arguments: str) -> Iterator[Candidate]:
+def _python_peer(name: str, module: str, script: str, *arguments: str) -> Iterator[Candidate]:
     if find_spec(module) is not None:
-        yield _peer(name, sys.executable, HERE / "peers" / script, *arguments)
+        yield _make_peer(name, sys.executable, HERE / "peers" / script, *arguments)
 
 
-def _peer(name: str, *command: object) -> Candidate:
+def _make_peer(name: str, *command: object) -> Candidate:
     start: Callable[[LoadMode, int], Sequence[str]] = lambda mode, size: [str(word) for word in command]  # noqa: E731
     return Candidate(name=name, engine="peer", command=start)
 
 
-def _write(done: Sequence[tuple[str, Comparison]], rounds: int, directory: Path) -> None:
+def _write_results(comparisons: Sequence[tuple[str, Comparison]], rounds: int, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    machine = done[0][1].machine
+    machine = comparisons[0][1].machine
     path = directory / machine["date"].split()[0]
-    path.with_suffix(".json").write_text(json.dumps({name: each.as_json() for name, each in done}, indent=1) + "\n")
+    path.with_suffix(".json").write_text(
+        json.dumps({name: each.as_json() for name, each in comparisons}, indent=1) + "\n"
+    )
     with ExitStack() as stack:
         out = stack.enter_context(path.with_suffix(".md").open("w"))
-        command = f"python benchmarks/run.py --rounds {rounds} --duration {done[0][1].plan.duration:g}"
+        command = f"python benchmarks/run.py --rounds {rounds} --duration {comparisons[0][1].plan.duration:g}"
         print(f"# Echo servers side by side\n\n{format_machine(machine)}. Measured by `{command}`.", file=out)
-        for name, comparison in done:
+        for name, comparison in comparisons:
             [size] = comparison.sizes
             print(f"\n## `{name}`: {format_comparison(comparison, size)}\n", file=out)
-            print("\n".join(_markdown(comparison.results_of_size(size))), file=out)
-    print(f"written: {path}.json and {path}.md", file=sys.stderr)
+            print("\n".join(_markdown_table(comparison.results_of_size(size))), file=out)
+    print(f"results written to {path}.json and {path}.md", file=sys.stderr)
 
 
-def _markdown(results: Sequence[CandidateResult]) -> Iterator[str]:
-    yield "| server | messages/s | CPU µs a message | CPU ratio (least-greatest) | p50 ms | p99 ms |"
+def _markdown_table(results: Sequence[CandidateResult]) -> Iterator[str]:
+    yield "| server | messages/s | CPU µs per message | CPU ratio (min-max) | p50 ms | p99 ms |"
     yield "|---|--:|--:|--:|--:|--:|"
     for result in sorted(results, key=lambda each: each.cpu_per_message or 0):
         limit = "*" if result.is_generator_limited else ""
@@ -141,7 +148,7 @@ def _markdown(results: Sequence[CandidateResult]) -> Iterator[str]:
             f"| {1e3 * result.latency['50']:.3f} | {1e3 * result.latency['99']:.3f} |"
         )
     if any(each.is_generator_limited for each in results):
-        yield "\n\\* the load generator was the limit: the server can do more; its CPU time a message holds."
+        yield "\n\\* the load generator was the limit: the server can do more; compare its CPU time per message."
 
 
 if __name__ == "__main__":

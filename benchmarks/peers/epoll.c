@@ -1,5 +1,5 @@
-/* Peer: epoll and nothing else, as near to the kernel as an echo gets. No framing, no limits.
-   Says "listening on 127.0.0.1:PORT" and serves until it is killed. */
+/* A minimal echo server on epoll, without framing or limits.
+   Prints "listening on 127.0.0.1:PORT" and serves until it is killed. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
@@ -11,7 +11,7 @@
 
 static char data[1 << 18];
 
-/* Everything, waiting where the client does not read: a peer, not a model. */
+/* Blocks the other clients while this one does not read: enough for a benchmark. */
 static int send_all(int client, ssize_t size) {
     for (ssize_t sent = 0; sent < size;) {
         ssize_t taken = send(client, data + sent, size - sent, MSG_NOSIGNAL);

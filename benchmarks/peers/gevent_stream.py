@@ -1,4 +1,4 @@
-"""Peer: gevent, a greenlet a client, big reads, no framing."""
+"""A minimal gevent server with one greenlet per client and large reads, without framing."""
 
 from gevent.server import StreamServer
 from gevent.socket import IPPROTO_TCP, TCP_NODELAY

@@ -1,4 +1,5 @@
-// Peer: Go's net package, a goroutine a client, line by line; replies to lines that came together go out together.
+// A minimal server on Go's net package: one goroutine per client, line by line. Replies are flushed when no
+// input is buffered.
 package main
 
 import (

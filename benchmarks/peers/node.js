@@ -1,4 +1,4 @@
-// Peer: Node's net module, a pipe from each socket to itself.
+// A minimal server on Node's net module: each socket is piped to itself.
 const server = require("net").createServer({ noDelay: true }, (client) => {
   client.on("error", () => client.destroy());
   client.pipe(client);

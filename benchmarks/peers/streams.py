@@ -1,4 +1,4 @@
-"""Peer: the smallest asyncio.start_server, line by line, on uvloop or (``asyncio``) on asyncio's own loop."""
+"""A minimal asyncio.start_server, line by line, on uvloop or, with the argument ``asyncio``, on asyncio's loop."""
 
 import asyncio
 import sys

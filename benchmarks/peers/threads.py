@@ -1,4 +1,4 @@
-"""Peer: a thread a client, reads of 20 bytes until a newline is there (or of SIZE bytes), no limits.
+"""A minimal server with one thread per client and reads of SIZE bytes (default 20), without limits.
 
 ``python threads.py [SIZE]``
 """

@@ -1,4 +1,4 @@
-"""Peer: trio, a task a client, big reads, no framing."""
+"""A minimal trio server with one task per client and large reads, without framing."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Peer: Twisted, a protocol a client, on its epoll reactor; no framing."""
+"""A minimal Twisted server on its epoll reactor, without framing."""
 
 from twisted.internet import reactor
 from twisted.internet.protocol import Factory, Protocol

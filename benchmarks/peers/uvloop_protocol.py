@@ -1,4 +1,4 @@
-"""Peer: the smallest protocol on uvloop. No framing, no limits, no time-outs."""
+"""A minimal asyncio protocol on uvloop, without framing, limits or timeouts."""
 
 import asyncio
 
