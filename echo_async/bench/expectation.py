@@ -47,7 +47,7 @@ class Expectation:
             is_valid = False
         if not is_valid:
             raise ConfigError(
-                f"invalid expect: {text!r} (must be min, mean, max or p0 to p100, then <, <=, > or >=, then a time "
+                f"invalid --expect: {text!r} (must be min, mean, max or p0 to p100, then <, <=, > or >=, then a time "
                 "in us, ms or s, such as 'p99<5ms'; or a number, such as 'rate>1000', 'late<10' or 'lost<1')"
             )
         return cls(text.strip(), metric, comparison, limit * UNITS.get(unit, 1.0))

@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 from time import perf_counter
 from typing import Any
 
-from ..errors import ConfigError, ConnectError, EchoError, describe_error
+from ..errors import ConnectError, EchoError, describe_error
 from ..net import format_address
 from .distribution import Distribution
 from .plan import LoadPlan
@@ -37,8 +37,6 @@ class LoadError(EchoError):
 
 def find_server(host: str, port: int, uds: str | None, plan: LoadPlan) -> tuple[int, Any]:
     """Connect to the server once; return the family and the numeric address that connected."""
-    if uds == "":
-        raise ConfigError("invalid uds: '' (must be the path of a Unix socket)")
     name = format_address(uds or (host, port))
     wrap_tls = plan.tls_wrapper()
     try:

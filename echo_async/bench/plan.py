@@ -6,7 +6,7 @@ import ssl
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Literal, Self, TypedDict, get_args
+from typing import Any, Literal, Self, TypedDict
 
 from ..errors import ConfigError
 from ..tls import client_context
@@ -41,13 +41,11 @@ class LoadPlan:
     tls: TLSOptions | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(LoadMode):
-            raise ConfigError(f"invalid mode: {self.mode!r} (choose from {', '.join(get_args(LoadMode))})")
         if self.mode == "message" and self.pipeline != 1:
-            raise ConfigError(f"invalid pipeline: {self.pipeline} (must be 1 in message mode; use --mode stream)")
+            raise ConfigError(f"--pipeline {self.pipeline} requires --mode stream")
         if self.processes > self.connections:
             raise ConfigError(
-                f"invalid processes: {self.processes} (must be at most the number of connections, {self.connections})"
+                f"invalid --processes: {self.processes} (must be at most the number of connections, {self.connections})"
             )
 
     def split(self) -> list[Self]:

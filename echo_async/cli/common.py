@@ -87,22 +87,6 @@ def option(name: str, definition: Option) -> Callable[[Any], Any]:
     )
 
 
-class Seconds(click.ParamType[float]):
-    """A number of seconds: finite, and greater than 0, or also 0 with ``zero``."""
-
-    name = "seconds"
-
-    def __init__(self, *, zero: bool = False) -> None:
-        self._definition = Option(0.0, "", "seconds", is_zero_allowed=zero)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        with contextlib.suppress(ValueError):
-            seconds = float(value)
-            if not self._definition.violation(seconds):
-                return seconds
-        self.fail(f"{value!r} ({self._definition.violation(value)})", param, ctx)
-
-
 def version_option() -> Callable[[Any], Any]:
     return click.version_option(__version__, prog_name="echo-async")
 

@@ -287,7 +287,7 @@ def test_load_open_loop_shows_a_server_pause(capsys: pytest.CaptureFixture[str],
     assert opened["response_time"]["p99"] > 0.1
     assert opened["service_time"]["p99"] < 0.15
     assert opened["late"] > 50
-    assert opened["late_by_generator"] < opened["late"] / 2
+    assert opened["late_by_generator"] < opened["late"]  # the others waited for the pause to end
 
 
 def test_load_stream_mode_against_message_server_fails(capsys: pytest.CaptureFixture[str]) -> None:
