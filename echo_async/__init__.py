@@ -7,7 +7,7 @@ Layout, in reading order:
 ``server``        who looks after it: the server object, its sockets, workers, the command
 ``client``        the other side: connect, echo, the command
 ``sync``          the same names for threads, without an event loop
-``bench``         the measuring stick: load any echo server, compare the engines
+``bench``         load generator for any echo server, and comparison of the engines
 ``testing`` ``pytest_plugin``   a server for tests, and its fixtures
 ``config``        every option and its default
 ``errors``        everything that goes wrong, as one tree
