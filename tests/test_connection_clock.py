@@ -247,10 +247,10 @@ def test_sweep_closes_and_counts_expired_connections(caplog: pytest.LogCaptureFi
     assert (idle.calls, incomplete.calls) == (["finish", "abort"], ["finish", "abort"])
     assert registry.stats.timeouts_idle == 1
     lines = [record.getMessage() for record in caplog.records]
-    assert sorted(line for line in lines if " closed: " in line) == [
-        "disconnected client closed: a message was begun and not finished in 60 s",
-        "disconnected client closed: it read nothing of what it was sent for 60 s",
-        "disconnected client closed: nothing received for 60 s",
+    assert sorted(line for line in lines if " timeout (" in line) == [
+        "disconnected client idle timeout (60 s)",
+        "disconnected client message timeout (60 s): incomplete message",
+        "disconnected client write timeout (60 s): peer is not reading",
     ]
 
 
@@ -352,10 +352,10 @@ def test_refused_connections_are_counted_and_rate_limited(
         assert not admission.admit()
         seconds += 0.01
     assert registry.stats.refused == 1000
-    assert caplog.messages[0] == "refused a client: 2 are connected, the limit"
+    assert caplog.messages[0] == "connection limit reached (2), connection refused"
     assert 9 <= len(caplog.messages) - 1 <= 10
     assert all(
-        re.fullmatch(r"refused a client: 2 are connected, the limit \(repeated 1\d\d times\)", line)
+        re.fullmatch(r"connection limit reached \(2\), connection refused \(repeated 1\d\d times\)", line)
         for line in caplog.messages[1:]
     )
     registry.remove(first)

@@ -18,6 +18,7 @@ from .registry import Registry
 HANDSHAKE_TIMEOUT = 10.0  # seconds for a TLS handshake
 ACCEPT_RETRY_DELAY = 0.1  # seconds after accept() failed for lack of descriptors or memory
 ACCEPT_ABORTED = {errno.ECONNABORTED, errno.EPROTO, errno.EINTR}  # of accept(2): the next connection can be accepted
+SHUTTING_DOWN = ConnectionError("server is shutting down")
 RESERVED_DESCRIPTORS = 32  # for listeners, logs, the event loop, and what the host program has open
 
 
@@ -33,10 +34,10 @@ class Admission:
         self._counters = registry.context.counters
         self._lock = threading.Lock()
         self._pending = 0
-        self._log_accept_error = RateLimitedLog(log.warning, "cannot accept clients just now: %s")
-        self._log_handshake_failure = RateLimitedLog(log.warning, "%s closed: its TLS handshake failed: %s")
-        self._log_header_failure = RateLimitedLog(log.warning, "%s closed: %s")
-        self._log_refused = RateLimitedLog(log.warning, "refused a client: %d are connected, the limit")
+        self._log_accept_error = RateLimitedLog(log.warning, f"accept failed: %s; retrying in {ACCEPT_RETRY_DELAY:g} s")
+        self._log_handshake_failure = RateLimitedLog(log.warning, "%s TLS handshake failed: %s")
+        self._log_header_failure = RateLimitedLog(log.warning, "%s %s")
+        self._log_refused = RateLimitedLog(log.warning, "connection limit reached (%d), connection refused")
 
     @property
     def is_idle(self) -> bool:
@@ -52,7 +53,7 @@ class Admission:
             return False
         if self._trusted_proxies is not None and not self._trusted_proxies.is_trusted(peername):
             self._counters.increment("proxy_failures")
-            self._log_header_failure(format_address(peername), "it may not send a PROXY header (proxy_allow_from)")
+            self._log_header_failure(format_address(peername), "connection refused: not in proxy_allow_from")
             return False
         return True
 
@@ -78,23 +79,23 @@ class Admission:
         self.end_handshake()
         if isinstance(error, TimeoutError):
             self._counters.increment("timeouts_handshake")
-            details = f"not done in {HANDSHAKE_TIMEOUT:g} s"
+            details = f"timed out after {HANDSHAKE_TIMEOUT:g} s"
         else:
             self._counters.increment("tls_failures")
             details = describe_error(error)
         self._log_handshake_failure(peer, details)
 
-    def fail_header(self, peer: str, error: BaseException) -> None:
+    def fail_header(self, peer: str, error: Exception) -> None:
         """End a pending connection that sent no valid PROXY header. A disconnect or a shutdown is no failure."""
         self.end_handshake()
         if isinstance(error, TimeoutError):
             self._counters.increment("timeouts_message")
-            self._log_header_failure(peer, f"it sent no whole PROXY header in {self.config.timeout_message:g} s")
+            self._log_header_failure(peer, f"PROXY header timeout ({self.config.timeout_message:g} s)")
         elif isinstance(error, ProxyHeaderError):
             self._counters.increment("proxy_failures")
-            self._log_header_failure(peer, error)
+            self._log_header_failure(peer, f"invalid PROXY header: {error}")
         else:
-            log.debug("%s closed before its PROXY header: %r", peer, error)
+            log.debug("%s connection lost before the PROXY header: %s", peer, describe_error(error))
 
 
 def max_connections() -> int:

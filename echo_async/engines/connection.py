@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+from ..errors import describe_error
 from ..logs import access_log, excerpt, log
 from ..net import format_address
 from .context import ConnectionContext
@@ -17,6 +18,7 @@ LINES_PER_TURN = 250  # access log lines of one connection before others get the
 NEW_CLIENT_GRACE = 0.5  # seconds that a new connection gets at a shutdown to begin its message
 
 TimeoutKind = Literal["idle", "message", "write", "linger"]
+TIMEOUT_DETAILS = {"idle": "", "message": ": incomplete message", "write": ": peer is not reading"}
 
 
 class Connection:
@@ -118,55 +120,59 @@ class Connection:
     def fail(self, error: Exception) -> None:
         """End this connection alone after an internal error, which is counted and logged."""
         self.context.counters.increment("failed")
-        log.error("%s closed for an error of the server's: %r", self.peer, error)
+        log.error("%s internal error, connection aborted: %r", self.peer, error)
         self.abort()
 
+    def log_lost(self, error: Exception) -> None:
+        log.debug("%s connection lost: %s", self.peer, describe_error(error))
+
     def log_established(self) -> None:
-        log.debug("%s connected", self.peer)
+        log.debug("%s connection established", self.peer)
 
     def log_chunk(self, chunk: bytes) -> None:
-        log.debug("%s sent a chunk of %d bytes: %s", self.peer, len(chunk), excerpt(chunk))
+        log.debug("%s chunk received: %d bytes: %s", self.peer, len(chunk), excerpt(chunk))
 
     def log_reply(self, reply: bytes) -> Iterator[None]:
         """Log a line for each message in ``reply``; yield every ``LINES_PER_TURN`` lines.
 
         A reply can hold many messages. The engine gives other connections their turn at each yield.
         """
+        peer = self.peer
         if self.context.config.mode == "raw":
-            return self._log_message(reply)
+            return _log_message(peer, reply)
         start = lines = 0
         while end := reply.find(b"\n", start) + 1:
-            self._log_message(reply[start:end])
+            _log_message(peer, reply[start:end])
             start, lines = end, lines + 1
             if lines % LINES_PER_TURN == 0:
                 yield
         return None
 
-    def _log_message(self, message: bytes) -> None:
-        peer, text = self.peer, excerpt(message)
-        facts = {"client": peer, "bytes": len(message), "text": text}
-        access_log.info("%s %d bytes: %s", peer, len(message), text, extra={"facts": facts})
-
     def log_timeout(self, kind: TimeoutKind) -> None:
         seconds = getattr(self.context.config, f"timeout_{kind}")
-        text = {
-            "idle": "nothing received for %g s",
-            "message": "a message was begun and not finished in %g s",
-            "write": "it read nothing of what it was sent for %g s",
-        }[kind]
-        log.info("%s closed: " + text, self.peer, seconds)
+        log.info("%s %s timeout (%g s)%s", self.peer, kind, seconds, TIMEOUT_DETAILS[kind])
 
     def log_closed(self) -> None:
         conversation = self.conversation
         if conversation.too_long:
-            log.warning("%s closed: its message is over the limit of %d bytes", self.peer, conversation.limit)
+            log.warning("%s message too long: over %d bytes", self.peer, conversation.limit)
         elif conversation.incomplete:
-            log.warning("%s lost in mid-message, after %d bytes without a newline", self.peer, conversation.incomplete)
+            log.warning(
+                "%s incomplete message: connection closed after %d bytes without a newline",
+                self.peer,
+                conversation.incomplete,
+            )
         if self.context.log_chunks:
             log.debug(
-                "%s closed: %d messages, %d bytes in, %d out",
+                "%s connection closed: %d messages, %d bytes received, %d bytes sent",
                 self.peer,
                 conversation.messages,
                 conversation.received,
                 conversation.answered,
             )
+
+
+def _log_message(peer: str, message: bytes) -> None:
+    text = excerpt(message)
+    facts = {"client": peer, "bytes": len(message), "text": text}
+    access_log.info("%s %d bytes: %s", peer, len(message), text, extra={"facts": facts})

@@ -16,7 +16,7 @@ from typing import Any, cast
 from ..net import format_address
 from ..proxy import ProxyHeaderError
 from ..tls import Certificates
-from .admission import ACCEPT_ABORTED, ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, Admission
+from .admission import ACCEPT_ABORTED, ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
 from .context import LINGER_TIMEOUT
 from .proxy_reader import read_header
 
@@ -77,11 +77,16 @@ class HandshakeAcceptor:
             header = self._admission.new_header()
             try:
                 await read_header(self._loop, connection, header, self._admission.config.timeout_message)
-            except (ProxyHeaderError, OSError, asyncio.CancelledError) as error:
-                self._admission.fail_header(format_address(peername), error)
-                return connection.close()
+            except asyncio.CancelledError:
+                return self._fail_header(connection, peername, SHUTTING_DOWN)
+            except (ProxyHeaderError, OSError) as error:
+                return self._fail_header(connection, peername, error)
             peername = header.source or peername
         await self._connect_transport(connection, peername)
+
+    def _fail_header(self, connection: socket.socket, peername: object, error: Exception) -> None:
+        self._admission.fail_header(format_address(peername), error)
+        connection.close()
 
     async def _connect_transport(self, connection: socket.socket, peername: object) -> None:
         tls: dict[str, Any] = {}
@@ -110,5 +115,5 @@ class HandshakeAcceptor:
             self._admission.fail_handshake(format_address(peername), error)
         except asyncio.CancelledError:
             if not is_established:  # else the shutdown drains it with the others
-                self._admission.fail_handshake(format_address(peername), ConnectionError("the server stops"))
+                self._admission.fail_handshake(format_address(peername), SHUTTING_DOWN)
                 connection.close()

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
 
-from ..logs import log
 from .connection import Connection
 from .handshake_acceptor import Establish
 from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS
@@ -87,7 +86,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         if error is not None:
-            log.debug("%s broke off: %s", self.peer, error)
+            self.log_lost(error)
         self._registry.remove(self)
 
     def pause_writing(self) -> None:

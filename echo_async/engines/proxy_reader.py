@@ -52,7 +52,7 @@ def _consume(connected: socket.socket, header: ProxyHeader) -> None:
     elif header.received:
         raise ProxyHeaderError(f"truncated after {header.received} bytes")
     else:
-        raise ConnectionError("the client left without a word")
+        raise ConnectionError("closed by the peer")
 
 
 async def _wait_readable(loop: asyncio.AbstractEventLoop, connected: socket.socket) -> None:

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Unpack
 
 from ..config import ServerConfig, ServerOptions
-from ..logs import log
 from .connection import Connection
 from .handshake_acceptor import Establish
 from .loop_internals import ACCEPT_BATCH, READ_AHEAD_TURNS, TRANSPORT_ERRORS, abort_transport, run_turns
@@ -135,7 +134,7 @@ class StreamConnection(Connection):
             if not is_sent:
                 await self._writer.wait_closed()
         except TRANSPORT_ERRORS as error:
-            log.debug("%s broke off: %s", self.peer, error)
+            self.log_lost(error)
         except Exception as error:
             self.fail(error)
 

@@ -15,7 +15,7 @@ from ..errors import StartError, describe_error
 from ..listeners import Listeners
 from ..net import format_address
 from ..tls import Certificates
-from .admission import ACCEPT_ABORTED, ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, Admission
+from .admission import ACCEPT_ABORTED, ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
 from .proxy_reader import receive_header
 from .registry import DRAIN_INTERVAL
 from .threads import ThreadConnection
@@ -77,8 +77,7 @@ class ThreadAcceptor:
                 self._thread.start()
             except (OSError, RuntimeError) as error:
                 raise StartError(
-                    f"cannot serve on threads: {describe_error(error)}; "
-                    "give the process more, or stop what takes so much"
+                    f"cannot serve on threads: {describe_error(error)}; raise the thread or descriptor limit"
                 ) from error
             on_failure.pop_all()
 
@@ -254,7 +253,7 @@ class ThreadAcceptor:
         except Exception as error:
             was_aborted = connected not in self._pending
             self._pending.discard(connected)
-            fail(format_address(peername), ConnectionError("the server stops") if was_aborted else error)
+            fail(format_address(peername), SHUTTING_DOWN if was_aborted else error)
             return connected.close()
         connection = ThreadConnection(self._registry, secured, peername)
         self._registry.add(connection)

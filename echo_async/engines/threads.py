@@ -10,7 +10,6 @@ import contextlib
 import socket
 import threading
 
-from ..logs import log
 from .connection import Connection
 from .registry import Registry
 from .tls_socket import TlsSocket
@@ -52,7 +51,7 @@ class ThreadConnection(Connection):
         try:
             self._echo()
         except OSError as error:
-            log.debug("%s broke off: %s", self.peer, error)
+            self.log_lost(error)
         except Exception as error:
             self.fail(error)
         finally:

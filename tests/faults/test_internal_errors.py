@@ -54,4 +54,4 @@ def test_internal_error_aborts_only_its_connection(
         healthy.close()
         failing.close()
     [line] = log_lines(caplog, logging.WARNING)
-    assert re.fullmatch(r"127\.0\.0\.1:\d+ closed for an error of the server's: .*(a bug|Memory).*", line)
+    assert re.fullmatch(r"127\.0\.0\.1:\d+ internal error, connection aborted: .*(a bug|Memory).*", line)

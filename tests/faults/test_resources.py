@@ -59,7 +59,7 @@ def test_thread_start_failure_refuses_only_that_client(
             client.close()
         assert server.stats.refused == 3
         assert server.stats.accepted == 1
-    assert log_lines(caplog, logging.WARNING) == ["cannot accept clients just now: can't start new thread"]
+    assert log_lines(caplog, logging.WARNING) == ["accept failed: can't start new thread; retrying in 0.1 s"]
 
 
 def test_start_without_resources_fails_without_leaks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,7 +150,9 @@ def test_tls_incomplete_message_is_logged_with_peer(
             with suppress(ssl.SSLError):  # the server may close without close_notify
                 client.unwrap()
         wait_until(lambda: server.stats.lost == 1)
-    assert log_lines(caplog, logging.WARNING) == [f"{name} lost in mid-message, after 5 bytes without a newline"]
+    assert log_lines(caplog, logging.WARNING) == [
+        f"{name} incomplete message: connection closed after 5 bytes without a newline"
+    ]
 
 
 @pytest.mark.parametrize(("fault", "counted"), TLS_FAULTS, ids=[fault.__name__ for fault, _ in TLS_FAULTS])

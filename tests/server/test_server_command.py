@@ -110,10 +110,17 @@ def test_the_debug_log_shows_each_connection_and_chunk() -> None:
     with server_process("--log-level", "debug", "--loop", "asyncio") as server:
         exchange(server.address, b"a message of more than twenty bytes\n")
         _, log = server.stop()
-    chunks = re.findall(r" DEBUG 127\.0\.0\.1:\d+ sent a chunk of (\d+) bytes: (.*)\n", log)
+    chunks = re.findall(r" DEBUG 127\.0\.0\.1:\d+ chunk received: (\d+) bytes: (.*)\n", log)
     assert chunks == [("20", "a message of more th"), ("16", "an twenty bytes")]
-    assert len(re.findall(r" DEBUG 127\.0\.0\.1:\d+ connected\n", log)) == 1
-    assert len(re.findall(r" DEBUG 127\.0\.0\.1:\d+ closed: 1 messages, 36 bytes in, 36 out\n", log)) == 1
+    assert len(re.findall(r" DEBUG 127\.0\.0\.1:\d+ connection established\n", log)) == 1
+    assert (
+        len(
+            re.findall(
+                r" DEBUG 127\.0\.0\.1:\d+ connection closed: 1 messages, 36 bytes received, 36 bytes sent\n", log
+            )
+        )
+        == 1
+    )
 
 
 def test_a_higher_log_level_says_nothing_of_what_goes_well() -> None:
@@ -179,14 +186,16 @@ def test_an_unfinished_message_is_logged_with_its_size() -> None:
             client.shutdown(socket.SHUT_WR)
             assert receive_all(client) == b""
         _, log = server.stop()
-    assert re.search(r" WARNING 127\.0\.0\.1:\d+ lost in mid-message, after 10 bytes without a newline\n", log)
+    assert re.search(
+        r" WARNING 127\.0\.0\.1:\d+ incomplete message: connection closed after 10 bytes without a newline\n", log
+    )
 
 
 def test_a_message_over_the_limit_is_logged_and_never_answered() -> None:
     with server_process("--limit-message-size", "100", "--mode", "stream") as server:
         assert exchange(server.address, b"one\n" + b"x" * 1000 + b"\ntwo\n") == b"one\n"
         _, log = server.stop()
-    assert re.search(r" WARNING 127\.0\.0\.1:\d+ closed: its message is over the limit of 100 bytes", log)
+    assert re.search(r" WARNING 127\.0\.0\.1:\d+ message too long: over 100 bytes", log)
     assert log.count(" bytes: ") == 1
 
 
@@ -250,7 +259,7 @@ def test_a_begun_message_holds_the_stop_until_the_grace_time_ends(kind: tuple[st
         assert 0.4 < monotonic() - begun < MAX_DELAY
     assert code == 0
     assert_harmless(log)
-    assert "lost in mid-message, after 14 bytes" in log
+    assert "incomplete message: connection closed after 14 bytes" in log
 
 
 @pytest.mark.parametrize(
