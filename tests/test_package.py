@@ -1,12 +1,14 @@
-"""The package as a whole: what it exports, and what importing it does not do."""
+"""The package as a whole: exports, side effects of the import, metadata."""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ MODULES = sorted(
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter in which every warning is an error."""
+    """Run a new interpreter in which warnings are errors."""
     return subprocess.run(
         [sys.executable, "-W", "error", *arguments], capture_output=True, text=True, timeout=20, cwd=ROOT.parent
     )
@@ -30,22 +32,22 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def imported() -> set[str]:
-    """The modules that are there once every public name is, and were not after ``import asyncio``."""
+    """The modules that importing every public name adds to those of asyncio."""
     code = "import asyncio, sys; before = set(sys.modules); from echo_async import *; print(*set(sys.modules) - before)"
-    done = python("-c", code)
-    assert done.stderr == ""
-    return set(done.stdout.split())
+    result = python("-c", code)
+    assert result.stderr == ""
+    return set(result.stdout.split())
 
 
 @pytest.mark.parametrize(
     "name", ["click", "uvloop", "multiprocessing", "json", "importlib.metadata", "prometheus_client", "argparse"]
 )
-def test_importing_the_package_does_not_import(name: str, imported: set[str]) -> None:
+def test_package_import_does_not_import(name: str, imported: set[str]) -> None:
     assert "echo_async.conversation" in imported
     assert name not in imported
 
 
-def test_importing_the_package_changes_nothing_around_it() -> None:
+def test_package_import_has_no_side_effects() -> None:
     code = """
 import asyncio, logging, signal, sys, threading
 handlers = {each: signal.getsignal(each) for each in signal.valid_signals()}
@@ -58,38 +60,38 @@ assert logging.getLogger("echo_async").level == logging.NOTSET
 assert logging.raiseExceptions
 assert asyncio.events._event_loop_policy is None
 """
-    done = python("-c", code)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    result = python("-c", code)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_every_exported_name_exists_once_and_in_order() -> None:
+def test_package_exports_exist_without_duplicates() -> None:
     assert len(set(echo_async.__all__)) == len(echo_async.__all__)
     assert sorted(echo_async.__all__) == sorted(set(echo_async.__all__))
     for name in echo_async.__all__:
         assert getattr(echo_async, name) is not None
 
 
-def test_the_documented_names_are_exported() -> None:
+def test_package_exports_the_documented_names() -> None:
     assert {"EchoServer", "ServerConfig", "Stats", "serve", "handle_echo"} <= set(echo_async.__all__)
     assert {"EchoClient", "connect", "echo"} <= set(echo_async.__all__)
 
 
-def test_what_is_imported_into_the_package_is_exported() -> None:
+def test_package_exports_match_its_typed_imports() -> None:
     tree = ast.parse((ROOT / "__init__.py").read_text())
     [typed] = [node for node in tree.body if isinstance(node, ast.If)]
     names = {each.name for node in typed.body if isinstance(node, ast.ImportFrom) for each in node.names}
     assert names == set(echo_async.__all__)
 
 
-def test_importing_the_package_alone_brings_no_other_module_of_it() -> None:
-    done = python("-c", "import sys, echo_async; print(*(name for name in sys.modules if 'echo_async' in name))")
-    assert (done.stdout, done.stderr) == ("echo_async\n", "")
+def test_package_import_loads_submodules_lazily() -> None:
+    result = python("-c", "import sys, echo_async; print(*(name for name in sys.modules if 'echo_async' in name))")
+    assert (result.stdout, result.stderr) == ("echo_async\n", "")
     assert set(echo_async.__all__) <= set(dir(echo_async))
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        echo_async.nonsense  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        echo_async.missing  # noqa: B018
 
 
-def test_every_error_is_exported_and_in_one_tree() -> None:
+def test_errors_are_exported_and_form_one_tree() -> None:
     errors = importlib.import_module("echo_async.errors")
     assert set(errors.__all__) <= set(echo_async.__all__)
     for name in errors.__all__:
@@ -97,7 +99,7 @@ def test_every_error_is_exported_and_in_one_tree() -> None:
         assert name in (errors.__doc__ or "")
 
 
-def test_errors_can_be_caught_as_what_they_are_elsewhere() -> None:
+def test_errors_derive_from_builtin_exceptions() -> None:
     assert issubclass(echo_async.ConfigError, ValueError)
     assert issubclass(echo_async.MessageError, ValueError)
     assert issubclass(echo_async.ConnectError, ConnectionError)
@@ -108,25 +110,25 @@ def test_errors_can_be_caught_as_what_they_are_elsewhere() -> None:
     assert not issubclass(echo_async.StartError, ConnectionError)
 
 
-def test_a_different_reply_tells_where_it_differs() -> None:
+def test_reply_different_has_the_offset() -> None:
     error = echo_async.ReplyDifferent("byte 3 differs", 3)
     assert str(error) == "byte 3 differs"
     assert error.offset == 3
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_every_module_says_what_it_is_and_exports_what_it_has(module: str) -> None:
+def test_module_has_docstring_and_valid_exports(module: str) -> None:
     loaded = importlib.import_module(module)
     assert loaded.__doc__
     for name in getattr(loaded, "__all__", ()):
-        assert hasattr(loaded, name), f"{module} exports {name}, which it does not have"
+        assert hasattr(loaded, name), f"{module} exports {name}, which does not exist"
 
 
-def test_no_module_of_the_package_is_overlooked() -> None:
+def test_package_modules_are_found() -> None:
     assert {"echo_async.conversation", "echo_async.engines.streams", "echo_async.cli.server"} <= set(MODULES)
 
 
-def test_the_conversation_imports_nothing_that_reads_writes_waits_or_logs() -> None:
+def test_conversation_imports_no_io_modules() -> None:
     code = f"""
 import runpy, sys
 before = set(sys.modules)
@@ -135,20 +137,29 @@ talk = names["make_conversation"]("stream", 100)
 assert talk.receive(b"one\\n") == b"one\\n"
 print(*set(sys.modules) - before)
 """
-    done = python("-I", "-c", code)
-    assert (done.returncode, done.stderr) == (0, "")
+    result = python("-I", "-c", code)
+    assert (result.returncode, result.stderr) == (0, "")
     assert not {"asyncio", "socket", "selectors", "threading", "logging", "time", "echo_async"} & set(
-        done.stdout.split()
+        result.stdout.split()
     )
 
 
-def test_the_package_is_typed() -> None:
+def test_package_is_typed() -> None:
     assert (ROOT / "py.typed").exists()
 
 
 @pytest.mark.parametrize("command", ["server", "client"])
-def test_the_help_of_a_command_is_silent_on_stderr(command: str) -> None:
-    done = python("-m", f"echo_async.{command}", "--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("Usage: ")
-    assert "Examples:" in done.stdout
+def test_command_help_prints_nothing_to_stderr(command: str) -> None:
+    result = python("-m", f"echo_async.{command}", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("Usage: ")
+    assert "Examples:" in result.stdout
+
+
+def test_package_classifiers_are_tested_versions() -> None:
+    root = Path(__file__).parent.parent
+    classifiers = tomllib.loads((root / "pyproject.toml").read_text())["project"]["classifiers"]
+    classified = {each.rpartition(" ")[2] for each in classifiers if re.search(r":: 3\.\d+$", each)}
+    tested = re.search(r"for version in ([\d. ]+);", (root / ".ci" / "run").read_text())
+    assert tested
+    assert classified == {"3.11", "3.12", "3.13"} <= set(tested[1].split())
