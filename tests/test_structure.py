@@ -1,0 +1,78 @@
+"""The structure of the package, read from its source: imports, exports, length of functions."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import echo_async
+
+ROOT = Path(echo_async.__file__).parent
+MAX_FUNCTION_LINES = 40
+
+
+def module_name(path: Path) -> str:
+    parts = ("echo_async", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
+
+def imported_names(module: str) -> Iterator[str]:
+    """Absolute names, wherever in the file they are imported: at the top, for types only, inside a function."""
+    package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            source = ".".join(filter(None, (base, node.module)))
+            for alias in node.names:
+                submodule = f"{source}.{alias.name}"
+                yield submodule if submodule in FILES else source
+
+
+IMPORTS = {module: set(imported_names(module)) for module in FILES}
+
+
+def import_circles() -> list[list[str]]:
+    """Modules of the package that import each other, directly or through others."""
+
+    def reachable(start: str) -> set[str]:
+        seen: set[str] = set()
+        pending = [start]
+        while pending:
+            new = (IMPORTS[pending.pop()] & set(FILES)) - seen
+            seen |= new
+            pending += new
+        return seen
+
+    reach = {module: reachable(module) for module in FILES}
+    circles = {
+        tuple(sorted({module, *(m for m in reach[module] if module in reach[m])}))
+        for module in FILES
+        if module in reach[module]
+    }
+    return sorted(map(list, circles))
+
+
+def test_package_imports_have_no_circle() -> None:
+    assert import_circles() == []
+
+
+def test_click_is_imported_in_cli_only() -> None:
+    users = {module for module, names in IMPORTS.items() if any(n == "click" or n.startswith("click.") for n in names)}
+    assert users
+    assert [module for module in users if not module.startswith("echo_async.cli.")] == []
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_functions_have_at_most_40_lines(module: str) -> None:
+    functions = [n for n in ast.walk(TREES[module]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = [(each.name, (each.end_lineno or each.lineno) - each.lineno + 1) for each in functions]
+    assert [(name, length) for name, length in lengths if length > MAX_FUNCTION_LINES] == []
