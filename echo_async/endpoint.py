@@ -33,7 +33,7 @@ class Endpoint:
         self.config = config = ClientConfig(host=host, port=port, **given)
         self.ssl = create_default_context() if config.ssl is True else config.ssl or None
         default_hostname = "localhost" if config.uds is not None else host.partition("%")[0]
-        self.server_hostname = config.server_hostname or default_hostname
+        self.server_hostname = (config.server_hostname or default_hostname) if self.ssl else None
         self.name = format_address((host, port) if config.uds is None else config.uds)
         self.numeric: Sequence[AddressInfo] = ()  # the address, if the host is one and needs no resolver
         with suppress(OSError, UnicodeError):

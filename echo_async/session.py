@@ -48,16 +48,16 @@ class BaseSession(Generic[C]):
         return self._behavior is ServerBehavior.KEEPS_OPEN
 
     def usable_connection(self) -> C | None:
-        """Return the current connection if it is open; raise the error of unexpected bytes received on it."""
+        """Return the current connection if it is open; raise if it received unexpected bytes, or is closed."""
         connection = self.connection
         if connection is not None and connection.unexpected is not None:
             error, connection.unexpected = connection.unexpected, None
             raise error
-        return connection if connection is not None and connection.is_open else None
-
-    def check_not_closed(self) -> None:
+        if connection is not None and connection.is_open:
+            return connection
         if self.is_closed:
             raise EchoError(f"cannot send to {self.name}: the client is closed; connect again")
+        return None
 
     def can_resend(self, connection: C) -> bool:
         """Return whether the message lost on ``connection`` may be sent again, on a new one."""

@@ -6,16 +6,14 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from time import perf_counter
-from typing import Any, TypeVar
 
 from ..endpoint import CONNECTION_ATTEMPT_DELAY, UNIX_RETRY_DELAY, Endpoint, RetrySchedule, log, log_tls, new_socket
 from ..errors import ConnectError
 from ..net import AddressInfo
-
-P = TypeVar("P", bound=asyncio.Protocol)
+from .connection import Connection
 
 TLS_SHUTDOWN_TIMEOUT = 2.0  # seconds for the server to answer the close_notify of TLS
 
@@ -25,51 +23,52 @@ class Connector:
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._tls: dict[str, Any] = {}
-        if endpoint.ssl is not None:
-            self._tls = {
-                "ssl": endpoint.ssl,
-                "server_hostname": endpoint.server_hostname,
-                "ssl_shutdown_timeout": TLS_SHUTDOWN_TIMEOUT,
-            }
 
-    async def open(self, factory: Callable[[], P]) -> P:
-        """Connect, with retries; return the protocol made by ``factory``."""
+    async def open(self) -> Connection:
+        """Connect, with retries."""
         schedule = RetrySchedule(self._endpoint)
         while True:
             try:
-                return await self._attempt(factory, schedule.timeout)
+                return await self._attempt(schedule.timeout)
             except ConnectError as error:
                 delay = schedule.next_delay(error)
                 if delay is None:
                     raise
             await asyncio.sleep(delay)
 
-    async def _attempt(self, factory: Callable[[], P], seconds: float) -> P:
+    async def _attempt(self, seconds: float) -> Connection:
         endpoint, started = self._endpoint, perf_counter()
         log.debug("connecting to %s", endpoint.name)
         try:
             async with asyncio.timeout(seconds):
-                connected = await self._connect()
+                connected = await _connect(endpoint)
                 log.debug("connected to %s in %.3f ms", endpoint.name, 1e3 * (perf_counter() - started))
-                return await self._create_protocol(connected, factory)
+                return await _create_connection(endpoint, connected)
         except (OSError, UnicodeError) as error:
             raise endpoint.connect_error(error, seconds) from error
 
-    async def _connect(self) -> socket.socket:
-        if self._endpoint.config.uds is not None:
-            return await _connect_unix(self._endpoint.config.uds)
-        infos = self._endpoint.numeric or await _resolve(self._endpoint)
-        return await _connect_tcp(infos[0]) if len(infos) == 1 else await _race(infos)
 
-    async def _create_protocol(self, connected: socket.socket, factory: Callable[[], P]) -> P:
-        """Create the transport, which owns the socket from then on, also when this is canceled."""
-        loop, started = asyncio.get_running_loop(), perf_counter()
-        create = loop.create_connection if self._endpoint.config.uds is None else loop.create_unix_connection
-        transport, protocol = await create(factory, sock=connected, **self._tls)
-        if self._tls:
-            log_tls(transport.get_extra_info("ssl_object"), started)
-        return protocol
+async def _create_connection(endpoint: Endpoint, connected: socket.socket) -> Connection:
+    """Create the transport, which owns the socket from then on, also when this is canceled."""
+    loop, started = asyncio.get_running_loop(), perf_counter()
+    create = loop.create_connection if endpoint.config.uds is None else loop.create_unix_connection
+    transport, connection = await create(
+        lambda: Connection(endpoint),
+        sock=connected,
+        ssl=endpoint.ssl,
+        server_hostname=endpoint.server_hostname,
+        ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT if endpoint.ssl else None,
+    )
+    if endpoint.ssl is not None:
+        log_tls(transport.get_extra_info("ssl_object"), started)
+    return connection
+
+
+async def _connect(endpoint: Endpoint) -> socket.socket:
+    if endpoint.config.uds is not None:
+        return await _connect_unix(endpoint.config.uds)
+    infos = endpoint.numeric or await _resolve(endpoint)
+    return await _connect_tcp(infos[0]) if len(infos) == 1 else await _race(infos)
 
 
 async def _resolve(endpoint: Endpoint) -> Sequence[AddressInfo]:

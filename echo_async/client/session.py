@@ -60,14 +60,13 @@ class Session(BaseSession[Connection]):
     async def _connect(self) -> Connection:
         connection = self.usable_connection()
         if connection is None:
-            self.check_not_closed()
-            connection = await self._connector.open(lambda: Connection(self.endpoint))
+            connection = await self._connector.open()
             self._connections.add(connection)
             connection.closed.add_done_callback(lambda _: self._connections.discard(connection))
             self.connection = connection
             if self.is_closed:  # closed while connecting
                 self.close()
-                self.check_not_closed()
+                self.usable_connection()
         return connection
 
     def close(self) -> None:

@@ -12,9 +12,9 @@ from time import monotonic, perf_counter
 from ..endpoint import Endpoint, log
 from ..errors import describe_error
 from ..verifier import Exchange, ReplyVerifier
-from .connector import MAX_WAIT
 
 READ_SIZE = 65_536  # bytes of one read
+MAX_WAIT = 3600.0  # seconds; poll takes milliseconds as a 32-bit integer
 
 
 class Connection(ReplyVerifier):

@@ -16,17 +16,16 @@ from time import monotonic, perf_counter, sleep
 from ..endpoint import CONNECTION_ATTEMPT_DELAY, UNIX_RETRY_DELAY, Endpoint, RetrySchedule, log, log_tls, new_socket
 from ..errors import ConnectError
 from ..net import AddressInfo
-
-MAX_WAIT = 3600.0  # seconds; poll takes milliseconds as a 32-bit integer
+from .connection import MAX_WAIT, Connection
 
 
 class Connector:
-    """Open nonblocking sockets that are connected to an endpoint."""
+    """Open connections to an endpoint."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
 
-    def open(self) -> socket.socket:
+    def open(self) -> Connection:
         """Connect, with retries."""
         schedule = RetrySchedule(self._endpoint)
         while True:
@@ -38,23 +37,23 @@ class Connector:
                     raise
             sleep(delay)
 
-    def _attempt(self, seconds: float) -> socket.socket:
+    def _attempt(self, seconds: float) -> Connection:
         endpoint, started, deadline = self._endpoint, perf_counter(), monotonic() + seconds
         log.debug("connecting to %s", endpoint.name)
         try:
-            connected = self._connect(deadline)
+            connected = _connect(endpoint, deadline)
             log.debug("connected to %s in %.3f ms", endpoint.name, 1e3 * (perf_counter() - started))
-            if endpoint.ssl is None:
-                return connected
-            return _start_tls(connected, endpoint.ssl, endpoint.server_hostname, deadline)
+            if endpoint.ssl is not None:
+                connected = _start_tls(endpoint, endpoint.ssl, connected, deadline)
+            return Connection(endpoint, connected)
         except (OSError, UnicodeError) as error:
             raise endpoint.connect_error(error, seconds) from error
 
-    def _connect(self, deadline: float) -> socket.socket:
-        endpoint = self._endpoint
-        if endpoint.config.uds is not None:
-            return _connect_unix(endpoint.config.uds, deadline)
-        return _race(list(endpoint.numeric or endpoint.resolve()), deadline)
+
+def _connect(endpoint: Endpoint, deadline: float) -> socket.socket:
+    if endpoint.config.uds is not None:
+        return _connect_unix(endpoint.config.uds, deadline)
+    return _race(list(endpoint.numeric or endpoint.resolve()), deadline)
 
 
 def _connect_unix(path: str, deadline: float) -> socket.socket:
@@ -111,11 +110,12 @@ def _start_connecting(info: AddressInfo) -> socket.socket:
         return connecting
 
 
-def _start_tls(connected: socket.socket, context: SSLContext, server_hostname: str, deadline: float) -> SSLSocket:
+def _start_tls(endpoint: Endpoint, context: SSLContext, connected: socket.socket, deadline: float) -> SSLSocket:
     started, poll = perf_counter(), select.poll()
     with ExitStack() as on_error:
         on_error.enter_context(connected)
-        secured = context.wrap_socket(connected, server_hostname=server_hostname, do_handshake_on_connect=False)
+        name = endpoint.server_hostname
+        secured = context.wrap_socket(connected, server_hostname=name, do_handshake_on_connect=False)
         on_error.enter_context(secured)
         while (event := _continue_handshake(secured)) is not None:
             poll.register(secured, event)

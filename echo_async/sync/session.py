@@ -30,8 +30,7 @@ class Session(BaseSession[Connection]):
             self.connection.receive_pending()
         connection = self.usable_connection()
         if connection is None:
-            self.check_not_closed()
-            connection = self.connection = Connection(self.endpoint, self._connector.open())
+            connection = self.connection = self._connector.open()
         return connection
 
     def exchange(self, data: bytes) -> float:
