@@ -39,7 +39,7 @@ DEFAULTS = {
 TIMEOUTS = ["timeout_idle", "timeout_message", "timeout_write", "timeout_graceful_shutdown"]
 
 
-def test_every_default_is_the_documented_one() -> None:
+def test_defaults_are_the_documented_ones() -> None:
     assert {field.name: field.default for field in fields(ServerConfig)} == DEFAULTS
     assert (CONNECT_TIMEOUT, REPLY_TIMEOUT) == (10, 10)
 
@@ -59,7 +59,7 @@ BAD: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
-def test_a_value_that_makes_no_sense_is_refused_by_name_and_value(name: str, value: Any) -> None:
+def test_invalid_value_is_reported_with_name_and_value(name: str, value: Any) -> None:
     with pytest.raises(ConfigError) as refused:
         ServerConfig(**{name: value})
     text = str(refused.value)
@@ -67,13 +67,13 @@ def test_a_value_that_makes_no_sense_is_refused_by_name_and_value(name: str, val
     assert re.search(r"\((must be|choose from) .*\)$", text)
 
 
-def test_an_empty_host_is_refused() -> None:
+def test_empty_host_is_invalid() -> None:
     with pytest.raises(ConfigError, match=r"^invalid host: '' \(must be a host name or an address\)$"):
         ServerConfig(host="")
 
 
 @pytest.mark.parametrize("path", ["", "/tmp/a\0b"])
-def test_what_is_no_path_is_refused_by_name_and_value(path: str) -> None:
+def test_invalid_unix_socket_path_is_reported(path: str) -> None:
     with pytest.raises(ConfigError) as refused:
         ServerConfig(uds=path)
     assert str(refused.value) == f"invalid uds: {path!r} (must be the path of a Unix socket)"
@@ -93,12 +93,12 @@ def test_what_is_no_path_is_refused_by_name_and_value(path: str) -> None:
         *((name, 86_400) for name in TIMEOUTS),
     ],
 )
-def test_the_ends_of_every_range_are_allowed(name: str, value: Any) -> None:
+def test_range_ends_are_valid(name: str, value: Any) -> None:
     assert getattr(ServerConfig(**{name: value}), name) == value
 
 
 @pytest.mark.parametrize("senders", ["*", "10.0.0.0/8, fd00::/8, 192.0.2.1"])
-def test_who_may_send_a_proxy_header_is_a_list_of_networks(senders: str) -> None:
+def test_proxy_allow_from_takes_networks(senders: str) -> None:
     assert ServerConfig(proxy_protocol="auto", proxy_allow_from=senders).proxy_allow_from == senders
 
 
@@ -112,22 +112,22 @@ def test_who_may_send_a_proxy_header_is_a_list_of_networks(senders: str) -> None
         ({"proxy_allow_from": "*"}, "proxy_allow_from requires proxy_protocol"),
     ],
 )
-def test_options_that_make_no_sense_together_are_refused_by_name(options: dict[str, Any], said: str) -> None:
+def test_invalid_combination_is_reported(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         ServerConfig(**options)
 
 
-def test_a_bad_option_is_refused_before_anything_is_started() -> None:
+def test_serve_with_invalid_option_raises_at_once() -> None:
     with pytest.raises(ConfigError, match="invalid chunk_size: 0"):
         serve(chunk_size=0)
 
 
-def test_a_bad_option_is_a_value_error_as_well() -> None:
+def test_config_error_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="invalid port: 65536"):
         ServerConfig(port=65536)
 
 
-def test_a_config_cannot_be_changed_into_one_that_makes_no_sense() -> None:
+def test_config_is_immutable() -> None:
     config = ServerConfig()
     with pytest.raises(FrozenInstanceError):
         config.port = -1  # type: ignore[misc]

@@ -19,25 +19,25 @@ def module_of_the_loop(name: LoopName) -> str:
     return run(look, name)
 
 
-def test_asyncio_is_asyncios_own_loop() -> None:
+def test_loop_asyncio_is_the_loop_of_asyncio() -> None:
     assert module_of_the_loop("asyncio").startswith("asyncio.")
 
 
-def test_uvloop_is_uvloop() -> None:
+def test_loop_uvloop_is_the_loop_of_uvloop() -> None:
     assert module_of_the_loop("uvloop").startswith("uvloop")
 
 
-def test_auto_is_uvloop_where_it_is_installed() -> None:
+def test_loop_auto_selects_uvloop_if_installed() -> None:
     assert loop_factory("auto") is loop_factory("uvloop")
     assert loop_factory() is loop_factory("uvloop")
 
 
-def test_auto_is_asyncio_where_uvloop_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_auto_without_uvloop_selects_asyncio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvloop", None)
     assert loop_factory("auto") is asyncio.new_event_loop
 
 
-def test_uvloop_without_uvloop_is_an_error_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_uvloop_not_installed_raises_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "uvloop", None)
     with pytest.raises(StartError) as missing:
         loop_factory("uvloop")
@@ -48,7 +48,7 @@ def test_uvloop_without_uvloop_is_an_error_that_says_how_to_get_it(monkeypatch: 
     assert isinstance(missing.value, EchoError)
 
 
-def test_each_call_of_a_factory_makes_a_loop_of_its_own() -> None:
+def test_loop_factory_creates_a_new_loop_per_call() -> None:
     make = loop_factory("uvloop")
     first, second = make(), make()
     try:

@@ -53,14 +53,14 @@ def _installed() -> bool:
 # What is sent, and what is shown
 
 
-def test_the_default_message(scripted_server: Start) -> None:
+def test_client_without_message_sends_the_default(scripted_server: Start) -> None:
     server = scripted_server(answer_one)
     done = client(server)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"Hola Server!\n", b"")
     assert server.received == [[b"Hola Server!\n"]]
 
 
-def test_stdin_closed_is_the_default_message(scripted_server: Start) -> None:
+def test_stdin_closed_sends_the_default(scripted_server: Start) -> None:
     server = scripted_server(answer_one)
     done = subprocess.run(
         ["sh", "-c", '"$@" <&-', "sh", *COMMAND, "--port", str(server.address[1])],
@@ -71,7 +71,7 @@ def test_stdin_closed_is_the_default_message(scripted_server: Start) -> None:
 
 
 @pytest.mark.parametrize("serve", [answer_one, answer_all])
-def test_messages_from_the_command_line(scripted_server: Start, serve: Serve) -> None:
+def test_arguments_are_sent_as_messages(scripted_server: Start, serve: Serve) -> None:
     server = scripted_server(serve)
     done = client(server, "one", "", "ñandú 🎉", "two\nthree\n", b"\xff\xfe", "--", "--four")
     expected = "one\n\nñandú 🎉\ntwo\nthree\n".encode() + b"\xff\xfe\n--four\n"
@@ -79,33 +79,33 @@ def test_messages_from_the_command_line(scripted_server: Start, serve: Serve) ->
 
 
 @pytest.mark.parametrize("args", [[], ["-"]])
-def test_each_line_of_stdin_is_a_message(scripted_server: Start, args: list[str]) -> None:
+def test_stdin_lines_are_sent_as_messages(scripted_server: Start, args: list[str]) -> None:
     server = scripted_server(answer_all)
     done = client(server, *args, input=b"one\n\xff\x00\n\n" + b"x" * 200_000 + b"\nno newline at the end")
     assert done.stdout == b"one\n\xff\x00\n\n" + b"x" * 200_000 + b"\nno newline at the end\n"
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_stdin_between_messages_of_the_command_line(scripted_server: Start) -> None:
+def test_dash_between_arguments_sends_stdin_lines(scripted_server: Start) -> None:
     done = client(scripted_server(answer_all), "first", "-", "last", input=b"one\ntwo\n")
     assert (done.returncode, done.stdout) == (0, b"first\none\ntwo\nlast\n")
 
 
-def test_a_file_on_stdin(scripted_server: Start, tmp_path: Path) -> None:
+def test_stdin_file_is_sent_line_by_line(scripted_server: Start, tmp_path: Path) -> None:
     file = tmp_path / "lines"
     file.write_bytes(b"one\ntwo\n")
     with file.open("rb") as stdin:
         assert client(scripted_server(answer_one), stdin=stdin).stdout == b"one\ntwo\n"
 
 
-def test_empty_stdin(scripted_server: Start) -> None:
+def test_empty_stdin_sends_nothing(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     done = client(server, "-", input=b"")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 @pytest.mark.parametrize(("mode", "lines"), [("message", 300), ("stream", 30_000)])
-def test_many_lines(mode: str, lines: int) -> None:
+def test_stdin_with_many_lines_is_echoed_completely(mode: str, lines: int) -> None:
     text = "".join(f"{number}\n" for number in range(1, lines + 1)).encode()
     with server_process("--mode", mode, "--log-level", "error") as server:
         done = client(server, "-", input=text)
@@ -113,7 +113,7 @@ def test_many_lines(mode: str, lines: int) -> None:
     assert done.stdout == text
 
 
-def test_replies_come_while_stdin_is_still_open(scripted_server: Start) -> None:
+def test_replies_are_printed_before_stdin_ends(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     command = [*COMMAND, "--port", str(server.address[1]), "-"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -126,7 +126,7 @@ def test_replies_come_while_stdin_is_still_open(scripted_server: Start) -> None:
     assert process.returncode == 0
 
 
-def test_environment_and_command_line(scripted_server: Start) -> None:
+def test_client_command_line_overrides_environment(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     environment = with_env(ECHO_ASYNC_PORT=str(server.address[1]), ECHO_ASYNC_JSON="1", ECHO_ASYNC_TIMEOUT="5")
     done = subprocess.run([*COMMAND, "hola"], env=environment, capture_output=True, timeout=TIMEOUT, check=True)
@@ -135,13 +135,13 @@ def test_environment_and_command_line(scripted_server: Start) -> None:
     assert client(server, "hola", env=environment).returncode == 0
 
 
-def test_no_locale_and_no_utf_8_mode(scripted_server: Start) -> None:
+def test_client_c_locale_sends_bytes_unchanged(scripted_server: Start) -> None:
     environment = with_env(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="")
     done = client(scripted_server(answer_all), "ñ 🎉", env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ñ 🎉\n".encode(), b"")
 
 
-def test_json(scripted_server: Start) -> None:
+def test_json_prints_one_object_per_reply(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.send(peer.message().replace(b"two", b"TWO"))
 
@@ -155,14 +155,14 @@ def test_json(scripted_server: Start) -> None:
     assert done.returncode == 1
 
 
-def test_json_tells_that_nobody_is_there(closed_port: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_json_connection_refused_is_an_object(closed_port: int, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--port", str(closed_port), "--json", "hola"]) == 3
     told = json.loads(capfd.readouterr().out)
     assert (told["seq"], told["ok"]) == (1, False)
     assert "connection refused" in told["error"]
 
 
-def test_a_terminal_gets_replies_escaped(scripted_server: Start) -> None:
+def test_replies_on_a_terminal_are_escaped(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     primary, secondary = pty.openpty()
     with os.fdopen(primary, "rb", 0) as terminal:
@@ -173,7 +173,7 @@ def test_a_terminal_gets_replies_escaped(scripted_server: Start) -> None:
     assert done.returncode == 0
 
 
-def test_a_terminal_on_stdin_is_the_default_message(scripted_server: Start) -> None:
+def test_stdin_terminal_sends_the_default(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     primary, secondary = pty.openpty()
     try:
@@ -183,7 +183,7 @@ def test_a_terminal_on_stdin_is_the_default_message(scripted_server: Start) -> N
         os.close(secondary)
 
 
-def test_verbose_tells_the_steps(scripted_server: Start) -> None:
+def test_verbose_prints_each_step(scripted_server: Start) -> None:
     done = client(scripted_server(answer_all), "--verbose", "Hola")
     assert done.stdout == b"Hola\n"
     steps = re.sub(rb"[\d.]+ ms", b"x ms", re.sub(rb":\d+", b"", done.stderr)).decode().splitlines()
@@ -198,7 +198,7 @@ def test_verbose_tells_the_steps(scripted_server: Start) -> None:
 # What goes wrong
 
 
-def test_nobody_there(closed_port: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_connection_refused_exits_with_3(closed_port: int, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--port", str(closed_port), "hola"]) == 3
     assert capfd.readouterr() == (
         "",
@@ -208,7 +208,7 @@ def test_nobody_there(closed_port: int, capfd: pytest.CaptureFixture[str]) -> No
     assert capfd.readouterr() == ("", "")
 
 
-def test_lost_replies_are_told_and_the_rest_goes_on(scripted_server: Start) -> None:
+def test_lost_reply_is_reported_and_sending_continues(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for message in peer.messages():
             if message == b"4\n":
@@ -221,7 +221,7 @@ def test_lost_replies_are_told_and_the_rest_goes_on(scripted_server: Start) -> N
     assert done.returncode == 1
 
 
-def test_late_and_different_replies_are_told_and_the_rest_goes_on(scripted_server: Start) -> None:
+def test_late_and_different_replies_are_reported(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for message in peer.messages():
             if message == b"late\n":
@@ -237,7 +237,7 @@ def test_late_and_different_replies_are_told_and_the_rest_goes_on(scripted_serve
     assert done.returncode == 1
 
 
-def test_a_server_that_goes_away(scripted_server: Start) -> None:
+def test_server_gone_between_messages_exits_with_3(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.send(peer.message())
         server.stop_listening()
@@ -249,7 +249,7 @@ def test_a_server_that_goes_away(scripted_server: Start) -> None:
     assert done.returncode == 3
 
 
-def test_a_server_that_goes_away_with_a_message(scripted_server: Start) -> None:
+def test_server_gone_within_a_message_exits_with_1(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         for _ in range(2):
             peer.send(peer.message())
@@ -287,7 +287,7 @@ def test_a_server_that_goes_away_with_a_message(scripted_server: Start) -> None:
         (["--ssl-keyfile", "/nonexistent"], "ssl_keyfile"),
     ],
 )
-def test_a_bad_option_is_one_line_that_names_it(args: list[str], text: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_client_invalid_option_exits_with_2(args: list[str], text: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(args) == 2
     stdout, stderr = capfd.readouterr()
     assert stdout == ""
@@ -295,7 +295,7 @@ def test_a_bad_option_is_one_line_that_names_it(args: list[str], text: str, capf
     assert text in stderr
 
 
-def test_help(capfd: pytest.CaptureFixture[str]) -> None:
+def test_client_help_shows_examples_and_options(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capfd.readouterr().out
     assert "Examples:" in text
@@ -304,12 +304,12 @@ def test_help(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.skipif(not _installed(), reason="the version is that of the installed package")
-def test_version(capfd: pytest.CaptureFixture[str]) -> None:
+def test_client_version_is_that_of_the_package(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert re.fullmatch(r"echo-async, version \d+\.\d+\.\d+.*\n", capfd.readouterr().out)
 
 
-def test_help_is_silent_on_stderr() -> None:
+def test_client_help_prints_nothing_to_stderr() -> None:
     assert subprocess.run([*COMMAND, "--help"], capture_output=True, timeout=TIMEOUT, check=True).stderr == b""
 
 
@@ -320,31 +320,31 @@ def _pipe(*args: str, tail: str, server: Any) -> subprocess.CompletedProcess[byt
     return subprocess.run(command, capture_output=True, timeout=TIMEOUT, input=b"x\n" * 100_000)
 
 
-def test_a_reader_that_has_had_enough(scripted_server: Start) -> None:
+def test_stdout_closed_by_its_reader_exits_with_141(scripted_server: Start) -> None:
     done = _pipe("-", tail="| head -1", server=scripted_server(answer_all))
     assert (done.stdout, done.stderr) == (b"x\n", b"141\n")
 
 
-def test_stdout_closed(scripted_server: Start) -> None:
+def test_stdout_closed_sends_the_message(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     assert _pipe("one", tail=">&-", server=server).stderr == b"0\n"
     assert server.received == [[b"one\n"]]
 
 
-def test_stderr_closed(scripted_server: Start, closed_port: int) -> None:
+def test_stderr_closed_keeps_exit_code(scripted_server: Start, closed_port: int) -> None:
     line = '"$@" 2>&-; echo "$?"'
     for port, expected in ((scripted_server(answer_all).address[1], b"hola\n0\n"), (closed_port, b"3\n")):
         words = ["sh", "-c", line, "sh", *COMMAND, "--verbose", "--port", str(port), "hola"]
         assert subprocess.run(words, capture_output=True, timeout=TIMEOUT).stdout == expected
 
 
-def test_a_stderr_that_takes_nothing(closed_port: int) -> None:
+def test_stderr_full_keeps_exit_code(closed_port: int) -> None:
     for port, code in ((str(closed_port), b"3\n"), ("none", b"2\n")):
         words = ["sh", "-c", '"$@" 2>/dev/full; echo "$?"', "sh", *COMMAND, "--port", port, "hola"]
         assert subprocess.run(words, capture_output=True, timeout=TIMEOUT).stdout == code
 
 
-def test_a_line_of_stdin_that_never_ends(scripted_server: Start, capfd: pytest.CaptureFixture[str]) -> None:
+def test_stdin_line_over_64_mib_exits_with_1(scripted_server: Start, capfd: pytest.CaptureFixture[str]) -> None:
     port = str(scripted_server(answer_all).address[1])
     with open("/dev/zero", "rb") as zeros:
         assert subprocess.run([*COMMAND, "--port", port, "-"], stdin=zeros, timeout=TIMEOUT).returncode == 1
@@ -358,7 +358,7 @@ def waiting(pipe: int) -> int:
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("shape", [[], ["--json"]])
-def test_a_stdout_that_does_not_block_gets_everything(tmp_path: Path, shape: list[str], unbuffered: str) -> None:
+def test_nonblocking_stdout_receives_all_replies(tmp_path: Path, shape: list[str], unbuffered: str) -> None:
     lines = b"line of text\n" * 20_000
     (tmp_path / "lines").write_bytes(lines)
     with server_process("--mode", "stream", "--no-access-log") as server, (tmp_path / "lines").open("rb") as stdin:
@@ -377,19 +377,19 @@ def test_a_stdout_that_does_not_block_gets_everything(tmp_path: Path, shape: lis
     assert shape or came == lines
 
 
-def test_a_full_disk(scripted_server: Start) -> None:
+def test_stdout_full_exits_with_1(scripted_server: Start) -> None:
     done = _pipe("one", tail=">/dev/full", server=scripted_server(answer_all))
     assert done.stderr == b"error: cannot write to stdout: no space left on device\n1\n"
 
 
-def test_stdin_that_cannot_be_read(scripted_server: Start) -> None:
+def test_stdin_unreadable_exits_with_1(scripted_server: Start) -> None:
     done = _pipe("-", tail="0>/dev/null", server=scripted_server(answer_all))
     assert done.stderr == b"error: cannot read stdin: bad file descriptor\n1\n"
     done = _pipe("-", tail="<&-", server=scripted_server(answer_all))
     assert done.stderr == b"error: cannot read stdin: it is closed\n1\n"
 
 
-def test_ctrl_c_ends_it_quietly(scripted_server: Start) -> None:
+def test_ctrl_c_exits_with_130_and_no_output(scripted_server: Start) -> None:
     reached = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -415,7 +415,7 @@ def test_ctrl_c_ends_it_quietly(scripted_server: Start) -> None:
             assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
 
 
-def test_ctrl_c_while_the_reader_of_stdout_holds_it_up(scripted_server: Start) -> None:
+def test_ctrl_c_while_stdout_blocks_exits_with_130(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         while data := peer.socket.recv(65536):
             peer.send(data)
@@ -436,7 +436,7 @@ def test_ctrl_c_while_the_reader_of_stdout_holds_it_up(scripted_server: Start) -
         lines.kill()
 
 
-def test_ctrl_c_twice_at_once_is_once(scripted_server: Start) -> None:
+def test_ctrl_c_twice_at_once_prints_one_summary(scripted_server: Start) -> None:
     line = [*COMMAND, "--port", str(scripted_server(answer_all).address[1]), "--count", "0", "--interval", "0"]
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -449,7 +449,7 @@ def test_ctrl_c_twice_at_once_is_once(scripted_server: Start) -> None:
     assert process.returncode in (0, -signal.SIGINT)  # the interpreter on its way out has no handler any more
 
 
-def test_a_server_that_is_gone_while_stdin_is_still_open(scripted_server: Start) -> None:
+def test_server_gone_before_stdin_ends_exits_with_1(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.message()
         server.stop_listening()
@@ -467,7 +467,7 @@ def test_a_server_that_is_gone_while_stdin_is_still_open(scripted_server: Start)
         assert b"connection refused" in gone
 
 
-def test_retry_waits_for_the_server(bound_socket: socket.socket) -> None:
+def test_retry_waits_until_the_server_listens(bound_socket: socket.socket) -> None:
     command = [*COMMAND, "--port", str(bound_socket.getsockname()[1]), "--retry", "10", "--verbose", "hola"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
@@ -480,7 +480,7 @@ def test_retry_waits_for_the_server(bound_socket: socket.socket) -> None:
     assert process.returncode == 0
 
 
-def test_a_unix_socket(tmp_path: Path) -> None:
+def test_client_connects_to_a_unix_socket(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -495,7 +495,7 @@ def test_a_unix_socket(tmp_path: Path) -> None:
 # --count
 
 
-def test_count_has_the_shape_of_ping(scripted_server: Start) -> None:
+def test_count_prints_round_trips_and_summary(scripted_server: Start) -> None:
     done = client(scripted_server(answer_all), "--count", "3", "--interval", "0.01", "hola")
     text = re.sub(r":\d+", "", re.sub(r"\d+\.\d+", "t", done.stdout.decode()))
     assert re.sub(r"\d+ ms", "t ms", text) == (
@@ -511,14 +511,14 @@ def test_count_has_the_shape_of_ping(scripted_server: Start) -> None:
 
 
 @pytest.mark.parametrize("serve", [answer_one, answer_all])
-def test_count_with_every_kind_of_server(scripted_server: Start, serve: Serve) -> None:
+def test_count_with_any_server_receives_all_replies(scripted_server: Start, serve: Serve) -> None:
     done = client(scripted_server(serve), "--count", "10", "--interval", "0", "--quiet")
     assert b"10 sent, 10 received, 0 lost" in done.stdout
     assert b"seq=" not in done.stdout
     assert done.returncode == 0
 
 
-def test_count_goes_on_after_a_loss(scripted_server: Start) -> None:
+def test_count_continues_after_a_lost_reply(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         messages = itertools.islice(peer.messages(), 10) if peer.number == 0 else peer.messages()
         for message in messages:
@@ -534,18 +534,18 @@ def test_count_goes_on_after_a_loss(scripted_server: Start) -> None:
     assert done.returncode == 1
 
 
-def test_count_with_nobody_there(closed_port: int, capfd: pytest.CaptureFixture[str]) -> None:
+def test_count_connection_refused_exits_with_3(closed_port: int, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--port", str(closed_port), "--count", "3"]) == 3
     assert capfd.readouterr().out == ""
 
 
-def test_count_with_json(scripted_server: Start) -> None:
+def test_count_with_json_prints_objects(scripted_server: Start) -> None:
     done = client(scripted_server(answer_all), "--count", "2", "--interval", "0", "--json")
     assert [json.loads(line)["seq"] for line in done.stdout.splitlines()] == [1, 2]
     assert b"2 sent, 2 received, 0 lost (0%)" in done.stderr
 
 
-def test_ctrl_c_ends_count_with_the_summary(scripted_server: Start) -> None:
+def test_ctrl_c_during_count_prints_the_summary(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     command = [*COMMAND, "--port", str(server.address[1]), "--count", "0", "--interval", "0.01"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -562,7 +562,7 @@ def test_ctrl_c_ends_count_with_the_summary(scripted_server: Start) -> None:
     assert process.returncode == 0
 
 
-def test_ctrl_c_before_anything_came_back(scripted_server: Start) -> None:
+def test_ctrl_c_before_the_first_reply_prints_the_summary(scripted_server: Start) -> None:
     reached = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -578,6 +578,6 @@ def test_ctrl_c_before_anything_came_back(scripted_server: Start) -> None:
         assert b"0 sent, 0 received, 0 lost (0%)" in process.stdout.read()
 
 
-def test_the_command_and_the_library_have_the_same_options() -> None:
+def test_client_command_has_all_options_of_connect() -> None:
     of_the_command = {parameter.name for parameter in command.params}
     assert {"host", "port", *ClientOptions.__annotations__} <= of_the_command

@@ -13,7 +13,7 @@ def figures(trips: RoundTrips) -> list[float]:
     return [float(figure) for figure in line.rpartition(" = ")[2].removesuffix(" ms").split("/")]
 
 
-def test_the_figures_of_a_hundred_round_trips() -> None:
+def test_summary_of_a_hundred_round_trips() -> None:
     trips = RoundTrips()
     for milliseconds in range(100, 0, -1):
         trips.sent += 1
@@ -21,14 +21,14 @@ def test_the_figures_of_a_hundred_round_trips() -> None:
     assert figures(trips) == [1, 50.5, 50, 99, 100]
 
 
-def test_one_round_trip_is_all_of_them() -> None:
+def test_summary_of_one_round_trip() -> None:
     trips = RoundTrips()
     trips.sent += 1
     trips.add(0.001)
     assert figures(trips) == [1] * 5
 
 
-def test_what_is_lost_is_told() -> None:
+def test_summary_counts_lost_messages() -> None:
     trips = RoundTrips()
     trips.sent += 3
     trips.add(0.001)
@@ -36,7 +36,7 @@ def test_what_is_lost_is_told() -> None:
     assert trips.summary("server").splitlines()[1].startswith("3 sent, 1 received, 2 lost (66.7%), time ")
 
 
-def test_nothing_came_back() -> None:
+def test_summary_without_replies_has_no_times() -> None:
     trips = RoundTrips()
     trips.sent += 1
     heading, counts = trips.summary("server").splitlines()
@@ -44,7 +44,7 @@ def test_nothing_came_back() -> None:
     assert counts.startswith("1 sent, 0 received, 1 lost (100%), time ")
 
 
-def test_of_very_many_a_choice_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinging, "MAX_SAMPLES", 1000)
     trips = RoundTrips()
     for number in range(10_000):

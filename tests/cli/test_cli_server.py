@@ -65,7 +65,7 @@ def assert_harmless(lines: str) -> None:
 # What it says
 
 
-def test_stdout_has_the_address_and_nothing_else_and_stderr_the_log() -> None:
+def test_server_prints_address_to_stdout_and_log_to_stderr() -> None:
     with server_process() as server:
         host, port = server.address
         assert server.startup_line == f"listening on 127.0.0.1:{port}\n"
@@ -85,7 +85,7 @@ def test_stdout_has_the_address_and_nothing_else_and_stderr_the_log() -> None:
     assert "messages=2 bytes_in=29 bytes_out=29 " in log
 
 
-def test_the_json_log_is_one_object_a_line_with_the_facts() -> None:
+def test_json_log_has_one_object_per_line() -> None:
     with server_process("--log-format", "json") as server:
         exchange(server.address, "¡Ñandú!\n".encode())
         code, log = server.stop()
@@ -97,7 +97,7 @@ def test_the_json_log_is_one_object_a_line_with_the_facts() -> None:
     assert re.fullmatch(r"127\.0\.0\.1:\d+", message["client"])
 
 
-def test_without_the_access_log_no_message_is_logged() -> None:
+def test_no_access_log_disables_message_lines() -> None:
     with server_process("--no-access-log") as server:
         assert exchange(server.address, b"Hola Server!\n") == b"Hola Server!\n"
         code, log = server.stop()
@@ -106,7 +106,7 @@ def test_without_the_access_log_no_message_is_logged() -> None:
     assert "messages=1 " in log
 
 
-def test_the_debug_log_shows_each_connection_and_chunk() -> None:
+def test_debug_log_shows_connections_and_chunks() -> None:
     with server_process("--log-level", "debug", "--loop", "asyncio") as server:
         exchange(server.address, b"a message of more than twenty bytes\n")
         _, log = server.stop()
@@ -123,7 +123,7 @@ def test_the_debug_log_shows_each_connection_and_chunk() -> None:
     )
 
 
-def test_a_higher_log_level_says_nothing_of_what_goes_well() -> None:
+def test_log_level_warning_without_problem_logs_nothing() -> None:
     with server_process("--log-level", "warning") as server:
         exchange(server.address, b"Hola Server!\n")
         assert server.stop() == (0, "")
@@ -142,7 +142,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("format", ["text", "json"])
-def test_hostile_bytes_come_back_and_are_one_harmless_log_line_each(format: str) -> None:
+def test_control_characters_are_echoed_and_escaped_in_log(format: str) -> None:
     with server_process("--log-format", format, env={"PYTHONIOENCODING": "utf-8"}) as server:
         for message in HOSTILE:
             assert exchange(server.address, message) == message
@@ -153,7 +153,7 @@ def test_hostile_bytes_come_back_and_are_one_harmless_log_line_each(format: str)
     assert len(of_messages) == len(HOSTILE)
 
 
-def test_hostile_chunks_are_harmless_in_the_debug_log_too() -> None:
+def test_control_characters_are_escaped_in_debug_log() -> None:
     with server_process("--log-level", "debug", "--mode", "raw") as server:
         with server.connect() as client:
             client.sendall(b"".join(HOSTILE[:-1]))
@@ -163,7 +163,7 @@ def test_hostile_chunks_are_harmless_in_the_debug_log_too() -> None:
     assert_harmless(log)
 
 
-def test_the_name_that_a_unix_client_gives_itself_is_harmless_in_the_log(tmp_path: Path) -> None:
+def test_unix_client_name_is_escaped_in_log(tmp_path: Path) -> None:
     path = str(tmp_path / "echo")
     with server_process("--uds", path, "--log-level", "debug") as server:
         for number, name in enumerate(["\0evil\x1b[2J\n%s \u202e", str(tmp_path / "evil\x1b[2J\n%s \u202e")]):
@@ -179,7 +179,7 @@ def test_the_name_that_a_unix_client_gives_itself_is_harmless_in_the_log(tmp_pat
     assert len(re.findall(r" INFO .*evil.* 9 bytes: number \d\n", log)) == 2
 
 
-def test_an_unfinished_message_is_logged_with_its_size() -> None:
+def test_incomplete_message_is_logged_with_its_size() -> None:
     with server_process() as server:
         with server.connect() as client:
             client.sendall(b"no newline")
@@ -191,7 +191,7 @@ def test_an_unfinished_message_is_logged_with_its_size() -> None:
     )
 
 
-def test_a_message_over_the_limit_is_logged_and_never_answered() -> None:
+def test_message_too_long_is_logged_and_not_answered() -> None:
     with server_process("--limit-message-size", "100", "--mode", "stream") as server:
         assert exchange(server.address, b"one\n" + b"x" * 1000 + b"\ntwo\n") == b"one\n"
         _, log = server.stop()
@@ -203,7 +203,7 @@ def test_a_message_over_the_limit_is_logged_and_never_answered() -> None:
 
 
 @each_kind
-def test_one_signal_ends_it_with_a_hundred_idle_clients(kind: tuple[str, str]) -> None:
+def test_first_signal_closes_a_hundred_idle_connections(kind: tuple[str, str]) -> None:
     with server_process(*kind, "--mode", "stream") as server, ExitStack() as clients:
         connected = [clients.enter_context(server.connect()) for _ in range(100)]
         connected[-1].sendall(b"one\n")
@@ -220,7 +220,7 @@ def test_one_signal_ends_it_with_a_hundred_idle_clients(kind: tuple[str, str]) -
 
 
 @each_kind
-def test_what_was_received_before_the_signal_is_answered(kind: tuple[str, str]) -> None:
+def test_signal_after_messages_answers_all_of_them(kind: tuple[str, str]) -> None:
     with server_process(*kind, "--mode", "stream") as server:
         messages = b"".join(b"%d\n" % number for number in range(1000))
         with server.connect() as client:
@@ -233,7 +233,7 @@ def test_what_was_received_before_the_signal_is_answered(kind: tuple[str, str]) 
 
 
 @each_kind
-def test_a_message_that_was_begun_can_be_finished_after_the_signal(kind: tuple[str, str]) -> None:
+def test_signal_within_a_message_lets_it_complete(kind: tuple[str, str]) -> None:
     with server_process(*kind) as server:
         with server.connect() as client, server.connect() as idle:
             client.sendall(b"begun, ")
@@ -245,7 +245,7 @@ def test_a_message_that_was_begun_can_be_finished_after_the_signal(kind: tuple[s
 
 
 @each_kind
-def test_a_begun_message_holds_the_stop_until_the_grace_time_ends(kind: tuple[str, str]) -> None:
+def test_incomplete_message_delays_exit_until_shutdown_timeout(kind: tuple[str, str]) -> None:
     with (
         server_process(*kind, "--timeout-graceful-shutdown", "0.5") as server,
         server.connect() as client,
@@ -267,7 +267,7 @@ def test_a_begun_message_holds_the_stop_until_the_grace_time_ends(kind: tuple[st
     [(KINDS[0], signal.SIGINT), (KINDS[1], signal.SIGTERM), (KINDS[2], signal.SIGINT), (KINDS[2], signal.SIGTERM)],
     ids=["asyncio-2", "uvloop-15", "threads-2", "threads-15"],
 )
-def test_a_second_signal_ends_it_at_once(kind: tuple[str, str], second: signal.Signals) -> None:
+def test_second_signal_aborts_connections(kind: tuple[str, str], second: signal.Signals) -> None:
     with server_process(*kind) as server, server.connect() as client, server.connect() as idle:
         client.sendall(b"never finished")
         server.process.send_signal(signal.SIGTERM)
@@ -282,7 +282,7 @@ def test_a_second_signal_ends_it_at_once(kind: tuple[str, str], second: signal.S
 
 
 @each_kind
-def test_signals_that_come_after_the_end_change_nothing(kind: tuple[str, str]) -> None:
+def test_signals_after_the_stop_keep_exit_code_0(kind: tuple[str, str]) -> None:
     with subprocess.Popen([*SERVER, "--port", "0", *kind], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert " server started: " in process.stderr.readline()
@@ -313,7 +313,7 @@ def assert_names(said: str, option: str, value: str) -> None:
 
 
 @pytest.mark.parametrize(("option", "value"), [("--port", "65536"), ("--host", "")])  # found by who parses, and after
-def test_a_bad_option_is_one_line_that_names_it_and_exit_code_2(option: str, value: str) -> None:
+def test_invalid_option_exits_with_2_and_one_line(option: str, value: str) -> None:
     # A port in use, so that an option which is let through does not begin to serve.
     with taken_port() as port:
         done = run_server(f"{option}={value}", env={"ECHO_ASYNC_PORT": port})
@@ -340,7 +340,7 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("option", "value"), BAD_OPTIONS)
-def test_every_option_refuses_what_makes_no_sense_by_name(
+def test_invalid_value_is_reported_with_its_option(
     option: str, value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with taken_port() as port:
@@ -349,7 +349,7 @@ def test_every_option_refuses_what_makes_no_sense_by_name(
     assert_names(single_error_line(*capsys.readouterr()), option, value)
 
 
-def test_an_option_that_does_not_exist_is_one_line_that_names_it() -> None:
+def test_unknown_option_suggests_a_similar_one() -> None:
     done = run_server("--prot", "80")
     assert done.returncode == 2
     said = one_line(done)
@@ -358,7 +358,7 @@ def test_an_option_that_does_not_exist_is_one_line_that_names_it() -> None:
 
 
 @pytest.mark.parametrize("options", [("--threaded", "--engine", "protocol"), ("--threaded", "--loop", "uvloop")])
-def test_options_that_contradict_each_other_are_one_line_that_names_them(options: tuple[str, ...]) -> None:
+def test_conflicting_options_are_both_reported(options: tuple[str, ...]) -> None:
     done = run_server("--port", "0", *options)
     assert done.returncode == 2
     said = one_line(done)
@@ -366,7 +366,7 @@ def test_options_that_contradict_each_other_are_one_line_that_names_them(options
     assert options[-1] in said
 
 
-def test_the_command_line_wins_over_the_environment(tmp_path: Path) -> None:
+def test_command_line_overrides_conflicting_environment(tmp_path: Path) -> None:
     env = {"ECHO_ASYNC_THREADED": "1", "ECHO_ASYNC_FD": "9", "ECHO_ASYNC_UDS": str(tmp_path / "echo")}
     with server_process("--engine", "protocol", env=env) as server:
         assert exchange(server.address, b"one\n") == b"one\n"
@@ -375,7 +375,7 @@ def test_the_command_line_wins_over_the_environment(tmp_path: Path) -> None:
     assert "engine protocol" in log
 
 
-def test_threaded_is_the_threads_engine() -> None:
+def test_threaded_selects_the_threads_engine() -> None:
     with server_process("--threaded") as server:
         assert exchange(server.address, b"one\n") == b"one\n"
         code, log = server.stop()
@@ -383,14 +383,14 @@ def test_threaded_is_the_threads_engine() -> None:
     assert "engine threads" in log
 
 
-def test_an_argument_too_many_is_one_line_that_names_it() -> None:
+def test_unexpected_argument_is_reported() -> None:
     done = run_server("5500")
     assert done.returncode == 2
     assert "5500" in one_line(done)
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", b"\xff\xfe"], ids=ascii)
-def test_a_host_that_does_not_exist_is_one_line_that_names_it_and_exit_code_3(host: str | bytes) -> None:
+def test_unknown_host_exits_with_3_and_one_line(host: str | bytes) -> None:
     done = run_server("--port", "0", "--host", host)
     assert done.returncode == 3
     said = one_line(done)
@@ -399,33 +399,33 @@ def test_a_host_that_does_not_exist_is_one_line_that_names_it_and_exit_code_3(ho
 
 @pytest.mark.usefixtures("restore_loggers")
 @pytest.mark.parametrize("host", ["999.1.1.1", "a..b", "x" * 64])
-def test_a_host_that_cannot_exist_is_one_line_too(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_host_exits_with_3_and_one_line(host: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--port", "0", "--host", host]) == 3
     assert host in single_error_line(*capsys.readouterr())
 
 
 @pytest.mark.usefixtures("restore_loggers")
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_start_that_fails_leaves_the_signals_as_they_were(loop: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_start_restores_signal_handlers(loop: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert main(["--port", "0", "--host", "999.1.1.1", "--loop", loop]) == 3
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_port_in_use_is_one_line_that_names_the_address_and_exit_code_3() -> None:
+def test_port_in_use_exits_with_3_and_names_the_address() -> None:
     with taken_port() as port:
         done = run_server("--port", port)
     assert done.returncode == 3
     assert f" 127.0.0.1:{port}: address already in use" in one_line(done)
 
 
-def test_an_address_of_another_machine_is_one_line_and_exit_code_3() -> None:
+def test_foreign_address_exits_with_3_and_one_line() -> None:
     done = run_server("--port", "0", "--host", "192.0.2.1")
     assert done.returncode == 3
     assert "192.0.2.1" in one_line(done)
 
 
-def test_a_file_at_the_path_of_the_socket_stays_and_is_exit_code_3(tmp_path: Path) -> None:
+def test_uds_path_of_a_file_exits_with_3_and_keeps_it(tmp_path: Path) -> None:
     path = tmp_path / "notes"
     path.write_text("dear diary")
     done = run_server("--uds", str(path))
@@ -434,7 +434,7 @@ def test_a_file_at_the_path_of_the_socket_stays_and_is_exit_code_3(tmp_path: Pat
     assert path.read_text() == "dear diary"
 
 
-def test_uvloop_without_uvloop_is_one_line_and_exit_code_3(tmp_path: Path) -> None:
+def test_loop_uvloop_not_installed_exits_with_3(tmp_path: Path) -> None:
     (tmp_path / "uvloop.py").write_text("raise ImportError('No module named uvloop')")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = run_server("--port", "0", "--loop", "uvloop", env={"PYTHONPATH": path})
@@ -447,7 +447,7 @@ def test_uvloop_without_uvloop_is_one_line_and_exit_code_3(tmp_path: Path) -> No
 # The environment
 
 
-def test_every_value_from_the_environment_is_used_and_the_command_line_wins() -> None:
+def test_environment_is_used_and_command_line_overrides_it() -> None:
     with taken_port() as port:
         env = {"ECHO_ASYNC_PORT": port, "ECHO_ASYNC_MODE": "stream", "ECHO_ASYNC_LOG_FORMAT": "json"}
         done = run_server(env=env)
@@ -468,7 +468,7 @@ def test_every_value_from_the_environment_is_used_and_the_command_line_wins() ->
     ("name", "value"),
     [("PORT", "http"), ("PORT", "65536"), ("MODE", "echo"), ("TIMEOUT_IDLE", "-1"), ("NO_ACCESS_LOG", "perhaps")],
 )
-def test_a_bad_value_in_the_environment_is_one_line_that_names_it(
+def test_invalid_environment_value_names_the_variable(
     name: str, value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(f"ECHO_ASYNC_{name}", value)
@@ -478,7 +478,7 @@ def test_a_bad_value_in_the_environment_is_one_line_that_names_it(
     assert f"--{name.lower().replace('_', '-')}" in said or f"ECHO_ASYNC_{name}" in said
 
 
-def test_the_access_log_can_be_switched_off_from_the_environment() -> None:
+def test_environment_can_disable_the_access_log() -> None:
     with server_process(env={"ECHO_ASYNC_NO_ACCESS_LOG": "1"}) as server:
         exchange(server.address, b"Hola Server!\n")
         assert "Hola" not in server.stop()[1]
@@ -487,7 +487,7 @@ def test_the_access_log_can_be_switched_off_from_the_environment() -> None:
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
-def test_the_c_locale_is_no_reason_to_fail() -> None:
+def test_c_locale_serves_and_escapes_the_log() -> None:
     with server_process(env=C_LOCALE) as server:
         message = "¡Ñandú! 😀\n".encode()
         assert exchange(server.address, message) == message
@@ -496,7 +496,7 @@ def test_the_c_locale_is_no_reason_to_fail() -> None:
     assert re.search(r" INFO 127\.0\.0\.1:\d+ 16 bytes: \\xa1\\xd1and\\xfa! \\U0001f600\n", log)
 
 
-def test_the_c_locale_is_no_reason_to_hide_what_is_wrong() -> None:
+def test_c_locale_error_line_is_ascii() -> None:
     done = run_server("--host", "ñ.invalid", "--port", "0", env=C_LOCALE)
     assert done.returncode == 3
     assert one_line(done).isascii()
@@ -545,7 +545,7 @@ def started_with(redirection: str, directory: Path) -> Iterator[Shell]:
 
 
 @pytest.mark.parametrize("redirection", [">&-", ">/dev/full", "<&-"])
-def test_it_serves_without_a_stdout_or_stdin(redirection: str, tmp_path: Path) -> None:
+def test_server_without_stdout_or_stdin_serves(redirection: str, tmp_path: Path) -> None:
     with started_with(redirection, tmp_path) as server:
         assert server.exchange(b"one\n") == b"one\n"
         code, log = server.stop()
@@ -555,7 +555,7 @@ def test_it_serves_without_a_stdout_or_stdin(redirection: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_it_serves_without_a_stderr(redirection: str, tmp_path: Path) -> None:
+def test_server_without_stderr_serves(redirection: str, tmp_path: Path) -> None:
     with started_with(redirection, tmp_path) as server:
         assert server.exchange(b"one\n") == b"one\n"
         assert server.exchange(b"two\n") == b"two\n"
@@ -565,7 +565,7 @@ def test_it_serves_without_a_stderr(redirection: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gone", ["stdout", "stderr"])
-def test_it_serves_when_nobody_reads_its_output_any_more(gone: str, tmp_path: Path) -> None:
+def test_server_with_broken_pipe_serves(gone: str, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     path = str(tmp_path / "echo")
@@ -586,14 +586,14 @@ def test_it_serves_when_nobody_reads_its_output_any_more(gone: str, tmp_path: Pa
     assert "Exception ignored" not in rest
 
 
-def test_what_is_wrong_never_goes_to_stdout() -> None:
+def test_error_without_stderr_is_not_printed_to_stdout() -> None:
     done = subprocess.run(
         ["/bin/sh", "-c", 'exec "$@" 2>&-', "sh", *SERVER, "--port", "abc"], capture_output=True, timeout=TIMEOUT
     )
     assert (done.returncode, done.stdout) == (2, b"")
 
 
-def test_a_reader_that_leaves_early_ends_the_help_quietly() -> None:
+def test_help_to_broken_pipe_exits_with_0() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with subprocess.Popen([*SERVER, "--help"], stdout=writer, stderr=subprocess.PIPE) as process:
@@ -605,7 +605,7 @@ def test_a_reader_that_leaves_early_ends_the_help_quietly() -> None:
 # Where it listens
 
 
-def test_a_unix_socket_is_announced_served_and_removed(tmp_path: Path) -> None:
+def test_unix_socket_is_announced_served_and_removed(tmp_path: Path) -> None:
     path = str(tmp_path / "echo")
     with server_process("--uds", path) as server:
         assert server.startup_line == f"listening on {path}\n"
@@ -620,7 +620,7 @@ def test_a_unix_socket_is_announced_served_and_removed(tmp_path: Path) -> None:
     assert not os.path.exists(path)
 
 
-def test_a_path_that_is_no_text_is_announced_too(tmp_path: Path) -> None:
+def test_unix_socket_path_not_utf8_is_announced(tmp_path: Path) -> None:
     path = os.fsencode(tmp_path) + b"/\xff"
     env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most languages' locales
     with subprocess.Popen([*SERVER, "--uds", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
@@ -635,7 +635,7 @@ def test_a_path_that_is_no_text_is_announced_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
-def test_an_ipv6_address_is_announced_in_brackets() -> None:
+def test_ipv6_address_is_announced_in_brackets() -> None:
     with server_process("--host", "::1") as server:
         assert re.fullmatch(r"listening on \[::1\]:\d+\n", server.startup_line)
         assert exchange(server.address, b"one\n") == b"one\n"
@@ -643,7 +643,7 @@ def test_an_ipv6_address_is_announced_in_brackets() -> None:
     assert re.search(r" INFO \[::1\]:\d+ 4 bytes: one\n", log)
 
 
-def test_a_name_is_announced_by_each_of_its_addresses() -> None:
+def test_host_name_announces_each_of_its_addresses() -> None:
     with server_process("--host", "localhost") as server:
         _, log = server.stop()
         assert server.process.stdout is not None
@@ -657,7 +657,7 @@ def test_a_name_is_announced_by_each_of_its_addresses() -> None:
 # What it can do
 
 
-def test_the_help_shows_every_option_its_default_and_its_variable() -> None:
+def test_help_shows_defaults_and_environment_variables() -> None:
     done = run_server("--help", env={"PYTHONWARNINGS": "error"})
     assert (done.returncode, done.stderr) == (0, "")
     text = " ".join(done.stdout.split())
@@ -697,13 +697,13 @@ def test_the_help_shows_every_option_its_default_and_its_variable() -> None:
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
-def test_the_version_is_that_of_the_package() -> None:
+def test_version_is_that_of_the_package() -> None:
     done = run_server("--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"echo-async, version {echo_async.__version__}\n"
 
 
-def test_help_has_a_short_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_a_short_option(capsys: pytest.CaptureFixture[str]) -> None:
     helps = []
     for name in ("-h", "--help"):
         assert main([name]) == 0
