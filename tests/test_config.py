@@ -1,4 +1,4 @@
-"""Every option and its default; what makes no sense is refused by name and value."""
+"""The configuration of a server: defaults, ranges, combinations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (CONNECT_TIMEOUT, REPLY_TIMEOUT) == (10, 10)
 
 
-BAD: list[tuple[str, Any]] = [
+INVALID: list[tuple[str, Any]] = [
     *(("mode", value) for value in ["", "Message", "echo", None]),
     *(("engine", value) for value in ["", "asyncio", None]),
     *(("proxy_protocol", value) for value in ["", "on", "V1", None]),
@@ -58,11 +58,11 @@ BAD: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), BAD)
+@pytest.mark.parametrize(("name", "value"), INVALID)
 def test_invalid_value_is_reported_with_name_and_value(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as raised:
         ServerConfig(**{name: value})
-    text = str(refused.value)
+    text = str(raised.value)
     assert text.startswith(f"invalid {name}: {value!r} (")
     assert re.search(r"\((must be|choose from) .*\)$", text)
 
@@ -74,9 +74,9 @@ def test_empty_host_is_invalid() -> None:
 
 @pytest.mark.parametrize("path", ["", "/tmp/a\0b"])
 def test_invalid_unix_socket_path_is_reported(path: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as raised:
         ServerConfig(uds=path)
-    assert str(refused.value) == f"invalid uds: {path!r} (must be the path of a Unix socket)"
+    assert str(raised.value) == f"invalid uds: {path!r} (must be the path of a Unix socket)"
 
 
 @pytest.mark.parametrize(
@@ -97,13 +97,13 @@ def test_range_ends_are_valid(name: str, value: Any) -> None:
     assert getattr(ServerConfig(**{name: value}), name) == value
 
 
-@pytest.mark.parametrize("senders", ["*", "10.0.0.0/8, fd00::/8, 192.0.2.1"])
-def test_proxy_allow_from_takes_networks(senders: str) -> None:
-    assert ServerConfig(proxy_protocol="auto", proxy_allow_from=senders).proxy_allow_from == senders
+@pytest.mark.parametrize("networks", ["*", "10.0.0.0/8, fd00::/8, 192.0.2.1"])
+def test_proxy_allow_from_takes_networks(networks: str) -> None:
+    assert ServerConfig(proxy_protocol="auto", proxy_allow_from=networks).proxy_allow_from == networks
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "error"),
     [
         ({"fd": 3, "uds": "/tmp/echo"}, "fd and uds are mutually exclusive"),
         ({"ssl_keyfile": "server.key"}, "ssl_keyfile requires ssl_certfile"),
@@ -112,8 +112,8 @@ def test_proxy_allow_from_takes_networks(senders: str) -> None:
         ({"proxy_allow_from": "*"}, "proxy_allow_from requires proxy_protocol"),
     ],
 )
-def test_invalid_combination_is_reported(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_combination_is_reported(options: dict[str, Any], error: str) -> None:
+    with pytest.raises(ConfigError, match=error):
         ServerConfig(**options)
 
 

@@ -1,4 +1,4 @@
-"""``python -m echo_async.client`` as its users meet it: processes, pipes, exit codes."""
+"""``python -m echo_async.client`` as a process: pipes, signals and exit codes."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ def client(server: Any, *args: Any, **more: Any) -> subprocess.CompletedProcess[
     """Run the command against a scripted server, with nothing on stdin unless it is given."""
     if "input" not in more:
         more.setdefault("stdin", subprocess.DEVNULL)
-    line = [*COMMAND, "--port", str(server.address[1]), *args]
-    return subprocess.run(line, capture_output=True, timeout=TIMEOUT, **more)
+    command = [*COMMAND, "--port", str(server.address[1]), *args]
+    return subprocess.run(command, capture_output=True, timeout=TIMEOUT, **more)
 
 
 def with_env(**values: str) -> dict[str, str]:
     return {**os.environ, **values}
 
 
-def _installed() -> bool:
+def is_installed() -> bool:
     try:
         return bool(importlib.metadata.version("echo-async"))
     except importlib.metadata.PackageNotFoundError:
         return False
 
 
-# What is sent, and what is shown
+# Messages and replies
 
 
 def test_client_without_message_sends_the_default(scripted_server: Start) -> None:
@@ -157,17 +157,17 @@ def test_json_prints_one_object_per_reply(scripted_server: Start) -> None:
 
 def test_json_connection_refused_is_an_object(closed_port: int, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--port", str(closed_port), "--json", "hola"]) == 3
-    told = json.loads(capfd.readouterr().out)
-    assert (told["seq"], told["ok"]) == (1, False)
-    assert "connection refused" in told["error"]
+    failure = json.loads(capfd.readouterr().out)
+    assert (failure["seq"], failure["ok"]) == (1, False)
+    assert "connection refused" in failure["error"]
 
 
 def test_replies_on_a_terminal_are_escaped(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
     primary, secondary = pty.openpty()
     with os.fdopen(primary, "rb", 0) as terminal:
-        line: list[Any] = [*COMMAND, "--port", str(server.address[1]), b"\x1b[2J\xff\\", "ñ\u202e"]
-        done = subprocess.run(line, stdin=subprocess.DEVNULL, stdout=secondary, timeout=TIMEOUT)
+        command: list[Any] = [*COMMAND, "--port", str(server.address[1]), b"\x1b[2J\xff\\", "ñ\u202e"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=secondary, timeout=TIMEOUT)
         os.close(secondary)
         assert terminal.read(1000) == "\\x1b[2J\\xff\\\\\r\nñ\\u202e\r\n".encode()
     assert done.returncode == 0
@@ -195,7 +195,7 @@ def test_verbose_prints_each_step(scripted_server: Start) -> None:
     ]
 
 
-# What goes wrong
+# Errors
 
 
 def test_connection_refused_exits_with_3(closed_port: int, capfd: pytest.CaptureFixture[str]) -> None:
@@ -303,7 +303,7 @@ def test_client_help_shows_examples_and_options(capfd: pytest.CaptureFixture[str
         assert name in text
 
 
-@pytest.mark.skipif(not _installed(), reason="the version is that of the installed package")
+@pytest.mark.skipif(not is_installed(), reason="the version is that of the installed package")
 def test_client_version_is_that_of_the_package(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert re.fullmatch(r"echo-async, version \d+\.\d+\.\d+.*\n", capfd.readouterr().out)
@@ -313,21 +313,21 @@ def test_client_help_prints_nothing_to_stderr() -> None:
     assert subprocess.run([*COMMAND, "--help"], capture_output=True, timeout=TIMEOUT, check=True).stderr == b""
 
 
-def _pipe(*args: str, tail: str, server: Any) -> subprocess.CompletedProcess[bytes]:
-    """The command in a shell pipeline; stdout ends with the command's own exit code."""
+def run_in_pipeline(*args: str, tail: str, server: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run the command in a shell pipeline; the last line of stderr is its exit code."""
     line = f'{{ "$@"; echo "$?" >&2; }} {tail}'
     command = ["sh", "-c", line, "sh", *COMMAND, "--port", str(server.address[1]), *args]
     return subprocess.run(command, capture_output=True, timeout=TIMEOUT, input=b"x\n" * 100_000)
 
 
 def test_stdout_closed_by_its_reader_exits_with_141(scripted_server: Start) -> None:
-    done = _pipe("-", tail="| head -1", server=scripted_server(answer_all))
+    done = run_in_pipeline("-", tail="| head -1", server=scripted_server(answer_all))
     assert (done.stdout, done.stderr) == (b"x\n", b"141\n")
 
 
 def test_stdout_closed_sends_the_message(scripted_server: Start) -> None:
     server = scripted_server(answer_all)
-    assert _pipe("one", tail=">&-", server=server).stderr == b"0\n"
+    assert run_in_pipeline("one", tail=">&-", server=server).stderr == b"0\n"
     assert server.received == [[b"one\n"]]
 
 
@@ -351,41 +351,40 @@ def test_stdin_line_over_64_mib_exits_with_1(scripted_server: Start, capfd: pyte
     assert single_error_line(*capfd.readouterr()) == "error: cannot read stdin: line too long: over 67108864 bytes\n"
 
 
-def waiting(pipe: int) -> int:
-    """Bytes in a pipe."""
+def bytes_in_pipe(pipe: int) -> int:
     return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("shape", [[], ["--json"]])
-def test_nonblocking_stdout_receives_all_replies(tmp_path: Path, shape: list[str], unbuffered: str) -> None:
+@pytest.mark.parametrize("format", [[], ["--json"]])
+def test_nonblocking_stdout_receives_all_replies(tmp_path: Path, format: list[str], unbuffered: str) -> None:
     lines = b"line of text\n" * 20_000
     (tmp_path / "lines").write_bytes(lines)
     with server_process("--mode", "stream", "--no-access-log") as server, (tmp_path / "lines").open("rb") as stdin:
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
-        words = [*COMMAND, "--port", str(server.address[1]), *shape, "-"]
+        words = [*COMMAND, "--port", str(server.address[1]), *format, "-"]
         env = with_env(PYTHONUNBUFFERED=unbuffered)
         with subprocess.Popen(words, stdin=stdin, stdout=writing, stderr=subprocess.PIPE, env=env) as process:
             os.close(writing)
             with open(reading, "rb") as replies:
-                wait_until(lambda: waiting(reading) > 30_000)  # the pipe is full, or as good as that
-                came = replies.read()
+                wait_until(lambda: bytes_in_pipe(reading) > 30_000)  # the pipe is nearly full
+                received = replies.read()
             assert process.stderr is not None
             assert (process.stderr.read(), process.wait(TIMEOUT)) == (b"", 0)
-    assert came.count(b"\n") == 20_000
-    assert shape or came == lines
+    assert received.count(b"\n") == 20_000
+    assert format or received == lines
 
 
 def test_stdout_full_exits_with_1(scripted_server: Start) -> None:
-    done = _pipe("one", tail=">/dev/full", server=scripted_server(answer_all))
+    done = run_in_pipeline("one", tail=">/dev/full", server=scripted_server(answer_all))
     assert done.stderr == b"error: cannot write to stdout: no space left on device\n1\n"
 
 
 def test_stdin_unreadable_exits_with_1(scripted_server: Start) -> None:
-    done = _pipe("-", tail="0>/dev/null", server=scripted_server(answer_all))
+    done = run_in_pipeline("-", tail="0>/dev/null", server=scripted_server(answer_all))
     assert done.stderr == b"error: cannot read stdin: bad file descriptor\n1\n"
-    done = _pipe("-", tail="<&-", server=scripted_server(answer_all))
+    done = run_in_pipeline("-", tail="<&-", server=scripted_server(answer_all))
     assert done.stderr == b"error: cannot read stdin: it is closed\n1\n"
 
 
@@ -420,10 +419,10 @@ def test_ctrl_c_while_stdout_blocks_exits_with_130(scripted_server: Start) -> No
         while data := peer.socket.recv(65536):
             peer.send(data)
 
-    line = [*COMMAND, "--port", str(scripted_server(serve).address[1]), "-"]
+    command = [*COMMAND, "--port", str(scripted_server(serve).address[1]), "-"]
     with (
         subprocess.Popen(["yes"], stdout=subprocess.PIPE) as lines,
-        subprocess.Popen(line, stdin=lines.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process,
+        subprocess.Popen(command, stdin=lines.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process,
     ):
         assert process.stdout is not None
         assert process.stderr is not None
@@ -437,8 +436,8 @@ def test_ctrl_c_while_stdout_blocks_exits_with_130(scripted_server: Start) -> No
 
 
 def test_ctrl_c_twice_at_once_prints_one_summary(scripted_server: Start) -> None:
-    line = [*COMMAND, "--port", str(scripted_server(answer_all).address[1]), "--count", "0", "--interval", "0"]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command = [*COMMAND, "--port", str(scripted_server(answer_all).address[1]), "--count", "0", "--interval", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()
@@ -446,7 +445,7 @@ def test_ctrl_c_twice_at_once_prints_one_summary(scripted_server: Start) -> None
             process.send_signal(signal.SIGINT)
         assert b"0 lost (0%)" in process.stdout.read()
         assert process.stderr.read() == b""
-    assert process.returncode in (0, -signal.SIGINT)  # the interpreter on its way out has no handler any more
+    assert process.returncode in (0, -signal.SIGINT)  # the interpreter removes the handler before it exits
 
 
 def test_server_gone_before_stdin_ends_exits_with_1(scripted_server: Start) -> None:
