@@ -40,6 +40,7 @@ EngineName = Literal["streams", "protocol", "threads"]
 ProxyProtocol = Literal["off", "v1", "v2", "auto"]
 
 LOOPBACK = "127.0.0.1,::1"
+MAX_INT = 2**31 - 1
 
 _MODE_HELP = "message: one message, then close. stream: many messages. raw: every byte as it arrives (RFC 862)."
 _ENGINE_HELP = "streams: one coroutine per client. protocol: callbacks. threads: one thread per client."
@@ -57,7 +58,7 @@ class Option:
     help: str
     type: Literal["text", "host", "path", "file", "networks", "integer", "seconds", "choice", "flag"] = "text"
     low: int = 0
-    high: int = 2**31 - 1
+    high: int = MAX_INT
     choices: tuple[str, ...] = ()
     is_zero_allowed: bool = False
     default_text: str = ""
@@ -150,6 +151,8 @@ class ServerOptions(TypedDict, total=False):
 class ServerConfig:
     """The configuration of a server. Sizes are in bytes, times in seconds.
 
+    Each field is an option of the command, which describes it: ``python -m echo_async.server --help``.
+
     Raises:
         ConfigError: An option has an invalid value, or requires or excludes another option.
     """
@@ -157,7 +160,7 @@ class ServerConfig:
     host: str = _option(HOST, "Host name or address to listen on; 0.0.0.0 or :: for all addresses.", "host")
     port: int = _option(PORT, "Port to listen on; 0 selects a free port.", "integer", 0, 65535)
     uds: str | None = _option(None, "Unix socket to listen on, instead of host and port.", "path")
-    fd: int | None = _option(None, "Descriptor of an inherited listening socket, which is used instead.", "integer")
+    fd: int | None = _option(None, "Descriptor of an inherited listening socket, instead of host and port.", "integer")
     mode: Mode = _option("message", _MODE_HELP, "choice", choices=get_args(Mode))
     chunk_size: int = _option(20, "Bytes requested per read.", "integer", 1, 2**30)
     engine: EngineName = _option("streams", _ENGINE_HELP, "choice", choices=get_args(EngineName))

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from .. import __version__
-from ..config import Option
+from ..config import MAX_INT, Option
 from ..errors import ConfigError, ConnectError, EchoError, StartError, describe_error
 from ..stdio import discard_output, print_error, standard_streams
 
@@ -67,7 +67,7 @@ def option(name: str, definition: Option) -> Callable[[Any], Any]:
     is_flag = definition.type == "flag"
     types = {
         "choice": click.Choice(definition.choices),
-        "integer": click.IntRange(definition.low, definition.high),
+        "integer": click.IntRange(definition.low, None if definition.high == MAX_INT else definition.high),
         "seconds": click.FLOAT,
         "path": click.Path(),
         "file": click.Path(),
@@ -110,6 +110,8 @@ def run_command(command: click.Command, argv: Sequence[str] | None) -> int:
 def _report(error: click.ClickException | EchoError | OSError) -> ExitCode:
     """Print ``error`` as one line; return the exit code for it."""
     match error:
+        case click.BadParameter() if error.param is not None:
+            text, code = f"invalid {error.param.opts[0]}: {error.message}", ExitCode.INVALID_OPTION
         case click.ClickException():
             text, code = " ".join(error.format_message().split()), ExitCode.INVALID_OPTION
         case ConfigError():

@@ -1,3 +1,5 @@
+"""``python -m echo_async.client``"""
+
 import sys
 
 from ..cli.client import main
