@@ -225,8 +225,3 @@ class ClientConfig:
         _validate(self)
         if self.server_hostname is not None and not self.ssl:
             raise ConfigError("server_hostname requires ssl")
-
-
-def check_seconds(name: str, value: float) -> None:
-    """Raise :exc:`~echo_async.ConfigError` unless ``value`` is a number of seconds greater than 0."""
-    Option(0.0, "", "seconds").validate(name, value)
