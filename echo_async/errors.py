@@ -88,8 +88,7 @@ class ReplyDifferent(ReplyError):
 def describe_error(error: Exception) -> str:
     """Return the reason of an error in lower case, as error messages and log lines show it.
 
-    Examples: ``connection refused``, ``name or service not known``, ``certificate verify failed: ...``. Errors
-    without a text are described by the name of their class.
+    Examples: ``connection refused``, ``name or service not known``, ``certificate verify failed: ...``.
     """
     if isinstance(error, ssl.SSLError):
         reason = (error.reason or str(error)).lower().replace("_", " ")

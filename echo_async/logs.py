@@ -51,14 +51,14 @@ def excerpt(message: bytes) -> str:
     Bytes that are not valid UTF-8 become ``\\xNN``. Only the part of the message that fits is processed.
     """
     head = message[: 4 * MAX_EXCERPT + 4]  # UTF-8 has at most 4 bytes per character
-    shown = ""
+    text = ""
     for character in head.removesuffix(b"\n").decode("utf-8", "surrogateescape"):
         is_invalid_byte = "\udc80" <= character <= "\udcff"  # by surrogateescape
         character = f"\\x{ord(character) - 0xDC00:02x}" if is_invalid_byte else _escape_character(character)
-        if len(shown) + len(character) > MAX_EXCERPT:
-            return shown + "..."
-        shown += character
-    return shown
+        if len(text) + len(character) > MAX_EXCERPT:
+            return text + "..."
+        text += character
+    return text
 
 
 class RateLimitedLog:

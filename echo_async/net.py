@@ -112,7 +112,7 @@ def _disable_nagle(listener: socket.socket) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
-_ADVICE = {
+_TCP_ADVICE = {
     errno.EADDRINUSE: "; stop the other server or choose another port (0: any free port)",
     errno.EADDRNOTAVAIL: "; choose an address of this machine",
     errno.EACCES: "; choose a port from 1024 up, or run with the privilege to bind it",
@@ -130,9 +130,9 @@ def _listen_errors(address: object) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        advice = _ADVICE if isinstance(address, tuple) else _UNIX_ADVICE
-        what_to_do = advice.get(getattr(error, "errno", None) or 0, "")
-        raise StartError(f"cannot listen on {format_address(address)}: {describe_error(error)}{what_to_do}") from error
+        advice_by_errno = _TCP_ADVICE if isinstance(address, tuple) else _UNIX_ADVICE
+        advice = advice_by_errno.get(getattr(error, "errno", None) or 0, "")
+        raise StartError(f"cannot listen on {format_address(address)}: {describe_error(error)}{advice}") from error
 
 
 def _remove_stale_socket(path: str) -> None:

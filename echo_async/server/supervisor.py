@@ -262,7 +262,6 @@ class Worker:
         return code
 
     async def wait_exited(self) -> int:
-        """Wait until the process has exited; return its exit code."""
         return await asyncio.to_thread(self._process.wait)
 
     def kill(self) -> None:

@@ -25,7 +25,7 @@ from .server import EchoServer, start_server
 
 EXIT_START_FAILED = 3
 # Raised by writes to the channel after the supervisor was killed; uvloop raises RuntimeError.
-CHANNEL_CLOSED = (ConnectionError, RuntimeError)
+CHANNEL_CLOSED_ERRORS = (ConnectionError, RuntimeError)
 
 
 @standard_streams()
@@ -52,12 +52,12 @@ async def _serve(config: ServerConfig, channel: socket.socket, listeners: list[s
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked by the supervisor
     reader, writer = await asyncio.open_connection(sock=channel)
-    writer.write(_encode(ready=True))
+    writer.write(_encode_report(ready=True))
     command_task = asyncio.create_task(_handle_commands(server, reader, writer))
     await server.wait_closed()
     command_task.cancel()
-    with contextlib.suppress(*CHANNEL_CLOSED):
-        writer.write(_encode(stats=asdict(server.stats)))
+    with contextlib.suppress(*CHANNEL_CLOSED_ERRORS):
+        writer.write(_encode_report(stats=asdict(server.stats)))
         writer.close()
         await writer.wait_closed()
 
@@ -65,11 +65,11 @@ async def _serve(config: ServerConfig, channel: socket.socket, listeners: list[s
 async def _handle_commands(server: EchoServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Handle the supervisor's commands; abort when it exits."""
     try:
-        with contextlib.suppress(*CHANNEL_CLOSED):
+        with contextlib.suppress(*CHANNEL_CLOSED_ERRORS):
             while line := await reader.readline():
                 match json.loads(line)["command"]:
                     case "stats":
-                        writer.write(_encode(stats=asdict(server.stats)))
+                        writer.write(_encode_report(stats=asdict(server.stats)))
                     case "stop":
                         server.close()
                     case "abort":
@@ -87,7 +87,7 @@ def _reload(server: EchoServer) -> None:
         log.error("worker %d reload failed, keeping the previous certificates: %s", os.getpid(), error)
 
 
-def _encode(**report: Any) -> bytes:
+def _encode_report(**report: Any) -> bytes:
     return json.dumps(report).encode() + b"\n"
 
 
