@@ -18,6 +18,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) ## start a server, send it a message, stop it
+	@: >$(VENV)/demo.out
 	@$(BIN)/python -m echo_async.server --port 0 >$(VENV)/demo.out 2>$(VENV)/demo.log & server=$$!; \
 	trap 'kill $$server 2>/dev/null' EXIT; \
 	until grep listening $(VENV)/demo.out; do kill -0 $$server || { cat $(VENV)/demo.log; exit 1; }; sleep 0.1; done; \

@@ -34,7 +34,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import dropwhile
 from pathlib import Path
 from types import CodeType
@@ -388,3 +388,71 @@ def anchors(document: Path) -> set[str]:
     """The anchors that Markdown creates for headings."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+# Log events
+
+
+def log_events() -> Iterator[list[str]]:
+    """The rows of the table in docs/server.md: level, text, counters, metrics."""
+    section = (ROOT / "docs" / "server.md").read_text().partition("\n## Log events\n")[2].partition("\n## ")[0]
+    for line in section.splitlines():
+        if line.startswith("| ") and "`" in line:
+            yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+LOG_EVENTS = list(log_events())
+
+
+def source_texts() -> Iterator[str]:
+    """The text constants of the package; ``%s`` stands for what is formatted into them."""
+    for path in (ROOT / "echo_async").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else "%s" for part in node.values)
+                yield "".join(map(str, parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+SOURCE_TEXTS = list(source_texts())
+SOURCE_WORDS = set(re.findall(r"\w+", " ".join(SOURCE_TEXTS)))
+
+
+def matches(template: str, text: str) -> bool:
+    """Whether formatting ``template`` can give ``text``; a template without words of its own matches nothing."""
+    fixed = re.split(r"%[drsg]", template)
+    return len("".join(fixed)) >= 9 and re.fullmatch(".*".join(map(re.escape, fixed)), text) is not None
+
+
+@pytest.mark.parametrize("event", [row[1].strip("`") for row in LOG_EVENTS])
+def test_docs_log_event_is_in_the_source(event: str) -> None:
+    texts = {event, event.removeprefix("<peer> ")}
+    assert any(matches(template, text) for template in SOURCE_TEXTS for text in texts)
+    words = re.findall(r"[a-zA-Z_]{2,}", re.sub(r"<[\w ]+>", "", event))
+    assert [word for word in words if word not in SOURCE_WORDS] == []
+
+
+def test_docs_log_event_counters_and_metrics_exist() -> None:
+    counters = {name for row in LOG_EVENTS for name in re.findall(r"`(\w+)`", row[2])}
+    assert counters <= {each.name for each in fields(echo_async.Stats)}
+    metrics = {name for row in LOG_EVENTS for name in re.findall(r"`echo_async_(\w+?)(?:_total)?[`{]", row[3])}
+    assert metrics
+    assert [name for name in sorted(metrics) if name not in SOURCE_WORDS] == []
+
+
+# Layout
+
+
+def test_docs_package_layout_matches_the_source() -> None:
+    layout = (ROOT / "docs" / "architecture.md").read_text().partition("\necho_async/\n")[2].partition("```")[0]
+    documented = {name for line in layout.splitlines() for name in re.findall(r"\w+(?:\.py|/)(?= |$)", line)}
+    package = ROOT / "echo_async"
+    assert [name for name in sorted(documented) if not (package / name).exists()] == []
+    assert {f"{each.parent.name}/" for each in package.glob("*/__init__.py")} <= documented
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docs_prose_has_at_most_100_columns(document: Path) -> None:
+    wide = [line for line in document.read_text().splitlines() if len(line) > 100]
+    assert [line for line in wide if not line.startswith("|") and "https://" not in line] == []

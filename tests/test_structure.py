@@ -65,6 +65,13 @@ def test_package_imports_have_no_circle() -> None:
     assert import_circles() == []
 
 
+def test_sync_modules_never_import_the_asyncio_client() -> None:
+    sync = [module for module in FILES if module.startswith("echo_async.sync")]
+    assert sync
+    for module in sync:
+        assert not [name for name in IMPORTS[module] if name.startswith("echo_async.client")], module
+
+
 def test_click_is_imported_in_cli_only() -> None:
     users = {module for module, names in IMPORTS.items() if any(n == "click" or n.startswith("click.") for n in names)}
     assert users
@@ -76,3 +83,14 @@ def test_functions_have_at_most_40_lines(module: str) -> None:
     functions = [n for n in ast.walk(TREES[module]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = [(each.name, (each.end_lineno or each.lineno) - each.lineno + 1) for each in functions]
     assert [(name, length) for name, length in lengths if length > MAX_FUNCTION_LINES] == []
+
+
+def test_all_is_declared_in_public_modules_only() -> None:
+    public = {"", ".client", ".server", ".sync", ".config", ".errors", ".stats", ".testing", ".pytest_plugin"}
+    declaring = {
+        module
+        for module, tree in TREES.items()
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign) and "__all__" in ast.unparse(node).partition("=")[0]
+    }
+    assert declaring - {f"echo_async{name}" for name in public} == set()

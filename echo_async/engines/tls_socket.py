@@ -12,8 +12,6 @@ import socket
 import ssl
 import time
 
-__all__ = ["TlsSocket"]
-
 RECORD = 16 * 1024  # bytes of data that one TLS record takes (RFC 8446 5.1)
 
 
