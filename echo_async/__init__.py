@@ -1,22 +1,23 @@
-"""A TCP echo service on asyncio: bytes come back as they were sent, and every limit is known.
+"""TCP echo server, client and library on asyncio: every byte comes back unchanged.
 
 Layout, in reading order:
 
-``conversation``  the wire rules, without IO: what the bytes mean
-``engines``       how they are carried: streams, protocol, threads
-``server``        who looks after it: the server object, its sockets, workers, the command
-``client``        the other side: connect, echo, the command
-``sync``          the same names for threads, without an event loop
+``conversation``  the wire protocol, without IO
+``engines``       move bytes and enforce timeouts: streams, protocol, threads
+``server``        the server, its workers, metrics and systemd notification
+``client``        the asyncio client
+``sync``          server and client without an event loop
+``cli``           the commands
 ``bench``         load generator for any echo server, and comparison of the engines
 ``testing`` ``pytest_plugin``   a server for tests, and its fixtures
 ``config``        every option and its default
-``errors``        everything that goes wrong, as one tree
-``proxy``         the PROXY protocol's headers, without IO
-``stats`` ``logs`` ``loops`` ``opening`` ``commandline``   counters, log lines, event loops, and other small things
+``errors``        every error, as one tree
+``proxy``         PROXY protocol headers, without IO
+``verifier`` ``batching`` ``session`` ``endpoint``   what both clients share
 
 The library installs no signal handler, sets no event loop policy, configures no logging (logger
-``echo_async``), and prints nothing. ``import echo_async`` costs nothing: a name brings its module when
-it is first used (:pep:`562`).
+``echo_async``), and prints nothing. ``import echo_async`` imports no other module: each name imports its
+module on first use (:pep:`562`).
 """
 
 from importlib import import_module
