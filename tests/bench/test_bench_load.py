@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -264,6 +263,8 @@ def test_load_unexpected_bytes_are_a_mismatch(
 
 
 def test_load_open_loop_shows_a_server_pause(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
+    never = threading.Event()
+
     class Pausing(Echo):
         """Blocks for 200 ms of each second, for the first time after 200 ms."""
 
@@ -275,7 +276,7 @@ def test_load_open_loop_shows_a_server_pause(capsys: pytest.CaptureFixture[str],
             asyncio.get_running_loop().call_later(seconds, self.pause)
 
         def pause(self) -> None:
-            time.sleep(0.2)  # blocks all connections
+            never.wait(0.2)  # blocks all connections
             if not self.transport.is_closing():
                 self.schedule_pause(0.8)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Peer, Start, answer_all, answer_with, disconnected, keep_silent, resolve_to
+from scripted import Peer, Start, answer_all, answer_one, answer_with, disconnected, keep_silent, resolve_to
 from support import MAX_DELAY
 
 import echo_async
@@ -362,13 +362,21 @@ def test_replies_after_late_reply_are_lost(on_loop: OnLoop, scripted_server: Sta
 
 
 def test_blocked_event_loop_does_not_cause_timeout(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    replied, never = threading.Event(), threading.Event()
+
+    def answer(peer: Peer) -> None:
+        answer_one(peer)
+        replied.set()
+        keep_silent(peer)
+
+    server = scripted_server(answer)
 
     async def main() -> None:
-        async with connect(*server.address, timeout=0.3) as client:
+        async with connect(*server.address, timeout=0.1) as client:
             waiting = asyncio.create_task(client.echo("Hola"))
             await asyncio.sleep(0)
-            time.sleep(0.6)  # noqa: ASYNC251
+            assert replied.wait(MAX_DELAY)
+            never.wait(0.2)  # blocks the event loop until the timeout has passed
             assert await waiting == "Hola"
 
     on_loop(main)
@@ -382,7 +390,6 @@ def test_timeout_restarts_for_every_reply(on_loop: OnLoop, scripted_server: Star
             ends = time.monotonic() + 0.8
             while time.monotonic() < ends:
                 assert await client.echo("Hola") == "Hola"
-                await asyncio.sleep(0.02)
 
     on_loop(main)
 
