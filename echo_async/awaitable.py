@@ -1,7 +1,5 @@
 """Resources that can be opened with ``await`` or with ``async with``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Coroutine, Generator
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar

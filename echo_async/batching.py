@@ -4,8 +4,6 @@ A batch is joined into one write and verified as one run of bytes. So the cost o
 is little more than the cost of taking it from its source and returning its reply.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter

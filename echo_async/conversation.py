@@ -9,8 +9,6 @@ Performance: each byte is searched for a newline once, with ``find``, ``rfind`` 
 copying it. A chunk that consists of complete messages is returned as it is, without a copy.
 """
 
-from __future__ import annotations
-
 from io import BytesIO
 
 NEWLINE = 10  # ord("\n"), to compare with data[-1]; bytes also search for an integer faster than for bytes

@@ -1,7 +1,5 @@
 """Where a client connects and how: options, addresses, the retry schedule and errors; without an event loop."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import os

@@ -14,8 +14,6 @@
 The text of each names the operation, the address or option, the reason, and what to do.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import ssl

@@ -1,7 +1,5 @@
 """The listening sockets of one server, and the Unix socket path that it created."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Sequence
 from typing import Self

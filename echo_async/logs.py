@@ -3,8 +3,6 @@
 The library only writes to the loggers below ``echo_async``. Only the commands call :func:`configure`.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import sys

@@ -1,7 +1,5 @@
 """Event loops by name, as factories for :class:`asyncio.Runner`. No event loop policy is set."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from typing import Literal

@@ -1,7 +1,5 @@
 """Addresses and listening sockets: format, resolve, bind, adopt."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

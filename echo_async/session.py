@@ -9,8 +9,6 @@ Servers are of two kinds, and a client detects which it is connected to:
   and a connection that ends with a message in flight raises :exc:`~echo_async.ReplyLost`.
 """
 
-from __future__ import annotations
-
 import enum
 from typing import Generic, TypeVar
 

@@ -1,7 +1,5 @@
 """Standard streams that are closed, full or without a reader: no command fails or hangs because of them."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -4,8 +4,6 @@ It runs in threads of its own, so it does not depend on the event loop of a test
 and :meth:`HostedServer.close` does not wait for connected clients.
 """
 
-from __future__ import annotations
-
 import ssl
 from collections.abc import Callable
 from contextlib import ExitStack

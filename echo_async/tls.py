@@ -1,7 +1,5 @@
 """TLS contexts of the server and the client, TLS 1.2 or newer."""
 
-from __future__ import annotations
-
 import contextlib
 import ssl
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Nothing received is stored: each byte is compared with the data in flight. So me
 however the replies are split and whatever else a server sends.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from time import monotonic
 

@@ -4,8 +4,6 @@ It uses no event loop: an event loop's timers have a resolution of a millisecond
 about 50 µs of its due time.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 import select

@@ -1,7 +1,5 @@
 """The machine on which a benchmark ran."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

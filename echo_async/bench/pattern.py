@@ -4,8 +4,6 @@ Each chunk of a reply is compared with the same block by one ``memcmp`` and with
 network splits the replies. A byte that is wrong, missing, duplicated or from another connection does not match.
 """
 
-from __future__ import annotations
-
 import random
 
 MAX_IO_SIZE = 262_144  # bytes of one read or write

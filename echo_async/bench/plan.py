@@ -1,7 +1,5 @@
 """The validated options of one load, in a form that can be sent to another process."""
 
-from __future__ import annotations
-
 import ssl
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace

@@ -4,8 +4,6 @@ All samples are kept, 24 bytes for each read that completes messages, so that pe
 parent process gets one line of JSON, followed by the arrays.
 """
 
-from __future__ import annotations
-
 import json
 import resource
 from array import array

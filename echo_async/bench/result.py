@@ -1,7 +1,5 @@
 """The result of one load, over all of its processes."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any

@@ -5,8 +5,6 @@ the few messages in flight are slow (coordinated omission). An open loop sends b
 independent clients: each message has a due time, and its response time includes waiting for room in the pipeline.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from time import perf_counter

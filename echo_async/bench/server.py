@@ -1,7 +1,5 @@
 """The server process that a benchmark measures."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The sockets of a load generator."""
 
-from __future__ import annotations
-
 import socket
 import sys
 from itertools import count

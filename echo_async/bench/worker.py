@@ -5,8 +5,6 @@ stdout once the connections are open. stdin brings the start time, and stdout ge
 the end of stdin stops the load, so that a worker never outlives its parent.
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import signal

@@ -1,7 +1,5 @@
 """``python -m echo_async.bench``: measure echo servers."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """``python -m echo_async.client``: options to a connection, messages out and replies back, an exit code."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

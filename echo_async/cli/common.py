@@ -1,7 +1,5 @@
 """What the commands share: options, exit codes, and errors as one line on stderr."""
 
-from __future__ import annotations
-
 import contextlib
 import enum
 import sys

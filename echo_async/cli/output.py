@@ -3,8 +3,6 @@
 Replies are escaped if stdout is a terminal. If stdout is closed by its reader, the command ends without an error.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import select

@@ -1,7 +1,5 @@
 """One message again and again, like ``ping``: the time of each round trip, and a summary at the end."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import random

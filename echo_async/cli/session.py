@@ -1,7 +1,5 @@
 """Message after message: send each, print its reply, continue after one that failed."""
 
-from __future__ import annotations
-
 from contextlib import aclosing
 
 from ..awaitable import AwaitableContextManager

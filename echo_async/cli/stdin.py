@@ -5,8 +5,6 @@ or changing a descriptor that other processes share. The thread reads a few bloc
 a blocked read does not keep the process alive.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import select

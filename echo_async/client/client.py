@@ -1,7 +1,5 @@
 """The public API of the asyncio client."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from typing import TypeVar, Unpack
 

@@ -1,7 +1,5 @@
 """One connection on an asyncio transport, with a timeout for each reply."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """Open a connection: resolve the name, race the addresses, perform the TLS handshake, retry."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import socket

@@ -1,7 +1,5 @@
 """Many messages in a bounded window: pipelined if the server keeps connections open, one at a time otherwise."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Accepts connections for the asyncio engines, and ends all of them at a shutdown."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import select

@@ -3,8 +3,6 @@
 A connection that has to send a PROXY header or complete a TLS handshake first is pending until then.
 """
 
-from __future__ import annotations
-
 import errno
 import resource
 import threading

@@ -4,8 +4,6 @@ Nothing here does IO. An engine's connection derives from :class:`Connection`, a
 read and sent and how a connection is ended.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """What all connections of one server share: options, counters, log settings, the clock."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The totals behind :class:`~echo_async.Stats`."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Collection
 

@@ -5,8 +5,6 @@ connection as pending until it is established. A TLS connection cannot be half-c
 sends what is left, then its close_notify.
 """
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from collections.abc import Callable

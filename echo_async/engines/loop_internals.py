@@ -3,8 +3,6 @@
 ``asyncio``: CPython 3.11 to 3.13, Lib/asyncio. ``uvloop``: 0.22 and 0.23.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import socket

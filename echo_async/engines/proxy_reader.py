@@ -3,8 +3,6 @@
 The header is peeked at first, and then consumed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import socket

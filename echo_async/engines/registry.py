@@ -4,8 +4,6 @@ An engine adds a connection before it serves it, and removes it when its socket 
 event loops, and safe to use from several threads.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 

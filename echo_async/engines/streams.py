@@ -4,8 +4,6 @@ The code runs in the order of the conversation, which is what streams are for. T
 microsecond of Python per chunk, however small.
 """
 
-from __future__ import annotations
-
 import asyncio
 import socket
 from functools import partial

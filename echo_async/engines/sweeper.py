@@ -1,7 +1,5 @@
 """The periodic timer of the asyncio engines: one for all connections of a server."""
 
-from __future__ import annotations
-
 import asyncio
 
 from .registry import Registry

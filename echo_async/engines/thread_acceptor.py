@@ -1,7 +1,5 @@
 """Accepts connections for the ``threads`` engine, in a thread that also sweeps and ends them."""
 
-from __future__ import annotations
-
 import contextlib
 import enum
 import selectors

@@ -4,8 +4,6 @@ A thread that waits for its client is woken through its socket: once the sending
 client closes its own, which ends the read; shutting down both sides ends it in any case.
 """
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import threading

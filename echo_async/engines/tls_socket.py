@@ -5,8 +5,6 @@ turns it into a plain socket under the feet of the one that reads. Here TLS is d
 socket stays what it is.
 """
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import ssl

@@ -5,8 +5,6 @@ therefore includes every message answered before it, by all workers, and a serve
 Only this module requires prometheus-client (extra ``metrics``).
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import socket

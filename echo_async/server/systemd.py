@@ -3,8 +3,6 @@
 Both do nothing unless systemd started this process.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

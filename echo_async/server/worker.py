@@ -4,8 +4,6 @@ Started only by :mod:`echo_async.server.supervisor`, as ``python -m echo_async.s
 arguments are inherited descriptors.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -3,8 +3,6 @@
 Its names, options and errors are those of :mod:`echo_async.client`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterable
 from types import TracebackType
 from typing import Self, TypeVar, Unpack, cast

@@ -1,7 +1,5 @@
 """One connection on a nonblocking socket, with a timeout for each reply."""
 
-from __future__ import annotations
-
 import contextlib
 import select
 import socket

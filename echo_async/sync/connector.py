@@ -3,8 +3,6 @@
 Every wait has a deadline, except that of the resolver, which has its own.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import select

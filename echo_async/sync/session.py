@@ -1,7 +1,5 @@
 """The connections of one client: which one a message is sent on, and when a new one is opened."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from time import monotonic
 from typing import cast
