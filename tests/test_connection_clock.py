@@ -64,6 +64,14 @@ class FakeConnection(Connection):
                 return expired
         return None
 
+    def receive_until_expired(self, data: bytes) -> tuple[str, float]:
+        """Receive ``data`` every half second. Return the first timeout that expires, and the seconds until then."""
+        start = self.clock.time
+        while True:
+            self.receive(data)
+            if expired := self.advance(0.5):
+                return expired, self.clock.time - start
+
 
 def connection(mode: Mode = "stream") -> FakeConnection:
     return FakeConnection(FakeClockRegistry(ServerConfig(mode=mode)))
@@ -88,12 +96,7 @@ def test_idle_timeout_restarts_with_any_input(mode: Mode) -> None:
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
 def test_message_timeout_ignores_progress_within_a_message(mode: Mode) -> None:
-    slow = connection(mode)
-    expired, seconds = None, 0
-    while expired is None:
-        slow.receive(b".")
-        expired = slow.advance(1)
-        seconds += 1
+    expired, seconds = connection(mode).receive_until_expired(b".")
     assert expired == "message"
     assert MESSAGE <= seconds <= MESSAGE + 1
 
@@ -195,11 +198,7 @@ def test_linger_timeout_expires_after_the_last_reply() -> None:
 def test_linger_timeout_ignores_discarded_input() -> None:
     chatty = connection("message")
     chatty.receive(b"one\n")
-    expired, seconds = None, 0.0
-    while expired is None:
-        chatty.receive(b"and on\n")
-        expired = chatty.advance(0.5)
-        seconds += 0.5
+    expired, seconds = chatty.receive_until_expired(b"more\n")
     assert expired == "linger"
     assert LINGER_TIMEOUT <= seconds <= LINGER_TIMEOUT + 1
 
