@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Coroutine, Sequence
+from contextlib import aclosing
 from ssl import SSLContext
 from typing import Any
 
@@ -13,6 +14,7 @@ from click.core import ParameterSource
 
 from ..awaitable import AwaitableContextManager
 from ..client.session import Session
+from ..client.stream import send_batches
 from ..config import ClientConfig, Option, options_of
 from ..endpoint import Endpoint, log
 from ..errors import ConfigError, ConnectError, EchoError
@@ -20,10 +22,9 @@ from ..loops import loop_factory
 from ..stdio import discard_output
 from ..tls import client_context
 from .common import CONTEXT, ExitCode, options, run_command, version_option
+from .interrupt import ClientInterrupt
 from .output import JsonOutput, Output, OutputClosed, OutputInterrupted
 from .ping import ping
-from .session import send_messages
-from .signals import ClientInterrupt
 from .stdin import LineSource, has_stdin_lines
 
 DEFAULT_MESSAGE = "Hola Server!"
@@ -79,7 +80,7 @@ def command(context: click.Context, /, messages: Sequence[str], **values: Any) -
     if is_ping:
         main = ping(connecting, _ping_message(messages), values["count"], values["interval"], output)
     else:
-        main = send_messages(connecting, LineSource(_parts(messages)), output)
+        main = _send_messages(connecting, LineSource(_parts(messages)), output)
     return _run(main, output)
 
 
@@ -108,6 +109,26 @@ def _connect(values: dict[str, Any], output: Output) -> AwaitableContextManager[
     return AwaitableContextManager(lambda: Session.open(endpoint))
 
 
+async def _send_messages(connecting: AwaitableContextManager[Session], messages: LineSource, output: Output) -> bool:
+    """Send ``messages`` and print the replies; return whether all of them matched.
+
+    :exc:`ConnectError` if the server cannot be reached and no reply was lost before.
+    """
+    all_matched = True
+    async with connecting as session, aclosing(send_batches(session, messages)) as results:
+        try:
+            async for batch, start, end, seconds, error in results:
+                output.print_replies(batch.data[start:end], seconds)
+                if error is not None:
+                    all_matched = False
+                    output.print_failure(error)
+        except ConnectError as error:
+            if all_matched:
+                raise
+            output.print_connect_error(error)
+    return all_matched
+
+
 def _ssl_context(values: dict[str, Any], output: Output) -> SSLContext | None:
     if not any(values[name] for name in TLS_OPTIONS):
         return None
@@ -133,7 +154,8 @@ def _log_steps() -> None:
 def _run(main: Coroutine[Any, Any, bool], output: Output) -> ExitCode:
     """Run ``main``, which returns whether all replies matched; return the exit code."""
     try:
-        with ClientInterrupt(output) as interrupt, asyncio.Runner(loop_factory=loop_factory()) as runner:
+        interrupt = ClientInterrupt(output)
+        with interrupt.installed(), asyncio.Runner(loop_factory=loop_factory()) as runner:
             all_matched = runner.run(interrupt.cancel_on_interrupt(main))
         return ExitCode.SUCCESS if all_matched else ExitCode.FAILURE
     except ConnectError as error:

@@ -34,9 +34,27 @@ class ExitCode(enum.IntEnum):
 class ConfigOption(click.Option):
     """A click option that is made from an :class:`~echo_async.config.Option`, which validates its value."""
 
-    def __init__(self, *args: Any, definition: Option, **attributes: Any) -> None:
-        super().__init__(*args, **attributes)
+    def __init__(self, names: Sequence[str], definition: Option) -> None:
         self.definition = definition
+        is_flag = definition.type == "flag"
+        types = {
+            "choice": click.Choice(definition.choices),
+            "integer": click.IntRange(definition.low, None if definition.high == MAX_INT else definition.high),
+            "seconds": click.FLOAT,
+            "path": click.Path(),
+            "file": click.Path(),
+            "flag": click.BOOL,
+        }
+        super().__init__(
+            names,
+            type=types.get(definition.type, click.STRING),
+            is_flag=is_flag,
+            default=bool(definition.default) if is_flag else definition.default,
+            metavar=None if is_flag or definition.choices else definition.type.upper(),
+            show_default=definition.default_text or True,
+            show_envvar=True,
+            help=definition.help,
+        )
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         converted = value
@@ -54,35 +72,11 @@ def options(definitions: dict[str, Option]) -> Callable[[Any], Any]:
 
     def decorate(function: Any) -> Any:
         for name, definition in reversed(definitions.items()):
-            function = option(name, definition)(function)
+            add_option = click.option("--" + name.replace("_", "-"), cls=ConfigOption, definition=definition)
+            function = add_option(function)
         return function
 
     return decorate
-
-
-def option(name: str, definition: Option) -> Callable[[Any], Any]:
-    """Return a click option with the name of a configuration field."""
-    is_flag = definition.type == "flag"
-    types = {
-        "choice": click.Choice(definition.choices),
-        "integer": click.IntRange(definition.low, None if definition.high == MAX_INT else definition.high),
-        "seconds": click.FLOAT,
-        "path": click.Path(),
-        "file": click.Path(),
-        "flag": click.BOOL,
-    }
-    return click.option(
-        "--" + name.replace("_", "-"),
-        cls=ConfigOption,
-        definition=definition,
-        type=types.get(definition.type, click.STRING),
-        is_flag=is_flag,
-        default=bool(definition.default) if is_flag else definition.default,
-        metavar=None if is_flag or definition.choices else definition.type.upper(),
-        show_default=definition.default_text or True,
-        show_envvar=True,
-        help=definition.help,
-    )
 
 
 def version_option() -> Callable[[Any], Any]:

@@ -43,27 +43,22 @@ class Output:
         self.number += len(data) - len(data.replace(b"\n", b""))
 
     def print_failure(self, error: EchoError) -> None:
-        """Print the error of the next message."""
         self.number += 1
         self.print_error(f"message {self.number}: {error}")
 
     def print_connect_error(self, error: EchoError) -> None:
-        """Print why no further message can be sent."""
         self.print_error(str(error))
 
     def print_heading(self, text: str) -> None:
-        """Print the heading of a ping."""
         if not self._quiet:
             self._write_line(text)
 
     def print_round_trip(self, name: str, message: bytes, seconds: float) -> None:
-        """Print one reply of a ping."""
         self.number += 1
         if not self._quiet:
             self._write_line(f"{len(message)} bytes from {name}: seq={self.number} time={1e3 * seconds:.3f} ms")
 
     def print_summary(self, text: str) -> None:
-        """Print the summary of a ping."""
         self._write_line(text)
 
     def print_error(self, text: str, kind: str = "error") -> None:

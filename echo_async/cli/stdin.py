@@ -82,15 +82,13 @@ class LineSource:
                     self._read_stdin()
                 else:
                     self._enqueue(part)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             failure = EchoError(f"cannot read stdin: {describe_error(error)}")
-        except EchoError as error:
-            failure = error
         self._call_in_loop(self._complete, failure)
 
     def _read_stdin(self) -> None:
         if sys.stdin is None:
-            raise EchoError("cannot read stdin: it is closed")
+            raise ValueError("it is closed")
         descriptor = sys.stdin.fileno()
         incomplete: list[bytes] = []  # of the last line
         size = 0
@@ -102,7 +100,7 @@ class LineSource:
             incomplete.append(data[end:])
             size += len(data) - end
             if size > MAX_LINE_SIZE:
-                raise EchoError(f"cannot read stdin: line too long: over {MAX_LINE_SIZE} bytes")
+                raise ValueError(f"line too long: over {MAX_LINE_SIZE} bytes")
         if size:
             self._enqueue(b"".join([*incomplete, b"\n"]))
 

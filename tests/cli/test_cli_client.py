@@ -580,3 +580,8 @@ def test_ctrl_c_before_the_first_reply_prints_the_summary(scripted_server: Start
 def test_client_command_has_all_options_of_connect() -> None:
     of_the_command = {parameter.name for parameter in command.params}
     assert {"host", "port", *ClientOptions.__annotations__} <= of_the_command
+
+
+def test_client_command_imports_no_server() -> None:
+    code = "import sys, echo_async.cli.client; print(*(name for name in sys.modules if 'echo_async.server' in name))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=TIMEOUT).stdout == b"\n"
