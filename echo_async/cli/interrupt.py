@@ -1,7 +1,5 @@
 """Ctrl-C in the client."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import os

@@ -1,7 +1,5 @@
 """Signals of the server: graceful shutdown and certificate reload."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 
