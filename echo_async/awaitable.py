@@ -1,7 +1,6 @@
 """Resources that can be opened with ``await`` or with ``async with``."""
 
 from collections.abc import Callable, Coroutine, Generator
-from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar
 
 
@@ -28,8 +27,6 @@ class AwaitableContextManager(Generic[T]):
         self._resource = await self._open()
         return self._resource
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         self._resource.close()
         await self._resource.wait_closed()

@@ -8,7 +8,6 @@ import ssl
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
 from typing import Self, Unpack
 
 from .config import Mode, ServerConfig, ServerOptions
@@ -79,9 +78,7 @@ class HostedServer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

@@ -16,34 +16,29 @@ from .connection import Connection
 TLS_SHUTDOWN_TIMEOUT = 2.0  # seconds for the server to answer the close_notify of TLS
 
 
-class Connector:
-    """Open connections to an endpoint on the running event loop."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
-
-    async def open(self) -> Connection:
-        """Connect, with retries."""
-        schedule = RetrySchedule(self._endpoint)
-        while True:
-            try:
-                return await self._attempt(schedule.timeout)
-            except ConnectError as error:
-                delay = schedule.next_delay(error)
-                if delay is None:
-                    raise
-            await asyncio.sleep(delay)
-
-    async def _attempt(self, seconds: float) -> Connection:
-        endpoint, started = self._endpoint, perf_counter()
-        log.debug("connecting to %s", endpoint.name)
+async def open_connection(endpoint: Endpoint) -> Connection:
+    """Connect, with retries."""
+    schedule = RetrySchedule(endpoint)
+    while True:
         try:
-            async with asyncio.timeout(seconds):
-                connected = await _connect(endpoint)
-                log.debug("connected to %s in %.3f ms", endpoint.name, 1e3 * (perf_counter() - started))
-                return await _create_connection(endpoint, connected)
-        except (OSError, UnicodeError) as error:
-            raise endpoint.connect_error(error, seconds) from error
+            return await _attempt(endpoint, schedule.timeout)
+        except ConnectError as error:
+            delay = schedule.next_delay(error)
+            if delay is None:
+                raise
+        await asyncio.sleep(delay)
+
+
+async def _attempt(endpoint: Endpoint, seconds: float) -> Connection:
+    started = perf_counter()
+    log.debug("connecting to %s", endpoint.name)
+    try:
+        async with asyncio.timeout(seconds):
+            connected = await _connect(endpoint)
+            log.debug("connected to %s in %.3f ms", endpoint.name, 1e3 * (perf_counter() - started))
+            return await _create_connection(endpoint, connected)
+    except (OSError, UnicodeError) as error:
+        raise endpoint.connect_error(error, seconds) from error
 
 
 async def _create_connection(endpoint: Endpoint, connected: socket.socket) -> Connection:

@@ -8,7 +8,7 @@ from ..endpoint import Endpoint
 from ..errors import ReplyLost
 from ..session import BaseSession
 from .connection import Connection
-from .connector import Connector
+from .connector import open_connection
 
 
 class Session(BaseSession[Connection]):
@@ -16,7 +16,6 @@ class Session(BaseSession[Connection]):
 
     def __init__(self, endpoint: Endpoint) -> None:
         super().__init__(endpoint)
-        self._connector = Connector(endpoint)
         self._connections: set[Connection] = set()  # those whose sockets are not closed yet
         self._lock = asyncio.Lock()  # held while connecting, and while only one message may be in flight
 
@@ -58,7 +57,7 @@ class Session(BaseSession[Connection]):
     async def _connect(self) -> Connection:
         connection = self.usable_connection()
         if connection is None:
-            connection = await self._connector.open()
+            connection = await open_connection(self.endpoint)
             self._connections.add(connection)
             connection.closed.add_done_callback(lambda _: self._connections.discard(connection))
             self.connection = connection

@@ -12,7 +12,6 @@ import contextlib
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import TracebackType
 from typing import Self, Unpack, cast
 
 from .. import net
@@ -203,9 +202,7 @@ class EchoServer(BaseServer):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         self.close()
         await self.wait_closed()
 

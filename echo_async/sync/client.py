@@ -4,7 +4,6 @@ Its names, options and errors are those of :mod:`echo_async.client`.
 """
 
 from collections.abc import Generator, Iterable
-from types import TracebackType
 from typing import Self, TypeVar, Unpack, cast
 
 from ..batching import WINDOW_MESSAGES, Messages, check_stream, encode
@@ -90,9 +89,7 @@ class EchoClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

@@ -17,35 +17,30 @@ from ..net import AddressInfo
 from .connection import MAX_WAIT, Connection
 
 
-class Connector:
-    """Open connections to an endpoint."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._endpoint = endpoint
-
-    def open(self) -> Connection:
-        """Connect, with retries."""
-        schedule = RetrySchedule(self._endpoint)
-        while True:
-            try:
-                return self._attempt(schedule.timeout)
-            except ConnectError as error:
-                delay = schedule.next_delay(error)
-                if delay is None:
-                    raise
-            sleep(delay)
-
-    def _attempt(self, seconds: float) -> Connection:
-        endpoint, started, deadline = self._endpoint, perf_counter(), monotonic() + seconds
-        log.debug("connecting to %s", endpoint.name)
+def open_connection(endpoint: Endpoint) -> Connection:
+    """Connect, with retries."""
+    schedule = RetrySchedule(endpoint)
+    while True:
         try:
-            connected = _connect(endpoint, deadline)
-            log.debug("connected to %s in %.3f ms", endpoint.name, 1e3 * (perf_counter() - started))
-            if endpoint.ssl is not None:
-                connected = _start_tls(endpoint, endpoint.ssl, connected, deadline)
-            return Connection(endpoint, connected)
-        except (OSError, UnicodeError) as error:
-            raise endpoint.connect_error(error, seconds) from error
+            return _attempt(endpoint, schedule.timeout)
+        except ConnectError as error:
+            delay = schedule.next_delay(error)
+            if delay is None:
+                raise
+        sleep(delay)
+
+
+def _attempt(endpoint: Endpoint, seconds: float) -> Connection:
+    started, deadline = perf_counter(), monotonic() + seconds
+    log.debug("connecting to %s", endpoint.name)
+    try:
+        connected = _connect(endpoint, deadline)
+        log.debug("connected to %s in %.3f ms", endpoint.name, 1e3 * (perf_counter() - started))
+        if endpoint.ssl is not None:
+            connected = _start_tls(endpoint, endpoint.ssl, connected, deadline)
+        return Connection(endpoint, connected)
+    except (OSError, UnicodeError) as error:
+        raise endpoint.connect_error(error, seconds) from error
 
 
 def _connect(endpoint: Endpoint, deadline: float) -> socket.socket:

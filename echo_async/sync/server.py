@@ -6,7 +6,6 @@ Its threads are not daemons, which the interpreter would kill in the middle of a
 from __future__ import annotations
 
 import threading
-from types import TracebackType
 from typing import Self, Unpack
 
 from ..config import ServerConfig, ServerOptions
@@ -94,8 +93,6 @@ class EchoServer(BaseServer):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
         self.wait_closed()

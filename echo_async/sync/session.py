@@ -9,7 +9,7 @@ from ..endpoint import Endpoint
 from ..errors import ReplyLost
 from ..session import BaseSession
 from .connection import Connection
-from .connector import Connector
+from .connector import open_connection
 
 IMMEDIATE = 0.005  # seconds within which taking messages and returning replies counts as not waiting
 
@@ -19,7 +19,6 @@ class Session(BaseSession[Connection]):
 
     def __init__(self, endpoint: Endpoint) -> None:
         super().__init__(endpoint)
-        self._connector = Connector(endpoint)
         self.connect()
 
     def connect(self) -> Connection:
@@ -28,7 +27,7 @@ class Session(BaseSession[Connection]):
             self.connection.receive_pending()
         connection = self.usable_connection()
         if connection is None:
-            connection = self.connection = self._connector.open()
+            connection = self.connection = open_connection(self.endpoint)
         return connection
 
     def exchange(self, data: bytes) -> float:
