@@ -7,7 +7,7 @@ is little more than the cost of taking it from its source and returning its repl
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .errors import ConfigError, MessageError, ReplyError
 from .verifier import Exchange
@@ -17,6 +17,7 @@ WINDOW_BYTES = 262_144  # bytes in flight; the last message may exceed it
 BATCH_BYTES = 65_536  # bytes of one write; the last message may exceed it
 
 Message = str | bytes
+M = TypeVar("M", str, bytes)
 
 
 def encode(message: Message) -> bytes:

@@ -1,16 +1,14 @@
 """The public API of the asyncio client."""
 
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
-from typing import TypeVar, Unpack
+from typing import Unpack
 
 from ..awaitable import AwaitableContextManager
-from ..batching import WINDOW_MESSAGES, check_stream, encode
+from ..batching import WINDOW_MESSAGES, M, check_stream, encode
 from ..config import HOST, PORT, ClientOptions
 from ..endpoint import Endpoint
 from .session import Session
 from .stream import stream
-
-M = TypeVar("M", str, bytes)
 
 
 class EchoClient:

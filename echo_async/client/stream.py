@@ -5,12 +5,13 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator
 from contextlib import aclosing
 from time import perf_counter
-from typing import Protocol, TypeVar, cast
+from typing import Protocol, cast
 
 from ..batching import (
     WINDOW_BYTES,
     WINDOW_MESSAGES,
     Batch,
+    M,
     Message,
     MessageBatch,
     Messages,
@@ -20,8 +21,6 @@ from ..batching import (
 )
 from ..errors import ReplyError
 from .session import Session
-
-M = TypeVar("M", str, bytes)
 
 
 class Source(Protocol):

@@ -86,7 +86,7 @@ class AsyncioAcceptor:
         self._registry.abort()
 
     def join(self) -> None:
-        """Nothing is left to wait for after ``on_closed``."""
+        """Do nothing: nothing is left to wait for after ``on_closed``."""
 
     def _begin_shutdown(self) -> None:
         if self._shutdown is None:

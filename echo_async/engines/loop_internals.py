@@ -1,7 +1,4 @@
-"""Everything that relies on how event loops work inside, each with the source that it relies on.
-
-``asyncio``: CPython 3.11 to 3.13, Lib/asyncio. ``uvloop``: 0.22 and 0.23.
-"""
+"""What relies on the internals of event loops: CPython 3.11 to 3.13, Lib/asyncio; uvloop 0.22 and 0.23."""
 
 import asyncio
 import contextlib

@@ -12,7 +12,7 @@ import contextlib
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Self, Unpack, cast
+from typing import Generic, Self, TypeVar, Unpack, cast
 
 from .. import net
 from ..awaitable import AwaitableContextManager
@@ -20,6 +20,7 @@ from ..config import EngineName, ServerConfig, ServerOptions
 from ..engines import protocol, streams
 from ..engines.acceptor import AsyncioAcceptor
 from ..engines.admission import Admission
+from ..engines.context import ConversationFactory
 from ..engines.registry import Registry
 from ..engines.thread_acceptor import ThreadAcceptor
 from ..errors import StartError
@@ -130,10 +131,7 @@ class BaseServer:
             self._certificates.reload()
 
     def close(self) -> None:
-        """Begin the graceful shutdown. Returns at once.
-
-        No connection is accepted from now on, what was received is answered, connections are closed.
-        """
+        """Begin the graceful shutdown. Returns at once."""
         raise NotImplementedError
 
     def abort(self) -> None:
@@ -141,21 +139,23 @@ class BaseServer:
         raise NotImplementedError
 
 
-class EchoServer(BaseServer):
-    """A running echo server; :func:`serve` creates one."""
+A = TypeVar("A", bound=AsyncioAcceptor | ThreadAcceptor)
 
-    def __init__(self, config: ServerConfig, listeners: Listeners) -> None:
+
+class EngineServer(BaseServer, Generic[A]):
+    """A server that serves connections in this process, with the acceptor of an engine."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        listeners: Listeners,
+        make_acceptor: Callable[..., A],
+        on_closed: Callable[[], object],
+        make_conversation: ConversationFactory | None = None,
+    ) -> None:
         super().__init__(config, listeners)
-        self._loop = asyncio.get_running_loop()
-        self._closed = asyncio.Event()
-        self._registry = Registry(config)
-        self._acceptor = ACCEPTORS[config.engine](
-            Admission(self._registry), listeners, self._certificates, self._on_closed
-        )
-
-    async def start(self) -> None:
-        """Accept connections from now on. Once, after the server is made."""
-        await self._acceptor.start()
+        self._registry = Registry(config, make_conversation)
+        self._acceptor = make_acceptor(Admission(self._registry), listeners, self._certificates, on_closed)
 
     @property
     def stats(self) -> Stats:
@@ -171,9 +171,22 @@ class EchoServer(BaseServer):
         self._acceptor.close()
 
     def abort(self) -> None:
-        """Shut down without waiting for any client. Call it in the server's event loop."""
+        """Shut down without waiting for any client. In an event loop, call it there."""
         self._is_stopping = True
         self._acceptor.abort()
+
+
+class EchoServer(EngineServer[AsyncioAcceptor | ThreadAcceptor]):
+    """A running echo server; :func:`serve` creates one."""
+
+    def __init__(self, config: ServerConfig, listeners: Listeners) -> None:
+        super().__init__(config, listeners, ACCEPTORS[config.engine], self._on_closed)
+        self._loop = asyncio.get_running_loop()
+        self._closed = asyncio.Event()
+
+    async def start(self) -> None:
+        """Accept connections from now on. Once, after the server is made."""
+        await self._acceptor.start()
 
     async def wait_closed(self) -> None:
         """Wait until no socket, connection, thread or task of the server is left. Always returns after :meth:`close`.

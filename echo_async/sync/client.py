@@ -4,14 +4,12 @@ Its names, options and errors are those of :mod:`echo_async.client`.
 """
 
 from collections.abc import Generator, Iterable
-from typing import Self, TypeVar, Unpack, cast
+from typing import Self, Unpack, cast
 
-from ..batching import WINDOW_MESSAGES, Messages, check_stream, encode
+from ..batching import WINDOW_MESSAGES, M, Messages, check_stream, encode
 from ..config import HOST, PORT, ClientOptions
 from ..endpoint import Endpoint
 from .session import Session
-
-M = TypeVar("M", str, bytes)
 
 
 class EchoClient:

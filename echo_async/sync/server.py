@@ -9,14 +9,11 @@ import threading
 from typing import Self, Unpack
 
 from ..config import ServerConfig, ServerOptions
-from ..engines.admission import Admission
 from ..engines.context import ConversationFactory
-from ..engines.registry import Registry
 from ..engines.thread_acceptor import ThreadAcceptor
 from ..errors import ConfigError
 from ..listeners import Listeners
-from ..server.server import BaseServer
-from ..stats import Stats
+from ..server.server import EngineServer
 
 
 def serve(**options: Unpack[ServerOptions]) -> EchoServer:
@@ -41,16 +38,14 @@ def serve(**options: Unpack[ServerOptions]) -> EchoServer:
     return EchoServer.start(ServerConfig(**options))
 
 
-class EchoServer(BaseServer):
-    """A running echo server on threads; :func:`serve` creates one."""
+class EchoServer(EngineServer[ThreadAcceptor]):
+    """A running echo server on threads; :func:`serve` creates one. ``close`` is safe in a signal handler too."""
 
     def __init__(
         self, config: ServerConfig, listeners: Listeners, make_conversation: ConversationFactory | None = None
     ) -> None:
-        super().__init__(config, listeners)
         self._closed = threading.Event()
-        self._registry = Registry(config, make_conversation)
-        self._acceptor = ThreadAcceptor(Admission(self._registry), listeners, self._certificates, self._closed.set)
+        super().__init__(config, listeners, ThreadAcceptor, self._closed.set, make_conversation)
 
     @classmethod
     def start(cls, config: ServerConfig, make_conversation: ConversationFactory | None = None) -> Self:
@@ -58,24 +53,6 @@ class EchoServer(BaseServer):
         self = cls(config, Listeners.bind(config), make_conversation)
         self._acceptor.start_thread()
         return self
-
-    @property
-    def stats(self) -> Stats:
-        return self._registry.stats
-
-    def close(self) -> None:
-        """Begin the graceful shutdown. Returns at once; safe to call twice, from any thread and from a signal handler.
-
-        No connection is accepted from now on, what was received is answered, connections are closed. Those that
-        are open after ``timeout_graceful_shutdown`` seconds are aborted.
-        """
-        self._is_stopping = True
-        self._acceptor.close()
-
-    def abort(self) -> None:
-        """Shut down without waiting for any client."""
-        self._is_stopping = True
-        self._acceptor.abort()
 
     def wait_closed(self) -> None:
         """Wait until no socket, connection or thread of the server is left. Always returns after :meth:`close`."""
