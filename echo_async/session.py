@@ -1,4 +1,4 @@
-"""Which connection a client uses, and when a message may be sent again; without IO.
+"""The choice of the connection for a message, and when a message may be sent again; without IO.
 
 Servers are of two kinds, and a client detects which it is connected to:
 
