@@ -5,7 +5,7 @@ Servers are of two kinds, and a client detects which it is connected to:
 - A server that closes after each reply: the connection ends before any byte of its second reply. That message is
   sent again on a new connection, which is safe, because an echo has no side effects. From then on, each message
   is sent on a connection of its own.
-- A server that keeps connections open: it answered twice on one connection. From then on messages are pipelined,
+- A server that keeps connections open: it replied twice on one connection. From then on messages are pipelined,
   and a connection that ends with a message in flight raises :exc:`~echo_async.ReplyLost`.
 """
 
@@ -42,7 +42,7 @@ class BaseSession(Generic[C]):
 
     @property
     def keeps_open(self) -> bool:
-        """Whether the server is known to answer several messages on one connection."""
+        """Whether the server is known to reply to several messages on one connection."""
         return self._behavior is ServerBehavior.KEEPS_OPEN
 
     def usable_connection(self) -> C | None:
@@ -65,7 +65,7 @@ class BaseSession(Generic[C]):
         return True
 
     def record_reply(self, connection: C) -> None:
-        """Learn from a reply on ``connection``; close it if the server will not answer again."""
+        """Learn from a reply on ``connection``; close it if the server will not reply again."""
         if self._behavior is ServerBehavior.CLOSES_AFTER_REPLY:
             connection.close()
         elif connection.replies > 1:

@@ -105,22 +105,22 @@ class ScriptedServer:
 Start = Callable[[Serve], ScriptedServer]
 
 
-def answer_all(peer: Peer) -> None:
+def echo_all(peer: Peer) -> None:
     for message in peer.messages():
         peer.send(message)
 
 
-def answer_one(peer: Peer) -> None:
+def echo_one(peer: Peer) -> None:
     peer.send(peer.message())
 
 
-def answer_byte_by_byte(peer: Peer) -> None:
+def echo_byte_by_byte(peer: Peer) -> None:
     for message in peer.messages():
         for byte in message:
             peer.send(bytes([byte]))
 
 
-def keep_silent(peer: Peer) -> None:
+def never_reply(peer: Peer) -> None:
     for _ in peer.messages():
         pass
 
@@ -140,7 +140,7 @@ def change_fifth(peer: Peer) -> None:
 def ignore_fifth(peer: Peer) -> None:
     for message in peer.messages():
         if message == b"5\n":
-            return keep_silent(peer)
+            return never_reply(peer)
         peer.send(message)
 
 
@@ -151,7 +151,7 @@ def reset_fifth(peer: Peer) -> None:
     peer.reset()
 
 
-def answer_with(reply: bytes, *, reset: bool = False) -> Serve:
+def reply_with(reply: bytes, *, reset: bool = False) -> Serve:
     def serve(peer: Peer) -> None:
         peer.message()
         peer.send(reply)
@@ -161,7 +161,7 @@ def answer_with(reply: bytes, *, reset: bool = False) -> Serve:
     return serve
 
 
-def over_tls(context: ssl.SSLContext, serve: Serve = answer_all) -> Serve:
+def over_tls(context: ssl.SSLContext, serve: Serve = echo_all) -> Serve:
     def serve_over_tls(peer: Peer) -> None:
         peer.start_tls(context)
         serve(peer)

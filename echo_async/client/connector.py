@@ -13,7 +13,7 @@ from ..errors import ConnectError
 from ..net import AddressInfo
 from .connection import Connection
 
-TLS_SHUTDOWN_TIMEOUT = 2.0  # seconds for the server to answer the close_notify of TLS
+TLS_SHUTDOWN_TIMEOUT = 2.0  # seconds to wait for the close_notify of the server
 
 
 async def open_connection(endpoint: Endpoint) -> Connection:

@@ -80,7 +80,7 @@ class Connection(ReplyVerifier):
 
     def close(self) -> None:
         if self.is_open and isinstance(self._socket, SSLSocket):
-            with contextlib.suppress(OSError, ValueError):  # send close_notify, without waiting for the answer
+            with contextlib.suppress(OSError, ValueError):  # send close_notify, without waiting for that of the server
                 self._socket.unwrap()
         self._lose("closed by this client")
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Peer, Serve, Start, answer_all, answer_one, keep_silent
+from scripted import Peer, Serve, Start, echo_all, echo_one, never_reply
 from support import TIMEOUT, server_process, single_error_line, wait_until
 
 from echo_async.cli.client import command, main
@@ -54,14 +54,14 @@ def is_installed() -> bool:
 
 
 def test_client_without_message_sends_the_default(scripted_server: Start) -> None:
-    server = scripted_server(answer_one)
+    server = scripted_server(echo_one)
     done = client(server)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"Hola Server!\n", b"")
     assert server.received == [[b"Hola Server!\n"]]
 
 
 def test_stdin_closed_sends_the_default(scripted_server: Start) -> None:
-    server = scripted_server(answer_one)
+    server = scripted_server(echo_one)
     done = subprocess.run(
         ["sh", "-c", '"$@" <&-', "sh", *COMMAND, "--port", str(server.address[1])],
         capture_output=True,
@@ -70,7 +70,7 @@ def test_stdin_closed_sends_the_default(scripted_server: Start) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"Hola Server!\n", b"")
 
 
-@pytest.mark.parametrize("serve", [answer_one, answer_all])
+@pytest.mark.parametrize("serve", [echo_one, echo_all])
 def test_arguments_are_sent_as_messages(scripted_server: Start, serve: Serve) -> None:
     server = scripted_server(serve)
     done = client(server, "one", "", "ñandú 🎉", "two\nthree\n", b"\xff\xfe", "--", "--four")
@@ -80,14 +80,14 @@ def test_arguments_are_sent_as_messages(scripted_server: Start, serve: Serve) ->
 
 @pytest.mark.parametrize("args", [[], ["-"]])
 def test_stdin_lines_are_sent_as_messages(scripted_server: Start, args: list[str]) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     done = client(server, *args, input=b"one\n\xff\x00\n\n" + b"x" * 200_000 + b"\nno newline at the end")
     assert done.stdout == b"one\n\xff\x00\n\n" + b"x" * 200_000 + b"\nno newline at the end\n"
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_dash_between_arguments_sends_stdin_lines(scripted_server: Start) -> None:
-    done = client(scripted_server(answer_all), "first", "-", "last", input=b"one\ntwo\n")
+    done = client(scripted_server(echo_all), "first", "-", "last", input=b"one\ntwo\n")
     assert (done.returncode, done.stdout) == (0, b"first\none\ntwo\nlast\n")
 
 
@@ -95,11 +95,11 @@ def test_stdin_file_is_sent_line_by_line(scripted_server: Start, tmp_path: Path)
     file = tmp_path / "lines"
     file.write_bytes(b"one\ntwo\n")
     with file.open("rb") as stdin:
-        assert client(scripted_server(answer_one), stdin=stdin).stdout == b"one\ntwo\n"
+        assert client(scripted_server(echo_one), stdin=stdin).stdout == b"one\ntwo\n"
 
 
 def test_empty_stdin_sends_nothing(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     done = client(server, "-", input=b"")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
@@ -114,7 +114,7 @@ def test_stdin_with_many_lines_is_echoed_completely(mode: str, lines: int) -> No
 
 
 def test_replies_are_printed_before_stdin_ends(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     command = [*COMMAND, "--port", str(server.address[1]), "-"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -127,7 +127,7 @@ def test_replies_are_printed_before_stdin_ends(scripted_server: Start) -> None:
 
 
 def test_client_command_line_overrides_environment(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     environment = with_env(ECHO_ASYNC_PORT=str(server.address[1]), ECHO_ASYNC_JSON="1", ECHO_ASYNC_TIMEOUT="5")
     done = subprocess.run([*COMMAND, "hola"], env=environment, capture_output=True, timeout=TIMEOUT, check=True)
     assert json.loads(done.stdout)["text"] == "hola"
@@ -137,7 +137,7 @@ def test_client_command_line_overrides_environment(scripted_server: Start) -> No
 
 def test_client_c_locale_sends_bytes_unchanged(scripted_server: Start) -> None:
     environment = with_env(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="")
-    done = client(scripted_server(answer_all), "ñ 🎉", env=environment)
+    done = client(scripted_server(echo_all), "ñ 🎉", env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ñ 🎉\n".encode(), b"")
 
 
@@ -163,7 +163,7 @@ def test_json_connection_refused_is_an_object(closed_port: int, capfd: pytest.Ca
 
 
 def test_replies_on_a_terminal_are_escaped(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     primary, secondary = pty.openpty()
     with os.fdopen(primary, "rb", 0) as terminal:
         command: list[Any] = [*COMMAND, "--port", str(server.address[1]), b"\x1b[2J\xff\\", "ñ\u202e"]
@@ -174,7 +174,7 @@ def test_replies_on_a_terminal_are_escaped(scripted_server: Start) -> None:
 
 
 def test_stdin_terminal_sends_the_default(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     primary, secondary = pty.openpty()
     try:
         assert client(server, stdin=secondary).stdout == b"Hola Server!\n"
@@ -184,7 +184,7 @@ def test_stdin_terminal_sends_the_default(scripted_server: Start) -> None:
 
 
 def test_verbose_prints_each_step(scripted_server: Start) -> None:
-    done = client(scripted_server(answer_all), "--verbose", "Hola")
+    done = client(scripted_server(echo_all), "--verbose", "Hola")
     assert done.stdout == b"Hola\n"
     steps = re.sub(rb"[\d.]+ ms", b"x ms", re.sub(rb":\d+", b"", done.stderr)).decode().splitlines()
     assert steps == [
@@ -225,7 +225,7 @@ def test_late_and_different_replies_are_reported(scripted_server: Start) -> None
     def serve(peer: Peer) -> None:
         for message in peer.messages():
             if message == b"late\n":
-                return keep_silent(peer)
+                return never_reply(peer)
             peer.send(message.replace(b"good", b"bad!") if message == b"good 4\n" else message)
 
     done = client(scripted_server(serve), "--timeout", "0.5", "good 1", "good 2", "late", "good 4", "good 5")
@@ -321,19 +321,19 @@ def run_in_pipeline(*args: str, tail: str, server: Any) -> subprocess.CompletedP
 
 
 def test_stdout_closed_by_its_reader_exits_with_141(scripted_server: Start) -> None:
-    done = run_in_pipeline("-", tail="| head -1", server=scripted_server(answer_all))
+    done = run_in_pipeline("-", tail="| head -1", server=scripted_server(echo_all))
     assert (done.stdout, done.stderr) == (b"x\n", b"141\n")
 
 
 def test_stdout_closed_sends_the_message(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     assert run_in_pipeline("one", tail=">&-", server=server).stderr == b"0\n"
     assert server.received == [[b"one\n"]]
 
 
 def test_stderr_closed_keeps_exit_code(scripted_server: Start, closed_port: int) -> None:
     line = '"$@" 2>&-; echo "$?"'
-    for port, expected in ((scripted_server(answer_all).address[1], b"hola\n0\n"), (closed_port, b"3\n")):
+    for port, expected in ((scripted_server(echo_all).address[1], b"hola\n0\n"), (closed_port, b"3\n")):
         words = ["sh", "-c", line, "sh", *COMMAND, "--verbose", "--port", str(port), "hola"]
         assert subprocess.run(words, capture_output=True, timeout=TIMEOUT).stdout == expected
 
@@ -345,7 +345,7 @@ def test_stderr_full_keeps_exit_code(closed_port: int) -> None:
 
 
 def test_stdin_line_over_64_mib_exits_with_1(scripted_server: Start, capfd: pytest.CaptureFixture[str]) -> None:
-    port = str(scripted_server(answer_all).address[1])
+    port = str(scripted_server(echo_all).address[1])
     with open("/dev/zero", "rb") as zeros:
         assert subprocess.run([*COMMAND, "--port", port, "-"], stdin=zeros, timeout=TIMEOUT).returncode == 1
     assert single_error_line(*capfd.readouterr()) == "error: cannot read stdin: line too long: over 67108864 bytes\n"
@@ -377,14 +377,14 @@ def test_nonblocking_stdout_receives_all_replies(tmp_path: Path, format: list[st
 
 
 def test_stdout_full_exits_with_1(scripted_server: Start) -> None:
-    done = run_in_pipeline("one", tail=">/dev/full", server=scripted_server(answer_all))
+    done = run_in_pipeline("one", tail=">/dev/full", server=scripted_server(echo_all))
     assert done.stderr == b"error: cannot write to stdout: no space left on device\n1\n"
 
 
 def test_stdin_unreadable_exits_with_1(scripted_server: Start) -> None:
-    done = run_in_pipeline("-", tail="0>/dev/null", server=scripted_server(answer_all))
+    done = run_in_pipeline("-", tail="0>/dev/null", server=scripted_server(echo_all))
     assert done.stderr == b"error: cannot read stdin: bad file descriptor\n1\n"
-    done = run_in_pipeline("-", tail="<&-", server=scripted_server(answer_all))
+    done = run_in_pipeline("-", tail="<&-", server=scripted_server(echo_all))
     assert done.stderr == b"error: cannot read stdin: it is closed\n1\n"
 
 
@@ -436,7 +436,7 @@ def test_ctrl_c_while_stdout_blocks_exits_with_130(scripted_server: Start) -> No
 
 
 def test_ctrl_c_twice_at_once_prints_one_summary(scripted_server: Start) -> None:
-    command = [*COMMAND, "--port", str(scripted_server(answer_all).address[1]), "--count", "0", "--interval", "0"]
+    command = [*COMMAND, "--port", str(scripted_server(echo_all).address[1]), "--count", "0", "--interval", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -495,7 +495,7 @@ def test_client_connects_to_a_unix_socket(tmp_path: Path) -> None:
 
 
 def test_count_prints_round_trips_and_summary(scripted_server: Start) -> None:
-    done = client(scripted_server(answer_all), "--count", "3", "--interval", "0.01", "hola")
+    done = client(scripted_server(echo_all), "--count", "3", "--interval", "0.01", "hola")
     text = re.sub(r":\d+", "", re.sub(r"\d+\.\d+", "t", done.stdout.decode()))
     assert re.sub(r"\d+ ms", "t ms", text) == (
         "ECHO 127.0.0.1: 5 bytes\n"
@@ -509,7 +509,7 @@ def test_count_prints_round_trips_and_summary(scripted_server: Start) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("serve", [answer_one, answer_all])
+@pytest.mark.parametrize("serve", [echo_one, echo_all])
 def test_count_with_any_server_receives_all_replies(scripted_server: Start, serve: Serve) -> None:
     done = client(scripted_server(serve), "--count", "10", "--interval", "0", "--quiet")
     assert b"10 sent, 10 received, 0 lost" in done.stdout
@@ -539,13 +539,13 @@ def test_count_connection_refused_exits_with_3(closed_port: int, capfd: pytest.C
 
 
 def test_count_with_json_prints_objects(scripted_server: Start) -> None:
-    done = client(scripted_server(answer_all), "--count", "2", "--interval", "0", "--json")
+    done = client(scripted_server(echo_all), "--count", "2", "--interval", "0", "--json")
     assert [json.loads(line)["seq"] for line in done.stdout.splitlines()] == [1, 2]
     assert b"2 sent, 2 received, 0 lost (0%)" in done.stderr
 
 
 def test_ctrl_c_during_count_prints_the_summary(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     command = [*COMMAND, "--port", str(server.address[1]), "--count", "0", "--interval", "0.01"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from scripted import Peer, Serve, Start, answer_all, answer_byte_by_byte, answer_one, disconnected, keep_silent
+from scripted import Peer, Serve, Start, disconnected, echo_all, echo_byte_by_byte, echo_one, never_reply
 
 import echo_async
 from echo_async.client import EchoClient, connect, echo
@@ -37,7 +37,7 @@ def test_echo_returns_every_message(on_loop: OnLoop, mode: Any) -> None:
 def test_echo_reply_has_type_and_newline_of_message(
     on_loop: OnLoop, scripted_server: Start, message: str | bytes
 ) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         reply = await echo(cast(str, message), *server.address)
@@ -50,7 +50,7 @@ def test_echo_reply_has_type_and_newline_of_message(
 
 
 def test_echo_newline_inside_message_sends_nothing(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -63,7 +63,7 @@ def test_echo_newline_inside_message_sends_nothing(on_loop: OnLoop, scripted_ser
 
 
 def test_echo_invalid_message_raises(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -75,7 +75,7 @@ def test_echo_invalid_message_raises(on_loop: OnLoop, scripted_server: Start) ->
     on_loop(main)
 
 
-@pytest.mark.parametrize("serve", [answer_all, answer_byte_by_byte])
+@pytest.mark.parametrize("serve", [echo_all, echo_byte_by_byte])
 def test_client_reuses_connection_that_stays_open(on_loop: OnLoop, scripted_server: Start, serve: Serve) -> None:
     server = scripted_server(serve)
 
@@ -88,7 +88,7 @@ def test_client_reuses_connection_that_stays_open(on_loop: OnLoop, scripted_serv
 
 
 def test_client_reconnects_for_every_message(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_one)
+    server = scripted_server(echo_one)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -99,12 +99,12 @@ def test_client_reconnects_for_every_message(on_loop: OnLoop, scripted_server: S
 
 
 def test_client_treats_reset_after_reply_as_close(on_loop: OnLoop, scripted_server: Start) -> None:
-    def answer_and_reset(peer: Peer) -> None:
+    def echo_and_reset(peer: Peer) -> None:
         peer.send(peer.message())
         peer.message()  # the reset follows the second message
         peer.reset()
 
-    server = scripted_server(answer_and_reset)
+    server = scripted_server(echo_and_reset)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -115,11 +115,11 @@ def test_client_treats_reset_after_reply_as_close(on_loop: OnLoop, scripted_serv
 
 
 def test_client_reconnects_after_close_between_messages(on_loop: OnLoop, scripted_server: Start) -> None:
-    def answer_two(peer: Peer) -> None:
+    def echo_two(peer: Peer) -> None:
         peer.send(peer.message())
         peer.send(peer.message())
 
-    server = scripted_server(answer_two)
+    server = scripted_server(echo_two)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -163,7 +163,7 @@ def test_echo_returns_ten_mebibytes(on_loop: OnLoop) -> None:
 
 
 def test_echo_canceled_does_not_affect_others(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -179,7 +179,7 @@ def test_echo_canceled_does_not_affect_others(on_loop: OnLoop, scripted_server: 
 
 
 def test_ping_returns_round_trip_time(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -190,7 +190,7 @@ def test_ping_returns_round_trip_time(on_loop: OnLoop, scripted_server: Start) -
 
 
 def test_echo_after_close_raises(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         client = await connect(*server.address)
@@ -206,7 +206,7 @@ def test_echo_after_close_raises(on_loop: OnLoop, scripted_server: Start) -> Non
 
 
 def test_close_with_message_in_flight_raises_reply_lost(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(keep_silent)
+    server = scripted_server(never_reply)
 
     async def main() -> None:
         client = await connect(*server.address)
@@ -221,7 +221,7 @@ def test_close_with_message_in_flight_raises_reply_lost(on_loop: OnLoop, scripte
 
 
 def test_close_while_reconnecting_raises(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_one)
+    server = scripted_server(echo_one)
 
     async def main() -> None:
         client = await connect(*server.address)
@@ -265,7 +265,7 @@ def test_connect_unix_socket_waits_for_full_backlog(on_loop: OnLoop, tmp_path: P
 
 
 def test_client_name_is_server_address(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Peer, Start, answer_all, answer_one, answer_with, disconnected, keep_silent, resolve_to
+from scripted import Peer, Start, disconnected, echo_all, echo_one, never_reply, reply_with, resolve_to
 from support import MAX_DELAY
 
 import echo_async
@@ -121,7 +121,7 @@ def test_connect_tries_every_address(
     black_hole: tuple[str, int],
     closed_port: int,
 ) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     resolve_to(monkeypatch, ("127.0.0.1", closed_port), black_hole, server.address)
 
     async def main() -> None:
@@ -143,7 +143,7 @@ def test_connect_all_addresses_refused_raises(
 
 
 def test_connect_resolves_localhost(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         assert await echo("Hola", "localhost", server.address[1]) == "Hola"
@@ -210,7 +210,7 @@ def test_connect_invalid_option_raises(options: dict[str, Any], text: str) -> No
 def test_connection_closed_before_reply_raises_reply_lost(
     on_loop: OnLoop, scripted_server: Start, reply: bytes, text: str
 ) -> None:
-    server = scripted_server(answer_with(reply))
+    server = scripted_server(reply_with(reply))
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -222,7 +222,7 @@ def test_connection_closed_before_reply_raises_reply_lost(
 
 
 def test_connection_reset_raises_reply_lost(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_with(b"", reset=True))
+    server = scripted_server(reply_with(b"", reset=True))
 
     async def main() -> None:
         with pytest.raises(echo_async.ReplyLost, match="lost before the reply: connection reset by peer"):
@@ -294,11 +294,11 @@ def test_replies_received_before_failed_write_are_kept(on_loop: OnLoop, scripted
     async def main() -> None:
         async with connect(*server.address) as client:
             assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
-            answered = asyncio.create_task(client.echo("2"))
+            replied = asyncio.create_task(client.echo("2"))
             await asyncio.sleep(0)
             closed.wait()  # blocks the loop: the reply and the reset have arrived, neither is read
             lost = asyncio.create_task(client.echo("3"))
-            assert await answered == "2"
+            assert await replied == "2"
             with pytest.raises(echo_async.ReplyLost):
                 await lost
 
@@ -309,7 +309,7 @@ def test_replies_received_before_failed_write_are_kept(on_loop: OnLoop, scripted
 
 
 def test_reply_timeout_raises_reply_late(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(lambda peer: keep_silent(peer) if peer.number == 0 else answer_all(peer))
+    server = scripted_server(lambda peer: never_reply(peer) if peer.number == 0 else echo_all(peer))
 
     async def main() -> None:
         async with connect(*server.address, timeout=0.5) as client:
@@ -345,7 +345,7 @@ def test_replies_after_late_reply_are_lost(on_loop: OnLoop, scripted_server: Sta
     def serve(peer: Peer) -> None:
         for message in itertools.islice(peer.messages(), 2):
             peer.send(message)
-        keep_silent(peer)
+        never_reply(peer)
 
     server = scripted_server(serve)
 
@@ -364,12 +364,12 @@ def test_replies_after_late_reply_are_lost(on_loop: OnLoop, scripted_server: Sta
 def test_blocked_event_loop_does_not_cause_timeout(on_loop: OnLoop, scripted_server: Start) -> None:
     replied, never = threading.Event(), threading.Event()
 
-    def answer(peer: Peer) -> None:
-        answer_one(peer)
+    def echo_late(peer: Peer) -> None:
+        echo_one(peer)
         replied.set()
-        keep_silent(peer)
+        never_reply(peer)
 
-    server = scripted_server(answer)
+    server = scripted_server(echo_late)
 
     async def main() -> None:
         async with connect(*server.address, timeout=0.1) as client:
@@ -383,7 +383,7 @@ def test_blocked_event_loop_does_not_cause_timeout(on_loop: OnLoop, scripted_ser
 
 
 def test_timeout_restarts_for_every_reply(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         async with connect(*server.address, timeout=0.5) as client:
@@ -411,7 +411,7 @@ def test_timeout_restarts_for_every_reply(on_loop: OnLoop, scripted_server: Star
 def test_reply_mismatch_raises_reply_different(
     on_loop: OnLoop, scripted_server: Start, reply: bytes, offset: int, text: str
 ) -> None:
-    server = scripted_server(answer_with(reply))
+    server = scripted_server(reply_with(reply))
 
     async def main() -> None:
         with pytest.raises(echo_async.ReplyDifferent) as caught:
@@ -423,7 +423,7 @@ def test_reply_mismatch_raises_reply_different(
 
 
 def test_reply_mismatch_error_quotes_few_bytes(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_with(b"x" * 50_000 + b"y" * 50_001))
+    server = scripted_server(reply_with(b"x" * 50_000 + b"y" * 50_001))
 
     async def main() -> None:
         with pytest.raises(echo_async.ReplyDifferent) as caught:
@@ -461,7 +461,7 @@ def test_unexpected_bytes_fail_next_reply(on_loop: OnLoop, scripted_server: Star
         if peer.number == 0:
             peer.send(b"220 mail.example ESMTP\r\n")
             sent.set()
-        answer_all(peer)
+        echo_all(peer)
 
     server = scripted_server(serve)
 

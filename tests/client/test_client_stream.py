@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted import Peer, Serve, Start, answer_all, change_fifth, disconnected, ignore_fifth, lose_fifth
+from scripted import Peer, Serve, Start, change_fifth, disconnected, echo_all, ignore_fifth, lose_fifth
 from support import TIMEOUT, run
 
 import echo_async
@@ -57,7 +57,7 @@ def test_stream_yields_replies_in_order(on_loop: OnLoop, mode: Any, asynchronous
 
 
 def test_stream_replies_equal_messages(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -178,7 +178,7 @@ def test_stream_is_bounded_while_consumer_is_slow(on_loop: OnLoop) -> None:
 
 
 def test_stream_yields_replies_while_source_waits(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         queue: asyncio.Queue[str] = asyncio.Queue()
@@ -199,7 +199,7 @@ def test_stream_yields_replies_while_source_waits(on_loop: OnLoop, scripted_serv
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_stream_closed_early_leaves_no_task(on_loop: OnLoop, scripted_server: Start, asynchronous: bool) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         messages = [str(number) for number in range(1000)]
@@ -214,7 +214,7 @@ def test_stream_closed_early_leaves_no_task(on_loop: OnLoop, scripted_server: St
 
 
 def test_stream_closed_early_stops_source_that_ignores_cancel(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         asked = asyncio.Event()
@@ -267,7 +267,7 @@ def test_stream_canceled_leaves_no_task(on_loop: OnLoop, scripted_server: Start,
 def test_stream_source_error_follows_earlier_replies(
     on_loop: OnLoop, scripted_server: Start, asynchronous: bool
 ) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     def messages() -> Iterator[str]:
         yield from ("0", "1", "2", "3")
@@ -288,7 +288,7 @@ def test_stream_source_error_follows_earlier_replies(
 
 
 def test_stream_canceled_source_raises_canceled_error(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def messages() -> AsyncIterator[str]:
         yield "0"
@@ -316,7 +316,7 @@ def test_stream_canceled_source_raises_canceled_error(on_loop: OnLoop, scripted_
 def test_stream_invalid_message_follows_earlier_replies(
     on_loop: OnLoop, scripted_server: Start, bad: Any, error: type[Exception] | None, asynchronous: bool
 ) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -336,7 +336,7 @@ def test_stream_invalid_message_follows_earlier_replies(
 
 
 def test_stream_invalid_arguments_raise(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -391,10 +391,10 @@ def test_stream_and_echo_concurrent(on_loop: OnLoop) -> None:
         async with echo_async.serve(port=0, mode="stream") as server, connect(*server.address) as client:
             messages = [str(number) for number in range(100)]
 
-            async def echo_all(client: EchoClient) -> list[str]:
+            async def echo_each(client: EchoClient) -> list[str]:
                 return [await client.echo(message) for message in messages]
 
-            tasks = (collect(client.stream(messages)), echo_all(client))
+            tasks = (collect(client.stream(messages)), echo_each(client))
             assert await asyncio.gather(*tasks) == [messages] * 2
 
     on_loop(main)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import trustme
-from scripted import Peer, Serve, Start, answer_all, answer_one, over_tls
+from scripted import Peer, Serve, Start, echo_all, echo_one, over_tls
 from support import TIMEOUT
 
 import echo_async
@@ -51,7 +51,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(tmp_path_factory.mktemp("tls"))
 
 
-@pytest.mark.parametrize("serve", [answer_one, answer_all])
+@pytest.mark.parametrize("serve", [echo_one, echo_all])
 def test_echo_returns_every_message(on_loop: OnLoop, scripted_server: Start, files: Files, serve: Serve) -> None:
     server = scripted_server(over_tls(files.server_context(), serve))
 

@@ -27,15 +27,15 @@ from scripted import (
     Peer,
     Serve,
     Start,
-    answer_all,
-    answer_byte_by_byte,
-    answer_one,
-    answer_with,
     change_fifth,
+    echo_all,
+    echo_byte_by_byte,
+    echo_one,
     ignore_fifth,
-    keep_silent,
     lose_fifth,
+    never_reply,
     over_tls,
+    reply_with,
     reset_fifth,
     resolve_to,
 )
@@ -115,7 +115,7 @@ def test_echo_returns_every_message_of_blocking_server(mode: Mode) -> None:
 
 @pytest.mark.parametrize("message", ["Hola\n", b"Hola\n", "Hola", b"Hola", b"\xff\x00", "", b"\n"])
 def test_echo_reply_has_type_and_newline_of_message(scripted_server: Start, message: str | bytes) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     reply = sync.echo(cast(str, message), *server.address)
     assert reply == message
     assert type(reply) is type(message)
@@ -124,7 +124,7 @@ def test_echo_reply_has_type_and_newline_of_message(scripted_server: Start, mess
 
 
 def test_echo_invalid_message_sends_nothing(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     with sync.connect(*server.address) as client:
         with pytest.raises(echo_async.MessageError, match="newline at byte 3"):
             client.echo("one\ntwo")
@@ -137,7 +137,7 @@ def test_echo_invalid_message_sends_nothing(scripted_server: Start) -> None:
 
 
 def test_client_works_without_with_statement(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     client = sync.connect(*server.address)
     assert client.name == f"127.0.0.1:{server.address[1]}"
     assert client.echo("one") == "one"
@@ -164,7 +164,7 @@ def test_echo_returns_ten_mebibytes(mode: Mode) -> None:
 # Reconnecting
 
 
-@pytest.mark.parametrize("serve", [answer_all, answer_byte_by_byte])
+@pytest.mark.parametrize("serve", [echo_all, echo_byte_by_byte])
 def test_client_reuses_connection_that_stays_open(scripted_server: Start, serve: Serve) -> None:
     server = scripted_server(serve)
     with sync.connect(*server.address) as client:
@@ -174,7 +174,7 @@ def test_client_reuses_connection_that_stays_open(scripted_server: Start, serve:
 
 
 def test_client_reconnects_for_every_message(scripted_server: Start) -> None:
-    server = scripted_server(answer_one)
+    server = scripted_server(echo_one)
     with sync.connect(*server.address) as client:
         expected = [str(number) for number in range(20)]
         assert [client.echo(message) for message in expected[:10]] == expected[:10]
@@ -183,12 +183,12 @@ def test_client_reconnects_for_every_message(scripted_server: Start) -> None:
 
 
 def test_client_treats_reset_after_reply_as_close(scripted_server: Start) -> None:
-    def answer_and_reset(peer: Peer) -> None:
+    def echo_and_reset(peer: Peer) -> None:
         peer.send(peer.message())
         peer.message()  # the reset follows the second message
         peer.reset()
 
-    server = scripted_server(answer_and_reset)
+    server = scripted_server(echo_and_reset)
     with sync.connect(*server.address) as client:
         assert [client.echo(message) for message in ("one", "two", "three")] == ["one", "two", "three"]
     assert server.received == [[b"one\n", b"two\n"], [b"two\n"], [b"three\n"]]
@@ -197,13 +197,13 @@ def test_client_treats_reset_after_reply_as_close(scripted_server: Start) -> Non
 def test_client_reconnects_after_close_between_messages(scripted_server: Start) -> None:
     closed = threading.Semaphore(0)
 
-    def answer_two(peer: Peer) -> None:
+    def echo_two(peer: Peer) -> None:
         peer.send(peer.message())
         peer.send(peer.message())
         peer.close()
         closed.release()
 
-    server = scripted_server(answer_two)
+    server = scripted_server(echo_two)
     with sync.connect(*server.address) as client:
         for number in range(6):
             assert client.echo(str(number)) == str(number)
@@ -251,14 +251,14 @@ def test_incomplete_second_reply_is_not_resent(scripted_server: Start) -> None:
     ],
 )
 def test_connection_closed_before_reply_raises_reply_lost(scripted_server: Start, reply: bytes, text: str) -> None:
-    server = scripted_server(answer_with(reply))
+    server = scripted_server(reply_with(reply))
     with sync.connect(*server.address) as client, pytest.raises(echo_async.ReplyLost, match=text):
         client.echo("Hola Server!")
     assert len(server.received) == 1  # not sent again: the connection was new
 
 
 def test_connection_reset_raises_reply_lost(scripted_server: Start) -> None:
-    server = scripted_server(answer_with(b"", reset=True))
+    server = scripted_server(reply_with(b"", reset=True))
     with pytest.raises(echo_async.ReplyLost, match="lost before the reply: connection reset by peer"):
         sync.echo("Hola", *server.address)
 
@@ -295,7 +295,7 @@ def test_replies_received_before_failed_write_are_kept(scripted_server: Start) -
 
 
 def test_reply_timeout_raises_reply_late(scripted_server: Start) -> None:
-    server = scripted_server(lambda peer: keep_silent(peer) if peer.number == 0 else answer_all(peer))
+    server = scripted_server(lambda peer: never_reply(peer) if peer.number == 0 else echo_all(peer))
     with sync.connect(*server.address, timeout=0.5) as client:
         started = time.monotonic()
         with pytest.raises(echo_async.ReplyLate, match=r"reply timeout: no reply from .* within 0\.5 s"):
@@ -342,7 +342,7 @@ def test_slow_reply_bytes_do_not_extend_timeout(scripted_server: Start) -> None:
     ],
 )
 def test_reply_mismatch_raises_reply_different(scripted_server: Start, reply: bytes, offset: int, text: str) -> None:
-    server = scripted_server(answer_with(reply))
+    server = scripted_server(reply_with(reply))
     with pytest.raises(echo_async.ReplyDifferent) as caught:
         sync.echo("Hola Server!", *server.address)
     assert caught.value.offset == offset
@@ -356,7 +356,7 @@ def test_unexpected_bytes_fail_next_reply(scripted_server: Start) -> None:
         if peer.number == 0:
             peer.send(b"220 mail.example ESMTP\r\n")
             sent.set()
-        answer_all(peer)
+        echo_all(peer)
 
     server = scripted_server(serve)
     with sync.connect(*server.address) as client:
@@ -433,14 +433,14 @@ def test_connect_unix_socket_full_backlog_times_out(tmp_path: Path) -> None:
 def test_connect_tries_every_address(
     scripted_server: Start, monkeypatch: pytest.MonkeyPatch, black_hole: tuple[str, int], bound_socket: socket.socket
 ) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     broadcast = ("127.255.255.255", server.address[1])  # connect() fails immediately
     resolve_to(monkeypatch, broadcast, bound_socket.getsockname(), black_hole, server.address)
     assert sync.echo("Hola", "several.example") == "Hola"
 
 
 def test_connect_skips_unsupported_address_family(scripted_server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     resolve_to(monkeypatch, ("127.0.0.1", 1), server.address)
     real, refused = socket.socket, [OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))]
 
@@ -462,7 +462,7 @@ def test_connect_all_addresses_refused_raises(monkeypatch: pytest.MonkeyPatch, b
 
 
 def test_connect_resolves_localhost(scripted_server: Start) -> None:
-    assert sync.echo("Hola", "localhost", scripted_server(answer_all).address[1]) == "Hola"
+    assert sync.echo("Hola", "localhost", scripted_server(echo_all).address[1]) == "Hola"
 
 
 def test_retry_waits_for_starting_server(bound_socket: socket.socket, caplog: pytest.LogCaptureFixture) -> None:
@@ -535,7 +535,7 @@ def test_stream_yields_replies_in_order(mode: Mode, window: int) -> None:
 
 
 def test_stream_replies_equal_messages(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     with sync.connect(*server.address) as client:
         text = ["a", "b\n", "", "\n", "ñ", "x" * 100_000]
         assert list(client.stream(text)) == text
@@ -579,7 +579,7 @@ def test_stream_pipelines_up_to_window(scripted_server: Start) -> None:
 
 
 def test_stream_is_bounded_while_consumer_is_slow(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     taken = 0
 
     def messages() -> Iterator[bytes]:
@@ -594,7 +594,7 @@ def test_stream_is_bounded_while_consumer_is_slow(scripted_server: Start) -> Non
 
 
 def test_stream_slow_caller_does_not_cause_timeout(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     pause = threading.Event()
 
     def messages() -> Iterator[bytes]:
@@ -628,7 +628,7 @@ def test_stream_window_one_sends_each_message_broadcast(scripted_server: Start) 
 
 
 def test_stream_closed_early_keeps_connection(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     messages = [str(number) for number in range(1000)]
     with sync.connect(*server.address) as client:
         for _ in range(3):
@@ -639,7 +639,7 @@ def test_stream_closed_early_keeps_connection(scripted_server: Start) -> None:
 
 
 def test_stream_with_ping_between_replies(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     messages = [str(number) for number in range(100)]
     replies = []
     with sync.connect(*server.address) as client:
@@ -676,7 +676,7 @@ def test_stream_source_error_follows_earlier_replies(scripted_server: Start) -> 
         yield from ("0", "1", "2", "3")
         raise ZeroDivisionError
 
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     with sync.connect(*server.address) as client:
         stream = client.stream(messages())
         assert list(itertools.islice(stream, 4)) == ["0", "1", "2", "3"]
@@ -688,7 +688,7 @@ def test_stream_source_error_follows_earlier_replies(scripted_server: Start) -> 
 def test_stream_invalid_message_follows_earlier_replies(
     scripted_server: Start, bad: Any, error: type[Exception]
 ) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     with sync.connect(*server.address) as client:
         stream = client.stream(["0", "1", "2", bad, "never"])
         assert list(itertools.islice(stream, 3)) == ["0", "1", "2"]
@@ -697,7 +697,7 @@ def test_stream_invalid_message_follows_earlier_replies(
 
 
 def test_stream_invalid_arguments_raise(scripted_server: Start) -> None:
-    with sync.connect(*scripted_server(answer_all).address) as client:
+    with sync.connect(*scripted_server(echo_all).address) as client:
         with pytest.raises(TypeError, match="not str; use echo"):
             client.stream("Hola")
         with pytest.raises(echo_async.ConfigError, match="invalid window: 0 "):
@@ -726,7 +726,7 @@ def test_stream_failed_reply_follows_earlier_replies(
 
 
 def test_client_server_stopped_raises_connect_error(scripted_server: Start) -> None:
-    server = scripted_server(answer_all)
+    server = scripted_server(echo_all)
     with sync.connect(*server.address) as client:
         assert list(client.stream(["a", "b"])) == ["a", "b"]
         server.stop()
@@ -750,7 +750,7 @@ def context(authority: trustme.CA, tmp_path: Path) -> ssl.SSLContext:
     return client_context(ca_certs=str(tmp_path / "ca.pem"))
 
 
-@pytest.mark.parametrize("serve", [answer_one, answer_all])
+@pytest.mark.parametrize("serve", [echo_one, echo_all])
 def test_echo_returns_every_message_over_tls(
     scripted_server: Start, server_context: ssl.SSLContext, context: ssl.SSLContext, serve: Serve
 ) -> None:
@@ -771,12 +771,12 @@ def test_connect_untrusted_certificate_raises(scripted_server: Start, server_con
 def test_connect_server_without_tls_raises(scripted_server: Start, context: ssl.SSLContext) -> None:
     def greet(peer: Peer) -> None:
         peer.send(b"220 mail.example ESMTP\r\n")
-        keep_silent(peer)
+        never_reply(peer)
 
     server = scripted_server(greet)
     with pytest.raises(echo_async.ConnectError, match="TLS: "):
         sync.connect(*server.address, ssl=context)
-    silent = scripted_server(keep_silent)
+    silent = scripted_server(never_reply)
     with pytest.raises(echo_async.ConnectTimeout):
         sync.connect(*silent.address, ssl=context, connect_timeout=0.1)
 
