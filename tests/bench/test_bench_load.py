@@ -26,6 +26,7 @@ from echo_async.cli.bench import main
 
 LOAD = (sys.executable, "-m", "echo_async.bench", "load")
 SHORT = ("--duration", "0.1", "--warmup", "0.01")
+LONG = ("--duration", "1", "--warmup", "0")  # enough for a busy machine to answer some messages
 
 
 class Echo(asyncio.Protocol):
@@ -100,6 +101,19 @@ def load(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> 
     return facts
 
 
+def measure(capsys: pytest.CaptureFixture[str], *arguments: str, seconds: float = 0.1) -> dict[str, Any]:
+    """Run a load that succeeds; return its JSON. Measure longer if a busy machine answers no message in time."""
+    for duration in (seconds, 10 * seconds, 100 * seconds):
+        exit_code = main(["load", "--json", *arguments, "--duration", str(duration), "--warmup", "0.01"])
+        out, err = capsys.readouterr()
+        facts: dict[str, Any] = json.loads(out)
+        if facts["messages"]:
+            break
+    assert exit_code == 0, err
+    assert facts["messages"] > 0
+    return facts
+
+
 def load_error(capsys: pytest.CaptureFixture[str], *arguments: str, code: int) -> str:
     """Run a load that exits with ``code`` and prints only one line, the error; return it."""
     assert main(["load", *arguments]) == code
@@ -114,7 +128,7 @@ def load_error(capsys: pytest.CaptureFixture[str], *arguments: str, code: int) -
 
 
 def test_load_closed_loop_json_has_all_results(capsys: pytest.CaptureFixture[str], port: str) -> None:
-    facts = load(capsys, "--port", port, "--mode", "stream", "--connections", "3", "--size", "100", *SHORT)
+    facts = measure(capsys, "--port", port, "--mode", "stream", "--connections", "3", "--size", "100", seconds=1)
     expected = {
         "address": f"127.0.0.1:{port}",
         "model": "closed",
@@ -137,7 +151,7 @@ def test_load_closed_loop_json_has_all_results(capsys: pytest.CaptureFixture[str
     assert facts["messages"] > 0
     assert facts["messages_per_second"] == pytest.approx(facts["messages"] / facts["duration"])
     assert facts["megabytes_per_second"] == pytest.approx(facts["messages_per_second"] * 100 / 1e6)
-    assert 0.09 < facts["duration"] < MAX_DELAY
+    assert 0.5 < facts["duration"] < MAX_DELAY
     times = facts["service_time"]
     assert list(times) == ["min", "mean", "p50", "p90", "p99", "p99.9", "max"]
     assert (
@@ -147,18 +161,17 @@ def test_load_closed_loop_json_has_all_results(capsys: pytest.CaptureFixture[str
 
 
 def test_load_open_loop_keeps_its_rate(capsys: pytest.CaptureFixture[str], port: str) -> None:
-    facts = load(capsys, "--port", port, "--mode", "stream", "--rate", "1000", *SHORT)
-    assert (facts["model"], facts["rate"]) == ("open", 1000)
+    facts = load(capsys, "--port", port, "--mode", "stream", "--rate", "100", "--duration", "1", "--warmup", "0.01")
+    assert (facts["model"], facts["rate"]) == ("open", 100)
     assert 0 < facts["messages"] <= 110
     assert facts["response_time"]["p50"] >= facts["service_time"]["p50"] > 0
 
 
 def test_load_message_mode_uses_one_connection_per_message(capsys: pytest.CaptureFixture[str]) -> None:
     with server_process("--engine", "protocol", "--no-access-log") as server:
-        facts = load(capsys, "--port", str(server.address[1]), "--connections", "4", *SHORT)
+        facts = measure(capsys, "--port", str(server.address[1]), "--connections", "4")
         _, log = server.stop()
     assert (facts["mode"], facts["lost"]) == ("message", 0)
-    assert facts["messages"] > 0
     counted = dict(pair.split("=") for pair in log.split("stopped: ")[1].split() if "=" in pair)
     assert int(counted["messages"]) >= facts["messages"]
 
@@ -178,15 +191,13 @@ def test_load_pipeline_keeps_messages_in_flight(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("size", [1, 19, 70_000, 300_000])
 def test_load_message_of_any_size_is_answered(size: int, capsys: pytest.CaptureFixture[str], port: str) -> None:
-    facts = load(capsys, "--port", port, "--mode", "stream", "--size", str(size), "--connections", "2", *SHORT)
-    assert facts["messages"] > 0
+    facts = measure(capsys, "--port", port, "--mode", "stream", "--size", str(size), "--connections", "2")
     assert facts["lost"] == 0
 
 
 def test_load_processes_share_connections_and_rate(capsys: pytest.CaptureFixture[str], port: str) -> None:
-    facts = load(
-        capsys, "--port", port, "--mode", "stream", "--processes", "2", "--connections", "5", "--rate", "500", *SHORT
-    )
+    options = ("--processes", "2", "--connections", "5", "--rate", "50", "--duration", "1", "--warmup", "0.01")
+    facts = load(capsys, "--port", port, "--mode", "stream", *options)
     assert len(facts["generator_cpu"]) == 2
     assert 0 < facts["messages"] <= 60
 
@@ -195,16 +206,14 @@ def test_load_unix_socket_is_measured(tmp_path: Path, capsys: pytest.CaptureFixt
     path = str(tmp_path / "echo")
     with server_process("--uds", path, "--mode", "stream", "--no-access-log"):
         for mode in ("stream", "message"):
-            facts = load(capsys, "--uds", path, "--mode", mode, *SHORT)
+            facts = measure(capsys, "--uds", path, "--mode", mode)
             assert (facts["address"], facts["lost"]) == (path, 0)
-            assert facts["messages"] > 0
 
 
 def test_load_unix_socket_with_full_queue_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "echo")
     with server_process("--uds", path, "--backlog", "1", "--no-access-log"):
-        facts = load(capsys, "--uds", path, "--mode", "message", "--connections", "50", *SHORT)
-        assert facts["messages"] > 0
+        facts = measure(capsys, "--uds", path, "--mode", "message", "--connections", "50")
         assert facts["lost"] == 0
 
 
@@ -213,13 +222,11 @@ def test_load_tls_verifies_the_certificate(tmp_path: Path, capsys: pytest.Captur
     certificate, trusted = tmp_path / "server.pem", tmp_path / "ca.pem"
     authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(certificate)
     authority.cert_pem.write_to_path(trusted)
-    longer = ("--duration", "0.3", "--warmup", "0.01")  # enough for the handshakes
     with server_process("--ssl-certfile", str(certificate), "--mode", "stream", "--no-access-log") as server:
         where = ("--host", "localhost", "--port", str(server.address[1]))
         for more in (("--mode", "message"), ("--pipeline", "4", "--size", "30000"), ("--mode", "stream")):
-            facts = load(capsys, *where, "--ssl-ca-certs", str(trusted), "--connections", "2", *more, *longer)
+            facts = measure(capsys, *where, "--ssl-ca-certs", str(trusted), "--connections", "2", *more, seconds=0.3)
             assert (facts["tls"], facts["lost"], facts["failures"]) == (True, 0, {})
-            assert facts["messages"] > 0
         assert "certificate verify failed" in load_error(capsys, *where, "--ssl", code=3)
         load(capsys, *where, "--ssl-no-verify", *SHORT)
 
@@ -282,7 +289,7 @@ def test_load_open_loop_shows_a_server_pause(capsys: pytest.CaptureFixture[str],
 
     where = ("--port", str(serve(Pausing)), "--mode", "stream", "--connections", "1")
     closed = load(capsys, *where, "--duration", "0.7", "--warmup", "0")
-    assert closed["service_time"]["p99"] < 0.15
+    assert closed["service_time"]["p90"] < 0.15
     assert closed["service_time"]["max"] > 0.15
     opened = load(capsys, *where, "--duration", "0.7", "--warmup", "0", "--rate", "500")
     assert opened["response_time"]["p99"] > 0.1
@@ -330,22 +337,10 @@ def test_load_lost_connection_is_reopened(mode: str, capsys: pytest.CaptureFixtu
             else:
                 super().data_received(data)
 
-    facts = load(
-        capsys,
-        "--port",
-        str(serve(Breaking)),
-        "--mode",
-        mode,
-        "--connections",
-        "1",
-        "--duration",
-        "0.2",
-        "--warmup",
-        "0",
-        code=1,
-    )
+    options = ("--mode", mode, "--connections", "1", "--duration", "1", "--warmup", "0")
+    facts = load(capsys, "--port", str(serve(Breaking)), *options, code=1)
     assert (facts["lost"], facts["failures"]) == (1, {"connection closed by the server in the middle of a reply": 1})
-    assert facts["messages"] > 10
+    assert facts["messages"] > 0  # all of them after the connection was lost
 
 
 @pytest.mark.parametrize("mode", ["stream", "message"])
@@ -363,12 +358,12 @@ def test_load_stopped_server_is_reported(mode: str, capsys: pytest.CaptureFixtur
 
 
 def test_load_unmet_expectation_exits_1(capsys: pytest.CaptureFixture[str], port: str) -> None:
-    where = ("--port", port, "--mode", "stream", *SHORT)
-    facts = load(capsys, *where, "--expect", "p99<9s", "--expect", "rate>1")
-    assert [(each["expect"], each["met"]) for each in facts["expectations"]] == [("p99<9s", True), ("rate>1", True)]
-    assert main(["load", *where, "--expect", "p99<9s", "--expect", "p50<0.1us"]) == 1
+    where = ("--port", port, "--mode", "stream")
+    facts = measure(capsys, *where, "--expect", "p99<9s", "--expect", "rate>0")
+    assert [(each["expect"], each["met"]) for each in facts["expectations"]] == [("p99<9s", True), ("rate>0", True)]
+    assert main(["load", *where, *SHORT, "--expect", "rate>=0", "--expect", "p50<0.1us"]) == 1
     out, err = capsys.readouterr()
-    assert "expectation p99<9s: met, measured " in out
+    assert "expectation rate>=0: met, measured " in out
     assert "expectation p50<0.1us: NOT met, measured " in out
     assert err == "error: expectation not met: p50<0.1us\n"
 
@@ -401,7 +396,7 @@ def test_load_closed_loop_table_suggests_rate(capsys: pytest.CaptureFixture[str]
 def test_load_progress_bar_is_on_stderr_of_a_terminal(port: str) -> None:
     controller, terminal = pty.openpty()
     with os.fdopen(controller, "rb", buffering=0) as screen:
-        process = subprocess.Popen([*LOAD, "--port", port, *SHORT, "--json"], stdout=subprocess.PIPE, stderr=terminal)
+        process = subprocess.Popen([*LOAD, "--port", port, *LONG, "--json"], stdout=subprocess.PIPE, stderr=terminal)
         os.close(terminal)
         out, _ = process.communicate(timeout=TIMEOUT)
         assert screen.read(65536).startswith(b"\x1b[?25l")
@@ -512,7 +507,7 @@ def test_load_unreachable_rate_ends_and_is_reported(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("output", [[], ["--json"]])
-@pytest.mark.parametrize(("expect", "code"), [("p50<1us", 1), ("p50<60s", 0)])
+@pytest.mark.parametrize(("expect", "code"), [("rate<0", 1), ("rate>=0", 0)])
 def test_load_closed_stdout_keeps_the_exit_code(output: list[str], expect: str, code: int, port: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -520,7 +515,7 @@ def test_load_closed_stdout_keeps_the_exit_code(output: list[str], expect: str, 
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=TIMEOUT)
     os.close(writing)
     assert done.returncode == code
-    assert done.stderr == (b"error: expectation not met: p50<1us\n" if code else b"")
+    assert done.stderr == (b"error: expectation not met: rate<0\n" if code else b"")
 
 
 def test_load_full_disk_is_one_line(port: str) -> None:
@@ -532,7 +527,7 @@ def test_load_full_disk_is_one_line(port: str) -> None:
 
 
 def test_load_without_stderr_succeeds(port: str) -> None:
-    command = ["sh", "-c", '"$@" 2>&-', "sh", *LOAD, "--port", port, *SHORT, "--json"]
+    command = ["sh", "-c", '"$@" 2>&-', "sh", *LOAD, "--port", port, *LONG, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, timeout=TIMEOUT)
     assert done.returncode == 0
     assert json.loads(done.stdout)["messages"] > 0
