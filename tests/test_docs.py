@@ -251,7 +251,7 @@ def test_docs_session_prints_the_documented_output(example: Example, checkout: P
         else:
             _, port = reserve_address(stack)
         environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("ECHO_ASYNC_")},
+            **{name: value for name, value in os.environ.items() if not name.startswith(("ECHO_ASYNC_", "MAKE"))},
             "PATH": f"{checkout / '.venv' / 'bin'}:{os.environ['PATH']}",
             "ECHO_ASYNC_PORT": str(port),
             "VENV": ".venv",
