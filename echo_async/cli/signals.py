@@ -1,6 +1,7 @@
 """Signals of the server: graceful shutdown and certificate reload."""
 
 import asyncio
+import os
 import signal
 
 from ..errors import StartError
@@ -9,38 +10,40 @@ from ..server.server import BaseServer
 from ..server.systemd import notify
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
 
 
 class ServerSignals:
     """The signals of the server: the first stop signal drains it, the next one aborts it, SIGHUP reloads certificates.
 
-    Created in the running event loop, before the server is started.
+    SIGHUP is a stop signal if the controlling terminal has hung up, unless the process ignored it (nohup). Created
+    in the running event loop, before the server is started.
     """
 
     def __init__(self) -> None:
         self._server: BaseServer | None = None
         self._stop_requests = 0
+        self._stops_on_hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
             loop.add_signal_handler(number, self._stop, number)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
 
     def attach(self, server: BaseServer) -> None:
         """Apply the signals to ``server``. It is closed if one arrived before."""
         self._server = server
-        if server.config.ssl_certfile is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
         if self._stop_requests:
             server.close()
 
     def ignore(self) -> None:
         """Ignore stop signals, so that none ends the process before it has finished."""
         self.restore()
-        for number in STOP_SIGNALS:
+        for number in HANDLED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def restore(self) -> None:
         """Restore the default handlers; uvloop does not do this when it is closed."""
-        for number in STOP_SIGNALS:
+        for number in HANDLED_SIGNALS:
             asyncio.get_running_loop().remove_signal_handler(number)
 
     def _stop(self, number: int) -> None:
@@ -52,10 +55,22 @@ class ServerSignals:
         if self._server is not None:
             self._server.close() if is_first else self._server.abort()
 
-    def _reload(self) -> None:
-        assert self._server is not None
+    def _hang_up(self) -> None:
+        if self._stops_on_hangup and not _has_terminal():
+            return self._stop(signal.SIGHUP)
+        if self._server is None or self._server.config.ssl_certfile is None:
+            return log.info("SIGHUP received: nothing to reload")
         try:
             self._server.reload_certificates()
             log.info("SIGHUP received: certificates reloaded")
         except StartError as error:
             log.error("SIGHUP received: reload failed, keeping the previous certificates: %s", error)
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a controlling terminal that has not hung up."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

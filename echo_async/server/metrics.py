@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import CancelledError
 from dataclasses import fields
@@ -31,6 +32,8 @@ T = TypeVar("T")
 
 STATS_TIMEOUT = 3.0  # seconds until the server must respond; longer than the supervisor's for its workers
 REQUEST_TIMEOUT = 5.0  # seconds without input until an HTTP request is aborted
+MAX_CONNECTIONS = 8  # HTTP connections; a new one closes the oldest. They fit into the reserved descriptors
+ACCEPT_RETRY_DELAY = 0.1  # seconds after accept() failed
 
 # Metric name, without prefix and suffix: field of Stats, help text
 COUNTERS = {
@@ -140,11 +143,15 @@ def _application(metrics: Callable[..., Any], is_healthy: Callable[[], bool]) ->
     """Return the WSGI application that routes requests to ``metrics`` and the health check."""
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        method, allow = environ["REQUEST_METHOD"], []
         try:
             match environ["PATH_INFO"]:
+                case "/metrics" | "/healthz" if method not in METHODS:
+                    status, text = "405 Method Not Allowed", b"method not allowed; use GET or HEAD\n"
+                    allow = [("Allow", ", ".join(METHODS))]
                 case "/metrics":
-                    body: Iterable[bytes] = metrics(environ, start_response)
-                    return body
+                    response: Iterable[bytes] = metrics({**environ, "REQUEST_METHOD": "GET"}, start_response)
+                    return [] if method == "HEAD" else response
                 case "/healthz" if is_healthy():
                     status, text = "200 OK", b"serving\n"
                 case "/healthz":
@@ -153,10 +160,14 @@ def _application(metrics: Callable[..., Any], is_healthy: Callable[[], bool]) ->
                     status, text = "404 Not Found", b"not found; use /metrics or /healthz\n"
         except TimeoutError:
             status, text = "503 Service Unavailable", b"server is not responding\n"
-        start_response(status, [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text)))])
-        return [text]
+        headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text)))]
+        start_response(status, headers + allow)
+        return [] if method == "HEAD" else [text]
 
     return application
+
+
+METHODS = ("GET", "HEAD")
 
 
 class _Handler(WSGIRequestHandler):
@@ -168,10 +179,37 @@ class _Handler(WSGIRequestHandler):
 
 class _HttpServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True  # a slow HTTP client does not delay the shutdown
+    request_queue_size = 128
 
     def __init__(self, family: socket.AddressFamily, address: Any) -> None:
         self.address_family = family
+        self._connections: dict[socket.socket, None] = {}  # in the order of their arrival
+        self._lock = threading.Lock()
         super().__init__(address, _Handler)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection. After an error, which the base class ignores, pause instead of a busy loop."""
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(ACCEPT_RETRY_DELAY)
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread. Beyond the limit, close the oldest: idle connections block no scrape."""
+        with self._lock:
+            self._connections[request] = None
+            oldest = next(iter(self._connections)) if len(self._connections) > MAX_CONNECTIONS else None
+            if oldest is not None:
+                del self._connections[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._connections.pop(request, None)
+        super().shutdown_request(request)
 
     def server_bind(self) -> None:
         """Bind without the host name lookup of the base class."""

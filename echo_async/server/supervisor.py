@@ -36,7 +36,7 @@ MAX_RESTART_DELAY = 10.0  # seconds
 STATS_TIMEOUT = 1.0  # seconds until a worker must report its counters; otherwise its last report is used
 MAX_PENDING_REQUESTS = 8  # unanswered requests for the counters of one worker
 KILL_DELAY = 2.0  # seconds after the graceful shutdown timeout, or after an abort, until a worker is killed
-BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def _spawn(sockets: Sequence[socket.socket]) -> tuple[subprocess.Popen[bytes], s
 
 @contextlib.contextmanager
 def _blocked_signals() -> Iterator[None]:
-    """Block SIGINT and SIGTERM, so that a worker started here is not killed before it can handle them."""
+    """Block signals, so that a worker started here is not killed before it can handle them."""
     previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     try:
         yield

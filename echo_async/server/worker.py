@@ -28,7 +28,8 @@ CHANNEL_CLOSED_ERRORS = (ConnectionError, RuntimeError)
 
 @standard_streams()
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C signals the process group; the supervisor stops the workers
+    for number in (signal.SIGINT, signal.SIGHUP):  # sent to the process group; the supervisor handles them
+        signal.signal(number, signal.SIG_IGN)
     channel, *listeners = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
     with channel.makefile("rb", buffering=0) as lines:
         settings = json.loads(lines.readline())

@@ -15,10 +15,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from http.client import HTTPConnection
 from pathlib import Path
+from time import monotonic
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support import TIMEOUT, ServerProcess, paused_processes, receive_all, receive_line, server_process, wait_until
+from support import (
+    MAX_DELAY,
+    TIMEOUT,
+    ServerProcess,
+    command_process,
+    paused_processes,
+    receive_all,
+    receive_line,
+    server_process,
+    wait_until,
+)
 
 import echo_async
 from echo_async import Stats
@@ -286,3 +297,59 @@ def test_blocked_or_closed_event_loop_raises_timeout_error(monkeypatch: pytest.M
     with pytest.raises(TimeoutError):
         module._run_in_loop(loop, respond())  # the loop is closed
     assert [type(result) for result in results] == [TimeoutError]
+
+
+def request(server: ServerProcess, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
+    """Send a request; return the status, the headers, and every byte that follows them."""
+    match = re.search(r" metrics available at http://127\.0\.0\.1:(\d+)/metrics\n", server.log)
+    assert match is not None
+    with socket.create_connection(("127.0.0.1", int(match[1])), TIMEOUT) as client:
+        client.sendall(f"{method} {path} HTTP/1.0\r\n\r\n".encode())
+        head, _, body = receive_all(client).partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    return int(status.split()[1]), dict(line.split(": ", 1) for line in lines), body
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/metrics", "/"])
+def test_head_request_has_the_headers_and_no_body(path: str) -> None:
+    with server_with_metrics("protocol", 1) as server:
+        status, headers, body = request(server, "GET", path)
+        assert body
+        head = request(server, "HEAD", path)
+    assert head[0] == status == (404 if path == "/" else 200)
+    assert head[1]["Content-Type"] == headers["Content-Type"]
+    assert head[2] == b""
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/metrics"])
+@pytest.mark.parametrize("method", ["DELETE", "POST", "PUT", "OPTIONS"])
+def test_other_methods_are_405_with_allow(path: str, method: str) -> None:
+    with server_with_metrics("protocol", 1) as server:
+        status, headers, _ = request(server, method, path)
+    assert (status, headers["Allow"]) == (405, "GET, HEAD")
+
+
+@pytest.mark.parametrize("descriptors", [64, 1024])
+def test_idle_http_connections_delay_no_scrape(descriptors: int) -> None:
+    """They use neither the descriptors of echo clients nor the time of a scrape."""
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({descriptors}, {descriptors}))\n"
+        "from echo_async.cli.server import main; sys.exit(main())"
+    )
+    options = ("--port", "0", "--mode", "stream", "--metrics-port", "0")
+    command = [sys.executable, "-c", code, *options]
+    with command_process(command) as server, ExitStack() as stack:
+        wait_until(lambda: " server started: mode stream, " in server.log)
+        match = re.search(r" metrics available at http://127\.0\.0\.1:(\d+)/metrics\n", server.log)
+        assert match is not None
+        address = ("127.0.0.1", int(match[1]))
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(address, TIMEOUT))
+        start = monotonic()
+        assert get(server, "/healthz") == (200, "serving\n")
+        assert monotonic() - start < MAX_DELAY
+        clients = [stack.enter_context(server.connect()) for _ in range(20)]
+        for client in clients:
+            exchange(client, b"served\n")
+        assert scrape(server)["echo_async_connections_active"] == 20
+        assert len(os.listdir(f"/proc/{server.process.pid}/fd")) < 64

@@ -1,0 +1,71 @@
+"""SIGHUP: sent by hand or by logrotate, and by a terminal that hangs up."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from support import ServerProcess, command_process, receive_line, server_process, wait_until
+
+each_kind = pytest.mark.parametrize("kind", [[], ["--threaded"], ["--workers", "2"]], ids=" ".join)
+
+# Makes stdin the controlling terminal of the session, then becomes the server.
+WITH_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, "-m", "echo_async.server", "--port", "0", "--mode", "stream", *sys.argv[2:]])
+"""
+
+
+@contextmanager
+def server_on_terminal(handling: str, *args: str) -> Iterator[tuple[ServerProcess, int]]:
+    """Start a server whose controlling terminal hangs up when the returned descriptor is closed."""
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-c", WITH_TERMINAL, handling, *args]
+    with command_process(command, stdin=terminal, start_new_session=True) as server:
+        os.close(terminal)
+        yield server, master
+
+
+@each_kind
+def test_sighup_without_tls_closes_no_connection(kind: list[str]) -> None:
+    with server_process("--mode", "stream", *kind, start_new_session=True) as server, server.connect() as client:
+        client.sendall(b"before\n")
+        assert receive_line(client) == b"before\n"
+        os.killpg(server.process.pid, signal.SIGHUP)  # workers included
+        wait_until(lambda: "SIGHUP received: nothing to reload" in server.log)
+        client.sendall(b"after\n")
+        assert receive_line(client) == b"after\n"
+        code, log = server.stop()
+    assert code == 0
+    assert "exited with code" not in log
+
+
+@each_kind
+def test_terminal_hang_up_drains_the_server(kind: list[str]) -> None:
+    with server_on_terminal("default", *kind) as (server, master), server.connect() as client:
+        client.sendall(b"first\nincomplete ")
+        assert receive_line(client) == b"first\n"
+        os.close(master)
+        wait_until(lambda: "SIGHUP received: shutting down" in server.log)
+        client.sendall(b"message\n")
+        assert receive_line(client) == b"incomplete message\n"
+        code, log = server.wait()
+    assert code == 0
+    assert "server stopped: accepted=1 " in log
+
+
+def test_terminal_hang_up_with_nohup_keeps_serving() -> None:
+    with server_on_terminal("nohup") as (server, master), server.connect() as client:
+        os.close(master)
+        wait_until(lambda: "SIGHUP received: nothing to reload" in server.log)
+        client.sendall(b"after\n")
+        assert receive_line(client) == b"after\n"
+        assert server.stop()[0] == 0
