@@ -19,7 +19,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from echo_async.bench.comparison import Candidate, CandidateResult, Comparison, compare, make_candidates, spread
+from echo_async.bench.comparison import Candidate, CandidateResult, Comparison, compare, make_candidates
 from echo_async.bench.plan import LoadMode, LoadPlan
 from echo_async.bench.report import format_comparison, format_machine, format_spread, print_comparison, progress_bar
 
@@ -142,9 +142,10 @@ def _markdown_table(results: Sequence[CandidateResult]) -> Iterator[str]:
     yield "|---|--:|--:|--:|--:|--:|"
     for result in sorted(results, key=lambda each: each.cpu_per_message or 0):
         limit = "*" if result.is_generator_limited else ""
+        cpu_ratio = format_spread(result.ratio(results[0], "cpu_per_message"))
         yield (
             f"| {result.candidate.name} | {result.messages_per_second:,.0f}{limit} "
-            f"| {1e6 * (result.cpu_per_message or 0):.1f} | {format_spread(spread(result.cpu_ratios(results[0])))} "
+            f"| {1e6 * (result.cpu_per_message or 0):.1f} | {cpu_ratio} "
             f"| {1e3 * result.latency['50']:.3f} | {1e3 * result.latency['99']:.3f} |"
         )
     if any(each.is_generator_limited for each in results):

@@ -7,10 +7,11 @@ machine the CPU time per message is the most reliable figure. The first candidat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from ..config import EngineName
 from ..errors import EchoError
@@ -18,11 +19,11 @@ from ..loops import LoopName
 from .load import find_server, run_load
 from .machine import machine_info, separate_cpus
 from .plan import LoadMode, LoadPlan
-from .result import LoadResult
 from .server import ServerProcess, server_command
 
 LATENCY_PERCENTILES = ("0", "1", "5", *map(str, range(10, 100, 10)), "95", "98", "99", "99.5", "99.9", "99.99")
 UNLIMITED_CHUNK_SIZE = 2**16  # bytes
+RoundFigure = Literal["messages_per_second", "cpu_per_message"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +48,6 @@ class Round:
     latency: dict[str, float]
     """Percentiles."""
     is_generator_limited: bool
-
-    @classmethod
-    def from_load(cls, result: LoadResult, cpu: float | None) -> Round:
-        return cls(
-            result.messages_per_second,
-            None if cpu is None else cpu / max(1, result.answered),
-            {percent: result.latency.percentile(percent) for percent in LATENCY_PERCENTILES},
-            result.is_generator_limited,
-        )
 
 
 @dataclass
@@ -84,20 +76,10 @@ class CandidateResult:
         """Whether the load generator limited most rounds."""
         return 2 * sum(each.is_generator_limited for each in self.rounds) > len(self.rounds)
 
-    def rate_ratios(self, base: CandidateResult) -> list[float]:
-        """Return the messages per second relative to ``base``, for each round."""
-        return [mine.messages_per_second / its.messages_per_second for mine, its in self._pair_rounds(base)]
-
-    def cpu_ratios(self, base: CandidateResult) -> list[float]:
-        """Return the CPU time per message relative to ``base``, for each round."""
-        return [
-            mine.cpu_per_message / its.cpu_per_message
-            for mine, its in self._pair_rounds(base)
-            if mine.cpu_per_message and its.cpu_per_message
-        ]
-
-    def _pair_rounds(self, base: CandidateResult) -> Iterator[tuple[Round, Round]]:
-        return zip(self.rounds, base.rounds, strict=False)
+    def ratio(self, base: CandidateResult, figure: RoundFigure) -> dict[str, float] | None:
+        """Return the spread of ``figure`` over the rounds, relative to ``base`` in the same round."""
+        own, other = ([getattr(each, figure) for each in result.rounds] for result in (self, base))
+        return spread([mine / its for mine, its in zip(own, other, strict=True) if mine and its])
 
     def as_json(self, base: CandidateResult) -> dict[str, Any]:
         return {
@@ -108,10 +90,10 @@ class CandidateResult:
             "size": self.size,
             "messages_per_second": self.messages_per_second,
             "messages_per_second_rounds": [each.messages_per_second for each in self.rounds],
-            "messages_per_second_ratio": spread(self.rate_ratios(base)),
+            "messages_per_second_ratio": self.ratio(base, "messages_per_second"),
             "cpu_per_message": self.cpu_per_message,
             "cpu_per_message_rounds": [each.cpu_per_message for each in self.rounds],
-            "cpu_per_message_ratio": spread(self.cpu_ratios(base)),
+            "cpu_per_message_ratio": self.ratio(base, "cpu_per_message"),
             "service_time": {f"p{percent}": seconds for percent, seconds in self.latency.items()},
             "generator_was_the_limit": self.is_generator_limited,
         }
@@ -133,14 +115,9 @@ class Comparison:
         return [each for each in self.results if each.size == size]
 
     def as_json(self) -> dict[str, Any]:
-        plan = self.plan
         return {
             "machine": self.machine,
-            "mode": plan.mode,
-            "connections": plan.connections,
-            "pipeline": plan.pipeline,
-            "duration": plan.duration,
-            "warmup": plan.warmup,
+            **{name: getattr(self.plan, name) for name in ("mode", "connections", "pipeline", "duration", "warmup")},
             "rounds": len(self.results[0].rounds),
             "base": self.results[0].candidate.name,
             "results": [each.as_json(self.results_of_size(each.size)[0]) for each in self.results],
@@ -156,20 +133,18 @@ def make_candidates(
     engines: Sequence[EngineName], loops: Sequence[LoopName], chunk_sizes: Sequence[int]
 ) -> list[Candidate]:
     """Return all different combinations: ``threads`` has no event loop, and ``protocol`` ignores the chunk size."""
-    candidates = []
-    for engine in engines:
-        for loop in loops if engine != "threads" else (None,):
-            for chunk_size in chunk_sizes if engine != "protocol" else (None,):
-                candidates.append(_make_candidate(engine, loop, chunk_size))
-    return candidates
-
-
-def _make_candidate(engine: EngineName, loop: LoopName | None, chunk_size: int | None) -> Candidate:
-    def command(mode: LoadMode, size: int) -> Sequence[str]:
-        return server_command(engine, loop or "auto", chunk_size or UNLIMITED_CHUNK_SIZE, mode, size)
-
-    name = " ".join([engine, *([loop] if loop else []), *([f"{chunk_size} B"] if chunk_size else [])])
-    return Candidate(name=name, engine=engine, loop=loop, chunk_size=chunk_size, command=command)
+    return [
+        Candidate(
+            name=" ".join(filter(None, (engine, loop, f"{chunk_size} B" if chunk_size else None))),
+            engine=engine,
+            loop=loop,
+            chunk_size=chunk_size,
+            command=partial(server_command, engine, loop or "auto", chunk_size or UNLIMITED_CHUNK_SIZE),
+        )
+        for engine in engines
+        for loop in (loops if engine != "threads" else (None,))
+        for chunk_size in (chunk_sizes if engine != "protocol" else (None,))
+    ]
 
 
 def compare(
@@ -195,7 +170,7 @@ def compare(
 
 def _measure(candidate: Candidate, plan: LoadPlan, server_cpus: Sequence[int], load_cpus: Sequence[int]) -> Round:
     with ServerProcess(candidate.command(plan.mode, plan.size), server_cpus) as server:
-        plan = plan.with_address(*find_server(*server.address, None, plan))
+        plan = find_server(plan, *server.address)
         before = server.cpu_seconds()
         result = run_load(plan, cpus=load_cpus)
         after = server.cpu_seconds()
@@ -205,4 +180,9 @@ def _measure(candidate: Candidate, plan: LoadPlan, server_cpus: Sequence[int], l
         raise EchoError(f"cannot measure {candidate.name}: {result.describe_failures()}")
     if not result.messages:
         raise EchoError(f"cannot measure {candidate.name}: no replies within {plan.duration:g} s; increase --duration")
-    return Round.from_load(result, None if before is None or after is None else after - before)
+    return Round(
+        result.messages_per_second,
+        None if before is None or after is None else (after - before) / max(1, result.answered),
+        {percent: result.latency.percentile(percent) for percent in LATENCY_PERCENTILES},
+        result.is_generator_limited,
+    )

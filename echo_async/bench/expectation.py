@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter, ge, gt, le, lt
 
 from ..errors import ConfigError
 from .result import LoadResult
 
 UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
-COMPARISONS: dict[str, Callable[[float, float], bool]] = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-}
+COMPARISONS: dict[str, Callable[[float, float], bool]] = {"<": lt, "<=": le, ">": gt, ">=": ge}
 COUNTS: dict[str, Callable[[LoadResult], float]] = {
-    "rate": lambda result: result.messages_per_second,
-    "late": lambda result: result.late,
-    "lost": lambda result: result.lost,
+    "rate": attrgetter("messages_per_second"),
+    "late": attrgetter("late"),
+    "lost": attrgetter("lost"),
 }
 TIME = re.compile(r"min|mean|max|p(?:100|[0-9]{1,2}(?:\.[0-9]+)?)")
-SYNTAX = re.compile(r"\s*([a-z0-9.]+)\s*(<=?|>=?)\s*([0-9.]+(?:e[0-9]+)?)\s*([a-zµ]*)\s*")
+SYNTAX = re.compile(r"\s*([a-z0-9.]+)\s*(<=?|>=?)\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[0-9]+)?)\s*([a-zµ]*)\s*")
 
 
 @dataclass(frozen=True)
@@ -39,18 +34,12 @@ class Expectation:
     def parse(cls, text: str) -> Expectation:
         match = SYNTAX.fullmatch(text)
         metric, comparison, number, unit = match.groups() if match else ("", "", "", "")
-        is_time = TIME.fullmatch(metric) is not None
-        is_valid = unit in UNITS if is_time else metric in COUNTS and not unit
-        try:
-            limit = float(number)
-        except ValueError:
-            is_valid = False
-        if not is_valid:
+        if not (unit in UNITS if TIME.fullmatch(metric) else metric in COUNTS and not unit):
             raise ConfigError(
                 f"invalid --expect: {text!r} (must be min, mean, max or p0 to p100, then <, <=, > or >=, then a time "
                 "in us, ms or s, such as 'p99<5ms'; or a number, such as 'rate>1000', 'late<10' or 'lost<1')"
             )
-        return cls(text.strip(), metric, comparison, limit * UNITS.get(unit, 1.0))
+        return cls(text.strip(), metric, comparison, float(number) * UNITS.get(unit, 1.0))
 
     def value(self, result: LoadResult) -> float:
         """Return the metric of ``result``, in seconds or messages."""

@@ -9,17 +9,14 @@ import math
 import select
 import selectors
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import count
-from pathlib import Path
 from time import perf_counter
 
-from .connection import Connection, ConnectionContext
+from .connection import Connection, ConnectionContext, SocketFactory
 from .pattern import Pattern
 from .plan import LoadPlan
 from .recorder import Recorder
-from .schedule import ClosedLoop, OpenLoop, Schedule
-from .sockets import SocketFactory
+from .schedule import ClosedLoop, OpenLoop
 
 MAX_SLEEP = 1.0  # seconds
 CONNECT_BATCH = 100  # connections opened at once: with more, the server's accept queue can overflow
@@ -32,7 +29,7 @@ class LoadGenerator:
         self._plan = plan
         self._recorder = Recorder()
         self._selector = selectors.DefaultSelector()
-        self._schedule: Schedule = (
+        self._schedule: ClosedLoop | OpenLoop = (
             ClosedLoop(plan.pipeline) if plan.rate is None else OpenLoop(plan.pipeline, plan.rate, self._recorder)
         )
         context = ConnectionContext(
@@ -70,7 +67,6 @@ class LoadGenerator:
 
     def run(self, start: float) -> Recorder:
         """Warm up from ``start`` (of ``time.perf_counter``), measure, and wait for the outstanding replies."""
-        _disable_timer_slack()
         measure = start + self._plan.warmup
         end = measure + self._plan.duration
         self._run_until(start)
@@ -79,8 +75,7 @@ class LoadGenerator:
         self._recorder.end_warmup()
         self._run_until(end)
         self._recorder.end_window()
-        undispatched = self._schedule.stop()
-        if undispatched:
+        if undispatched := self._schedule.stop():
             self._recorder.add_loss("load generator could not keep up with the rate", undispatched)
         self._run_until(perf_counter() + self._plan.timeout, self._is_idle)
         self._record_unanswered()
@@ -134,9 +129,3 @@ class LoadGenerator:
 
 def _all_usable(connections: Sequence[Connection]) -> Callable[[], bool]:
     return lambda: all(each.is_usable for each in connections)
-
-
-def _disable_timer_slack() -> None:
-    """Let Linux end a sleep on time; by default it may last 50 µs longer, to save power."""
-    with suppress(OSError):
-        Path("/proc/self/timerslack_ns").write_text("1")

@@ -6,53 +6,37 @@ import json
 import os
 import select
 import socket
-import ssl
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from time import perf_counter
-from typing import Any
 
-from ..errors import ConnectError, EchoError, describe_error
-from ..net import format_address
-from .distribution import Distribution
+from ..endpoint import Endpoint
+from ..errors import EchoError
 from .plan import LoadPlan
 from .recorder import LATE_THRESHOLD, ProcessResult, read_result
-from .result import LoadResult
+from .result import Distribution, LoadResult
 
 START_DELAY = 0.02  # seconds for the start command to reach every process
 PROGRESS_INTERVAL = 0.1  # seconds
 EXIT_TIMEOUT = 5  # seconds for a process that has written its result to exit
 MAX_TIMEOUT = 86_400.0  # seconds: sockets accept no timeout as long as options do
 
-Progress = Callable[[float], None]
-"""Called with the seconds since the start."""
 
-
-class LoadError(EchoError):
-    """A load generator process exited early."""
-
-
-def find_server(host: str, port: int, uds: str | None, plan: LoadPlan) -> tuple[int, Any]:
-    """Connect to the server once; return the family and the numeric address that connected."""
-    name = format_address(uds or (host, port))
+def find_server(plan: LoadPlan, host: str, port: int, uds: str | None = None) -> LoadPlan:
+    """Connect to the server once; return the plan with the numeric address that connected."""
     wrap_tls = plan.tls_wrapper()
     try:
         with _connect(host, port, uds, min(plan.timeout, MAX_TIMEOUT)) as connected:
-            found = int(connected.family), uds or connected.getpeername()
+            found = replace(plan, family=int(connected.family), address=uds or connected.getpeername())
             if wrap_tls is not None:
                 wrap_tls(connected).close()
             return found
-    except ssl.SSLError as error:
-        raise ConnectError(f"cannot connect to {name}: TLS: {describe_error(error)}") from error
-    except TimeoutError as error:
-        raise ConnectError(
-            f"cannot connect to {name}: timed out after {plan.timeout:g} s; check the address"
-        ) from error
     except (OSError, UnicodeError) as error:
-        raise ConnectError(f"cannot connect to {name}: {describe_error(error)}; is the server running?") from error
+        raise Endpoint(host, port, uds=uds).connect_error(error, plan.timeout) from error
 
 
 def _connect(host: str, port: int, uds: str | None, timeout: float) -> socket.socket:
@@ -68,8 +52,11 @@ def _connect(host: str, port: int, uds: str | None, timeout: float) -> socket.so
     return connected
 
 
-def run_load(plan: LoadPlan, progress: Progress | None = None, cpus: Sequence[int] = ()) -> LoadResult:
-    """Run the load in processes of its own, pinned to ``cpus`` if there are any. Ctrl-C ends it early."""
+def run_load(plan: LoadPlan, progress: Callable[[float], None] | None = None, cpus: Sequence[int] = ()) -> LoadResult:
+    """Run the load in processes of its own, pinned to ``cpus`` if there are any. Ctrl-C ends it early.
+
+    ``progress`` is called with the seconds since the start.
+    """
     with ExitStack() as stack:
         workers = []
         first = 0
@@ -80,7 +67,7 @@ def run_load(plan: LoadPlan, progress: Progress | None = None, cpus: Sequence[in
             worker.wait_ready()
         start = perf_counter() + START_DELAY
         for worker in workers:
-            worker.start(start)
+            worker.send(repr(start))
         interrupted = _wait(workers, start, start + plan.warmup + plan.duration, progress)
         return _merge_results(plan, [worker.read_result() for worker in workers], interrupted)
 
@@ -96,7 +83,7 @@ class WorkerProcess:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._stdin, self.stdout = self._process.stdin, self._process.stdout
-        self._send_line(json.dumps({"plan": plan.as_json(), "first": first}))
+        self.send(json.dumps({"plan": asdict(plan), "first": first}))
 
     def __enter__(self) -> WorkerProcess:
         return self
@@ -113,7 +100,8 @@ class WorkerProcess:
             self._process.kill()
             self._process.wait()
 
-    def _send_line(self, line: str) -> None:
+    def send(self, line: str) -> None:
+        """Send the plan, then the start time, then anything to end the measurement now; the result follows."""
         with suppress(BrokenPipeError):  # it exited: the next read finds that out
             self._stdin.write(line.encode() + b"\n")
             self._stdin.flush()
@@ -122,25 +110,18 @@ class WorkerProcess:
         if self.stdout.readline() != b"ready\n":
             raise self._exit_error()
 
-    def start(self, time: float) -> None:
-        self._send_line(repr(time))
-
-    def stop(self) -> None:
-        """End the measurement now; the result follows."""
-        self._send_line("stop")
-
     def read_result(self) -> ProcessResult:
         line = self.stdout.readline()
         if not line:
             raise self._exit_error()
         return read_result(line, self.stdout.read)
 
-    def _exit_error(self) -> LoadError:
+    def _exit_error(self) -> EchoError:
         code = self._process.wait()
-        return LoadError(f"load generator process exited with code {code}; try fewer --connections")
+        return EchoError(f"load generator process exited with code {code}; try fewer --connections")
 
 
-def _wait(workers: Sequence[WorkerProcess], start: float, end: float, progress: Progress | None) -> bool:
+def _wait(workers: Sequence[WorkerProcess], start: float, end: float, progress: Callable[[float], None] | None) -> bool:
     """Wait for the first result; return whether Ctrl-C came first. A result before ``end`` stops all workers."""
     interrupted = False
     try:
@@ -151,7 +132,7 @@ def _wait(workers: Sequence[WorkerProcess], start: float, end: float, progress: 
         interrupted = True
     if perf_counter() < end:
         for worker in workers:
-            worker.stop()
+            worker.send("stop")
     return interrupted
 
 

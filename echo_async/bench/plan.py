@@ -2,7 +2,7 @@
 
 import ssl
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Self, TypedDict
 
@@ -61,12 +61,6 @@ class LoadPlan:
             return None
         context = client_context(ca_certs=self.tls["ca_certs"], verify=self.tls["verify"])
         return partial(context.wrap_socket, server_hostname=self.tls["server_hostname"])
-
-    def with_address(self, family: int, address: Any) -> Self:
-        return replace(self, family=family, address=address)
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

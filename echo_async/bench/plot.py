@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".svg", ".png", ".pdf")
 ENGINE_COLORS = {"threads": "#c1554d", "streams": "#3b73b9", "protocol": "#3d9970"}
-OTHER_COLORS = ("#8a63a8", "#b9813b", "#5b6770", "#3ba7b9", "#a83b78")
 GRID_COLOR = "#d8dce0"
 
 
@@ -40,14 +39,9 @@ def draw(comparison: Comparison, path: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _color(candidate: Candidate) -> str:
-    engine = candidate.engine
-    return ENGINE_COLORS.get(engine) or OTHER_COLORS[sum(engine.encode()) % len(OTHER_COLORS)]
-
-
 def _bar_color(candidate: Candidate) -> str:
     """Return the color of the engine, lighter on asyncio's own event loop."""
-    color = _color(candidate)
+    color = ENGINE_COLORS[candidate.engine]
     if candidate.loop != "asyncio":
         return color
     parts = (int(color[start : start + 2], 16) for start in (1, 3, 5))
@@ -55,7 +49,7 @@ def _bar_color(candidate: Candidate) -> str:
 
 
 def _line_style(candidate: Candidate) -> dict[str, Any]:
-    return {"color": _color(candidate), "linestyle": "--" if candidate.loop == "asyncio" else "-"}
+    return {"color": ENGINE_COLORS[candidate.engine], "linestyle": "--" if candidate.loop == "asyncio" else "-"}
 
 
 def _draw_bars(axes: Axes, results: Sequence[CandidateResult], values: Sequence[float], title: str) -> None:

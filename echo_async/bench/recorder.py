@@ -5,11 +5,10 @@ parent process gets one line of JSON, followed by the arrays.
 """
 
 import json
-import resource
 from array import array
 from collections import Counter
 from collections.abc import Callable
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, BinaryIO, NamedTuple
 
 LATE_THRESHOLD = 0.001  # seconds after it was due from which a message counts as sent late
@@ -30,7 +29,7 @@ class Recorder:
         self.mismatch: dict[str, Any] | None = None
         self.is_stopped = False
         self._started = perf_counter()
-        self._cpu = cpu_seconds()
+        self._cpu = process_time()
         self._window: dict[str, float] = {}
 
     def add(self, due: float, sent: float, now: float, messages: int) -> None:
@@ -54,14 +53,14 @@ class Recorder:
         for samples in (self.service_times, self.delays, self.counts):
             del samples[:]
         self.late_by_generator = 0
-        self._started, self._cpu = perf_counter(), cpu_seconds()
+        self._started, self._cpu = perf_counter(), process_time()
 
     def end_window(self) -> None:
         """End the time over which the rate is computed; later replies still count for the latency."""
         self._window = {
             "seconds": perf_counter() - self._started,
             "in_window": sum(self.counts),
-            "cpu_seconds": cpu_seconds() - self._cpu,
+            "cpu_seconds": process_time() - self._cpu,
         }
 
     def write(self, out: BinaryIO) -> None:
@@ -95,9 +94,3 @@ def read_result(line: bytes, read: Callable[[int], bytes]) -> ProcessResult:
     facts = json.loads(line)
     size = 8 * facts["samples"]
     return ProcessResult(facts, read(size), read(size), read(size))
-
-
-def cpu_seconds() -> float:
-    """Return the CPU time of this process, user and system."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime

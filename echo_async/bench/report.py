@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..net import format_address
-from .comparison import CandidateResult, Comparison, spread
-from .distribution import PERCENTILES, Distribution
+from .comparison import CandidateResult, Comparison
 from .expectation import Expectation
 from .plan import LoadPlan
-from .result import LoadResult
+from .result import PERCENTILES, Distribution, LoadResult
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,12 +26,7 @@ def load_json(result: LoadResult, expectations: Sequence[Expectation]) -> dict[s
     return {
         "address": format_address(plan.address),
         "model": "closed" if plan.rate is None else "open",
-        "mode": plan.mode,
-        "connections": plan.connections,
-        "size": plan.size,
-        "pipeline": plan.pipeline,
-        "processes": plan.processes,
-        "rate": plan.rate,
+        **{name: getattr(plan, name) for name in ("mode", "connections", "size", "pipeline", "processes", "rate")},
         "tls": plan.tls is not None,
         "warmup": plan.warmup,
         "duration": result.seconds,
@@ -143,9 +137,9 @@ def _comparison_table(results: Sequence[CandidateResult]) -> Table:
         table.add_row(
             result.candidate.name,
             format_number(result.messages_per_second) + ("*" if result.is_generator_limited else " "),
-            format_spread(spread(result.rate_ratios(results[0]))),
+            format_spread(result.ratio(results[0], "messages_per_second")),
             "" if cpu is None else f"{1e6 * cpu:,.1f}",
-            format_spread(spread(result.cpu_ratios(results[0]))),
+            format_spread(result.ratio(results[0], "cpu_per_message")),
             *(f"{1e3 * result.latency[percent]:,.3f}" for percent in ("50", "99")),
         )
     return table

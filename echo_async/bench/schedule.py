@@ -8,32 +8,12 @@ independent clients: each message has a due time, and its response time includes
 import math
 from collections.abc import Sequence
 from time import perf_counter
-from typing import Protocol
 
 from .connection import Connection
 from .recorder import LATE_THRESHOLD, Recorder
 
 ROUNDING_TOLERANCE = 1e-3  # of a message
 DISPATCH_BATCH = 1000  # due messages that are sent before replies are read again
-
-
-class Schedule(Protocol):
-    """Decides when a load generator sends messages on its connections."""
-
-    def start(self, connections: Sequence[Connection], start: float, end: float) -> None:
-        """Send messages on ``connections`` from ``start`` until ``end``."""
-
-    def dispatch(self, now: float) -> float:
-        """Send the messages that are due; return the time of the next one."""
-
-    def on_usable(self, connection: Connection) -> None:
-        """``connection`` is established, for the first time or again."""
-
-    def on_replies(self, connection: Connection, count: int, now: float) -> None:
-        """``count`` complete replies were received on ``connection``."""
-
-    def stop(self) -> int:
-        """Send no more messages; return how many were due and were never dispatched."""
 
 
 class ClosedLoop:
@@ -44,15 +24,18 @@ class ClosedLoop:
         self._is_running = False
 
     def start(self, connections: Sequence[Connection], start: float, end: float) -> None:
+        """Send messages on ``connections`` from ``start`` until ``end``."""
         self._is_running = True
         for connection in connections:
             if connection.is_usable:
                 self.on_usable(connection)
 
     def dispatch(self, now: float) -> float:
+        """Send the messages that are due; return the time of the next one."""
         return math.inf
 
     def on_usable(self, connection: Connection) -> None:
+        """``connection`` is established, for the first time or again."""
         self.on_replies(connection, self._pipeline, perf_counter())
 
     def on_replies(self, connection: Connection, count: int, now: float) -> None:
@@ -60,6 +43,7 @@ class ClosedLoop:
             connection.send(now, now, count)
 
     def stop(self) -> int:
+        """Send no more messages; return how many were due and were never dispatched."""
         self._is_running = False
         return 0
 

@@ -11,20 +11,21 @@ import signal
 import sys
 from contextlib import suppress
 from io import FileIO
+from pathlib import Path
 
 from ..stdio import standard_streams
 from .generator import LoadGenerator
 from .plan import LoadPlan
 
 
+@standard_streams()
 def main() -> int:
-    with standard_streams():
-        return _run()
-
-
-def _run() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which closes stdin
-    _raise_descriptor_limit()
+    with suppress(OSError, ValueError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with suppress(OSError):  # Linux may prolong a sleep by 50 µs to save power, unless this is 1 ns
+        Path("/proc/self/timerslack_ns").write_text("1")
     commands = FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: the selector sees further input
     request = json.loads(commands.readline())
     generator = LoadGenerator(LoadPlan.from_json(request["plan"]), first=request["first"])
@@ -35,12 +36,6 @@ def _run() -> int:
         generator.stop_on_input(commands.fileno())
         generator.run(float(start)).write(sys.stdout.buffer)
     return 0
-
-
-def _raise_descriptor_limit() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

@@ -238,7 +238,7 @@ def _make_plan(values: dict[str, Any]) -> LoadPlan:
     mode: LoadMode = values["mode"] or ("stream" if values["pipeline"] > 1 else "message")
     names = ("connections", "size", "pipeline", "duration", "warmup", "rate", "processes", "timeout")
     plan = LoadPlan(mode=mode, tls=_tls_options(values), **{name: values[name] for name in names})
-    return plan.with_address(*find_server(values["host"], values["port"], values["uds"], plan))
+    return find_server(plan, values["host"], values["port"], values["uds"])
 
 
 def _tls_options(values: dict[str, Any]) -> TLSOptions | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
+from dataclasses import asdict
 from io import BytesIO
 from statistics import mean
 
@@ -14,13 +15,12 @@ from hypothesis import strategies as st
 
 from echo_async import ConfigError
 from echo_async.bench.comparison import make_candidates, spread
-from echo_async.bench.distribution import Distribution
 from echo_async.bench.expectation import Expectation
 from echo_async.bench.pattern import MAX_IO_SIZE, Pattern
 from echo_async.bench.plan import LoadPlan
 from echo_async.bench.recorder import Recorder, read_result
 from echo_async.bench.report import print_load
-from echo_async.bench.result import LoadResult
+from echo_async.bench.result import Distribution, LoadResult
 
 PLAN = LoadPlan(family=socket.AF_INET, address=("127.0.0.1", 1), connections=5, size=1000)
 
@@ -187,7 +187,7 @@ def test_plan_split_shares_connections_and_rate() -> None:
 
 
 def test_plan_json_round_trip_is_equal() -> None:
-    assert LoadPlan.from_json({**PLAN.as_json(), "address": ["127.0.0.1", 1]}) == PLAN
+    assert LoadPlan.from_json({**asdict(PLAN), "address": ["127.0.0.1", 1]}) == PLAN
 
 
 def test_candidates_are_distinct_combinations() -> None:
