@@ -83,13 +83,41 @@ class ReplyDifferent(ReplyError):
         return str(self.args[0])
 
 
+def failure_kind(error: BaseException | None) -> str:
+    """Return the kind of a client's failure, as ``--json`` prints it; without an error, the peer closed.
+
+    A lost connection, and a failure to connect, are of the kind of the error that caused them.
+    """
+    match error:
+        case ReplyDifferent():
+            return "mismatch"
+        case ReplyLate():
+            return "late"
+        case ReplyLost() | ConnectError():
+            return failure_kind(error.__cause__)
+        case ssl.SSLError():
+            return "tls"
+        case socket.gaierror() | UnicodeError():
+            return "dns"
+        case TimeoutError():
+            return "timeout"
+        case ConnectionRefusedError() | FileNotFoundError():
+            return "refused"
+        case ConnectionError():
+            return "reset"
+        case None:
+            return "closed"
+        case _:
+            return "unreachable"
+
+
 def describe_error(error: Exception) -> str:
     """Return the reason of an error in lower case, as error messages and log lines show it.
 
     Examples: ``connection refused``, ``name or service not known``, ``certificate verify failed: ...``.
     """
     if isinstance(error, ssl.SSLError):
-        reason = (error.reason or str(error)).lower().replace("_", " ")
+        reason = (getattr(error, "reason", None) or str(error)).lower().replace("_", " ")
         detail = getattr(error, "verify_message", "")
         return f"{reason}: {detail}" if detail else reason
     if isinstance(error, UnicodeError):

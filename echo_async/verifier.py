@@ -122,7 +122,7 @@ class ReplyVerifier:
         self._in_flight[0].error = ReplyLate(f"reply timeout: no reply from {self._name} within {seconds:g} s")
         self._lose("an earlier reply timed out")
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str, cause: Exception | None = None) -> None:
         """Close the socket, and fail all exchanges in flight that have no error yet."""
         in_flight = self._in_flight
         if self.is_open:
@@ -137,6 +137,7 @@ class ReplyVerifier:
                 when = f"after {received} of {size} bytes of" if received else "before"
                 advice = f"; does the server accept messages of {size} bytes?" if size > LARGE_MESSAGE else ""
                 exchange.error = ReplyLost(f"connection to {self._name} lost {when} the reply: {reason}{advice}")
+                exchange.error.__cause__ = cause
             exchange.on_progress()
 
 

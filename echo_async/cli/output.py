@@ -8,7 +8,7 @@ import os
 import select
 import sys
 
-from ..errors import EchoError, describe_error
+from ..errors import EchoError, describe_error, failure_kind
 from ..stdio import discard_output
 from ..verifier import escape_bytes
 
@@ -146,7 +146,8 @@ class JsonOutput(Output):
             self._print_to_stderr(text)
 
     def _write_failure(self, error: EchoError) -> None:
-        self._write_line(json.dumps({"seq": self.number, "ok": False, "error": str(error)}))
+        details = {"kind": failure_kind(error), "message": str(error)}
+        self._write_line(json.dumps({"seq": self.number, "ok": False, "error": details}))
 
     def _format_replies(self, data: bytes, seconds: float) -> bytes:
         objects = []

@@ -109,7 +109,7 @@ class Connection(ReplyVerifier, asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         if error is not None:
             self._read_remaining()
-        self._lose("closed by the server" if error is None else describe_error(error))
+        self._lose("closed by the server" if error is None else describe_error(error), error)
         if self._timer is not None:
             self._timer.cancel()
         if not self.closed.done():

@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from ssl import SSL_ERROR_EOF, SSLEOFError
 from time import perf_counter
 
 from ..endpoint import CONNECTION_ATTEMPT_DELAY, UNIX_RETRY_DELAY, Endpoint, RetrySchedule, log, log_tls, new_socket
@@ -45,13 +46,18 @@ async def _create_connection(endpoint: Endpoint, connected: socket.socket) -> Co
     """Create the transport, which owns the socket from then on, also when this is canceled."""
     loop, started = asyncio.get_running_loop(), perf_counter()
     create = loop.create_connection if endpoint.config.uds is None else loop.create_unix_connection
-    transport, connection = await create(
-        lambda: Connection(endpoint),
-        sock=connected,
-        ssl=endpoint.ssl,
-        server_hostname=endpoint.server_hostname,
-        ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT if endpoint.ssl else None,
-    )
+    try:
+        transport, connection = await create(
+            lambda: Connection(endpoint),
+            sock=connected,
+            ssl=endpoint.ssl,
+            server_hostname=endpoint.server_hostname,
+            ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT if endpoint.ssl else None,
+        )
+    except ConnectionError as error:
+        if error.errno is None:  # closed during the handshake: the error that the ssl module has for this
+            raise SSLEOFError(SSL_ERROR_EOF, "closed by the server") from error
+        raise
     if endpoint.ssl is not None:
         log_tls(transport.get_extra_info("ssl_object"), started)
     return connection

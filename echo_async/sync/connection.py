@@ -24,7 +24,7 @@ class Connection(ReplyVerifier):
         self._socket = connected
         self._timeout = endpoint.config.timeout
         self._unsent: deque[memoryview] = deque()
-        self._send_error: str | None = None
+        self._send_error: OSError | None = None
         self._poll = select.poll()
         self._poll.register(connected, select.POLLIN)
         self._is_polling_writes = False
@@ -101,7 +101,7 @@ class Connection(ReplyVerifier):
         except (BlockingIOError, SSLWantReadError, SSLWantWriteError):
             pass
         except OSError as error:
-            self._send_error = self._send_error or describe_error(error)
+            self._send_error = self._send_error or error
             unsent.clear()
 
     def _receive(self) -> bool:
@@ -111,12 +111,13 @@ class Connection(ReplyVerifier):
         except (BlockingIOError, SSLWantReadError, SSLWantWriteError):
             return False
         except OSError as error:
-            self._lose(self._send_error or describe_error(error))
-            return True
+            data, self._send_error = b"", self._send_error or error
         if data:
             self._verify(data)
+        elif self._send_error is not None:
+            self._lose(describe_error(self._send_error), self._send_error)
         else:
-            self._lose(self._send_error or "closed by the server")
+            self._lose("closed by the server")
         return True
 
     def _poll_writes(self, enable: bool) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Peer, Serve, Start, echo_all, echo_one, never_reply
+from scripted import Peer, Serve, Start, echo_all, echo_one, never_reply, reply_with
 from support import TIMEOUT, server_process, single_error_line, wait_until
 
 from echo_async.cli.client import command, main
@@ -151,15 +151,119 @@ def test_json_prints_one_object_per_reply(scripted_server: Start) -> None:
     assert first == {"seq": 1, "bytes": 13, "text": "Hola Server!", "ok": True}
     assert second.keys() == {"seq", "ok", "error"}
     assert (second["seq"], second["ok"]) == (2, False)
+    assert second["error"].keys() == {"kind", "message"}
     assert (third["seq"], third["text"]) == (3, "\\xff")
     assert done.returncode == 1
 
 
-def test_json_connection_refused_is_an_object(closed_port: int, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["--port", str(closed_port), "--json", "hola"]) == 3
-    failure = json.loads(capfd.readouterr().out)
-    assert (failure["seq"], failure["ok"]) == (1, False)
-    assert "connection refused" in failure["error"]
+def failure_of(arguments: list[str], capfd: pytest.CaptureFixture[str], code: int) -> dict[str, str]:
+    """Run the command with ``--json``, which fails at its only message; return the failure."""
+    assert main(["--json", *arguments]) == code
+    printed = capfd.readouterr()
+    [failure] = map(json.loads, printed.out.splitlines())
+    assert (failure["seq"], failure["ok"], failure["error"].keys()) == (1, False, {"kind", "message"})
+    assert failure["error"]["message"] in printed.err
+    error: dict[str, str] = failure["error"]
+    return error
+
+
+each_sender = pytest.mark.parametrize("sender", [["hola"], ["--count", "1", "hola"]], ids=["messages", "count"])
+
+
+@each_sender
+@pytest.mark.parametrize(
+    ("kind", "reason", "address"),
+    [
+        ("dns", "check the host name", ["--host", "missing.invalid"]),
+        ("dns", "not a host name", ["--host", "a..b"]),
+        ("unreachable", "cannot connect to 255.255.255.255:7", ["--host", "255.255.255.255", "--port", "7"]),
+        ("unreachable", "not a directory", ["--uds", "/dev/null/socket"]),
+        ("refused", "no such file or directory", ["--uds", "/missing"]),
+    ],
+)
+def test_json_address_failure_has_its_kind(
+    kind: str, reason: str, address: list[str], sender: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    error = failure_of([*address, *sender], capfd, 3)
+    assert error["kind"] == kind
+    assert reason in error["message"]
+
+
+@each_sender
+def test_json_refused_connection_has_its_kind(
+    closed_port: int, sender: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    error = failure_of(["--port", str(closed_port), *sender], capfd, 3)
+    assert error["kind"] == "refused"
+    assert "connection refused" in error["message"]
+
+
+@each_sender
+def test_json_connect_timeout_has_its_kind(
+    black_hole: tuple[str, int], sender: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    error = failure_of(["--port", str(black_hole[1]), "--connect-timeout", "0.2", *sender], capfd, 3)
+    assert error["kind"] == "timeout"
+
+
+@each_sender
+def test_json_untrusted_certificate_is_of_kind_tls(
+    certificate: Path, sender: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with server_process("--ssl-certfile", str(certificate), "--log-level", "critical") as server:
+        error = failure_of(["--port", str(server.address[1]), "--ssl", *sender], capfd, 3)
+    assert error["kind"] == "tls"
+    assert "certificate verify failed" in error["message"]
+
+
+def close_at_once(peer: Peer) -> None:
+    peer.socket.recv(65536)
+
+
+def send_text(peer: Peer) -> None:
+    peer.socket.recv(65536)
+    peer.send(b"220 mail server ready\r\n")
+
+
+@each_sender
+@pytest.mark.parametrize("serve", [close_at_once, send_text])
+def test_json_server_without_tls_is_of_kind_tls(
+    serve: Serve, sender: list[str], scripted_server: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = scripted_server(serve)
+    error = failure_of(["--port", str(server.address[1]), "--ssl", *sender], capfd, 3)
+    assert error["kind"] == "tls"
+    assert ": TLS: " in error["message"]
+
+
+def close_early(peer: Peer) -> None:
+    peer.message()
+
+
+def reset_early(peer: Peer) -> None:
+    peer.message()
+    peer.reset()
+
+
+@each_sender
+@pytest.mark.parametrize(
+    ("kind", "serve"),
+    [
+        ("closed", close_early),
+        ("closed", reply_with(b"ho")),
+        ("reset", reset_early),
+        ("reset", reply_with(b"ho", reset=True)),
+        ("mismatch", reply_with(b"HOLA\n")),
+        ("mismatch", reply_with(b"hola\nmore\n")),
+        ("late", never_reply),
+    ],
+)
+def test_json_reply_failure_has_its_kind(
+    kind: str, serve: Serve, sender: list[str], scripted_server: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = scripted_server(serve)
+    error = failure_of(["--port", str(server.address[1]), "--timeout", "0.5", *sender], capfd, 1)
+    assert error["kind"] == kind
 
 
 def test_replies_on_a_terminal_are_escaped(scripted_server: Start) -> None:
