@@ -51,7 +51,8 @@ _PROXY_HELP = "PROXY header with which every connection must begin; auto accepts
 class Option:
     """The default, the help text and the allowed values of one option. None is allowed if it is the default.
 
-    ``default_text`` describes a default that depends on the machine or on another option.
+    ``default_text`` describes a default that depends on the machine or on another option. A text that matches
+    ``pattern`` is allowed besides ``choices``.
     """
 
     default: Any
@@ -60,6 +61,7 @@ class Option:
     low: int = 0
     high: int = MAX_INT
     choices: tuple[str, ...] = ()
+    pattern: str = ""
     is_zero_allowed: bool = False
     default_text: str = ""
 
@@ -72,7 +74,8 @@ class Option:
         """Return the requirement that ``value`` violates, such as ``must be an integer from 1 to 10``; else ``""``."""
         match self.type:
             case "choice":
-                is_valid, requirement = value in self.choices, f"choose from {', '.join(self.choices)}"
+                is_valid = value in self.choices or _matches(self.pattern, value)
+                requirement = f"choose from {', '.join(self.choices)}"
             case "integer":
                 is_valid = isinstance(value, int) and self.low <= value <= self.high
                 requirement = f"must be an integer from {self.low} to {self.high}"
@@ -95,6 +98,12 @@ class Option:
             case _:
                 is_valid, requirement = True, ""
         return "" if is_valid or (value is None and self.default is None) else requirement
+
+
+def _matches(pattern: str, value: Any) -> bool:
+    import re
+
+    return pattern != "" and isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
 def _are_networks(value: Any) -> bool:

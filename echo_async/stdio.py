@@ -46,12 +46,12 @@ def ignore_broken_pipe() -> Iterator[None]:
         discard_output(sys.stdout)
 
 
-def print_error(text: str) -> None:
+def print_error(text: str, kind: str = "error") -> None:
     """Print one line to stderr, if there is one."""
     if sys.stderr is None:
         return
     try:
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print(f"{kind}: {text}", file=sys.stderr, flush=True)
     except (OSError, ValueError):
         discard_output(sys.stderr)
 

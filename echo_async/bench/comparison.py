@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from ..config import EngineName
 from ..errors import EchoError
-from ..loops import LoopName
 from .load import find_server, run_load
 from .machine import machine_info, separate_cpus
 from .plan import LoadMode, LoadPlan
@@ -129,9 +128,7 @@ def spread(ratios: Sequence[float]) -> dict[str, float] | None:
     return {"median": median(ratios), "min": min(ratios), "max": max(ratios)} if ratios else None
 
 
-def make_candidates(
-    engines: Sequence[EngineName], loops: Sequence[LoopName], chunk_sizes: Sequence[int]
-) -> list[Candidate]:
+def make_candidates(engines: Sequence[EngineName], loops: Sequence[str], chunk_sizes: Sequence[int]) -> list[Candidate]:
     """Return all different combinations: ``threads`` has no event loop, and ``protocol`` ignores the chunk size."""
     return [
         Candidate(

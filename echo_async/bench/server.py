@@ -12,12 +12,11 @@ from typing import IO, Self
 
 from ..config import EngineName, Mode
 from ..errors import StartError, describe_error
-from ..loops import LoopName
 
 STOP_TIMEOUT = 10  # seconds until a server that does not exit is killed
 
 
-def server_command(engine: EngineName, loop: LoopName, chunk_size: int, mode: Mode, size: int) -> list[str]:
+def server_command(engine: EngineName, loop: str, chunk_size: int, mode: Mode, size: int) -> list[str]:
     """Return the command of this package's server, on a free port and without access log."""
     return [
         *(sys.executable, "-m", "echo_async.server", "--host", "127.0.0.1", "--port", "0"),

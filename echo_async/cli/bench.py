@@ -19,7 +19,7 @@ from ..bench.report import load_json, print_comparison, print_load, progress_bar
 from ..bench.result import LoadResult
 from ..config import CONNECT_TIMEOUT, HOST, PORT, EngineName, Option
 from ..errors import ConfigError, EchoError, StartError, describe_error
-from ..loops import LoopName, loop_factory
+from ..loops import LOOP_CHOICES, LOOP_PATTERN, loop_factory
 from ..net import format_address
 from ..stdio import ignore_broken_pipe, print_error
 from .common import CONTEXT, ExitCode, options, run_command, version_option
@@ -115,7 +115,7 @@ def command() -> None:
     """
 
 
-@command.command()
+@command.command(context_settings=CONTEXT)
 @options(LOAD_OPTIONS)
 @_option("--rate", "Messages per second, sent by the clock (open loop).", type=Rate(), show_default="closed loop")
 @_option(
@@ -151,9 +151,16 @@ def load(expect: Sequence[str], **values: Any) -> ExitCode:
     return _report_load(result, expectations, values["json"])
 
 
-@command.command("compare")
+@command.command("compare", context_settings=CONTEXT)
 @_list_option("--engines", "threads,streams,protocol", "Engines", "choice", choices=get_args(EngineName))
-@_list_option("--loops", "auto", "Event loops (auto: all that are installed)", "choice", choices=get_args(LoopName))
+@_list_option(
+    "--loops",
+    "auto",
+    "Event loops (auto: asyncio, and uvloop if it is installed)",
+    "choice",
+    choices=LOOP_CHOICES,
+    pattern=LOOP_PATTERN,
+)
 @_list_option("--chunk-sizes", "20,256,4096,65536", "Bytes per read", "integer", 1, 2**30)
 @_list_option("--sizes", "1024", "Bytes per message, including the newline", "integer", 1, MAX_MESSAGE_SIZE)
 @options(COMPARE_OPTIONS)
@@ -226,11 +233,12 @@ def _compare(values: dict[str, Any]) -> Comparison:
         return compare(candidates, values["sizes"], plan, values["rounds"], progress)
 
 
-def _installed_loops(names: Sequence[LoopName]) -> list[LoopName]:
-    """Replace ``auto`` by every installed event loop."""
-    installed: list[LoopName] = ["asyncio"]
-    if loop_factory("auto") is not loop_factory("asyncio"):
-        installed.append("uvloop")
+def _installed_loops(names: Sequence[str]) -> list[str]:
+    """Replace ``auto`` by asyncio and uvloop; :exc:`~echo_async.StartError` if a loop cannot be used."""
+    installed = ["asyncio"]
+    for name in names:
+        if loop_factory(name) is not loop_factory("asyncio") and name == "auto":
+            installed.append("uvloop")
     return list(dict.fromkeys(each for name in names for each in (installed if name == "auto" else [name])))
 
 

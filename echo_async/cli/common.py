@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,11 +23,16 @@ CONTEXT = {
 }
 
 
+SERVICE_LINKS = ("tcp://", "udp://", "sctp://")  # with which the variable <SERVICE>_PORT of Kubernetes begins
+
+
 class ExitCode(enum.IntEnum):
     SUCCESS = 0
     FAILURE = 1  # a reply was lost, late or different; an expectation was not met; output could not be written
     INVALID_OPTION = 2
     UNAVAILABLE = 3  # the server could not start, or the client could not connect
+    NOT_EXECUTABLE = 126  # as a shell reports it
+    NOT_FOUND = 127  # as a shell reports it
     INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
     OUTPUT_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
 
@@ -56,13 +62,25 @@ class ConfigOption(click.Option):
             help=definition.help,
         )
 
+    def consume_value(self, ctx: click.Context, opts: Any) -> Any:
+        """Ignore a variable that Kubernetes has set for a Service, also if the command line overrides it."""
+        name = self._variable(ctx)
+        value = os.environ.get(name, "")
+        if self.definition.type == "integer" and value.startswith(SERVICE_LINKS) and not ctx.resilient_parsing:
+            print_error(f"ignoring {name}={value}: set by Kubernetes for a Service (enableServiceLinks)", "warning")
+            del os.environ[name]
+        return super().consume_value(ctx, opts)
+
+    def _variable(self, ctx: click.Context) -> str:
+        return f"{ctx.auto_envvar_prefix}_{self.name}".upper()
+
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         converted = value
         with contextlib.suppress(click.BadParameter):
             converted = super().type_cast_value(ctx, value)
         if requirement := self.definition.violation(converted):
             is_from_environment = ctx.get_parameter_source(self.name or "") is ParameterSource.ENVIRONMENT
-            name = f"{ctx.auto_envvar_prefix}_{self.name}".upper() if is_from_environment else self.opts[0]
+            name = self._variable(ctx) if is_from_environment else self.opts[0]
             raise ConfigError(f"invalid {name}: {value!r} ({requirement})")
         return converted
 

@@ -16,7 +16,7 @@ from .. import __version__
 from ..config import Option, ServerConfig, options_of
 from ..errors import ConfigError, StartError
 from ..logs import LogFormat, LogLevel, configure, log
-from ..loops import LoopName, log_loop_errors, loop_factory
+from ..loops import LOOP_CHOICES, LOOP_PATTERN, log_loop_errors, loop_factory
 from ..net import adopt, format_address
 from ..server.server import BaseServer, EchoServer, start_server
 from ..server.supervisor import Supervisor, WorkerSettings
@@ -28,12 +28,12 @@ from .signals import ServerSignals
 if TYPE_CHECKING:
     from ..server.metrics import MetricsServer
 
+_LOOP_HELP = "Event loop; auto is uvloop if it is installed, else asyncio. MODULE:FACTORY is imported and called."
+
 OPTIONS = {
     **options_of(ServerConfig),
     "threaded": Option(False, "The same as --engine threads.", "flag"),
-    "loop": Option(
-        "auto", "Event loop; auto is uvloop if it is installed, else asyncio.", "choice", choices=get_args(LoopName)
-    ),
+    "loop": Option("auto", _LOOP_HELP, "choice", choices=LOOP_CHOICES, pattern=LOOP_PATTERN),
     "workers": Option(
         1, "Processes that share the listening sockets; limits and timeouts apply to each.", "integer", 1, 1024
     ),
@@ -66,7 +66,7 @@ def command(context: click.Context, /, **values: Any) -> int:
     """
     config = _config(context)
     configure(values["log_level"], values["log_format"])
-    loop: LoopName = "asyncio" if config.engine == "threads" else values["loop"]
+    loop = "asyncio" if config.engine == "threads" else values["loop"]
     factory = loop_factory(loop)
     sockets = [adopt(number) for number in listen_descriptors()] or None
     start: Callable[[], Awaitable[EchoServer | Supervisor]] = partial(start_server, config, sockets)
@@ -99,8 +99,9 @@ def _config(context: click.Context) -> ServerConfig:
     if typed & {"host", "port", "uds", "fd"}:
         values.update({name: None for name in ("uds", "fd") if name not in typed})
     config = ServerConfig(**values)
-    if config.engine == "threads" and context.params["loop"] == "uvloop":
-        raise ConfigError("--loop uvloop conflicts with --engine threads, which uses no event loop")
+    loop = context.params["loop"]
+    if config.engine == "threads" and loop not in ("auto", "asyncio"):
+        raise ConfigError(f"--loop {loop} conflicts with --engine threads, which uses no event loop")
     if sources["metrics_address"] is not ParameterSource.DEFAULT and context.params["metrics_port"] is None:
         raise ConfigError("--metrics-address requires --metrics-port")
     return config

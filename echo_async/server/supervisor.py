@@ -24,7 +24,6 @@ from ..config import ServerConfig
 from ..errors import StartError
 from ..listeners import Listeners
 from ..logs import LogFormat, LogLevel, log
-from ..loops import LoopName
 from ..stats import Stats
 from .server import BaseServer
 
@@ -43,7 +42,7 @@ BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 class WorkerSettings:
     """The settings of a worker besides the server's configuration."""
 
-    loop: LoopName
+    loop: str
     log_level: LogLevel
     log_format: LogFormat
 

@@ -1,0 +1,40 @@
+"""``echo-async`` and ``python -m echo_async``: the commands as subcommands, each imported when it is run."""
+
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from .common import CONTEXT, run_command, version_option
+
+
+class LazyGroup(click.Group):
+    """A group whose subcommands are the modules of this package with these names."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["server", "client", "run", "bench"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command: click.Command = import_module(f".{cmd_name}", __package__).command
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings=CONTEXT, no_args_is_help=False)
+@version_option()
+def command() -> None:
+    """TCP echo server and client: every byte comes back unchanged.
+
+    \b
+    Examples:
+      echo-async server
+      echo-async client 'Hola Server!'
+      echo-async run -- python -m pytest
+      echo-async bench load --port 5500
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with ``argv`` (default: the arguments of the process) and return its exit code."""
+    return run_command(command, argv)

@@ -1,0 +1,191 @@
+"""``echo-async run``: a server for the duration of another command.
+
+The server is a child process in a session of its own, so that Ctrl-C in the terminal does not reach it. Its stdin is
+a pipe from this process: when that ends, whatever the reason, the server shuts down. ``python -m echo_async.cli.run``
+is this child.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from ..errors import ConfigError, StartError, describe_error
+from ..stdio import print_error
+from . import server
+from .common import CONTEXT, ExitCode, options, run_command, version_option
+
+KILL_DELAY = 10.0  # seconds until a command that ignores SIGTERM is killed
+TERMINAL_SIGNALS = ("SIGINT", "SIGQUIT")  # which the terminal sends to every process in the foreground
+ADDRESS_VARIABLES = ("ECHO_ASYNC_HOST", "ECHO_ASYNC_PORT", "ECHO_ASYNC_UDS")
+FORWARDED_SIGNALS = (*TERMINAL_SIGNALS, "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # to connect to a server on all addresses
+
+DEFAULTS = {"port": 0, "log_level": "warning"}
+OPTIONS = {name: replace(option, default=DEFAULTS.get(name, option.default)) for name, option in server.OPTIONS.items()}
+
+
+class RunCommand(click.Command):
+    """Keeps the arguments, of which those of the server are passed on unchanged."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        arguments = list(args)
+        rest = super().parse_args(ctx, args)
+        ctx.obj = arguments[: len(arguments) - len(ctx.params["arguments"])]
+        return rest
+
+
+@click.command(cls=RunCommand, context_settings={**CONTEXT, "allow_interspersed_args": False})
+@click.argument("arguments", metavar="-- COMMAND [ARG]...", nargs=-1, type=click.UNPROCESSED)
+@options(OPTIONS)
+@version_option()
+@click.pass_context
+def command(context: click.Context, /, arguments: Sequence[str], **values: Any) -> int:
+    """Run COMMAND with an echo server, and exit with its exit code.
+
+    The server starts first. COMMAND finds its address in ECHO_ASYNC_HOST and ECHO_ASYNC_PORT, or in ECHO_ASYNC_UDS.
+    When COMMAND exits, the server shuts down gracefully. Signals are forwarded to COMMAND.
+
+    \b
+    Examples:
+      echo-async run -- python -m pytest
+      echo-async run --mode stream --workers 2 -- sh -c 'echo-async client one two'
+
+    \b
+    Exit codes:
+      that of COMMAND, 128+N if signal N ended it    2 invalid option
+      3 the server could not start, or it exited     126 COMMAND is not executable, 127 it is not found
+    """
+    if not arguments:
+        raise ConfigError("missing COMMAND (usage: echo-async run [OPTIONS] -- COMMAND [ARG]...)")
+    server_arguments = context.obj[:-1] if context.obj[-1:] == ["--"] else context.obj
+    environment = dict(os.environ)
+    for name in DEFAULTS:
+        if context.get_parameter_source(name) is ParameterSource.DEFAULT:
+            environment[f"ECHO_ASYNC_{name}".upper()] = str(values[name])
+    descriptors = [] if values["fd"] is None else [values["fd"]]
+    with _server(server_arguments, environment, descriptors) as process:
+        return asyncio.run(Run(process, arguments).run())
+
+
+@contextlib.contextmanager
+def _server(
+    arguments: Sequence[str], environment: dict[str, str], descriptors: Sequence[int]
+) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+        pass_fds=descriptors,
+        start_new_session=True,
+    )
+    with process:  # closes the pipes and waits for the exit
+        yield process
+
+
+class Run:
+    """A server that starts, and the command that is run when it is reachable."""
+
+    def __init__(self, server: subprocess.Popen[str], arguments: Sequence[str]) -> None:
+        self._server = server
+        self._arguments = arguments
+        self._command: subprocess.Popen[bytes] | None = None
+        self._received: int | None = None  # the signal that came before the command
+
+    async def run(self) -> int:
+        """Return the exit code; :exc:`~echo_async.StartError` if the server exits before the command."""
+        loop = asyncio.get_running_loop()
+        for number in signal.valid_signals():
+            is_ignored = signal.getsignal(number) is signal.SIG_IGN  # as by nohup
+            if isinstance(number, signal.Signals) and number.name in FORWARDED_SIGNALS and not is_ignored:
+                with contextlib.suppress(NotImplementedError):  # Windows
+                    loop.add_signal_handler(number, self._forward, number)
+        assert self._server.stdout is not None
+        line = await asyncio.to_thread(self._server.stdout.readline)
+        if self._received is not None:
+            return 128 + self._received
+        if not line:  # it has printed the reason
+            return await asyncio.to_thread(self._server.wait)
+        try:
+            self._command = subprocess.Popen(self._arguments, env=_environment(line))  # noqa: ASYNC220
+        except (OSError, ValueError) as error:
+            self._server.terminate()
+            print_error(f"cannot run {self._arguments[0]}: {describe_error(error)}; check the command")
+            return ExitCode.NOT_FOUND if isinstance(error, FileNotFoundError) else ExitCode.NOT_EXECUTABLE
+        return await self._wait(self._command)
+
+    async def _wait(self, command: subprocess.Popen[bytes]) -> int:
+        exits = [asyncio.create_task(asyncio.to_thread(each.wait)) for each in (command, self._server)]
+        await asyncio.wait(exits, return_when=asyncio.FIRST_COMPLETED)
+        has_server_exited = exits[1].done()
+        if has_server_exited:
+            command.terminate()
+            await asyncio.wait(exits, timeout=KILL_DELAY)
+            command.kill()
+        self._server.terminate()
+        code, server_code = await asyncio.gather(*exits)
+        if has_server_exited or server_code:
+            raise StartError(f"server exited with code {server_code} before the command, which was terminated")
+        return code if code >= 0 else 128 - code
+
+    def _forward(self, number: signal.Signals) -> None:
+        if self._command is None or self._command.poll() is not None:
+            self._received = number
+            self._server.terminate()  # a second time while it drains: it aborts its connections
+        elif number.name not in TERMINAL_SIGNALS or not _is_in_foreground():
+            self._command.send_signal(number)
+
+
+def _environment(line: str) -> dict[str, str]:
+    """Return the environment of the command, with the address in the line that the server has printed."""
+    environment = {name: value for name, value in os.environ.items() if name not in ADDRESS_VARIABLES}
+    address = line.removeprefix("listening on ").rstrip("\n")
+    if found := re.fullmatch(r"(?:\[(.+)\]|([\d.]+)):(\d+)", address):
+        host = found[1] or found[2]
+        return {**environment, "ECHO_ASYNC_HOST": LOOPBACK.get(host, host), "ECHO_ASYNC_PORT": found[3]}
+    return {**environment, "ECHO_ASYNC_UDS": address}
+
+
+def _is_in_foreground() -> bool:
+    """Return whether the terminal sends its signals to this process, and so to the command as well."""
+    for descriptor in range(3):
+        with contextlib.suppress(OSError, AttributeError):
+            if os.tcgetpgrp(descriptor) == os.getpgrp():
+                return True
+    return False
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with ``argv`` (default: the arguments of the process) and return its exit code."""
+    return run_command(command, argv)
+
+
+# The child
+
+
+def _serve() -> int:
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    return server.main()
+
+
+def _stop_with_parent() -> None:
+    os.read(0, 1)  # returns at the end of input
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(_serve())

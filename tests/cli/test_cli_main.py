@@ -1,0 +1,232 @@
+"""``echo-async`` and ``python -m echo_async``: subcommands, environment variables, shell completion."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from support import TIMEOUT, server_process, single_error_line
+
+from echo_async.cli import bench, client, main, run, server
+
+SCRIPT = Path(sysconfig.get_path("scripts")) / "echo-async"
+GROUP = (sys.executable, "-m", "echo_async")
+MODULES = {name: (sys.executable, "-m", f"echo_async.{name}") for name in ("server", "client", "bench")}
+COMMANDS = {"server": server.command, "client": client.command, "run": run.command, "bench": bench.command}
+
+# What Kubernetes sets in every container of a namespace with the Services echo-async and echo-async-metrics.
+SERVICE_LINKS = {
+    "ECHO_ASYNC_SERVICE_HOST": "10.96.113.7",
+    "ECHO_ASYNC_SERVICE_PORT": "5500",
+    "ECHO_ASYNC_SERVICE_PORT_ECHO": "5500",
+    "ECHO_ASYNC_PORT": "tcp://10.96.113.7:5500",
+    "ECHO_ASYNC_PORT_5500_TCP": "tcp://10.96.113.7:5500",
+    "ECHO_ASYNC_PORT_5500_TCP_PROTO": "tcp",
+    "ECHO_ASYNC_PORT_5500_TCP_PORT": "5500",
+    "ECHO_ASYNC_PORT_5500_TCP_ADDR": "10.96.113.7",
+    "ECHO_ASYNC_METRICS_SERVICE_HOST": "10.96.113.8",
+    "ECHO_ASYNC_METRICS_SERVICE_PORT": "9100",
+    "ECHO_ASYNC_METRICS_PORT_9100_TCP": "tcp://10.96.113.8:9100",
+    "ECHO_ASYNC_METRICS_PORT_9100_TCP_PROTO": "tcp",
+    "ECHO_ASYNC_METRICS_PORT_9100_TCP_PORT": "9100",
+    "ECHO_ASYNC_METRICS_PORT_9100_TCP_ADDR": "10.96.113.8",
+}
+WARNING = (
+    "warning: ignoring ECHO_ASYNC_PORT=tcp://10.96.113.7:5500: set by Kubernetes for a Service (enableServiceLinks)\n"
+)
+
+
+def execute(*command: str, env: dict[str, str] | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **(env or {})}
+    return subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT, **more
+    )
+
+
+# Subcommands
+
+
+def test_group_has_every_command() -> None:
+    context = click.Context(main.command)
+    assert main.command.list_commands(context) == list(COMMANDS)
+    for name, command in COMMANDS.items():
+        assert main.command.get_command(context, name) is command
+
+
+@pytest.mark.parametrize("program", [GROUP, (str(SCRIPT),)], ids=["module", "script"])
+def test_group_runs_its_subcommands(program: tuple[str, ...]) -> None:
+    if not Path(program[0]).exists():
+        pytest.skip("the package is not installed")
+    with server_process("--log-level", "error") as running:
+        done = execute(*program, "client", "--port", str(running.address[1]), "hola")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hola\n", "")
+    assert execute(*program, "--version").stdout.startswith("echo-async, version ")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_subcommand_help_names_the_program(name: str) -> None:
+    done = execute(*GROUP, name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Usage: python -m echo_async {name} ")
+
+
+@pytest.mark.parametrize("arguments", [[], ["missing"], ["--missing"], ["client", "--missing"]])
+def test_group_invalid_arguments_are_one_line(arguments: list[str]) -> None:
+    done = execute(*GROUP, *arguments)
+    assert done.returncode == 2
+    single_error_line(done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unused"),
+    [
+        (["client", "--port", "1"], {"echo_async.server.server", "echo_async.cli.run", "echo_async.cli.bench"}),
+        (["server", "--port", "x"], {"echo_async.client.client", "echo_async.cli.run", "echo_async.cli.bench"}),
+    ],
+)
+def test_group_imports_only_the_subcommand(arguments: list[str], unused: set[str]) -> None:
+    code = f"import sys; from echo_async.cli.main import main; main({arguments!r}); print(*sys.modules)"
+    imported = set(execute(sys.executable, "-c", code).stdout.split())
+    assert f"echo_async.cli.{arguments[0]}" in imported
+    assert imported & unused == set()
+
+
+# Environment variables
+
+
+@pytest.mark.parametrize("program", [(*GROUP, "bench"), MODULES["bench"]], ids=["group", "module"])
+@pytest.mark.parametrize(
+    ("subcommand", "name", "value"),
+    [("load", "PORT", "70000"), ("load", "CONNECTIONS", "0"), ("load", "RATE", "x"), ("compare", "ROUNDS", "0")],
+)
+def test_bench_reads_its_options_from_the_environment(
+    program: tuple[str, ...], subcommand: str, name: str, value: str
+) -> None:
+    done = execute(*program, subcommand, env={f"ECHO_ASYNC_{name}": value})
+    assert done.returncode == 2
+    assert f"{value!r} (must be" in single_error_line(done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("program", [(*GROUP, "server"), MODULES["server"]], ids=["group", "module"])
+def test_server_reads_its_options_from_the_environment(program: tuple[str, ...]) -> None:
+    done = execute(*program, env={"ECHO_ASYNC_PORT": "70000"})
+    assert single_error_line(done.stdout, done.stderr) == (
+        "error: invalid ECHO_ASYNC_PORT: '70000' (must be an integer from 0 to 65535)\n"
+    )
+
+
+# Kubernetes
+
+
+@pytest.mark.parametrize("options", [[], ["--workers", "2"], ["--threaded"]])
+def test_server_ignores_service_links_with_one_warning(options: list[str]) -> None:
+    with server_process(*options, "--log-level", "error", env=SERVICE_LINKS) as running:
+        done = execute(*MODULES["client"], "--port", str(running.address[1]))
+        code, log = running.stop()
+    assert (code, log, done.stdout) == (0, WARNING, "Hola Server!\n")
+
+
+def test_server_service_link_selects_the_default_port() -> None:
+    """Nothing of the link is used."""
+    context = server.command.make_context("server", [])
+    assert context.params["port"] == 5500
+
+
+@pytest.mark.parametrize("program", [(*GROUP, "client"), MODULES["client"]], ids=["group", "module"])
+def test_client_ignores_service_links_with_one_warning(program: tuple[str, ...]) -> None:
+    with server_process("--log-level", "error") as running:
+        done = execute(*program, "--port", str(running.address[1]), "hola", env=SERVICE_LINKS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hola\n", WARNING)
+
+
+def test_run_ignores_service_links_with_one_warning() -> None:
+    done = execute(*GROUP, "run", "--", *MODULES["client"], env=SERVICE_LINKS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Hola Server!\n", WARNING)
+
+
+def test_bench_ignores_service_links_with_one_warning() -> None:
+    pytest.importorskip("numpy")
+    with server_process("--log-level", "error") as running:
+        options = ("--port", str(running.address[1]), "--duration", "0.1", "--warmup", "0", "--json")
+        done = execute(*GROUP, "bench", "load", *options, env=SERVICE_LINKS)
+    assert (done.returncode, done.stderr) == (0, WARNING)
+
+
+@pytest.mark.parametrize("name", ["PORT", "METRICS_PORT"])
+@pytest.mark.parametrize("scheme", ["tcp", "udp", "sctp"])
+def test_service_link_of_any_port_option_is_ignored(
+    name: str, scheme: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(f"ECHO_ASYNC_{name}", f"{scheme}://10.96.113.8:9100")
+    context = server.command.make_context("server", [], **server.command.context_settings)
+    assert context.params[name.lower()] == server.OPTIONS[name.lower()].default
+    assert capfd.readouterr().err == (
+        f"warning: ignoring ECHO_ASYNC_{name}={scheme}://10.96.113.8:9100: "
+        "set by Kubernetes for a Service (enableServiceLinks)\n"
+    )
+
+
+# Shell completion
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("echo-async ", {"server", "client", "run", "bench"}),
+        ("echo-async server --timeout-i", {"--timeout-idle"}),
+        ("echo-async server --mode ", {"message", "stream", "raw"}),
+        ("echo-async run --eng", {"--engine"}),
+        ("echo-async bench ", {"load", "compare"}),
+        ("echo-async client --js", {"--json"}),
+    ],
+)
+def test_completion_protocol_of_bash(words: str, expected: set[str]) -> None:
+    env = {
+        "_ECHO_ASYNC_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+        **SERVICE_LINKS,
+    }
+    code = "import sys; sys.argv[0] = 'echo-async'; from echo_async.cli.main import main; sys.exit(main())"
+    done = execute(sys.executable, "-c", code, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {line.partition(",")[2] for line in done.stdout.splitlines()} == expected
+
+
+SHELLS = {
+    "bash": """
+        eval "$(_ECHO_ASYNC_COMPLETE=bash_source echo-async)"
+        COMP_WORDS=(echo-async server --timeout-i) COMP_CWORD=2
+        _echo_async_completion echo-async
+        printf '%s\\n' "${COMPREPLY[@]}"
+    """,
+    "zsh": """
+        autoload -U compinit && compinit -u -d "$PWD/zcompdump"
+        eval "$(_ECHO_ASYNC_COMPLETE=zsh_source echo-async)"
+        _describe() { for each in ${(P)2}; do print -r -- ${each%%:*}; done }
+        compadd() { print -rl -- ${(P)@[-1]} }
+        words=(echo-async server --timeout-i) CURRENT=3
+        _echo_async_completion
+    """,
+    "fish": """
+        _ECHO_ASYNC_COMPLETE=fish_source echo-async | source
+        complete --do-complete 'echo-async server --timeout-i'
+    """,
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_in_the_shell(shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None or not SCRIPT.exists():
+        pytest.skip(f"{shell} or the script echo-async is not installed")
+    env = {"PATH": f"{SCRIPT.parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    done = execute(shell, "-c", SHELLS[shell], env=env, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["--timeout-idle"]

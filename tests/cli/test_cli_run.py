@@ -1,0 +1,273 @@
+"""``echo-async run`` as a process: the server, the command, signals and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import TIMEOUT, single_error_line, wait_until
+
+RUN = (sys.executable, "-W", "error", "-m", "echo_async", "run")
+CLIENT = (sys.executable, "-m", "echo_async", "client")
+PRINT_ADDRESS = 'echo "$ECHO_ASYNC_HOST" "$ECHO_ASYNC_PORT" "$ECHO_ASYNC_UDS"'
+# Reports that it runs, and every signal that it gets.
+REPORT_SIGNALS = """
+import os, signal, sys, time
+def report(number, frame):
+    print(signal.Signals(number).name, flush=True)
+    if number == signal.SIGTERM:
+        sys.exit(5)
+for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(each, report)
+print("started", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def run(*arguments: str, env: dict[str, str] | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **(env or {})}
+    return subprocess.run([*RUN, *arguments], capture_output=True, text=True, timeout=TIMEOUT, env=environment, **more)
+
+
+@contextmanager
+def running(*arguments: str, **popen: Any) -> Iterator[subprocess.Popen[str]]:
+    """Run a command that prints ``started``, until the end of the block."""
+    with subprocess.Popen(
+        [*RUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "started\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def children(process: int) -> dict[int, str]:
+    """Return the command lines of the children of a process."""
+    pids = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in pids}
+
+
+def server_pid(process: subprocess.Popen[str]) -> int:
+    [pid] = [pid for pid, line in children(process.pid).items() if "echo_async.cli.run" in line]
+    return pid
+
+
+def has_exited(pid: int) -> bool:
+    try:
+        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return True
+
+
+# The command and its environment
+
+
+@pytest.mark.parametrize("options", [[], ["--workers", "2"], ["--threaded"], ["--mode", "stream", "--loop", "asyncio"]])
+def test_run_command_reaches_the_server(options: list[str]) -> None:
+    done = run(*options, "--", *CLIENT, "one", "two")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "one\ntwo\n", "")
+
+
+def test_run_gives_stdin_to_the_command() -> None:
+    done = run("--", *CLIENT, "-", input="one\ntwo\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "one\ntwo\n", "")
+
+
+@pytest.mark.parametrize("separator", [["--"], []])
+def test_run_exits_with_the_code_of_the_command(separator: list[str]) -> None:
+    done = run("--mode", "raw", *separator, "sh", "-c", "exit 7")
+    assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
+
+
+def test_run_command_keeps_its_own_options() -> None:
+    done = run("--", "sh", "-c", 'echo "$@"', "sh", "--mode", "x", "--", "--port")
+    assert (done.returncode, done.stdout) == (0, "--mode x -- --port\n")
+
+
+def test_run_command_ended_by_a_signal_exits_128_plus_n() -> None:
+    assert run("--", "sh", "-c", "kill -KILL $$").returncode == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("host", "connectable"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "::1"), ("::", "::1")]
+)
+def test_run_host_is_connectable(host: str, connectable: str) -> None:
+    done = run("--host", host, "--", "sh", "-c", f"{PRINT_ADDRESS}; exec $0 -m echo_async.client", sys.executable)
+    address, reply = done.stdout.splitlines()
+    assert address.startswith(f"{connectable} ")
+    assert (done.returncode, reply) == (0, "Hola Server!")
+
+
+def test_run_port_can_be_given(closed_port: int) -> None:
+    variables = {"ECHO_ASYNC_PORT": str(closed_port)}
+    for options, env in ((["--port", str(closed_port)], {}), ([], variables)):
+        done = run(*options, "--", "sh", "-c", PRINT_ADDRESS, env=env)
+        assert done.returncode == 3, "the port is reserved"
+        assert f"cannot listen on 127.0.0.1:{closed_port}: address already in use" in done.stderr
+
+
+def test_run_unix_socket_replaces_host_and_port(tmp_path: Path) -> None:
+    env = {"ECHO_ASYNC_PORT": "1", "ECHO_ASYNC_HOST": "missing.invalid"}
+    done = run("--uds", "echo.sock", "--", "sh", "-c", PRINT_ADDRESS, env=env, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "  echo.sock\n", "")
+
+
+def test_run_inherited_socket_is_served() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        number = listener.fileno()
+        done = run("--fd", str(number), "--", *CLIENT, pass_fds=[number])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Hola Server!\n", "")
+
+
+def test_run_log_is_on_stderr() -> None:
+    done = run("--log-level", "info", "--log-format", "json", "--", *CLIENT)
+    assert (done.returncode, done.stdout) == (0, "Hola Server!\n")
+    events = [json.loads(line)["message"] for line in done.stderr.splitlines()]
+    assert events[0] == "server started: mode message, engine streams"
+    assert events[-1].startswith("server stopped: accepted=1 ")
+
+
+# Errors
+
+
+@pytest.mark.parametrize("arguments", [[], ["--"], ["--port", "0"], ["--port", "0", "--"]])
+def test_run_without_command_exits_2(arguments: list[str]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "missing COMMAND" in single_error_line(done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--port", "x"], "invalid --port: 'x' (must be an integer from 0 to 65535)"),
+        (["--threaded", "--engine", "streams"], "--threaded conflicts with --engine streams"),
+        (["--missing"], "No such option"),
+    ],
+)
+def test_run_invalid_option_exits_2(options: list[str], reason: str) -> None:
+    done = run(*options, "--", "true")
+    assert done.returncode == 2
+    assert reason in single_error_line(done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "reason"),
+    [("/missing/command", 127, "no such file or directory"), ("/dev/null", 126, "permission denied")],
+)
+def test_run_command_that_cannot_start_is_one_line(command: str, code: int, reason: str) -> None:
+    done = run("--", command)
+    assert done.returncode == code
+    assert single_error_line(done.stdout, done.stderr) == f"error: cannot run {command}: {reason}; check the command\n"
+
+
+# Signals
+
+
+def test_run_forwards_signals_to_the_command() -> None:
+    with running("--", sys.executable, "-c", REPORT_SIGNALS) as process:
+        assert process.stdout is not None
+        for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGINT"):
+            process.send_signal(getattr(signal, name))
+            assert process.stdout.readline() == f"{name}\n"
+        process.terminate()
+        out, err = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, out, err) == (5, "SIGTERM\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_run_signal_that_ends_the_command_exits_128_plus_n(number: signal.Signals) -> None:
+    with running("--", "sh", "-c", "echo started; exec sleep 60") as process:
+        pids = list(children(process.pid))
+        process.send_signal(number)
+        _, err = process.communicate(timeout=TIMEOUT)
+    assert (process.returncode, err) == (128 + number, "")
+    assert all(map(has_exited, pids))
+
+
+def test_run_ctrl_c_in_the_terminal_reaches_the_command_once() -> None:
+    primary, secondary = pty.openpty()
+    with (
+        os.fdopen(primary, "r") as terminal,
+        subprocess.Popen(
+            ["setsid", "--ctty", "--wait", *RUN, "--", sys.executable, "-c", REPORT_SIGNALS],
+            stdin=secondary,
+            stdout=secondary,
+            stderr=secondary,
+        ) as process,
+    ):
+        os.close(secondary)
+        assert terminal.readline() == "started\n"
+        for _ in range(2):
+            os.write(primary, b"\x03")
+            assert terminal.readline() == "^CSIGINT\n"
+
+        process.terminate()
+        assert terminal.readline() == "SIGTERM\n"
+        assert process.wait(TIMEOUT) == 5
+
+
+def test_run_signal_ignored_by_nohup_stays_ignored() -> None:
+    script = f"trap '' HUP; echo started; exec {sys.executable} -c 'import signal; signal.sigwait([signal.SIGTERM])'"
+    with running("--", "sh", "-c", script, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:
+        process.send_signal(signal.SIGHUP)
+        process.terminate()
+        process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+# The server
+
+
+def test_run_server_that_is_killed_exits_3() -> None:
+    with running("--", "sh", "-c", "echo started; exec sleep 60") as process:
+        pids = list(children(process.pid))
+        os.kill(server_pid(process), signal.SIGKILL)
+        out, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 3
+    assert single_error_line(out, err) == (
+        "error: server exited with code -9 before the command, which was terminated\n"
+    )
+    assert all(map(has_exited, pids))
+
+
+def test_run_worker_that_is_killed_is_replaced() -> None:
+    script = f"echo started; read line; {sys.executable} -m echo_async.client --retry 10 hola"
+    with running(
+        "--workers", "2", "--log-level", "critical", "--", "sh", "-c", script, stdin=subprocess.PIPE
+    ) as process:
+        for worker in children(server_pid(process)):
+            os.kill(worker, signal.SIGKILL)
+        assert process.communicate("go\n", timeout=TIMEOUT) == ("hola\n", "")
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--workers", "2"], ["--threaded"]])
+def test_run_killed_leaves_no_server(options: list[str]) -> None:
+    with running(*options, "--", sys.executable, "-c", REPORT_SIGNALS) as process:
+        server = server_pid(process)
+        [command] = set(children(process.pid)) - {server}
+        pids = [server, *children(server)]
+        process.kill()
+        wait_until(lambda: all(map(has_exited, pids)))
+        os.kill(command, signal.SIGTERM)
+
+
+def test_run_answers_what_the_command_left_behind() -> None:
+    """The graceful shutdown at the end: a client in the background still gets its reply."""
+    client = "exec 3<>/dev/tcp/127.0.0.1/$ECHO_ASYNC_PORT; echo hola >&3; cat <&3"
+    done = run("--", "bash", "-c", f"({client}) & exec 3<>/dev/tcp/127.0.0.1/$ECHO_ASYNC_PORT; exec 3>&-; wait")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "hola\n", "")
