@@ -210,8 +210,7 @@ SHELLS = {
     "zsh": """
         autoload -U compinit && compinit -u -d "$PWD/zcompdump"
         eval "$(_ECHO_ASYNC_COMPLETE=zsh_source echo-async)"
-        _describe() { for each in ${(P)2}; do print -r -- ${each%%:*}; done }
-        compadd() { print -rl -- ${(P)@[-1]} }
+        _describe() { for each in ${(P)3}; do print -r -- ${each%%:*}; done }
         words=(echo-async server --timeout-i) CURRENT=3
         _echo_async_completion
     """,
