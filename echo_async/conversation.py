@@ -20,7 +20,7 @@ class Conversation:
 
     Attributes:
         finished: No further input is answered. Send the replies so far, close the sending side, discard input.
-        too_long: Finished because a message was longer than ``limit`` bytes.
+        too_long: Finished because a message was longer than ``max_message_size`` bytes.
         incomplete: Bytes of a message whose newline has not been received.
         received: Bytes received.
         discarded: Received bytes that are never answered.
@@ -34,14 +34,14 @@ class Conversation:
         "discarded",
         "finished",
         "incomplete",
-        "limit",
+        "max_message_size",
         "messages",
         "received",
         "too_long",
     )
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, max_message_size: int) -> None:
+        self.max_message_size = max_message_size
         self.messages = 0
         self.received = 0
         self.discarded = 0
@@ -79,9 +79,9 @@ class Conversation:
         self._partial_message = None
 
     def _reject_too_long(self) -> None:
-        """Finish because the first ``limit`` bytes of the incomplete message have no newline at their end."""
-        self.discarded += self.incomplete - self.limit
-        self.incomplete = self.limit
+        """Finish because the current message is too long: its first ``max_message_size`` bytes have no newline."""
+        self.discarded += self.incomplete - self.max_message_size
+        self.incomplete = self.max_message_size
         self.too_long = True
         self.finish()
 
@@ -93,7 +93,7 @@ class Conversation:
     def _store_partial(self, data: bytes) -> None:
         """Append ``data`` to the incomplete message, unless that makes it too long."""
         self.incomplete += len(data)
-        if self.incomplete >= self.limit:  # the newline is still missing, and counts
+        if self.incomplete >= self.max_message_size:  # the newline is still missing, and counts
             return self._reject_too_long()
         if self._partial_message is None:
             self._partial_message = BytesIO()
@@ -120,7 +120,7 @@ class Conversation:
             self._store_partial(data)
             return b""
         end = data.find(b"\n") + 1
-        if self.incomplete + end > self.limit:
+        if self.incomplete + end > self.max_message_size:
             self.incomplete += len(data)
             self._reject_too_long()
             return b""
@@ -138,7 +138,7 @@ class StreamConversation(Conversation):
 
     def receive(self, data: bytes) -> bytes:
         # Fast path: complete messages only, and none can be over the limit.
-        if self._is_at_boundary and data[-1] == NEWLINE and (size := len(data)) <= self.limit:
+        if self._is_at_boundary and data[-1] == NEWLINE and (size := len(data)) <= self.max_message_size:
             self.received += size
             if size > MIN_FIND_SIZE and size - data.find(b"\n") == 1:
                 self.messages += 1
@@ -156,7 +156,7 @@ class StreamConversation(Conversation):
             self._store_partial(data)
             return b""
         end = data.rfind(b"\n") + 1
-        if self.incomplete + end > self.limit and (valid_end := self._find_valid_end(data)) < end:
+        if self.incomplete + end > self.max_message_size and (valid_end := self._find_valid_end(data)) < end:
             reply = self._complete_partial(data[:valid_end]) if valid_end else b""
             self.messages += valid_end - len(data[:valid_end].replace(b"\n", b""))
             self.incomplete += len(data) - valid_end
@@ -172,7 +172,7 @@ class StreamConversation(Conversation):
     def _find_valid_end(self, data: bytes) -> int:
         """Return the end of the last message before the first one that is too long."""
         start, end = -self.incomplete, data.find(b"\n") + 1
-        while end and end - start <= self.limit:
+        while end and end - start <= self.max_message_size:
             start, end = end, data.find(b"\n", end) + 1
         return max(start, 0)
 
@@ -205,5 +205,5 @@ MODES: dict[str, type[Conversation]] = {
 
 
 def make_conversation(mode: str, limit: int) -> Conversation:
-    """Create a conversation in ``mode``; a message has at most ``limit`` bytes, including its newline."""
+    """Create a conversation in ``mode``; a message has at most ``max_message_size`` bytes, including its newline."""
     return MODES[mode](limit)

@@ -44,26 +44,26 @@ class Endpoint:
 
     def connect_error(self, error: OSError | UnicodeError, seconds: float) -> ConnectError:
         """Translate the ``error`` of an attempt to connect that had ``seconds``."""
-        kind, reason, advice = ConnectError, describe_error(error), _advice(error)
+        kind, reason, hint = ConnectError, describe_error(error), _hint(error)
         if isinstance(error, TimeoutError):
-            kind, advice = ConnectTimeout, "; check the address"
+            kind, hint = ConnectTimeout, "; check the address"
             reason = reason if error.errno else f"timed out after {seconds:g} s"
         elif isinstance(error, SSLError):
-            reason, advice = f"TLS: {reason}", ""
-        return kind(f"cannot connect to {self.name}: {reason}{advice}")
+            reason, hint = f"TLS: {reason}", ""
+        return kind(f"cannot connect to {self.name}: {reason}{hint}")
 
 
-_ADVICE = {
+_HINTS = {
     errno.ECONNREFUSED: "; is the server running?",
     errno.ENOENT: "; is the server running?",
     errno.ECONNRESET: "; does the server use TLS?",
 }
 
 
-def _advice(error: OSError | UnicodeError) -> str:
+def _hint(error: OSError | UnicodeError) -> str:
     if isinstance(error, socket.gaierror | UnicodeError):
         return "; check the host name"
-    return _ADVICE.get(error.errno or 0, "")
+    return _HINTS.get(error.errno or 0, "")
 
 
 class RetrySchedule:

@@ -34,7 +34,7 @@ class BaseSession(Generic[C]):
         self.endpoint = endpoint
         self.connection: C | None = None
         self.is_closed = False
-        self._behavior = ServerBehavior.UNKNOWN
+        self._server_behavior = ServerBehavior.UNKNOWN
 
     @property
     def name(self) -> str:
@@ -43,7 +43,7 @@ class BaseSession(Generic[C]):
     @property
     def keeps_open(self) -> bool:
         """Whether the server is known to reply to several messages on one connection."""
-        return self._behavior is ServerBehavior.KEEPS_OPEN
+        return self._server_behavior is ServerBehavior.KEEPS_OPEN
 
     def usable_connection(self) -> C | None:
         """Return the current connection if it is open; raise if it received unexpected bytes, or is closed."""
@@ -61,12 +61,12 @@ class BaseSession(Generic[C]):
         """Return whether the message lost on ``connection`` may be sent again, on a new one."""
         if self.keeps_open or connection.replies != 1 or connection.is_partial or self.is_closed:
             return False
-        self._behavior = ServerBehavior.CLOSES_AFTER_REPLY
+        self._server_behavior = ServerBehavior.CLOSES_AFTER_REPLY
         return True
 
     def record_reply(self, connection: C) -> None:
         """Learn from a reply on ``connection``; close it if the server will not reply again."""
-        if self._behavior is ServerBehavior.CLOSES_AFTER_REPLY:
+        if self._server_behavior is ServerBehavior.CLOSES_AFTER_REPLY:
             connection.close()
         elif connection.replies > 1:
-            self._behavior = ServerBehavior.KEEPS_OPEN
+            self._server_behavior = ServerBehavior.KEEPS_OPEN

@@ -106,7 +106,7 @@ def test_bind_of_several_addresses_uses_the_same_port() -> None:
         assert all(is_reachable(address) for address in addresses)
 
 
-def test_bind_of_a_duplicate_address_opens_one_socket() -> None:
+def test_bind_repeated_address_opens_one_socket() -> None:
     info: AddressInfo = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
     (listener,) = bind(ServerConfig(port=0), [info, info])
     listener.close()

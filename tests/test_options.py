@@ -74,7 +74,7 @@ def parameter(command: click.Command, name: str) -> click.Option:
 
 
 @each_command_option
-def test_command_option_matches_definition(command: click.Command, name: str, definition: Option) -> None:
+def test_command_line_option_matches_its_definition(command: click.Command, name: str, definition: Option) -> None:
     assert parameter(command, name).opts == ["--" + name.replace("_", "-")]
     values = command.make_context("command", [], **command.context_settings).params
     assert values[name] == (bool(definition.default) if definition.type == "flag" else definition.default)

@@ -347,7 +347,7 @@ def test_header_with_proxy_protocol_off_is_a_message(start_server: StartServer) 
         assert receive_line(client) == V1_HEADER
 
 
-def test_stop_answers_complete_headers_and_closes_the_others(start_server: StartServer) -> None:
+def test_stop_serves_connections_with_complete_headers(start_server: StartServer) -> None:
     with start_server(mode="stream") as server:
         clients = [connect(server) for _ in range(20)]
         for client in clients[10:]:

@@ -27,7 +27,7 @@ def run_with_full_stderr(*arguments: str) -> int:
 
 
 @pytest.mark.parametrize("options", [[], ["--workers", "2"], ["--threaded"]], ids=" ".join)
-def test_server_full_stderr_exits_with_0(options: list[str]) -> None:
+def test_server_exits_with_0_if_stderr_is_full(options: list[str]) -> None:
     """The log cannot be written, and the interpreter's last flush of it fails."""
     with (
         open("/dev/full", "wb") as full,
@@ -44,21 +44,21 @@ def test_server_full_stderr_exits_with_0(options: list[str]) -> None:
         assert process.wait(TIMEOUT) == 0
 
 
-def test_server_full_stderr_bad_option_exits_with_2() -> None:
+def test_server_bad_option_exits_with_2_if_stderr_is_full() -> None:
     assert run_with_full_stderr("echo_async.server", "--port", "none") == 2
 
 
-def test_client_full_stderr_exits_with_0() -> None:
+def test_client_exits_with_0_if_stderr_is_full() -> None:
     with server_process() as server:
         port = str(server.address[1])
         assert run_with_full_stderr("echo_async.client", "--port", port, "--verbose", "hola") == 0
 
 
-def test_client_full_stderr_cannot_connect_exits_with_3(closed_port: int) -> None:
+def test_client_connect_error_exits_with_3_if_stderr_is_full(closed_port: int) -> None:
     assert run_with_full_stderr("echo_async.client", "--port", str(closed_port)) == 3
 
 
-def test_bench_full_stderr_unmet_expectation_exits_with_1() -> None:
+def test_bench_unmet_expectation_exits_with_1_if_stderr_is_full() -> None:
     with server_process("--mode", "stream") as server:
         port = str(server.address[1])
         options = ["--mode", "stream", "--warmup", "0", "--duration", "0.01", "--expect", "rate>1e9"]

@@ -124,7 +124,7 @@ def test_plain_text_on_a_tls_port_is_closed_and_counted(start_server: StartServe
         assert server.stats.accepted == server.stats.timeouts_handshake == 0
 
 
-def test_tls_on_a_plain_port_fails_the_handshake(start_server: StartServer, files: CertificateFiles) -> None:
+def test_tls_handshake_with_a_plaintext_port_fails(start_server: StartServer, files: CertificateFiles) -> None:
     with start_server(ssl_certfile=None, timeout_message=0.2) as server, connect_plain(server) as client:
         client.settimeout(TIMEOUT)
         with pytest.raises(OSError, match=r"(?i)wrong version|EOF|reset|unknown|record|protocol"):

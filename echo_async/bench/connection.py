@@ -280,7 +280,7 @@ class Connection:
         self._fail(f"connection closed by the server {position}")
 
     def _handle_mismatch(self, data: bytes) -> None:
-        same = self._pattern.matching_bytes(data, self._receive_offset)
+        same = self._pattern.matching_prefix_length(data, self._receive_offset)
         message, offset = divmod(self._partial + same, self._size)
         expected = self._pattern.data[self._receive_offset + same]
         details = f"received 0x{data[same]:02x}, expected 0x{expected:02x}"

@@ -28,7 +28,7 @@ class Pattern:
         """Return the offset of a connection's first message; it differs, so that replies to others do not match."""
         return connection * 7919 % self.messages * self.size
 
-    def matching_bytes(self, data: bytes, offset: int) -> int:
+    def matching_prefix_length(self, data: bytes, offset: int) -> int:
         """Return how many bytes at the start of ``data`` match the pattern from ``offset`` on."""
         low, high = 0, len(data)
         while low < high:

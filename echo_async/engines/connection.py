@@ -153,7 +153,7 @@ class Connection:
     def log_closed(self) -> None:
         conversation = self.conversation
         if conversation.too_long:
-            log.warning("%s message too long: over %d bytes", self.peer, conversation.limit)
+            log.warning("%s message too long: over %d bytes", self.peer, conversation.max_message_size)
         elif conversation.incomplete:
             log.warning(
                 "%s incomplete message: connection closed after %d bytes without a newline",

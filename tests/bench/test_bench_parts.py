@@ -56,9 +56,9 @@ def test_pattern_messages_and_start_offsets_differ() -> None:
 def test_pattern_mismatch_is_located(at: int, length: int, wrong: int) -> None:
     pattern = Pattern(50)
     data = bytearray(pattern.data[at : at + length])
-    assert pattern.matching_bytes(bytes(data), at) == length
+    assert pattern.matching_prefix_length(bytes(data), at) == length
     data[wrong % length] ^= 1
-    assert pattern.matching_bytes(bytes(data), at) == wrong % length
+    assert pattern.matching_prefix_length(bytes(data), at) == wrong % length
 
 
 # Samples and results

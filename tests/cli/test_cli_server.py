@@ -162,7 +162,7 @@ def test_control_characters_are_escaped_in_debug_log() -> None:
     assert_printable(log)
 
 
-def test_unix_client_name_is_escaped_in_log(tmp_path: Path) -> None:
+def test_unix_peer_path_is_escaped_in_the_log(tmp_path: Path) -> None:
     path = str(tmp_path / "echo")
     with server_process("--uds", path, "--log-level", "debug") as server:
         for number, name in enumerate(["\0evil\x1b[2J\n%s \u202e", str(tmp_path / "evil\x1b[2J\n%s \u202e")]):

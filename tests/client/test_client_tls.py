@@ -110,7 +110,7 @@ def test_connect_untrusted_certificate_raises(on_loop: OnLoop, scripted_server: 
     on_loop(main)
 
 
-def test_connect_certificate_for_other_host_raises(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
+def test_connect_raises_on_hostname_mismatch(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
     server = scripted_server(over_tls(files.server_context()))
 
     async def main() -> None:
