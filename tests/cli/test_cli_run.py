@@ -24,7 +24,7 @@ PRINT_ADDRESS = 'echo "$ECHO_ASYNC_HOST" "$ECHO_ASYNC_PORT" "$ECHO_ASYNC_UDS"'
 REPORT_SIGNALS = """
 import os, signal, sys, time
 def report(number, frame):
-    print(signal.Signals(number).name, flush=True)
+    os.write(1, signal.Signals(number).name.encode() + bytes([10]))  # print could interrupt itself
     if number == signal.SIGTERM:
         sys.exit(5)
 for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
