@@ -7,7 +7,7 @@ Layout, in reading order:
 ``server``        the server, its workers, metrics and systemd notification
 ``client``        the asyncio client
 ``sync``          server and client without an event loop
-``cli``           the commands
+``cli``           the command ``echo-async`` and its subcommands
 ``bench``         load generator for any echo server, and comparison of the engines
 ``testing`` ``pytest_plugin``   a server for tests, and its fixtures
 ``config``        every option and its default

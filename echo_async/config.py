@@ -160,7 +160,7 @@ class ServerOptions(TypedDict, total=False):
 class ServerConfig:
     """The configuration of a server. Sizes are in bytes, times in seconds.
 
-    Each field is an option of the command, which describes it: ``python -m echo_async.server --help``.
+    Each field is an option of the command, which describes it: ``echo-async server --help``.
 
     Raises:
         ConfigError: An option has an invalid value, or requires or excludes another option.

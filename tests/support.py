@@ -30,7 +30,7 @@ MAX_DELAY = 5.0  # seconds that an immediate action may take on a loaded machine
 TIMEOUT = 20.0  # seconds after which a test that waits fails
 
 
-def run(main: Callable[[], Coroutine[Any, Any, T]], loop: LoopName = "asyncio") -> T:
+def run(main: Callable[[], Coroutine[Any, Any, T]], loop: str = "asyncio") -> T:
     """Run ``main()`` in a new event loop in debug mode."""
     with asyncio.Runner(loop_factory=loop_factory(loop), debug=True) as runner:
         return runner.run(main())

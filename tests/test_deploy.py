@@ -93,6 +93,13 @@ def test_kubernetes_manifests_have_the_same_labels() -> None:
     assert found["autoscaler"]["spec"]["scaleTargetRef"]["name"] == found["deployment"]["metadata"]["name"]
 
 
+def test_kubernetes_pod_has_no_service_links() -> None:
+    """A Service of the same name would set ECHO_ASYNC_PORT."""
+    assert (
+        manifest(DEPLOY / "kubernetes" / "deployment.yaml")["spec"]["template"]["spec"]["enableServiceLinks"] is False
+    )
+
+
 @pytest.mark.parametrize("name", ["echo-async.service", "Containerfile", "kubernetes/deployment.yaml"])
 def test_environment_variables_in_deploy_files_are_options(name: str) -> None:
     known = {f"ECHO_ASYNC_{parameter.name}".upper() for parameter in command.params}

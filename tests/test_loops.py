@@ -8,11 +8,12 @@ import sys
 import pytest
 from support import run
 
+import echo_async
 from echo_async import EchoError, StartError
-from echo_async.loops import LoopName, loop_factory
+from echo_async.loops import loop_factory
 
 
-def loop_module(name: LoopName) -> str:
+def loop_module(name: str) -> str:
     async def module() -> str:
         return type(asyncio.get_running_loop()).__module__
 
@@ -56,3 +57,50 @@ def test_loop_factory_creates_a_new_loop_per_call() -> None:
     finally:
         first.close()
         second.close()
+
+
+# MODULE:FACTORY
+
+
+def test_loop_of_any_module_is_created() -> None:
+    assert loop_factory("asyncio:new_event_loop") is asyncio.new_event_loop
+    assert loop_module("asyncio.events:new_event_loop").startswith("asyncio.")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing_module:new_event_loop", "No module named 'missing_module'"),
+        ("asyncio:missing", "module 'asyncio' has no attribute 'missing'"),
+        ("asyncio:__all__", "'tuple' object is not callable"),
+        ("asyncio:AbstractEventLoopPolicy", "it returned <asyncio.events.AbstractEventLoopPolicy object at"),
+        ("os:getcwd", "it returned '"),
+        ("math:sqrt", "math.sqrt() takes exactly one argument (0 given)"),
+    ],
+)
+def test_loop_that_cannot_be_used_raises_one_line(name: str, reason: str) -> None:
+    with pytest.raises(StartError) as raised:
+        loop_factory(name)
+    text = str(raised.value)
+    assert text.startswith(f"cannot use --loop {name}: ")
+    assert reason in text
+    assert text.endswith("use --loop auto")
+    assert "\n" not in text
+
+
+class IncompleteLoop(asyncio.SelectorEventLoop):
+    """An event loop without a part that the server needs."""
+
+    async def create_server(self, *args: object, **options: object) -> asyncio.Server:
+        raise NotImplementedError
+
+
+def test_loop_that_lacks_a_part_raises_start_error() -> None:
+    async def serve() -> None:
+        async with echo_async.serve(port=0, engine="protocol"):
+            pass
+
+    with asyncio.Runner(loop_factory=IncompleteLoop) as runner, pytest.raises(StartError) as raised:
+        runner.run(serve())
+    name = f"{IncompleteLoop.__module__}.IncompleteLoop"
+    assert str(raised.value) == f"cannot serve on {name}: NotImplementedError; use asyncio or uvloop"

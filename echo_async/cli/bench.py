@@ -1,4 +1,4 @@
-"""``python -m echo_async.bench``: measure echo servers."""
+"""``echo-async bench``: measure echo servers."""
 
 import contextlib
 import json
@@ -109,9 +109,9 @@ def command() -> None:
 
     \b
     Examples:
-      python -m echo_async.bench load --port 5500 --duration 5
-      python -m echo_async.bench load --mode stream --rate 20000 --expect 'p99<5ms'
-      python -m echo_async.bench compare --plot compare.svg
+      echo-async bench load --port 5500 --duration 5
+      echo-async bench load --mode stream --rate 20000 --expect 'p99<5ms'
+      echo-async bench compare --plot compare.svg
     """
 
 
@@ -134,9 +134,9 @@ def load(expect: Sequence[str], **values: Any) -> ExitCode:
 
     \b
     Examples:
-      python -m echo_async.bench load --port 5500
-      python -m echo_async.bench load --mode stream --connections 100 --pipeline 16 --processes 2
-      python -m echo_async.bench load --rate 5000 --expect 'p99<5ms' --expect 'lost<1' --json
+      echo-async bench load --port 5500
+      echo-async bench load --mode stream --connections 100 --pipeline 16 --processes 2
+      echo-async bench load --rate 5000 --expect 'p99<5ms' --expect 'lost<1' --json
 
     \b
     Exit codes:
@@ -174,9 +174,9 @@ def compare_command(**values: Any) -> ExitCode:
 
     \b
     Examples:
-      python -m echo_async.bench compare
-      python -m echo_async.bench compare --engines streams,protocol --chunk-sizes 20 --sizes 64,1024,16384
-      python -m echo_async.bench compare --rounds 9 --save compare.json --plot compare.svg
+      echo-async bench compare
+      echo-async bench compare --engines streams,protocol --chunk-sizes 20 --sizes 64,1024,16384
+      echo-async bench compare --rounds 9 --save compare.json --plot compare.svg
 
     Exit codes: 0 success, 1 a reply lost or different, 2 invalid option, 3 a server could not start, or a
     package is missing.

@@ -1,4 +1,4 @@
-"""``python -m echo_async.client``: options to a connection, messages out and replies back, an exit code."""
+"""``echo-async client``: options to a connection, messages out and replies back, an exit code."""
 
 import asyncio
 import logging
@@ -58,11 +58,11 @@ def command(context: click.Context, /, messages: Sequence[str], **values: Any) -
 
     \b
     Examples:
-      python -m echo_async.client
-      python -m echo_async.client 'first message' 'second message'
-      python -m echo_async.client --count 5 --interval 0.2
-      seq 100000 | python -m echo_async.client - > replies
-      python -m echo_async.client --host echo.example --port 7 --ssl --json hola
+      echo-async client
+      echo-async client 'first message' 'second message'
+      echo-async client --count 5 --interval 0.2
+      seq 100000 | echo-async client - > replies
+      echo-async client --host echo.example --port 7 --ssl --json hola
 
     \b
     Exit codes:

@@ -1,4 +1,4 @@
-"""``python -m echo_async.server``: options to a configuration, a server until a signal stops it, an exit code."""
+"""``echo-async server``: options to a configuration, a server until a signal stops it, an exit code."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def command(context: click.Context, /, **values: Any) -> int:
 
     \b
     Examples:
-      python -m echo_async.server
-      python -m echo_async.server --port 7 --mode raw --host ::
-      ECHO_ASYNC_PORT=6000 python -m echo_async.server --mode stream --log-format json
+      echo-async server
+      echo-async server --port 7 --mode raw --host ::
+      ECHO_ASYNC_PORT=6000 echo-async server --mode stream --log-format json
 
     Exit codes: 0 stopped by a signal, 2 invalid option, 3 could not start.
     """

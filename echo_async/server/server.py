@@ -23,7 +23,7 @@ from ..engines.admission import Admission
 from ..engines.context import ConversationFactory
 from ..engines.registry import Registry
 from ..engines.thread_acceptor import ThreadAcceptor
-from ..errors import StartError
+from ..errors import StartError, describe_error
 from ..listeners import Listeners
 from ..stats import Stats
 from ..tls import Certificates
@@ -63,7 +63,12 @@ async def start_server(config: ServerConfig, sockets: Sequence[socket.socket] | 
         server = EchoServer(config, Listeners.bind(config, infos))
     else:
         server = EchoServer(config, Listeners(sockets))
-    await server.start()
+    try:
+        await server.start()
+    except (OSError, NotImplementedError) as error:
+        loop = type(asyncio.get_running_loop())
+        name, reason = f"{loop.__module__}.{loop.__name__}", describe_error(error)
+        raise StartError(f"cannot serve on {name}: {reason}; use asyncio or uvloop") from error
     return server
 
 

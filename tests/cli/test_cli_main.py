@@ -14,8 +14,10 @@ import click
 import pytest
 from support import TIMEOUT, server_process, single_error_line
 
+import echo_async
 from echo_async.cli import bench, client, main, run, server
 
+ROOT = Path(echo_async.__file__).parent.parent
 SCRIPT = Path(sysconfig.get_path("scripts")) / "echo-async"
 GROUP = (sys.executable, "-m", "echo_async")
 MODULES = {name: (sys.executable, "-m", f"echo_async.{name}") for name in ("server", "client", "bench")}
@@ -120,6 +122,73 @@ def test_server_reads_its_options_from_the_environment(program: tuple[str, ...])
     assert single_error_line(done.stdout, done.stderr) == (
         "error: invalid ECHO_ASYNC_PORT: '70000' (must be an integer from 0 to 65535)\n"
     )
+
+
+# Event loops
+
+# Writes the process in which each loop is created to the file ``loops``.
+CUSTOM_LOOP = """
+import asyncio, os
+def new_event_loop():
+    with open("loops", "a") as file:
+        print(os.getpid(), file=file)
+    return asyncio.new_event_loop()
+"""
+
+
+@pytest.fixture
+def custom_loop(tmp_path: Path) -> Path:
+    """A directory with the module ``custom_loop``."""
+    (tmp_path / "custom_loop.py").write_text(CUSTOM_LOOP)
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_server_runs_on_the_given_loop_factory(workers: int, custom_loop: Path) -> None:
+    options = ("--loop", "custom_loop:new_event_loop", "--workers", str(workers), "--log-level", "error")
+    with server_process(*options, cwd=custom_loop, env={"PYTHONPATH": str(ROOT)}) as running:
+        done = execute(*MODULES["client"], "--port", str(running.address[1]))
+        serving = set(running.worker_pids) or {running.process.pid}
+        assert running.stop() == (0, "")
+    assert done.stdout == "Hola Server!\n"
+    assert len(serving) == workers
+    assert serving <= {int(line) for line in (custom_loop / "loops").read_text().split()}
+
+
+def test_bench_compare_measures_the_given_loop_factory(custom_loop: Path) -> None:
+    pytest.importorskip("numpy")
+    options = ("--engines", "protocol", "--loops", "custom_loop:new_event_loop,asyncio", "--sizes", "64", "--json")
+    times = ("--rounds", "1", "--duration", "0.2", "--warmup", "0")
+    env = {"PYTHONPATH": str(ROOT)}
+    done = execute(*GROUP, "bench", "compare", *options, *times, cwd=custom_loop, env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert '"model": "protocol custom_loop:new_event_loop"' in done.stdout
+    assert (custom_loop / "loops").read_text().count("\n") >= 2
+
+
+@pytest.mark.parametrize("command", ["server", "server --workers 2", "run", "bench compare --sizes 64"])
+@pytest.mark.parametrize(
+    ("loop", "code", "reason"),
+    [
+        ("custom", 2, "invalid --loop"),
+        ("custom:", 2, "invalid --loop"),
+        (":new", 2, "invalid --loop"),
+        ("missing_module:new", 3, "cannot use --loop missing_module:new: No module named 'missing_module'"),
+        ("os:getcwd", 3, "cannot use --loop os:getcwd: it returned "),
+    ],
+)
+def test_loop_that_cannot_be_used_is_one_line(command: str, loop: str, code: int, reason: str) -> None:
+    option = "--loops" if "bench" in command else "--loop"
+    done = execute(*GROUP, *command.split(), option, loop, *(["--", "true"] if command == "run" else []))
+    assert done.returncode == code
+    assert reason in single_error_line(done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("loop", ["uvloop", "uvloop:new_event_loop"])
+def test_loop_conflicts_with_the_engine_threads(loop: str) -> None:
+    done = execute(*GROUP, "server", "--loop", loop, "--engine", "threads")
+    assert done.returncode == 2
+    assert f"--loop {loop} conflicts with --engine threads" in single_error_line(done.stdout, done.stderr)
 
 
 # Kubernetes
