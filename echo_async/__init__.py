@@ -13,6 +13,7 @@ Layout, in reading order:
 ``config``        every option and its default
 ``errors``        every error, as one tree
 ``proxy``         PROXY protocol headers, without IO
+``compat``        what a platform may lack
 ``verifier`` ``batching`` ``session`` ``endpoint``   what both clients share
 
 The library installs no signal handler, sets no event loop policy, configures no logging (logger

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
+from .compat import DESCRIPTORS, UNIX_SOCKETS, require
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -194,6 +195,10 @@ class ServerConfig:
         _validate(self)
         if self.proxy_protocol == "off" and self.proxy_allow_from != LOOPBACK:
             raise ConfigError("proxy_allow_from requires proxy_protocol")
+        if self.uds is not None:
+            require(UNIX_SOCKETS, "use uds")
+        if self.fd is not None:
+            require(DESCRIPTORS, "use fd")
         if self.fd is not None and self.uds is not None:
             raise ConfigError("fd and uds are mutually exclusive")
         if self.ssl_certfile is None:
@@ -232,5 +237,7 @@ class ClientConfig:
 
     def __post_init__(self) -> None:
         _validate(self)
+        if self.uds is not None:
+            require(UNIX_SOCKETS, "use uds")
         if self.server_hostname is not None and not self.ssl:
             raise ConfigError("server_hostname requires ssl")

@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 
+_SOCKET_ERRORS: dict[int, str] = getattr(socket, "errorTab", {})  # of Windows, where os.strerror lacks them
+
+
 class EchoError(Exception):
     """Base class of all exceptions of this package."""
 
@@ -125,5 +128,5 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, socket.gaierror):  # its errno is not one of os.strerror
         return str(error.strerror or error).lower()
     if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno).lower()
+        return _SOCKET_ERRORS.get(error.errno, os.strerror(error.errno)).rstrip(".").lower()
     return str(error).lower() or type(error).__name__

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from .compat import set_exclusive_address
 from .config import ServerConfig
 from .errors import StartError, describe_error
 from .logs import escape
@@ -95,8 +96,8 @@ def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.sock
 
 
 def _bind_socket(listener: socket.socket, address: Any) -> None:
-    if listener.family != socket.AF_UNIX:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if listener.family in (socket.AF_INET, socket.AF_INET6):
+        set_exclusive_address(listener)
     if listener.family == socket.AF_INET6:
         listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     _disable_nagle(listener)

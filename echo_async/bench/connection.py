@@ -43,7 +43,7 @@ class SocketFactory:
     def create(self, connection: int) -> socket.socket:
         created = socket.socket(self._family)
         created.setblocking(False)
-        if self._family != socket.AF_UNIX:
+        if self._family in (socket.AF_INET, socket.AF_INET6):
             created.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._sources:
             created.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)

@@ -6,13 +6,13 @@ the end of stdin stops the load, so that a worker never outlives its parent.
 """
 
 import json
-import resource
 import signal
 import sys
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
+from ..compat import raise_descriptor_limit
 from ..stdio import standard_streams
 from .generator import LoadGenerator
 from .plan import LoadPlan
@@ -21,9 +21,7 @@ from .plan import LoadPlan
 @standard_streams()
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which closes stdin
-    with suppress(OSError, ValueError):
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_descriptor_limit()
     with suppress(OSError):  # Linux may prolong a sleep by 50 µs to save power, unless this is 1 ns
         Path("/proc/self/timerslack_ns").write_text("1")
     commands = FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: the selector sees further input

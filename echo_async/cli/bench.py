@@ -17,6 +17,7 @@ from ..bench.plan import LoadMode, LoadPlan, TLSOptions
 from ..bench.plot import SUFFIXES, draw
 from ..bench.report import load_json, print_comparison, print_load, progress_bar
 from ..bench.result import LoadResult
+from ..compat import DESCRIPTORS, require
 from ..config import CONNECT_TIMEOUT, HOST, PORT, EngineName, Option
 from ..errors import ConfigError, EchoError, StartError, describe_error
 from ..loops import LOOP_CHOICES, LOOP_PATTERN, loop_factory
@@ -27,31 +28,22 @@ from .common import CONTEXT, ExitCode, options, run_command, version_option
 MAX_MESSAGE_SIZE = 2**26  # bytes
 
 
-class Rate(click.ParamType[float]):
-    name = "rate"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        with contextlib.suppress(ValueError):
-            rate = float(value)
-            if 0 < rate <= 1e9:
-                return rate
-        raise ConfigError(f"invalid --rate: {value!r} (must be a number of messages per second greater than 0)")
+def _parse_rate(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        rate = float(text)
+        if 0 < rate <= 1e9:
+            return rate
+    raise ValueError(f"{text!r} (must be a number of messages per second greater than 0)")
 
 
-class CommaSeparated(click.ParamType[list[Any]]):
-    """Integers or choices, each of them valid for ``definition``; duplicates are removed."""
-
-    name = "list"
-
-    def __init__(self, option: str, definition: Option) -> None:
-        self._option, self._definition = option, definition
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
-        items = [item.strip() for item in value.split(",")]
-        values = [int(item) if self._definition.type == "integer" and item.isdecimal() else item for item in items]
-        for each in values:
-            self._definition.validate(self._option, each)
-        return list(dict.fromkeys(values))
+def _parse_list(definition: Option, text: str) -> list[Any]:
+    """Return integers or choices, each of them valid for ``definition``, without duplicates."""
+    items = [item.strip() for item in text.split(",")]
+    values = [int(item) if definition.type == "integer" and item.isdecimal() else item for item in items]
+    for each in values:
+        if requirement := definition.violation(each):
+            raise ValueError(f"{each!r} ({requirement})")
+    return list(dict.fromkeys(values))
 
 
 def _option(name: str, help: str, **attributes: Any) -> Callable[[Any], Any]:
@@ -60,7 +52,11 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Any], Any]:
 
 def _list_option(name: str, default: str, help: str, *details: Any, **limits: Any) -> Callable[[Any], Any]:
     definition = Option(default, f"{help}, separated by commas.", *details, **limits)
-    return _option(name, definition.help, default=default, type=CommaSeparated(name, definition))
+
+    def parse(text: str) -> list[Any]:
+        return _parse_list(definition, text)
+
+    return _option(name, definition.help, default=default, type=parse, metavar="LIST")
 
 
 def _shared_options(mode: Option, *, duration: float, warmup: float) -> dict[str, Option]:
@@ -113,11 +109,18 @@ def command() -> None:
       echo-async bench load --mode stream --rate 20000 --expect 'p99<5ms'
       echo-async bench compare --plot compare.svg
     """
+    require(DESCRIPTORS, "run a benchmark")
 
 
 @command.command(context_settings=CONTEXT)
 @options(LOAD_OPTIONS)
-@_option("--rate", "Messages per second, sent by the clock (open loop).", type=Rate(), show_default="closed loop")
+@_option(
+    "--rate",
+    "Messages per second, sent by the clock (open loop).",
+    type=_parse_rate,
+    metavar="RATE",
+    show_default="closed loop",
+)
 @_option(
     "--expect",
     "Condition that the result has to meet, such as 'p99<5ms' or 'rate>1000'. Repeatable.",

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Coroutine, Iterator
@@ -56,4 +55,4 @@ class ClientInterrupt:
                 self._task.get_loop().call_soon_threadsafe(lambda: None)  # wakes the event loop
         elif monotonic() - self._interrupted_at > SECOND_INTERRUPT_DELAY:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)

@@ -22,6 +22,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from ..compat import add_signal_handler
 from ..errors import ConfigError, StartError, describe_error
 from ..stdio import print_error
 from . import server
@@ -112,8 +113,7 @@ class Run:
         for number in signal.valid_signals():
             is_ignored = signal.getsignal(number) is signal.SIG_IGN  # as by nohup
             if isinstance(number, signal.Signals) and number.name in FORWARDED_SIGNALS and not is_ignored:
-                with contextlib.suppress(NotImplementedError):  # Windows
-                    loop.add_signal_handler(number, self._forward, number)
+                add_signal_handler(loop, number, self._forward, number)
         assert self._server.stdout is not None
         line = await asyncio.to_thread(self._server.stdout.readline)
         if self._received is not None:

@@ -13,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from .. import __version__
+from ..compat import DESCRIPTORS, require
 from ..config import Option, ServerConfig, options_of
 from ..errors import ConfigError, StartError
 from ..logs import LogFormat, LogLevel, configure, log
@@ -71,6 +72,7 @@ def command(context: click.Context, /, **values: Any) -> int:
     sockets = [adopt(number) for number in listen_descriptors()] or None
     start: Callable[[], Awaitable[EchoServer | Supervisor]] = partial(start_server, config, sockets)
     if values["workers"] > 1:
+        require(DESCRIPTORS, f"use --workers {values['workers']}")
         settings = WorkerSettings(loop, values["log_level"], values["log_format"])
         start = partial(Supervisor.start, config, values["workers"], settings, sockets)
         factory = loop_factory("asyncio")  # the supervisor serves no connections

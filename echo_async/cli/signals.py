@@ -4,13 +4,13 @@ import asyncio
 import os
 import signal
 
+from ..compat import HANGUP_SIGNALS, STOP_SIGNALS, add_signal_handler, remove_signal_handler
 from ..errors import StartError
 from ..logs import log
 from ..server.server import BaseServer
 from ..server.systemd import notify
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-HANDLED_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP)
+HANDLED_SIGNALS = (*STOP_SIGNALS, *HANGUP_SIGNALS)
 
 
 class ServerSignals:
@@ -23,11 +23,13 @@ class ServerSignals:
     def __init__(self) -> None:
         self._server: BaseServer | None = None
         self._stop_requests = 0
-        self._stops_on_hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and _has_terminal()
+        is_hangup_ignored = all(signal.getsignal(number) is signal.SIG_IGN for number in HANGUP_SIGNALS)
+        self._stops_on_hangup = not is_hangup_ignored and _has_terminal()
         loop = asyncio.get_running_loop()
         for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, self._stop, number)
-        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+            add_signal_handler(loop, number, self._stop, number)
+        for number in HANGUP_SIGNALS:
+            add_signal_handler(loop, number, self._hang_up)
 
     def attach(self, server: BaseServer) -> None:
         """Apply the signals to ``server``. It is closed if one arrived before."""
@@ -44,7 +46,7 @@ class ServerSignals:
     def restore(self) -> None:
         """Restore the default handlers; uvloop does not do this when it is closed."""
         for number in HANDLED_SIGNALS:
-            asyncio.get_running_loop().remove_signal_handler(number)
+            remove_signal_handler(asyncio.get_running_loop(), number)
 
     def _stop(self, number: int) -> None:
         self._stop_requests += 1

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-import os
+import socket
 from time import monotonic
 from typing import cast
 
@@ -120,9 +120,13 @@ class Connection(ReplyVerifier, asyncio.Protocol):
         if self._is_tls:
             return
         with contextlib.suppress(OSError):
-            descriptor = self._transport.get_extra_info("socket").fileno()
-            while self._in_flight and (data := os.read(descriptor, READ_SIZE)):
-                self.data_received(data)
+            connected = socket.socket(fileno=self._transport.get_extra_info("socket").fileno())
+            try:
+                connected.setblocking(False)
+                while self._in_flight and (data := connected.recv(READ_SIZE)):
+                    self.data_received(data)
+            finally:
+                connected.detach()
 
     # Timeout
 

@@ -2,12 +2,12 @@
 
 import asyncio
 import contextlib
-import select
 import socket
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
+from ..compat import is_readable
 from ..listeners import Listeners
 from ..tls import Certificates
 from .admission import Admission
@@ -99,6 +99,9 @@ class AsyncioAcceptor:
         deadline = self._loop.time() + self._admission.config.timeout_graceful_shutdown
         try:
             await self._drain_backlog()
+            for server in self._servers:
+                server.close()
+            await run_turns(1)  # nothing waits for a listener when it is closed: select would fail
             self._stop_listening()
             registry.stop()
             while not self._admission.is_idle and not self._is_aborting and self._loop.time() < deadline:
@@ -119,11 +122,8 @@ class AsyncioAcceptor:
     async def _drain_backlog(self) -> None:
         """Accept what waits in the backlogs: closing a listener resets it, whatever it has sent."""
         listeners = self._listeners.sockets
-        poll = select.poll()
-        for each in listeners:
-            poll.register(each, select.POLLIN)
         turns = len(listeners) * self._admission.config.backlog  # connections that arrive now do not extend this
-        while poll.poll(0) and turns and not self._is_aborting:
+        while turns and is_readable(listeners) and not self._is_aborting:
             turns -= 1
             await run_turns(1)
         await stop_accepting(self._loop, listeners)

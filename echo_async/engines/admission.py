@@ -4,9 +4,9 @@ A connection that has to send a PROXY header or complete a TLS handshake first i
 """
 
 import errno
-import resource
 import threading
 
+from ..compat import descriptor_limit
 from ..errors import describe_error
 from ..logs import RateLimitedLog, log
 from ..net import format_address
@@ -98,5 +98,5 @@ class Admission:
 
 def max_connections() -> int:
     """Return the number of connections that the descriptor limit of this process has room for."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 2**31 if soft == resource.RLIM_INFINITY else max(1, soft - RESERVED_DESCRIPTORS)
+    limit = descriptor_limit()
+    return 2**31 if limit is None else max(1, limit - RESERVED_DESCRIPTORS)

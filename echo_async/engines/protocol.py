@@ -7,14 +7,12 @@ It takes what the kernel has, whatever ``chunk_size`` is, and saves a coroutine'
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import socket
-import sys
-import termios
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
 
+from ..compat import is_readable
 from .connection import Connection
 from .handshake_acceptor import Establish
 from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS
@@ -52,7 +50,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         self._registry = registry
         self._establish = establish
         self._is_writing_paused = False
-        self._drain_target: int | None = None  # bytes that had been sent to us when the shutdown began
+        self._drain_target: int | None = None  # bytes that may have been sent to us when the shutdown began
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -102,11 +100,11 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         return not self._is_writing_paused
 
     def _kernel_buffered(self) -> int:
-        """Return the bytes that wait in the kernel to be read; over TLS, encrypted ones."""
-        if self._transport.is_closing():
+        """Return the most bytes that can wait in the kernel to be read: 0, or the size of its buffer."""
+        connected = self._transport.get_extra_info("socket")
+        if self._transport.is_closing() or not is_readable([connected]):
             return 0
-        waiting = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4))
-        return int.from_bytes(waiting, sys.byteorder)
+        return int(connected.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))
 
     def _resume_reading(self) -> None:
         if self._can_read() and not self._transport.is_closing():

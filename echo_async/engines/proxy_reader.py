@@ -25,8 +25,8 @@ async def read_header(
         while not header.finished:
             try:
                 _consume(connected, header)
-            except BlockingIOError:
-                await _wait_readable(loop, connected)
+            except BlockingIOError:  # not every event loop can wait for a byte without receiving it
+                _consume(connected, header, await loop.sock_recv(connected, 1))
 
 
 def receive_header(connected: socket.socket, header: ProxyHeader, seconds: float) -> None:
@@ -43,20 +43,14 @@ def receive_header(connected: socket.socket, header: ProxyHeader, seconds: float
         connected.settimeout(None)
 
 
-def _consume(connected: socket.socket, header: ProxyHeader) -> None:
-    data = connected.recv(PEEK_SIZE, socket.MSG_PEEK)
+def _consume(connected: socket.socket, header: ProxyHeader, received: bytes = b"") -> None:
+    """Feed ``received`` and what waits in the kernel to ``header``; receive the part that belongs to it."""
+    with contextlib.suppress(*[BlockingIOError] if received else []):
+        data = received
+        data += connected.recv(PEEK_SIZE, socket.MSG_PEEK)
     if data:
-        connected.recv(header.feed(data))
+        connected.recv(header.feed(data) - len(received))
     elif header.received:
         raise ProxyHeaderError(f"truncated after {header.received} bytes")
     else:
         raise ConnectionError("closed by the peer")
-
-
-async def _wait_readable(loop: asyncio.AbstractEventLoop, connected: socket.socket) -> None:
-    ready = asyncio.Event()
-    loop.add_reader(connected, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(connected)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from ..compat import accepted_socket
 from ..errors import StartError, describe_error
 from ..listeners import Listeners
 from ..net import format_address
@@ -155,8 +156,7 @@ class ThreadAcceptor:
                 self._admission.log_accept_error(error)
                 return Accepted.FAILED
             if self._admission.admit(peername):
-                connection.setblocking(True)  # whatever socket.setdefaulttimeout is
-                self._serve(connection, peername)
+                self._serve(accepted_socket(connection), peername)
             else:
                 connection.close()
         return Accepted.MAYBE_MORE

@@ -8,6 +8,7 @@ import contextlib
 import socket
 import threading
 
+from ..compat import MSG_DONTWAIT
 from .connection import Connection
 from .registry import Registry
 from .tls_socket import TlsSocket
@@ -77,7 +78,7 @@ class ThreadConnection(Connection):
         answer = self._answer_and_log if self.context.log_chunks else conversation.receive
         with self._io_lock:
             try:
-                while chunk := receive(size, socket.MSG_DONTWAIT):
+                while chunk := receive(size, MSG_DONTWAIT):
                     if reply := answer(chunk):
                         self._send(reply)
                     if len(chunk) < size or self._stop_requested or conversation.finished:
@@ -124,7 +125,7 @@ class ThreadConnection(Connection):
     def _has_input(self) -> bool:
         """Whether input waits in the kernel."""
         try:
-            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+            return bool(self._socket.recv(1, socket.MSG_PEEK | MSG_DONTWAIT))
         except BlockingIOError:
             return False
 

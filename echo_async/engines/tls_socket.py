@@ -10,6 +10,8 @@ import socket
 import ssl
 import time
 
+from ..compat import MSG_DONTWAIT
+
 RECORD = 16 * 1024  # bytes of data that one TLS record takes (RFC 8446 5.1)
 
 
@@ -82,7 +84,7 @@ class TlsSocket:
                 self._tls.unwrap()
             # Whoever ends a connection does not wait for its client: what does not fit is let go.
             with contextlib.suppress(BlockingIOError):
-                self._plain.send(self._outgoing.read(), socket.MSG_DONTWAIT)
+                self._plain.send(self._outgoing.read(), MSG_DONTWAIT)
         self._plain.shutdown(how)
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Self
 
+from ..compat import HANGUP_SIGNALS, STOP_SIGNALS
 from ..config import ServerConfig
 from ..errors import StartError
 from ..listeners import Listeners
@@ -35,7 +36,7 @@ MAX_RESTART_DELAY = 10.0  # seconds
 STATS_TIMEOUT = 1.0  # seconds until a worker must report its counters; otherwise its last report is used
 MAX_PENDING_REQUESTS = 8  # unanswered requests for the counters of one worker
 KILL_DELAY = 2.0  # seconds after the graceful shutdown timeout, or after an abort, until a worker is killed
-BLOCKED_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+BLOCKED_SIGNALS = {*STOP_SIGNALS, *HANGUP_SIGNALS}
 
 
 @dataclass(frozen=True)

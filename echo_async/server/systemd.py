@@ -7,6 +7,7 @@ import contextlib
 import os
 import socket
 
+from ..compat import HAS_UNIX_SOCKETS
 from ..errors import describe_error
 from ..logs import log
 
@@ -25,7 +26,7 @@ def listen_descriptors() -> list[int]:
 def notify(state: str) -> None:
     """Send a state such as ``READY=1`` to the service manager, if NOTIFY_SOCKET is set."""
     path = os.environ.get("NOTIFY_SOCKET", "")
-    if not path.startswith(("/", "@")):
+    if not HAS_UNIX_SOCKETS or not path.startswith(("/", "@")):
         return
     address = "\0" + path[1:] if path.startswith("@") else path
     with contextlib.suppress(ValueError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:

@@ -1,12 +1,13 @@
 """One connection on a nonblocking socket, with a timeout for each reply."""
 
 import contextlib
-import select
 import socket
 from collections import deque
+from selectors import EVENT_READ, EVENT_WRITE
 from ssl import SSLSocket, SSLWantReadError, SSLWantWriteError
 from time import monotonic, perf_counter
 
+from ..compat import PollSelector
 from ..endpoint import Endpoint, log
 from ..errors import describe_error
 from ..verifier import Exchange, ReplyVerifier
@@ -25,8 +26,8 @@ class Connection(ReplyVerifier):
         self._timeout = endpoint.config.timeout
         self._unsent: deque[memoryview] = deque()
         self._send_error: OSError | None = None
-        self._poll = select.poll()
-        self._poll.register(connected, select.POLLIN)
+        self._selector = PollSelector()
+        self._selector.register(connected, EVENT_READ)
         self._is_polling_writes = False
 
     def exchange(self, data: bytes) -> float:
@@ -58,12 +59,12 @@ class Connection(ReplyVerifier):
             return
         self._poll_writes(bool(self._unsent))
         left = self._waiting_since + self._timeout - monotonic()
-        events = self._poll.poll(1e3 * max(0.0, min(left, MAX_WAIT)))  # polls at least once
+        events = self._selector.select(max(0.0, min(left, MAX_WAIT)))  # polls at least once
         if not events:
             if monotonic() >= self._waiting_since + self._timeout:
                 self._fail_timeout(self._timeout)
             return
-        if events[0][1] != select.POLLOUT:
+        if events[0][1] & EVENT_READ:
             self._receive()
         if self._unsent:
             self._flush()
@@ -86,6 +87,7 @@ class Connection(ReplyVerifier):
 
     def _close_socket(self) -> None:
         self._unsent.clear()
+        self._selector.close()
         self._socket.close()
 
     def _flush(self) -> None:
@@ -123,4 +125,4 @@ class Connection(ReplyVerifier):
     def _poll_writes(self, enable: bool) -> None:
         if enable is not self._is_polling_writes:
             self._is_polling_writes = enable
-            self._poll.modify(self._socket, select.POLLIN | (select.POLLOUT if enable else 0))
+            self._selector.modify(self._socket, EVENT_READ | (EVENT_WRITE if enable else 0))

@@ -5,12 +5,14 @@ Every wait has a deadline, except that of the resolver, which has its own.
 
 import errno
 import os
-import select
 import socket
 from contextlib import ExitStack
+from selectors import EVENT_READ, EVENT_WRITE, BaseSelector
 from ssl import SSLContext, SSLSocket, SSLWantReadError, SSLWantWriteError
 from time import monotonic, perf_counter, sleep
+from typing import cast
 
+from ..compat import CONNECT_IN_PROGRESS, PollSelector
 from ..endpoint import CONNECTION_ATTEMPT_DELAY, UNIX_RETRY_DELAY, Endpoint, RetrySchedule, log, log_tls, new_socket
 from ..errors import ConnectError
 from ..net import AddressInfo
@@ -66,8 +68,8 @@ def _connect_unix(path: str, deadline: float) -> socket.socket:
 def _race(waiting: list[AddressInfo], deadline: float) -> socket.socket:
     """Connect to the first address that accepts; the next is tried after a delay, or after a failure (RFC 8305)."""
     failure: OSError | None = None
-    running: dict[int, socket.socket] = {}
-    poll = select.poll()
+    running: set[socket.socket] = set()
+    selector = PollSelector()
     try:
         while running or waiting:
             if waiting:
@@ -76,18 +78,18 @@ def _race(waiting: list[AddressInfo], deadline: float) -> socket.socket:
                 except OSError as error:
                     failure = failure or error
                     continue
-                running[connecting.fileno()] = connecting
-                poll.register(connecting, select.POLLOUT)
-            for descriptor in _wait(poll, deadline, CONNECTION_ATTEMPT_DELAY if waiting else MAX_WAIT):
-                poll.unregister(descriptor)
-                connecting = running.pop(descriptor)
+                running.add(connecting)
+                selector.register(connecting, EVENT_WRITE)
+            for connecting in _wait(selector, deadline, CONNECTION_ATTEMPT_DELAY if waiting else MAX_WAIT):
+                selector.unregister(connecting)
+                running.remove(connecting)
                 code = connecting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not code:
                     return connecting
                 connecting.close()
                 failure = failure or OSError(code, os.strerror(code))
     finally:
-        for connecting in running.values():
+        for connecting in running:
             connecting.close()
     assert failure is not None
     raise failure
@@ -97,41 +99,42 @@ def _start_connecting(info: AddressInfo) -> socket.socket:
     with ExitStack() as on_error:
         connecting = on_error.enter_context(new_socket(info))
         code = connecting.connect_ex(info[4])
-        if code not in (0, errno.EINPROGRESS):
+        if code not in CONNECT_IN_PROGRESS:
             raise OSError(code, os.strerror(code))
         on_error.pop_all()
         return connecting
 
 
 def _start_tls(endpoint: Endpoint, context: SSLContext, connected: socket.socket, deadline: float) -> SSLSocket:
-    started, poll = perf_counter(), select.poll()
+    started, selector = perf_counter(), PollSelector()
     with ExitStack() as on_error:
         on_error.enter_context(connected)
         name = endpoint.server_hostname
         secured = context.wrap_socket(connected, server_hostname=name, do_handshake_on_connect=False)
         on_error.enter_context(secured)
         while (event := _continue_handshake(secured)) is not None:
-            poll.register(secured, event)
-            _wait(poll, deadline, MAX_WAIT)
+            selector.register(secured, event)
+            _wait(selector, deadline, MAX_WAIT)
+            selector.unregister(secured)
         on_error.pop_all()
     log_tls(secured, started)
     return secured
 
 
 def _continue_handshake(secured: SSLSocket) -> int | None:
-    """Return the poll event that the handshake waits for; None if it is complete."""
+    """Return the event that the handshake waits for; None if it is complete."""
     try:
         secured.do_handshake()
     except SSLWantReadError:
-        return select.POLLIN
+        return EVENT_READ
     except SSLWantWriteError:
-        return select.POLLOUT
+        return EVENT_WRITE
     return None
 
 
-def _wait(poll: select.poll, deadline: float, seconds: float) -> list[int]:
-    """Return the descriptors that are ready, waiting at most ``seconds``; raise TimeoutError at the deadline."""
+def _wait(selector: BaseSelector, deadline: float, seconds: float) -> list[socket.socket]:
+    """Return the sockets that are ready, waiting at most ``seconds``; raise TimeoutError at the deadline."""
     left = deadline - monotonic()
     if left <= 0:
         raise TimeoutError
-    return [descriptor for descriptor, _ in poll.poll(1e3 * min(left, seconds))]
+    return [cast(socket.socket, key.fileobj) for key, _ in selector.select(min(left, seconds))]

@@ -1,0 +1,125 @@
+"""What a platform may lack: Windows above all, and asyncio's event loop there (``ProactorEventLoop``).
+
+The other modules use what every platform has, and what this module provides. What cannot work without a missing
+part is refused by :func:`require`.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import selectors
+import signal
+import socket
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    import asyncio
+
+try:
+    import resource
+except ImportError:
+    resource = None  # type: ignore[assignment]
+
+HAS_UNIX_SOCKETS = hasattr(socket, "AF_UNIX")
+
+UNIX_SOCKETS = "Unix sockets"
+DESCRIPTORS = "POSIX file descriptors"  # a process inherits them by number, and select accepts each
+_is_present = {UNIX_SOCKETS: HAS_UNIX_SOCKETS, DESCRIPTORS: resource is not None}
+
+CONNECT_IN_PROGRESS = {0, errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", 0)}
+"""Results of ``connect_ex`` on a nonblocking socket that is connecting, or connected."""
+
+HAS_SHARED_PORTS = hasattr(socket, "SO_EXCLUSIVEADDRUSE")
+"""Whether SO_REUSEADDR lets several servers listen on one port."""
+
+MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 1 << 30)
+"""A flag of ``recv`` and ``send`` for what :func:`accepted_socket` returns."""
+
+PollSelector: type[selectors.BaseSelector] = getattr(selectors, "PollSelector", selectors.SelectSelector)
+"""A selector without a descriptor of its own."""
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+HANGUP_SIGNALS = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+
+
+def require(feature: str, use: str) -> None:
+    """Raise :exc:`~echo_async.ConfigError` if the platform lacks ``feature``, without which ``use`` cannot work."""
+    if not _is_present[feature]:
+        raise ConfigError(f"cannot {use}: this platform has no {feature}")
+
+
+def descriptor_limit() -> int | None:
+    """Return the maximum number of descriptors of this process, None if there is none."""
+    if resource is None:
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def raise_descriptor_limit() -> None:
+    """Allow this process as many descriptors as it may have without a privilege."""
+    if resource is not None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def set_exclusive_address(listener: socket.socket) -> None:
+    """Let ``listener`` bind an address that a server used before, and no address on which a server listens.
+
+    On Windows the default already has the first half, and SO_REUSEADDR would undo the second.
+    """
+    option = socket.SO_EXCLUSIVEADDRUSE if HAS_SHARED_PORTS else socket.SO_REUSEADDR  # type: ignore[attr-defined]
+    listener.setsockopt(socket.SOL_SOCKET, option, 1)
+
+
+def is_readable(sockets: Iterable[Any]) -> bool:
+    """Return whether one of ``sockets`` has input, a connection to accept, or an error."""
+    with PollSelector() as selector:
+        for each in sockets:
+            selector.register(each, selectors.EVENT_READ)
+        return bool(selector.select(0))
+
+
+def accepted_socket(accepted: socket.socket) -> socket.socket:
+    """Return a blocking socket that supports ``MSG_DONTWAIT``, in place of ``accepted``."""
+    if not hasattr(socket, "MSG_DONTWAIT"):
+        accepted = _EmulatedSocket(accepted.family, accepted.type, accepted.proto, accepted.detach())
+    accepted.setblocking(True)  # whatever socket.setdefaulttimeout is
+    return accepted
+
+
+class _EmulatedSocket(socket.socket):
+    """Only one thread at a time reads from it, or writes to it: what select reports is still true after it."""
+
+    def recv(self, size: int, flags: int = 0, /) -> bytes:
+        if flags & MSG_DONTWAIT and not select.select([self], (), (), 0)[0]:
+            raise BlockingIOError
+        return super().recv(size, flags & ~MSG_DONTWAIT)
+
+    def send(self, data: Any, flags: int = 0, /) -> int:
+        if flags & MSG_DONTWAIT and not select.select((), [self], (), 0)[1]:
+            raise BlockingIOError
+        return super().send(data, flags & ~MSG_DONTWAIT)
+
+
+def add_signal_handler(
+    loop: asyncio.AbstractEventLoop, number: int, callback: Callable[..., object], *arguments: Any
+) -> None:
+    """Call ``callback(*arguments)`` in the running ``loop`` when the process receives a signal."""
+    try:
+        loop.add_signal_handler(number, callback, *arguments)
+    except NotImplementedError:
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(callback, *arguments))
+
+
+def remove_signal_handler(loop: asyncio.AbstractEventLoop, number: int) -> None:
+    """Restore the default handler of a signal."""
+    with suppress(NotImplementedError):
+        loop.remove_signal_handler(number)
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
