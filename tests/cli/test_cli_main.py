@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 import pytest
-from support import TIMEOUT, server_process, single_error_line
+from support import TIMEOUT, server_process, single_error_line, without_slow_callbacks
 
 import echo_async
 from echo_async.cli import bench, client, main, run, server
@@ -47,9 +47,11 @@ WARNING = (
 
 def execute(*command: str, env: dict[str, str] | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **(env or {})}
-    return subprocess.run(
+    done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT, **more
     )
+    done.stderr = without_slow_callbacks(done.stderr)
+    return done
 
 
 # Subcommands

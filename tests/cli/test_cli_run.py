@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TIMEOUT, single_error_line, wait_until
+from support import TIMEOUT, single_error_line, wait_until, without_slow_callbacks
 
 RUN = (sys.executable, "-W", "error", "-m", "echo_async", "run")
 CLIENT = (sys.executable, "-m", "echo_async", "client")
@@ -37,7 +37,10 @@ while True:
 
 def run(*arguments: str, env: dict[str, str] | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **(env or {})}
-    return subprocess.run([*RUN, *arguments], capture_output=True, text=True, timeout=TIMEOUT, env=environment, **more)
+    command = [*RUN, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, **more)
+    done.stderr = without_slow_callbacks(done.stderr)
+    return done
 
 
 @contextmanager
