@@ -97,8 +97,8 @@ def flood_and_reset(client: socket.socket) -> None:
 def never_read(client: socket.socket) -> None:
     with suppress(ConnectionError):  # until the server closes the connection
         fill(client)
-        while True:
-            client.sendall(bytes(65536))
+        while True:  # complete messages: on a busy machine the server may still have been reading
+            client.sendall(b"a message\n" * 6000)
 
 
 def pause_and_resume_reading(client: socket.socket) -> None:
