@@ -15,7 +15,8 @@ class Stats:
     """
 
     accepted: int = 0
-    """Connections established, after the PROXY header and TLS handshake if there are any."""
+    """Connections established, after the PROXY header and TLS handshake if there are any, or closed by the peer
+    before it sent a byte of these."""
     active: int = 0
     """Connections open now."""
     refused: int = 0

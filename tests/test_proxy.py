@@ -17,7 +17,7 @@ import pytest
 import trustme
 from hypothesis import given
 from hypothesis import strategies as st
-from support import TIMEOUT, StartServer, connect, receive_all, receive_line, server_process, wait_until
+from support import TIMEOUT, StartServer, connect, receive_all, receive_line, reset, server_process, wait_until
 
 import echo_async
 from echo_async.engines.admission import Admission
@@ -301,16 +301,24 @@ def test_invalid_or_missing_header_closes_and_is_counted(
     assert line.endswith(" invalid PROXY header: no PROXY signature, received Hola Server!\\none")
 
 
-def test_client_closing_before_its_header_is_not_counted(
+def test_reset_within_a_header_is_a_truncated_header(
     start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with start_server() as server:
-        connect(server).close()
-        with connect(server) as client:
-            client.sendall(V1_HEADER + b"next\n")
-            assert receive_all(client) == b"next\n"
-    assert server.stats.proxy_failures == 0
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+        client = connect(server)
+        client.sendall(V1_HEADER[:10])
+        reset(client)
+        wait_until(lambda: server.stats.proxy_failures == 1)
+    assert server.stats.accepted == 0
+    assert any(line.endswith(" invalid PROXY header: truncated after 10 bytes") for line in caplog.messages)
+
+
+def test_log_shows_an_ipv4_mapped_source_as_ipv4(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "echo_async")
+    with start_server() as server, connect(server) as client:
+        client.sendall(b"PROXY TCP6 ::ffff:192.0.2.1 ::1 1 2\r\nHola Server!\n")
+        assert receive_all(client) == b"Hola Server!\n"
+    assert "192.0.2.1:1 13 bytes: Hola Server!" in caplog.messages
 
 
 def test_missing_or_incomplete_header_times_out(start_server: StartServer) -> None:

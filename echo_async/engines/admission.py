@@ -11,6 +11,7 @@ from ..errors import describe_error
 from ..logs import RateLimitedLog, log
 from ..net import format_address
 from ..proxy import ProxyHeader, ProxyHeaderError, TrustedProxies
+from .proxy_reader import ClosedBeforeInput
 from .registry import Registry
 
 HANDSHAKE_TIMEOUT = 10.0  # seconds for a TLS handshake
@@ -55,8 +56,12 @@ class Admission:
             return False
         return True
 
-    def log_accept_error(self, error: Exception) -> None:
+    def on_accept_error(self, error: Exception) -> bool:
+        """Log an error of ``accept``; return whether to pause, since it will occur again at once."""
+        if isinstance(error, OSError) and error.errno in ACCEPT_ABORTED:
+            return False
         self._log_accept_error(describe_error(error))
+        return True
 
     def new_header(self) -> ProxyHeader:
         """Return the parser for the PROXY header of a new connection."""
@@ -78,13 +83,15 @@ class Admission:
         if isinstance(error, TimeoutError):
             self._counters.increment("timeouts_handshake")
             details = f"timed out after {HANDSHAKE_TIMEOUT:g} s"
+        elif isinstance(error, ClosedBeforeInput):
+            return self._log_lost("%s connection lost before the TLS handshake: %s", peer, error)
         else:
             self._counters.increment("tls_failures")
             details = describe_error(error)
         self._log_handshake_failure(peer, details)
 
     def fail_header(self, peer: str, error: Exception) -> None:
-        """End a pending connection that sent no valid PROXY header. A disconnect or a shutdown is no failure."""
+        """End a pending connection that sent no valid PROXY header, or cannot be served. A shutdown is no failure."""
         self.end_handshake()
         if isinstance(error, TimeoutError):
             self._counters.increment("timeouts_message")
@@ -92,8 +99,15 @@ class Admission:
         elif isinstance(error, ProxyHeaderError):
             self._counters.increment("proxy_failures")
             self._log_header_failure(peer, f"invalid PROXY header: {error}")
+        elif isinstance(error, OSError):
+            self._log_lost("%s connection lost before the PROXY header: %s", peer, error)
         else:
-            log.debug("%s connection lost before the PROXY header: %s", peer, describe_error(error))
+            self.registry.context.fail(peer, error)
+
+    def _log_lost(self, template: str, peer: str, error: OSError) -> None:
+        if isinstance(error, ClosedBeforeInput):  # counted as it is where no handshake is expected
+            self._counters.increment("accepted")
+        log.debug(template, peer, describe_error(error))
 
 
 def max_connections() -> int:

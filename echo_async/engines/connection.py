@@ -117,8 +117,7 @@ class Connection:
 
     def fail(self, error: Exception) -> None:
         """End this connection alone after an internal error, which is counted and logged."""
-        self.context.counters.increment("failed")
-        log.error("%s internal error, connection aborted: %r", self.peer, error)
+        self.context.fail(self.peer, error)
         self.abort()
 
     def log_lost(self, error: Exception) -> None:

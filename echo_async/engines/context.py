@@ -28,3 +28,8 @@ class ConnectionContext:
         self.linger_timeout = LINGER_TIMEOUT
         self.log_messages = not config.no_access_log and access_log.isEnabledFor(logging.INFO)
         self.log_chunks = log.isEnabledFor(logging.DEBUG)
+
+    def fail(self, peer: str, error: Exception) -> None:
+        """Count and log an internal error, which ends one connection."""
+        self.counters.increment("failed")
+        log.error("%s internal error, connection aborted: %r", peer, error)

@@ -7,16 +7,18 @@ sends what is left, then its close_notify.
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 from ..net import format_address
-from ..proxy import ProxyHeaderError
 from ..tls import Certificates
-from .admission import ACCEPT_ABORTED, ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
+from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
 from .context import LINGER_TIMEOUT
-from .proxy_reader import read_header
+from .proxy_reader import read_header, wait_for_input
+
+MIN_TIMEOUT = 0.001  # seconds: a handshake whose time is up fails, but 0 is invalid
 
 Establish = Callable[[], bool]
 """Called once a connection has its transport. Returns whether to serve it."""
@@ -50,19 +52,24 @@ class HandshakeAcceptor:
     async def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                connection, address = await self._loop.sock_accept(listener)
-            except OSError as error:
-                if error.errno not in ACCEPT_ABORTED:
-                    self._admission.log_accept_error(error)
-                await asyncio.sleep(0 if error.errno in ACCEPT_ABORTED else ACCEPT_RETRY_DELAY)
+                connection, peername = await self._loop.sock_accept(listener)
+            except Exception as error:
+                await asyncio.sleep(ACCEPT_RETRY_DELAY if self._admission.on_accept_error(error) else 0)
                 continue
-            if not self._admission.admit(address):
+            try:
+                if self._admission.admit(peername):
+                    self._begin(connection, peername)
+                else:
+                    connection.close()
+            except Exception as error:
+                self._admission.registry.context.fail(format_address(peername), error)
                 connection.close()
-                continue
-            self._admission.begin_handshake()
-            task = self._loop.create_task(self._establish(connection, address))
-            self._tasks.add(task)
-            task.add_done_callback(partial(self._on_done, connection))
+
+    def _begin(self, connection: socket.socket, peername: object) -> None:
+        task = self._loop.create_task(self._establish(connection, peername))
+        self._admission.begin_handshake()
+        self._tasks.add(task)
+        task.add_done_callback(partial(self._on_done, connection))
 
     def _on_done(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -71,23 +78,8 @@ class HandshakeAcceptor:
             connection.close()
 
     async def _establish(self, connection: socket.socket, peername: object) -> None:
-        if self._admission.expects_header:
-            header = self._admission.new_header()
-            try:
-                await read_header(self._loop, connection, header, self._admission.config.timeout_message)
-            except asyncio.CancelledError:
-                return self._fail_header(connection, peername, SHUTTING_DOWN)
-            except (ProxyHeaderError, OSError) as error:
-                return self._fail_header(connection, peername, error)
-            peername = header.source or peername
-        await self._connect_transport(connection, peername)
-
-    def _fail_header(self, connection: socket.socket, peername: object, error: Exception) -> None:
-        self._admission.fail_header(format_address(peername), error)
-        connection.close()
-
-    async def _connect_transport(self, connection: socket.socket, peername: object) -> None:
-        tls: dict[str, Any] = {}
+        """Read the PROXY header, do the TLS handshake, whichever is configured; then serve the connection."""
+        fail = self._admission.fail_header
         is_established = False
 
         def establish() -> bool:
@@ -96,22 +88,36 @@ class HandshakeAcceptor:
             self._admission.end_handshake()
             return True
 
-        if self._certificates is None:  # takes no time: a shutdown does not cancel it
-            self._tasks.discard(cast(asyncio.Task[None], asyncio.current_task()))
-        else:
-            tls = {
-                "ssl": self._certificates.context,
-                "ssl_handshake_timeout": HANDSHAKE_TIMEOUT,
-                "ssl_shutdown_timeout": LINGER_TIMEOUT,
-            }
-        make_protocol = partial(self._make_protocol, establish, peername)
         try:
-            await self._loop.connect_accepted_socket(make_protocol, connection, **tls)
-        except ConnectionAbortedError:  # ssl_handshake_timeout
-            self._admission.fail_handshake(format_address(peername), TimeoutError())
-        except (OSError, RuntimeError) as error:
-            self._admission.fail_handshake(format_address(peername), error)
-        except asyncio.CancelledError:
-            if not is_established:  # else the shutdown drains it with the others
-                self._admission.fail_handshake(format_address(peername), SHUTTING_DOWN)
+            if self._admission.expects_header:
+                header = self._admission.new_header()
+                await read_header(self._loop, connection, header, self._admission.config.timeout_message)
+                peername = header.source or peername
+            protocol = self._make_protocol(establish, peername)
+            if self._certificates is None:  # takes no time: a shutdown does not cancel it
+                self._tasks.discard(cast(asyncio.Task[None], asyncio.current_task()))
+                await self._loop.connect_accepted_socket(lambda: protocol, connection)
+            else:
+                fail = self._admission.fail_handshake
+                await self._do_handshake(connection, protocol, self._certificates.context)
+        except (Exception, asyncio.CancelledError) as error:
+            if not is_established:  # else the connection ends as its engine ends it; a shutdown drains it
+                fail(format_address(peername), error if isinstance(error, Exception) else SHUTTING_DOWN)
                 connection.close()
+
+    async def _do_handshake(
+        self, connection: socket.socket, protocol: asyncio.Protocol, context: ssl.SSLContext
+    ) -> None:
+        deadline = self._loop.time() + HANDSHAKE_TIMEOUT
+        async with asyncio.timeout_at(deadline):
+            await wait_for_input(self._loop, connection)
+        try:
+            await self._loop.connect_accepted_socket(
+                lambda: protocol,
+                connection,
+                ssl=context,
+                ssl_handshake_timeout=max(MIN_TIMEOUT, deadline - self._loop.time()),
+                ssl_shutdown_timeout=LINGER_TIMEOUT,
+            )
+        except ConnectionAbortedError:  # ssl_handshake_timeout
+            raise TimeoutError from None

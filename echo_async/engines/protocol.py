@@ -46,7 +46,8 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     _write: Callable[[bytes], object]
 
     def __init__(self, registry: Registry, establish: Establish, peername: object = None) -> None:
-        super().__init__(registry.context, peername)
+        self.context = registry.context
+        self._peername = peername
         self._registry = registry
         self._establish = establish
         self._is_writing_paused = False
@@ -54,10 +55,15 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if not self._establish():
-            return self._transport.abort()
         self._write = self._transport.write
-        self._registry.add(self)
+        try:
+            if self._establish():
+                super().__init__(self.context, self._peername)
+                self._registry.add(self)
+            else:
+                self._transport.abort()
+        except Exception as error:  # an event loop would keep the connection open
+            self.fail(error)
 
     @property
     def peer(self) -> str:

@@ -1,12 +1,13 @@
-"""Takes a PROXY header off a socket, and no byte more: an engine, or TLS, finds what follows it in the kernel.
+"""Reads what precedes a connection: a PROXY header, and the first byte of a TLS handshake, which stays in the kernel.
 
-The header is peeked at first, and then consumed.
+The header is peeked at first, and then consumed. What follows it stays in the kernel, for an engine or TLS.
 """
 
 import asyncio
 import contextlib
 import socket
 import time
+from collections.abc import Iterator
 
 from ..proxy import ProxyHeader, ProxyHeaderError
 
@@ -14,19 +15,24 @@ MAX_WAIT = 86_400.0  # seconds: socket timeouts are limited, options are not
 PEEK_SIZE = 4096  # bytes
 
 
+class ClosedBeforeInput(ConnectionError):
+    """The peer has closed or reset the connection, and has sent nothing: a port scan, or a health check."""
+
+
 async def read_header(
     loop: asyncio.AbstractEventLoop, connected: socket.socket, header: ProxyHeader, seconds: float
 ) -> None:
     """Read ``header`` from a socket that does not block, within ``seconds``.
 
-    :exc:`ProxyHeaderError` if it is invalid, :exc:`TimeoutError`, :exc:`OSError` if the connection is lost.
+    :exc:`ProxyHeaderError` if it is invalid, :exc:`TimeoutError`, :exc:`ClosedBeforeInput`.
     """
-    async with asyncio.timeout(seconds):
-        while not header.finished:
-            try:
-                _consume(connected, header)
-            except BlockingIOError:  # not every event loop can wait for a byte without receiving it
-                _consume(connected, header, await loop.sock_recv(connected, 1))
+    with _peer_errors(header):
+        async with asyncio.timeout(seconds):
+            while not header.finished:
+                try:
+                    _consume(connected, header)
+                except BlockingIOError:  # not every event loop can wait for a byte without receiving it
+                    _consume(connected, header, await loop.sock_recv(connected, 1))
 
 
 def receive_header(connected: socket.socket, header: ProxyHeader, seconds: float) -> None:
@@ -37,7 +43,7 @@ def receive_header(connected: socket.socket, header: ProxyHeader, seconds: float
             if (left := deadline - time.monotonic()) <= 0:  # however often a byte arrives
                 raise TimeoutError
             connected.settimeout(min(left, MAX_WAIT))
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError), _peer_errors(header):
                 _consume(connected, header)
     finally:
         connected.settimeout(None)
@@ -45,12 +51,39 @@ def receive_header(connected: socket.socket, header: ProxyHeader, seconds: float
 
 def _consume(connected: socket.socket, header: ProxyHeader, received: bytes = b"") -> None:
     """Feed ``received`` and what waits in the kernel to ``header``; receive the part that belongs to it."""
-    with contextlib.suppress(*[BlockingIOError] if received else []):
+    with contextlib.suppress(*[OSError] if received else []):
         data = received
         data += connected.recv(PEEK_SIZE, socket.MSG_PEEK)
-    if data:
-        connected.recv(header.feed(data) - len(received))
-    elif header.received:
-        raise ProxyHeaderError(f"truncated after {header.received} bytes")
-    else:
+    if not data:
         raise ConnectionError("closed by the peer")
+    connected.recv(header.feed(data) - len(received))
+
+
+@contextlib.contextmanager
+def _peer_errors(header: ProxyHeader | None = None) -> Iterator[None]:
+    """Distinguish a connection that is lost within ``header`` from one that is lost before any input."""
+    try:
+        yield
+    except ConnectionError as error:
+        if header is not None and header.received:
+            raise ProxyHeaderError(f"truncated after {header.received} bytes") from error
+        raise ClosedBeforeInput(*error.args) from error
+
+
+async def wait_for_input(loop: asyncio.AbstractEventLoop, connected: socket.socket) -> None:
+    """Wait until a socket that does not block has input. :exc:`ClosedBeforeInput` if it ends without any."""
+    ready = asyncio.Event()
+    with contextlib.suppress(NotImplementedError):  # the Proactor loop of Windows cannot wait without receiving
+        loop.add_reader(connected, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(connected)
+        check_input(connected)
+
+
+def check_input(connected: socket.socket) -> None:
+    """Receive the first byte, which stays in the kernel. :exc:`ClosedBeforeInput` if there is none."""
+    with _peer_errors():
+        if not connected.recv(1, socket.MSG_PEEK):
+            raise ConnectionError("closed by the peer")

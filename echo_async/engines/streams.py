@@ -10,6 +10,7 @@ from functools import partial
 from typing import Unpack
 
 from ..config import ServerConfig, ServerOptions
+from ..net import format_address
 from .connection import Connection
 from .handshake_acceptor import Establish
 from .loop_internals import ACCEPT_BATCH, READ_AHEAD_TURNS, TRANSPORT_ERRORS, abort_transport, run_turns
@@ -75,9 +76,13 @@ def _connected(
     writer: asyncio.StreamWriter,
 ) -> None:
     """Serve a new connection. Not a coroutine: asyncio logs a traceback if its own task is canceled."""
-    if establish():
-        _serve(registry, peername, reader, writer)
-    else:
+    try:
+        if establish():
+            _serve(registry, peername, reader, writer)
+        else:
+            writer.transport.abort()
+    except Exception as error:  # an event loop would keep the connection open
+        registry.context.fail(format_address(peername or writer.get_extra_info("peername")), error)
         writer.transport.abort()
 
 

@@ -14,7 +14,7 @@ from ..errors import StartError, describe_error
 from ..listeners import Listeners
 from ..net import format_address
 from ..tls import Certificates
-from .admission import ACCEPT_ABORTED, ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
+from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
 from .proxy_reader import receive_header
 from .registry import DRAIN_INTERVAL
 from .threads import ThreadConnection
@@ -150,14 +150,17 @@ class ThreadAcceptor:
                 connection, peername = listener.accept()
             except BlockingIOError:
                 return Accepted.ALL
-            except OSError as error:
-                if error.errno in ACCEPT_ABORTED:
-                    continue
-                self._admission.log_accept_error(error)
-                return Accepted.FAILED
-            if self._admission.admit(peername):
-                self._serve(accepted_socket(connection), peername)
-            else:
+            except Exception as error:
+                if self._admission.on_accept_error(error):
+                    return Accepted.FAILED
+                continue
+            try:
+                if self._admission.admit(peername):
+                    self._serve(accepted_socket(connection), peername)
+                else:
+                    connection.close()
+            except Exception as error:
+                self._registry.context.fail(format_address(peername), error)
                 connection.close()
         return Accepted.MAYBE_MORE
 
@@ -176,8 +179,8 @@ class ThreadAcceptor:
             withdraw = partial(self._withdraw, connected)
         try:
             self._start_thread(run)
-        except (RuntimeError, MemoryError) as error:  # "can't start new thread"
-            self._admission.log_accept_error(error)
+        except Exception as error:  # RuntimeError: "can't start new thread"
+            self._admission.on_accept_error(error)
             withdraw()
             connected.close()
 
@@ -248,12 +251,13 @@ class ThreadAcceptor:
                 fail = admission.fail_handshake
                 secured = TlsSocket(connected, self._certificates.context)
                 secured.handshake(HANDSHAKE_TIMEOUT)
+                fail = admission.fail_header
+            connection = ThreadConnection(self._registry, secured, peername)
         except Exception as error:
             was_aborted = connected not in self._pending
             self._pending.discard(connected)
             fail(format_address(peername), SHUTTING_DOWN if was_aborted else error)
             return connected.close()
-        connection = ThreadConnection(self._registry, secured, peername)
         self._registry.add(connection)
         admission.end_handshake()
         self._pending.discard(connected)

@@ -11,6 +11,7 @@ import ssl
 import time
 
 from ..compat import MSG_DONTWAIT
+from .proxy_reader import check_input
 
 RECORD = 16 * 1024  # bytes of data that one TLS record takes (RFC 8446 5.1)
 
@@ -26,9 +27,14 @@ class TlsSocket:
         self._ended = False  # the client has ended its side, as far as it was read
 
     def handshake(self, seconds: float) -> None:
-        """:exc:`OSError` (of which :exc:`ssl.SSLError` is one) if it fails, :exc:`TimeoutError` if it takes longer."""
+        """:exc:`OSError` (of which :exc:`ssl.SSLError` is one) if it fails, :exc:`TimeoutError` if it takes longer.
+
+        :exc:`ClosedBeforeInput` if the client has sent nothing.
+        """
         deadline = time.monotonic() + seconds
         try:
+            self._plain.settimeout(seconds)
+            check_input(self._plain)
             while True:
                 try:
                     self._tls.do_handshake()
@@ -82,7 +88,7 @@ class TlsSocket:
         if how == socket.SHUT_WR:
             with contextlib.suppress(ssl.SSLError):  # what the client says to it is still to come
                 self._tls.unwrap()
-            # Whoever ends a connection does not wait for its client: what does not fit is let go.
+            # The end of a connection does not wait for its client: what does not fit is dropped.
             with contextlib.suppress(BlockingIOError):
                 self._plain.send(self._outgoing.read(), MSG_DONTWAIT)
         self._plain.shutdown(how)

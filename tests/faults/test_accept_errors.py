@@ -7,6 +7,8 @@ import logging
 import os
 import socket
 import ssl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from time import monotonic
 from typing import Any
 
@@ -15,6 +17,8 @@ from support import (
     BACKENDS,
     MAX_DELAY,
     TIMEOUT,
+    Backend,
+    ServerThread,
     StartServer,
     connect,
     is_echoed,
@@ -23,7 +27,11 @@ from support import (
     wait_until,
 )
 
+import echo_async
 from echo_async import sync
+from echo_async.config import EngineName
+from echo_async.conversation import StreamConversation
+from echo_async.engines.admission import Admission
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -34,7 +42,7 @@ class FailingAccept:
     RETRY_DELAY = 0.02  # seconds
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, max_failures: int = 1000) -> None:
-        self.error: OSError | None = None
+        self.error: Exception | None = None
         self.failures = 0
         self._max_failures = max_failures
         set_constant(monkeypatch, "ACCEPT_RETRY_DELAY", self.RETRY_DELAY)
@@ -47,9 +55,10 @@ class FailingAccept:
             raise self.error
         return self._accept(listener)
 
-    def begin(self, number: int) -> None:
+    def begin(self, error: int | Exception) -> None:
+        """Fail with an exception, or with the OSError of an error number."""
         self.failures = 0
-        self.error = OSError(number, os.strerror(number))
+        self.error = OSError(error, os.strerror(error)) if isinstance(error, int) else error
 
     def end(self) -> None:
         self.error = None
@@ -109,6 +118,111 @@ def test_accept_aborted_connection_does_not_delay_the_next(
                 assert is_echoed(client)
                 client.close()
             assert accept.failures == 1
+
+
+ERRORS = [MemoryError(), RuntimeError("sockets are blocked"), ValueError("a bug")]
+each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+STEPS: dict[str, dict[str, Any]] = {"plain": {}, "tls": {"tls": True}, "proxy": {"proxy_protocol": "auto"}}
+each_step = pytest.mark.parametrize("step", STEPS)
+
+
+@contextmanager
+def connect_through(
+    server: echo_async.EchoServer, step: str, client_context: ssl.SSLContext
+) -> Iterator[socket.socket]:
+    """Connect, and do the TLS handshake or send the PROXY header."""
+    with connect(server) as plain:
+        if step == "proxy":
+            plain.sendall(b"PROXY UNKNOWN\r\n")
+        if step != "tls":
+            yield plain
+            return
+        with client_context.wrap_socket(plain, server_hostname="localhost") as client:
+            yield client
+
+
+@each_error
+@each_step
+def test_accept_raising_any_exception_is_retried(
+    start_server: StartServer,
+    backend: Backend,
+    step: str,
+    error: Exception,
+    client_context: ssl.SSLContext,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if step == "plain" and backend.engine != "threads":
+        pytest.skip("the event loop accepts")
+    accept = FailingAccept(monkeypatch, max_failures=1)
+    with start_server(**STEPS[step]) as server:
+        accept.begin(error)
+        for _ in range(2):
+            with connect_through(server, step, client_context) as client:
+                assert is_echoed(client)
+        assert accept.failures == 1
+    [line] = log_lines(caplog, logging.WARNING)
+    assert line == f"accept failed: {str(error) or type(error).__name__}; retrying in 0.1 s"
+
+
+@each_error
+@pytest.mark.parametrize("engine", ["streams", "protocol"])
+def test_accept_raising_in_asyncio_reports_and_goes_on(
+    engine: EngineName, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without TLS and PROXY headers, asyncio accepts, and reports the exception to the handler of the loop."""
+    accept = FailingAccept(monkeypatch, max_failures=1)
+    thread = ServerThread("asyncio", {"engine": engine, "port": 0, "mode": "stream"})
+    with thread as server:
+        accept.begin(error)
+        for _ in range(2):
+            with connect(server) as client:
+                assert is_echoed(client)
+        assert accept.failures == 1
+        reported = thread.loop_errors.copy()
+        thread.loop_errors.clear()
+    assert len(reported) == 1
+    assert repr(error) in reported[0]
+
+
+def fail_once(function: Callable[..., Any], error: Exception) -> Callable[..., Any]:
+    """Return a function that raises ``error`` at its first call, and then is ``function``."""
+    errors = [error]
+
+    def call(*args: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return function(*args)
+
+    return call
+
+
+@each_step
+@pytest.mark.parametrize(
+    ("owner", "name"), [(Admission, "admit"), (StreamConversation, "__init__")], ids=["admission", "conversation"]
+)
+def test_new_connection_raising_ends_only_itself(
+    start_server: StartServer,
+    owner: type,
+    name: str,
+    step: str,
+    client_context: ssl.SSLContext,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """There is no memory for its admission, or for its conversation."""
+    monkeypatch.setattr(owner, name, fail_once(getattr(owner, name), MemoryError()))
+    with start_server(**STEPS[step]) as server:
+        with suppress(OSError), connect_through(server, step, client_context) as client:
+            assert client.recv(1) == b""
+        wait_until(lambda: server.stats.failed == 1)
+        with connect_through(server, step, client_context) as client:
+            assert is_echoed(client)
+        wait_until(lambda: server.stats.active == 0)
+        assert server.stats.accepted == 1
+        assert server.stats.tls_failures == server.stats.proxy_failures == 0
+    [line] = log_lines(caplog, logging.WARNING)
+    assert line.endswith(" internal error, connection aborted: MemoryError()")
 
 
 def test_accept_by_another_worker_does_not_delay_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
