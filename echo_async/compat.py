@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import asyncio
 
 try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+try:
     import resource
 except ImportError:
     resource = None  # type: ignore[assignment]
@@ -67,6 +71,16 @@ def raise_descriptor_limit() -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file or directory until it is closed; False if another process has locked it."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def set_exclusive_address(listener: socket.socket) -> None:

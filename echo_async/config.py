@@ -7,6 +7,7 @@ are made from them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
@@ -43,6 +44,7 @@ ProxyProtocol = Literal["off", "v1", "v2", "auto"]
 LOOPBACK = "127.0.0.1,::1"
 MAX_INT = 2**31 - 1
 
+_HOST_HELP = "Host name or address to listen on; :: for all, 0.0.0.0 for all of IPv4. Can be given several times."
 _MODE_HELP = "message: one message, then close. stream: many messages. raw: every byte as it arrives (RFC 862)."
 _ENGINE_HELP = "streams: one coroutine per client. protocol: callbacks. threads: one thread per client."
 _PROXY_HELP = "PROXY header with which every connection must begin; auto accepts v1 and v2."
@@ -53,7 +55,7 @@ class Option:
     """The default, the help text and the allowed values of one option. None is allowed if it is the default.
 
     ``default_text`` describes a default that depends on the machine or on another option. A text that matches
-    ``pattern`` is allowed besides ``choices``.
+    ``pattern`` is allowed besides ``choices``; a sequence of values is allowed besides one if ``is_repeatable``.
     """
 
     default: Any
@@ -63,6 +65,7 @@ class Option:
     high: int = MAX_INT
     choices: tuple[str, ...] = ()
     pattern: str = ""
+    is_repeatable: bool = False
     is_zero_allowed: bool = False
     default_text: str = ""
 
@@ -86,7 +89,8 @@ class Option:
                 requirement = "must be a number of seconds"
                 requirement += ", 0 or greater" if self.is_zero_allowed else " greater than 0"
             case "host":
-                is_valid = isinstance(value, str) and value != "" and "\0" not in value
+                hosts = value if self.is_repeatable and isinstance(value, list | tuple) else [value]
+                is_valid = bool(hosts) and all(isinstance(each, str) and each and "\0" not in each for each in hosts)
                 requirement = "must be a host name or an address"
             case "path":
                 is_valid = isinstance(value, str) and value != "" and "\0" not in value[1:]
@@ -134,7 +138,7 @@ def _validate(config: ServerConfig | ClientConfig) -> None:
 class ServerOptions(TypedDict, total=False):
     """The keyword arguments of ``serve``: the fields of :class:`ServerConfig`, each of them optional."""
 
-    host: str
+    host: str | Sequence[str]
     port: int
     uds: str | None
     fd: int | None
@@ -167,7 +171,7 @@ class ServerConfig:
         ConfigError: An option has an invalid value, or requires or excludes another option.
     """
 
-    host: str = _option(HOST, "Host name or address to listen on; 0.0.0.0 or :: for all addresses.", "host")
+    host: str | Sequence[str] = _option(HOST, _HOST_HELP, "host", is_repeatable=True)
     port: int = _option(PORT, "Port to listen on; 0 selects a free port.", "integer", 0, 65535)
     uds: str | None = _option(None, "Unix socket to listen on, instead of host and port.", "path")
     fd: int | None = _option(None, "Descriptor of an inherited listening socket, instead of host and port.", "integer")

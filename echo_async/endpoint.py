@@ -39,7 +39,11 @@ class Endpoint:
 
     def resolve(self, flags: int = 0) -> Sequence[AddressInfo]:
         """Return each address of the host once. Blocks while the resolver is asked, if the host is a name."""
-        infos = socket.getaddrinfo(self.config.host, self.config.port, type=socket.SOCK_STREAM, flags=flags)
+        # A server that listens on :: is on this machine, which may have no IPv6 address.
+        hosts = ("::", "127.0.0.1") if self.config.host == "::" else (self.config.host,)
+        infos: list[AddressInfo] = []
+        for host in hosts:
+            infos += socket.getaddrinfo(host, self.config.port, type=socket.SOCK_STREAM, flags=flags)
         return list(dict.fromkeys(infos))
 
     def connect_error(self, error: OSError | UnicodeError, seconds: float) -> ConnectError:

@@ -5,10 +5,11 @@ import errno
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .compat import set_exclusive_address
+from .compat import set_exclusive_address, try_lock
 from .config import ServerConfig
 from .errors import StartError, describe_error
 from .logs import escape
@@ -20,10 +21,18 @@ AddressInfo = tuple[socket.AddressFamily, Any, int, str, tuple[Any, ...]]
 """An item of the result of :func:`socket.getaddrinfo`."""
 
 
+IPV4_MAPPED = "::ffff:"
+PORT_ATTEMPTS = 10  # free ports that are tried until one is free on every address
+LOCK_TIMEOUT, LOCK_INTERVAL = 1.0, 0.005  # seconds to wait for the lock of a directory, and between two attempts
+NO_IPV6 = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}  # of socket(2) and bind(2) for ``::``
+
+
 def format_address(address: object) -> str:
     """Format a socket address: ``127.0.0.1:5500``, ``[::1]:5500``, the path of a Unix socket, ``@abstract-name``."""
     if isinstance(address, tuple):
         host, port = address[:2]
+        if host.startswith(IPV4_MAPPED) and "." in host:  # an IPv4 peer of a dual-stack socket
+            host = host.removeprefix(IPV4_MAPPED)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if isinstance(address, bytes):
         address = address.decode("utf-8", "surrogateescape")
@@ -42,67 +51,104 @@ def get_address(listener: socket.socket) -> Address:
 
 
 def resolve_literal(config: ServerConfig) -> Sequence[AddressInfo] | None:
-    """Return the address of a host that is an IP address, without asking a resolver; None if it is a name."""
-    with contextlib.suppress(OSError, ValueError):
-        return _getaddrinfo(config, socket.AI_NUMERICHOST)
+    """Return the addresses of hosts that are IP addresses, without asking a resolver; None if one is a name."""
+    with contextlib.suppress(StartError):
+        return _resolve(config, socket.AI_NUMERICHOST)
     return None
 
 
 def resolve(config: ServerConfig) -> Sequence[AddressInfo]:
-    """Return all addresses of the configured host. Blocks."""
-    try:
-        return _getaddrinfo(config, 0)
-    except (OSError, ValueError) as error:  # ValueError: not a valid host name
-        raise StartError(
-            f"cannot listen on host {config.host!r}: {describe_error(error)}; "
-            "choose a host name or an address of this machine"
-        ) from error
+    """Return all addresses of the configured hosts. Blocks."""
+    return _resolve(config, 0)
 
 
-def _getaddrinfo(config: ServerConfig, flags: int) -> Sequence[AddressInfo]:
+def _resolve(config: ServerConfig, flags: int) -> Sequence[AddressInfo]:
     if config.uds is not None or config.fd is not None:
         return []
-    return socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | flags)
+    infos: list[AddressInfo] = []
+    for host in [config.host] if isinstance(config.host, str) else config.host:
+        try:
+            infos += socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | flags)
+        except (OSError, ValueError) as error:  # ValueError: not a valid host name
+            raise StartError(
+                f"cannot listen on host {host!r}: {describe_error(error)}; "
+                "choose a host name or an address of this machine"
+            ) from error
+    return infos
 
 
 def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.socket]:
     """Open the listening sockets of ``config``: one per address, one Unix socket, or the inherited socket.
 
-    With port 0 all sockets get the port of the first. :exc:`~echo_async.StartError` if any cannot be opened; then
-    all are closed.
+    With port 0 all sockets get the same port. :exc:`~echo_async.StartError` if any cannot be opened; then all are
+    closed.
     """
     if config.fd is not None:
         return [adopt(config.fd)]
+    if config.uds is not None:
+        return [_bind_unix(config.uds, config.backlog)]
+    infos = _replace_unspecified(list(dict.fromkeys(infos)))
+    attempts = PORT_ATTEMPTS if config.port == 0 else 1
+    while True:
+        attempts -= 1
+        try:
+            return _bind_tcp(infos, config.backlog)
+        except StartError as error:
+            if not attempts or getattr(error.__cause__, "errno", None) != errno.EADDRINUSE:
+                raise
+
+
+def _replace_unspecified(infos: list[AddressInfo]) -> list[AddressInfo]:
+    """Replace ``::`` by 0.0.0.0 where the kernel has no IPv6; leave it out if there is an IPv4 address as well."""
+    ports = [info[4][1] for info in infos if info[4][0] == "::"]
+    if not ports or _has_ipv6():
+        return infos
+    others = [info for info in infos if info[4][0] != "::"]
+    if _has_family(others, socket.AF_INET):
+        return others
+    return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("0.0.0.0", ports[0])), *others]
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::", 0))
+    except OSError as error:
+        return error.errno not in NO_IPV6
+    return True
+
+
+def _has_family(infos: Sequence[AddressInfo], family: socket.AddressFamily) -> bool:
+    return any(info[0] == family for info in infos)
+
+
+def _bind_tcp(infos: Sequence[AddressInfo], backlog: int) -> list[socket.socket]:
+    """Listen on every address. ``::`` accepts IPv4 as well, unless there is an IPv4 address among them."""
+    has_ipv4 = _has_family(infos, socket.AF_INET)
     with contextlib.ExitStack() as stack:
         sockets: list[socket.socket] = []
-        if config.uds is not None:
-            _remove_stale_socket(config.uds)
-            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            _bind_socket(listener, config.uds)
-            sockets.append(listener)
-        for family, kind, protocol, _, address in dict.fromkeys(infos if config.uds is None else ()):
+        for family, kind, protocol, _, address in infos:
             if address[1] == 0 and sockets:
                 address = (address[0], sockets[0].getsockname()[1], *address[2:])
             with _listen_errors(address):  # the machine may not support the address family
                 listener = stack.enter_context(socket.socket(family, kind, protocol))
-            _bind_socket(listener, address)
+                set_exclusive_address(listener)
+                if family == socket.AF_INET6:
+                    is_ipv6_only = has_ipv4 or address[0] != "::"
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, is_ipv6_only)
+                _disable_nagle(listener)
+                listener.bind(address)
             sockets.append(listener)
         for listener in sockets:
-            listener.setblocking(False)
-            with _listen_errors(listener.getsockname()):  # another server may have listened since bind
-                listener.listen(config.backlog)
+            _listen(listener, backlog)  # another server may have listened since bind
         stack.pop_all()
         return sockets
 
 
-def _bind_socket(listener: socket.socket, address: Any) -> None:
-    if listener.family in (socket.AF_INET, socket.AF_INET6):
-        set_exclusive_address(listener)
-    if listener.family == socket.AF_INET6:
-        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    _disable_nagle(listener)
-    with _listen_errors(address):
-        listener.bind(address)
+def _listen(listener: socket.socket, backlog: int) -> None:
+    listener.setblocking(False)
+    with _listen_errors(listener.getsockname()):
+        listener.listen(backlog)
 
 
 def _disable_nagle(listener: socket.socket) -> None:
@@ -132,6 +178,34 @@ def _listen_errors(address: object) -> Iterator[None]:
         advice_by_errno = _TCP_ADVICE if isinstance(address, tuple) else _UNIX_ADVICE
         advice = advice_by_errno.get(getattr(error, "errno", None) or 0, "")
         raise StartError(f"cannot listen on {format_address(address)}: {describe_error(error)}{advice}") from error
+
+
+def _bind_unix(path: str, backlog: int) -> socket.socket:
+    """Listen on ``path``. Two servers that start at the same time do it one after the other."""
+    with _directory_lock(path), contextlib.ExitStack() as stack:
+        _remove_stale_socket(path)
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        with _listen_errors(path):
+            listener.bind(path)
+        _listen(listener, backlog)
+        stack.pop_all()
+        return listener
+
+
+@contextlib.contextmanager
+def _directory_lock(path: str) -> Iterator[None]:
+    """Lock the directory of ``path``: until a socket listens, it looks like one that a killed server left.
+
+    The lock leaves no file behind. Where it cannot be taken within ``LOCK_TIMEOUT``, the block runs without it.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ValueError):  # an unreadable directory, an abstract name
+            descriptor = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            deadline = time.monotonic() + LOCK_TIMEOUT
+            while not try_lock(descriptor) and time.monotonic() < deadline:
+                time.sleep(LOCK_INTERVAL)
+        yield
 
 
 def _remove_stale_socket(path: str) -> None:

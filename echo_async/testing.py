@@ -5,7 +5,7 @@ and :meth:`HostedServer.close` does not wait for connected clients.
 """
 
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Self, Unpack
@@ -97,7 +97,7 @@ def _recording(mode: Mode, received: list[bytes]) -> Callable[[int], Conversatio
     return type(base.__name__, (base,), {"__slots__": (), "receive": receive})
 
 
-def _certify(host: str, files: ExitStack) -> tuple[str, ssl.SSLContext]:
+def _certify(host: str | Sequence[str], files: ExitStack) -> tuple[str, ssl.SSLContext]:
     """Create a certificate file for ``host`` and this machine, and a client context that trusts only its CA."""
     try:
         import trustme
@@ -106,6 +106,7 @@ def _certify(host: str, files: ExitStack) -> tuple[str, ssl.SSLContext]:
             "cannot create a certificate: trustme is not installed; install it with 'pip install trustme'"
         ) from error
     authority = trustme.CA()
-    certificate = authority.issue_cert(*{"localhost", "127.0.0.1", "::1", host})
+    hosts = [host] if isinstance(host, str) else host
+    certificate = authority.issue_cert(*{"localhost", "127.0.0.1", "::1", *hosts})
     path = files.enter_context(certificate.private_key_and_cert_chain_pem.tempfile())
     return path, ssl.create_default_context(cadata=authority.cert_pem.bytes().decode())

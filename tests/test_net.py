@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import socket
 import stat
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +18,8 @@ import pytest
 from support import TIMEOUT, receive_all, run
 
 import echo_async
-from echo_async import ServerConfig, StartError
-from echo_async.net import Address, AddressInfo, adopt, bind, get_address, resolve, resolve_literal
+from echo_async import ServerConfig, StartError, net
+from echo_async.net import Address, AddressInfo, adopt, bind, format_address, get_address, resolve, resolve_literal
 from echo_async.server.server import start_server
 
 
@@ -121,11 +125,104 @@ def test_bind_of_ipv6_address_is_reachable() -> None:
 
 
 @needs_ipv6
-def test_bind_of_all_ipv6_addresses_leaves_the_ipv4_port_free() -> None:
-    with bound(host="::") as [six]:
-        port = six.getsockname()[1]
-        with bound(host="0.0.0.0", port=port) as [four]:
-            assert get_address(four) == ("0.0.0.0", port)
+def test_bind_of_all_addresses_accepts_ipv4_and_ipv6() -> None:
+    with bound(host="::") as [listener]:
+        port = listener.getsockname()[1]
+        assert get_address(listener) == ("::", port)
+        assert is_reachable(("127.0.0.1", port))
+        assert is_reachable(("::1", port))
+
+
+@needs_ipv6
+@pytest.mark.parametrize("hosts", [("::", "0.0.0.0"), ("0.0.0.0", "::"), ["127.0.0.1", "::"]])
+def test_bind_of_all_ipv6_and_an_ipv4_address_opens_both(hosts: Sequence[str]) -> None:
+    with bound(host=hosts) as sockets:
+        assert [get_address(each) for each in sockets] == [(host, sockets[0].getsockname()[1]) for host in hosts]
+        assert is_reachable(("127.0.0.1", sockets[0].getsockname()[1]))
+        assert is_reachable(("::1", sockets[0].getsockname()[1]))
+
+
+def test_bind_of_several_hosts_opens_each_once() -> None:
+    with bound(host=("127.0.0.1", "127.0.0.2", "127.0.0.1")) as sockets:
+        assert [each.getsockname()[0] for each in sockets] == ["127.0.0.1", "127.0.0.2"]
+
+
+def test_bind_of_several_hosts_names_the_unknown_one() -> None:
+    assert bind_error(host=("127.0.0.1", "no-such-host.invalid")).startswith(
+        "cannot listen on host 'no-such-host.invalid': "
+    )
+
+
+class OldKernel(socket.socket):
+    """A socket of a kernel without IPv6, which creates none, or has no address to bind it to."""
+
+    fails_at = "socket"
+
+    def __init__(self, family: int = -1, *args: Any, **more: Any) -> None:
+        if family == socket.AF_INET6 and self.fails_at == "socket":
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        super().__init__(family, *args, **more)
+
+    def bind(self, address: Any) -> None:
+        if self.family == socket.AF_INET6:
+            raise OSError(errno.EADDRNOTAVAIL, os.strerror(errno.EADDRNOTAVAIL))
+        super().bind(address)
+
+
+@pytest.mark.parametrize("fails_at", ["socket", "bind"])
+@pytest.mark.parametrize(
+    ("hosts", "used"),
+    [("::", ["0.0.0.0"]), (("0.0.0.0", "::"), ["0.0.0.0"]), (("::", "127.0.0.1"), ["127.0.0.1"])],
+)
+def test_bind_of_all_addresses_without_ipv6_uses_ipv4(
+    hosts: str | tuple[str, ...], used: list[str], fails_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "socket", type("Socket", (OldKernel,), {"fails_at": fails_at}))
+    with bound(host=hosts) as sockets:
+        assert [each.getsockname()[0] for each in sockets] == used
+        assert is_reachable(("127.0.0.1", sockets[0].getsockname()[1]))
+
+
+def test_bind_of_an_ipv6_address_without_ipv6_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "socket", OldKernel)
+    assert bind_error(host="::1").startswith("cannot listen on [::1]:0: address family not supported")
+
+
+class TakenPorts(socket.socket):
+    """A socket that finds the first ``taken`` ports in use on its second address."""
+
+    taken = 3
+
+    def bind(self, address: Any) -> None:
+        if address[0] == "127.0.0.2" and type(self).taken:
+            type(self).taken -= 1
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        super().bind(address)
+
+
+@pytest.mark.parametrize(("taken", "is_bound"), [(3, True), (1000, False)])
+def test_bind_to_port_0_tries_ports_free_on_every_address(
+    taken: int, is_bound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "socket", type("Socket", (TakenPorts,), {"taken": taken}))
+    hosts = ("127.0.0.1", "127.0.0.2")
+    if is_bound:
+        with bound(host=hosts) as sockets:
+            assert len({each.getsockname()[1] for each in sockets}) == 1
+    else:
+        assert "address already in use" in bind_error(host=hosts)
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        (("::ffff:127.0.0.1", 80, 0, 0), "127.0.0.1:80"),
+        (("::ffff:c000", 80, 0, 0), "[::ffff:c000]:80"),
+        (("::ffff:0:0:1", 80), "[::ffff:0:0:1]:80"),
+    ],
+)
+def test_format_address_shows_ipv4_mapped_as_ipv4(address: object, text: str) -> None:
+    assert format_address(address) == text
 
 
 @needs_ipv6
@@ -264,6 +361,60 @@ def test_bind_replaces_a_stale_unix_socket(tmp_path: Path) -> None:
     assert not is_reachable(path)
     with bound(uds=path):
         assert is_reachable(path)
+
+
+class Race:
+    """Runs two servers' binds at the same time: ``listen`` waits until the other server is past its bind as well."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+        self._path = path
+        listen, barrier = socket.socket.listen, threading.Barrier(2)
+
+        def wait_and_listen(listener: socket.socket, backlog: int) -> None:
+            with suppress(threading.BrokenBarrierError):  # the other server waits for this one
+                barrier.wait(0.01)
+            listen(listener, backlog)
+
+        self._barrier = barrier
+        monkeypatch.setattr(socket.socket, "listen", wait_and_listen)
+
+    def run(self) -> list[socket.socket | StartError]:
+        self._barrier.reset()
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(lambda _: self._bind(), range(2)))
+
+    def _bind(self) -> socket.socket | StartError:
+        try:
+            (listener,) = bind(ServerConfig(uds=self._path), [])
+        except StartError as error:
+            return error
+        return listener
+
+
+def test_bind_of_two_servers_on_a_stale_socket_starts_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = socket_path(tmp_path)
+    race = Race(monkeypatch, path)
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(path)
+    for _ in range(200):
+        listener, error = sorted(race.run(), key=lambda result: isinstance(result, StartError))
+        assert str(error).startswith(f"cannot listen on {path}: address already in use")
+        assert isinstance(listener, socket.socket)
+        with listener:
+            assert is_reachable(path)
+        assert os.listdir(tmp_path) == ["echo.sock"]  # stale again
+
+
+def test_bind_with_the_directory_locked_does_not_wait_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net, "LOCK_TIMEOUT", 0.05)
+    path = socket_path(tmp_path)
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with bound(uds=path):
+            assert is_reachable(path)
+    finally:
+        os.close(descriptor)
 
 
 def test_bind_keeps_the_unix_socket_of_a_running_server(tmp_path: Path) -> None:

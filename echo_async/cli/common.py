@@ -42,7 +42,7 @@ class ConfigOption(click.Option):
 
     def __init__(self, names: Sequence[str], definition: Option) -> None:
         self.definition = definition
-        is_flag = definition.type == "flag"
+        default, is_flag = definition.default, definition.type == "flag"
         types = {
             "choice": click.Choice(definition.choices),
             "integer": click.IntRange(definition.low, None if definition.high == MAX_INT else definition.high),
@@ -55,7 +55,8 @@ class ConfigOption(click.Option):
             names,
             type=types.get(definition.type, click.STRING),
             is_flag=is_flag,
-            default=bool(definition.default) if is_flag else definition.default,
+            multiple=definition.is_repeatable,
+            default=bool(default) if is_flag else [default] if definition.is_repeatable else default,
             metavar=None if is_flag or definition.choices else definition.type.upper(),
             show_default=definition.default_text or True,
             show_envvar=True,
@@ -74,10 +75,17 @@ class ConfigOption(click.Option):
     def _variable(self, ctx: click.Context) -> str:
         return f"{ctx.auto_envvar_prefix}_{self.name}".upper()
 
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        """Commas or spaces separate several values."""
+        text = self.resolve_envvar_value(ctx)
+        return text.replace(",", " ").split() if text and self.multiple else super().value_from_envvar(ctx)
+
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         converted = value
         with contextlib.suppress(click.BadParameter):
             converted = super().type_cast_value(ctx, value)
+        if self.multiple and len(converted) == 1:
+            (converted,) = (value,) = converted
         if requirement := self.definition.violation(converted):
             is_from_environment = ctx.get_parameter_source(self.name or "") is ParameterSource.ENVIRONMENT
             name = self._variable(ctx) if is_from_environment else self.opts[0]

@@ -32,7 +32,7 @@ KILL_DELAY = 10.0  # seconds until a command that ignores SIGTERM is killed
 TERMINAL_SIGNALS = ("SIGINT", "SIGQUIT")  # which the terminal sends to every process in the foreground
 ADDRESS_VARIABLES = ("ECHO_ASYNC_HOST", "ECHO_ASYNC_PORT", "ECHO_ASYNC_UDS")
 FORWARDED_SIGNALS = (*TERMINAL_SIGNALS, "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # to connect to a server on all addresses
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}  # to connect to a server on all addresses
 
 DEFAULTS = {"port": 0, "log_level": "warning"}
 OPTIONS = {name: replace(option, default=DEFAULTS.get(name, option.default)) for name, option in server.OPTIONS.items()}

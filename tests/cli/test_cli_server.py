@@ -420,6 +420,29 @@ def test_foreign_address_exits_with_3_and_one_line() -> None:
     assert "192.0.2.1" in error_line(done)
 
 
+def test_servers_started_together_on_a_unix_path_are_one(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(path)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    for _ in range(3):  # the servers are killed, so that the socket is stale again
+        with ExitStack() as stack:
+            servers = [
+                stack.enter_context(subprocess.Popen([*SERVER, "--uds", path], **options))  # type: ignore[call-overload]
+                for _ in range(2)
+            ]
+            for each in servers:
+                stack.callback(each.kill)
+            started, failed = sorted(servers, key=lambda server: server.stdout.readline(), reverse=True)
+            assert failed.wait(TIMEOUT) == 3
+            assert failed.stderr.read().startswith(f"error: cannot listen on {path}: address already in use; ")
+            assert failed.stderr.read() == ""
+            assert started.poll() is None
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(path)
+    assert os.listdir(tmp_path) == ["socket"]
+
+
 def test_uds_path_of_a_file_exits_with_3_and_keeps_it(tmp_path: Path) -> None:
     path = tmp_path / "notes"
     path.write_text("a note")
