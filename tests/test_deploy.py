@@ -93,6 +93,15 @@ def test_kubernetes_manifests_have_the_same_labels() -> None:
     assert found["autoscaler"]["spec"]["scaleTargetRef"]["name"] == found["deployment"]["metadata"]["name"]
 
 
+def test_deploy_files_listen_on_both_families() -> None:
+    assert "\nENV ECHO_ASYNC_HOST=::\n" in (DEPLOY / "Containerfile").read_text()
+    unit = (DEPLOY / "echo-async.socket").read_text()
+    assert re.findall(r"^(?:ListenStream|BindIPv6Only)=.*", unit, re.MULTILINE) == [
+        "ListenStream=5500",
+        "BindIPv6Only=both",
+    ]
+
+
 def test_kubernetes_pod_has_no_service_links() -> None:
     """A Service of the same name would set ECHO_ASYNC_PORT."""
     assert (
