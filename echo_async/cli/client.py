@@ -20,11 +20,9 @@ from ..endpoint import Endpoint, log
 from ..errors import ConfigError, ConnectError, EchoError
 from ..loops import loop_factory
 from ..stdio import discard_output
-from ..tls import client_context
 from .common import CONTEXT, ExitCode, options, run_command, version_option
 from .interrupt import ClientInterrupt
 from .output import JsonOutput, Output, OutputClosed, OutputInterrupted
-from .ping import ping
 from .stdin import LineSource, has_stdin_lines
 
 DEFAULT_MESSAGE = "Hola Server!"
@@ -78,6 +76,8 @@ def command(context: click.Context, /, messages: Sequence[str], **values: Any) -
         _log_steps()
     connecting = _connect(values, output)
     if is_ping:
+        from .ping import ping
+
         main = ping(connecting, _ping_message(messages), values["count"], values["interval"], output)
     else:
         main = _send_messages(connecting, LineSource(_parts(messages)), output)
@@ -132,6 +132,8 @@ async def _send_messages(connecting: AwaitableContextManager[Session], messages:
 def _ssl_context(values: dict[str, Any], output: Output) -> SSLContext | None:
     if not any(values[name] for name in TLS_OPTIONS):
         return None
+    from ..tls import client_context
+
     if values["ssl_no_verify"]:
         output.print_error("the server certificate is not verified (--ssl-no-verify)", "warning")
     return client_context(

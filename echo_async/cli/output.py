@@ -3,7 +3,6 @@
 Replies are escaped if stdout is a terminal. If stdout is closed by its reader, the command ends without an error.
 """
 
-import json
 import os
 import select
 import sys
@@ -146,10 +145,14 @@ class JsonOutput(Output):
             self._print_to_stderr(text)
 
     def _write_failure(self, error: EchoError) -> None:
+        import json
+
         details = {"kind": failure_kind(error), "message": str(error)}
         self._write_line(json.dumps({"seq": self.number, "ok": False, "error": details}))
 
     def _format_replies(self, data: bytes, seconds: float) -> bytes:
+        import json
+
         objects = []
         for number, line in enumerate(data.split(b"\n")[:-1], self.number + 1):
             text = line.decode("utf-8", "backslashreplace")

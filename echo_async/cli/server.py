@@ -20,7 +20,6 @@ from ..logs import LogFormat, LogLevel, configure, log
 from ..loops import LOOP_CHOICES, LOOP_PATTERN, log_loop_errors, loop_factory
 from ..net import adopt, format_address
 from ..server.server import BaseServer, EchoServer, start_server
-from ..server.supervisor import Supervisor, WorkerSettings
 from ..server.systemd import listen_descriptors, notify
 from ..stdio import discard_output
 from .common import CONTEXT, ExitCode, options, run_command, version_option
@@ -28,6 +27,7 @@ from .signals import ServerSignals
 
 if TYPE_CHECKING:
     from ..server.metrics import MetricsServer
+    from ..server.supervisor import Supervisor
 
 _LOOP_HELP = "Event loop; auto is uvloop if it is installed, else asyncio. MODULE:FACTORY is imported and called."
 
@@ -73,6 +73,8 @@ def command(context: click.Context, /, **values: Any) -> int:
     start: Callable[[], Awaitable[EchoServer | Supervisor]] = partial(start_server, config, sockets)
     if values["workers"] > 1:
         require(DESCRIPTORS, f"use --workers {values['workers']}")
+        from ..server.supervisor import Supervisor, WorkerSettings
+
         settings = WorkerSettings(loop, values["log_level"], values["log_format"])
         start = partial(Supervisor.start, config, values["workers"], settings, sockets)
         factory = loop_factory("asyncio")  # the supervisor serves no connections

@@ -12,27 +12,36 @@ import contextlib
 import socket
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Generic, Self, TypeVar, Unpack, cast
+from importlib import import_module
+from typing import TYPE_CHECKING, Generic, Self, TypeVar, Unpack, cast
 
 from .. import net
 from ..awaitable import AwaitableContextManager
 from ..config import EngineName, ServerConfig, ServerOptions
-from ..engines import protocol, streams
-from ..engines.acceptor import AsyncioAcceptor
 from ..engines.admission import Admission
 from ..engines.context import ConversationFactory
 from ..engines.registry import Registry
-from ..engines.thread_acceptor import ThreadAcceptor
 from ..errors import StartError, describe_error
 from ..listeners import Listeners
 from ..stats import Stats
 from ..tls import Certificates
 
-ACCEPTORS: dict[EngineName, Callable[..., AsyncioAcceptor | ThreadAcceptor]] = {
-    "streams": partial(AsyncioAcceptor, streams),
-    "protocol": partial(AsyncioAcceptor, protocol),
-    "threads": ThreadAcceptor,
-}
+if TYPE_CHECKING:
+    from ..engines.acceptor import AsyncioAcceptor
+    from ..engines.thread_acceptor import ThreadAcceptor
+
+A = TypeVar("A", bound="AsyncioAcceptor | ThreadAcceptor")
+
+
+def acceptor_of(engine: EngineName) -> Callable[..., AsyncioAcceptor | ThreadAcceptor]:
+    """Return what creates the acceptor of ``engine``; no other engine is imported."""
+    if engine == "threads":
+        from ..engines.thread_acceptor import ThreadAcceptor
+
+        return ThreadAcceptor
+    from ..engines.acceptor import AsyncioAcceptor
+
+    return partial(AsyncioAcceptor, import_module(f"..engines.{engine}", __package__))
 
 
 def serve(**options: Unpack[ServerOptions]) -> AwaitableContextManager[EchoServer]:
@@ -144,9 +153,6 @@ class BaseServer:
         raise NotImplementedError
 
 
-A = TypeVar("A", bound=AsyncioAcceptor | ThreadAcceptor)
-
-
 class EngineServer(BaseServer, Generic[A]):
     """A server that serves connections in this process, with the acceptor of an engine."""
 
@@ -181,11 +187,11 @@ class EngineServer(BaseServer, Generic[A]):
         self._acceptor.abort()
 
 
-class EchoServer(EngineServer[AsyncioAcceptor | ThreadAcceptor]):
+class EchoServer(EngineServer["AsyncioAcceptor | ThreadAcceptor"]):
     """A running echo server; :func:`serve` creates one."""
 
     def __init__(self, config: ServerConfig, listeners: Listeners) -> None:
-        super().__init__(config, listeners, ACCEPTORS[config.engine], self._on_closed)
+        super().__init__(config, listeners, acceptor_of(config.engine), self._on_closed)
         self._loop = asyncio.get_running_loop()
         self._closed = asyncio.Event()
 
