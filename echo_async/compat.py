@@ -134,6 +134,6 @@ def add_signal_handler(
 
 def remove_signal_handler(loop: asyncio.AbstractEventLoop, number: int) -> None:
     """Restore the default handler of a signal."""
-    with suppress(NotImplementedError):
+    with suppress(NotImplementedError, AttributeError):  # rloop 0.5: "no attribute '_is_main_thread'"
         loop.remove_signal_handler(number)
     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
