@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import zip_longest
 from ssl import SSLCertVerificationError, SSLError, SSLObject, SSLSocket, create_default_context
 from time import monotonic, perf_counter
 from typing import Any, Unpack
@@ -38,13 +39,17 @@ class Endpoint:
             self.numeric = self.resolve(socket.AI_NUMERICHOST)
 
     def resolve(self, flags: int = 0) -> Sequence[AddressInfo]:
-        """Return each address of the host once. Blocks while the resolver is asked, if the host is a name."""
+        """Return each address of the host once, the families in turn (RFC 8305 section 4).
+
+        Blocks while the resolver is asked, if the host is a name.
+        """
         # A server that listens on :: is on this machine, which may have no IPv6 address.
         hosts = ("::", "127.0.0.1") if self.config.host == "::" else (self.config.host,)
-        infos: list[AddressInfo] = []
+        families: dict[int, dict[AddressInfo, None]] = {}
         for host in hosts:
-            infos += socket.getaddrinfo(host, self.config.port, type=socket.SOCK_STREAM, flags=flags)
-        return list(dict.fromkeys(infos))
+            for info in socket.getaddrinfo(host, self.config.port, type=socket.SOCK_STREAM, flags=flags):
+                families.setdefault(info[0], {})[info] = None
+        return [info for turn in zip_longest(*families.values()) for info in turn if info is not None]
 
     def connect_error(self, error: OSError | UnicodeError, seconds: float) -> ConnectError:
         """Translate the ``error`` of an attempt to connect that had ``seconds``."""
