@@ -40,6 +40,9 @@ REPLY_TIMEOUT = 10.0  # seconds
 Mode = Literal["message", "stream", "raw"]
 EngineName = Literal["streams", "protocol", "threads"]
 ProxyProtocol = Literal["off", "v1", "v2", "auto"]
+SentProxyVersion = Literal["v1", "v2"]
+
+OptionType = Literal["text", "host", "path", "file", "networks", "address", "integer", "seconds", "choice", "flag"]
 
 LOOPBACK = "127.0.0.1,::1"
 MAX_INT = 2**31 - 1
@@ -60,7 +63,7 @@ class Option:
 
     default: Any
     help: str
-    type: Literal["text", "host", "path", "file", "networks", "integer", "seconds", "choice", "flag"] = "text"
+    type: OptionType = "text"
     low: int = 0
     high: int = MAX_INT
     choices: tuple[str, ...] = ()
@@ -98,6 +101,9 @@ class Option:
             case "networks":
                 is_valid = value == self.default or _are_networks(value)
                 requirement = "must be addresses and networks separated by commas, or *"
+            case "address":
+                is_valid = _is_address(value)
+                requirement = "must be an IP address and a port, such as 192.0.2.1:40000 or [2001:db8::1]:40000"
             case "flag":
                 is_valid, requirement = not isinstance(value, str), "must be a boolean"
             case _:
@@ -116,6 +122,16 @@ def _are_networks(value: Any) -> bool:
 
     try:
         TrustedProxies(value)
+    except (ValueError, AttributeError):
+        return False
+    return True
+
+
+def _is_address(value: Any) -> bool:
+    from .proxy import parse_address
+
+    try:
+        parse_address(value)
     except (ValueError, AttributeError):
         return False
     return True
@@ -220,6 +236,8 @@ class ClientOptions(TypedDict, total=False):
     retry: float
     ssl: SSLContext | bool | None
     server_hostname: str | None
+    send_proxy: SentProxyVersion | None
+    proxy_source: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,9 +256,17 @@ class ClientConfig:
     retry: float = _option(0.0, "Seconds to keep retrying to connect.", "seconds", is_zero_allowed=True)
     ssl: SSLContext | bool | None = _option(None, "Use TLS; implied by every other TLS option.", "flag")
     server_hostname: str | None = _option(None, "Name that the certificate must have.", default_text="the host")
+    send_proxy: SentProxyVersion | None = _option(
+        None, "Send a PROXY header of this version first, before TLS.", "choice", choices=get_args(SentProxyVersion)
+    )
+    proxy_source: str | None = _option(
+        None, "Client address in the PROXY header, such as 192.0.2.1:40000.", "address", default_text="the real one"
+    )
 
     def __post_init__(self) -> None:
         _validate(self)
+        if self.proxy_source is not None and self.send_proxy is None:
+            raise ConfigError("proxy_source requires send_proxy")
         if self.uds is not None:
             require(UNIX_SOCKETS, "use uds")
         if self.server_hostname is not None and not self.ssl:

@@ -51,6 +51,18 @@ class Endpoint:
                 families.setdefault(info[0], {})[info] = None
         return [info for turn in zip_longest(*families.values()) for info in turn if info is not None]
 
+    def send_proxy_header(self, connected: socket.socket) -> None:
+        """Send the PROXY header, if one is configured, on a new connection, whose buffer has room for it."""
+        version, source = self.config.send_proxy, self.config.proxy_source
+        if version is None:
+            return
+        from .proxy import build_header, parse_address
+
+        addresses = [connected.getsockname(), connected.getpeername()]
+        client, server = (each[:2] if isinstance(each, tuple) else None for each in addresses)
+        client = client if source is None else parse_address(source)
+        connected.send(build_header(version, client, server or (client[0], 0) if client else ("", 0)))
+
     def connect_error(self, error: OSError | UnicodeError, seconds: float) -> ConnectError:
         """Translate the ``error`` of an attempt to connect that had ``seconds``."""
         kind, reason, hint = ConnectError, describe_error(error), _hint(error)

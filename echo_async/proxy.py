@@ -153,6 +153,36 @@ def _parse_unix_path(field: bytes) -> str:
     return path.decode("utf-8", "surrogateescape")
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """Parse an IP address and a port, such as ``[2001:db8::1]:40000``. :exc:`ValueError` if it is none."""
+    from ipaddress import ip_address
+
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535 or (":" in host) != host.startswith("["):
+        raise ValueError(f"no address: {text!r}")
+    return str(ip_address(host.removeprefix("[").removesuffix("]"))), int(port)
+
+
+def build_header(version: str, source: tuple[str, int] | None, destination: tuple[str, int]) -> bytes:
+    """Return a header of ``v1`` or ``v2``. Without a ``source`` it says that the peer is the client.
+
+    If the two addresses are of different families, the IPv4 address is sent as an IPv4-mapped IPv6 address.
+    """
+    from ipaddress import IPv6Address, ip_address
+
+    if source is None:
+        return V1_PREFIX + b"UNKNOWN\r\n" if version == "v1" else V2_FIXED_PART.pack(V2_SIGNATURE, LOCAL, 0, 0)
+    addresses = [ip_address(host.partition("%")[0]) for host, _ in (source, destination)]
+    if any(address.version == 6 for address in addresses):
+        addresses = [IPv6Address(f"::ffff:{each}") if each.version == 4 else each for each in addresses]
+    family = addresses[0].version
+    if version == "v1":
+        hosts = " ".join(str(address) for address in addresses)
+        return f"PROXY TCP{family} {hosts} {source[1]} {destination[1]}\r\n".encode()
+    rest = b"".join(address.packed for address in addresses) + struct.pack("!HH", source[1], destination[1])
+    return V2_FIXED_PART.pack(V2_SIGNATURE, PROXY, TCP4 if family == 4 else TCP6, len(rest)) + rest
+
+
 class TrustedProxies:
     """The peers that may send a PROXY header, since a header can spoof the client address.
 

@@ -36,6 +36,7 @@ async def _attempt(endpoint: Endpoint, seconds: float) -> Connection:
     try:
         async with asyncio.timeout(seconds):
             connected = await _connect(endpoint)
+            endpoint.send_proxy_header(connected)
             log.debug("connected to %s in %.3f ms", endpoint.name, 1e3 * (perf_counter() - started))
             return await _create_connection(endpoint, connected)
     except (OSError, UnicodeError) as error:

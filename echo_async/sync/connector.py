@@ -37,6 +37,7 @@ def _attempt(endpoint: Endpoint, seconds: float) -> Connection:
     log.debug("connecting to %s", endpoint.name)
     try:
         connected = _connect(endpoint, deadline)
+        endpoint.send_proxy_header(connected)
         log.debug("connected to %s in %.3f ms", endpoint.name, 1e3 * (perf_counter() - started))
         if endpoint.ssl is not None:
             connected = _start_tls(endpoint, endpoint.ssl, connected, deadline)

@@ -1,0 +1,94 @@
+"""PROXY headers that clients send, as servers of this package read them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+import echo_async
+from echo_async import sync
+from echo_async.proxy import ProxyHeader, build_header, parse_address
+
+Echo = Callable[..., str]
+
+
+def echo_on_loop(message: str, *address: Any, **options: Any) -> str:
+    return asyncio.run(echo_async.echo(message, *address, **options))
+
+
+each_client = pytest.mark.parametrize("echo", [echo_on_loop, sync.echo])
+each_version = pytest.mark.parametrize("version", ["v1", "v2"])
+
+
+@each_client
+@each_version
+@pytest.mark.parametrize("source", ["192.0.2.1:40000", "[2001:db8::1]:7"])
+def test_client_sends_the_proxy_source(echo: Echo, version: Any, source: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "echo_async.access")
+    with sync.serve(port=0, proxy_protocol=version) as server:
+        assert echo("Hola Server!", *server.address, send_proxy=version, proxy_source=source) == "Hola Server!"
+    assert caplog.messages == [f"{source} 13 bytes: Hola Server!"]
+
+
+@each_client
+@each_version
+def test_client_sends_its_own_address_by_default(echo: Echo, version: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "echo_async.access")
+    with sync.serve(port=0, proxy_protocol="auto") as server:
+        echo("Hola Server!", *server.address, send_proxy=version)
+    assert caplog.messages[0].startswith("127.0.0.1:")
+
+
+@each_client
+@each_version
+def test_client_sends_the_header_before_tls(echo: Echo, version: Any, tmp_path: Path) -> None:
+    authority, certificate = trustme.CA(), tmp_path / "server.pem"
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(certificate))
+    context = ssl.create_default_context(cadata=authority.cert_pem.bytes().decode())
+    with sync.serve(port=0, proxy_protocol=version, ssl_certfile=str(certificate)) as server:
+        assert echo("secret", *server.address, ssl=context, send_proxy=version) == "secret"
+
+
+@each_client
+@each_version
+def test_client_of_a_unix_socket_sends_a_header(echo: Echo, version: Any, tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with sync.serve(uds=path, proxy_protocol=version):
+        assert echo("hola", uds=path, send_proxy=version) == "hola"
+        assert echo("hola", uds=path, send_proxy=version, proxy_source="192.0.2.1:1") == "hola"
+
+
+@each_version
+@pytest.mark.parametrize(
+    ("source", "destination", "parsed"),
+    [
+        ("192.0.2.1:1", "192.0.2.2:65535", ("192.0.2.1", 1)),
+        ("[2001:db8::1]:65535", "[::1]:1", ("2001:db8::1", 65535)),
+        ("192.0.2.1:1", "[::1]:1", ("::ffff:192.0.2.1", 1)),
+        ("[2001:db8::1]:1", "127.0.0.1:1", ("2001:db8::1", 1)),
+    ],
+)
+def test_header_is_parsed_as_it_was_built(version: str, source: str, destination: str, parsed: object) -> None:
+    built = build_header(version, parse_address(source), parse_address(destination))
+    header = ProxyHeader(version)
+    assert header.feed(built + b"message") == len(built)
+    assert header.finished
+    assert header.source == parsed
+
+
+@pytest.mark.parametrize("source", ["", "192.0.2.1", "localhost:1", "192.0.2.1:65536", "::1:5", "[192.0.2.1]:-1"])
+def test_invalid_proxy_source_is_refused(source: str) -> None:
+    with pytest.raises(echo_async.ConfigError, match="invalid proxy_source"):
+        sync.connect(send_proxy="v1", proxy_source=source)
+
+
+def test_proxy_source_requires_send_proxy() -> None:
+    with pytest.raises(echo_async.ConfigError, match="proxy_source requires send_proxy"):
+        sync.connect(proxy_source="192.0.2.1:1")
