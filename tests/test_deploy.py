@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TIMEOUT, receive_line, server_process, wait_until
+import trustme
+from support import TIMEOUT, command_process, receive_line, server_process, wait_until
 
 from echo_async.cli.server import command
 from echo_async.server.metrics import StatsCollector
@@ -125,3 +127,35 @@ def test_dashboard_queries_exactly_the_existing_metrics() -> None:
     # The name of an InfoMetricFamily lacks the suffix of its sample.
     existing = {sample.name for metric in described for sample in metric.samples} | {"echo_async_timeouts_total"}
     assert queried == existing
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"HOST": "::"},
+        {"HOST": "127.0.0.1,::1"},
+        {"UDS": "echo.sock"},
+        {"PROXY_PROTOCOL": "v1"},
+        {"PROXY_PROTOCOL": "v2"},
+        {"PROXY_PROTOCOL": "auto", "SSL_CERTFILE": "server.pem"},
+        {"SSL_CERTFILE": "server.pem"},
+        {"SSL_CERTFILE": "server.pem", "UDS": "echo.sock"},
+    ],
+    ids=str,
+)
+def test_image_health_check_follows_the_environment(options: dict[str, str], tmp_path: Path) -> None:
+    """The server and its health check in a container have the same environment."""
+    trustme.CA().issue_cert("echo.example").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+    environment = {f"ECHO_ASYNC_{name}": value for name, value in {"PORT": "0", **options}.items()}
+    with command_process([sys.executable, "-m", "echo_async.server"], environment, cwd=tmp_path) as server:
+        environment["ECHO_ASYNC_PORT"] = "5500" if "UDS" in options else server.startup_line.strip().rpartition(":")[2]
+        environment = {**os.environ, **environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+        def check() -> int:
+            return subprocess.run([DEPLOY / "healthcheck"], env=environment, cwd=tmp_path, timeout=TIMEOUT).returncode
+
+        assert check() == 0
+        server.process.kill()
+        server.wait()
+        assert check() == 3
