@@ -50,6 +50,8 @@ def for_asyncio_only(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def limit_platform() -> None:
+    if sys.version_info >= (3, 13):  # uses sched_getaffinity otherwise
+        os.process_cpu_count = os.cpu_count  # type: ignore[assignment, unused-ignore]
     for module, names in MISSING_ATTRIBUTES.items():
         for name in names:
             if hasattr(module, name):
