@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple, Protocol, TypeVar, Unpack
@@ -25,6 +26,8 @@ from echo_async.config import EngineName, ServerOptions
 from echo_async.loops import LoopName, loop_factory
 
 T = TypeVar("T")
+
+sends_at_once = pytest.mark.skipif(version("uvloop") < "0.23", reason="this uvloop sends at the end of a turn")
 
 LOOPS: tuple[LoopName, ...] = ("asyncio", "uvloop")
 MAX_DELAY = 5.0  # seconds that an immediate action may take on a loaded machine

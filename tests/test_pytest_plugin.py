@@ -19,6 +19,8 @@ from echo_async import sync
 from echo_async.config import Mode
 from echo_async.testing import HostedServer
 
+ALREADY_IMPORTED = "ignore::pytest.PytestAssertRewriteWarning"  # by this session; before pytest 9.2 that is a warning
+
 pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 def session(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     """A pytest session with this plugin and no other, even if the package is not installed."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p echo_async.pytest_plugin -W error")
+    monkeypatch.setenv("PYTEST_ADDOPTS", f"-p echo_async.pytest_plugin -W error -W {ALREADY_IMPORTED}")
     return pytester
 
 

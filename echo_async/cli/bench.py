@@ -28,22 +28,14 @@ from .common import CONTEXT, ExitCode, options, run_command, version_option
 MAX_MESSAGE_SIZE = 2**26  # bytes
 
 
-def _parse_rate(text: str) -> float:
+def _parse_rate(context: click.Context, option: click.Parameter, text: str | None) -> float | None:
+    if text is None:
+        return None
     with contextlib.suppress(ValueError):
         rate = float(text)
         if 0 < rate <= 1e9:
             return rate
-    raise ValueError(f"{text!r} (must be a number of messages per second greater than 0)")
-
-
-def _parse_list(definition: Option, text: str) -> list[Any]:
-    """Return integers or choices, each of them valid for ``definition``, without duplicates."""
-    items = [item.strip() for item in text.split(",")]
-    values = [int(item) if definition.type == "integer" and item.isdecimal() else item for item in items]
-    for each in values:
-        if requirement := definition.violation(each):
-            raise ValueError(f"{each!r} ({requirement})")
-    return list(dict.fromkeys(values))
+    raise ConfigError(f"invalid --rate: {text!r} (must be a number of messages per second greater than 0)")
 
 
 def _option(name: str, help: str, **attributes: Any) -> Callable[[Any], Any]:
@@ -51,12 +43,17 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Any], Any]:
 
 
 def _list_option(name: str, default: str, help: str, *details: Any, **limits: Any) -> Callable[[Any], Any]:
+    """Return an option for integers or choices. Duplicates are removed."""
     definition = Option(default, f"{help}, separated by commas.", *details, **limits)
 
-    def parse(text: str) -> list[Any]:
-        return _parse_list(definition, text)
+    def parse(context: click.Context, option: click.Parameter, text: str) -> list[Any]:
+        items = [item.strip() for item in text.split(",")]
+        values = [int(item) if definition.type == "integer" and item.isdecimal() else item for item in items]
+        for each in values:
+            definition.validate(name, each)
+        return list(dict.fromkeys(values))
 
-    return _option(name, definition.help, default=default, type=parse, metavar="LIST")
+    return _option(name, definition.help, default=default, callback=parse, metavar="LIST")
 
 
 def _shared_options(mode: Option, *, duration: float, warmup: float) -> dict[str, Option]:
@@ -117,7 +114,7 @@ def command() -> None:
 @_option(
     "--rate",
     "Messages per second, sent by the clock (open loop).",
-    type=_parse_rate,
+    callback=_parse_rate,
     metavar="RATE",
     show_default="closed loop",
 )

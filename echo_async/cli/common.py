@@ -86,7 +86,7 @@ class ConfigOption(click.Option):
         return converted
 
 
-def _click_type(definition: Option) -> click.ParamType[Any]:
+def _click_type(definition: Option) -> "click.ParamType[Any]":  # no generic type before click 8.4
     match definition.type:
         case "choice":
             return click.Choice(definition.choices)

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 from scripted import Peer, Start, disconnected, echo_all, echo_one, never_reply, reply_with, resolve_to
-from support import MAX_DELAY
+from support import MAX_DELAY, sends_at_once
 
 import echo_async
 from echo_async.client import connect, echo
+from echo_async.engines.loop_internals import run_turns
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -279,6 +280,7 @@ def test_lost_reply_on_reused_connection_raises(on_loop: OnLoop, scripted_server
     on_loop(main)
 
 
+@sends_at_once
 def test_replies_received_before_failed_write_are_kept(on_loop: OnLoop, scripted_server: Start) -> None:
     closed = threading.Event()
 
@@ -374,7 +376,7 @@ def test_blocked_event_loop_does_not_cause_timeout(on_loop: OnLoop, scripted_ser
     async def main() -> None:
         async with connect(*server.address, timeout=0.1) as client:
             waiting = asyncio.create_task(client.echo("Hola"))
-            await asyncio.sleep(0)
+            await run_turns(2)  # uvloop before 0.23 sends at the end of a turn
             assert replied.wait(MAX_DELAY)
             never.wait(0.2)  # blocks the event loop until the timeout has passed
             assert await waiting == "Hola"

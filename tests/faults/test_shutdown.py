@@ -28,6 +28,7 @@ from support import (
     receive_all,
     receive_exactly,
     run,
+    sends_at_once,
     serve_in_loop,
     set_constant,
     wait_in_loop,
@@ -110,6 +111,7 @@ def unread_bytes(address: object) -> int:
     raise AssertionError(f"no socket is connected to {address}")
 
 
+@sends_at_once
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_shutdown_during_flood_answers_kernel_input(
