@@ -11,7 +11,7 @@ from ..compat import is_readable
 from ..listeners import Listeners
 from ..tls import Certificates
 from .admission import Admission
-from .handshake_acceptor import Establish, HandshakeAcceptor
+from .handshake_acceptor import HandshakeAcceptor, OnEstablished
 from .loop_internals import ABORT_TURNS, run_turns, start_serving, stop_accepting
 from .registry import DRAIN_INTERVAL, Registry
 from .sweeper import Sweeper
@@ -20,10 +20,12 @@ from .sweeper import Sweeper
 class AsyncioEngine(Protocol):
     """What the modules ``streams`` and ``protocol`` provide."""
 
-    def create_protocol(self, registry: Registry, establish: Establish, peername: object) -> asyncio.Protocol:
+    def create_protocol(self, registry: Registry, on_established: OnEstablished, peername: object) -> asyncio.Protocol:
         """Return the protocol for one connection, whose transport is made by the caller."""
 
-    async def create_server(self, registry: Registry, establish: Establish, listener: socket.socket) -> asyncio.Server:
+    async def create_server(
+        self, registry: Registry, on_established: OnEstablished, listener: socket.socket
+    ) -> asyncio.Server:
         """Return a server that makes such protocols, and does not serve yet."""
 
 

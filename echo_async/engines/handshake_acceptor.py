@@ -20,10 +20,10 @@ from .proxy_reader import read_header, wait_for_input
 
 MIN_TIMEOUT = 0.001  # seconds: a handshake whose time is up fails, but 0 is invalid
 
-Establish = Callable[[], bool]
+OnEstablished = Callable[[], bool]
 """Called once a connection has its transport. Returns whether to serve it."""
 
-ProtocolFactory = Callable[[Establish, object], asyncio.Protocol]
+ProtocolFactory = Callable[[OnEstablished, object], asyncio.Protocol]
 """Makes the protocol of a connection, which calls the first argument. The second is the peer's address."""
 
 
@@ -82,7 +82,7 @@ class HandshakeAcceptor:
         fail = self._admission.fail_header
         is_established = False
 
-        def establish() -> bool:
+        def on_established() -> bool:
             nonlocal is_established
             is_established = True
             self._admission.end_handshake()
@@ -93,7 +93,7 @@ class HandshakeAcceptor:
                 header = self._admission.new_header()
                 await read_header(self._loop, connection, header, self._admission.config.timeout_message)
                 peername = header.source or peername
-            protocol = self._make_protocol(establish, peername)
+            protocol = self._make_protocol(on_established, peername)
             if self._certificates is None:  # takes no time: a shutdown does not cancel it
                 self._tasks.discard(cast(asyncio.Task[None], asyncio.current_task()))
                 await self._loop.connect_accepted_socket(lambda: protocol, connection)

@@ -14,22 +14,22 @@ from typing import cast
 
 from ..compat import is_readable
 from .connection import Connection
-from .handshake_acceptor import Establish
+from .handshake_acceptor import OnEstablished
 from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS
 from .registry import Registry
 
 
-async def create_server(registry: Registry, establish: Establish, listener: socket.socket) -> asyncio.Server:
+async def create_server(registry: Registry, on_established: OnEstablished, listener: socket.socket) -> asyncio.Server:
     return await asyncio.get_running_loop().create_server(
-        partial(_connection_class(registry), registry, establish),
+        partial(_connection_class(registry), registry, on_established),
         sock=listener,
         backlog=ACCEPT_BATCH,
         start_serving=False,
     )
 
 
-def create_protocol(registry: Registry, establish: Establish, peername: object) -> asyncio.Protocol:
-    return _connection_class(registry)(registry, establish, peername)
+def create_protocol(registry: Registry, on_established: OnEstablished, peername: object) -> asyncio.Protocol:
+    return _connection_class(registry)(registry, on_established, peername)
 
 
 def _connection_class(registry: Registry) -> type[ProtocolConnection]:
@@ -40,16 +40,16 @@ def _connection_class(registry: Registry) -> type[ProtocolConnection]:
 class ProtocolConnection(Connection, asyncio.Protocol):
     """One connection of the ``protocol`` engine."""
 
-    __slots__ = ("_drain_target", "_establish", "_is_writing_paused", "_registry", "_transport", "_write")
+    __slots__ = ("_drain_target", "_is_writing_paused", "_on_established", "_registry", "_transport", "_write")
 
     _transport: asyncio.Transport
     _write: Callable[[bytes], object]
 
-    def __init__(self, registry: Registry, establish: Establish, peername: object = None) -> None:
+    def __init__(self, registry: Registry, on_established: OnEstablished, peername: object = None) -> None:
         self.context = registry.context
         self._peername = peername
         self._registry = registry
-        self._establish = establish
+        self._on_established = on_established
         self._is_writing_paused = False
         self._drain_target: int | None = None  # bytes that may have been sent to us when the shutdown began
 
@@ -57,7 +57,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._write = self._transport.write
         try:
-            if self._establish():
+            if self._on_established():
                 super().__init__(self.context, self._peername)
                 self._registry.add(self)
             else:
@@ -150,8 +150,8 @@ class LoggedProtocolConnection(ProtocolConnection):
 
     __slots__ = ("_lines", "_loop")
 
-    def __init__(self, registry: Registry, establish: Establish, peername: object = None) -> None:
-        super().__init__(registry, establish, peername)
+    def __init__(self, registry: Registry, on_established: OnEstablished, peername: object = None) -> None:
+        super().__init__(registry, on_established, peername)
         self._loop = asyncio.get_running_loop()
         self._lines: Iterator[None] | None = None  # still to be written
 

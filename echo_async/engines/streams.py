@@ -12,7 +12,7 @@ from typing import Unpack
 from ..config import ServerConfig, ServerOptions
 from ..net import format_address
 from .connection import Connection
-from .handshake_acceptor import Establish
+from .handshake_acceptor import OnEstablished
 from .loop_internals import ACCEPT_BATCH, READ_AHEAD_TURNS, TRANSPORT_ERRORS, abort_transport, run_turns
 from .registry import Registry
 from .sweeper import Sweeper
@@ -70,14 +70,14 @@ def _serve(
 
 def _connected(
     registry: Registry,
-    establish: Establish,
+    on_established: OnEstablished,
     peername: object,
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
     """Serve a new connection. Not a coroutine: asyncio logs a traceback if its own task is canceled."""
     try:
-        if establish():
+        if on_established():
             _serve(registry, peername, reader, writer)
         else:
             writer.transport.abort()
@@ -86,9 +86,9 @@ def _connected(
         writer.transport.abort()
 
 
-async def create_server(registry: Registry, establish: Establish, listener: socket.socket) -> asyncio.Server:
+async def create_server(registry: Registry, on_established: OnEstablished, listener: socket.socket) -> asyncio.Server:
     return await asyncio.start_server(
-        partial(_connected, registry, establish, None),
+        partial(_connected, registry, on_established, None),
         sock=listener,
         limit=read_ahead(registry.context.config),
         backlog=ACCEPT_BATCH,
@@ -96,10 +96,10 @@ async def create_server(registry: Registry, establish: Establish, listener: sock
     )
 
 
-def create_protocol(registry: Registry, establish: Establish, peername: object) -> asyncio.Protocol:
+def create_protocol(registry: Registry, on_established: OnEstablished, peername: object) -> asyncio.Protocol:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(read_ahead(registry.context.config), loop)
-    return asyncio.StreamReaderProtocol(reader, partial(_connected, registry, establish, peername), loop)
+    return asyncio.StreamReaderProtocol(reader, partial(_connected, registry, on_established, peername), loop)
 
 
 class StreamConnection(Connection):

@@ -13,7 +13,7 @@ import time
 from ..compat import MSG_DONTWAIT
 from .proxy_reader import check_input
 
-RECORD = 16 * 1024  # bytes of data that one TLS record takes (RFC 8446 5.1)
+MAX_RECORD_SIZE = 16 * 1024  # bytes of data that one TLS record takes (RFC 8446 5.1)
 
 
 class TlsSocket:
@@ -79,7 +79,7 @@ class TlsSocket:
 
     def send(self, data: bytes | memoryview) -> int:
         """Encrypt and send one record's worth of ``data``; return how much that was."""
-        sent = self._tls.write(data[:RECORD])
+        sent = self._tls.write(data[:MAX_RECORD_SIZE])
         self._flush()
         return sent
 
@@ -97,7 +97,7 @@ class TlsSocket:
         self._plain.close()
 
     def _take(self, flags: int) -> None:
-        data = self._plain.recv(4 * RECORD, flags)
+        data = self._plain.recv(4 * MAX_RECORD_SIZE, flags)
         if data:
             self._incoming.write(data)
         else:
