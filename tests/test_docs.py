@@ -10,7 +10,8 @@ An HTML comment in the line before a code block selects how it is run:
 - ``console`` is a shell session: lines that begin with ``$`` are run, the other lines are the output. Port 5500 stands
   for the port in ``ECHO_ASYNC_PORT``. A last line ``^C`` interrupts the command. Measured values, ports and
   timestamps may differ; ``...`` stands for any text.
-- ``<!-- given: server -->`` starts a server in ``stream`` mode on that port before a session.
+- ``<!-- given: server -->`` starts a server in ``stream`` mode on that port before a session, and ``tls_server`` one
+  in ``message`` mode whose CA certificate is in ``ca.pem``. Another name is a program: without it, the test is skipped.
 - ``<!-- not run -->`` marks a session whose commands are only parsed, as those of ``sh`` are.
 
 The text after ``# ->`` in a Python example is the line that it prints. No example may warn, leave a task or thread
@@ -28,6 +29,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -69,6 +71,8 @@ LINK = re.compile(r"\]\((?P<path>[^):#]*)(?:#(?P<anchor>[^)]*))?\)")
 OPERATORS = set("();<>|&")
 PLUGINS = {
     "anyio": ("-p", "anyio.pytest_plugin"),
+    # pytest-socket warns of each connection that it blocks
+    "pytest_socket": ("-p", "pytest_socket", "--disable-socket", "-W", "ignore:A test tried to use socket:UserWarning"),
     "pytest_asyncio": ("-p", "pytest_asyncio.plugin", "-o", "asyncio_default_fixture_loop_scope=function"),
 }
 
@@ -138,13 +142,16 @@ class Given:
         return reserve_address(self._stack)
 
     async def _certificates(self) -> None:
-        """Files in the current directory."""
-        authority = trustme.CA()
-        certificate = authority.issue_cert("localhost")
-        authority.cert_pem.write_to_path("ca.pem")
-        certificate.private_key_pem.write_to_path("server.key")
-        for blob in certificate.cert_chain_pems:
-            blob.write_to_path("server.pem", append=True)
+        write_certificates(Path())
+
+
+def write_certificates(directory: Path) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    authority.cert_pem.write_to_path(str(directory / "ca.pem"))
+    certificate.private_key_pem.write_to_path(str(directory / "server.key"))
+    for blob in certificate.cert_chain_pems:
+        blob.write_to_path(str(directory / "server.pem"), append=True)
 
 
 def reserve_address(stack: ExitStack | AsyncExitStack) -> tuple[str, int]:
@@ -250,20 +257,31 @@ def test_docs_session_prints_the_documented_output(example: Example, checkout: P
     script = "\n".join(line[2:] for line in lines if line.startswith("$ "))
     expected = [line for line in lines if not line.startswith("$ ") and line != "^C"]
     with ExitStack() as stack:
-        if example.names:
-            assert example.names == ("server",)
-            port = stack.enter_context(HostedServer()).port
-        else:
-            _, port = reserve_address(stack)
+        port = start_given(example.names, checkout, stack)
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("ECHO_ASYNC_", "MAKE"))},
             "PATH": f"{checkout / '.venv' / 'bin'}:{os.environ['PATH']}",
             "ECHO_ASYNC_PORT": str(port),
             "VENV": ".venv",
         }
+        script = re.sub(r"\b5500\b", str(port), script)
         output = run_session(f"exec {script}" if interrupted else script, checkout, environment, len(expected))
     assert len(output) == len(expected) or "..." in expected, output
     assert re.fullmatch(pattern(expected), "".join(f"{normalize(line)}\n" for line in output)), output
+
+
+def start_given(names: tuple[str, ...], directory: Path, stack: ExitStack) -> int | None:
+    """Start the server that a session requires, if any. Returns the port of the session."""
+    for program in sorted({*names} - {"server", "tls_server"}):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    if "server" in names:
+        return stack.enter_context(HostedServer()).port
+    if "tls_server" in names:
+        write_certificates(directory)
+        certfile, keyfile = str(directory / "server.pem"), str(directory / "server.key")
+        return stack.enter_context(HostedServer(mode="message", ssl_certfile=certfile, ssl_keyfile=keyfile)).port
+    return reserve_address(stack)[1]
 
 
 def run_session(script: str, directory: Path, environment: dict[str, str], lines: int) -> list[str]:
