@@ -29,9 +29,10 @@ settings.load_profile("no deadline")
 
 
 def pytest_configure() -> None:
-    """Restore the default SIGINT handler, which a shell disables for background jobs and commands inherit."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Restore the default handlers of signals that a shell or nohup ignores, which commands inherit."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_collection_finish() -> None:
