@@ -11,6 +11,8 @@ import select
 import selectors
 import signal
 import socket
+import struct
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,8 @@ _is_present = {UNIX_SOCKETS: HAS_UNIX_SOCKETS, DESCRIPTORS: resource is not None
 
 CONNECT_IN_PROGRESS = {0, errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", 0)}
 """Results of ``connect_ex`` on a nonblocking socket that is connecting, or connected."""
+
+SIOCOUTQNSD = 0x894B  # of Linux: include/uapi/linux/sockios.h
 
 HAS_SHARED_PORTS = hasattr(socket, "SO_EXCLUSIVEADDRUSE")
 """Whether SO_REUSEADDR lets several servers listen on one port."""
@@ -90,6 +94,20 @@ def set_exclusive_address(listener: socket.socket) -> None:
     """
     option = socket.SO_EXCLUSIVEADDRUSE if HAS_SHARED_PORTS else socket.SO_REUSEADDR  # type: ignore[attr-defined]
     listener.setsockopt(socket.SOL_SOCKET, option, 1)
+
+
+def set_reset_on_close(connected: Any) -> None:
+    """Let closing ``connected`` reset the connection (socket(7), SO_LINGER of 0 s). Unix sockets are just closed."""
+    linger = struct.pack("ii" if resource is not None else "hh", 1, 0)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
+def unsent_in_kernel(connected: Any) -> int:
+    """Return the bytes in the kernel that it has not put on the wire yet; 0 where it does not tell."""
+    if sys.platform == "linux":
+        with suppress(OSError):  # not a TCP socket
+            return int.from_bytes(fcntl.ioctl(connected.fileno(), SIOCOUTQNSD, bytes(4)), sys.byteorder)
+    return 0
 
 
 def is_readable(sockets: Iterable[Any]) -> bool:

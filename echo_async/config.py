@@ -42,7 +42,9 @@ EngineName = Literal["streams", "protocol", "threads"]
 ProxyProtocol = Literal["off", "v1", "v2", "auto"]
 SentProxyVersion = Literal["v1", "v2"]
 
-OptionType = Literal["text", "host", "path", "file", "networks", "address", "integer", "seconds", "choice", "flag"]
+OptionType = Literal[
+    "text", "host", "path", "file", "networks", "address", "integer", "seconds", "choice", "flag", "fault", "faults"
+]
 
 LOOPBACK = "127.0.0.1,::1"
 MAX_INT = 2**31 - 1
@@ -50,6 +52,9 @@ MAX_INT = 2**31 - 1
 _HOST_HELP = "Host name or address to listen on; :: for all, 0.0.0.0 for all of IPv4. Can be given several times."
 _MODE_HELP = "message: one message, then close. stream: many messages. raw: every byte as it arrives (RFC 862)."
 _ENGINE_HELP = "streams: one coroutine per client. protocol: callbacks. threads: one thread per client."
+_FAULT_HELP = "Fault of every connection, such as delay=0.05..0.2,slice=1..3; p=0.1 for a share of them."
+_SEQUENCE_HELP = "Faults of the first connections, one each, separated by semicolons; none for a healthy one."
+_SEED_HELP = "Seed of all random choices of faults; the same seed repeats them."
 _PROXY_HELP = "PROXY header with which every connection must begin; auto accepts v1 and v2."
 
 
@@ -104,6 +109,9 @@ class Option:
             case "address":
                 is_valid = _is_address(value)
                 requirement = "must be an IP address and a port, such as 192.0.2.1:40000 or [2001:db8::1]:40000"
+            case "fault" | "faults":
+                requirement = _fault_violation(value, self.type)
+                is_valid = requirement == ""
             case "flag":
                 is_valid, requirement = not isinstance(value, str), "must be a boolean"
             case _:
@@ -135,6 +143,20 @@ def _is_address(value: Any) -> bool:
     except (ValueError, AttributeError):
         return False
     return True
+
+
+def _fault_violation(value: Any, type: OptionType) -> str:
+    if value is None:
+        return ""
+    from .faults import parse_fault, parse_sequence
+
+    try:
+        parse_fault(value) if type == "fault" else parse_sequence(value)
+    except (TypeError, AttributeError):
+        return "must be a text such as reset=5" if type == "fault" else "must be a sequence of faults"
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _option(default: Any, help: str, *details: Any, repr: bool = True, **more: Any) -> Any:
@@ -174,6 +196,9 @@ class ServerOptions(TypedDict, total=False):
     ssl_ca_certs: str | None
     proxy_protocol: ProxyProtocol
     proxy_allow_from: str
+    fault: str | None
+    fault_sequence: str | Sequence[str | None] | None
+    fault_seed: int | None
     no_access_log: bool
 
 
@@ -209,6 +234,9 @@ class ServerConfig:
     ssl_ca_certs: str | None = _option(None, "CA certificates (PEM) that must have signed client certificates.", "file")
     proxy_protocol: ProxyProtocol = _option("off", _PROXY_HELP, "choice", choices=get_args(ProxyProtocol))
     proxy_allow_from: str = _option(LOOPBACK, "Trusted proxies: addresses and networks, or * for all.", "networks")
+    fault: str | None = _option(None, _FAULT_HELP, "fault")
+    fault_sequence: str | Sequence[str | None] | None = _option(None, _SEQUENCE_HELP, "faults")
+    fault_seed: int | None = _option(None, _SEED_HELP, "integer", 0, 2**63 - 1, default_text="random, and logged")
     no_access_log: bool = _option(False, "Disable the log line per message.", "flag")
 
     def __post_init__(self) -> None:
@@ -221,10 +249,29 @@ class ServerConfig:
             require(DESCRIPTORS, "use fd")
         if self.fd is not None and self.uds is not None:
             raise ConfigError("fd and uds are mutually exclusive")
+        self._check_faults()
         if self.ssl_certfile is None:
             for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name} requires ssl_certfile")
+
+    def _check_faults(self) -> None:
+        if self.fault is not None and self.fault_sequence is not None:
+            raise ConfigError("fault and fault_sequence are mutually exclusive")
+        if self.fault_seed is not None and not self.has_faults:
+            raise ConfigError("fault_seed requires fault or fault_sequence")
+        if self.fd is not None and self.has_faults:
+            raise ConfigError("fault and fault_sequence conflict with fd; use host and port, or uds")
+
+    @property
+    def has_faults(self) -> bool:
+        """Whether connections can have a fault."""
+        return self.fault is not None or self.fault_sequence is not None
+
+    @property
+    def accepts(self) -> bool:
+        """Whether connections are accepted. With the fault ``no-accept`` they are not."""
+        return self.fault is None or self.fault.strip() != "no-accept"
 
 
 class ClientOptions(TypedDict, total=False):

@@ -14,13 +14,17 @@ class Listeners:
     def __init__(self, sockets: Sequence[socket.socket], path: str | None = None) -> None:
         self.addresses = [net.get_address(each) for each in sockets]
         self._sockets = list(sockets)
+        self._backlog_fillers: list[socket.socket] = []
         self._path = path
         self._file_id = None if path is None else net.get_file_id(path)
 
     @classmethod
     def bind(cls, config: ServerConfig, infos: Sequence[net.AddressInfo] | None = None) -> Self:
         """Bind the addresses of ``config``, which are resolved here unless ``infos`` has them."""
-        return cls(net.bind(config, net.resolve(config) if infos is None else infos), config.uds)
+        self = cls(net.bind(config, net.resolve(config) if infos is None else infos), config.uds)
+        if not config.accepts:
+            self._backlog_fillers = [net.fill_backlog(each) for each in self._sockets]
+        return self
 
     @property
     def sockets(self) -> tuple[socket.socket, ...]:
@@ -31,6 +35,6 @@ class Listeners:
         if self._path is not None:
             net.remove_socket_file(self._path, self._file_id)
             self._path = None
-        for each in self._sockets:
+        for each in (*self._sockets, *self._backlog_fillers):
             each.close()
         self._sockets.clear()

@@ -83,16 +83,17 @@ def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.sock
     With port 0 all sockets get the same port. :exc:`~echo_async.StartError` if any cannot be opened; then all are
     closed.
     """
+    backlog = config.backlog if config.accepts else 0
     if config.fd is not None:
         return [adopt(config.fd)]
     if config.uds is not None:
-        return [_bind_unix(config.uds, config.backlog)]
+        return [_bind_unix(config.uds, backlog)]
     infos = _replace_unspecified(list(dict.fromkeys(infos)))
     attempts = PORT_ATTEMPTS if config.port == 0 else 1
     while True:
         attempts -= 1
         try:
-            return _bind_tcp(infos, config.backlog)
+            return _bind_tcp(infos, backlog)
         except StartError as error:
             if not attempts or getattr(error.__cause__, "errno", None) != errno.EADDRINUSE:
                 raise
@@ -143,6 +144,21 @@ def _bind_tcp(infos: Sequence[AddressInfo], backlog: int) -> list[socket.socket]
             _listen(listener, backlog)  # another server may have listened since bind
         stack.pop_all()
         return sockets
+
+
+def fill_backlog(listener: socket.socket) -> socket.socket:
+    """Connect to ``listener``, which has a backlog of 0 and never accepts; return the connection.
+
+    It takes the only place in the backlog. Linux drops the SYN of any other connection then, which therefore never
+    completes (listen(2); net.ipv4.tcp_abort_on_overflow is not for this queue).
+    """
+    address = listener.getsockname()
+    if isinstance(address, tuple):
+        address = ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0]), *address[1:])
+    client = socket.socket(listener.family, listener.type)
+    client.setblocking(False)
+    client.connect_ex(address)
+    return client
 
 
 def _listen(listener: socket.socket, backlog: int) -> None:

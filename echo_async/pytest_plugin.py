@@ -1,4 +1,4 @@
-"""pytest fixtures: ``echo_server``, a server for one test, and ``make_echo_server``, for any number of servers.
+"""pytest fixtures: ``echo_server``, ``make_echo_server`` and ``black_hole_address``.
 
 pytest imports this module in every session of an environment that has the package installed. Therefore it imports only
 pytest and typing. :mod:`echo_async.testing` is imported when a test first uses a fixture.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .config import ServerOptions
     from .testing import HostedServer
 
-__all__ = ["MakeEchoServer", "echo_server", "echo_server_options", "make_echo_server"]
+__all__ = ["MakeEchoServer", "black_hole_address", "echo_server", "echo_server_options", "make_echo_server"]
 
 
 class MakeEchoServer(Protocol):
@@ -66,3 +66,12 @@ def make_echo_server() -> Iterator[MakeEchoServer]:
             return servers.enter_context(HostedServer(tls=tls, **options))
 
         yield make
+
+
+@pytest.fixture(scope="session")
+def black_hole_address() -> Iterator[tuple[str, int]]:
+    """Host and port of a local address on which connecting never completes. On Linux: elsewhere it may be refused."""
+    from .testing import HostedServer
+
+    with HostedServer(fault="no-accept") as server:
+        yield server.address

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 
 __all__ = ["Stats"]
 
@@ -12,6 +13,7 @@ class Stats:
     """A snapshot of a server's counters since its start. ``a + b`` adds the counters of two servers.
 
     ``bytes_in`` and ``bytes_out`` count bytes, ``messages`` counts messages, all other fields count connections.
+    A fault that drops or cuts a reply changes ``bytes_out``, and not ``messages``.
     """
 
     accepted: int = 0
@@ -46,8 +48,19 @@ class Stats:
     failed: int = 0
     """Connections aborted because of an internal error."""
 
+    faults: Mapping[str, int] = field(default_factory=dict)
+    """Connections on which a fault took effect, by kind; only kinds that occurred."""
+
     def __add__(self, other: Stats) -> Stats:
-        return Stats(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
+        faults = {
+            kind: self.faults.get(kind, 0) + other.faults.get(kind, 0) for kind in {**self.faults, **other.faults}
+        }
+        return Stats(**{name: getattr(self, name) + getattr(other, name) for name in COUNTERS}, faults=faults)
 
     def __str__(self) -> str:
-        return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+        faults = [f"fault_{kind.replace('-', '_')}={count}" for kind, count in self.faults.items()]
+        return " ".join([f"{name}={getattr(self, name)}" for name in COUNTERS] + faults)
+
+
+COUNTERS = tuple(field.name for field in fields(Stats) if field.name != "faults")
+"""The names of the fields that are a single number."""

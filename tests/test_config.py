@@ -33,6 +33,9 @@ DEFAULTS = {
     "ssl_ca_certs": None,
     "proxy_protocol": "off",
     "proxy_allow_from": "127.0.0.1,::1",
+    "fault": None,
+    "fault_sequence": None,
+    "fault_seed": None,
     "no_access_log": False,
 }
 

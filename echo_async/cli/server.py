@@ -70,6 +70,8 @@ def command(context: click.Context, /, **values: Any) -> int:
     loop = "asyncio" if config.engine == "threads" else values["loop"]
     factory = loop_factory(loop)
     sockets = [adopt(number) for number in listen_descriptors()] or None
+    if sockets and config.has_faults:
+        raise ConfigError("--fault and --fault-sequence conflict with LISTEN_FDS; use --host and --port, or --uds")
     start: Callable[[], Awaitable[EchoServer | Supervisor]] = partial(start_server, config, sockets)
     if values["workers"] > 1:
         require(DESCRIPTORS, f"use --workers {values['workers']}")
@@ -100,6 +102,8 @@ def _config(context: click.Context) -> ServerConfig:
             raise ConfigError(f"--threaded conflicts with --engine {values['engine']}")
         if "engine" not in typed:
             values["engine"] = "threads"
+    if typed & {"fault", "fault_sequence"}:
+        values.update({name: None for name in ("fault", "fault_sequence") if name not in typed})
     if typed & {"host", "port", "uds", "fd"}:
         values.update({name: None for name in ("uds", "fd") if name not in typed})
     config = ServerConfig(**values)

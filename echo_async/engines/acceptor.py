@@ -1,11 +1,13 @@
 """Accepts connections for the asyncio engines, and ends all of them at a shutdown."""
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
-from functools import partial
-from typing import Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol
 
 from ..compat import is_readable
 from ..listeners import Listeners
@@ -15,6 +17,9 @@ from .handshake_acceptor import HandshakeAcceptor, OnEstablished
 from .loop_internals import ABORT_TURNS, run_turns, start_serving, stop_accepting
 from .registry import DRAIN_INTERVAL, Registry
 from .sweeper import Sweeper
+
+if TYPE_CHECKING:
+    from ..faults import FaultPlan
 
 
 class AsyncioEngine(Protocol):
@@ -58,7 +63,7 @@ class AsyncioAcceptor:
     async def start(self) -> None:
         """Accept connections from now on. Once, after the acceptor is made."""
         try:
-            for listener in self._listeners.sockets:
+            for listener in self._listeners.sockets if self._admission.config.accepts else ():
                 self._servers.append(await self._serve(listener))
         except BaseException:  # canceled
             self._stop_listening()
@@ -67,11 +72,20 @@ class AsyncioAcceptor:
         self._sweeper.start()
 
     async def _serve(self, listener: socket.socket) -> asyncio.Server | HandshakeAcceptor:
-        if self._certificates is None and not self._admission.expects_header:
+        config = self._admission.config
+        if self._certificates is None and not self._admission.expects_header and not config.has_faults:
             server = await self._engine.create_server(self._registry, self._admission.admit, listener)
-            return await start_serving(server, listener, self._admission.config.backlog)
-        make_protocol = partial(self._engine.create_protocol, self._registry)
-        return HandshakeAcceptor(self._admission, self._loop, listener, self._certificates, make_protocol)
+            return await start_serving(server, listener, config.backlog)
+        return HandshakeAcceptor(self._admission, self._loop, listener, self._certificates, self._make_protocol)
+
+    def _make_protocol(
+        self, on_established: OnEstablished, peername: object, plan: FaultPlan | None
+    ) -> asyncio.Protocol:
+        if plan is None:
+            return self._engine.create_protocol(self._registry, on_established, peername)
+        faulty_engine = import_module(f".faulty_{self._admission.config.engine}", __package__)
+        protocol: asyncio.Protocol = faulty_engine.create_protocol(self._registry, on_established, peername, plan)
+        return protocol
 
     def close(self) -> None:
         """Begin the graceful shutdown. Returns at once; safe to call twice, and from any thread."""
@@ -100,7 +114,8 @@ class AsyncioAcceptor:
         registry.on_empty = emptied.set
         deadline = self._loop.time() + self._admission.config.timeout_graceful_shutdown
         try:
-            await self._drain_backlog()
+            if self._servers:
+                await self._drain_backlog()
             for server in self._servers:
                 server.close()
             await run_turns(1)  # nothing waits for a listener when it is closed: select would fail

@@ -3,16 +3,24 @@
 A connection that has to send a PROXY header or complete a TLS handshake first is pending until then.
 """
 
-import errno
-import threading
+from __future__ import annotations
 
-from ..compat import descriptor_limit
+import errno
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+from ..compat import descriptor_limit, set_reset_on_close
+from ..config import ServerConfig
 from ..errors import describe_error
 from ..logs import RateLimitedLog, log
 from ..net import format_address
 from ..proxy import ProxyHeader, ProxyHeaderError, TrustedProxies
 from .proxy_reader import ClosedBeforeInput
 from .registry import Registry
+
+if TYPE_CHECKING:
+    from ..faults import FaultPlan, FaultSchedule
 
 HANDSHAKE_TIMEOUT = 10.0  # seconds for a TLS handshake
 ACCEPT_RETRY_DELAY = 0.1  # seconds after accept() failed for lack of descriptors or memory
@@ -36,6 +44,7 @@ class Admission:
         self._log_accept_error = RateLimitedLog(log.warning, f"accept failed: %s; retrying in {ACCEPT_RETRY_DELAY:g} s")
         self._log_handshake_failure = RateLimitedLog(log.warning, "%s TLS handshake failed: %s")
         self._log_header_failure = RateLimitedLog(log.warning, "%s %s")
+        self._schedule = _fault_schedule(config)
         self._log_refused = RateLimitedLog(log.warning, "connection limit reached (%d), connection refused")
 
     @property
@@ -55,6 +64,16 @@ class Admission:
             self._log_header_failure(format_address(peername), "connection refused: not in proxy_allow_from")
             return False
         return True
+
+    def next_plan(self) -> FaultPlan | None:
+        """Return the faults of the connection that was just admitted, None if it has none."""
+        return None if self._schedule is None else self._schedule.next_plan()
+
+    def reset(self, connected: socket.socket, peername: object, plan: FaultPlan) -> None:
+        """Reset an admitted connection, as its plan demands."""
+        self.registry.context.report_fault(format_address(peername), plan.refuse())
+        set_reset_on_close(connected)
+        connected.close()
 
     def on_accept_error(self, error: Exception) -> bool:
         """Log an error of ``accept``; return whether to pause, since it will occur again at once."""
@@ -108,6 +127,16 @@ class Admission:
         if isinstance(error, ClosedBeforeInput):  # counted as it is where no handshake is expected
             self._counters.increment("accepted")
         log.debug(template, peer, describe_error(error))
+
+
+def _fault_schedule(config: ServerConfig) -> FaultSchedule | None:
+    if not config.has_faults:
+        return None
+    from ..faults import FaultSchedule
+
+    schedule = FaultSchedule(config.fault, config.fault_sequence, config.fault_seed, is_raw=config.mode == "raw")
+    log.info("faults configured: %s, seed %d", config.fault or config.fault_sequence, schedule.seed)
+    return schedule
 
 
 def max_connections() -> int:

@@ -11,6 +11,7 @@ from ..errors import describe_error
 from ..logs import access_log, excerpt, log
 from ..net import format_address
 from .context import ConnectionContext
+from .counters import Exchange
 
 LINES_PER_TURN = 250  # access log lines of one connection before others get their turn
 NEW_CLIENT_GRACE = 0.5  # seconds that a new connection gets at a shutdown to begin its message
@@ -39,6 +40,11 @@ class Connection:
         "conversation",
     )
 
+    is_replying = False
+    """Whether a fault delays replies."""
+    is_held_open = False
+    """Whether a fault leaves it to the client to close the connection."""
+
     def __init__(self, context: ConnectionContext, peername: object) -> None:
         self.context = context
         self.conversation = context.make_conversation()
@@ -56,6 +62,16 @@ class Connection:
     def peer(self) -> str:
         """The peer's address, formatted for the log."""
         return format_address(self._peername)
+
+    @property
+    def answered(self) -> int:
+        """Bytes of replies, sent or in the write buffer."""
+        return self.conversation.answered
+
+    @property
+    def exchange(self) -> Exchange:
+        """What the counters add up."""
+        return self.conversation, self.answered
 
     # Provided by the engine.
 
@@ -84,16 +100,16 @@ class Connection:
         """Return the timeout that this connection has exceeded, if any."""
         conversation, config = self.conversation, self.context.config
         unsent = self.unsent()
-        sent = conversation.answered - unsent
+        sent = self.answered - unsent
         if not unsent or sent != self._sent:
             self._sent, self._sent_at = sent, now
         elif now - self._sent_at >= config.timeout_write:
             return "write"
-        if unsent:  # the client has to read first: the other clocks stand still
+        if unsent or self.is_replying:  # the client has to read, or to wait: the other clocks stand still
             self._idle_since = now
             self._message_started_at = self._message_started_at and now
             self._lingering_since = self._lingering_since and now
-        elif conversation.finished:
+        elif conversation.finished and not self.is_held_open:
             if self._lingering_since is None:
                 self._lingering_since = now
             elif now - self._lingering_since >= self.context.linger_timeout:
@@ -165,7 +181,7 @@ class Connection:
                 self.peer,
                 conversation.messages,
                 conversation.received,
-                conversation.answered,
+                self.answered,
             )
 
 

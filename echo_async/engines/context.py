@@ -1,14 +1,20 @@
 """What all connections of one server share: options, counters, log settings, the clock."""
 
+from __future__ import annotations
+
 import logging
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ..config import ServerConfig
 from ..conversation import MODES, Conversation
 from ..logs import access_log, log
 from .counters import Counters
+
+if TYPE_CHECKING:
+    from ..faults import Report
 
 LINGER_TIMEOUT = 5.0  # seconds that input is discarded after the last reply, until the client closes its side
 LINGER_TIMEOUT_AT_STOP = 0.5  # the same during a shutdown
@@ -28,6 +34,11 @@ class ConnectionContext:
         self.linger_timeout = LINGER_TIMEOUT
         self.log_messages = not config.no_access_log and access_log.isEnabledFor(logging.INFO)
         self.log_chunks = log.isEnabledFor(logging.DEBUG)
+
+    def report_fault(self, peer: str, fault: Report) -> None:
+        """Count and log a fault that takes effect on a connection."""
+        self.counters.count_fault(fault.kind)
+        log.info("%s fault injected: %s", peer, fault.text)
 
     def fail(self, peer: str, error: Exception) -> None:
         """Count and log an internal error, which ends one connection."""

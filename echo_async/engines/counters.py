@@ -4,7 +4,10 @@ import threading
 from collections.abc import Collection
 
 from ..conversation import Conversation
-from ..stats import Stats
+from ..stats import COUNTERS, Stats
+
+Exchange = tuple[Conversation, int]
+"""The conversation of a connection, and the bytes of replies that were sent."""
 
 
 class Counters:
@@ -12,33 +15,41 @@ class Counters:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._totals = dict.fromkeys(Stats.__slots__, 0)
+        self._totals = dict.fromkeys(COUNTERS, 0)
+        self._faults: dict[str, int] = {}
 
     def increment(self, name: str) -> None:
         """Count one event. ``name`` is a field of :class:`~echo_async.Stats`."""
         with self._lock:
             self._totals[name] += 1
 
-    def add_closed(self, conversation: Conversation) -> None:
-        """Add the conversation of a connection that is closed."""
+    def count_fault(self, kind: str) -> None:
+        """Count a connection on which a fault took effect."""
         with self._lock:
-            _add(self._totals, conversation)
+            self._faults[kind] = self._faults.get(kind, 0) + 1
+
+    def add_closed(self, exchange: Exchange) -> None:
+        """Add what was exchanged on a connection that is closed."""
+        conversation, _ = exchange
+        with self._lock:
+            _add(self._totals, exchange)
             if conversation.incomplete:
                 self._totals["too_long" if conversation.too_long else "lost"] += 1
 
-    def snapshot(self, active: Collection[Conversation]) -> Stats:
-        """The totals, with the conversations of open connections added."""
+    def snapshot(self, active: Collection[Exchange]) -> Stats:
+        """The totals, with what was exchanged on open connections added."""
         with self._lock:
-            totals = dict(self._totals)
+            totals, faults = dict(self._totals), dict(self._faults)
         totals["active"] = len(active)
-        for conversation in active:
-            _add(totals, conversation)
-            totals["too_long"] += conversation.too_long
-        return Stats(**totals)
+        for exchange in active:
+            _add(totals, exchange)
+            totals["too_long"] += exchange[0].too_long
+        return Stats(**totals, faults=faults)
 
 
-def _add(totals: dict[str, int], conversation: Conversation) -> None:
+def _add(totals: dict[str, int], exchange: Exchange) -> None:
+    conversation, sent = exchange
     totals["accepted"] += 1
     totals["messages"] += conversation.messages
     totals["bytes_in"] += conversation.received
-    totals["bytes_out"] += conversation.answered
+    totals["bytes_out"] += sent

@@ -1,16 +1,18 @@
-"""Accepts connections that have to send a PROXY header or complete a TLS handshake first.
+"""Accepts connections that have to send a PROXY header or complete a TLS handshake first, or can have a fault.
 
 An event loop's own server reports no handshake that fails or does not end. So this one accepts, and counts a
 connection as pending until it is established. A TLS connection cannot be half-closed: at its end the transport
 sends what is left, then its close_notify.
 """
 
+from __future__ import annotations
+
 import asyncio
 import socket
 import ssl
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from ..net import format_address
 from ..tls import Certificates
@@ -18,13 +20,16 @@ from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Adm
 from .context import LINGER_TIMEOUT
 from .proxy_reader import read_header, wait_for_input
 
+if TYPE_CHECKING:
+    from ..faults import FaultPlan
+
 MIN_TIMEOUT = 0.001  # seconds: a handshake whose time is up fails, but 0 is invalid
 
 OnEstablished = Callable[[], bool]
 """Called once a connection has its transport. Returns whether to serve it."""
 
-ProtocolFactory = Callable[[OnEstablished, object], asyncio.Protocol]
-"""Makes the protocol of a connection, which calls the first argument. The second is the peer's address."""
+ProtocolFactory = Callable[[OnEstablished, object, "FaultPlan | None"], asyncio.Protocol]
+"""Makes the protocol of a connection, which calls the first argument; then the peer's address, and its faults."""
 
 
 class HandshakeAcceptor:
@@ -57,16 +62,18 @@ class HandshakeAcceptor:
                 await asyncio.sleep(ACCEPT_RETRY_DELAY if self._admission.on_accept_error(error) else 0)
                 continue
             try:
-                if self._admission.admit(peername):
-                    self._begin(connection, peername)
-                else:
+                if not self._admission.admit(peername):
                     connection.close()
+                elif (plan := self._admission.next_plan()) is not None and plan.is_refused:
+                    self._admission.reset(connection, peername, plan)
+                else:
+                    self._begin(connection, peername, plan)
             except Exception as error:
                 self._admission.registry.context.fail(format_address(peername), error)
                 connection.close()
 
-    def _begin(self, connection: socket.socket, peername: object) -> None:
-        task = self._loop.create_task(self._establish(connection, peername))
+    def _begin(self, connection: socket.socket, peername: object, plan: FaultPlan | None) -> None:
+        task = self._loop.create_task(self._establish(connection, peername, plan))
         self._admission.begin_handshake()
         self._tasks.add(task)
         task.add_done_callback(partial(self._on_done, connection))
@@ -77,7 +84,7 @@ class HandshakeAcceptor:
             self._admission.end_handshake()
             connection.close()
 
-    async def _establish(self, connection: socket.socket, peername: object) -> None:
+    async def _establish(self, connection: socket.socket, peername: object, plan: FaultPlan | None) -> None:
         """Read the PROXY header, do the TLS handshake, whichever is configured; then serve the connection."""
         fail = self._admission.fail_header
         is_established = False
@@ -93,7 +100,7 @@ class HandshakeAcceptor:
                 header = self._admission.new_header()
                 await read_header(self._loop, connection, header, self._admission.config.timeout_message)
                 peername = header.source or peername
-            protocol = self._make_protocol(on_established, peername)
+            protocol = self._make_protocol(on_established, peername, plan)
             if self._certificates is None:  # takes no time: a shutdown does not cancel it
                 self._tasks.discard(cast(asyncio.Task[None], asyncio.current_task()))
                 await self._loop.connect_accepted_socket(lambda: protocol, connection)

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import socket
 
+from ..compat import set_reset_on_close
+
 ACCEPT_BATCH = 5
 """The backlog that an event loop's server is created with.
 
@@ -67,6 +69,26 @@ async def stop_accepting(loop: asyncio.AbstractEventLoop, listeners: tuple[socke
         with contextlib.suppress(RuntimeError):
             loop.remove_reader(listener)
     await run_turns(ACCEPT_TURNS)
+
+
+def reset_transport(transport: asyncio.WriteTransport) -> None:
+    """Abort ``transport`` with a reset."""
+    set_reset_on_close(transport.get_extra_info("socket"))
+    abort_transport(transport)
+
+
+def shut_down_output(transport: asyncio.WriteTransport) -> None:
+    """Close the sending side of a transport that has sent everything; input is still received.
+
+    A transport cannot do this over TLS, so the socket beneath is shut down, without a close_notify. uvloop offers
+    no such method for it (pseudosock.pyx): a duplicate of the descriptor has it.
+    """
+    if transport.can_write_eof():
+        transport.write_eof()
+    else:
+        descriptor = transport.get_extra_info("socket").fileno()
+        with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as duplicate:
+            duplicate.shutdown(socket.SHUT_WR)
 
 
 def abort_transport(transport: asyncio.WriteTransport) -> None:

@@ -41,7 +41,7 @@ class Registry:
                 return
             self.connections.remove(connection)
             self._timed_out.discard(connection)
-            self.context.counters.add_closed(connection.conversation)
+            self.context.counters.add_closed(connection.exchange)
         if connection.conversation.incomplete or self.context.log_chunks:
             connection.log_closed()
         if self.on_empty is not None and not self.connections:
@@ -56,7 +56,7 @@ class Registry:
     def stats(self) -> Stats:
         """A snapshot: the totals and the open connections, added up."""
         with self._lock:
-            return self.context.counters.snapshot([each.conversation for each in list(self.connections)])
+            return self.context.counters.snapshot([each.exchange for each in list(self.connections)])
 
     def sweep(self) -> None:
         """End every connection that has exceeded a timeout; during a shutdown, drain the others."""

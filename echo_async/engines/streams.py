@@ -6,10 +6,12 @@ microsecond of Python per chunk, however small.
 
 import asyncio
 import socket
+from collections.abc import Callable
 from functools import partial
 from typing import Unpack
 
 from ..config import ServerConfig, ServerOptions
+from ..errors import ConfigError
 from ..net import format_address
 from .connection import Connection
 from .handshake_acceptor import OnEstablished
@@ -20,6 +22,9 @@ from .sweeper import Sweeper
 CHUNKS_PER_TURN = 50  # chunks of one connection before others get their turn
 DRAIN_THRESHOLD = 16 * 1024  # bytes of unsent replies above which no chunk is read
 DISCARD_SIZE = 64 * 1024  # bytes per read of input that is discarded
+
+
+ConnectionFactory = Callable[[Registry, object, asyncio.StreamReader, asyncio.StreamWriter], "StreamConnection"]
 
 
 def read_ahead(config: ServerConfig) -> int:
@@ -49,11 +54,14 @@ def handle_echo(
         ConfigError: An option is invalid. The connection is aborted.
     """
     try:
-        registry = Registry(ServerConfig(**options))
+        config = ServerConfig(**options)
+        if config.has_faults:
+            raise ConfigError("handle_echo has no faults; use echo_async.serve")
+        registry = Registry(config)
     except BaseException:
         writer.transport.abort()
         raise
-    task = _serve(registry, None, reader, writer)
+    task = _serve(registry, None, reader, writer, StreamConnection)
     sweeper = Sweeper(registry)
     sweeper.start()
     task.add_done_callback(sweeper.stop)
@@ -61,9 +69,13 @@ def handle_echo(
 
 
 def _serve(
-    registry: Registry, peername: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    registry: Registry,
+    peername: object,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    make_connection: ConnectionFactory,
 ) -> asyncio.Task[None]:
-    connection = StreamConnection(registry, peername, reader, writer)
+    connection = make_connection(registry, peername, reader, writer)
     registry.add(connection)
     return connection.start()
 
@@ -72,13 +84,14 @@ def _connected(
     registry: Registry,
     on_established: OnEstablished,
     peername: object,
+    make_connection: ConnectionFactory,
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
     """Serve a new connection. Not a coroutine: asyncio logs a traceback if its own task is canceled."""
     try:
         if on_established():
-            _serve(registry, peername, reader, writer)
+            _serve(registry, peername, reader, writer, make_connection)
         else:
             writer.transport.abort()
     except Exception as error:  # an event loop would keep the connection open
@@ -88,18 +101,12 @@ def _connected(
 
 async def create_server(registry: Registry, on_established: OnEstablished, listener: socket.socket) -> asyncio.Server:
     return await asyncio.start_server(
-        partial(_connected, registry, on_established, None),
+        partial(_connected, registry, on_established, None, StreamConnection),
         sock=listener,
         limit=read_ahead(registry.context.config),
         backlog=ACCEPT_BATCH,
         start_serving=False,
     )
-
-
-def create_protocol(registry: Registry, on_established: OnEstablished, peername: object) -> asyncio.Protocol:
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(read_ahead(registry.context.config), loop)
-    return asyncio.StreamReaderProtocol(reader, partial(_connected, registry, on_established, peername), loop)
 
 
 class StreamConnection(Connection):
@@ -192,12 +199,15 @@ class StreamConnection(Connection):
                 reply = conversation.receive(chunk)
                 if self._transport.is_closing():
                     return
-                self._transport.write(reply)
-                if reply and self.context.log_messages:
-                    await self._log(reply)
+                await self._send(reply)
                 await self._writer.drain()
         except TimeoutError:
             conversation.finish()
+
+    async def _send(self, reply: bytes) -> None:
+        self._transport.write(reply)
+        if reply and self.context.log_messages:
+            await self._log(reply)
 
     async def _log(self, reply: bytes) -> None:
         """Log the messages of one reply, in turns with other connections; the rest at once if woken."""
@@ -235,3 +245,15 @@ class StreamConnection(Connection):
         if self._is_reading:
             self._is_reading = False
             self._task.cancel()
+
+
+def create_protocol(
+    registry: Registry,
+    on_established: OnEstablished,
+    peername: object,
+    make_connection: ConnectionFactory = StreamConnection,
+) -> asyncio.Protocol:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader(read_ahead(registry.context.config), loop)
+    on_connected = partial(_connected, registry, on_established, peername, make_connection)
+    return asyncio.StreamReaderProtocol(reader, on_connected, loop)

@@ -1,5 +1,7 @@
 """Accepts connections for the ``threads`` engine, in a thread that also sweeps and ends them."""
 
+from __future__ import annotations
+
 import contextlib
 import enum
 import selectors
@@ -8,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ..compat import accepted_socket
 from ..errors import StartError, describe_error
@@ -19,6 +22,9 @@ from .proxy_reader import receive_header
 from .registry import DRAIN_INTERVAL
 from .threads import ThreadConnection
 from .tls_socket import TlsSocket
+
+if TYPE_CHECKING:
+    from ..faults import FaultPlan
 
 STACK_SIZE = 256 * 1024  # bytes of address space of a connection's thread
 ACCEPT_BATCH = 16  # connections that are accepted between two checks of the clock
@@ -54,6 +60,7 @@ class ThreadAcceptor:
         self._listeners = listeners
         self._certificates = certificates
         self._on_closed = on_closed
+        self._accepting = listeners.sockets if admission.config.accepts else ()
         self._threads: set[threading.Thread] = set()
         self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
         self._pending: set[socket.socket] = set()  # connections in a handshake
@@ -89,7 +96,7 @@ class ThreadAcceptor:
             self._waker_selector = resources.enter_context(selectors.DefaultSelector())
             for selector in (self._listener_selector, self._waker_selector):
                 selector.register(self._wakened, selectors.EVENT_READ)
-            for listener in self._listeners.sockets:
+            for listener in self._accepting:
                 self._listener_selector.register(listener, selectors.EVENT_READ, listener)
             return resources.pop_all()
 
@@ -139,7 +146,7 @@ class ThreadAcceptor:
             if now() >= next_sweep:
                 self._registry.sweep()
                 next_sweep = now() + interval
-        for listener in self._listeners.sockets:  # closing resets the connections in its backlog
+        for listener in self._accepting:  # closing resets the connections in its backlog
             while self._accept(listener) is Accepted.MAYBE_MORE:
                 pass
 
@@ -155,27 +162,29 @@ class ThreadAcceptor:
                     return Accepted.FAILED
                 continue
             try:
-                if self._admission.admit(peername):
-                    self._serve(accepted_socket(connection), peername)
-                else:
+                if not self._admission.admit(peername):
                     connection.close()
+                elif (plan := self._admission.next_plan()) is not None and plan.is_refused:
+                    self._admission.reset(connection, peername, plan)
+                else:
+                    self._serve(accepted_socket(connection), peername, plan)
             except Exception as error:
                 self._registry.context.fail(format_address(peername), error)
                 connection.close()
         return Accepted.MAYBE_MORE
 
-    def _serve(self, connected: socket.socket, peername: object) -> None:
+    def _serve(self, connected: socket.socket, peername: object, plan: FaultPlan | None) -> None:
         """Serve a connection in a thread of its own; close it if there is none."""
         run: Callable[[], None]
         withdraw: Callable[[], None]
         if self._certificates is None and not self._admission.expects_header:
-            connection = ThreadConnection(self._registry, connected, peername)
+            connection = self._make_connection(connected, peername, plan)
             self._registry.add(connection)
             run, withdraw = connection.run, partial(self._registry.withdraw, connection)
         else:
             self._admission.begin_handshake()
             self._pending.add(connected)
-            run = partial(self._establish, connected, peername)
+            run = partial(self._establish, connected, peername, plan)
             withdraw = partial(self._withdraw, connected)
         try:
             self._start_thread(run)
@@ -183,6 +192,15 @@ class ThreadAcceptor:
             self._admission.on_accept_error(error)
             withdraw()
             connected.close()
+
+    def _make_connection(
+        self, connected: socket.socket | TlsSocket, peername: object, plan: FaultPlan | None
+    ) -> ThreadConnection:
+        if plan is None:
+            return ThreadConnection(self._registry, connected, peername)
+        from .faulty_threads import FaultyThreadConnection
+
+        return FaultyThreadConnection(plan, self._registry, connected, peername)
 
     def _start_thread(self, run: Callable[[], None]) -> None:
         thread = threading.Thread(target=self._run_connection, args=(run,), name="echo-async client")
@@ -237,7 +255,7 @@ class ThreadAcceptor:
             if self._is_stopping:
                 self._wake()
 
-    def _establish(self, connected: socket.socket, peername: object) -> None:
+    def _establish(self, connected: socket.socket, peername: object, plan: FaultPlan | None) -> None:
         """Read the PROXY header, do the TLS handshake, whichever is configured; then serve the connection."""
         admission = self._admission
         fail: Callable[[str, Exception], None] = admission.fail_header
@@ -252,7 +270,7 @@ class ThreadAcceptor:
                 secured = TlsSocket(connected, self._certificates.context)
                 secured.handshake(HANDSHAKE_TIMEOUT)
                 fail = admission.fail_header
-            connection = ThreadConnection(self._registry, secured, peername)
+            connection = self._make_connection(secured, peername, plan)
         except Exception as error:
             was_aborted = connected not in self._pending
             self._pending.discard(connected)

@@ -92,6 +92,12 @@ class ThreadConnection(Connection):
         return self.conversation.receive(chunk)
 
     def _send(self, reply: bytes) -> None:
+        self._send_all(reply)
+        if self.context.log_messages:
+            for _ in self.log_reply(reply):
+                pass  # the operating system schedules threads
+
+    def _send_all(self, reply: bytes) -> None:
         """Like ``sendall``, but its progress shows in ``_unsent``."""
         self._unsent = len(reply)
         if self._unsent <= SEND_SIZE:
@@ -101,9 +107,6 @@ class ThreadConnection(Connection):
             while rest:
                 rest = rest[self._socket.send(rest[:SEND_SIZE]) :]
                 self._unsent = len(rest)
-        if self.context.log_messages:
-            for _ in self.log_reply(reply):
-                pass  # the operating system schedules threads
 
     def _handle_stop_request(self) -> None:
         """Close the sending side if nothing is left to answer. The owner of a taken lock does this after release."""

@@ -20,7 +20,7 @@ class TlsSocket:
     """The methods of :class:`socket.socket` that :class:`~echo_async.engines.threads.ThreadConnection` calls."""
 
     def __init__(self, plain: socket.socket, context: ssl.SSLContext) -> None:
-        self._plain = plain
+        self.plain = plain
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
@@ -33,19 +33,19 @@ class TlsSocket:
         """
         deadline = time.monotonic() + seconds
         try:
-            self._plain.settimeout(seconds)
-            check_input(self._plain)
+            self.plain.settimeout(seconds)
+            check_input(self.plain)
             while True:
                 try:
                     self._tls.do_handshake()
                     return
                 except ssl.SSLWantReadError:
                     self._flush()
-                self._plain.settimeout(max(0.001, deadline - time.monotonic()))
+                self.plain.settimeout(max(0.001, deadline - time.monotonic()))
                 self._take(0)
         finally:
             self._flush()
-            self._plain.settimeout(None)
+            self.plain.settimeout(None)
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Decrypted bytes; ``b""`` when the client has ended its side. With ``MSG_PEEK``, whether there may be some.
@@ -53,7 +53,7 @@ class TlsSocket:
         As with a plain socket, less than ``size`` means that there was no more.
         """
         if flags & socket.MSG_PEEK:
-            return b"?" if self._ended or self._tls.pending() else self._plain.recv(1, flags)
+            return b"?" if self._ended or self._tls.pending() else self.plain.recv(1, flags)
         while True:
             try:
                 return self._read(size)
@@ -90,14 +90,14 @@ class TlsSocket:
                 self._tls.unwrap()
             # The end of a connection does not wait for its client: what does not fit is dropped.
             with contextlib.suppress(BlockingIOError):
-                self._plain.send(self._outgoing.read(), MSG_DONTWAIT)
-        self._plain.shutdown(how)
+                self.plain.send(self._outgoing.read(), MSG_DONTWAIT)
+        self.plain.shutdown(how)
 
     def close(self) -> None:
-        self._plain.close()
+        self.plain.close()
 
     def _take(self, flags: int) -> None:
-        data = self._plain.recv(4 * MAX_RECORD_SIZE, flags)
+        data = self.plain.recv(4 * MAX_RECORD_SIZE, flags)
         if data:
             self._incoming.write(data)
         else:
@@ -105,4 +105,4 @@ class TlsSocket:
 
     def _flush(self) -> None:
         if data := self._outgoing.read():
-            self._plain.sendall(data)
+            self.plain.sendall(data)

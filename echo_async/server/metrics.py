@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import CancelledError
-from dataclasses import fields
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, TypeVar
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -25,6 +24,7 @@ from prometheus_client.registry import Collector
 from ..errors import StartError, describe_error
 from ..logs import log
 from ..net import format_address
+from ..stats import COUNTERS as STATS_COUNTERS
 from ..stats import Stats
 from .server import BaseServer
 
@@ -51,7 +51,7 @@ COUNTERS = {
     ),
     "failures": ("failed", "Connections aborted because of an internal error."),
 }
-TIMEOUTS = [field.name for field in fields(Stats) if field.name.startswith("timeouts_")]
+TIMEOUTS = [name for name in STATS_COUNTERS if name.startswith("timeouts_")]
 
 
 class StatsCollector(Collector):
@@ -81,12 +81,17 @@ class StatsCollector(Collector):
         for name in TIMEOUTS:
             timeouts.add_metric([name.removeprefix("timeouts_")], getattr(stats, name))
         yield timeouts
+        faults = CounterMetricFamily("echo_async_faults", "Connections on which a fault took effect.", labels=["kind"])
+        for kind, count in stats.faults.items():
+            faults.add_metric([kind], count)
+        yield faults
 
 
 def _keep_monotonic(previous: Stats, current: Stats) -> Stats:
     """Never lower a counter: the fields are read while threads change them, and a decrease means a restart."""
-    counts = {field.name: max(getattr(previous, field.name), getattr(current, field.name)) for field in fields(Stats)}
-    return Stats(**{**counts, "active": current.active})
+    counts = {name: max(getattr(previous, name), getattr(current, name)) for name in STATS_COUNTERS}
+    faults = {**current.faults, **{kind: max(n, current.faults.get(kind, 0)) for kind, n in previous.faults.items()}}
+    return Stats(**{**counts, "active": current.active}, faults=faults)
 
 
 class MetricsServer:

@@ -245,7 +245,9 @@ def test_missing_prometheus_client_error_names_the_extra(tmp_path: Path) -> None
 
 
 def test_every_stats_field_is_a_metric() -> None:
-    assert {field for field, _ in COUNTERS.values()} | {*TIMEOUTS, "active"} == {each.name for each in fields(Stats)}
+    assert {field for field, _ in COUNTERS.values()} | {*TIMEOUTS, "active", "faults"} == {
+        each.name for each in fields(Stats)
+    }
 
 
 def test_metric_names_and_help_follow_the_conventions() -> None:

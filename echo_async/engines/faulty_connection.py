@@ -1,0 +1,78 @@
+"""The part of a connection with a fault that does not depend on its engine."""
+
+from collections.abc import Iterator
+
+from ..compat import unsent_in_kernel
+from ..faults import Action, End, FaultPlan, Report, Wait
+from .connection import Connection, TimeoutKind
+
+FLUSH_INTERVAL = 0.001  # seconds between two checks whether everything is on the wire
+MAX_RELEASED_WAIT = 0.001  # seconds that an action waits during a shutdown
+MIN_WAIT = 0.75  # of the length of a wait, if the previous one took too long
+
+
+class FaultyConnection(Connection):
+    """A connection that runs the actions of a plan where another one sends a reply.
+
+    An engine's class runs them one after the other. It reads nothing before all of them are done, so a slow plan
+    applies backpressure. Waits end when the server stops.
+    """
+
+    __slots__ = ()  # an engine's connection class has a layout of its own
+
+    _plan: FaultPlan
+    _is_stalled: bool  # nothing more is read or sent
+    _is_released: bool  # the server is about to end the connection
+
+    @property
+    def answered(self) -> int:
+        return self._plan.sent
+
+    @property
+    def is_held_open(self) -> bool:  # type: ignore[override]  # a constant for other connections
+        return self._plan.is_silent and not self._is_released
+
+    def expired_timeout(self, now: float) -> TimeoutKind | None:
+        if self._is_stalled:
+            return "idle" if now - self._idle_since >= self.context.config.timeout_idle else None
+        return super().expired_timeout(now)
+
+    def actions(self, reply: bytes) -> Iterator[Action]:
+        """Yield what to do instead of sending ``reply``."""
+        if self.context.log_messages and reply:
+            for _ in self.log_reply(reply):
+                yield Wait(0)
+        for action in self._plan.reply(reply):
+            if self._plan.sent and action in (End.RESET, End.HALF_CLOSE):
+                yield from self._flush()
+            yield action
+
+    def _flush(self) -> Iterator[Wait]:
+        """Wait until what was sent is on the wire: a reset discards the rest.
+
+        What is buffered between TLS and its socket reaches the kernel before the second check.
+        """
+        deadline = self.context.now() + self.context.config.timeout_write
+        checks = 2
+        while checks and self.context.now() < deadline:
+            is_flushed = not self.unsent() and not unsent_in_kernel(self.raw_socket())
+            checks = checks - 1 if is_flushed else 2
+            yield Wait(FLUSH_INTERVAL)
+
+    def raw_socket(self) -> object:
+        """Return the socket of the connection, beneath TLS. Provided by the engine."""
+        raise NotImplementedError
+
+    def next_due(self, due: float, seconds: float) -> float:
+        """Return when a wait ends that follows one until ``due``. A wait that took too long shortens the next."""
+        if self._is_released:
+            seconds = min(seconds, MAX_RELEASED_WAIT)
+        return max(due + seconds, self.context.now() + MIN_WAIT * seconds)
+
+    def report(self, fault: Report) -> None:
+        """Count and log a fault that takes effect."""
+        self.context.report_fault(self.peer, fault)
+
+    def begin_stall(self) -> None:
+        self._is_stalled = True  # type: ignore[misc]  # an attribute of the engine's class
+        self._idle_since = self.context.now()

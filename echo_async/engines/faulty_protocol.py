@@ -1,0 +1,136 @@
+"""Connections of the ``protocol`` engine with a fault: a callback of the event loop continues the actions."""
+
+import asyncio
+from collections.abc import Iterator
+from itertools import chain
+
+from ..faults import Action, End, FaultPlan, Report, Send, Wait
+from .faulty_connection import FaultyConnection
+from .handshake_acceptor import OnEstablished
+from .loop_internals import reset_transport, shut_down_output
+from .protocol import ProtocolConnection
+from .registry import Registry
+
+
+def create_protocol(
+    registry: Registry, on_established: OnEstablished, peername: object, plan: FaultPlan
+) -> asyncio.Protocol:
+    return FaultyProtocolConnection(registry, on_established, peername, plan)
+
+
+class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
+    """One connection with a fault."""
+
+    def __init__(self, registry: Registry, on_established: OnEstablished, peername: object, plan: FaultPlan) -> None:
+        super().__init__(registry, on_established, peername)
+        self._plan = plan
+        self._loop = asyncio.get_running_loop()
+        self._actions: Iterator[Action] = iter(())
+        self._timer: asyncio.Handle | None = None  # continues the actions
+        self._due = 0.0  # when the last wait ended, or should have ended
+        self._is_released = self._is_stalled = False
+        self.is_replying = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._append(self._plan.start())
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            if self.context.log_chunks:
+                self.log_chunk(data)
+            self._append(self.actions(self.conversation.receive(data)))
+        except Exception as error:
+            self.fail(error)
+
+    def _append(self, actions: Iterator[Action]) -> None:
+        self._actions = chain(self._actions, actions)
+        if not self.is_replying:
+            self.is_replying = True
+            self._due = self.context.now()
+            self._run()
+
+    def _run(self) -> None:
+        """Run actions until one takes time, or ends them."""
+        self._timer = None
+        try:
+            for action in self._actions:
+                if self._transport.is_closing():
+                    return
+                match action:
+                    case Send():
+                        self._transport.write(action.data)
+                        if self._is_writing_paused:
+                            return
+                    case Wait():
+                        return self._wait(action.seconds)
+                    case Report():
+                        self.report(action)
+                    case End():
+                        self._end(action)
+            self._continue()
+        except Exception as error:
+            self.fail(error)
+
+    def _wait(self, seconds: float) -> None:
+        self._transport.pause_reading()
+        self._due = self.next_due(self._due, seconds)
+        seconds = self._due - self.context.now()
+        self._timer = self._loop.call_later(seconds, self._run) if seconds > 0 else self._loop.call_soon(self._run)
+
+    def _end(self, end: End) -> None:
+        match end:
+            case End.CLOSE:
+                self.conversation.finish()
+            case End.RESET:
+                reset_transport(self._transport)
+            case End.HALF_CLOSE:
+                shut_down_output(self._transport)
+            case End.STALL:
+                self.begin_stall()
+                self._transport.pause_reading()
+
+    def _continue(self) -> None:
+        """All actions are done: read on, or finish."""
+        self.is_replying = False
+        if self._transport.is_closing() or self._is_stalled or self._lingering_since is not None:
+            return
+        if self.conversation.finished and not self.is_held_open:
+            self.finish()
+        else:
+            self._resume_reading()
+
+    def _can_read(self) -> bool:
+        return not self.is_replying and not self._is_stalled and super()._can_read()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.is_replying and self._timer is None:
+            self._run()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._cancel()
+        super().connection_lost(error)
+
+    def _cancel(self) -> None:
+        self._actions = iter(())
+        self._is_stalled = self.is_replying = False
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def finish(self) -> None:
+        self._is_released = True
+        self._cancel()
+        super().finish()
+
+    def stop(self) -> None:
+        self._is_released = True
+        if self._is_stalled:
+            return self.finish()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._run()
+        super().stop()
+
+    def raw_socket(self) -> object:
+        return self._transport.get_extra_info("socket")

@@ -1,0 +1,138 @@
+"""Connections of the ``streams`` engine with a fault: the coroutine runs the actions between two reads."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import cast
+
+from ..faults import Action, End, FaultPlan, Report, Send, Wait
+from .connection import TimeoutKind
+from .faulty_connection import FaultyConnection
+from .handshake_acceptor import OnEstablished
+from .loop_internals import reset_transport, shut_down_output
+from .registry import Registry
+from .streams import DRAIN_THRESHOLD, StreamConnection
+from .streams import create_protocol as create_healthy_protocol
+
+
+def create_protocol(
+    registry: Registry, on_established: OnEstablished, peername: object, plan: FaultPlan
+) -> asyncio.Protocol:
+    return create_healthy_protocol(registry, on_established, peername, partial(FaultyStreamConnection, plan))
+
+
+class FaultyStreamConnection(FaultyConnection, StreamConnection):
+    """One connection with a fault."""
+
+    def __init__(
+        self,
+        plan: FaultPlan,
+        registry: Registry,
+        peername: object,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        super().__init__(registry, peername, reader, writer)
+        self._plan = plan
+        self._released = asyncio.Event()  # ends the waits
+        self._is_stalled = self.is_replying = False
+
+    async def _echo(self) -> None:
+        conversation, size = self.conversation, self.context.config.chunk_size
+        try:
+            await self._run_actions(self._plan.start())
+            while not self._is_stopping and not (conversation.finished and not self.is_held_open):
+                self._is_reading = True
+                chunk = await self._reader.read(size)
+                self._is_reading = False
+                if not chunk:
+                    return conversation.receive_eof()
+                if self.context.log_chunks:
+                    self.log_chunk(chunk)
+                await self._send(conversation.receive(chunk))
+        except asyncio.CancelledError:
+            if self.is_replying or self._is_reading or self._task.uncancel():  # not canceled by _wake alone
+                raise
+        finally:
+            self._is_reading = False
+
+    async def _send(self, reply: bytes) -> None:
+        await self._run_actions(self.actions(reply))
+
+    async def _run_actions(self, actions: Iterator[Action]) -> None:
+        self.is_replying = True
+        due = self.context.now()
+        for action in actions:
+            if self._transport.is_closing():
+                break
+            match action:
+                case Send():
+                    self._transport.write(action.data)
+                    if self.unsent() > DRAIN_THRESHOLD:
+                        await self._writer.drain()
+                case Wait():
+                    due = await self._wait(due, action.seconds)
+                case Report():
+                    self.report(action)
+                case End():
+                    await self._end(action)
+        self.is_replying = False
+
+    async def _wait(self, due: float, seconds: float) -> float:
+        """Wait for ``seconds`` from ``due`` on, or until the server stops; return when it should have ended."""
+        due = self.next_due(due, seconds)
+        seconds = max(0.0, due - self.context.now())
+        if not seconds or self._is_released:
+            await asyncio.sleep(seconds)
+        else:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._released.wait()
+        return due
+
+    async def _end(self, end: End) -> None:
+        match end:
+            case End.CLOSE:
+                self.conversation.finish()
+            case End.RESET:
+                reset_transport(self._transport)
+                raise ConnectionResetError("reset by a fault")
+            case End.HALF_CLOSE:
+                shut_down_output(self._transport)
+            case End.STALL:
+                await self._stall()
+
+    async def _stall(self) -> None:
+        transport = cast(asyncio.Transport, self._transport)
+        self.begin_stall()
+        transport.pause_reading()
+        await self._released.wait()
+        self._is_stalled = False
+        self.conversation.finish()
+        if not transport.is_closing():
+            transport.resume_reading()
+
+    def expired_timeout(self, now: float) -> TimeoutKind | None:
+        if self._transport.is_closing():  # the connection is lost: wait no longer
+            self._released.set()
+        return super().expired_timeout(now)
+
+    @property
+    def _is_released(self) -> bool:  # type: ignore[override]  # read only here
+        return self._released.is_set()
+
+    def finish(self) -> None:
+        self._released.set()
+        super().finish()
+
+    def stop(self) -> None:
+        self._released.set()
+        super().stop()
+
+    def abort(self) -> None:
+        self._released.set()
+        super().abort()
+
+    def raw_socket(self) -> object:
+        return self._transport.get_extra_info("socket")

@@ -1,0 +1,304 @@
+"""Faults, without IO: what a server does to its replies, or to a connection, instead of just replying.
+
+A specification such as ``delay=0.05..0.2,slice=1..3`` becomes a :class:`Fault`. A :class:`FaultSchedule` decides which
+connection has one, and gives it a :class:`FaultPlan`, which turns each reply into actions. An engine runs the actions.
+Every random choice depends on the seed, the number of the connection and the number of the reply only: the same seed
+causes the same faults, whatever the timing.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+
+MAX_DELAY = 86_400.0  # seconds
+MAX_SIZE = 2**31 - 1  # bytes
+RATE_INTERVAL = 0.05  # seconds between two pieces that are sent at a limited rate
+SLICE_INTERVAL = 0.001  # seconds between two pieces: a peer that reads promptly receives each of them alone
+NONE = "none"  # the specification of a connection without a fault
+
+
+class End(enum.Enum):
+    """The last action of a plan."""
+
+    CLOSE = "close"
+    RESET = "reset"
+    HALF_CLOSE = "half-close"
+    STALL = "stall"
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send ``data`` in a packet of its own."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Wait; 0 seconds are one turn of the event loop."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Count and log a fault, which takes effect on this connection from now on."""
+
+    kind: str
+    text: str
+
+
+Action = Send | Wait | Report | End
+Range = tuple[float, float]
+
+ENDS = {end.value: end for end in End}
+REFUSE, NO_ACCEPT, DROP = "refuse", "no-accept", "drop"
+FINAL_KINDS = (*ENDS, REFUSE, NO_ACCEPT)  # of which a fault has at most one
+SINGLE_KINDS = (DROP, REFUSE, NO_ACCEPT)  # there are no replies that another kind could change
+VALUES = {
+    "delay": f"seconds from 0 to {MAX_DELAY:.0f}, or a range such as 0.05..0.2",
+    "rate": "bytes per second, an integer from 1",
+    "slice": "bytes, an integer from 1, or a range such as 1..3",
+    **dict.fromkeys(ENDS, "bytes of replies, an integer from 0"),
+    "p": "a share of the connections from 0 to 1",
+}
+KINDS = ("delay", "rate", "slice", DROP, "corrupt", "duplicate", *FINAL_KINDS)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One specification: the range of values of each kind, ``(0, 0)`` for those without, and a probability."""
+
+    values: dict[str, Range]
+    texts: dict[str, str]
+    probability: float = 1.0
+
+    @property
+    def end(self) -> str | None:
+        """The kind that ends the replies or the connection, if there is one."""
+        return next((kind for kind in FINAL_KINDS if kind in self.values), None)
+
+
+def parse_fault(spec: str) -> Fault | None:
+    """Parse ``KIND[=VALUE],...``; return None for ``none``.
+
+    Raises:
+        ValueError: The specification is invalid. The text names the part, and says what is allowed.
+    """
+    if spec == NONE:
+        return None
+    values: dict[str, Range] = {}
+    texts: dict[str, str] = {}
+    for part in spec.split(","):
+        kind, separator, text = part.strip().partition("=")
+        if kind not in KINDS and kind != "p":
+            raise ValueError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}, p, {NONE}")
+        if kind in values:
+            raise ValueError(f"{kind} is given twice")
+        values[kind] = _parse_value(kind, text if separator else None)
+        texts[kind] = part.strip()
+    probability, _ = values.pop("p", (1.0, 1.0))
+    if not values:
+        raise ValueError(f"p requires a kind; choose from {', '.join(KINDS)}")
+    _check_combination(list(values), "p" in texts)
+    return Fault(values, texts, probability)
+
+
+def parse_sequence(sequence: str | Sequence[str | None]) -> list[Fault | None]:
+    """Parse specifications, separated by semicolons or as a list, in which None stands for ``none``.
+
+    Raises:
+        ValueError: A specification is invalid, or is ``no-accept``, which applies to a whole listener.
+    """
+    specs = sequence.split(";") if isinstance(sequence, str) else sequence
+    faults = [parse_fault(NONE if spec is None else spec.strip()) for spec in specs]
+    if any(fault is not None and fault.end == NO_ACCEPT for fault in faults):
+        raise ValueError(f"{NO_ACCEPT} applies to all connections, not to one of a sequence")
+    return faults
+
+
+def _parse_value(kind: str, text: str | None) -> Range:
+    """Return the range of values in ``text``, which is None if there is no ``=``."""
+    if kind not in VALUES:
+        if text is None:
+            return 0, 0
+        raise ValueError(f"{kind} takes no value")
+    if text is None and kind in ENDS:
+        return 0, 0
+    is_range_allowed = kind in ("delay", "slice")
+    parts = (text or "").split("..") if is_range_allowed else [text or ""]
+    try:
+        numbers = [float(part) if kind in ("delay", "p") else _parse_integer(part) for part in parts]
+    except ValueError:
+        numbers = []
+    low = 1 if kind in ("rate", "slice") else 0
+    high = {"delay": MAX_DELAY, "p": 1.0}.get(kind, MAX_SIZE)
+    if len(numbers) not in (1, 2) or not low <= numbers[0] <= numbers[-1] <= high:
+        raise ValueError(f"{kind} requires {VALUES[kind]}")
+    return numbers[0], numbers[-1]
+
+
+def _parse_integer(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):  # int() takes spaces, signs and underscores
+        raise ValueError
+    return int(text)
+
+
+def _check_combination(kinds: list[str], has_probability: bool) -> None:
+    final = [kind for kind in kinds if kind in FINAL_KINDS]
+    if len(final) > 1:
+        raise ValueError(f"{final[0]} and {final[1]} are mutually exclusive")
+    for single in SINGLE_KINDS:
+        if single in kinds and len(kinds) > 1:
+            other = next(kind for kind in kinds if kind != single)
+            raise ValueError(f"{single} and {other} are mutually exclusive")
+    if has_probability and kinds == [NO_ACCEPT]:
+        raise ValueError(f"{NO_ACCEPT} applies to all connections: it takes no p")
+
+
+class FaultSchedule:
+    """Which connections of a server have a fault. Used by one thread at a time.
+
+    ``fault`` is for every connection after those of the ``sequence``. In the mode ``raw`` each read is a reply.
+
+    Attributes:
+        seed: Where all random choices come from, a random number by default.
+        connections: The number of the last connection.
+    """
+
+    def __init__(
+        self, fault: str | None, sequence: str | Sequence[str | None] | None, seed: int | None, *, is_raw: bool
+    ) -> None:
+        self._fault = None if fault is None else parse_fault(fault)
+        self._sequence = [] if sequence is None else parse_sequence(sequence)
+        self._is_raw = is_raw
+        self.seed = Random().getrandbits(32) if seed is None else seed
+        self.connections = 0
+
+    def next_plan(self) -> FaultPlan | None:
+        """Return the plan of the next connection, None if it has no fault."""
+        self.connections += 1
+        number = self.connections
+        fault = self._sequence[number - 1] if number <= len(self._sequence) else self._fault
+        if fault is None:
+            return None
+        random = Random(f"{self.seed}:{number}")
+        return FaultPlan(fault, random, self._is_raw) if random.random() < fault.probability else None
+
+
+class FaultPlan:
+    """The faults of one connection.
+
+    Attributes:
+        sent: Bytes that the actions so far have sent.
+        is_refused: The connection is reset as soon as it is accepted.
+        is_silent: No reply is ever sent: the server does not close the connection by itself.
+    """
+
+    def __init__(self, fault: Fault, random: Random, is_raw: bool) -> None:
+        self._fault = fault
+        self._random = random
+        self._is_raw = is_raw
+        self._reported: set[str] = set()
+        self.sent = 0
+        self.is_refused = fault.end == REFUSE
+        self.is_silent = DROP in fault.values
+        self._end = ENDS.get(fault.end or "")
+        self._limit = math.inf if self._end is None else self._value(self._end.value)
+
+    def refuse(self) -> Report:
+        """Return the report of a refused connection."""
+        return self._report(REFUSE)
+
+    def start(self) -> Iterator[Action]:
+        """Yield the actions before the first reply: a connection that stalls after 0 bytes stalls at once."""
+        if self._end is End.STALL and self._limit == 0:
+            yield from self._finish()
+
+    def reply(self, data: bytes) -> Iterator[Action]:
+        """Yield the actions that take the place of sending ``data``, which holds one or more replies."""
+        start = 0
+        while start < len(data) and not self._is_finished:
+            end = 0 if self._is_raw else data.find(b"\n", start) + 1
+            end = end or len(data)
+            yield from self._reply(data[start:end])
+            start = end
+
+    @property
+    def _is_finished(self) -> bool:
+        """Whether nothing more is sent."""
+        return self._end is not None and self._end.value in self._reported
+
+    def _reply(self, reply: bytes) -> Iterator[Action]:
+        yield from self._report_new(DROP, "delay", "corrupt", "duplicate")
+        if self.is_silent:
+            return
+        if "delay" in self._fault.values:
+            yield Wait(self._value("delay"))
+        if "corrupt" in self._fault.values:
+            reply = self._flip_bit(reply)
+        if "duplicate" in self._fault.values:
+            reply += reply
+        yield from self._send(reply[: int(min(self._limit - self.sent, len(reply)))])
+        if self.sent >= self._limit:
+            yield from self._finish()
+
+    def _send(self, data: bytes) -> Iterator[Action]:
+        """Yield ``data`` in pieces, each after the time that it takes at the limited rate."""
+        if not data:
+            return
+        yield from self._report_new("rate", "slice")
+        rate = self._value("rate") if "rate" in self._fault.values else math.inf
+        next_size = self._next_size(rate)
+        start = 0
+        while start < len(data):
+            piece = data[start : start + next_size()]
+            if rate < math.inf:
+                yield Wait(len(piece) / rate)
+            elif start:
+                yield Wait(SLICE_INTERVAL)
+            start += len(piece)
+            self.sent += len(piece)
+            yield Send(piece)
+
+    def _next_size(self, rate: float) -> Callable[[], int]:
+        """Return what returns the size of the next piece."""
+        if "slice" in self._fault.values:
+            return lambda: int(self._value("slice"))
+        size = MAX_SIZE if rate == math.inf else max(1, int(rate * RATE_INTERVAL))
+        return lambda: size
+
+    def _report_new(self, *kinds: str) -> Iterator[Action]:
+        for kind in kinds:
+            if kind in self._fault.values and kind not in self._reported:
+                yield self._report(kind)
+
+    def _report(self, kind: str) -> Report:
+        self._reported.add(kind)
+        return Report(kind, self._fault.texts[kind])
+
+    def _finish(self) -> Iterator[Action]:
+        assert self._end is not None
+        yield self._report(self._end.value)
+        yield self._end
+
+    def _value(self, kind: str) -> float:
+        """Draw a value of ``kind`` from its range."""
+        low, high = self._fault.values[kind]
+        if low == high:
+            return low
+        return self._random.uniform(low, high) if kind == "delay" else self._random.randint(int(low), int(high))
+
+    def _flip_bit(self, reply: bytes) -> bytes:
+        """Flip one bit. The framing stays: no newline is removed or made, except from an empty message."""
+        has_newline = not self._is_raw and len(reply) > 1
+        index, bit = self._random.randrange(len(reply) - has_newline), self._random.randrange(8)
+        changed = bytearray(reply)
+        if has_newline and changed[index] ^ 1 << bit == ord("\n"):
+            bit = (bit + 1) % 8
+        changed[index] ^= 1 << bit
+        return bytes(changed)
