@@ -121,8 +121,7 @@ def scripted_server() -> Iterator[Start]:
     with ExitStack() as stack:
 
         def start(serve: Serve) -> ScriptedServer:
-            server = ScriptedServer(serve)
-            stack.callback(server.stop)
+            server = stack.enter_context(ScriptedServer(serve))
             return server
 
         yield start
@@ -134,6 +133,15 @@ def bound_socket() -> Iterator[socket.socket]:
     with socket.socket() as bound_socket:
         bound_socket.bind(("127.0.0.1", 0))
         yield bound_socket
+
+
+@pytest.fixture
+def reserved_port() -> Iterator[int]:
+    """A port for one server. No other process gets it, also after the server has stopped: it is closed then."""
+    with socket.socket() as bound_socket:
+        bound_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server can bind it as well
+        bound_socket.bind(("127.0.0.1", 0))
+        yield bound_socket.getsockname()[1]
 
 
 @pytest.fixture

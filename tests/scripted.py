@@ -93,12 +93,19 @@ class ScriptedServer:
             self._listener.shutdown(socket.SHUT_RDWR)
 
     def stop(self) -> None:
+        """End all connections, and refuse new ones. The port stays reserved."""
         self.stop_listening()
         for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.socket.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(TIMEOUT)
+
+    def __enter__(self) -> ScriptedServer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
         self._listener.close()
 
 

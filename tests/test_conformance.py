@@ -183,8 +183,8 @@ def test_disconnects_in_any_state_leave_no_connection(start_server: StartServer)
             assert is_echoed(client)
 
 
-def test_close_with_idle_clients_frees_the_port(start_server: StartServer) -> None:
-    with start_server(mode="stream") as server:
+def test_close_with_idle_clients_frees_the_port(start_server: StartServer, reserved_port: int) -> None:
+    with start_server(mode="stream", port=reserved_port) as server:
         clients = [connect(server) for _ in range(50)]
         wait_until(lambda: server.stats.active == 50)
         address = server.address

@@ -144,12 +144,13 @@ def test_dashboard_queries_exactly_the_existing_metrics() -> None:
     ],
     ids=str,
 )
-def test_image_health_check_follows_the_environment(options: dict[str, str], tmp_path: Path) -> None:
+def test_image_health_check_follows_the_environment(
+    options: dict[str, str], tmp_path: Path, reserved_port: int
+) -> None:
     """The server and its health check in a container have the same environment."""
     trustme.CA().issue_cert("echo.example").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
-    environment = {f"ECHO_ASYNC_{name}": value for name, value in {"PORT": "0", **options}.items()}
+    environment = {f"ECHO_ASYNC_{name}": value for name, value in {"PORT": str(reserved_port), **options}.items()}
     with command_process([sys.executable, "-m", "echo_async.server"], environment, cwd=tmp_path) as server:
-        environment["ECHO_ASYNC_PORT"] = "5500" if "UDS" in options else server.startup_line.strip().rpartition(":")[2]
         environment = {**os.environ, **environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
         def check() -> int:

@@ -45,12 +45,20 @@ def test_echo_server_fixture_echoes(session: pytest.Pytester) -> None:
     session.runpytest_inprocess().assert_outcomes(passed=1)
 
 
-def test_echo_server_fixture_is_new_for_each_test(session: pytest.Pytester) -> None:
+def test_echo_server_fixture_is_new_for_each_test(
+    session: pytest.Pytester, reserved_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_PORT", str(reserved_port))
     session.makepyfile("""
-        import socket, threading
+        import os, socket, threading
         import pytest
 
         seen = []
+
+        @pytest.fixture
+        def echo_server_options():
+            return {} if seen else {"port": int(os.environ["TEST_PORT"])}
+
         threads = set(threading.enumerate())
 
         def test_first(echo_server):
@@ -106,7 +114,10 @@ def test_echo_server_options_are_overridden_at_each_level(session: pytest.Pytest
     session.runpytest_inprocess().assert_outcomes(passed=4)
 
 
-def test_make_echo_server_runs_until_closed_or_session_end(session: pytest.Pytester) -> None:
+def test_make_echo_server_runs_until_closed_or_session_end(
+    session: pytest.Pytester, reserved_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_PORT", str(reserved_port))
     session.makeconftest("""
         import threading
 
@@ -116,6 +127,7 @@ def test_make_echo_server_runs_until_closed_or_session_end(session: pytest.Pytes
             print("threads left:", len(set(threading.enumerate()) - threads))
     """)
     session.makepyfile("""
+        import os
         import pytest
         from echo_async import ConnectError, sync
 
@@ -124,7 +136,7 @@ def test_make_echo_server_runs_until_closed_or_session_end(session: pytest.Pytes
             return make_echo_server(mode="message")
 
         def test_two_servers(shared, make_echo_server):
-            other = make_echo_server()
+            other = make_echo_server(port=int(os.environ["TEST_PORT"]))
             assert other.port != shared.port
             assert sync.echo("one", *shared.address) == sync.echo("one", *other.address)
             other.close()
@@ -217,8 +229,8 @@ def test_address_after_close_is_still_available(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sent", [b"", b"incomplete", b"one\nincomplete"])
-def test_close_with_connected_clients_does_not_wait(sent: bytes) -> None:
-    with HostedServer(timeout_graceful_shutdown=TIMEOUT) as server, connect(server) as client:
+def test_close_with_connected_clients_does_not_wait(sent: bytes, reserved_port: int) -> None:
+    with HostedServer(port=reserved_port, timeout_graceful_shutdown=TIMEOUT) as server, connect(server) as client:
         client.sendall(sent)
         if b"\n" in sent:
             assert receive_line(client) == b"one\n"

@@ -43,12 +43,12 @@ def run_client(command: list[str], host: str, port: int | None) -> subprocess.Co
     return subprocess.run(arguments, capture_output=True, text=True, timeout=TIMEOUT, env=environment(port))
 
 
-def test_compose_health_check_follows_the_server() -> None:
+def test_compose_health_check_follows_the_server(reserved_port: int) -> None:
     services = recipe("services")["services"]
     kind, *command = services["echo"]["healthcheck"]["test"]
     assert kind == "CMD"
     assert services["tests"]["depends_on"] == {"echo": {"condition": "service_healthy"}}
-    with HostedServer() as server:
+    with HostedServer(port=reserved_port) as server:
         assert run_client(command, *server.address).returncode == 0
         assert run_client(services["tests"]["command"], *server.address).stdout == "Hola Server!\n"
     assert run_client(command, *server.address).returncode == 3

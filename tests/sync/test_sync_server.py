@@ -70,8 +70,8 @@ def test_sync_server_attributes_describe_it() -> None:
     assert server.stats == echo_async.Stats(accepted=1, messages=1, bytes_in=5, bytes_out=5)
 
 
-def test_sync_server_closed_twice_is_idempotent() -> None:
-    server = sync.serve(port=0)
+def test_sync_server_closed_twice_is_idempotent(reserved_port: int) -> None:
+    server = sync.serve(port=reserved_port)
     server.close()
     server.close()
     server.wait_closed()
