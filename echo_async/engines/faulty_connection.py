@@ -37,6 +37,9 @@ class FaultyConnection(Connection):
             return "idle" if now - self._idle_since >= self.context.config.timeout_idle else None
         return super().expired_timeout(now)
 
+    def is_new(self, now: float) -> bool:
+        return not self._is_stalled and super().is_new(now)
+
     def actions(self, reply: bytes) -> Iterator[Action]:
         """Yield what to do instead of sending ``reply``."""
         if self.context.log_messages and reply:
@@ -65,9 +68,10 @@ class FaultyConnection(Connection):
 
     def next_due(self, due: float, seconds: float) -> float:
         """Return when a wait ends that follows one until ``due``. A wait that took too long shortens the next."""
+        now = self.context.now()
         if self._is_released:
-            seconds = min(seconds, MAX_RELEASED_WAIT)
-        return max(due + seconds, self.context.now() + MIN_WAIT * seconds)
+            return now + min(seconds, MAX_RELEASED_WAIT)
+        return max(due + seconds, now + MIN_WAIT * seconds)
 
     def report(self, fault: Report) -> None:
         """Count and log a fault that takes effect."""

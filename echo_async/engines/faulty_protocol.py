@@ -34,8 +34,17 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._append(self._plan.start())
+        if self._is_stalled:
+            self._loop.call_soon(self._pause_stalled)
+
+    def _pause_stalled(self) -> None:
+        """Read no more: uvloop starts reading after ``connection_made``, whatever that does."""
+        if self._is_stalled:
+            self._transport.pause_reading()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_stalled:  # read before the pause
+            return
         try:
             if self.context.log_chunks:
                 self.log_chunk(data)
@@ -122,6 +131,7 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
         self._is_released = True
         self._cancel()
         super().finish()
+        self._resume_reading()
 
     def stop(self) -> None:
         self._is_released = True

@@ -27,6 +27,8 @@ class FaultyThreadConnection(FaultyConnection, ThreadConnection):
     def _echo(self) -> None:
         with self._io_lock:
             self._run_actions(self._plan.start())
+        if self.conversation.finished:
+            self._handle_stop_request()
         super()._echo()
 
     def _send(self, reply: bytes) -> None:

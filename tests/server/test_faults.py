@@ -1,0 +1,463 @@
+"""Faults as clients see them: every kind, on every engine and event loop, over TCP, TLS and Unix sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
+from time import monotonic
+from typing import Any, NamedTuple, Unpack
+
+import pytest
+from support import (
+    Backend,
+    StartServer,
+    connect,
+    fill,
+    receive_all,
+    receive_exactly,
+    receive_line,
+    run,
+    serve_in_loop,
+    server_process,
+    wait_in_loop,
+    wait_until,
+)
+
+import echo_async
+from echo_async.config import ServerOptions
+from echo_async.faults import FaultSchedule
+
+MESSAGE = b"Hola Server!\n"
+CORRUPTED = b"Hola!Server!\n"  # with SEED
+SEED = 1
+DATA_SEGMENTS = slice(152, 156)  # tcpi_data_segs_in of struct tcp_info: include/uapi/linux/tcp.h
+
+
+class TlsClient:
+    """A TLS client that sees how the TCP connection beneath ends: Python's sockets report a reset as end of input."""
+
+    def __init__(self, connected: socket.socket, context: ssl.SSLContext) -> None:
+        self._socket = connected
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname="localhost")
+        self._call(self._tls.do_handshake)
+
+    def _call(self, method: Callable[..., Any], *args: object) -> Any:
+        while True:
+            try:
+                result = method(*args)
+            except ssl.SSLWantReadError:
+                self._flush()
+                data = self._socket.recv(65536)
+                if not data:  # not written to the BIO, which would end the sending side as well
+                    raise EOFError from None
+                self._incoming.write(data)
+            else:
+                self._flush()
+                return result
+
+    def _flush(self) -> None:
+        if data := self._outgoing.read():
+            self._socket.sendall(data)
+
+    def sendall(self, data: bytes) -> None:
+        self._call(self._tls.write, data)
+
+    def recv(self, size: int) -> bytes:
+        try:
+            return bytes(self._call(self._tls.read, size))
+        except (ssl.SSLZeroReturnError, EOFError):
+            return b""
+
+    def settimeout(self, seconds: float) -> None:
+        self._socket.settimeout(seconds)
+
+    def shutdown(self, how: int) -> None:
+        self._socket.shutdown(how)
+
+
+Client = socket.socket | TlsClient
+
+
+class Transport:
+    """Starts servers with faults on TCP, TLS or a Unix socket, and connects clients to them."""
+
+    def __init__(self, name: str, start: StartServer, path: Path, context: ssl.SSLContext) -> None:
+        self.name = name
+        self._start, self._path = start, str(path / "echo.sock")
+        self._context = context if name == "tls" else None
+
+    def serve(self, **options: Unpack[ServerOptions]) -> AbstractContextManager[echo_async.EchoServer]:
+        if self.name == "unix":
+            options["uds"] = self._path
+        return self._start(tls=self.name == "tls", mode=options.pop("mode", "stream"), fault_seed=SEED, **options)
+
+    @contextmanager
+    def connect(self, server: echo_async.EchoServer) -> Iterator[Client]:
+        with connect(server) as connected:
+            yield connected if self._context is None else TlsClient(connected, self._context)
+
+
+@pytest.fixture(params=["tcp", "tls", "unix"])
+def transport(
+    request: pytest.FixtureRequest, start_server: StartServer, tmp_path: Path, client_context: ssl.SSLContext
+) -> Transport:
+    return Transport(request.param, start_server, tmp_path, client_context)
+
+
+def receive_to_end(client: Client) -> tuple[bytes, str]:
+    """Read until the connection ends; return what was received, and how it ended."""
+    received = b""
+    try:
+        while data := client.recv(65536):
+            received += data
+    except ConnectionResetError:
+        return received, "reset"
+    return received, "closed"
+
+
+def connect_and_receive(server: echo_async.EchoServer) -> tuple[bytes, str]:
+    try:
+        with connect(server) as client:
+            return receive_to_end(client)
+    except ConnectionResetError:  # before the socket has its options
+        return b"", "reset"
+
+
+# Every kind
+
+
+class Case(NamedTuple):
+    """A fault, what a client receives for one message in the mode ``message``, and how the connection ends."""
+
+    fault: str
+    received: bytes = MESSAGE
+    end: str = "closed"
+    seconds: float = 0.0  # that it takes at least; a timer of uvloop can be 1 ms early
+
+
+CASES = [
+    Case("delay=0.05", seconds=0.045),
+    Case("delay=0.03..0.05", seconds=0.025),
+    Case("rate=200", seconds=0.06),
+    Case("slice=1"),
+    Case("slice=2..5,rate=1000", seconds=0.008),
+    Case("corrupt", CORRUPTED),
+    Case("duplicate", 2 * MESSAGE),
+    Case("close", b""),
+    Case("close=5", MESSAGE[:5]),
+    Case("close=13"),
+    Case("close=14"),
+    Case("reset", b"", "reset"),
+    Case("reset=5", MESSAGE[:5], "reset"),
+    Case("half-close", b""),
+    Case("half-close=5", MESSAGE[:5]),
+    Case("duplicate,delay=0.02,close=20", (2 * MESSAGE)[:20], seconds=0.015),
+    Case("none"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.fault)
+def test_fault_is_observed_by_a_client(case: Case, transport: Transport) -> None:
+    with transport.serve(fault=case.fault, mode="message") as server:
+        with transport.connect(server) as client:
+            started = monotonic()
+            client.sendall(MESSAGE)
+            received, end = receive_to_end(client)
+            seconds = monotonic() - started
+        assert received == case.received
+        if end != case.end:  # a Unix socket has no reset (unix(7)): it is just closed
+            assert (end, case.end, transport.name) == ("closed", "reset", "unix")
+        assert seconds >= case.seconds
+        kinds = [part.partition("=")[0] for part in case.fault.split(",") if part not in ("none", "close=14")]
+        wait_until(lambda: server.stats.active == 0)
+        assert server.stats.faults == dict.fromkeys(kinds, 1)
+        assert (server.stats.accepted, server.stats.messages) == (1, 1)
+        assert (server.stats.bytes_in, server.stats.bytes_out) == (len(MESSAGE), len(received))
+
+
+def test_refuse_resets_before_anything_is_read(transport: Transport) -> None:
+    with transport.serve(fault="refuse") as server:
+        for _ in range(3):
+            assert connect_and_receive(server) == (b"", "closed" if transport.name == "unix" else "reset")
+        wait_until(lambda: server.stats.faults == {"refuse": 3})
+        assert (server.stats.accepted, server.stats.active, server.stats.refused) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["message", "stream", "raw"])
+def test_drop_reads_messages_and_answers_none(mode: Any, transport: Transport) -> None:
+    with transport.serve(fault="drop", mode=mode) as server, transport.connect(server) as client:
+        client.sendall(MESSAGE)
+        wait_until(lambda: server.stats.bytes_in == len(MESSAGE))
+        client.sendall(100 * MESSAGE)
+        wait_until(lambda: server.stats.bytes_in == 101 * len(MESSAGE))
+        assert (server.stats.active, server.stats.bytes_out, server.stats.faults) == (1, 0, {"drop": 1})
+        client.shutdown(socket.SHUT_WR)
+        assert receive_to_end(client) == (b"", "closed")
+
+
+@pytest.mark.parametrize("mode", ["message", "stream", "raw"])
+@pytest.mark.parametrize("size", [0, 5])
+def test_stall_sends_and_reads_nothing_more(size: int, mode: Any, start_server: StartServer) -> None:
+    with start_server(fault=f"stall={size}", mode=mode) as server, connect(server) as client:
+        if size:
+            client.sendall(MESSAGE)
+            assert receive_exactly(client, size) == MESSAGE[:size]
+        wait_until(lambda: server.stats.faults == {"stall": 1})
+        sent = fill(client)  # which ends when the server reads no more
+        assert sent > 10_000
+        assert server.stats.bytes_in <= len(MESSAGE)
+        assert (server.stats.active, server.stats.bytes_out) == (1, size)
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            client.recv(1)
+
+
+def test_half_close_still_reads(transport: Transport) -> None:
+    with transport.serve(fault="half-close=5") as server, transport.connect(server) as client:
+        client.sendall(MESSAGE)
+        assert receive_to_end(client) == (MESSAGE[:5], "closed")
+        client.sendall(100 * MESSAGE)
+        wait_until(lambda: server.stats.bytes_in == 101 * len(MESSAGE))
+        assert (server.stats.active, server.stats.messages, server.stats.bytes_out) == (1, 101, 5)
+
+
+@pytest.mark.parametrize("size", [50_000, 300_000])
+def test_reset_arrives_after_all_bytes_before_it(size: int, start_server: StartServer) -> None:
+    with start_server(fault=f"reset={size}", mode="raw") as server, connect(server) as client:
+        sender = threading.Thread(target=_send, args=(client, bytes(size)))
+        sender.start()
+        received, end = receive_to_end(client)
+        sender.join()
+    assert (len(received), end) == (size, "reset")
+
+
+def _send(client: socket.socket, data: bytes, *, repeat: bool = False) -> None:
+    """Send data; if ``repeat`` is true, until the server resets the connection."""
+    with suppress(ConnectionError):
+        client.sendall(data)
+        while repeat:
+            client.sendall(data)
+
+
+def test_slices_are_packets_of_their_own(start_server: StartServer) -> None:
+    """The packets are counted by the kernel; the reads depend on when this client runs, so the best of ten counts."""
+    message = bytes(range(32, 131)).replace(b"\x7f", b"x") + b"\n"
+    reads: list[int] = []
+    with start_server(fault="slice=1", mode="stream") as server:
+        while not reads or (max(reads) < 90 and len(reads) < 10):
+            with connect(server) as client:
+                client.sendall(message)
+                pieces = [client.recv(65536)]
+                while not pieces[-1].endswith(b"\n"):
+                    pieces.append(client.recv(65536))
+                segments = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)[DATA_SEGMENTS]
+            assert b"".join(pieces) == message
+            assert int.from_bytes(segments, "little") == len(message) == 100
+            reads.append(len(pieces))
+    assert max(reads) >= 90
+
+
+def test_rate_delays_a_long_reply_in_proportion(start_server: StartServer) -> None:
+    """It is 50 kB at 200 kB/s; how much longer it takes depends on the machine (``make soak`` limits it)."""
+    message = bytes(49_999).replace(b"\0", b"x") + b"\n"
+    with start_server(fault="rate=200000", mode="stream") as server, connect(server) as client:
+        started = monotonic()
+        client.sendall(message)
+        assert receive_line(client, len(message)) == message
+        assert monotonic() - started >= 0.24
+
+
+# Which connections
+
+
+def test_retry_succeeds_at_the_third_connection(start_server: StartServer) -> None:
+    for _ in range(20):
+        with start_server(fault_sequence=["reset", "reset", None]) as server:
+            attempts = 0
+            while True:
+                attempts += 1
+                with connect(server) as client, suppress(ConnectionResetError):
+                    client.sendall(MESSAGE)
+                    assert receive_all(client) == MESSAGE
+                    break
+            assert attempts == 3
+            assert server.stats.faults == {"reset": 2}
+
+
+@pytest.mark.parametrize("seed", [7, 8])
+def test_seed_gives_the_same_faults_on_every_backend(seed: int, start_server: StartServer) -> None:
+    expected = FaultSchedule("close,p=0.1", None, seed, is_raw=False)
+    with start_server(fault="close,p=0.1", fault_seed=seed) as server:
+        for number in range(1, 201):
+            with connect(server) as client:
+                client.sendall(b"\n")
+                assert (client.recv(1) == b"") is (expected.next_plan() is not None), f"connection {number}"
+
+
+def test_workers_have_faults_each() -> None:
+    """Each worker counts its connections from 1, so two first connections have the fault."""
+    with server_process("--workers", "2", "--fault-sequence", "drop;none", "--mode", "stream") as server:
+        with ExitStack() as stack:
+            clients = [stack.enter_context(server.connect()) for _ in range(50)]
+            for client in clients:
+                client.sendall(MESSAGE)
+            for client in clients:
+                client.shutdown(socket.SHUT_WR)
+            replies = [receive_all(client) for client in clients]
+        code, log = server.stop()
+    assert code == 0
+    dropped = replies.count(b"")
+    assert dropped in (1, 2)  # one worker may have accepted all of them
+    assert f" fault_drop={dropped}\n" in log
+    assert log.count(" fault injected: drop\n") == dropped
+
+
+# Limits, timeouts, logs
+
+
+def test_injected_fault_is_one_log_line(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "echo_async.server")
+    with start_server(fault="delay=0,duplicate", fault_seed=5, mode="stream") as server, connect(server) as client:
+        for _ in range(3):
+            client.sendall(MESSAGE)
+            assert receive_exactly(client, 2 * len(MESSAGE)) == 2 * MESSAGE
+        peer = f"127.0.0.1:{client.getsockname()[1]}"
+    lines = [line for line in caplog.messages if "fault" in line]
+    assert lines == [
+        "faults configured: delay=0,duplicate, seed 5",
+        f"{peer} fault injected: delay=0",
+        f"{peer} fault injected: duplicate",
+    ]
+
+
+def test_answered_messages_are_logged(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "echo_async.access")
+    with start_server(fault="slice=5", mode="stream") as server, connect(server) as client:
+        client.sendall(b"one\ntwo\n")
+        assert receive_exactly(client, 8) == b"one\ntwo\n"
+    assert [line.partition(" ")[2] for line in caplog.messages] == ["4 bytes: one", "4 bytes: two"]
+
+
+@pytest.mark.parametrize("fault", ["stall", "stall=5", "drop", "half-close"])
+def test_idle_timeout_ends_a_silent_connection(fault: str, start_server: StartServer) -> None:
+    with start_server(fault=fault, mode="stream", timeout_idle=0.1) as server, connect(server) as client:
+        client.sendall(MESSAGE)
+        assert receive_to_end(client)[0] == (MESSAGE[:5] if fault == "stall=5" else b"")
+        wait_until(lambda: server.stats.timeouts_idle == 1)
+        client.close()
+        wait_until(lambda: server.stats.active == 0)
+
+
+def test_delay_longer_than_the_timeouts_is_no_timeout(start_server: StartServer) -> None:
+    options: ServerOptions = {"timeout_idle": 0.05, "timeout_message": 0.05, "timeout_write": 0.05}
+    with start_server(fault="delay=0.15", mode="stream", **options) as server, connect(server) as client:
+        client.sendall(MESSAGE + b"incomplete")
+        assert receive_line(client) == MESSAGE
+        client.sendall(b"\n")
+        assert receive_line(client) == b"incomplete\n"
+        stats = server.stats
+    assert (stats.timeouts_idle, stats.timeouts_message, stats.timeouts_write) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("fault", ["slice=30000", "duplicate", "rate=100000000"])
+def test_write_timeout_ends_a_peer_that_does_not_read(fault: str, start_server: StartServer) -> None:
+    with start_server(fault=fault, mode="stream", timeout_write=0.2) as server, connect(server) as client:
+        _send(client, bytes(100_000) + b"\n", repeat=True)
+        assert server.stats.timeouts_write == 1
+        wait_until(lambda: server.stats.active == 0)
+
+
+def test_reset_of_a_peer_that_does_not_read_is_not_delayed(start_server: StartServer) -> None:
+    with (
+        start_server(fault="reset=100000000", mode="raw", chunk_size=65536, timeout_write=0.2) as server,
+        connect(server) as client,
+    ):
+        _send(client, bytes(100_000), repeat=True)
+        wait_until(lambda: server.stats.active == 0)
+
+
+def test_stalled_connections_count_towards_the_limit(start_server: StartServer) -> None:
+    with start_server(fault_sequence=["stall", "stall"], limit_connections=2) as server:
+        with connect(server), connect(server):
+            wait_until(lambda: server.stats.faults == {"stall": 2})
+            with connect(server) as refused, suppress(ConnectionResetError):
+                assert receive_all(refused) == b""
+        assert server.stats.refused == 1
+
+
+def test_message_too_long_ends_the_connection(start_server: StartServer) -> None:
+    with start_server(fault="slice=3", mode="stream", limit_message_size=20) as server, connect(server) as client:
+        client.sendall(MESSAGE + bytes(30))
+        assert receive_to_end(client)[0] == MESSAGE
+        wait_until(lambda: server.stats.too_long == 1)
+
+
+# Shutdown
+
+
+@pytest.mark.parametrize(
+    ("fault", "reply"),
+    [("delay=3600", MESSAGE), ("rate=1", MESSAGE), ("stall", b""), ("stall=5", MESSAGE[:5]), ("drop", b"")],
+)
+def test_stop_ends_waits(fault: str, reply: bytes, transport: Transport) -> None:
+    """A delayed reply is sent at once; a silent connection is closed."""
+    with transport.serve(fault=fault) as server, transport.connect(server) as client:
+        client.sendall(MESSAGE)
+        kind = fault.partition("=")[0]
+        wait_until(lambda: server.stats.faults == {kind: 1})
+        started = monotonic()
+        server.close()
+        assert receive_to_end(client) == (reply, "closed")
+        assert monotonic() - started < 5, "the graceful shutdown takes 10 s"
+
+
+def test_stop_ends_a_half_closed_connection(start_server: StartServer) -> None:
+    with start_server(fault="half-close", mode="stream") as server, connect(server) as client:
+        client.sendall(MESSAGE)
+        assert receive_all(client) == b""
+        started = monotonic()
+        server.close()
+        wait_until(lambda: server.stats.active == 0)
+        assert monotonic() - started < 5, "the graceful shutdown takes 10 s"
+
+
+@pytest.mark.parametrize("fault", ["stall", "delay=3600", "rate=1"])
+def test_faulty_connections_delay_neither_others_nor_the_stop(fault: str, backend: Backend, no_leaks: None) -> None:
+    async def main() -> None:
+        async with serve_in_loop(backend, fault_sequence=200 * [fault]) as server:
+            faulty = [await asyncio.open_connection(*server.address) for _ in range(200)]
+            for _, writer in faulty:
+                writer.write(b"Hola\n")
+            kind = fault.partition("=")[0]
+            await wait_in_loop(lambda: server.stats.faults == {kind: 200})
+            async with echo_async.connect(*server.address, timeout=2) as client:
+                for number in range(50):
+                    assert await client.echo(f"{number}") == f"{number}"
+            server.close()
+            received = await asyncio.gather(*(reader.read() for reader, _ in faulty))
+            for _, writer in faulty:
+                writer.close()
+            await server.wait_closed()
+            assert set(received) == {b"" if fault == "stall" else b"Hola\n"}
+            assert server.stats.bytes_out == sum(map(len, received)) + sum(len(f"{number}\n") for number in range(50))
+
+    run(main, backend.loop)
+
+
+def test_abort_ends_every_fault_at_once(transport: Transport) -> None:
+    with transport.serve(fault_sequence=["stall", "delay=3600", "rate=1", "drop"]) as server, ExitStack() as stack:
+        clients = [stack.enter_context(transport.connect(server)) for _ in range(4)]
+        for client in clients:
+            client.sendall(MESSAGE)
+        wait_until(lambda: len(server.stats.faults) == 4)
+        server._loop.call_soon_threadsafe(server.abort)
+        for client in clients:
+            receive_to_end(client)
+    assert server.stats.active == 0

@@ -1,0 +1,220 @@
+"""Faults without IO: specifications, which connection has a fault, and the actions that take the place of replies."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echo_async.faults import Action, End, FaultPlan, FaultSchedule, Report, Send, Wait, parse_fault, parse_sequence
+
+MESSAGE = b"Hola Server!\n"
+
+
+def schedule(fault: str, seed: int = 1, *, is_raw: bool = False) -> FaultSchedule:
+    return FaultSchedule(fault, None, seed, is_raw=is_raw)
+
+
+def plan_of(fault: str, seed: int = 1, *, is_raw: bool = False) -> FaultPlan:
+    plan = schedule(fault, seed, is_raw=is_raw).next_plan()
+    assert plan is not None
+    return plan
+
+
+def without_reports(actions: Iterator[Action]) -> list[Action]:
+    return [action for action in actions if not isinstance(action, Report)]
+
+
+def sent(actions: list[Action]) -> bytes:
+    return b"".join(action.data for action in actions if isinstance(action, Send))
+
+
+# Specifications
+
+
+@pytest.mark.parametrize(
+    ("spec", "error"),
+    [
+        ("", "unknown kind ''; choose from delay, rate, slice, drop,"),
+        ("dely=1", "unknown kind 'dely'; choose from delay, rate, slice, drop,"),
+        ("reset;close", "unknown kind 'reset;close'; choose from"),
+        ("delay", "delay requires seconds from 0 to 86400, or a range such as 0.05..0.2"),
+        ("delay=-1", "delay requires seconds from 0"),
+        ("delay=86401", "delay requires seconds from 0"),
+        ("delay=2..1", "delay requires seconds from 0"),
+        ("delay=1..2..3", "delay requires seconds from 0"),
+        ("delay=nan", "delay requires seconds from 0"),
+        ("delay=inf", "delay requires seconds from 0"),
+        ("rate=0", "rate requires bytes per second, an integer from 1"),
+        ("rate=1..2", "rate requires bytes per second, an integer from 1"),
+        ("rate=1.5", "rate requires bytes per second, an integer from 1"),
+        ("slice", "slice requires bytes, an integer from 1, or a range such as 1..3"),
+        ("slice=0..3", "slice requires bytes, an integer from 1"),
+        ("slice=+1", "slice requires bytes, an integer from 1"),
+        ("close=-1", "close requires bytes of replies, an integer from 0"),
+        ("reset=1_000", "reset requires bytes of replies, an integer from 0"),
+        ("half-close=", "half-close requires bytes of replies, an integer from 0"),
+        ("stall=2147483648", "stall requires bytes of replies, an integer from 0"),
+        ("drop=1", "drop takes no value"),
+        ("corrupt=", "corrupt takes no value"),
+        ("refuse=0", "refuse takes no value"),
+        ("reset,close", "reset and close are mutually exclusive"),
+        ("stall=5,half-close=7", "stall and half-close are mutually exclusive"),
+        ("delay=1,refuse", "refuse and delay are mutually exclusive"),
+        ("drop,corrupt", "drop and corrupt are mutually exclusive"),
+        ("delay=1,delay=2", "delay is given twice"),
+        ("p=0.5", "p requires a kind; choose from delay, rate,"),
+        ("drop,p=1.1", "p requires a share of the connections from 0 to 1"),
+        ("drop,p=-0.1", "p requires a share of the connections from 0 to 1"),
+        ("drop,p", "p requires a share of the connections from 0 to 1"),
+        ("no-accept,p=0.5", "no-accept applies to all connections: it takes no p"),
+        ("none,reset", "unknown kind 'none'"),
+    ],
+)
+def test_invalid_specification_names_the_part_and_the_allowed(spec: str, error: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(error)):
+        parse_fault(spec)
+
+
+def test_sequence_is_a_text_or_a_list() -> None:
+    assert parse_sequence("reset=5; none ;drop") == parse_sequence(["reset=5", None, "drop"])
+    assert parse_sequence(["none"]) == [None]
+    with pytest.raises(ValueError, match="no-accept applies to all connections, not to one of a sequence"):
+        parse_sequence("reset;no-accept")
+
+
+# Which connections have a fault
+
+
+def test_sequence_faults_the_first_connections_only() -> None:
+    faults = FaultSchedule(None, ["reset", None, "drop"], None, is_raw=False)
+    plans = [faults.next_plan() for _ in range(6)]
+    assert [plan is not None for plan in plans] == [True, False, True, False, False, False]
+
+
+def faulty(seed: int | None) -> set[int]:
+    faults = FaultSchedule("reset,p=0.1", None, seed, is_raw=False)
+    return {number for number in range(1, 10_001) if faults.next_plan() is not None}
+
+
+def test_seed_decides_which_connections_have_a_fault() -> None:
+    assert faulty(1) == faulty(1) != faulty(2)
+    assert faulty(None) != faulty(None)
+    three_sigma = 3 * math.sqrt(10_000 * 0.1 * 0.9)
+    assert all(abs(len(faulty(seed)) - 1000) < three_sigma for seed in (1, 2, 3))
+
+
+@pytest.mark.parametrize(("share", "expected"), [("0", 0), ("1", 10), ("1e-9", 0)])
+def test_probability_has_both_limits(share: str, expected: int) -> None:
+    faults = schedule(f"drop,p={share}")
+    assert sum(faults.next_plan() is not None for _ in range(10)) == expected
+
+
+@given(st.lists(st.integers(1, 40), max_size=5))
+def test_random_choices_do_not_depend_on_how_replies_are_grouped(groups: list[int]) -> None:
+    messages = [b"%d\n" % number * (number % 3 + 1) for number in range(40)]
+    messages = [line + b"\n" for message in messages for line in message.split(b"\n")[:-1]]
+    together, apart = (plan_of("delay=0..1,slice=1..9,corrupt") for _ in range(2))
+    expected = list(together.reply(b"".join(messages)))
+    actual = []
+    for size in [*groups, len(messages)]:
+        actual += list(apart.reply(b"".join(messages[:size])))
+        del messages[:size]
+    assert actual == expected
+
+
+# Actions
+
+
+@pytest.mark.parametrize(
+    ("spec", "actions"),
+    [
+        ("delay=0.5", [Wait(0.5), Send(MESSAGE)]),
+        ("delay=0", [Wait(0), Send(MESSAGE)]),
+        ("rate=26", [action for byte in MESSAGE for action in (Wait(1 / 26), Send(bytes([byte])))]),
+        ("rate=26,slice=10", [Wait(10 / 26), Send(MESSAGE[:10]), Wait(3 / 26), Send(MESSAGE[10:])]),
+        ("rate=1000000", [Wait(13 / 1000000), Send(MESSAGE)]),
+        ("slice=5", [Send(b"Hola "), Wait(0.001), Send(b"Serve"), Wait(0.001), Send(b"r!\n")]),
+        ("slice=13", [Send(MESSAGE)]),
+        ("drop", []),
+        ("duplicate", [Send(2 * MESSAGE)]),
+        ("delay=1,duplicate", [Wait(1), Send(2 * MESSAGE)]),
+        ("close", [End.CLOSE]),
+        ("close=5", [Send(b"Hola "), End.CLOSE]),
+        ("close=13", [Send(MESSAGE), End.CLOSE]),
+        ("close=14", [Send(MESSAGE)]),
+        ("reset=1", [Send(b"H"), End.RESET]),
+        ("half-close=5", [Send(b"Hola "), End.HALF_CLOSE]),
+        ("stall=5", [Send(b"Hola "), End.STALL]),
+        ("delay=1,reset", [Wait(1), End.RESET]),
+    ],
+)
+def test_reply_becomes_actions(spec: str, actions: list[Action]) -> None:
+    plan = plan_of(spec)
+    assert list(plan.start()) == []
+    assert without_reports(plan.reply(MESSAGE)) == actions
+    assert plan.sent == len(sent(actions))
+
+
+def test_stall_after_0_bytes_is_before_the_first_reply() -> None:
+    assert without_reports(plan_of("stall").start()) == [End.STALL]
+
+
+def test_end_counts_the_bytes_of_all_replies() -> None:
+    plan = plan_of("close=20")
+    assert without_reports(plan.reply(MESSAGE)) == [Send(MESSAGE)]
+    assert without_reports(plan.reply(2 * MESSAGE)) == [Send(MESSAGE[:7]), End.CLOSE]
+    assert list(plan.reply(MESSAGE)) == []
+    assert plan.sent == 20
+
+
+def test_each_kind_is_reported_once_when_it_takes_effect() -> None:
+    plan = plan_of("delay=0,slice=20,reset=20")
+    assert [action for action in plan.reply(MESSAGE) if isinstance(action, Report)] == [
+        Report("delay", "delay=0"),
+        Report("slice", "slice=20"),
+    ]
+    assert [action for action in plan.reply(MESSAGE) if isinstance(action, Report)] == [Report("reset", "reset=20")]
+
+
+def test_each_of_several_messages_is_a_reply() -> None:
+    plan = plan_of("delay=1")
+    assert without_reports(plan.reply(b"one\ntwo\n")) == [Wait(1), Send(b"one\n"), Wait(1), Send(b"two\n")]
+
+
+def test_reply_in_mode_raw_is_one_read() -> None:
+    plan = plan_of("delay=1", is_raw=True)
+    assert without_reports(plan.reply(b"one\ntwo")) == [Wait(1), Send(b"one\ntwo")]
+
+
+@given(st.binary(min_size=1, max_size=30).map(lambda data: data.replace(b"\n", b"\r") + b"\n"), st.integers(0, 1000))
+def test_corrupt_flips_one_bit_and_keeps_the_framing(message: bytes, seed: int) -> None:
+    reply = sent(without_reports(plan_of("corrupt", seed).reply(message)))
+    assert (reply.count(b"\n"), reply[-1:]) == (1, b"\n")
+    assert differing_bits(message, reply) == 1
+
+
+@given(st.binary(min_size=1, max_size=30), st.integers(0, 1000))
+def test_corrupt_in_mode_raw_flips_any_bit(data: bytes, seed: int) -> None:
+    assert differing_bits(data, sent(without_reports(plan_of("corrupt", seed, is_raw=True).reply(data)))) == 1
+
+
+def test_corrupt_of_an_empty_message_flips_its_newline() -> None:
+    assert differing_bits(b"\n", sent(without_reports(plan_of("corrupt").reply(b"\n")))) == 1
+
+
+def differing_bits(one: bytes, other: bytes) -> int:
+    assert len(one) == len(other)
+    return sum((a ^ b).bit_count() for a, b in zip(one, other, strict=True))
+
+
+@given(st.integers(1, 20), st.integers(0, 20), st.integers(0, 100))
+def test_slices_are_in_their_range_and_complete(low: int, more: int, seed: int) -> None:
+    actions = without_reports(plan_of(f"slice={low}..{low + more}", seed).reply(bytes(100) + b"\n"))
+    sizes = [len(action.data) for action in actions if isinstance(action, Send)]
+    assert sent(actions) == bytes(100) + b"\n"
+    assert all(low <= size <= low + more for size in sizes[:-1])
