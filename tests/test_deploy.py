@@ -22,6 +22,7 @@ from echo_async.server.metrics import StatsCollector
 from echo_async.stats import Stats
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
+FAULTS = DEPLOY.parent / "docs" / "faults.md"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 
 
@@ -78,6 +79,34 @@ def test_log_behind_haproxy_shows_the_client_addresses(tmp_path: Path) -> None:
         log_line = re.compile(r" INFO (\S+) 13 bytes: Hola Server!\n")
         wait_until(lambda: {*log_line.findall(first.log + second.log)} == client_addresses)
         assert len(log_line.findall(first.log)) == len(log_line.findall(second.log)) == 1
+
+
+@needs("haproxy")
+def test_haproxy_takes_a_faulty_server_out(tmp_path: Path) -> None:
+    """The configuration in docs/faults.md: after failed checks, every client gets a reply."""
+    (text,) = re.findall(r"^<!-- haproxy -->\n```\n(.*?)^```$", FAULTS.read_text(), re.M | re.S)
+    path = tmp_path / "haproxy.cfg"
+    with (
+        server_process("--mode", "stream") as healthy,
+        server_process("--mode", "stream", "--fault", "close") as faulty,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        ExitStack() as stack,
+    ):
+        for port, server in ((5501, healthy), (5502, faulty)):
+            text = text.replace(f"127.0.0.1:{port}", "{}:{}".format(*server.address))
+        path.write_text(text.replace("bind 127.0.0.1:5500", f"bind fd@{listener.fileno()}"))
+        command = ["haproxy", "-db", "-f", str(path)]
+        haproxy = subprocess.Popen(command, pass_fds=[listener.fileno()], stderr=subprocess.PIPE, text=True)
+        stack.callback(haproxy.communicate, timeout=TIMEOUT)
+        stack.callback(haproxy.terminate)
+        assert haproxy.stderr is not None
+        while "echo/faulty is DOWN" not in (line := haproxy.stderr.readline()):
+            assert line, "haproxy ended"
+        for _ in range(20):
+            with socket.create_connection(listener.getsockname(), TIMEOUT) as client:
+                client.sendall(b"Hola Server!\n")
+                assert receive_line(client) == b"Hola Server!\n"
+        assert " 13 bytes: Hola Server!" not in faulty.log
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)

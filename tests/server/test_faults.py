@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import logging
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple, Unpack
 
 import pytest
 from support import (
+    TIMEOUT,
     Backend,
     StartServer,
     connect,
@@ -32,6 +34,7 @@ from support import (
 import echo_async
 from echo_async.config import ServerOptions
 from echo_async.faults import FaultSchedule
+from echo_async.testing import HostedServer
 
 MESSAGE = b"Hola Server!\n"
 CORRUPTED = b"Hola!Server!\n"  # with SEED
@@ -461,3 +464,55 @@ def test_abort_ends_every_fault_at_once(transport: Transport) -> None:
         for client in clients:
             receive_to_end(client)
     assert server.stats.active == 0
+
+
+# What libraries report, as docs/faults.md lists it
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("close", asyncio.IncompleteReadError),
+        ("half-close=5", asyncio.IncompleteReadError),
+        ("reset", ConnectionResetError),
+        ("refuse", ConnectionResetError),
+        ("stall", TimeoutError),
+        ("drop", TimeoutError),
+        ("delay=3600", TimeoutError),
+    ],
+)
+def test_asyncio_client_raises_the_documented_error(fault: str, error: type[Exception]) -> None:
+    async def main(address: tuple[str, int]) -> None:
+        async with asyncio.timeout(0.1 if error is TimeoutError else TIMEOUT):
+            reader, writer = await asyncio.open_connection(*address)
+            try:
+                writer.write(MESSAGE)
+                await reader.readuntil(b"\n")
+            finally:
+                writer.close()
+
+    with HostedServer(fault=fault) as server, pytest.raises(error):
+        asyncio.run(main(server.address))
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("close", http.client.RemoteDisconnected),
+        ("half-close", http.client.RemoteDisconnected),
+        ("reset", ConnectionResetError),
+        ("refuse", ConnectionResetError),
+        ("stall", TimeoutError),
+        ("drop", TimeoutError),
+    ],
+)
+def test_http_client_raises_the_documented_error(fault: str, error: type[Exception]) -> None:
+    timeout = 0.1 if error is TimeoutError else TIMEOUT
+
+    def request(address: tuple[str, int]) -> None:
+        with closing(http.client.HTTPConnection(*address, timeout=timeout)) as client:
+            client.request("GET", "/")
+            client.getresponse()
+
+    with HostedServer(fault=fault) as server, pytest.raises(error):
+        request(server.address)
