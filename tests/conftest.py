@@ -148,14 +148,3 @@ def reserved_port() -> Iterator[int]:
 def closed_port(bound_socket: socket.socket) -> int:
     port: int = bound_socket.getsockname()[1]
     return port
-
-
-@pytest.fixture
-def black_hole() -> Iterator[tuple[str, int]]:
-    """An address that never accepts a connection: its backlog is full."""
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, ExitStack() as stack:
-        for _ in range(4):
-            filler = stack.enter_context(socket.socket())
-            filler.setblocking(False)
-            filler.connect_ex(listener.getsockname())
-        yield listener.getsockname()

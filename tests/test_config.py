@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from echo_async import ConfigError, ServerConfig, serve
+from echo_async import ConfigError, ServerConfig, serve, sync
 from echo_async.config import CONNECT_TIMEOUT, REPLY_TIMEOUT
 
 DEFAULTS = {
@@ -57,6 +57,9 @@ INVALID: list[tuple[str, Any]] = [
     *(("backlog", value) for value in [0, -1, 2**31]),
     *(("limit_message_size", value) for value in [0, -1, 2**40 + 1, math.inf]),
     *(("limit_connections", value) for value in [0, -1, 2**31]),
+    *(("fault", value) for value in [b"drop", 1, ["drop"]]),
+    *(("fault_sequence", value) for value in [[1], 1]),
+    *(("fault_seed", value) for value in [-1, 2**63, "1", 1.0]),
     *((name, value) for name in TIMEOUTS for value in [0, -1, -0.0, math.nan, math.inf, -math.inf, "10", None]),
 ]
 
@@ -113,11 +116,29 @@ def test_proxy_allow_from_takes_networks(networks: str) -> None:
         ({"ssl_keyfile_password": "secret"}, "ssl_keyfile_password requires ssl_certfile"),
         ({"ssl_ca_certs": "ca.pem"}, "ssl_ca_certs requires ssl_certfile"),
         ({"proxy_allow_from": "*"}, "proxy_allow_from requires proxy_protocol"),
+        ({"fault": "drop", "fault_sequence": ["drop"]}, "fault and fault_sequence are mutually exclusive"),
+        ({"fault_seed": 1}, "fault_seed requires fault or fault_sequence"),
+        ({"fault": "drop", "fd": 3}, "fault and fault_sequence conflict with fd; use host and port, or uds"),
+        ({"fault_sequence": [None], "fd": 3}, "fault and fault_sequence conflict with fd"),
     ],
 )
 def test_invalid_combination_is_reported(options: dict[str, Any], error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         ServerConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"fault": "dely=1"}, "invalid fault: 'dely=1' (unknown kind 'dely'; choose from delay, rate, slice, drop, "),
+        ({"fault": "reset,close"}, "invalid fault: 'reset,close' (reset and close are mutually exclusive)"),
+        ({"fault_sequence": ["no-accept"]}, "invalid fault_sequence: ['no-accept'] (no-accept applies to all conn"),
+    ],
+)
+def test_invalid_fault_names_the_part(options: dict[str, Any], error: str) -> None:
+    for create in (ServerConfig, serve, sync.serve):
+        with pytest.raises(ConfigError, match=re.escape(error)):
+            create(**options)
 
 
 def test_serve_with_invalid_option_raises_at_once() -> None:

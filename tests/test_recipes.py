@@ -86,9 +86,9 @@ def test_network_policy_permits_the_label_of_the_probe() -> None:
     assert recipe("kind", "Job")["spec"]["template"]["metadata"]["labels"] == permitted
 
 
-def test_network_probe_exit_code_shows_the_policy(black_hole: tuple[str, int]) -> None:
+def test_network_probe_exit_code_shows_the_policy(black_hole_address: tuple[str, int]) -> None:
     command = recipe("kind", "Job")["spec"]["template"]["spec"]["containers"][0]["command"]
     with HostedServer() as server:
         assert run_client(command, *server.address).returncode == 0
-    blocked = run_client([*command, "--connect-timeout", "0.2"], *black_hole)
+    blocked = run_client([*command, "--connect-timeout", "0.2"], *black_hole_address)
     assert (blocked.returncode, json.loads(blocked.stdout)["error"]["kind"]) == (3, "timeout")

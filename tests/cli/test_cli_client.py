@@ -200,9 +200,9 @@ def test_json_refused_connection_has_its_kind(
 
 @each_sender
 def test_json_connect_timeout_has_its_kind(
-    black_hole: tuple[str, int], sender: list[str], capfd: pytest.CaptureFixture[str]
+    black_hole_address: tuple[str, int], sender: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    error = failure_of(["--port", str(black_hole[1]), "--connect-timeout", "0.2", *sender], capfd, 3)
+    error = failure_of(["--port", str(black_hole_address[1]), "--connect-timeout", "0.2", *sender], capfd, 3)
     assert error["kind"] == "timeout"
 
 

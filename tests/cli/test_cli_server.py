@@ -334,6 +334,9 @@ BAD_OPTIONS = [
     *(("--log-level", value) for value in ["loud"]),
     *(("--log-format", value) for value in ["xml"]),
     *((name, "") for name in ["--host", "--uds"]),
+    *(("--fault", value) for value in ["", "dely=1", "delay", "reset,close", "drop,p=2", "no-accept,p=1"]),
+    *(("--fault-sequence", value) for value in ["", "reset;", "reset;no-accept"]),
+    *(("--fault-seed", value) for value in ["-1", "x"]),
 ]
 
 
@@ -345,6 +348,35 @@ def test_invalid_value_is_reported_with_its_option(
         monkeypatch.setenv("ECHO_ASYNC_PORT", port)
         assert main([f"{option}={value}"]) == 2
     assert single_error_line(*capsys.readouterr()).startswith(f"error: invalid {option}: {value!r} (")
+
+
+def test_invalid_fault_names_the_part_and_what_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--fault", "delay=0.1,rate=fast"]) == 2
+    assert single_error_line(*capsys.readouterr()) == (
+        "error: invalid --fault: 'delay=0.1,rate=fast' (rate requires bytes per second, an integer from 1)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--fault", "drop", "--fault-sequence", "drop"], "fault and fault_sequence are mutually exclusive"),
+        (["--fault-seed", "1"], "fault_seed requires fault or fault_sequence"),
+        (["--fault", "drop", "--fd", "3"], "fault and fault_sequence conflict with fd"),
+    ],
+)
+def test_conflicting_fault_options_exit_with_2(
+    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert error in single_error_line(*capsys.readouterr())
+
+
+def test_fault_on_the_command_line_overrides_the_environment() -> None:
+    env = {"ECHO_ASYNC_FAULT": "drop", "ECHO_ASYNC_FAULT_SEED": "7"}
+    with server_process("--fault-sequence", "duplicate", env=env) as server:
+        assert exchange(server.address, b"one\n") == b"one\none\n"
+        assert " faults configured: duplicate, seed 7\n" in server.stop()[1]
 
 
 def test_unknown_option_suggests_a_similar_one() -> None:

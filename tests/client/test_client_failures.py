@@ -81,12 +81,12 @@ def test_connect_resolver_blocked_times_out(on_loop: OnLoop, monkeypatch: pytest
     resume.set()
 
 
-def test_connect_unreachable_address_times_out(on_loop: OnLoop, black_hole: tuple[str, int]) -> None:
+def test_connect_unreachable_address_times_out(on_loop: OnLoop, black_hole_address: tuple[str, int]) -> None:
     async def main() -> None:
         with pytest.raises(
             echo_async.ConnectTimeout, match=r"cannot connect to .*: timed out after 0\.1 s; check the address"
         ):
-            await connect(*black_hole, connect_timeout=0.1)
+            await connect(*black_hole_address, connect_timeout=0.1)
 
     on_loop(main)
 
@@ -105,11 +105,11 @@ def test_connect_unix_socket_full_backlog_times_out(on_loop: OnLoop, tmp_path: P
     on_loop(main)
 
 
-def test_connect_can_be_canceled(on_loop: OnLoop, black_hole: tuple[str, int]) -> None:
+def test_connect_can_be_canceled(on_loop: OnLoop, black_hole_address: tuple[str, int]) -> None:
     async def main() -> None:
         with pytest.raises(TimeoutError) as caught:
             async with asyncio.timeout(0.05):
-                await connect(*black_hole)
+                await connect(*black_hole_address)
         assert not isinstance(caught.value, echo_async.EchoError)
 
     on_loop(main)
@@ -119,11 +119,11 @@ def test_connect_tries_every_address(
     on_loop: OnLoop,
     scripted_server: Start,
     monkeypatch: pytest.MonkeyPatch,
-    black_hole: tuple[str, int],
+    black_hole_address: tuple[str, int],
     closed_port: int,
 ) -> None:
     server = scripted_server(echo_all)
-    resolve_to(monkeypatch, ("127.0.0.1", closed_port), black_hole, server.address)
+    resolve_to(monkeypatch, ("127.0.0.1", closed_port), black_hole_address, server.address)
 
     async def main() -> None:
         assert await echo("Hola", "several.example") == "Hola"
@@ -165,13 +165,13 @@ def test_retry_waits_for_starting_server(on_loop: OnLoop, bound_socket: socket.s
     on_loop(main)
 
 
-def test_retry_ends_after_its_time(on_loop: OnLoop, closed_port: int, black_hole: tuple[str, int]) -> None:
+def test_retry_ends_after_its_time(on_loop: OnLoop, closed_port: int, black_hole_address: tuple[str, int]) -> None:
     async def main() -> None:
         started = time.monotonic()
         with pytest.raises(echo_async.ConnectError):
             await echo("Hola", port=closed_port, retry=0.1)
         with pytest.raises(echo_async.ConnectTimeout):
-            await echo("Hola", *black_hole, retry=0.1, connect_timeout=0.05)
+            await echo("Hola", *black_hole_address, retry=0.1, connect_timeout=0.05)
         assert 0.2 <= time.monotonic() - started < MAX_DELAY
 
     on_loop(main)

@@ -322,6 +322,79 @@ def test_workers_have_faults_each() -> None:
     assert log.count(" fault injected: drop\n") == dropped
 
 
+# no-accept
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::", ["127.0.0.1", "127.0.0.2", "::1"]], ids=str)
+def test_no_accept_lets_no_connection_complete(host: Any, backend: Backend, no_leaks: None) -> None:
+    async def connect(address: tuple[str, int]) -> None:
+        await asyncio.open_connection(*address)
+
+    async def main() -> None:
+        async with serve_in_loop(backend, host=host, fault="no-accept") as server:
+            addresses = [address for address in server.addresses if not isinstance(address, str)]
+            attempts = [asyncio.create_task(connect(address)) for address in addresses for _ in range(20)]
+            done, pending = await asyncio.wait(attempts, timeout=0.1)
+            assert not done
+            for attempt in pending:
+                attempt.cancel()
+            await asyncio.wait(pending)
+            started = monotonic()
+            server.close()
+            await server.wait_closed()
+            assert monotonic() - started < 5, "the graceful shutdown takes 10 s"
+            assert (server.stats.accepted, dict(server.stats.faults)) == (0, {})
+
+    run(main, backend.loop)
+
+
+def test_no_accept_on_a_unix_socket_blocks_connect(start_server: StartServer, tmp_path: Path) -> None:
+    options: ServerOptions = {"fault": "no-accept", "uds": str(tmp_path / "echo.sock")}
+    with start_server(**options) as server, socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(0.1)
+        with pytest.raises((TimeoutError, BlockingIOError)):  # EAGAIN: a timeout makes the socket nonblocking
+            client.connect(str(server.address))
+
+
+def test_no_accept_with_workers_and_tls(certificate: Path) -> None:
+    arguments = ["--workers", "2", "--fault", "no-accept", "--ssl-certfile", str(certificate)]
+    with server_process(*arguments) as server:
+        with pytest.raises(TimeoutError):
+            socket.create_connection(server.address, 0.1)
+        assert server.stop()[0] == 0
+
+
+@pytest.mark.parametrize("connect", [echo_async.sync.connect, echo_async.connect])
+def test_clients_time_out_at_the_black_hole(connect: Any, black_hole_address: tuple[str, int]) -> None:
+    async def main() -> None:
+        result = connect(*black_hole_address, connect_timeout=0.1)
+        if not isinstance(result, echo_async.sync.EchoClient):
+            await result
+
+    with pytest.raises(echo_async.ConnectTimeout):
+        asyncio.run(main())
+
+
+def test_handle_echo_refuses_faults() -> None:
+    async def main() -> None:
+        errors: list[Exception] = []
+
+        def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                echo_async.handle_echo(reader, writer, fault="drop")
+            except echo_async.ConfigError as error:
+                errors.append(error)
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            with suppress(ConnectionResetError):
+                assert await reader.read() == b""
+            writer.close()
+        assert [str(each) for each in errors] == ["handle_echo has no faults; use echo_async.serve"]
+
+    asyncio.run(main())
+
+
 # Limits, timeouts, logs
 
 

@@ -154,6 +154,15 @@ def test_all_sockets_from_systemd_are_served(variant: list[str], listener: socke
     assert "messages=2 " in log
 
 
+def test_faults_on_sockets_from_systemd_are_refused(listener: socket.socket) -> None:
+    with activated(listener, options=("--fault", "drop")) as server:
+        code, log = server.wait()
+    assert (code, log) == (
+        2,
+        "error: --fault and --fault-sequence conflict with LISTEN_FDS; use --host and --port, or --uds\n",
+    )
+
+
 def test_listen_fds_of_another_process_is_ignored(listener: socket.socket) -> None:
     with activated(listener, pid="1", options=("--port", "0")) as server:
         assert server.address != listener.getsockname()

@@ -413,11 +413,11 @@ def test_connect_without_free_descriptor_raises() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-def test_connect_unreachable_address_times_out(black_hole: tuple[str, int]) -> None:
+def test_connect_unreachable_address_times_out(black_hole_address: tuple[str, int]) -> None:
     with pytest.raises(
         echo_async.ConnectTimeout, match=r"cannot connect to .*: timed out after 0\.1 s; check the address"
     ):
-        sync.connect(*black_hole, connect_timeout=0.1)
+        sync.connect(*black_hole_address, connect_timeout=0.1)
 
 
 def test_connect_unix_socket_full_backlog_times_out(tmp_path: Path) -> None:
@@ -431,11 +431,14 @@ def test_connect_unix_socket_full_backlog_times_out(tmp_path: Path) -> None:
 
 
 def test_connect_tries_every_address(
-    scripted_server: Start, monkeypatch: pytest.MonkeyPatch, black_hole: tuple[str, int], bound_socket: socket.socket
+    scripted_server: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    black_hole_address: tuple[str, int],
+    bound_socket: socket.socket,
 ) -> None:
     server = scripted_server(echo_all)
     broadcast = ("127.255.255.255", server.address[1])  # connect() fails immediately
-    resolve_to(monkeypatch, broadcast, bound_socket.getsockname(), black_hole, server.address)
+    resolve_to(monkeypatch, broadcast, bound_socket.getsockname(), black_hole_address, server.address)
     assert sync.echo("Hola", "several.example") == "Hola"
 
 
@@ -494,12 +497,12 @@ def test_retry_waits_for_starting_server(bound_socket: socket.socket, caplog: py
     assert refused.is_set()
 
 
-def test_retry_ends_after_its_time(bound_socket: socket.socket, black_hole: tuple[str, int]) -> None:
+def test_retry_ends_after_its_time(bound_socket: socket.socket, black_hole_address: tuple[str, int]) -> None:
     started = time.monotonic()
     with pytest.raises(echo_async.ConnectError):
         sync.echo("Hola", *bound_socket.getsockname(), retry=0.1)
     with pytest.raises(echo_async.ConnectTimeout):
-        sync.echo("Hola", *black_hole, retry=0.1, connect_timeout=0.05)
+        sync.echo("Hola", *black_hole_address, retry=0.1, connect_timeout=0.05)
     assert 0.2 <= time.monotonic() - started < MAX_DELAY
 
 
