@@ -16,7 +16,7 @@ from random import Random
 
 MAX_DELAY = 86_400.0  # seconds
 MAX_SIZE = 2**31 - 1  # bytes
-RATE_INTERVAL = 0.05  # seconds between two pieces that are sent at a limited rate
+RATE_INTERVAL = 0.1  # seconds between two pieces that are sent at a limited rate
 SLICE_INTERVAL = 0.001  # seconds between two pieces: a peer that reads promptly receives each of them alone
 NONE = "none"  # the specification of a connection without a fault
 

@@ -378,6 +378,39 @@ async def silent_tls(backend: str, scale: float) -> None:
             check("counted", f"timeouts_handshake={count}", f"timeouts_handshake={count}" in process.log)
 
 
+async def faults(backend: str, scale: float) -> None:
+    """200 stalled, 200 delayed and 200 throttled clients: another client is not delayed, nor is the end."""
+    count = int(200 * scale)
+    kinds = {"stall": "stall", "delay": "delay=0.05..0.15", "rate": "rate=1000"}
+    healthy = ["none;"] * 2 + [f"{spec};" * count for spec in kinds.values()]
+    with server(*BACKENDS[backend], "--mode", "stream", "--fault-sequence", "".join(healthy) + "none") as process:
+        await latency(process.port)
+        alone = await latency(process.port, 5000)
+        before = process.descriptors
+        async with clients(process.port, len(kinds) * count) as opened:
+            for number, (_, writer) in enumerate(opened):
+                writer.transport.pause_reading()  # type: ignore[attr-defined]
+                writer.write(1000 * b"Hola Server!\n" if number < 2 * count else 60_000 * b"x" + b"\n")
+                await asyncio.sleep(random.random() / 100)  # independent clients do not begin at the same moment
+            await wait_until(lambda: all(process.log.count(f"fault injected: {kind}") == count for kind in kinds))
+            loaded = await latency(process.port, 5000)
+            check("p99 of another client, ratio to its p99 alone", loaded / alone, loaded <= 2 * alone, "2")
+        await wait_until(lambda: process.descriptors <= before + count)  # a stalled server does not notice the end
+        took = await asyncio.to_thread(process.stop)
+        check("seconds from the signal to the exit", took, took <= 10, "10")
+
+
+async def rate(backend: str, scale: float) -> None:
+    """100 kB at 10 kB/s take 10 s."""
+    message = 99_999 * b"x" + b"\n"
+    with server(*BACKENDS[backend], "--mode", "stream", "--fault", "rate=10000") as process:
+        async with clients(process.port, 1) as [client]:
+            start = time.monotonic()
+            check("reply of 100 kB", await echo(client, message), True)
+            took = time.monotonic() - start
+        check("seconds until it is complete", took, 9 <= took <= 11, "9 to 11")
+
+
 SCENARIOS: dict[str, Callable[[str, float], Coroutine[None, None, None]]] = {
     "idle": idle,
     "churn": churn,
@@ -388,6 +421,8 @@ SCENARIOS: dict[str, Callable[[str, float], Coroutine[None, None, None]]] = {
     "flood": flood,
     "idle-tls": idle_tls,
     "silent-tls": silent_tls,
+    "faults": faults,
+    "rate": rate,
 }
 
 

@@ -135,7 +135,7 @@ def test_random_choices_do_not_depend_on_how_replies_are_grouped(groups: list[in
     [
         ("delay=0.5", [Wait(0.5), Send(MESSAGE)]),
         ("delay=0", [Wait(0), Send(MESSAGE)]),
-        ("rate=26", [action for byte in MESSAGE for action in (Wait(1 / 26), Send(bytes([byte])))]),
+        ("rate=13", [action for byte in MESSAGE for action in (Wait(1 / 13), Send(bytes([byte])))]),
         ("rate=26,slice=10", [Wait(10 / 26), Send(MESSAGE[:10]), Wait(3 / 26), Send(MESSAGE[10:])]),
         ("rate=1000000", [Wait(13 / 1000000), Send(MESSAGE)]),
         ("slice=5", [Send(b"Hola "), Wait(0.001), Send(b"Serve"), Wait(0.001), Send(b"r!\n")]),

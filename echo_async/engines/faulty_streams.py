@@ -1,7 +1,6 @@
 """Connections of the ``streams`` engine with a fault: the coroutine runs the actions between two reads."""
 
 import asyncio
-import contextlib
 from collections.abc import Iterator
 from functools import partial
 from typing import cast
@@ -35,8 +34,8 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
     ) -> None:
         super().__init__(registry, peername, reader, writer)
         self._plan = plan
-        self._released = asyncio.Event()  # ends the waits
-        self._is_stalled = self.is_replying = False
+        self._waiter: asyncio.Future[None] | None = None  # done when the wait or the stall is over
+        self._is_released = self._is_stalled = self.is_replying = False
 
     async def _echo(self) -> None:
         conversation, size = self.conversation, self.context.config.chunk_size
@@ -86,10 +85,25 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
         if not seconds or self._is_released:
             await asyncio.sleep(seconds)
         else:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await self._released.wait()
+            timer = asyncio.get_running_loop().call_later(seconds, self._end_wait)
+            try:
+                await self._wait_for_end()
+            finally:
+                timer.cancel()
         return due
+
+    async def _wait_for_end(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _end_wait(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _release(self) -> None:
+        """End this wait, and shorten all others."""
+        self._is_released = True
+        self._end_wait()
 
     async def _end(self, end: End) -> None:
         match end:
@@ -107,7 +121,8 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
         transport = cast(asyncio.Transport, self._transport)
         self.begin_stall()
         transport.pause_reading()
-        await self._released.wait()
+        if not self._is_released:
+            await self._wait_for_end()
         self._is_stalled = False
         self.conversation.finish()
         if not transport.is_closing():
@@ -115,23 +130,19 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
 
     def expired_timeout(self, now: float) -> TimeoutKind | None:
         if self._transport.is_closing():  # the connection is lost: wait no longer
-            self._released.set()
+            self._release()
         return super().expired_timeout(now)
 
-    @property
-    def _is_released(self) -> bool:  # type: ignore[override]  # read only here
-        return self._released.is_set()
-
     def finish(self) -> None:
-        self._released.set()
+        self._release()
         super().finish()
 
     def stop(self) -> None:
-        self._released.set()
+        self._release()
         super().stop()
 
     def abort(self) -> None:
-        self._released.set()
+        self._release()
         super().abort()
 
     def raw_socket(self) -> object:
