@@ -417,7 +417,7 @@ def test_close_at_the_moment_of_accept_closes_the_connection() -> None:
         assert isinstance(loop, SingleAcceptLoop)
         loop.clients = [accepted]
         loop.on_next_accept = HandshakeAcceptor(
-            admission, loop, accepted, None, lambda establish, peername, plan: asyncio.Protocol()
+            admission, loop, accepted, None, lambda establish, origin: asyncio.Protocol()
         ).close
         await asyncio.sleep(0)
         await asyncio.sleep(0)

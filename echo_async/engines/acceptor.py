@@ -7,7 +7,7 @@ import contextlib
 import socket
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, cast
 
 from ..compat import is_readable
 from ..listeners import Listeners
@@ -15,17 +15,15 @@ from ..tls import Certificates
 from .admission import Admission
 from .handshake_acceptor import HandshakeAcceptor, OnEstablished
 from .loop_internals import ABORT_TURNS, run_turns, start_serving, stop_accepting
+from .origin import Origin
 from .registry import DRAIN_INTERVAL, Registry
 from .sweeper import Sweeper
-
-if TYPE_CHECKING:
-    from ..faults import FaultPlan
 
 
 class AsyncioEngine(Protocol):
     """What the modules ``streams`` and ``protocol`` provide."""
 
-    def create_protocol(self, registry: Registry, on_established: OnEstablished, peername: object) -> asyncio.Protocol:
+    def create_protocol(self, registry: Registry, on_established: OnEstablished, origin: Origin) -> asyncio.Protocol:
         """Return the protocol for one connection, whose transport is made by the caller."""
 
     async def create_server(
@@ -78,14 +76,11 @@ class AsyncioAcceptor:
             return await start_serving(server, listener, config.backlog)
         return HandshakeAcceptor(self._admission, self._loop, listener, self._certificates, self._make_protocol)
 
-    def _make_protocol(
-        self, on_established: OnEstablished, peername: object, plan: FaultPlan | None
-    ) -> asyncio.Protocol:
-        if plan is None:
-            return self._engine.create_protocol(self._registry, on_established, peername)
-        faulty_engine = import_module(f".faulty_{self._admission.config.engine}", __package__)
-        protocol: asyncio.Protocol = faulty_engine.create_protocol(self._registry, on_established, peername, plan)
-        return protocol
+    def _make_protocol(self, on_established: OnEstablished, origin: Origin) -> asyncio.Protocol:
+        engine = self._engine
+        if origin.plan is not None:
+            engine = cast(AsyncioEngine, import_module(f".faulty_{self._admission.config.engine}", __package__))
+        return engine.create_protocol(self._registry, on_established, origin)
 
     def close(self) -> None:
         """Begin the graceful shutdown. Returns at once; safe to call twice, and from any thread."""

@@ -10,6 +10,7 @@ from typing import Literal
 from ..errors import describe_error
 from ..logs import access_log, excerpt, log
 from ..net import format_address
+from ..proxy import ProxyHeader
 from .context import ConnectionContext
 from .counters import Exchange
 
@@ -28,6 +29,7 @@ class Connection:
     """
 
     __slots__ = (
+        "_header",
         "_idle_since",
         "_lingering_since",
         "_message_started_at",
@@ -45,10 +47,11 @@ class Connection:
     is_held_open = False
     """Whether a fault leaves it to the client to close the connection."""
 
-    def __init__(self, context: ConnectionContext, peername: object) -> None:
+    def __init__(self, context: ConnectionContext, peername: object, header: ProxyHeader | None = None) -> None:
         self.context = context
         self.conversation = context.make_conversation()
         self._peername = peername
+        self._header = header
         now = context.now()
         self._received = 0
         self._idle_since = now

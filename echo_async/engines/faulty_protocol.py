@@ -8,21 +8,21 @@ from ..faults import Action, End, FaultPlan, Report, Send, Wait
 from .faulty_connection import FaultyConnection
 from .handshake_acceptor import OnEstablished
 from .loop_internals import reset_transport, shut_down_output
+from .origin import Origin
 from .protocol import ProtocolConnection
 from .registry import Registry
 
 
-def create_protocol(
-    registry: Registry, on_established: OnEstablished, peername: object, plan: FaultPlan
-) -> asyncio.Protocol:
-    return FaultyProtocolConnection(registry, on_established, peername, plan)
+def create_protocol(registry: Registry, on_established: OnEstablished, origin: Origin) -> asyncio.Protocol:
+    assert origin.plan is not None
+    return FaultyProtocolConnection(origin.plan, registry, on_established, origin)
 
 
 class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
     """One connection with a fault."""
 
-    def __init__(self, registry: Registry, on_established: OnEstablished, peername: object, plan: FaultPlan) -> None:
-        super().__init__(registry, on_established, peername)
+    def __init__(self, plan: FaultPlan, registry: Registry, on_established: OnEstablished, origin: Origin) -> None:
+        super().__init__(registry, on_established, origin)
         self._plan = plan
         self._loop = asyncio.get_running_loop()
         self._actions: Iterator[Action] = iter(())

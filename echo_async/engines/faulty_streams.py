@@ -10,15 +10,15 @@ from .connection import TimeoutKind
 from .faulty_connection import FaultyConnection
 from .handshake_acceptor import OnEstablished
 from .loop_internals import reset_transport, shut_down_output
+from .origin import Origin
 from .registry import Registry
 from .streams import DRAIN_THRESHOLD, StreamConnection
 from .streams import create_protocol as create_healthy_protocol
 
 
-def create_protocol(
-    registry: Registry, on_established: OnEstablished, peername: object, plan: FaultPlan
-) -> asyncio.Protocol:
-    return create_healthy_protocol(registry, on_established, peername, partial(FaultyStreamConnection, plan))
+def create_protocol(registry: Registry, on_established: OnEstablished, origin: Origin) -> asyncio.Protocol:
+    assert origin.plan is not None
+    return create_healthy_protocol(registry, on_established, origin, partial(FaultyStreamConnection, origin.plan))
 
 
 class FaultyStreamConnection(FaultyConnection, StreamConnection):
@@ -28,11 +28,11 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
         self,
         plan: FaultPlan,
         registry: Registry,
-        peername: object,
+        origin: Origin,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        super().__init__(registry, peername, reader, writer)
+        super().__init__(registry, origin, reader, writer)
         self._plan = plan
         self._waiter: asyncio.Future[None] | None = None  # done when the wait or the stall is over
         self._is_released = self._is_stalled = self.is_replying = False

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from ..compat import set_reset_on_close
 from ..faults import Action, End, FaultPlan, Report, Send, Wait
 from .faulty_connection import FaultyConnection
+from .origin import Origin
 from .registry import Registry
 from .threads import ThreadConnection
 from .tls_socket import TlsSocket
@@ -17,9 +18,9 @@ class FaultyThreadConnection(FaultyConnection, ThreadConnection):
     """One connection with a fault."""
 
     def __init__(
-        self, plan: FaultPlan, registry: Registry, connected: socket.socket | TlsSocket, peername: object
+        self, plan: FaultPlan, registry: Registry, connected: socket.socket | TlsSocket, origin: Origin
     ) -> None:
-        super().__init__(registry, connected, peername)
+        super().__init__(registry, connected, origin)
         self._plan = plan
         self._released = threading.Event()  # ends the waits
         self._is_stalled = self.is_replying = False

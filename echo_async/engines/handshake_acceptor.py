@@ -5,31 +5,27 @@ connection as pending until it is established. A TLS connection cannot be half-c
 sends what is left, then its close_notify.
 """
 
-from __future__ import annotations
-
 import asyncio
 import socket
 import ssl
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from ..net import format_address
 from ..tls import Certificates
 from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
 from .context import LINGER_TIMEOUT
+from .origin import Origin
 from .proxy_reader import read_header, wait_for_input
-
-if TYPE_CHECKING:
-    from ..faults import FaultPlan
 
 MIN_TIMEOUT = 0.001  # seconds: a handshake whose time is up fails, but 0 is invalid
 
 OnEstablished = Callable[[], bool]
 """Called once a connection has its transport. Returns whether to serve it."""
 
-ProtocolFactory = Callable[[OnEstablished, object, "FaultPlan | None"], asyncio.Protocol]
-"""Makes the protocol of a connection, which calls the first argument; then the peer's address, and its faults."""
+ProtocolFactory = Callable[[OnEstablished, Origin], asyncio.Protocol]
+"""Makes the protocol of a connection, which calls the first argument."""
 
 
 class HandshakeAcceptor:
@@ -67,13 +63,13 @@ class HandshakeAcceptor:
                 elif (plan := self._admission.next_plan()) is not None and plan.is_refused:
                     self._admission.reset(connection, peername, plan)
                 else:
-                    self._begin(connection, peername, plan)
+                    self._begin(connection, Origin(peername, plan=plan))
             except Exception as error:
                 self._admission.registry.context.fail(format_address(peername), error)
                 connection.close()
 
-    def _begin(self, connection: socket.socket, peername: object, plan: FaultPlan | None) -> None:
-        task = self._loop.create_task(self._establish(connection, peername, plan))
+    def _begin(self, connection: socket.socket, origin: Origin) -> None:
+        task = self._loop.create_task(self._establish(connection, origin))
         self._admission.begin_handshake()
         self._tasks.add(task)
         task.add_done_callback(partial(self._on_done, connection))
@@ -84,7 +80,7 @@ class HandshakeAcceptor:
             self._admission.end_handshake()
             connection.close()
 
-    async def _establish(self, connection: socket.socket, peername: object, plan: FaultPlan | None) -> None:
+    async def _establish(self, connection: socket.socket, origin: Origin) -> None:
         """Read the PROXY header, do the TLS handshake, whichever is configured; then serve the connection."""
         fail = self._admission.fail_header
         is_established = False
@@ -99,8 +95,8 @@ class HandshakeAcceptor:
             if self._admission.expects_header:
                 header = self._admission.new_header()
                 await read_header(self._loop, connection, header, self._admission.config.timeout_message)
-                peername = header.source or peername
-            protocol = self._make_protocol(on_established, peername, plan)
+                origin = origin.proxied(header)
+            protocol = self._make_protocol(on_established, origin)
             if self._certificates is None:  # takes no time: a shutdown does not cancel it
                 self._tasks.discard(cast(asyncio.Task[None], asyncio.current_task()))
                 await self._loop.connect_accepted_socket(lambda: protocol, connection)
@@ -109,7 +105,7 @@ class HandshakeAcceptor:
                 await self._do_handshake(connection, protocol, self._certificates.context)
         except (Exception, asyncio.CancelledError) as error:
             if not is_established:  # else the connection ends as its engine ends it; a shutdown drains it
-                fail(format_address(peername), error if isinstance(error, Exception) else SHUTTING_DOWN)
+                fail(format_address(origin.peername), error if isinstance(error, Exception) else SHUTTING_DOWN)
                 connection.close()
 
     async def _do_handshake(

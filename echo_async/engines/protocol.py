@@ -16,6 +16,7 @@ from ..compat import is_readable
 from .connection import Connection
 from .handshake_acceptor import OnEstablished
 from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS
+from .origin import UNKNOWN, Origin
 from .registry import Registry
 
 
@@ -28,8 +29,8 @@ async def create_server(registry: Registry, on_established: OnEstablished, liste
     )
 
 
-def create_protocol(registry: Registry, on_established: OnEstablished, peername: object) -> asyncio.Protocol:
-    return _connection_class(registry)(registry, on_established, peername)
+def create_protocol(registry: Registry, on_established: OnEstablished, origin: Origin) -> asyncio.Protocol:
+    return _connection_class(registry)(registry, on_established, origin)
 
 
 def _connection_class(registry: Registry) -> type[ProtocolConnection]:
@@ -45,9 +46,10 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     _transport: asyncio.Transport
     _write: Callable[[bytes], object]
 
-    def __init__(self, registry: Registry, on_established: OnEstablished, peername: object = None) -> None:
+    def __init__(self, registry: Registry, on_established: OnEstablished, origin: Origin = UNKNOWN) -> None:
         self.context = registry.context
-        self._peername = peername
+        self._peername = origin.peername
+        self._header = origin.header
         self._registry = registry
         self._on_established = on_established
         self._is_writing_paused = False
@@ -58,7 +60,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         self._write = self._transport.write
         try:
             if self._on_established():
-                super().__init__(self.context, self._peername)
+                super().__init__(self.context, self._peername, self._header)
                 self._registry.add(self)
             else:
                 self._transport.abort()
@@ -150,8 +152,8 @@ class LoggedProtocolConnection(ProtocolConnection):
 
     __slots__ = ("_lines", "_loop")
 
-    def __init__(self, registry: Registry, on_established: OnEstablished, peername: object = None) -> None:
-        super().__init__(registry, on_established, peername)
+    def __init__(self, registry: Registry, on_established: OnEstablished, origin: Origin = UNKNOWN) -> None:
+        super().__init__(registry, on_established, origin)
         self._loop = asyncio.get_running_loop()
         self._lines: Iterator[None] | None = None  # still to be written
 

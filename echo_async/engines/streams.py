@@ -16,6 +16,7 @@ from ..net import format_address
 from .connection import Connection
 from .handshake_acceptor import OnEstablished
 from .loop_internals import ACCEPT_BATCH, READ_AHEAD_TURNS, TRANSPORT_ERRORS, abort_transport, run_turns
+from .origin import UNKNOWN, Origin
 from .registry import Registry
 from .sweeper import Sweeper
 
@@ -24,7 +25,7 @@ DRAIN_THRESHOLD = 16 * 1024  # bytes of unsent replies above which no chunk is r
 DISCARD_SIZE = 64 * 1024  # bytes per read of input that is discarded
 
 
-ConnectionFactory = Callable[[Registry, object, asyncio.StreamReader, asyncio.StreamWriter], "StreamConnection"]
+ConnectionFactory = Callable[[Registry, Origin, asyncio.StreamReader, asyncio.StreamWriter], "StreamConnection"]
 
 
 def read_ahead(config: ServerConfig) -> int:
@@ -61,7 +62,7 @@ def handle_echo(
     except BaseException:
         writer.transport.abort()
         raise
-    task = _serve(registry, None, reader, writer, StreamConnection)
+    task = _serve(registry, UNKNOWN, reader, writer, StreamConnection)
     sweeper = Sweeper(registry)
     sweeper.start()
     task.add_done_callback(sweeper.stop)
@@ -70,12 +71,12 @@ def handle_echo(
 
 def _serve(
     registry: Registry,
-    peername: object,
+    origin: Origin,
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
     make_connection: ConnectionFactory,
 ) -> asyncio.Task[None]:
-    connection = make_connection(registry, peername, reader, writer)
+    connection = make_connection(registry, origin, reader, writer)
     registry.add(connection)
     return connection.start()
 
@@ -83,7 +84,7 @@ def _serve(
 def _connected(
     registry: Registry,
     on_established: OnEstablished,
-    peername: object,
+    origin: Origin,
     make_connection: ConnectionFactory,
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
@@ -91,17 +92,17 @@ def _connected(
     """Serve a new connection. Not a coroutine: asyncio logs a traceback if its own task is canceled."""
     try:
         if on_established():
-            _serve(registry, peername, reader, writer, make_connection)
+            _serve(registry, origin, reader, writer, make_connection)
         else:
             writer.transport.abort()
     except Exception as error:  # an event loop would keep the connection open
-        registry.context.fail(format_address(peername or writer.get_extra_info("peername")), error)
+        registry.context.fail(format_address(origin.peername or writer.get_extra_info("peername")), error)
         writer.transport.abort()
 
 
 async def create_server(registry: Registry, on_established: OnEstablished, listener: socket.socket) -> asyncio.Server:
     return await asyncio.start_server(
-        partial(_connected, registry, on_established, None, StreamConnection),
+        partial(_connected, registry, on_established, UNKNOWN, StreamConnection),
         sock=listener,
         limit=read_ahead(registry.context.config),
         backlog=ACCEPT_BATCH,
@@ -115,13 +116,14 @@ class StreamConnection(Connection):
     __slots__ = ("_is_reading", "_is_stopping", "_reader", "_registry", "_task", "_transport", "_writer")
 
     def __init__(
-        self, registry: Registry, peername: object, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self, registry: Registry, origin: Origin, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self._registry = registry
         self._reader = reader
         self._writer = writer
         self._transport = writer.transport
-        super().__init__(registry.context, peername or self._transport.get_extra_info("peername"))
+        peername = origin.peername or self._transport.get_extra_info("peername")
+        super().__init__(registry.context, peername, origin.header)
         self._is_reading = False  # the task may be woken by a cancellation
         self._is_stopping = False
 
@@ -250,10 +252,10 @@ class StreamConnection(Connection):
 def create_protocol(
     registry: Registry,
     on_established: OnEstablished,
-    peername: object,
+    origin: Origin,
     make_connection: ConnectionFactory = StreamConnection,
 ) -> asyncio.Protocol:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(read_ahead(registry.context.config), loop)
-    on_connected = partial(_connected, registry, on_established, peername, make_connection)
+    on_connected = partial(_connected, registry, on_established, origin, make_connection)
     return asyncio.StreamReaderProtocol(reader, on_connected, loop)

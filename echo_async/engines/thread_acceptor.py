@@ -1,7 +1,5 @@
 """Accepts connections for the ``threads`` engine, in a thread that also sweeps and ends them."""
 
-from __future__ import annotations
-
 import contextlib
 import enum
 import selectors
@@ -10,7 +8,6 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 from ..compat import accepted_socket
 from ..errors import StartError, describe_error
@@ -18,13 +15,11 @@ from ..listeners import Listeners
 from ..net import format_address
 from ..tls import Certificates
 from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
+from .origin import Origin
 from .proxy_reader import receive_header
 from .registry import DRAIN_INTERVAL
 from .threads import ThreadConnection
 from .tls_socket import TlsSocket
-
-if TYPE_CHECKING:
-    from ..faults import FaultPlan
 
 STACK_SIZE = 256 * 1024  # bytes of address space of a connection's thread
 ACCEPT_BATCH = 16  # connections that are accepted between two checks of the clock
@@ -167,24 +162,24 @@ class ThreadAcceptor:
                 elif (plan := self._admission.next_plan()) is not None and plan.is_refused:
                     self._admission.reset(connection, peername, plan)
                 else:
-                    self._serve(accepted_socket(connection), peername, plan)
+                    self._serve(accepted_socket(connection), Origin(peername, plan=plan))
             except Exception as error:
                 self._registry.context.fail(format_address(peername), error)
                 connection.close()
         return Accepted.MAYBE_MORE
 
-    def _serve(self, connected: socket.socket, peername: object, plan: FaultPlan | None) -> None:
+    def _serve(self, connected: socket.socket, origin: Origin) -> None:
         """Serve a connection in a thread of its own; close it if there is none."""
         run: Callable[[], None]
         withdraw: Callable[[], None]
         if self._certificates is None and not self._admission.expects_header:
-            connection = self._make_connection(connected, peername, plan)
+            connection = self._make_connection(connected, origin)
             self._registry.add(connection)
             run, withdraw = connection.run, partial(self._registry.withdraw, connection)
         else:
             self._admission.begin_handshake()
             self._pending.add(connected)
-            run = partial(self._establish, connected, peername, plan)
+            run = partial(self._establish, connected, origin)
             withdraw = partial(self._withdraw, connected)
         try:
             self._start_thread(run)
@@ -193,14 +188,12 @@ class ThreadAcceptor:
             withdraw()
             connected.close()
 
-    def _make_connection(
-        self, connected: socket.socket | TlsSocket, peername: object, plan: FaultPlan | None
-    ) -> ThreadConnection:
-        if plan is None:
-            return ThreadConnection(self._registry, connected, peername)
+    def _make_connection(self, connected: socket.socket | TlsSocket, origin: Origin) -> ThreadConnection:
+        if origin.plan is None:
+            return ThreadConnection(self._registry, connected, origin)
         from .faulty_threads import FaultyThreadConnection
 
-        return FaultyThreadConnection(plan, self._registry, connected, peername)
+        return FaultyThreadConnection(origin.plan, self._registry, connected, origin)
 
     def _start_thread(self, run: Callable[[], None]) -> None:
         thread = threading.Thread(target=self._run_connection, args=(run,), name="echo-async client")
@@ -255,7 +248,7 @@ class ThreadAcceptor:
             if self._is_stopping:
                 self._wake()
 
-    def _establish(self, connected: socket.socket, peername: object, plan: FaultPlan | None) -> None:
+    def _establish(self, connected: socket.socket, origin: Origin) -> None:
         """Read the PROXY header, do the TLS handshake, whichever is configured; then serve the connection."""
         admission = self._admission
         fail: Callable[[str, Exception], None] = admission.fail_header
@@ -264,17 +257,17 @@ class ThreadAcceptor:
             if admission.expects_header:
                 header = admission.new_header()
                 receive_header(connected, header, admission.config.timeout_message)
-                peername = header.source or peername
+                origin = origin.proxied(header)
             if self._certificates is not None:
                 fail = admission.fail_handshake
                 secured = TlsSocket(connected, self._certificates.context)
                 secured.handshake(HANDSHAKE_TIMEOUT)
                 fail = admission.fail_header
-            connection = self._make_connection(secured, peername, plan)
+            connection = self._make_connection(secured, origin)
         except Exception as error:
             was_aborted = connected not in self._pending
             self._pending.discard(connected)
-            fail(format_address(peername), SHUTTING_DOWN if was_aborted else error)
+            fail(format_address(origin.peername), SHUTTING_DOWN if was_aborted else error)
             return connected.close()
         self._registry.add(connection)
         admission.end_handshake()

@@ -10,6 +10,7 @@ import threading
 
 from ..compat import MSG_DONTWAIT
 from .connection import Connection
+from .origin import Origin
 from .registry import Registry
 from .tls_socket import TlsSocket
 
@@ -35,8 +36,8 @@ class ThreadConnection(Connection):
         "_unsent",
     )
 
-    def __init__(self, registry: Registry, connected: socket.socket | TlsSocket, peername: object) -> None:
-        super().__init__(registry.context, peername)
+    def __init__(self, registry: Registry, connected: socket.socket | TlsSocket, origin: Origin) -> None:
+        super().__init__(registry.context, origin.peername, origin.header)
         self._registry = registry
         self._socket = connected
         self._io_lock = threading.Lock()

@@ -18,6 +18,7 @@ from support import (
 )
 
 import echo_async
+from echo_async.engines.origin import UNKNOWN
 from echo_async.engines.registry import Registry
 from echo_async.engines.threads import ThreadConnection
 
@@ -53,7 +54,7 @@ def test_large_reply_being_sent_reports_unsent_bytes() -> None:
     ours, theirs = socket.socketpair()
     size = 8 * 1024 * 1024
     config = echo_async.ServerConfig(chunk_size=65536, limit_message_size=size, no_access_log=True)
-    connection = ThreadConnection(Registry(config), theirs, None)
+    connection = ThreadConnection(Registry(config), theirs, UNKNOWN)
     thread = threading.Thread(target=connection.run)
     with ours, theirs:
         thread.start()

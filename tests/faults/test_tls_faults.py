@@ -29,6 +29,7 @@ from support import (
 )
 
 import echo_async
+from echo_async.engines.origin import Origin
 from echo_async.engines.registry import Registry
 from echo_async.engines.threads import ThreadConnection
 from echo_async.engines.tls_socket import TlsSocket
@@ -241,7 +242,7 @@ def test_tls_finish_with_full_buffers_does_not_block(certificate: Path, client_c
         secured.handshake(TIMEOUT)
         handshaking.join()
         registry = Registry(echo_async.ServerConfig(mode="stream"))
-        connection = ThreadConnection(registry, secured, "client")
+        connection = ThreadConnection(registry, secured, Origin("client"))
         with suppress(BlockingIOError):
             while True:
                 ours.send(bytes(4096), socket.MSG_DONTWAIT)
@@ -286,7 +287,7 @@ def test_tls_shutdown_and_read_never_overlap(certificate: Path, client_context: 
         secured.handshake(TIMEOUT)
         handshaking.join()
         registry = Registry(echo_async.ServerConfig(mode="stream", no_access_log=True))
-        connection = ThreadConnection(registry, secured, "client")
+        connection = ThreadConnection(registry, secured, Origin("client"))
         registry.add(connection)
         serving = threading.Thread(target=connection.run)
         serving.start()
