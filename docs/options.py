@@ -30,7 +30,7 @@ def table(options: Mapping[str, Option]) -> str:
 
 def row(name: str, option: Option) -> str:
     value = {"flag": "", "choice": "|".join(option.choices)}.get(option.type, option.type.upper())
-    usage = f"--{name.replace('_', '-')} {value}".strip()
+    usage = f"--{(option.flag or name).replace('_', '-')} {value}".strip()
     has_default = option.type != "flag" and option.default is not None
     number_or_text = f"{option.default:g}" if isinstance(option.default, float) else option.default
     default = f"`{number_or_text}`" if has_default else option.default_text

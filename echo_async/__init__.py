@@ -12,7 +12,9 @@ Layout, in reading order:
 ``testing`` ``pytest_plugin``   a server for tests, and its fixtures
 ``config``        every option and its default
 ``errors``        every error, as one tree
-``proxy``         PROXY protocol headers, without IO
+``proxy`` ``tlv`` PROXY protocol headers and their fields, without IO
+``faults``        what is done to replies instead of just sending them, without IO
+``identity``      the replies of the mode ``identify``, without IO
 ``compat``        what a platform may lack
 ``verifier`` ``batching`` ``session`` ``endpoint``   what both clients share
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
         ReplyLost,
         StartError,
     )
+    from .identity import Identity
     from .server import EchoServer, serve
     from .stats import Stats
 
@@ -53,6 +56,7 @@ __all__ = [
     "EchoClient",
     "EchoError",
     "EchoServer",
+    "Identity",
     "MessageError",
     "ReplyDifferent",
     "ReplyError",
@@ -71,6 +75,7 @@ __all__ = [
 _HOMES = {
     "EchoClient": ".client",
     "EchoServer": ".server",
+    "Identity": ".identity",
     "ServerConfig": ".config",
     "Stats": ".stats",
     "connect": ".client",

@@ -7,7 +7,7 @@ are made from them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
@@ -37,21 +37,42 @@ PORT = 5500
 CONNECT_TIMEOUT = 10.0  # seconds
 REPLY_TIMEOUT = 10.0  # seconds
 
-Mode = Literal["message", "stream", "raw"]
+Mode = Literal["message", "stream", "raw", "identify"]
 EngineName = Literal["streams", "protocol", "threads"]
 ProxyProtocol = Literal["off", "v1", "v2", "auto"]
 SentProxyVersion = Literal["v1", "v2"]
 
 OptionType = Literal[
-    "text", "host", "path", "file", "networks", "address", "integer", "seconds", "choice", "flag", "fault", "faults"
+    "text",
+    "host",
+    "path",
+    "file",
+    "networks",
+    "address",
+    "integer",
+    "seconds",
+    "choice",
+    "flag",
+    "fault",
+    "faults",
+    "protocols",
+    "labels",
 ]
 
+MAX_LABELS_SIZE = 1024  # characters of all labels, which each reply of the mode identify contains
 LOOPBACK = "127.0.0.1,::1"
 MAX_INT = 2**31 - 1
 
 _HOST_HELP = "Host name or address to listen on; :: for all, 0.0.0.0 for all of IPv4. Can be given several times."
-_MODE_HELP = "message: one message, then close. stream: many messages. raw: every byte as it arrives (RFC 862)."
+_MODE_HELP = (
+    "message: one message, then close. stream: many messages. raw: every byte as it arrives (RFC 862). "
+    "identify: each message is answered with a line of JSON about the server and the connection."
+)
 _ENGINE_HELP = "streams: one coroutine per client. protocol: callbacks. threads: one thread per client."
+_LABEL_HELP = "KEY=VALUE that the mode identify, the info metric and JSON logs report. Can be given several times."
+_LABELS_REQUIREMENT = (
+    f"must be KEY=VALUE, with letters, digits and _ in the key, at most {MAX_LABELS_SIZE} characters in all"
+)
 _FAULT_HELP = "Fault of every connection, such as delay=0.05..0.2,slice=1..3; p=0.1 for a share of them."
 _SEQUENCE_HELP = "Faults of the first connections, one each, separated by semicolons; none for a healthy one."
 _SEED_HELP = "Seed of all random choices of faults; the same seed repeats them."
@@ -64,6 +85,7 @@ class Option:
 
     ``default_text`` describes a default that depends on the machine or on another option. A text that matches
     ``pattern`` is allowed besides ``choices``; a sequence of values is allowed besides one if ``is_repeatable``.
+    ``flag`` is the name on the command line, if it is not that of the field.
     """
 
     default: Any
@@ -76,6 +98,7 @@ class Option:
     is_repeatable: bool = False
     is_zero_allowed: bool = False
     default_text: str = ""
+    flag: str = ""
 
     def validate(self, name: str, value: Any) -> None:
         """Raise :exc:`~echo_async.ConfigError` unless ``value`` is allowed."""
@@ -109,6 +132,10 @@ class Option:
             case "address":
                 is_valid = _is_address(value)
                 requirement = "must be an IP address and a port, such as 192.0.2.1:40000 or [2001:db8::1]:40000"
+            case "protocols":
+                is_valid, requirement = _are_protocols(value), "must be names of 1 to 255 bytes, separated by commas"
+            case "labels":
+                is_valid, requirement = _are_labels(value), _LABELS_REQUIREMENT
             case "fault" | "faults":
                 requirement = _fault_violation(value, self.type)
                 is_valid = requirement == ""
@@ -143,6 +170,25 @@ def _is_address(value: Any) -> bool:
     except (ValueError, AttributeError):
         return False
     return True
+
+
+def parse_labels(texts: str | Sequence[str]) -> dict[str, str]:
+    """Parse one or more ``KEY=VALUE``. :exc:`ValueError` if there is no ``=``."""
+    return dict(each.split("=", 1) for each in ([texts] if isinstance(texts, str) else texts))
+
+
+def _are_protocols(value: Any) -> bool:
+    return isinstance(value, str) and all(0 < len(each.strip().encode()) < 256 for each in value.split(","))
+
+
+def _are_labels(labels: Any) -> bool:
+    """Return whether ``labels`` are a mapping, or texts of the form ``KEY=VALUE``."""
+    try:
+        pairs = labels.items() if isinstance(labels, Mapping) else parse_labels(labels).items()
+        are_texts = all(_matches(r"[a-zA-Z_][a-zA-Z0-9_]*", key) and isinstance(value, str) for key, value in pairs)
+        return are_texts and sum(len(key) + len(value) for key, value in pairs) <= MAX_LABELS_SIZE
+    except (TypeError, ValueError, AttributeError):
+        return False
 
 
 def _fault_violation(value: Any, type: OptionType) -> str:
@@ -194,8 +240,10 @@ class ServerOptions(TypedDict, total=False):
     ssl_keyfile: str | None
     ssl_keyfile_password: str | None
     ssl_ca_certs: str | None
+    ssl_alpn: str | None
     proxy_protocol: ProxyProtocol
     proxy_allow_from: str
+    labels: Mapping[str, str] | None
     fault: str | None
     fault_sequence: str | Sequence[str | None] | None
     fault_seed: int | None
@@ -232,8 +280,10 @@ class ServerConfig:
     ssl_keyfile: str | None = _option(None, "Private key (PEM), unless the certificate file contains it.", "file")
     ssl_keyfile_password: str | None = _option(None, "Password of the private key.", repr=False)
     ssl_ca_certs: str | None = _option(None, "CA certificates (PEM) that must have signed client certificates.", "file")
+    ssl_alpn: str | None = _option(None, "ALPN protocols to negotiate, preferred ones first: h2,echo.", "protocols")
     proxy_protocol: ProxyProtocol = _option("off", _PROXY_HELP, "choice", choices=get_args(ProxyProtocol))
     proxy_allow_from: str = _option(LOOPBACK, "Trusted proxies: addresses and networks, or * for all.", "networks")
+    labels: Mapping[str, str] | None = _option(None, _LABEL_HELP, "labels", is_repeatable=True, flag="label")
     fault: str | None = _option(None, _FAULT_HELP, "fault")
     fault_sequence: str | Sequence[str | None] | None = _option(None, _SEQUENCE_HELP, "faults")
     fault_seed: int | None = _option(None, _SEED_HELP, "integer", 0, 2**63 - 1, default_text="random, and logged")
@@ -251,7 +301,7 @@ class ServerConfig:
             raise ConfigError("fd and uds are mutually exclusive")
         self._check_faults()
         if self.ssl_certfile is None:
-            for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
+            for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs", "ssl_alpn"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name} requires ssl_certfile")
 
@@ -267,6 +317,11 @@ class ServerConfig:
     def has_faults(self) -> bool:
         """Whether connections can have a fault."""
         return self.fault is not None or self.fault_sequence is not None
+
+    @property
+    def has_plans(self) -> bool:
+        """Whether replies are more than echoes: connections can have a fault, or are identified."""
+        return self.has_faults or self.mode == "identify"
 
     @property
     def accepts(self) -> bool:

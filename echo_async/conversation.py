@@ -201,6 +201,7 @@ MODES: dict[str, type[Conversation]] = {
     "message": MessageConversation,
     "stream": StreamConversation,
     "raw": RawConversation,
+    "identify": StreamConversation,  # what each reply consists of is not a matter of the conversation
 }
 
 

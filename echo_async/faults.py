@@ -18,6 +18,7 @@ MAX_DELAY = 86_400.0  # seconds
 MAX_SIZE = 2**31 - 1  # bytes
 RATE_INTERVAL = 0.1  # seconds between two pieces that are sent at a limited rate
 SLICE_INTERVAL = 0.001  # seconds between two pieces: a peer that reads promptly receives each of them alone
+SHARED_RANDOM = Random()  # of plans that choose nothing
 NONE = "none"  # the specification of a connection without a fault
 
 
@@ -190,20 +191,26 @@ class FaultSchedule:
         return FaultPlan(fault, random, self._is_raw) if random.random() < fault.probability else None
 
 
+NO_FAULT = Fault({}, {})
+
+
 class FaultPlan:
-    """The faults of one connection.
+    """The faults of one connection, possibly none.
 
     Attributes:
+        answer: Returns the reply to a message and its number, where it is not an echo.
         sent: Bytes that the actions so far have sent.
         is_refused: The connection is reset as soon as it is accepted.
         is_silent: No reply is ever sent: the server does not close the connection by itself.
     """
 
-    def __init__(self, fault: Fault, random: Random, is_raw: bool) -> None:
+    def __init__(self, fault: Fault = NO_FAULT, random: Random = SHARED_RANDOM, is_raw: bool = False) -> None:
         self._fault = fault
         self._random = random
         self._is_raw = is_raw
         self._reported: set[str] = set()
+        self._number = 0  # of the last message
+        self.answer: Callable[[bytes, int], bytes] | None = None
         self.sent = 0
         self.is_refused = fault.end == REFUSE
         self.is_silent = DROP in fault.values
@@ -220,12 +227,14 @@ class FaultPlan:
             yield from self._finish()
 
     def reply(self, data: bytes) -> Iterator[Action]:
-        """Yield the actions that take the place of sending ``data``, which holds one or more replies."""
+        """Yield the actions that take the place of sending ``data``, one or more messages, as an echo."""
         start = 0
         while start < len(data) and not self._is_finished:
             end = 0 if self._is_raw else data.find(b"\n", start) + 1
             end = end or len(data)
-            yield from self._reply(data[start:end])
+            self._number += 1
+            message = data[start:end]
+            yield from self._reply(message if self.answer is None else self.answer(message, self._number))
             start = end
 
     @property

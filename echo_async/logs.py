@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -78,7 +78,11 @@ class RateLimitedLog:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object per line: time (ISO 8601, UTC), level, logger, message, and the event's facts."""
+    """One JSON object per line: time (ISO 8601, UTC), level, logger, message, the event's facts, and the labels."""
+
+    def __init__(self, labels: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self._labels = {"labels": dict(labels)} if labels else {}
 
     def format(self, record: logging.LogRecord) -> str:
         import json
@@ -90,16 +94,17 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
         }
         entry.update(getattr(record, "facts", {}))
+        entry.update(self._labels)
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry)
 
 
-def configure(level: LogLevel, format: LogFormat) -> None:
-    """Write the ``echo_async`` loggers to stderr. Lines that cannot be written are dropped."""
+def configure(level: LogLevel, format: LogFormat, labels: Mapping[str, str] | None = None) -> None:
+    """Write the ``echo_async`` loggers to stderr, as JSON with ``labels``. Lines that cannot be written are dropped."""
     logging.raiseExceptions = False  # no traceback if stderr is closed or full
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if format == "json" else logging.Formatter(TEXT_FORMAT, TIME_FORMAT))
+    handler.setFormatter(JsonFormatter(labels) if format == "json" else logging.Formatter(TEXT_FORMAT, TIME_FORMAT))
     root = logging.getLogger("echo_async")
     root.handlers = [handler]
     root.setLevel(level.upper())

@@ -2,8 +2,7 @@
 
 A header is one line of text (version 1, at most 107 bytes) or binary (version 2: 16 bytes, and as many as they
 announce). :meth:`ProxyHeader.feed` returns how many bytes belong to the header, so that the caller consumes none
-of the message or TLS handshake after it. Invalid input is rejected at its first invalid byte. Only the part of the
-header up to the end of its addresses is buffered.
+of the message or TLS handshake after it. Invalid input is rejected at its first invalid byte.
 
 Specification: https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt, sections 2.1 and 2.2.
 """
@@ -14,7 +13,7 @@ import contextlib
 import re
 import socket
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .logs import excerpt
 
@@ -32,10 +31,9 @@ V1_UNKNOWN = re.compile(rb"PROXY UNKNOWN( |\Z)")
 V2_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 V2_FIXED_PART = struct.Struct("!12sBBH")  # signature, version and command, family and transport, size of the rest
 LOCAL, PROXY = 0x20, 0x21  # version 2 and the command
-TCP4, TCP6, UNIX = 0x11, 0x21, 0x31  # address family and transport
+UNSPEC, TCP4, TCP6, UNIX = 0x00, 0x11, 0x21, 0x31  # address family and transport
 V2_ADDRESS_SIZES = {TCP4: 12, TCP6: 36, UNIX: 216}  # bytes; the addresses of other families are ignored
-
-MAX_BUFFERED = V2_FIXED_PART.size + V2_ADDRESS_SIZES[UNIX]
+V2_MAX_SIZE = V2_FIXED_PART.size + 0xFFFF
 
 
 class ProxyHeaderError(Exception):
@@ -46,19 +44,25 @@ class ProxyHeader:
     """Incremental parser of one header. ``versions`` is ``v1``, ``v2`` or ``auto`` (both).
 
     Attributes:
-        finished: The header is complete, and ``source`` is set.
-        source: The client's address.
+        finished: The header is complete, and the attributes below are set.
         received: Bytes of the header received.
+        version: 1 or 2.
+        source: The client's address.
+        destination: The address that the client connected to.
+        tlvs: The fields of version 2: :func:`~echo_async.tlv.parse_tlvs`.
     """
 
-    __slots__ = ("_buffer", "_size", "_versions", "finished", "received", "source")
+    __slots__ = ("_buffer", "_size", "_versions", "destination", "finished", "received", "source", "tlvs", "version")
 
     def __init__(self, versions: str = "auto") -> None:
         self.finished = False
-        self.source: Source = None
         self.received = 0
+        self.version = 0
+        self.source: Source = None
+        self.destination: Source = None
+        self.tlvs: dict[str, Any] = {}
         self._versions = versions
-        self._buffer = b""  # the header, at most to the end of its addresses
+        self._buffer = b""  # at most V2_MAX_SIZE bytes
         self._size: int | None = None  # of the complete header, once known
 
     def feed(self, data: bytes) -> int:
@@ -68,16 +72,26 @@ class ProxyHeader:
             ProxyHeaderError: The bytes cannot become an acceptable header.
         """
         before = self.received
-        self._buffer += data[: MAX_BUFFERED - len(self._buffer)]
+        self._buffer += data[: V2_MAX_SIZE - len(self._buffer)]
         if self._size is None:
             self._size = self._find_size()
         self.received = before + len(data)
         if self._size is None or self.received < self._size:
             return len(data)
         self.received = self._size
-        self.source = _parse_v1(self._buffer[: self._size]) if self._buffer[:1] == b"P" else _parse_v2(self._buffer)
+        self._parse(self._buffer[: self._size])
+        self._buffer = b""
         self.finished = True
         return self._size - before
+
+    def _parse(self, header: bytes) -> None:
+        if header[:1] == b"P":
+            self.version = 1
+            self.source, self.destination = _parse_v1(header)
+        else:
+            self.version = 2
+            self.source, self.destination = _parse_v2(header)
+            self.tlvs = _parse_tlvs(header)
 
     def _find_size(self) -> int | None:
         """Return the size of the complete header; None if too few bytes have been received to know it."""
@@ -117,16 +131,16 @@ class ProxyHeader:
             raise ProxyHeaderError(f"version {version}, expected {self._versions}")
 
 
-def _parse_v1(line: bytes) -> Source:
+def _parse_v1(line: bytes) -> tuple[Source, Source]:
     line = line.removesuffix(b"\r\n")
     if V1_UNKNOWN.match(line):
-        return None
+        return None, None
     match = V1_ADDRESSES.fullmatch(line)
     if match and max(int(match[4]), int(match[5])) <= 65535:
         family = socket.AF_INET if match[1] == b"TCP4" else socket.AF_INET6
         with contextlib.suppress(OSError):
-            source, _ = (_normalize(family, address.decode("ascii")) for address in (match[2], match[3]))
-            return source, int(match[4])
+            source, destination = (_normalize(family, address.decode("ascii")) for address in (match[2], match[3]))
+            return (source, int(match[4])), (destination, int(match[5]))
     raise ProxyHeaderError(f"malformed line: {excerpt(line)}")
 
 
@@ -135,16 +149,37 @@ def _normalize(family: socket.AddressFamily, address: str) -> str:
     return socket.inet_ntop(family, socket.inet_pton(family, address))
 
 
-def _parse_v2(header: bytes) -> Source:
+def _parse_v2(header: bytes) -> tuple[Source, Source]:
     _, command, family, _ = V2_FIXED_PART.unpack_from(header)
     addresses = header[V2_FIXED_PART.size :]
-    if command == PROXY and family == TCP4:
-        return socket.inet_ntop(socket.AF_INET, addresses[:4]), int.from_bytes(addresses[8:10])
-    if command == PROXY and family == TCP6:
-        return socket.inet_ntop(socket.AF_INET6, addresses[:16]), int.from_bytes(addresses[32:34])
+    if command == PROXY and family in (TCP4, TCP6):
+        kind, size = (socket.AF_INET, 4) if family == TCP4 else (socket.AF_INET6, 16)
+        source, destination = (socket.inet_ntop(kind, addresses[start : start + size]) for start in (0, size))
+        ports = struct.unpack_from("!HH", addresses, 2 * size)
+        return (source, ports[0]), (destination, ports[1])
     if command == PROXY and family == UNIX:
-        return _parse_unix_path(addresses[:108]) or None
-    return None
+        return _parse_unix_path(addresses[:108]) or None, _parse_unix_path(addresses[108:216]) or None
+    return None, None
+
+
+def _parse_tlvs(header: bytes) -> dict[str, Any]:
+    """Return the fields after the addresses. Without addresses of a known size there are none."""
+    _, command, family, _ = V2_FIXED_PART.unpack_from(header)
+    start = V2_FIXED_PART.size + V2_ADDRESS_SIZES.get(family, 0)
+    if command != PROXY or family not in (UNSPEC, *V2_ADDRESS_SIZES) or start == len(header):
+        return {}
+    from .tlv import is_checksum_correct, parse_tlvs  # only for a header with fields
+
+    try:
+        is_correct = is_checksum_correct(header, start)
+        fields = parse_tlvs(header[start:])
+    except ValueError as error:
+        if family == UNSPEC:  # what follows may be addresses as well, which the receiver ignores (section 2.2)
+            return {}
+        raise ProxyHeaderError(str(error)) from error
+    if not is_correct:
+        raise ProxyHeaderError("wrong CRC32C checksum")
+    return fields
 
 
 def _parse_unix_path(field: bytes) -> str:

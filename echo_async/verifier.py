@@ -36,6 +36,25 @@ class Exchange:
         return data.rfind(b"\n", 0, received) + 1, data.find(b"\n", received) + 1
 
 
+class LineExchange(Exchange):
+    """One message whose reply is a line of any content, of which at most ``max_size`` bytes are stored."""
+
+    __slots__ = ("line", "max_size")
+
+    def __init__(self, data: bytes, max_size: int) -> None:
+        super().__init__(data)
+        self.line = bytearray()
+        self.max_size = max_size
+
+    def collect(self, data: bytes, position: int) -> int:
+        """Store the part of ``data`` that belongs to the line; return its end."""
+        end = data.find(b"\n", position) + 1
+        self.line += data[position : end or None]
+        if end:
+            self.received = len(self.data)
+        return end or len(data)
+
+
 class ReplyVerifier:
     """The receiving side of a connection that must return the bytes that were sent, in order, and no others.
 
@@ -69,6 +88,18 @@ class ReplyVerifier:
         completed: list[Exchange] = []
         while in_flight and position < len(data):
             exchange = in_flight[0]
+            if isinstance(exchange, LineExchange):
+                position = exchange.collect(data, position)
+                if len(exchange.line) > exchange.max_size:
+                    details = f"over {exchange.max_size} bytes without a newline"
+                    exchange.error = ReplyDifferent(f"reply of {self._name} too long: {details}", 0)
+                    self._notify(completed)
+                    return self._lose("an earlier reply was too long")
+                if not exchange.received:
+                    break
+                completed.append(in_flight.popleft())
+                self.replies += 1
+                continue
             size = min(len(exchange.data) - exchange.received, len(data) - position)
             if not _equal(exchange.data, exchange.received, data, position, size):
                 self._notify(completed)

@@ -75,9 +75,10 @@ def parameter(command: click.Command, name: str) -> click.Option:
 
 @each_command_option
 def test_command_line_option_matches_its_definition(command: click.Command, name: str, definition: Option) -> None:
-    assert parameter(command, name).opts == ["--" + name.replace("_", "-")]
+    assert parameter(command, name).opts == ["--" + (definition.flag or name).replace("_", "-")]
     values = command.make_context("command", [], **command.context_settings).params
-    assert values[name] == (bool(definition.default) if definition.type == "flag" else definition.default)
+    default = () if definition.is_repeatable and definition.default is None else definition.default
+    assert values[name] == (bool(default) if definition.type == "flag" else default)
 
 
 @each_command_option
@@ -87,7 +88,7 @@ def test_command_help_shows_environment_variable(command: click.Command, name: s
     assert record is not None
     text = " ".join(record[1].split())
     assert definition.help in text
-    assert f"env var: ECHO_ASYNC_{name.upper()}" in text
+    assert f"env var: ECHO_ASYNC_{(definition.flag or name).upper()}" in text
 
 
 @pytest.mark.parametrize(("command", "options"), [(server.command, server.OPTIONS), (client.command, client.OPTIONS)])

@@ -159,7 +159,7 @@ def test_make_echo_server_invalid_option_is_one_error_line(session: pytest.Pytes
     """)
     result = session.runpytest_inprocess()
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["E *ConfigError: invalid mode: 'nonsense' (choose from message, stream, raw)"])
+    result.stdout.fnmatch_lines(["E *ConfigError: invalid mode: 'nonsense' (choose from message, stream, raw, *)"])
 
 
 def test_plugin_import_loads_no_other_module() -> None:

@@ -86,7 +86,18 @@ def test_functions_have_at_most_40_lines(module: str) -> None:
 
 
 def test_all_is_declared_in_public_modules_only() -> None:
-    public = {"", ".client", ".server", ".sync", ".config", ".errors", ".stats", ".testing", ".pytest_plugin"}
+    public = {
+        "",
+        ".client",
+        ".server",
+        ".sync",
+        ".config",
+        ".errors",
+        ".stats",
+        ".testing",
+        ".pytest_plugin",
+        ".identity",
+    }
     declaring = {
         module
         for module, tree in TREES.items()

@@ -6,7 +6,9 @@ import os
 import sys
 from collections.abc import Coroutine, Sequence
 from contextlib import aclosing
+from functools import partial
 from ssl import SSLContext
+from time import perf_counter
 from typing import Any
 
 import click
@@ -35,6 +37,7 @@ OPTIONS = {
     "ssl_no_verify": Option(False, "Do not verify the server certificate (insecure).", "flag"),
     "count": Option(1, "Send the message this many times, like ping; 0: until Ctrl-C.", "integer"),
     "interval": Option(1.0, "Seconds between two messages, with --count.", "seconds", is_zero_allowed=True),
+    "identify": Option(False, "Print what a server in the mode identify reports, and compare its message.", "flag"),
     "json": Option(False, "Print a JSON object per reply.", "flag"),
     "quiet": Option(False, "Print no errors; with --count, print only the summary.", "flag"),
     "verbose": Option(False, "Print every step to stderr.", "flag"),
@@ -71,7 +74,10 @@ def command(context: click.Context, /, messages: Sequence[str], **values: Any) -
     is_ping = context.get_parameter_source("count") is not ParameterSource.DEFAULT
     if not is_ping and context.get_parameter_source("interval") is ParameterSource.COMMANDLINE:
         raise ConfigError("--interval requires --count")
-    output = (JsonOutput if values["json"] else Output)(quiet=values["quiet"], verbose=values["verbose"])
+    if is_ping and values["identify"]:
+        raise ConfigError("--identify and --count are mutually exclusive")
+    make_output = partial(JsonOutput, is_identity=values["identify"]) if values["json"] else Output
+    output = make_output(quiet=values["quiet"], verbose=values["verbose"])
     if values["verbose"]:
         _log_steps()
     connecting = _connect(values, output)
@@ -106,7 +112,23 @@ def _lines(message: str) -> bytes:
 def _connect(values: dict[str, Any], output: Output) -> AwaitableContextManager[Session]:
     arguments = {name: values[name] for name in options_of(ClientConfig)}
     endpoint = Endpoint(**{**arguments, "ssl": _ssl_context(values, output)})
-    return AwaitableContextManager(lambda: Session.open(endpoint))
+    session = IdentifySession if values["identify"] else Session
+    return AwaitableContextManager(lambda: session.open(endpoint))
+
+
+class IdentifySession(Session):
+    """Exchanges messages with a server in the mode ``identify``, one at a time. ``line`` is the last reply."""
+
+    keeps_open = False
+    line = b""
+
+    async def exchange(self, data: bytes) -> float:
+        from ..identity import check_reply, max_reply_size
+
+        started = perf_counter()
+        self.line = await self.receive_line(data, max_reply_size(data))
+        check_reply(self.line, data, self.name)
+        return perf_counter() - started
 
 
 async def _send_messages(connecting: AwaitableContextManager[Session], messages: LineSource, output: Output) -> bool:
@@ -118,7 +140,10 @@ async def _send_messages(connecting: AwaitableContextManager[Session], messages:
     async with connecting as session, aclosing(send_batches(session, messages)) as results:
         try:
             async for batch, start, end, seconds, error in results:
-                output.print_replies(batch.data[start:end], seconds)
+                replies = batch.data[start:end]
+                if replies and isinstance(session, IdentifySession):
+                    replies = session.line
+                output.print_replies(replies, seconds)
                 if error is not None:
                     all_matched = False
                     output.print_failure(error)

@@ -43,15 +43,16 @@ class ConfigOption(click.Option):
 
     def __init__(self, names: Sequence[str], definition: Option) -> None:
         self.definition = definition
-        default, is_flag = definition.default, definition.type == "flag"
+        default, is_flag, is_repeatable = definition.default, definition.type == "flag", definition.is_repeatable
         super().__init__(
             names,
             type=_click_type(definition),
             is_flag=is_flag,
-            multiple=definition.is_repeatable,
-            default=bool(default) if is_flag else [default] if definition.is_repeatable else default,
+            multiple=is_repeatable,
+            default=bool(default) if is_flag else [default] if is_repeatable and default is not None else default,
             metavar=None if is_flag or definition.choices else definition.type.upper(),
             show_default=definition.default_text or True,
+            envvar=f"{CONTEXT['auto_envvar_prefix']}_{definition.flag}".upper() if definition.flag else None,
             show_envvar=True,
             help=definition.help,
         )
@@ -66,7 +67,7 @@ class ConfigOption(click.Option):
         return super().consume_value(ctx, opts)
 
     def _variable(self, ctx: click.Context) -> str:
-        return f"{ctx.auto_envvar_prefix}_{self.name}".upper()
+        return f"{ctx.auto_envvar_prefix}_{self.definition.flag or self.name}".upper()
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
         """Commas or spaces separate several values."""
@@ -107,7 +108,8 @@ def options(definitions: dict[str, Option]) -> Callable[[Any], Any]:
 
     def decorate(function: Any) -> Any:
         for name, definition in reversed(definitions.items()):
-            add_option = click.option("--" + name.replace("_", "-"), cls=ConfigOption, definition=definition)
+            flag = "--" + (definition.flag or name).replace("_", "-")
+            add_option = click.option(flag, name, cls=ConfigOption, definition=definition)
             function = add_option(function)
         return function
 

@@ -122,7 +122,11 @@ class Output:
 
 
 class JsonOutput(Output):
-    """Prints each reply and each failure as a JSON object."""
+    """Prints each reply and each failure as a JSON object; a reply of the mode ``identify`` as its ``identity``."""
+
+    def __init__(self, *, quiet: bool, verbose: bool, is_identity: bool = False) -> None:
+        super().__init__(quiet=quiet, verbose=verbose)
+        self._is_identity = is_identity
 
     def print_failure(self, error: EchoError) -> None:
         super().print_failure(error)
@@ -155,7 +159,11 @@ class JsonOutput(Output):
 
         objects = []
         for number, line in enumerate(data.split(b"\n")[:-1], self.number + 1):
-            text = line.decode("utf-8", "backslashreplace")
-            reply = {"seq": number, "bytes": len(line) + 1, "text": text, "seconds": round(seconds, 6), "ok": True}
+            reply: dict[str, object] = {"seq": number, "bytes": len(line) + 1}
+            if self._is_identity:
+                reply["identity"] = json.loads(line)
+            else:
+                reply["text"] = line.decode("utf-8", "backslashreplace")
+            reply |= {"seconds": round(seconds, 6), "ok": True}
             objects.append(json.dumps(reply) + "\n")
         return "".join(objects).encode()

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from .. import __version__
 from ..compat import DESCRIPTORS, require
-from ..config import Option, ServerConfig, options_of
+from ..config import Option, ServerConfig, options_of, parse_labels
 from ..errors import ConfigError, StartError
 from ..logs import LogFormat, LogLevel, configure, log
 from ..loops import LOOP_CHOICES, LOOP_PATTERN, log_loop_errors, loop_factory
@@ -66,7 +66,7 @@ def command(context: click.Context, /, **values: Any) -> int:
     Exit codes: 0 stopped by a signal, 2 invalid option, 3 could not start.
     """
     config = _config(context)
-    configure(values["log_level"], values["log_format"])
+    configure(values["log_level"], values["log_format"], config.labels)
     loop = "asyncio" if config.engine == "threads" else values["loop"]
     factory = loop_factory(loop)
     sockets = [adopt(number) for number in listen_descriptors()] or None
@@ -85,6 +85,7 @@ def command(context: click.Context, /, **values: Any) -> int:
         "mode": config.mode,
         "workers": str(values["workers"]),
         "version": __version__,
+        **(config.labels or {}),
     }
     metrics_server = _metrics_server(values["metrics_address"], values["metrics_port"])
     with asyncio.Runner(loop_factory=factory) as runner, metrics_server as metrics:
@@ -97,6 +98,7 @@ def _config(context: click.Context) -> ServerConfig:
     values = {name: context.params[name] for name in options_of(ServerConfig)}
     sources = {name: context.get_parameter_source(name) for name in context.params}
     typed = {name for name, source in sources.items() if source is ParameterSource.COMMANDLINE}
+    values["labels"] = parse_labels(values["labels"] or []) or None
     if context.params["threaded"]:
         if {"threaded", "engine"} <= typed and values["engine"] != "threads":
             raise ConfigError(f"--threaded conflicts with --engine {values['engine']}")

@@ -1,7 +1,9 @@
 """The public API of the asyncio client."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from ..awaitable import AwaitableContextManager
 from ..batching import WINDOW_MESSAGES, M, check_stream, encode
@@ -9,6 +11,9 @@ from ..config import HOST, PORT, ClientOptions
 from ..endpoint import Endpoint
 from .session import Session
 from .stream import stream
+
+if TYPE_CHECKING:
+    from ..identity import Identity
 
 
 class EchoClient:
@@ -86,6 +91,24 @@ class EchoClient:
             ReplyLost, ReplyLate, ReplyDifferent, ConnectError, EchoError: As for :meth:`echo`.
         """
         return await self._session.exchange(b"ping\n")
+
+    async def identify(self, message: str | bytes) -> Identity:
+        """Send a message to a server in the mode ``identify``.
+
+        Args:
+            message: As for :meth:`echo`.
+
+        Returns:
+            What the server reports of itself, the connection and the message, which was compared with ``message``.
+
+        Raises:
+            MessageError, ReplyLost, ReplyLate, ConnectError, EchoError: As for :meth:`echo`.
+            ReplyDifferent: The reply is none of the mode ``identify``, or reports another message.
+        """
+        from ..identity import check_reply, max_reply_size  # which imports json
+
+        data = encode(message)
+        return check_reply(await self._session.receive_line(data, max_reply_size(data)), data, self.name)
 
     def close(self) -> None:
         """Close the connection. Replies in flight raise :exc:`ReplyLost`. Closing twice is harmless."""

@@ -9,7 +9,7 @@ from typing import cast
 
 from ..endpoint import Endpoint, log
 from ..errors import describe_error
-from ..verifier import Exchange, ReplyVerifier
+from ..verifier import Exchange, LineExchange, ReplyVerifier
 
 READ_SIZE = 65_536  # bytes of one read after the connection was lost
 STALL_THRESHOLD = 0.1  # seconds; a timer later than this shows that the event loop was blocked
@@ -36,6 +36,18 @@ class _Echo(Exchange):
             future.set_result(None)
 
 
+class _Identification(LineExchange):
+    """The same, of a reply that is any line."""
+
+    __slots__ = ("future",)
+
+    def __init__(self, data: bytes, max_size: int, future: asyncio.Future[None]) -> None:
+        super().__init__(data, max_size)
+        self.future = future
+
+    on_progress = _Echo.on_progress
+
+
 class Connection(ReplyVerifier, asyncio.Protocol):
     """Send messages and verify their replies. ``closed`` is done when the socket is closed."""
 
@@ -58,6 +70,13 @@ class Connection(ReplyVerifier, asyncio.Protocol):
         future = self._loop.create_future()
         self.send(_Echo(data, future))
         return future
+
+    async def receive_line(self, data: bytes, max_size: int) -> bytes:
+        """Send one message; return its reply, a line of at most ``max_size`` bytes."""
+        exchange = _Identification(data, max_size, self._loop.create_future())
+        self.send(exchange)
+        await exchange.future
+        return bytes(exchange.line) or data
 
     def send(self, exchange: Exchange) -> None:
         in_flight = self._in_flight

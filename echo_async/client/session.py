@@ -43,6 +43,11 @@ class Session(BaseSession[Connection]):
                 return await self._exchange_alone(connection, data)
         return await _measure(connection, data)
 
+    async def receive_line(self, data: bytes, max_size: int) -> bytes:
+        """Send one encoded message; return its reply, a line of at most ``max_size`` bytes."""
+        async with self._lock:
+            return await (await self._connect()).receive_line(data, max_size)
+
     async def _exchange_alone(self, connection: Connection, data: bytes) -> float:
         try:
             seconds = await _measure(connection, data)

@@ -66,8 +66,13 @@ class Admission:
         return True
 
     def next_plan(self) -> FaultPlan | None:
-        """Return the faults of the connection that was just admitted, None if it has none."""
-        return None if self._schedule is None else self._schedule.next_plan()
+        """Return the plan of the connection that was just admitted, None if its replies are plain echoes."""
+        plan = None if self._schedule is None else self._schedule.next_plan()
+        if plan is None and self.config.mode == "identify":
+            from ..faults import FaultPlan
+
+            return FaultPlan()
+        return plan
 
     def reset(self, connected: socket.socket, peername: object, plan: FaultPlan) -> None:
         """Reset an admitted connection, as its plan demands."""

@@ -1,6 +1,7 @@
 """The part of a connection with a fault that does not depend on its engine."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from ..compat import unsent_in_kernel
 from ..faults import Action, End, FaultPlan, Report, Wait
@@ -42,6 +43,8 @@ class FaultyConnection(Connection):
 
     def actions(self, reply: bytes) -> Iterator[Action]:
         """Yield what to do instead of sending ``reply``."""
+        if self._plan.answer is None and self.context.config.mode == "identify":
+            self._plan.answer = self._make_describer()
         if self.context.log_messages and reply:
             for _ in self.log_reply(reply):
                 yield Wait(0)
@@ -61,6 +64,15 @@ class FaultyConnection(Connection):
             is_flushed = not self.unsent() and not unsent_in_kernel(self.raw_socket())
             checks = checks - 1 if is_flushed else 2
             yield Wait(FLUSH_INTERVAL)
+
+    def _make_describer(self) -> Callable[[bytes, int], bytes]:
+        from .description import describe_connection  # only for the mode identify
+
+        return describe_connection(self.context.config, self._peername, self._header, self.extra_info).describe
+
+    def extra_info(self, name: str) -> Any:
+        """Return ``sockname``, ``peername`` or ``ssl_object``. Provided by the engine."""
+        raise NotImplementedError
 
     def raw_socket(self) -> object:
         """Return the socket of the connection, beneath TLS. Provided by the engine."""

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
 from ..faults import Action, End, FaultPlan, Report, Send, Wait
 from .faulty_connection import FaultyConnection
@@ -141,6 +142,9 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
             self._timer.cancel()
             self._run()
         super().stop()
+
+    def extra_info(self, name: str) -> Any:
+        return self._transport.get_extra_info(name)
 
     def raw_socket(self) -> object:
         return self._transport.get_extra_info("socket")

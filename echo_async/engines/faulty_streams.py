@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from ..faults import Action, End, FaultPlan, Report, Send, Wait
 from .connection import TimeoutKind
@@ -144,6 +144,9 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
     def abort(self) -> None:
         self._release()
         super().abort()
+
+    def extra_info(self, name: str) -> Any:
+        return self._transport.get_extra_info(name)
 
     def raw_socket(self) -> object:
         return self._transport.get_extra_info("socket")

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from ..compat import set_reset_on_close
 from ..faults import Action, End, FaultPlan, Report, Send, Wait
@@ -103,6 +104,14 @@ class FaultyThreadConnection(FaultyConnection, ThreadConnection):
     @property
     def _is_half_closed(self) -> bool:
         return self._is_write_closed and not self.conversation.finished
+
+    def extra_info(self, name: str) -> Any:
+        match name:
+            case "sockname":
+                return self.raw_socket().getsockname()
+            case "peername":
+                return self.raw_socket().getpeername()
+        return self._socket.session if isinstance(self._socket, TlsSocket) else None
 
     def raw_socket(self) -> socket.socket:
         return self._socket.plain if isinstance(self._socket, TlsSocket) else self._socket

@@ -56,8 +56,8 @@ def handle_echo(
     """
     try:
         config = ServerConfig(**options)
-        if config.has_faults:
-            raise ConfigError("handle_echo has no faults; use echo_async.serve")
+        if config.has_plans:
+            raise ConfigError("handle_echo has neither faults nor the mode identify; use echo_async.serve")
         registry = Registry(config)
     except BaseException:
         writer.transport.abort()

@@ -23,7 +23,7 @@ class TlsSocket:
         self.plain = plain
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self.session = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._ended = False  # the client has ended its side, as far as it was read
 
     def handshake(self, seconds: float) -> None:
@@ -37,7 +37,7 @@ class TlsSocket:
             check_input(self.plain)
             while True:
                 try:
-                    self._tls.do_handshake()
+                    self.session.do_handshake()
                     return
                 except ssl.SSLWantReadError:
                     self._flush()
@@ -53,7 +53,7 @@ class TlsSocket:
         As with a plain socket, less than ``size`` means that there was no more.
         """
         if flags & socket.MSG_PEEK:
-            return b"?" if self._ended or self._tls.pending() else self.plain.recv(1, flags)
+            return b"?" if self._ended or self.session.pending() else self.plain.recv(1, flags)
         while True:
             try:
                 return self._read(size)
@@ -63,10 +63,10 @@ class TlsSocket:
                 return b""
 
     def _read(self, size: int) -> bytes:
-        data = self._tls.read(size)
+        data = self.session.read(size)
         while len(data) < size:
             try:
-                more = self._tls.read(size - len(data))
+                more = self.session.read(size - len(data))
             except ssl.SSLWantReadError:
                 break
             except ssl.SSLError:  # it says so again when it is asked for the next
@@ -79,7 +79,7 @@ class TlsSocket:
 
     def send(self, data: bytes | memoryview) -> int:
         """Encrypt and send one record's worth of ``data``; return how much that was."""
-        sent = self._tls.write(data[:MAX_RECORD_SIZE])
+        sent = self.session.write(data[:MAX_RECORD_SIZE])
         self._flush()
         return sent
 
@@ -87,7 +87,7 @@ class TlsSocket:
         """With ``SHUT_WR``, say close_notify first; the client can still be heard. Else end at once."""
         if how == socket.SHUT_WR:
             with contextlib.suppress(ssl.SSLError):  # what the client says to it is still to come
-                self._tls.unwrap()
+                self.session.unwrap()
             # The end of a connection does not wait for its client: what does not fit is dropped.
             with contextlib.suppress(BlockingIOError):
                 self.plain.send(self._outgoing.read(), MSG_DONTWAIT)

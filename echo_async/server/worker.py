@@ -35,7 +35,7 @@ def main() -> int:
         settings = json.loads(lines.readline())
     for listener in listeners:
         listener.setblocking(False)  # the debug mode of event loops checks the socket object, not the descriptor
-    configure(settings["log_level"], settings["log_format"])
+    configure(settings["log_level"], settings["log_format"], settings["config"].get("labels"))
     try:
         with asyncio.Runner(loop_factory=loop_factory(settings["loop"])) as runner:
             runner.run(_serve(ServerConfig(**settings["config"]), channel, listeners))

@@ -3,13 +3,18 @@
 Its names, options and errors are those of :mod:`echo_async.client`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Generator, Iterable
-from typing import Self, Unpack, cast
+from typing import TYPE_CHECKING, Self, Unpack, cast
 
 from ..batching import WINDOW_MESSAGES, M, Messages, check_stream, encode
 from ..config import HOST, PORT, ClientOptions
 from ..endpoint import Endpoint
 from .session import Session
+
+if TYPE_CHECKING:
+    from ..identity import Identity
 
 
 class EchoClient:
@@ -79,6 +84,24 @@ class EchoClient:
             ReplyLost, ReplyLate, ReplyDifferent, ConnectError, EchoError: As for :meth:`echo`.
         """
         return self._session.exchange(b"ping\n")
+
+    def identify(self, message: str | bytes) -> Identity:
+        """Send a message to a server in the mode ``identify``.
+
+        Args:
+            message: As for :meth:`echo`.
+
+        Returns:
+            What the server reports of itself, the connection and the message, which was compared with ``message``.
+
+        Raises:
+            MessageError, ReplyLost, ReplyLate, ConnectError, EchoError: As for :meth:`echo`.
+            ReplyDifferent: The reply is none of the mode ``identify``, or reports another message.
+        """
+        from ..identity import check_reply, max_reply_size  # which imports json
+
+        data = encode(message)
+        return check_reply(self._session.receive_line(data, max_reply_size(data)), data, self._session.name)
 
     def close(self) -> None:
         """Close the connection. Replies in flight raise :exc:`ReplyLost`. Closing twice is harmless."""

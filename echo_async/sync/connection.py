@@ -10,7 +10,7 @@ from time import monotonic, perf_counter
 from ..compat import PollSelector
 from ..endpoint import Endpoint, log
 from ..errors import describe_error
-from ..verifier import Exchange, ReplyVerifier
+from ..verifier import Exchange, LineExchange, ReplyVerifier
 
 READ_SIZE = 65_536  # bytes of one read
 MAX_WAIT = 3600.0  # seconds; poll takes milliseconds as a 32-bit integer
@@ -33,13 +33,21 @@ class Connection(ReplyVerifier):
     def exchange(self, data: bytes) -> float:
         """Send one encoded message; return the round-trip time in seconds. Replies in flight are received first."""
         started = perf_counter()
-        exchange = Exchange(data)
+        self._complete(Exchange(data))
+        return perf_counter() - started
+
+    def receive_line(self, data: bytes, max_size: int) -> bytes:
+        """Send one message; return its reply, a line of at most ``max_size`` bytes."""
+        exchange = LineExchange(data, max_size)
+        self._complete(exchange)
+        return bytes(exchange.line)
+
+    def _complete(self, exchange: Exchange) -> None:
         self.send(exchange)
-        while exchange.error is None and exchange.received < len(data):
+        while exchange.error is None and exchange.received < len(exchange.data):
             self.wait()
         if exchange.error is not None:
             raise exchange.error
-        return perf_counter() - started
 
     def send(self, exchange: Exchange) -> None:
         """Send as much as the kernel accepts now; :meth:`wait` sends the rest."""

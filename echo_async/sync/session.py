@@ -43,6 +43,10 @@ class Session(BaseSession[Connection]):
         self.record_reply(connection)
         return seconds
 
+    def receive_line(self, data: bytes, max_size: int) -> bytes:
+        """Send one encoded message; return its reply, a line of at most ``max_size`` bytes."""
+        return self.connect().receive_line(data, max_size)
+
     def close(self) -> None:
         self.is_closed = True
         if self.connection is not None:

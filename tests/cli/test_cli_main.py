@@ -258,7 +258,7 @@ def test_service_link_of_any_port_option_is_ignored(
     [
         ("echo-async ", {"server", "client", "run", "bench"}),
         ("echo-async server --timeout-i", {"--timeout-idle"}),
-        ("echo-async server --mode ", {"message", "stream", "raw"}),
+        ("echo-async server --mode ", {"message", "stream", "raw", "identify"}),
         ("echo-async run --eng", {"--engine"}),
         ("echo-async bench ", {"load", "compare"}),
         ("echo-async client --js", {"--json"}),

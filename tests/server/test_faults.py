@@ -390,7 +390,8 @@ def test_handle_echo_refuses_faults() -> None:
             with suppress(ConnectionResetError):
                 assert await reader.read() == b""
             writer.close()
-        assert [str(each) for each in errors] == ["handle_echo has no faults; use echo_async.serve"]
+        [error] = errors
+        assert str(error) == "handle_echo has neither faults nor the mode identify; use echo_async.serve"
 
     asyncio.run(main())
 

@@ -88,7 +88,7 @@ def test_client_has_members_of_asyncio_client() -> None:
     def public(client: type) -> set[str]:
         return {name for name in dir(client) if not name.startswith("_")}
 
-    assert public(sync.EchoClient) == {"close", "echo", "name", "ping", "stream"}
+    assert public(sync.EchoClient) == {"close", "echo", "identify", "name", "ping", "stream"}
     assert public(echo_async.EchoClient) == public(sync.EchoClient) | {"wait_closed"}
 
 

@@ -1,0 +1,41 @@
+"""Collects the facts of a connection for the mode ``identify``."""
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ..config import ServerConfig
+from ..identity import Address, Describer, Kubernetes, Proxy, Responder, Tls
+from ..net import format_address
+from ..proxy import ProxyHeader
+
+
+def describe_connection(
+    config: ServerConfig, peername: object, header: ProxyHeader | None, extra_info: Callable[[str], Any]
+) -> Describer:
+    """Return what makes the replies of a connection.
+
+    Args:
+        config: That of the listener.
+        peername: The client's address, if the PROXY header states one.
+        header: The PROXY header, if there was one.
+        extra_info: Returns ``sockname``, ``peername`` and ``ssl_object`` as :class:`asyncio.BaseTransport` does.
+    """
+    server = Responder(
+        platform.node(),
+        os.getpid(),
+        format_address(extra_info("sockname")),
+        sys.modules[__name__.partition(".")[0]].__version__,  # not imported: the package imports this module
+        config.engine,
+        dict(config.labels or {}),
+    )
+    peer, session = extra_info("peername"), extra_info("ssl_object")
+    return Describer(
+        server,
+        Kubernetes.of(os.environ),
+        Address.of(peername or peer),
+        None if header is None else Proxy.of(peer, header),
+        None if session is None else Tls.of(session),
+    )

@@ -1,0 +1,288 @@
+"""The replies of the mode ``identify``, without IO: what a server knows of itself, a connection and a message.
+
+A reply is one line of JSON. Everything but the message is the same for all messages of a connection, so it is
+serialized once. It has at most 16 KiB: TLVs and names in certificates that do not fit are left out.
+"""
+
+from __future__ import annotations
+
+import builtins
+from base64 import b64decode, b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .errors import ReplyDifferent
+
+__all__ = ["Address", "ClientCertificate", "Identity", "Kubernetes", "Proxy", "Responder", "Tls"]
+
+MAX_TEXT = 256  # characters of a value that a peer or the environment chooses
+MAX_TLVS = 6 * 1024  # bytes of JSON
+MAX_NAMES = 1024  # bytes of JSON for the subject of a certificate, and for its alternative names
+
+SHORT_NAMES = {  # RFC 4514 section 3
+    "commonName": "CN",
+    "countryName": "C",
+    "localityName": "L",
+    "organizationName": "O",
+    "organizationalUnitName": "OU",
+    "stateOrProvinceName": "ST",
+}
+KUBERNETES_VARIABLES = {
+    "pod": ("POD_NAME",),
+    "namespace": ("POD_NAMESPACE", "NAMESPACE"),
+    "node": ("NODE_NAME",),
+    "ip": ("POD_IP",),
+    "service": ("SERVICE_NAME",),
+}
+"""Environment variables that a manifest sets from the downward API."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An IP address and a port. Of a Unix socket the address is the path, and there is no port."""
+
+    address: str | None = None
+    port: int | None = None
+
+    @classmethod
+    def of(cls, name: object) -> Address:
+        """Convert a socket address."""
+        if isinstance(name, tuple):
+            return cls(name[0].removeprefix("::ffff:") if "." in name[0] else name[0], name[1])
+        if isinstance(name, bytes):
+            name = name.decode("utf-8", "replace")
+        return cls(_shorten(str(name))) if name else cls()
+
+
+@dataclass(frozen=True, slots=True)
+class Responder:
+    """The server that answers."""
+
+    hostname: str | None = None
+    pid: int | None = None
+    address: str | None = None
+    version: str | None = None
+    engine: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Kubernetes:
+    """Where it runs, from the downward API."""
+
+    pod: str | None = None
+    namespace: str | None = None
+    node: str | None = None
+    ip: str | None = None
+    service: str | None = None
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Kubernetes:
+        values = {
+            name: next((_shorten(environment[each]) for each in variables if environment.get(each)), None)
+            for name, variables in KUBERNETES_VARIABLES.items()
+        }
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """The PROXY header of the connection. ``peer`` is the address of the proxy itself."""
+
+    version: int
+    peer: Address
+    source: Address
+    destination: Address
+    tlvs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, peer: object, header: Any) -> Proxy:
+        """Describe a :class:`~echo_async.proxy.ProxyHeader`."""
+        source, destination = Address.of(header.source), Address.of(header.destination)
+        return cls(header.version, Address.of(peer), source, destination, _limit_tlvs(header.tlvs))
+
+
+@dataclass(frozen=True, slots=True)
+class ClientCertificate:
+    """The certificate that the client has shown."""
+
+    subject: str | None
+    sans: Sequence[str]
+    serial: str | None
+
+    @classmethod
+    def of(cls, certificate: Mapping[str, Any]) -> ClientCertificate:
+        """Describe the result of :meth:`ssl.SSLSocket.getpeercert`."""
+        parts = [part for parts in certificate.get("subject", ()) for part in parts]
+        names = [f"{SHORT_NAMES.get(kind, kind)}={_shorten(value)}" for kind, value in parts]
+        alternatives = [f"{kind}:{_shorten(value)}" for kind, value in certificate.get("subjectAltName", ())]
+        subject = ",".join(_limit(names, MAX_NAMES)) or None
+        return cls(subject, _limit(alternatives, MAX_NAMES), certificate.get("serialNumber"))
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """The TLS session. ``sni`` is the server name that the client asked for."""
+
+    version: str | None = None
+    cipher: str | None = None
+    sni: str | None = None
+    alpn: str | None = None
+    client_certificate: ClientCertificate | None = None
+
+    @classmethod
+    def of(cls, session: Any) -> Tls:
+        """Describe an :class:`ssl.SSLObject`."""
+        certificate = session.getpeercert()
+        return cls(
+            session.version(),
+            (session.cipher() or [None])[0],
+            getattr(session, "requested_name", None),
+            session.selected_alpn_protocol(),
+            ClientCertificate.of(certificate) if certificate else None,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """The reply to one message in the mode ``identify``.
+
+    Attributes:
+        message: The message without its newline, None if it is not UTF-8.
+        message_base64: The same in base64, if it is not UTF-8.
+        bytes: Its size in bytes, including the newline.
+        number: Its number on the connection, from 1.
+        server: The server that answered.
+        kubernetes: Its pod, as far as the environment names it.
+        client: The client's address: of the peer, or what the PROXY header says.
+        proxy: The PROXY header, if there was one.
+        tls: The TLS session, if there is one.
+    """
+
+    message: str | None = None
+    message_base64: str | None = None
+    bytes: int
+    number: int
+    server: Responder
+    kubernetes: Kubernetes
+    client: Address
+    proxy: Proxy | None
+    tls: Tls | None
+
+    @classmethod
+    def parse(cls, line: builtins.bytes) -> Identity:
+        """Parse a reply.
+
+        Raises:
+            ValueError: It is no reply of a server in the mode ``identify``.
+        """
+        import json
+
+        try:
+            values = json.loads(line)
+            proxy, tls = values["proxy"], values["tls"]
+            return cls(
+                message=values.get("message"),
+                message_base64=values.get("message_base64"),
+                bytes=int(values["bytes"]),
+                number=int(values["number"]),
+                server=Responder(**values["server"]),
+                kubernetes=Kubernetes(**values["kubernetes"]),
+                client=Address(**values["client"]),
+                proxy=None if proxy is None else _parse_proxy(**proxy),
+                tls=None if tls is None else _parse_tls(**tls),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no reply of the mode identify: {error}") from error
+
+
+def max_reply_size(message: bytes) -> int:
+    """Return the most bytes of a reply to ``message``: in JSON, a control character takes six."""
+    return 6 * len(message) + 16 * 1024
+
+
+def check_reply(line: bytes, message: bytes, name: str) -> Identity:
+    """Parse the reply of the server ``name`` to ``message``.
+
+    Raises:
+        ReplyDifferent: It is no reply of the mode ``identify``, or reports another message.
+    """
+    try:
+        identity = Identity.parse(line)
+    except ValueError as error:
+        raise ReplyDifferent(f"invalid reply: {error}; is {name} in the mode identify?", 0) from error
+    text, encoded = identity.message, identity.message_base64
+    content = b64decode(encoded) if encoded is not None else (text or "").encode()
+    if (content + b"\n", identity.bytes) != (message, len(message)):
+        raise ReplyDifferent(f"reply of {name} reports another message: {content[:40]!r}", 0)
+    return identity
+
+
+def _parse_proxy(peer: Any, source: Any, destination: Any, **others: Any) -> Proxy:
+    return Proxy(peer=Address(**peer), source=Address(**source), destination=Address(**destination), **others)
+
+
+def _parse_tls(client_certificate: Any, **others: Any) -> Tls:
+    certificate = None if client_certificate is None else ClientCertificate(**client_certificate)
+    return Tls(**others, client_certificate=certificate)
+
+
+class Describer:
+    """Makes the replies of one connection."""
+
+    def __init__(
+        self, server: Responder, kubernetes: Kubernetes, client: Address, proxy: Proxy | None, tls: Tls | None
+    ) -> None:
+        details = {
+            "server": asdict(server),
+            "kubernetes": asdict(kubernetes),
+            "client": asdict(client),
+            "proxy": None if proxy is None else asdict(proxy),
+            "tls": None if tls is None else asdict(tls),
+        }
+        self._details = _dump(details)[1:] + b"\n"
+
+    def describe(self, message: bytes, number: int) -> bytes:
+        """Return the reply to ``message``, which ends with a newline."""
+        content = message[:-1]
+        try:
+            text = b'"message": ' + _dump(content.decode())
+        except UnicodeDecodeError:
+            text = b'"message_base64": "%s"' % b64encode(content)
+        return b'{%s, "bytes": %d, "number": %d, %s' % (text, len(message), number, self._details)
+
+
+def _dump(value: object) -> bytes:
+    import json  # where it is used: the package exports Identity
+
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "..."
+
+
+def _limit(texts: list[str], size: int) -> list[str]:
+    """Return the first of ``texts`` that fit into ``size`` bytes of JSON, and ``...`` if there are more."""
+    total = 0
+    for number, text in enumerate(texts):
+        total += len(_dump(text)) + 2
+        if total > size:
+            return [*texts[:number], "..."]
+    return texts
+
+
+def _limit_tlvs(tlvs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that fit into ``MAX_TLVS``; the names of the others are in ``omitted``."""
+    kept: dict[str, Any] = {}
+    omitted: list[str] = []
+    total = 0
+    for name, value in tlvs.items():
+        size = len(_dump({name: value}))
+        if total + size <= MAX_TLVS:
+            total += size
+            kept[name] = value
+        else:
+            omitted.append(name)
+    return {**kept, "omitted": _limit(omitted, MAX_NAMES)} if omitted else kept

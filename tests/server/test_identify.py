@@ -1,0 +1,296 @@
+"""The mode ``identify`` on every engine and event loop, and the clients of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from scripted import Peer, Start
+from support import TIMEOUT, StartServer, connect, is_echoed, paused_processes, receive_line, run, server_process
+
+import echo_async
+from echo_async import ConfigError, Identity, ReplyDifferent, sync
+from echo_async.cli.client import main as client_main
+from echo_async.proxy import build_header
+from echo_async.testing import HostedServer
+
+
+def identify(client: Any, message: bytes) -> Identity:
+    client.sendall(message)
+    return Identity.parse(receive_line(client))
+
+
+def test_reply_describes_server_connection_and_message(start_server: StartServer) -> None:
+    with start_server(mode="identify", labels={"zone": "a"}) as server, connect(server) as client:
+        first = identify(client, b"Hola Server!\n")
+        second = identify(client, b"\xff\n")
+        assert (first.message, first.bytes, first.number) == ("Hola Server!", 13, 1)
+        assert (second.message, second.message_base64, second.bytes, second.number) == (None, "/w==", 2, 2)
+        assert (first.server.pid, first.server.hostname) == (os.getpid(), socket.gethostname())
+        assert first.server.address == f"127.0.0.1:{client.getpeername()[1]}"
+        assert (first.server.engine, first.server.version) == (server.config.engine, echo_async.__version__)
+        assert first.server.labels == {"zone": "a"}
+        assert (first.client.address, first.client.port) == client.getsockname()
+        assert (first.proxy, first.tls) == (None, None)
+        assert first.server == second.server
+
+
+def test_reply_on_a_unix_socket_has_no_port(start_server: StartServer, tmp_path: Path) -> None:
+    with start_server(mode="identify", uds=str(tmp_path / "echo.sock")) as server, connect(server) as client:
+        identity = identify(client, b"x\n")
+        assert identity.server.address == str(tmp_path / "echo.sock")
+        assert (identity.client.address, identity.client.port) == (None, None)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("tls", [False, True])
+def test_reply_reports_the_proxy_header(
+    version: str, tls: bool, start_server: StartServer, client_context: ssl.SSLContext
+) -> None:
+    header = build_header(version, ("192.0.2.1", 4711), ("192.0.2.9", 443))
+    with start_server(mode="identify", proxy_protocol="auto", tls=tls) as server, connect(server) as plain:
+        plain.sendall(header)
+        peer = plain.getsockname()
+        client = client_context.wrap_socket(plain, server_hostname="localhost") if tls else plain
+        with client:
+            identity = identify(client, b"x\n")
+    assert (identity.client.address, identity.client.port) == ("192.0.2.1", 4711)
+    assert identity.proxy is not None
+    assert identity.proxy.version == int(version[1])
+    assert (identity.proxy.peer.address, identity.proxy.peer.port) == peer
+    assert (identity.proxy.destination.address, identity.proxy.destination.port) == ("192.0.2.9", 443)
+    assert (identity.tls is not None) is tls
+
+
+def test_reply_reports_the_tls_session(
+    start_server: StartServer, authority: trustme.CA, client_context: ssl.SSLContext, tmp_path: Path
+) -> None:
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    issued = authority.issue_cert("client.example", common_name="client")
+    issued.configure_cert(client_context)
+    client_context.set_alpn_protocols(["h2", "echo"])
+    options: Any = {"ssl_ca_certs": str(tmp_path / "ca.pem"), "ssl_alpn": "echo, raw"}
+    with (
+        start_server(mode="identify", tls=True, **options) as server,
+        client_context.wrap_socket(connect(server), server_hostname="localhost") as client,
+    ):
+        identity = identify(client, b"x\n")
+        version, cipher = client.version(), client.cipher()
+    assert identity.tls is not None
+    assert cipher is not None
+    assert (identity.tls.version, identity.tls.cipher) == (version, cipher[0])
+    assert (identity.tls.sni, identity.tls.alpn) == ("localhost", "echo")
+    certificate = identity.tls.client_certificate
+    assert certificate is not None
+    assert certificate.subject is not None
+    assert certificate.subject.endswith(",CN=client")
+    assert certificate.sans == ["DNS:client.example"]
+    assert int(certificate.serial or "", 16) == trustme_serial(issued)
+
+
+def trustme_serial(issued: trustme.LeafCert) -> int:
+    cryptography = pytest.importorskip("cryptography.x509")
+    serial: int = cryptography.load_pem_x509_certificate(issued.cert_chain_pems[0].bytes()).serial_number
+    return serial
+
+
+def test_reply_without_sni_and_alpn_has_null(start_server: StartServer, client_context: ssl.SSLContext) -> None:
+    client_context.check_hostname = False
+    with start_server(mode="identify", tls=True) as server, client_context.wrap_socket(connect(server)) as client:
+        tls = identify(client, b"x\n").tls
+    assert tls is not None
+    assert (tls.sni, tls.alpn, tls.client_certificate) == (None, None, None)
+
+
+def test_pipelined_messages_are_answered_in_order(start_server: StartServer) -> None:
+    with start_server(mode="identify") as server, connect(server) as client:
+        client.sendall(b"".join(b"%d\n" % number for number in range(500)))
+        client.shutdown(socket.SHUT_WR)
+        lines = client.makefile("rb").readlines()
+        assert [json.loads(line)["message"] for line in lines] == [str(number) for number in range(500)]
+        assert [json.loads(line)["number"] for line in lines] == [*range(1, 501)]
+        stats = server.stats
+    assert (stats.messages, stats.bytes_out) == (500, sum(map(len, lines)))
+
+
+def send_endlessly(client: socket.socket) -> None:
+    while True:
+        client.sendall(10_000 * b"\n")
+
+
+def test_replies_of_a_flood_are_not_collected(start_server: StartServer) -> None:
+    """A reply is 300 times as long as its message: each is made when the previous one is sent."""
+    with start_server(mode="identify", timeout_write=0.3) as server, connect(server) as client:
+        with pytest.raises(ConnectionError):
+            send_endlessly(client)
+        assert server.stats.timeouts_write == 1
+        assert server.stats.bytes_out < 20_000_000
+
+
+def test_messages_are_logged_and_not_replies(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "echo_async.access")
+    with start_server(mode="identify") as server, connect(server) as client:
+        client.sendall(b"one\ntwo\n")
+        client.shutdown(socket.SHUT_WR)
+        assert len(client.makefile("rb").readlines()) == 2
+    assert [line.partition(" ")[2] for line in caplog.messages] == ["4 bytes: one", "4 bytes: two"]
+
+
+def test_faults_apply_to_the_replies(start_server: StartServer) -> None:
+    with start_server(mode="identify", fault_sequence=["close=10", "duplicate"]) as server:
+        with connect(server) as client:
+            client.sendall(b"x\n")
+            assert client.makefile("rb").read() == b'{"message"'
+        with connect(server) as client:
+            client.sendall(b"x\n")
+            lines = client.makefile("rb")
+            assert lines.readline() == lines.readline()
+
+
+@pytest.mark.parametrize("number", ["127.0.0.1", "::1"])
+def test_stop_answers_what_was_received(number: str, start_server: StartServer) -> None:
+    with start_server(mode="identify", host=number) as server, connect(server) as client:
+        identify(client, b"x\n")
+        client.sendall(b"y\n")
+        server.close()
+        assert Identity.parse(receive_line(client)).message == "y"
+        assert client.recv(1) == b""
+
+
+def test_workers_report_their_own_pids() -> None:
+    with server_process("--mode", "identify", "--workers", "2", "--no-access-log") as server, ExitStack() as stack:
+        pids = []
+        for paused in server.worker_pids:  # the kernel gives all connections to the other worker meanwhile
+            with paused_processes(paused):
+                for _ in range(100):
+                    pids.append(identify(stack.enter_context(server.connect()), b"x\n").server.pid)
+        assert pids == [pid for pid in reversed(server.worker_pids) for _ in range(100)]
+        code, log = server.stop()
+    assert code == 0
+    assert "accepted=200 " in log
+
+
+# Clients
+
+
+def test_clients_return_an_identity(start_server: StartServer) -> None:
+    with start_server(mode="identify") as server:
+        with sync.connect(*server.address) as client:
+            numbers = [client.identify("Hola").number, client.identify(b"\xff").number]
+            assert client.identify("Hola").message == "Hola"
+        assert numbers == [1, 2]
+
+        async def main() -> list[Identity]:
+            async with echo_async.connect(*server.address) as client:
+                return [await client.identify(message) for message in ("one", b"\xff", "x" * 100_000)]
+
+        identities = run(main)
+    assert [each.bytes for each in identities] == [4, 2, 100_001]
+    assert identities[1].message_base64 == "/w=="
+
+
+@pytest.mark.parametrize("mode", ["message", "stream"])
+def test_identify_of_an_echo_is_a_different_reply(mode: Any) -> None:
+    async def main() -> None:
+        async with echo_async.connect(*server.address) as client:
+            await client.identify("Hola")
+
+    with HostedServer(mode=mode) as server:
+        with sync.connect(*server.address) as client, pytest.raises(ReplyDifferent, match="in the mode identify"):
+            client.identify("Hola")
+        with pytest.raises(ReplyDifferent, match="in the mode identify"):
+            run(main)
+
+
+def test_identify_of_an_endless_line_fails(scripted_server: Start) -> None:
+    def serve(peer: Peer) -> None:
+        peer.message()
+        while True:
+            peer.send(100_000 * b"x")
+
+    async def main() -> None:
+        async with echo_async.connect(*server.address) as client:
+            await client.identify("Hola")
+
+    server = scripted_server(serve)
+    error = "too long: over 16414 bytes without a newline"
+    with sync.connect(*server.address) as client, pytest.raises(ReplyDifferent, match=error):
+        client.identify("Hola")
+    with pytest.raises(ReplyDifferent, match=error):
+        run(main)
+
+
+def test_client_command_prints_the_replies(capfd: pytest.CaptureFixture[str]) -> None:
+    with HostedServer(mode="identify") as server:
+        arguments = ["--port", str(server.port), "--identify"]
+        assert client_main([*arguments, "one", "two"]) == 0
+        assert [json.loads(line)["message"] for line in capfd.readouterr().out.splitlines()] == ["one", "two"]
+        assert client_main([*arguments, "--json", "one"]) == 0
+        reply = json.loads(capfd.readouterr().out)
+        assert (reply["ok"], reply["seq"], reply["identity"]["message"]) == (True, 1, "one")
+
+
+def test_client_command_checks_the_reply(capfd: pytest.CaptureFixture[str]) -> None:
+    with HostedServer() as server:
+        assert client_main(["--port", str(server.port), "--identify", "one"]) == 1
+        out, err = capfd.readouterr()
+        assert (out, "in the mode identify?" in err) == ("", True)
+        assert client_main(["--port", str(server.port), "--identify", "--json", "one"]) == 1
+        assert json.loads(capfd.readouterr().out)["error"]["kind"] == "mismatch"
+    assert client_main(["--identify", "--count", "1"]) == 2
+    assert "--identify and --count are mutually exclusive" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
+def test_jq_reads_ten_thousand_replies(tmp_path: Path) -> None:
+    messages = [os.urandom(number % 50).replace(b"\n", b"") + b"\n" for number in range(10_000)]
+    replies = b""
+    with HostedServer(mode="identify", no_access_log=True) as server, connect(server) as client:
+        for start in range(0, len(messages), 100):
+            client.sendall(b"".join(messages[start : start + 100]))
+            while replies.count(b"\n") < start + 100:
+                replies += client.recv(65536)
+    (tmp_path / "replies").write_bytes(replies)
+    command = ["jq", "-c", ".number", str(tmp_path / "replies")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.stderr == ""
+    assert [int(line) for line in done.stdout.split()] == [*range(1, 10_001)]
+
+
+# Options
+
+
+@pytest.mark.parametrize("labels", [{"": "x"}, {"1a": "x"}, {"a b": "x"}, {"a": 1}, ["a"], "a", {"a": 1024 * "x"}])
+def test_invalid_labels_are_reported(labels: Any) -> None:
+    with pytest.raises(ConfigError, match=r"invalid labels: .*must be KEY=VALUE"):
+        echo_async.ServerConfig(labels=labels)
+
+
+def test_labels_are_in_json_logs_and_the_info_metric() -> None:
+    arguments = ["--label", "zone=a", "--label", "color=b=c", "--log-format", "json", "--metrics-port", "0"]
+    with server_process(*arguments) as server:
+        with server.connect() as client:
+            assert is_echoed(client)
+        code, log = server.stop()
+    assert code == 0
+    assert all(json.loads(line)["labels"] == {"zone": "a", "color": "b=c"} for line in log.splitlines())
+
+
+@pytest.mark.parametrize("alpn", ["", ",", "a,,b", 256 * "x"])
+def test_invalid_alpn_is_reported(alpn: str) -> None:
+    with pytest.raises(ConfigError, match=r"invalid ssl_alpn: .*must be names of 1 to 255 bytes"):
+        echo_async.ServerConfig(ssl_certfile="x", ssl_alpn=alpn)
+
+
+def test_alpn_requires_tls() -> None:
+    with pytest.raises(ConfigError, match="ssl_alpn requires ssl_certfile"):
+        echo_async.ServerConfig(ssl_alpn="echo")

@@ -1,0 +1,159 @@
+"""The replies of the mode ``identify`` without IO: valid JSON in one line for any message, and bounded."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echo_async import ReplyDifferent
+from echo_async.identity import (
+    Address,
+    ClientCertificate,
+    Describer,
+    Identity,
+    Kubernetes,
+    Proxy,
+    Responder,
+    Tls,
+    check_reply,
+    max_reply_size,
+)
+from echo_async.proxy import ProxyHeader
+
+KEYS = ["bytes", "number", "server", "kubernetes", "client", "proxy", "tls"]
+
+
+def describer(proxy: Proxy | None = None, tls: Tls | None = None, labels: dict[str, str] | None = None) -> Describer:
+    server = Responder("host", 42, "127.0.0.1:5500", "0.1.0", "streams", labels or {})
+    return Describer(server, Kubernetes(), Address("192.0.2.1", 4711), proxy, tls)
+
+
+messages = st.binary(max_size=200).map(lambda data: data.replace(b"\n", b"") + b"\n")
+
+
+@given(messages, st.integers(1, 2**40))
+def test_any_message_is_reported_in_one_line_of_json(message: bytes, number: int) -> None:
+    line = describer().describe(message, number)
+    assert (line.count(b"\n"), line[-1:]) == (1, b"\n")
+    values = json.loads(line)
+    assert next(iter(values)) in ("message", "message_base64")
+    assert list(values)[1:] == KEYS
+    identity = check_reply(line, message, "server")
+    assert (identity.bytes, identity.number) == (len(message), number)
+    assert len(line) <= max_reply_size(message)
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "value"),
+    [
+        (b"Hola Server!\n", "message", "Hola Server!"),
+        ("¡ñandú! 😀\n".encode(), "message", "¡ñandú! 😀"),
+        (b'"quoted"\\\t\x00\r\n', "message", '"quoted"\\\t\x00\r'),
+        (b"\n", "message", ""),
+        (b"\xff\xfe\n", "message_base64", "//4="),
+    ],
+)
+def test_message_is_text_or_base64(message: bytes, field: str, value: str) -> None:
+    values = json.loads(describer().describe(message, 1))
+    assert values[field] == value
+    assert len({"message", "message_base64"} & set(values)) == 1
+    identity = Identity.parse(describer().describe(message, 1))
+    assert getattr(identity, field) == value
+
+
+def test_message_of_one_mebibyte_is_reported() -> None:
+    for message in (2**20 * b"x" + b"\n", 2**20 * b"\xff" + b"\n", 2**20 * b"\0" + b"\n"):
+        line = describer().describe(message, 1)
+        check_reply(line, message, "server")
+        assert len(line) <= max_reply_size(message)
+    assert len(describer().describe(2**20 * b"x" + b"\n", 1)) <= 2**20 + 1 + 16 * 1024
+
+
+def test_details_are_bounded_whatever_the_header_and_the_certificate_are() -> None:
+    header = ProxyHeader()
+    header.source = header.destination = "\0" + "\x01" * 107
+    header.tlvs = {f"{kind:#04x}": "ab" * 300 for kind in range(200)} | {"authority": "\x01" * 60_000}
+    long = 400 * "\x01"
+    certificate = {
+        "subject": tuple(((("commonName", long),),) * 30),
+        "subjectAltName": 500 * (("DNS", long),),
+        "serialNumber": "01",
+    }
+    tls = Tls("TLSv1.3", "TLS_AES_256_GCM_SHA384", 255 * "x", 255 * "\x01", ClientCertificate.of(certificate))
+    line = describer(Proxy.of(("192.0.2.9", 1), header), tls, {"key": 1000 * "\\"}).describe(b"x\n", 1)
+    assert len(line) <= 2 + 16 * 1024
+    tlvs = json.loads(line)["proxy"]["tlvs"]
+    assert tlvs["0x00"] == "ab" * 300
+    assert "0xc7" in tlvs["omitted"] or tlvs["omitted"][-1] == "..."
+
+
+def test_certificate_is_described_by_subject_names_and_serial() -> None:
+    certificate = {
+        "subject": ((("countryName", "AR"),), (("organizationName", "Ñandú"),), (("commonName", "client"),)),
+        "subjectAltName": (("DNS", "client.example"), ("IP Address", "192.0.2.1")),
+        "serialNumber": "0A1B",
+    }
+    described = ClientCertificate.of(certificate)
+    assert described == ClientCertificate(
+        "C=AR,O=Ñandú,CN=client", ["DNS:client.example", "IP Address:192.0.2.1"], "0A1B"
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, Kubernetes()),
+        ({"POD_NAME": ""}, Kubernetes()),
+        ({"NAMESPACE": "a"}, Kubernetes(namespace="a")),
+        ({"NAMESPACE": "a", "POD_NAMESPACE": "b"}, Kubernetes(namespace="b")),
+        (
+            {"POD_NAME": "p", "POD_NAMESPACE": "ns", "NODE_NAME": "n", "POD_IP": "10.0.0.1", "SERVICE_NAME": "s"},
+            Kubernetes("p", "ns", "n", "10.0.0.1", "s"),
+        ),
+    ],
+)
+def test_kubernetes_facts_come_from_the_environment(environment: dict[str, str], expected: Kubernetes) -> None:
+    assert Kubernetes.of(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (("192.0.2.1", 4711), Address("192.0.2.1", 4711)),
+        (("::ffff:192.0.2.1", 4711, 0, 0), Address("192.0.2.1", 4711)),
+        (("2001:db8::1", 4711, 0, 0), Address("2001:db8::1", 4711)),
+        ("/run/echo", Address("/run/echo", None)),
+        (b"\0abstract", Address("\0abstract", None)),
+        ("", Address()),
+        (None, Address()),
+    ],
+)
+def test_address_of_a_socket_is_described(name: object, expected: Address) -> None:
+    assert Address.of(name) == expected
+
+
+@pytest.mark.parametrize("line", [b"", b"Hola\n", b"{}\n", b"[]\n", b'{"message": "x"}\n', b"\xff\n"])
+def test_other_replies_are_no_identity(line: bytes) -> None:
+    with pytest.raises(ReplyDifferent, match=r"invalid reply: no reply of the mode identify.*is server in the mode"):
+        check_reply(line, b"x\n", "server")
+
+
+@pytest.mark.parametrize("sent", [b"y\n", b"xx\n", b"\n"])
+def test_another_message_is_a_different_reply(sent: bytes) -> None:
+    line = describer().describe(b"x\n", 1)
+    with pytest.raises(ReplyDifferent, match="reply of server reports another message: b'x'"):
+        check_reply(line, sent, "server")
+
+
+def test_parsed_identity_equals_what_was_described() -> None:
+    header = ProxyHeader()
+    header.version, header.source, header.tlvs = 2, ("192.0.2.1", 4711), {"ssl": {"client": ["ssl"], "verify": 0}}
+    proxy: Any = Proxy.of(("192.0.2.9", 1), header)
+    tls = Tls("TLSv1.3", "AES", "echo.example", None, ClientCertificate("CN=x", ["DNS:x"], "01"))
+    identity = Identity.parse(describer(proxy, tls, {"zone": "a"}).describe(b"x\n", 7))
+    assert (identity.proxy, identity.tls, identity.number) == (proxy, tls, 7)
+    assert (identity.server.labels, identity.client.port) == ({"zone": "a"}, 4711)

@@ -1,0 +1,187 @@
+"""The fields of PROXY headers of version 2: the examples of the specification, and headers made by hand.
+
+The package proxy-protocol (https://pypi.org/project/proxy-protocol) is a second opinion where it is installed.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from echo_async.proxy import ProxyHeader, ProxyHeaderError
+from echo_async.tlv import crc32c, parse_tlvs
+
+SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+IPV4 = socket.inet_aton("192.0.2.1") + socket.inet_aton("192.0.2.9") + struct.pack("!HH", 4711, 443)
+IPV6 = 2 * socket.inet_pton(socket.AF_INET6, "2001:db8::1") + struct.pack("!HH", 4711, 443)
+PATHS = b"/run/client".ljust(108, b"\0") + b"/run/server".ljust(108, b"\0")
+
+
+def tlv(kind: int, value: bytes) -> bytes:
+    return struct.pack("!BH", kind, len(value)) + value
+
+
+def header(*fields: bytes, command: int = 0x21, family: int = 0x11, addresses: bytes = IPV4) -> bytes:
+    rest = addresses + b"".join(fields)
+    return SIGNATURE + struct.pack("!BBH", command, family, len(rest)) + rest
+
+
+def with_checksum(*fields: bytes, **options: Any) -> bytes:
+    """Return a header with a correct checksum, as a field after ``fields``."""
+    zeroed = header(*fields, tlv(0x03, bytes(4)), **options)
+    return header(*fields, tlv(0x03, crc32c(zeroed).to_bytes(4)), **options)
+
+
+def parse(data: bytes) -> ProxyHeader:
+    parsed = ProxyHeader("v2")
+    assert parsed.feed(data + b"message\n") == len(data)
+    assert parsed.finished
+    return parsed
+
+
+SSL = tlv(
+    0x20,
+    bytes([0x07])
+    + struct.pack("!I", 0)
+    + tlv(0x21, b"TLSv1.3")
+    + tlv(0x22, b"client.example")
+    + tlv(0x23, b"TLS_AES_256_GCM_SHA384")
+    + tlv(0x24, b"SHA256")
+    + tlv(0x25, b"RSA2048"),
+)
+SSL_FIELDS = {
+    "client": ["ssl", "cert_conn", "cert_sess"],
+    "verify": 0,
+    "version": "TLSv1.3",
+    "cn": "client.example",
+    "cipher": "TLS_AES_256_GCM_SHA384",
+    "sig_alg": "SHA256",
+    "key_alg": "RSA2048",
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ([], {}),
+        ([tlv(0x01, b"h2")], {"alpn": "h2"}),
+        ([tlv(0x01, b"\xff")], {"0x01": "ff"}),
+        ([tlv(0x02, b"echo.example")], {"authority": "echo.example"}),
+        ([tlv(0x04, b"\0\0\0")], {}),
+        ([tlv(0x05, b"id-42")], {"unique_id": "id-42"}),
+        ([tlv(0x05, b"\x00\x01")], {"unique_id": "0001"}),
+        ([tlv(0x05, b"")], {"unique_id": ""}),
+        ([SSL], {"ssl": SSL_FIELDS}),
+        ([tlv(0x20, bytes(5))], {"ssl": {"client": [], "verify": 0}}),
+        ([tlv(0x20, b"\x01\0\0\0\x01" + tlv(0x29, b"\x01"))], {"ssl": {"client": ["ssl"], "verify": 1, "0x29": "01"}}),
+        ([tlv(0x20, b"\x01\0\0")], {"0x20": "010000"}),
+        ([tlv(0x20, bytes(5) + b"\x21\0\x09TLS")], {"0x20": "0000000000" + "210009" + b"TLS".hex()}),
+        ([tlv(0x30, b"blue")], {"netns": "blue"}),
+        ([tlv(0xEA, b"\x01vpce-08d2bf15fac5001c9")], {"aws_vpc_endpoint_id": "vpce-08d2bf15fac5001c9"}),
+        ([tlv(0xEA, b"\x02x")], {"0xea": "0278"}),
+        ([tlv(0xEE, b"\x01\x04\x03\x02\x01")], {"azure_private_endpoint_linkid": 0x01020304}),
+        ([tlv(0xEE, b"\x01\x04")], {"0xee": "0104"}),
+        ([tlv(0xE0, (2**63).to_bytes(8))], {"gcp_psc_connection_id": 2**63}),
+        ([tlv(0xE0, b"\0")], {"0xe0": "00"}),
+        ([tlv(0xF0, b"\x01\x02")], {"0xf0": "0102"}),
+        ([tlv(0x02, b"one"), tlv(0x02, b"two")], {"authority": ["one", "two"]}),
+        ([tlv(0x02, b"x" * 60_000)], {"authority": "x" * 60_000}),
+    ],
+)
+def test_fields_are_decoded_by_name(fields: list[bytes], expected: dict[str, Any]) -> None:
+    for family, addresses in ((0x11, IPV4), (0x21, IPV6), (0x31, PATHS), (0x00, b"")):
+        assert parse(header(*fields, family=family, addresses=addresses)).tlvs == expected
+
+
+def test_addresses_of_each_family_are_reported() -> None:
+    parsed = parse(header())
+    assert (parsed.version, parsed.source, parsed.destination) == (2, ("192.0.2.1", 4711), ("192.0.2.9", 443))
+    parsed = parse(header(family=0x21, addresses=IPV6))
+    assert (parsed.source, parsed.destination) == (("2001:db8::1", 4711), ("2001:db8::1", 443))
+    parsed = parse(header(family=0x31, addresses=PATHS))
+    assert (parsed.source, parsed.destination) == ("/run/client", "/run/server")
+
+
+def test_version_1_has_addresses_and_no_fields() -> None:
+    parsed = ProxyHeader("v1")
+    parsed.feed(b"PROXY TCP4 192.0.2.1 192.0.2.9 4711 443\r\n")
+    assert (parsed.version, parsed.source, parsed.destination) == (1, ("192.0.2.1", 4711), ("192.0.2.9", 443))
+    parsed = ProxyHeader("v1")
+    parsed.feed(b"PROXY UNKNOWN\r\n")
+    assert (parsed.version, parsed.source, parsed.destination, parsed.tlvs) == (1, None, None, {})
+
+
+@pytest.mark.parametrize("command", [0x20])
+def test_local_command_has_no_fields(command: int) -> None:
+    parsed = parse(header(tlv(0x02, b"ignored"), b"\xff", command=command))
+    assert (parsed.source, parsed.destination, parsed.tlvs) == (None, None, {})
+
+
+def test_unspecified_family_with_other_content_has_no_fields() -> None:
+    assert parse(header(family=0x00)).tlvs == {}
+
+
+@pytest.mark.parametrize(
+    ("field", "error"),
+    [
+        (b"\x02", "TLV truncated after 1 bytes"),
+        (b"\x02\0", "TLV truncated after 2 bytes"),
+        (b"\x02\0\x05four", "TLV 0x02 of 5 bytes truncated after 4"),
+        (tlv(0x02, b"x") + b"\x01\xff\xff", "TLV 0x01 of 65535 bytes truncated after 0"),
+    ],
+)
+def test_truncated_field_is_an_invalid_header(field: bytes, error: str) -> None:
+    with pytest.raises(ProxyHeaderError, match=error):
+        parse(header(field))
+
+
+# The checksum
+
+
+def test_crc32c_of_known_values() -> None:
+    """RFC 3720 appendix B.4."""
+    assert crc32c(bytes(32)) == 0x8A9136AA
+    assert crc32c(32 * b"\xff") == 0x62A8AB43
+    assert crc32c(bytes(range(32))) == 0x46DD794E
+    assert crc32c(b"123456789") == 0xE3069283
+
+
+@pytest.mark.parametrize("family", [0x11, 0x21, 0x31])
+def test_checksum_of_the_header_is_verified(family: int) -> None:
+    addresses = {0x11: IPV4, 0x21: IPV6, 0x31: PATHS}[family]
+    data = with_checksum(tlv(0x02, b"echo.example"), family=family, addresses=addresses)
+    assert parse(data).tlvs["crc32c"] == data[-4:].hex()
+    for position in (16, len(data) - 8, len(data) - 1):
+        wrong = data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+        with pytest.raises(ProxyHeaderError, match="wrong CRC32C checksum"):
+            parse(wrong)
+
+
+def test_checksum_of_another_size_is_wrong() -> None:
+    with pytest.raises(ProxyHeaderError, match="wrong CRC32C checksum"):
+        parse(header(tlv(0x03, b"123")))
+
+
+@given(st.lists(st.tuples(st.integers(0, 255).filter(lambda kind: kind != 3), st.binary(max_size=30)), max_size=8))
+def test_fields_of_any_type_agree_with_another_parser(fields: list[tuple[int, bytes]]) -> None:
+    v2 = pytest.importorskip("proxyprotocol.v2", reason="proxy-protocol is not installed")
+    data = with_checksum(*(tlv(kind, value) for kind, value in fields))
+    parsed = parse(data)
+    other = v2.ProxyProtocolV2().unpack(data)
+    assert (str(other.source[0]), other.source[1]) == parsed.source
+    assert (str(other.dest[0]), other.dest[1]) == parsed.destination
+    assert {kind for kind in other.tlv if kind not in (3, 4)} == {kind for kind, _ in fields if kind != 4}
+    last = dict(fields)
+    assert all(other.tlv[kind] == last[kind] for kind in last if kind != 4)
+
+
+@given(st.binary(max_size=100))
+def test_any_bytes_are_parsed_or_truncated(data: bytes) -> None:
+    with suppress(ValueError):
+        assert isinstance(parse_tlvs(data), dict)
