@@ -47,6 +47,24 @@ def test_package_import_does_not_import(name: str, imported: set[str]) -> None:
     assert name not in imported
 
 
+@pytest.mark.parametrize(("options", "expected"), [({}, set()), ({"fault": "delay=0"}, {"faults", "faulty", "random"})])
+def test_only_a_server_with_faults_imports_faults(options: dict[str, str], expected: set[str]) -> None:
+    code = f"""
+import asyncio, sys
+import echo_async, echo_async.cli.server, echo_async.testing
+async def main(engine):
+    async with echo_async.serve(port=0, engine=engine, **{options}) as server:
+        assert await echo_async.echo("Hola", *server.address) == "Hola"
+for engine in ("streams", "protocol", "threads"):
+    asyncio.run(main(engine))
+print(*sys.modules)
+"""
+    result = python("-c", code)
+    assert result.returncode == 0, result.stderr
+    names = {part.partition("_")[0] for module in result.stdout.split() for part in module.split(".")}
+    assert names & {"faults", "faulty", "random"} == expected
+
+
 def test_package_import_has_no_side_effects() -> None:
     code = """
 import asyncio, logging, signal, sys, threading
