@@ -23,6 +23,8 @@ from support import BACKENDS, LOOPS, Backend, ServerThread, StartServer, run, wa
 
 import echo_async
 from echo_async.config import ServerOptions
+from echo_async.pytest_plugin import MakeEchoServer
+from echo_async.testing import HostedServer
 
 settings.register_profile("no deadline", deadline=None)  # examples take longer on a loaded machine
 settings.load_profile("no deadline")
@@ -123,6 +125,17 @@ def scripted_server() -> Iterator[Start]:
         def start(serve: Serve) -> ScriptedServer:
             server = stack.enter_context(ScriptedServer(serve))
             return server
+
+        yield start
+
+
+@pytest.fixture
+def faulty_server() -> Iterator[MakeEchoServer]:
+    """Start servers with faults, by default in the mode ``stream``, and stop them after the test."""
+    with ExitStack() as stack:
+
+        def start(*, tls: bool = False, **options: Unpack[ServerOptions]) -> HostedServer:
+            return stack.enter_context(HostedServer(tls=tls, **options))
 
         yield start
 

@@ -121,49 +121,15 @@ def echo_one(peer: Peer) -> None:
     peer.send(peer.message())
 
 
-def echo_byte_by_byte(peer: Peer) -> None:
-    for message in peer.messages():
-        for byte in message:
-            peer.send(bytes([byte]))
-
-
-def never_reply(peer: Peer) -> None:
-    for _ in peer.messages():
-        pass
-
-
-def lose_fifth(peer: Peer) -> None:
-    for _ in range(5):
-        peer.send(peer.message())
-    peer.message()
-    peer.send(b"5")
-
-
 def change_fifth(peer: Peer) -> None:
     for message in peer.messages():
         peer.send(message.replace(b"5", b"V"))
 
 
-def ignore_fifth(peer: Peer) -> None:
-    for message in peer.messages():
-        if message == b"5\n":
-            return never_reply(peer)
-        peer.send(message)
-
-
-def reset_fifth(peer: Peer) -> None:
-    for _ in range(5):
-        peer.send(peer.message())
-    peer.message()
-    peer.reset()
-
-
-def reply_with(reply: bytes, *, reset: bool = False) -> Serve:
+def reply_with(reply: bytes) -> Serve:
     def serve(peer: Peer) -> None:
         peer.message()
         peer.send(reply)
-        if reset:
-            peer.reset()
 
     return serve
 

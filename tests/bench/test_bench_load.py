@@ -23,6 +23,8 @@ from scripted import Peer, Start
 from support import MAX_DELAY, TIMEOUT, ServerProcess, server_process
 
 from echo_async.cli.bench import main
+from echo_async.config import Mode
+from echo_async.pytest_plugin import MakeEchoServer
 
 LOAD = (sys.executable, "-m", "echo_async.bench", "load")
 SHORT = ("--duration", "0.1", "--warmup", "0.01")
@@ -277,16 +279,12 @@ def test_load_flipped_byte_is_located(capsys: pytest.CaptureFixture[str], serve:
     assert f"reply mismatch at byte {offset} of message {message} on connection 0: received 0x" in err
 
 
-@pytest.mark.parametrize("unexpected", [b"\n", b"more than was sent\n"])
+@pytest.mark.parametrize("size", ["1", "19"])
 def test_load_unexpected_bytes_are_a_mismatch(
-    unexpected: bytes, capsys: pytest.CaptureFixture[str], serve: Serve
+    size: str, capsys: pytest.CaptureFixture[str], faulty_server: MakeEchoServer
 ) -> None:
-    class Doubling(Echo):
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data + unexpected)
-
-    size = str(len(unexpected))
-    facts = load(capsys, "--port", str(serve(Doubling)), "--size", size, "--mode", "stream", "--duration", "9", code=1)
+    port = str(faulty_server(fault="duplicate").port)
+    facts = load(capsys, "--port", port, "--size", size, "--mode", "stream", "--duration", "9", code=1)
     assert facts["mismatch"]["message"] >= 1
 
 
@@ -323,12 +321,8 @@ def test_load_stream_mode_against_message_server_fails(capsys: pytest.CaptureFix
     assert "requires --mode message" in out
 
 
-def test_load_missing_replies_are_lost(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
-    class Silent(Echo):
-        def data_received(self, data: bytes) -> None:
-            pass
-
-    where = ("--port", str(serve(Silent)), "--timeout", "0.5")
+def test_load_missing_replies_are_lost(capsys: pytest.CaptureFixture[str], faulty_server: MakeEchoServer) -> None:
+    where = ("--port", str(faulty_server(fault="drop").port), "--timeout", "0.5")
     closed = load(capsys, *where, "--mode", "stream", *SHORT, code=1)
     assert (closed["lost"], closed["messages"]) == (10, 0)
     assert list(closed["failures"]) == ["reply timeout: no reply within 0.5 s after the end"]
@@ -338,24 +332,13 @@ def test_load_missing_replies_are_lost(capsys: pytest.CaptureFixture[str], serve
 
 
 @pytest.mark.parametrize("mode", ["stream", "message"])
-def test_load_lost_connection_is_reopened(mode: str, capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
-    class Breaking(Echo):
-        connections = 0
-
-        def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            super().connection_made(transport)
-            Breaking.connections += 1
-            self.number = Breaking.connections
-
-        def data_received(self, data: bytes) -> None:
-            if self.number == 2:  # the first connection only checks that the server is reachable
-                self.transport.write(data[:-1])
-                self.transport.close()
-            else:
-                super().data_received(data)
-
+def test_load_lost_connection_is_reopened(
+    mode: Mode, capsys: pytest.CaptureFixture[str], faulty_server: MakeEchoServer
+) -> None:
+    # The first connection only checks that the server is reachable.
+    server = faulty_server(fault_sequence="none;close=1023", mode=mode)
     options = ("--mode", mode, "--connections", "1", "--duration", "1", "--warmup", "0")
-    facts = load(capsys, "--port", str(serve(Breaking)), *options, code=1)
+    facts = load(capsys, "--port", str(server.port), *options, code=1)
     assert (facts["lost"], facts["failures"]) == (1, {"connection closed by the server in the middle of a reply": 1})
     assert facts["messages"] > 0  # all of them after the connection was lost
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import itertools
 import json
 import os
 import pty
@@ -14,16 +13,16 @@ import socket
 import subprocess
 import sys
 import termios
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Peer, Serve, Start, echo_all, echo_one, never_reply, reply_with
+from scripted import Peer, Serve, Start, echo_all, echo_one
 from support import TIMEOUT, sends_at_once, server_process, single_error_line, wait_until
 
 from echo_async.cli.client import command, main
 from echo_async.config import ClientOptions
+from echo_async.pytest_plugin import MakeEchoServer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -236,32 +235,23 @@ def test_json_server_without_tls_is_of_kind_tls(
     assert ": TLS: " in error["message"]
 
 
-def close_early(peer: Peer) -> None:
-    peer.message()
-
-
-def reset_early(peer: Peer) -> None:
-    peer.message()
-    peer.reset()
-
-
 @each_sender
 @pytest.mark.parametrize(
-    ("kind", "serve"),
+    ("kind", "fault"),
     [
-        ("closed", close_early),
-        ("closed", reply_with(b"ho")),
-        ("reset", reset_early),
-        pytest.param("reset", reply_with(b"ho", reset=True), marks=sends_at_once),
-        ("mismatch", reply_with(b"HOLA\n")),
-        ("mismatch", reply_with(b"hola\nmore\n")),
-        ("late", never_reply),
+        ("closed", "close"),
+        ("closed", "close=2"),
+        ("reset", "reset"),
+        pytest.param("reset", "reset=2", marks=sends_at_once),
+        ("mismatch", "corrupt"),
+        ("mismatch", "duplicate"),
+        ("late", "drop"),
     ],
 )
 def test_json_reply_failure_has_its_kind(
-    kind: str, serve: Serve, sender: list[str], scripted_server: Start, capfd: pytest.CaptureFixture[str]
+    kind: str, fault: str, sender: list[str], faulty_server: MakeEchoServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    server = scripted_server(serve)
+    server = faulty_server(fault=fault)
     error = failure_of(["--port", str(server.address[1]), "--timeout", "0.5", *sender], capfd, 1)
     assert error["kind"] == kind
 
@@ -312,32 +302,21 @@ def test_connection_refused_exits_with_3(closed_port: int, capfd: pytest.Capture
     assert capfd.readouterr() == ("", "")
 
 
-def test_lost_reply_is_reported_and_sending_continues(scripted_server: Start) -> None:
-    def serve(peer: Peer) -> None:
-        for message in peer.messages():
-            if message == b"4\n":
-                return
-            peer.send(message)
-
-    done = client(scripted_server(serve), *"123456")
+def test_lost_reply_is_reported_and_sending_continues(faulty_server: MakeEchoServer) -> None:
+    done = client(faulty_server(fault_sequence="close=7"), *"123456")
     assert done.stdout == b"1\n2\n3\n5\n6\n"
-    assert re.fullmatch(rb"error: message 4: .* lost before the reply: .*\n", done.stderr)
+    assert re.fullmatch(rb"error: message 4: .* lost after 1 of 2 bytes of the reply: .*\n", done.stderr)
     assert done.returncode == 1
 
 
-def test_late_and_different_replies_are_reported(scripted_server: Start) -> None:
-    def serve(peer: Peer) -> None:
-        for message in peer.messages():
-            if message == b"late\n":
-                return never_reply(peer)
-            peer.send(message.replace(b"good", b"bad!") if message == b"good 4\n" else message)
-
-    done = client(scripted_server(serve), "--timeout", "0.5", "good 1", "good 2", "late", "good 4", "good 5")
+def test_late_and_different_replies_are_reported(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault_sequence="stall=14;corrupt")
+    done = client(server, "--timeout", "0.5", "good 1", "good 2", "late", "good 4", "good 5")
     assert done.stdout == b"good 1\ngood 2\ngood 5\n"
     late, different = done.stderr.decode().splitlines()
     assert late.startswith("error: message 3: ")
     assert "reply timeout: no reply from" in late
-    assert 'reply mismatch at byte 0: received "bad! 4\\n", expected "good 4\\n"' in different
+    assert re.search(r'reply mismatch at byte \d: received ".+\\n", expected "good 4\\n"', different)
     assert done.returncode == 1
 
 
@@ -492,30 +471,20 @@ def test_stdin_unreadable_exits_with_1(scripted_server: Start) -> None:
     assert done.stderr == b"error: cannot read stdin: it is closed\n1\n"
 
 
-def test_ctrl_c_exits_with_130_and_no_output(scripted_server: Start) -> None:
-    reached = threading.Event()
-
-    def serve(peer: Peer) -> None:
-        peer.message()
-        reached.set()
-        peer.message()
-
-    server = scripted_server(serve)
-    for args in (["hola"], ["-"]):
-        command = [*COMMAND, "--port", str(server.address[1]), *args]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as process:
-            assert process.stdin is not None
-            process.stdin.write(b"hola\n")  # and stdin stays open
-            process.stdin.flush()
-            assert reached.wait(TIMEOUT)
-            reached.clear()
-            process.send_signal(signal.SIGINT)
-            assert process.wait(TIMEOUT) == 130
-            assert process.stderr is not None
-            assert process.stdout is not None
-            assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
+@pytest.mark.parametrize("args", [["hola"], ["-"]])
+def test_ctrl_c_exits_with_130_and_no_output(faulty_server: MakeEchoServer, args: list[str]) -> None:
+    server = faulty_server(fault="drop")
+    command = [*COMMAND, "--port", str(server.address[1]), *args]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(b"hola\n")  # and stdin stays open
+        process.stdin.flush()
+        wait_until(lambda: server.received == [b"hola\n"])
+        process.send_signal(signal.SIGINT)
+        assert process.wait(TIMEOUT) == 130
+        assert process.stderr is not None
+        assert process.stdout is not None
+        assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
 
 
 def test_ctrl_c_while_stdout_blocks_exits_with_130(scripted_server: Start) -> None:
@@ -621,19 +590,14 @@ def test_count_with_any_server_receives_all_replies(scripted_server: Start, serv
     assert done.returncode == 0
 
 
-def test_count_continues_after_a_lost_reply(scripted_server: Start) -> None:
-    def serve(peer: Peer) -> None:
-        messages = itertools.islice(peer.messages(), 10) if peer.number == 0 else peer.messages()
-        for message in messages:
-            peer.send(message)
-        peer.message()
-
-    done = client(scripted_server(serve), "--count", "20", "--interval", "0.01")
+def test_count_continues_after_a_lost_reply(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault_sequence="close=21")
+    done = client(server, "--count", "20", "--interval", "0.01", "x")
     assert b"20 sent, 19 received, 1 lost (5%)" in done.stdout
     assert b"seq=10 " in done.stdout
     assert b"seq=11 " not in done.stdout
     assert b"seq=12 " in done.stdout
-    assert re.fullmatch(rb"error: message 11: .* lost before the reply: .*\n", done.stderr)
+    assert re.fullmatch(rb"error: message 11: .* lost after 1 of 2 bytes of the reply: .*\n", done.stderr)
     assert done.returncode == 1
 
 
@@ -665,18 +629,12 @@ def test_ctrl_c_during_count_prints_the_summary(scripted_server: Start) -> None:
     assert process.returncode == 0
 
 
-def test_ctrl_c_before_the_first_reply_prints_the_summary(scripted_server: Start) -> None:
-    reached = threading.Event()
-
-    def serve(peer: Peer) -> None:
-        peer.message()
-        reached.set()
-        peer.message()
-
-    command = [*COMMAND, "--port", str(scripted_server(serve).address[1]), "--count", "0"]
+def test_ctrl_c_before_the_first_reply_prints_the_summary(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="drop")
+    command = [*COMMAND, "--port", str(server.address[1]), "--count", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        assert reached.wait(TIMEOUT)
+        wait_until(lambda: server.received != [])
         process.send_signal(signal.SIGINT)
         assert b"0 sent, 0 received, 0 lost (0%)" in process.stdout.read()
 

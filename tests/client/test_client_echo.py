@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from scripted import Peer, Serve, Start, disconnected, echo_all, echo_byte_by_byte, echo_one, never_reply
+from scripted import Peer, Start, disconnected, echo_all, echo_one
 
 import echo_async
 from echo_async.client import EchoClient, connect, echo
+from echo_async.pytest_plugin import MakeEchoServer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -75,16 +76,19 @@ def test_echo_invalid_message_raises(on_loop: OnLoop, scripted_server: Start) ->
     on_loop(main)
 
 
-@pytest.mark.parametrize("serve", [echo_all, echo_byte_by_byte])
-def test_client_reuses_connection_that_stays_open(on_loop: OnLoop, scripted_server: Start, serve: Serve) -> None:
-    server = scripted_server(serve)
+@pytest.mark.parametrize("fault", [None, "slice=1"])
+def test_client_reuses_connection_that_stays_open(
+    on_loop: OnLoop, faulty_server: MakeEchoServer, fault: str | None
+) -> None:
+    server = faulty_server(fault=fault)
 
     async def main() -> None:
         async with connect(*server.address) as client:
             assert [await client.echo(message) for message in ("one", "two", "three")] == ["one", "two", "three"]
 
     on_loop(main)
-    assert server.received == [[b"one\n", b"two\n", b"three\n"]]
+    assert server.received == [b"one\n", b"two\n", b"three\n"]
+    assert server.stats.accepted == 1
 
 
 def test_client_reconnects_for_every_message(on_loop: OnLoop, scripted_server: Start) -> None:
@@ -114,12 +118,8 @@ def test_client_treats_reset_after_reply_as_close(on_loop: OnLoop, scripted_serv
     assert server.received == [[b"one\n", b"two\n"], [b"two\n"], [b"three\n"]]
 
 
-def test_client_reconnects_after_close_between_messages(on_loop: OnLoop, scripted_server: Start) -> None:
-    def echo_two(peer: Peer) -> None:
-        peer.send(peer.message())
-        peer.send(peer.message())
-
-    server = scripted_server(echo_two)
+def test_client_reconnects_after_close_between_messages(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="close=4")
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -129,7 +129,8 @@ def test_client_reconnects_after_close_between_messages(on_loop: OnLoop, scripte
                     await disconnected(client)
 
     on_loop(main)
-    assert server.received == [[b"0\n", b"1\n"], [b"2\n", b"3\n"], [b"4\n", b"5\n"]]
+    assert server.received == [b"%d\n" % number for number in range(6)]
+    assert server.stats.accepted == 3
 
 
 @pytest.mark.parametrize(("mode", "number"), [("message", 20), ("stream", 200)])
@@ -205,8 +206,8 @@ def test_echo_after_close_raises(on_loop: OnLoop, scripted_server: Start) -> Non
     on_loop(main)
 
 
-def test_close_with_message_in_flight_raises_reply_lost(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(never_reply)
+def test_close_with_message_in_flight_raises_reply_lost(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="drop")
 
     async def main() -> None:
         client = await connect(*server.address)

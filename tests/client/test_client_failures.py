@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import resource
 import socket
 import threading
@@ -13,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Peer, Start, disconnected, echo_all, echo_one, never_reply, reply_with, resolve_to
+from scripted import Peer, Start, disconnected, echo_all, echo_one, reply_with, resolve_to
 from support import MAX_DELAY, sends_at_once
 
 import echo_async
 from echo_async.client import connect, echo
 from echo_async.engines.loop_internals import run_turns
+from echo_async.pytest_plugin import MakeEchoServer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -91,16 +91,15 @@ def test_connect_unreachable_address_times_out(on_loop: OnLoop, black_hole_addre
     on_loop(main)
 
 
-def test_connect_unix_socket_full_backlog_times_out(on_loop: OnLoop, tmp_path: Path) -> None:
+def test_connect_unix_socket_full_backlog_times_out(
+    on_loop: OnLoop, faulty_server: MakeEchoServer, tmp_path: Path
+) -> None:
     path = str(tmp_path / "socket")
+    faulty_server(uds=path, fault="no-accept")
 
     async def main() -> None:
-        with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as filler:
-            listener.bind(path)
-            listener.listen(0)
-            filler.connect(path)
-            with pytest.raises(echo_async.ConnectTimeout):
-                await connect(uds=path, connect_timeout=0.1)
+        with pytest.raises(echo_async.ConnectTimeout):
+            await connect(uds=path, connect_timeout=0.1)
 
     on_loop(main)
 
@@ -201,17 +200,17 @@ def test_connect_invalid_option_raises(options: dict[str, Any], text: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("reply", "text"),
+    ("fault", "text"),
     [
-        (b"", "lost before the reply: closed by the server"),
-        (b"Hola ", "lost after 5 of 13 bytes of the reply: closed by the server"),
-        (b"Hola Server!", "lost after 12 of 13 bytes of the reply: closed by the server"),
+        ("close", "lost before the reply: closed by the server"),
+        ("close=5", "lost after 5 of 13 bytes of the reply: closed by the server"),
+        ("close=12", "lost after 12 of 13 bytes of the reply: closed by the server"),
     ],
 )
 def test_connection_closed_before_reply_raises_reply_lost(
-    on_loop: OnLoop, scripted_server: Start, reply: bytes, text: str
+    on_loop: OnLoop, faulty_server: MakeEchoServer, fault: str, text: str
 ) -> None:
-    server = scripted_server(reply_with(reply))
+    server = faulty_server(fault=fault)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -219,11 +218,11 @@ def test_connection_closed_before_reply_raises_reply_lost(
                 await client.echo("Hola Server!")
 
     on_loop(main)
-    assert len(server.received) == 1  # not sent again: the connection was new
+    assert server.stats.accepted == 1  # not sent again: the connection was new
 
 
-def test_connection_reset_raises_reply_lost(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(reply_with(b"", reset=True))
+def test_connection_reset_raises_reply_lost(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="reset")
 
     async def main() -> None:
         with pytest.raises(echo_async.ReplyLost, match="lost before the reply: connection reset by peer"):
@@ -242,12 +241,8 @@ def test_message_too_long_for_server_raises_reply_lost(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_incomplete_second_reply_is_not_resent(on_loop: OnLoop, scripted_server: Start) -> None:
-    def serve(peer: Peer) -> None:
-        peer.send(peer.message())
-        peer.send(peer.message()[:2])
-
-    server = scripted_server(serve)
+def test_incomplete_second_reply_is_not_resent(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="close=6")
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -310,8 +305,8 @@ def test_replies_received_before_failed_write_are_kept(on_loop: OnLoop, scripted
 # Late replies
 
 
-def test_reply_timeout_raises_reply_late(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(lambda peer: never_reply(peer) if peer.number == 0 else echo_all(peer))
+def test_reply_timeout_raises_reply_late(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault_sequence="drop")
 
     async def main() -> None:
         async with connect(*server.address, timeout=0.5) as client:
@@ -322,34 +317,22 @@ def test_reply_timeout_raises_reply_late(on_loop: OnLoop, scripted_server: Start
             assert await client.echo("again") == "again"
 
     on_loop(main)
-    assert server.received == [[b"Hola\n"], [b"again\n"]]
+    assert server.received == [b"Hola\n", b"again\n"]
+    assert server.stats.accepted == 2
 
 
-def test_slow_reply_bytes_do_not_extend_timeout(on_loop: OnLoop, scripted_server: Start) -> None:
-    resume = threading.Event()
-
-    def trickle(peer: Peer) -> None:
-        for byte in peer.message():
-            peer.send(bytes([byte]))
-            resume.wait(0.02)
-
-    server = scripted_server(trickle)
+def test_slow_reply_bytes_do_not_extend_timeout(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="rate=50,slice=1")
 
     async def main() -> None:
         with pytest.raises(echo_async.ReplyLate):
             await echo("x" * 100, *server.address, timeout=0.1)
 
     on_loop(main)
-    resume.set()
 
 
-def test_replies_after_late_reply_are_lost(on_loop: OnLoop, scripted_server: Start) -> None:
-    def serve(peer: Peer) -> None:
-        for message in itertools.islice(peer.messages(), 2):
-            peer.send(message)
-        never_reply(peer)
-
-    server = scripted_server(serve)
+def test_replies_after_late_reply_are_lost(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="stall=4")
 
     async def main() -> None:
         async with connect(*server.address, timeout=0.5) as client:
@@ -369,7 +352,7 @@ def test_blocked_event_loop_does_not_cause_timeout(on_loop: OnLoop, scripted_ser
     def echo_late(peer: Peer) -> None:
         echo_one(peer)
         replied.set()
-        never_reply(peer)
+        peer.message()
 
     server = scripted_server(echo_late)
 

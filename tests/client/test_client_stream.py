@@ -12,12 +12,13 @@ from typing import Any, cast
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted import Peer, Serve, Start, change_fifth, disconnected, echo_all, ignore_fifth, lose_fifth
-from support import TIMEOUT, run
+from scripted import Peer, Start, change_fifth, disconnected, echo_all
+from support import TIMEOUT, run, wait_in_loop
 
 import echo_async
 from echo_async.batching import WINDOW_BYTES
 from echo_async.client import EchoClient, connect
+from echo_async.pytest_plugin import MakeEchoServer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -238,23 +239,14 @@ def test_stream_closed_early_stops_source_that_ignores_cancel(on_loop: OnLoop, s
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_stream_canceled_leaves_no_task(on_loop: OnLoop, scripted_server: Start, asynchronous: bool) -> None:
-    reached = threading.Event()
-
-    def serve(peer: Peer) -> None:
-        for number, message in enumerate(peer.messages()):
-            if number < 5:
-                peer.send(message)
-            else:
-                reached.set()
-
-    server = scripted_server(serve)
+def test_stream_canceled_leaves_no_task(on_loop: OnLoop, faulty_server: MakeEchoServer, asynchronous: bool) -> None:
+    server = faulty_server(fault="stall=10")
 
     async def main() -> None:
         messages = [str(number) for number in range(1000)]
         async with connect(*server.address) as client:
             task = asyncio.create_task(collect(client.stream(one_by_one(messages) if asynchronous else messages)))
-            await asyncio.to_thread(reached.wait)
+            await wait_in_loop(lambda: server.stats.faults == {"stall": 1})
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -348,38 +340,41 @@ def test_stream_invalid_arguments_raise(on_loop: OnLoop, scripted_server: Start)
     on_loop(main)
 
 
+async def assert_stream_fails_at_5(address: tuple[str, int], error: type[Exception]) -> None:
+    async with connect(*address, timeout=0.5) as client:
+        replies: list[str] = []
+        with pytest.raises(error):
+            await collect_into(replies, client.stream(map(str, range(9))))
+        assert replies == ["0", "1", "2", "3", "4"]
+        assert await client.echo("after") == "after"
+
+
 @pytest.mark.parametrize(
-    ("serve", "error"),
-    [
-        (lose_fifth, echo_async.ReplyLost),
-        (change_fifth, echo_async.ReplyDifferent),
-        (ignore_fifth, echo_async.ReplyLate),
-    ],
+    ("fault", "error"),
+    [("close=11", echo_async.ReplyLost), ("reset=11", echo_async.ReplyLost), ("stall=10", echo_async.ReplyLate)],
 )
-def test_stream_failed_reply_follows_earlier_replies(
-    on_loop: OnLoop, scripted_server: Start, serve: Serve, error: type[Exception]
+def test_stream_lost_or_late_reply_follows_earlier_replies(
+    on_loop: OnLoop, faulty_server: MakeEchoServer, fault: str, error: type[Exception]
 ) -> None:
-    server = scripted_server(serve)
-
-    async def main() -> None:
-        async with connect(*server.address, timeout=0.5) as client:
-            replies: list[str] = []
-            with pytest.raises(error):
-                await collect_into(replies, client.stream(map(str, range(9))))
-            assert replies == ["0", "1", "2", "3", "4"]
-            assert await client.echo("after") == "after"
-
-    on_loop(main)
+    server = faulty_server(fault_sequence=fault)
+    on_loop(lambda: assert_stream_fails_at_5(server.address, error))
 
 
-def test_client_server_stopped_raises_connect_error(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(lose_fifth)
+def test_stream_different_reply_follows_earlier_replies(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(change_fifth)
+    on_loop(lambda: assert_stream_fails_at_5(server.address, echo_async.ReplyDifferent))
+
+
+def test_client_server_stopped_raises_connect_error(
+    on_loop: OnLoop, faulty_server: MakeEchoServer, reserved_port: int
+) -> None:
+    server = faulty_server(port=reserved_port, fault="close=11")
 
     async def main() -> None:
         async with connect(*server.address) as client:
             with pytest.raises(echo_async.ReplyLost):
                 await collect(client.stream(map(str, range(9))))
-            server.stop()
+            server.close()
             with pytest.raises(echo_async.ConnectError):
                 await collect(client.stream(["a"]))
 
@@ -400,12 +395,8 @@ def test_stream_and_echo_concurrent(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_stream_reconnects_after_close_between_messages(on_loop: OnLoop, scripted_server: Start) -> None:
-    def serve(peer: Peer) -> None:
-        for _ in range(2):
-            peer.send(peer.message())
-
-    server = scripted_server(serve)
+def test_stream_reconnects_after_close_between_messages(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="close=4")
 
     async def main() -> None:
         queue: asyncio.Queue[str] = asyncio.Queue()
@@ -422,7 +413,8 @@ def test_stream_reconnects_after_close_between_messages(on_loop: OnLoop, scripte
                 assert await anext(replies) == str(number)
 
     on_loop(main)
-    assert server.received == [[b"0\n", b"1\n"], [b"2\n", b"3\n"], [b"4\n", b"5\n"]]
+    assert server.received == [b"%d\n" % number for number in range(6)]
+    assert server.stats.accepted == 3
 
 
 def test_unexpected_bytes_fail_next_reply(on_loop: OnLoop, scripted_server: Start) -> None:

@@ -18,6 +18,7 @@ from support import TIMEOUT
 
 import echo_async
 from echo_async.client import connect, echo
+from echo_async.pytest_plugin import MakeEchoServer
 from echo_async.tls import client_context
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -159,20 +160,14 @@ def test_connect_server_without_tls_raises(on_loop: OnLoop, scripted_server: Sta
     on_loop(main)
 
 
-def test_connect_stalled_handshake_times_out(on_loop: OnLoop, scripted_server: Start) -> None:
-    resume = threading.Event()
-    server = scripted_server(lambda _: wait(resume))
+def test_connect_stalled_handshake_times_out(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="stall")
 
     async def main() -> None:
         with pytest.raises(echo_async.ConnectTimeout):
             await echo("Hola", *server.address, ssl=True, connect_timeout=0.1)
 
     on_loop(main)
-    resume.set()
-
-
-def wait(event: threading.Event) -> None:
-    event.wait(TIMEOUT)
 
 
 def test_command_tls_options(scripted_server: Start, files: Files) -> None:

@@ -29,14 +29,9 @@ from scripted import (
     Start,
     change_fifth,
     echo_all,
-    echo_byte_by_byte,
     echo_one,
-    ignore_fifth,
-    lose_fifth,
-    never_reply,
     over_tls,
     reply_with,
-    reset_fifth,
     resolve_to,
 )
 from support import MAX_DELAY, TIMEOUT
@@ -46,6 +41,7 @@ from echo_async import client as asyncio_client
 from echo_async import sync
 from echo_async.batching import WINDOW_BYTES
 from echo_async.config import EngineName, Mode
+from echo_async.pytest_plugin import MakeEchoServer
 from echo_async.tls import client_context
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -164,13 +160,14 @@ def test_echo_returns_ten_mebibytes(mode: Mode) -> None:
 # Reconnecting
 
 
-@pytest.mark.parametrize("serve", [echo_all, echo_byte_by_byte])
-def test_client_reuses_connection_that_stays_open(scripted_server: Start, serve: Serve) -> None:
-    server = scripted_server(serve)
+@pytest.mark.parametrize("fault", [None, "slice=1"])
+def test_client_reuses_connection_that_stays_open(faulty_server: MakeEchoServer, fault: str | None) -> None:
+    server = faulty_server(fault=fault)
     with sync.connect(*server.address) as client:
         assert [client.echo(message) for message in ("one", "two", "three")] == ["one", "two", "three"]
         assert list(client.stream(["four", "five"])) == ["four", "five"]
-    assert server.received == [[b"one\n", b"two\n", b"three\n", b"four\n", b"five\n"]]
+    assert server.received == [b"one\n", b"two\n", b"three\n", b"four\n", b"five\n"]
+    assert server.stats.accepted == 1
 
 
 def test_client_reconnects_for_every_message(scripted_server: Start) -> None:
@@ -227,12 +224,8 @@ def test_lost_reply_on_reused_connection_raises(scripted_server: Start) -> None:
         assert client.echo("3") == "3"
 
 
-def test_incomplete_second_reply_is_not_resent(scripted_server: Start) -> None:
-    def serve(peer: Peer) -> None:
-        peer.send(peer.message())
-        peer.send(peer.message()[:2])
-
-    server = scripted_server(serve)
+def test_incomplete_second_reply_is_not_resent(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="close=6")
     with sync.connect(*server.address) as client:
         assert client.echo("one") == "one"
         with pytest.raises(echo_async.ReplyLost, match="after 2 of 4 bytes"):
@@ -243,22 +236,22 @@ def test_incomplete_second_reply_is_not_resent(scripted_server: Start) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "text"),
+    ("fault", "text"),
     [
-        (b"", "lost before the reply: closed by the server"),
-        (b"Hola ", "lost after 5 of 13 bytes of the reply: closed by the server"),
-        (b"Hola Server!", "lost after 12 of 13 bytes of the reply: closed by the server"),
+        ("close", "lost before the reply: closed by the server"),
+        ("close=5", "lost after 5 of 13 bytes of the reply: closed by the server"),
+        ("close=12", "lost after 12 of 13 bytes of the reply: closed by the server"),
     ],
 )
-def test_connection_closed_before_reply_raises_reply_lost(scripted_server: Start, reply: bytes, text: str) -> None:
-    server = scripted_server(reply_with(reply))
+def test_connection_closed_before_reply_raises_reply_lost(faulty_server: MakeEchoServer, fault: str, text: str) -> None:
+    server = faulty_server(fault=fault)
     with sync.connect(*server.address) as client, pytest.raises(echo_async.ReplyLost, match=text):
         client.echo("Hola Server!")
-    assert len(server.received) == 1  # not sent again: the connection was new
+    assert server.stats.accepted == 1  # not sent again: the connection was new
 
 
-def test_connection_reset_raises_reply_lost(scripted_server: Start) -> None:
-    server = scripted_server(reply_with(b"", reset=True))
+def test_connection_reset_raises_reply_lost(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="reset")
     with pytest.raises(echo_async.ReplyLost, match="lost before the reply: connection reset by peer"):
         sync.echo("Hola", *server.address)
 
@@ -294,41 +287,28 @@ def test_replies_received_before_failed_write_are_kept(scripted_server: Start) -
     assert replies == ["0", "1", "2"]
 
 
-def test_reply_timeout_raises_reply_late(scripted_server: Start) -> None:
-    server = scripted_server(lambda peer: never_reply(peer) if peer.number == 0 else echo_all(peer))
+def test_reply_timeout_raises_reply_late(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault_sequence="drop")
     with sync.connect(*server.address, timeout=0.5) as client:
         started = time.monotonic()
         with pytest.raises(echo_async.ReplyLate, match=r"reply timeout: no reply from .* within 0\.5 s"):
             client.echo("Hola")
         assert 0.49 < time.monotonic() - started < MAX_DELAY
         assert client.echo("again") == "again"
-    assert server.received == [[b"Hola\n"], [b"again\n"]]
+    assert server.received == [b"Hola\n", b"again\n"]
+    assert server.stats.accepted == 2
 
 
-def test_server_not_reading_raises_reply_late(scripted_server: Start) -> None:
-    resume = threading.Event()
-
-    def read_nothing(_: Peer) -> None:
-        resume.wait(TIMEOUT)
-
-    server = scripted_server(read_nothing)
+def test_server_not_reading_raises_reply_late(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="stall")
     with sync.connect(*server.address, timeout=0.2) as client, pytest.raises(echo_async.ReplyLate):
         client.echo(b"x" * 20_000_000)
-    resume.set()
 
 
-def test_slow_reply_bytes_do_not_extend_timeout(scripted_server: Start) -> None:
-    resume = threading.Event()
-
-    def trickle(peer: Peer) -> None:
-        for byte in peer.message():
-            peer.send(bytes([byte]))
-            resume.wait(0.02)
-
-    server = scripted_server(trickle)
+def test_slow_reply_bytes_do_not_extend_timeout(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="rate=50,slice=1")
     with pytest.raises(echo_async.ReplyLate):
         sync.echo("x" * 1000, *server.address, timeout=0.15)
-    resume.set()
 
 
 @pytest.mark.parametrize(
@@ -420,14 +400,11 @@ def test_connect_unreachable_address_times_out(black_hole_address: tuple[str, in
         sync.connect(*black_hole_address, connect_timeout=0.1)
 
 
-def test_connect_unix_socket_full_backlog_times_out(tmp_path: Path) -> None:
+def test_connect_unix_socket_full_backlog_times_out(faulty_server: MakeEchoServer, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
-    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as filler:
-        listener.bind(path)
-        listener.listen(0)
-        filler.connect(path)
-        with pytest.raises(echo_async.ConnectTimeout):
-            sync.connect(uds=path, connect_timeout=0.05)
+    faulty_server(uds=path, fault="no-accept")
+    with pytest.raises(echo_async.ConnectTimeout):
+        sync.connect(uds=path, connect_timeout=0.05)
 
 
 def test_connect_tries_every_address(
@@ -707,25 +684,27 @@ def test_stream_invalid_arguments_raise(scripted_server: Start) -> None:
             client.stream(["Hola"], window=0)
 
 
-@pytest.mark.parametrize(
-    ("serve", "error"),
-    [
-        (lose_fifth, echo_async.ReplyLost),
-        (reset_fifth, echo_async.ReplyLost),
-        (change_fifth, echo_async.ReplyDifferent),
-        (ignore_fifth, echo_async.ReplyLate),
-    ],
-)
-def test_stream_failed_reply_follows_earlier_replies(
-    scripted_server: Start, serve: Serve, error: type[Exception]
-) -> None:
-    server = scripted_server(serve)
-    with sync.connect(*server.address, timeout=0.5) as client:
+def assert_stream_fails_at_5(address: tuple[str, int], error: type[Exception]) -> None:
+    with sync.connect(*address, timeout=0.5) as client:
         stream = client.stream(map(str, range(9)))
         assert list(itertools.islice(stream, 5)) == ["0", "1", "2", "3", "4"]
         with pytest.raises(error):
             next(stream)
         assert client.echo("after") == "after"
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [("close=11", echo_async.ReplyLost), ("reset=11", echo_async.ReplyLost), ("stall=10", echo_async.ReplyLate)],
+)
+def test_stream_lost_or_late_reply_follows_earlier_replies(
+    faulty_server: MakeEchoServer, fault: str, error: type[Exception]
+) -> None:
+    assert_stream_fails_at_5(faulty_server(fault_sequence=fault).address, error)
+
+
+def test_stream_different_reply_follows_earlier_replies(scripted_server: Start) -> None:
+    assert_stream_fails_at_5(scripted_server(change_fifth).address, echo_async.ReplyDifferent)
 
 
 def test_client_server_stopped_raises_connect_error(scripted_server: Start) -> None:
@@ -771,15 +750,17 @@ def test_connect_untrusted_certificate_raises(scripted_server: Start, server_con
         sync.echo("Hola", *server.address, ssl=True, retry=5)  # not retried
 
 
-def test_connect_server_without_tls_raises(scripted_server: Start, context: ssl.SSLContext) -> None:
+def test_connect_server_without_tls_raises(
+    scripted_server: Start, faulty_server: MakeEchoServer, context: ssl.SSLContext
+) -> None:
     def greet(peer: Peer) -> None:
         peer.send(b"220 mail.example ESMTP\r\n")
-        never_reply(peer)
+        peer.message()
 
     server = scripted_server(greet)
     with pytest.raises(echo_async.ConnectError, match="TLS: "):
         sync.connect(*server.address, ssl=context)
-    silent = scripted_server(never_reply)
+    silent = faulty_server(fault="stall")
     with pytest.raises(echo_async.ConnectTimeout):
         sync.connect(*silent.address, ssl=context, connect_timeout=0.1)
 
