@@ -13,6 +13,8 @@ from .origin import Origin
 from .protocol import ProtocolConnection
 from .registry import Registry
 
+ACTIONS_PER_TURN = 50  # before other connections get their turn
+
 
 def create_protocol(registry: Registry, on_established: OnEstablished, origin: Origin) -> asyncio.Protocol:
     assert origin.plan is not None
@@ -64,9 +66,12 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
         """Run actions until one takes time, or ends them."""
         self._timer = None
         try:
-            for action in self._actions:
+            for count, action in enumerate(self._actions):
                 if self._transport.is_closing():
                     return
+                if count == ACTIONS_PER_TURN:
+                    self._actions = chain([action], self._actions)
+                    return self._wait(0)
                 match action:
                     case Send():
                         self._transport.write(action.data)

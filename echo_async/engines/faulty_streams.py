@@ -12,7 +12,7 @@ from .handshake_acceptor import OnEstablished
 from .loop_internals import reset_transport, shut_down_output
 from .origin import Origin
 from .registry import Registry
-from .streams import DRAIN_THRESHOLD, StreamConnection
+from .streams import CHUNKS_PER_TURN, DRAIN_THRESHOLD, StreamConnection
 from .streams import create_protocol as create_healthy_protocol
 
 
@@ -34,6 +34,7 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
     ) -> None:
         super().__init__(registry, origin, reader, writer)
         self._plan = plan
+        self._steps = 0
         self._waiter: asyncio.Future[None] | None = None  # done when the wait or the stall is over
         self._is_released = self._is_stalled = self.is_replying = False
 
@@ -50,6 +51,7 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
                 if self.context.log_chunks:
                     self.log_chunk(chunk)
                 await self._send(conversation.receive(chunk))
+                await self._count_step()
         except asyncio.CancelledError:
             if self.is_replying or self._is_reading or self._task.uncancel():  # not canceled by _wake alone
                 raise
@@ -68,6 +70,7 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
             match action:
                 case Send():
                     self._transport.write(action.data)
+                    await self._count_step()
                     if self.unsent() > DRAIN_THRESHOLD:
                         await self._writer.drain()
                 case Wait():
@@ -77,6 +80,12 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
                 case End():
                     await self._end(action)
         self.is_replying = False
+
+    async def _count_step(self) -> None:
+        """Give other connections their turn after a number of chunks and replies."""
+        self._steps += 1
+        if self._steps % CHUNKS_PER_TURN == 0:
+            await asyncio.sleep(0)
 
     async def _wait(self, due: float, seconds: float) -> float:
         """Wait for ``seconds`` from ``due`` on, or until the server stops; return when it should have ended."""

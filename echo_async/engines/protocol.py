@@ -19,6 +19,8 @@ from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS
 from .origin import UNKNOWN, Origin
 from .registry import Registry
 
+LARGE_READ = 100_000  # bytes; after a read of less, the kernel has no more: event loops read 256,000 at a time
+
 
 async def create_server(registry: Registry, on_established: OnEstablished, listener: socket.socket) -> asyncio.Server:
     return await asyncio.get_running_loop().create_server(
@@ -83,8 +85,16 @@ class ProtocolConnection(Connection, asyncio.Protocol):
                 write(reply)
             if conversation.finished and self._lingering_since is None:
                 self.finish()
+            elif len(data) > LARGE_READ:
+                self._end_turn()
         except Exception as error:
             self.fail(error)
+
+    def _end_turn(self) -> None:
+        """Read on in the next turn of the event loop: libuv reads 32 times in a row (src/unix/stream.c, uv__read)."""
+        if self._can_read() and not self._transport.is_closing():
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_soon(self._resume_reading)
 
     def eof_received(self) -> bool:
         self.conversation.receive_eof()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 from support import (
@@ -21,13 +24,14 @@ from echo_async.loops import LoopName
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
+@pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("engine", ["streams", "protocol"])
-def test_flood_from_one_client_is_read_in_limited_shares(engine: EngineName, loop: LoopName) -> None:
+def test_flood_from_one_client_is_read_in_limited_shares(
+    engine: EngineName, loop: LoopName, tls: bool, certificate: Path, client_context: ssl.SSLContext
+) -> None:
     """In one event loop iteration the server reads a limited number of bytes from one client."""
-    share, size = CHUNKS_PER_TURN * 20, 400_000
-    if engine == "protocol":  # one read; libuv reads up to 32 times while its buffer is filled (uv__read)
-        share, size = (256 * 1024, 400_000) if loop == "asyncio" else (32 * 256_000, 20_000_000)
+    share, size = (CHUNKS_PER_TURN * 20, 400_000) if engine == "streams" else (256 * 1024, 4_000_000)
     flood = b"x" * (size - 1) + b"\n"
 
     async def main() -> None:
@@ -38,6 +42,7 @@ def test_flood_from_one_client_is_read_in_limited_shares(engine: EngineName, loo
             "engine": engine,
             "no_access_log": True,
             "limit_message_size": size,
+            "ssl_certfile": str(certificate) if tls else None,
         }
         async with echo_async.serve(**options) as server:
             received = [0]
@@ -48,7 +53,8 @@ def test_flood_from_one_client_is_read_in_limited_shares(engine: EngineName, loo
                     running.call_soon(sample)
 
             assert isinstance(server.address, tuple)
-            reader, writer = await asyncio.open_connection(*server.address, limit=len(flood))
+            secured: Any = {"ssl": client_context, "server_hostname": "localhost"} if tls else {}
+            reader, writer = await asyncio.open_connection(*server.address, limit=len(flood), **secured)
             writer.write(flood)
             sample()
             assert await reader.readline() == flood
@@ -57,6 +63,33 @@ def test_flood_from_one_client_is_read_in_limited_shares(engine: EngineName, loo
             shares = [after - before for before, after in pairwise(received)]
             assert max(shares) <= share
             assert sum(shares) == len(flood)
+
+    run(main, loop)
+
+
+@pytest.mark.parametrize("fault", [None, "duplicate"])
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("engine", ["streams", "protocol"])
+def test_flood_in_mode_identify_is_answered_in_shares(engine: EngineName, loop: LoopName, fault: str | None) -> None:
+    """In one event loop iteration the server sends a limited number of replies, however many messages it has read."""
+    flood = b"\n" * 3_000
+
+    async def main() -> None:
+        running = asyncio.get_running_loop()
+        async with echo_async.serve(port=0, mode="identify", engine=engine, fault=fault, no_access_log=True) as server:
+            sent = [0]
+
+            def sample() -> None:
+                sent.append(server.stats.bytes_out)
+                running.call_soon(sample)
+
+            reader, writer = await asyncio.open_connection(*server.address)
+            writer.write(flood)
+            sample()
+            replies = [await reader.readline() for _ in flood]
+            writer.close()
+            await writer.wait_closed()
+            assert max(after - before for before, after in pairwise(sent)) <= 1000 * len(replies[0])
 
     run(main, loop)
 
