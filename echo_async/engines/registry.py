@@ -5,7 +5,7 @@ event loops, and safe to use from several threads.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..config import ServerConfig
 from ..stats import Stats
@@ -58,12 +58,16 @@ class Registry:
         with self._lock:
             return self.context.counters.snapshot([each.exchange for each in list(self.connections)])
 
-    def sweep(self) -> None:
-        """End every connection that has exceeded a timeout; during a shutdown, drain the others."""
+    def sweep(self, some: Sequence[Connection] | None = None) -> None:
+        """End every connection that has exceeded a timeout; during a shutdown, drain the others.
+
+        Of ``some`` connections, those that are still open are checked; by default all.
+        """
         now = self.context.now()
-        for connection in list(self.connections):
+        for connection in list(self.connections) if some is None else some:
             try:
-                self._check(connection, now)
+                if connection in self.connections:
+                    self._check(connection, now)
             except Exception as error:  # the others have to be checked too
                 connection.fail(error)
 

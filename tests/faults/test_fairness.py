@@ -94,6 +94,34 @@ def test_flood_in_mode_identify_is_answered_in_shares(engine: EngineName, loop: 
     run(main, loop)
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("engine", ["streams", "protocol"])
+def test_sweep_of_many_connections_is_done_in_slices(
+    engine: EngineName, loop: LoopName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All connections time out together. In one event loop iteration the sweep closes some of them."""
+    monkeypatch.setattr("echo_async.engines.sweeper.SLICE", 10)
+
+    async def main() -> None:
+        running = asyncio.get_running_loop()
+        async with echo_async.serve(port=0, mode="stream", engine=engine, timeout_idle=0.7) as server:
+            timed_out = [0]
+
+            def sample() -> None:
+                timed_out.append(server.stats.timeouts_idle)
+                running.call_soon(sample)
+
+            clients = [await asyncio.open_connection(*server.address) for _ in range(100)]
+            sample()
+            await asyncio.gather(*(reader.read() for reader, _ in clients))
+            for _, writer in clients:
+                writer.close()
+            assert timed_out[-1] == len(clients)
+            assert max(after - before for before, after in pairwise(timed_out)) <= 2 * 10  # a slice may be late
+
+    run(main, loop)
+
+
 class CountingHandler(logging.Handler):
     """Counts log records."""
 
