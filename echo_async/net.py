@@ -88,7 +88,7 @@ def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.sock
         return [adopt(config.fd)]
     if config.uds is not None:
         return [_bind_unix(config.uds, backlog)]
-    infos = _replace_unspecified(list(dict.fromkeys(infos)))
+    infos = replace_unspecified(list(dict.fromkeys(infos)))
     attempts = PORT_ATTEMPTS if config.port == 0 else 1
     while True:
         attempts -= 1
@@ -99,7 +99,7 @@ def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.sock
                 raise
 
 
-def _replace_unspecified(infos: list[AddressInfo]) -> list[AddressInfo]:
+def replace_unspecified(infos: Sequence[AddressInfo]) -> Sequence[AddressInfo]:
     """Replace ``::`` by 0.0.0.0 where the kernel has no IPv6; leave it out if there is an IPv4 address as well."""
     ports = [info[4][1] for info in infos if info[4][0] == "::"]
     if not ports or _has_ipv6():

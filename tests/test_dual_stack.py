@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import socket
 import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TIMEOUT, StartServer, receive_line, server_process, wait_until
+from support import (
+    TIMEOUT,
+    ServerProcess,
+    StartServer,
+    command_process,
+    receive_all,
+    receive_line,
+    server_process,
+    wait_until,
+)
 
 import echo_async
 
@@ -108,16 +118,42 @@ def test_command_with_workers_serves_ipv4_and_ipv6(
         assert f" INFO {name} 13 bytes: Hola Server!\n" in log
 
 
+def assert_reached(command: str, host: str, port: int) -> None:
+    """Run a client command with a server at ``host`` and ``port``, which replies."""
+    arguments = ["Hola Server!"] if command == "client" else ["load", "--duration", "0.1", "--warmup", "0"]
+    words = [sys.executable, "-m", f"echo_async.{command}", *arguments, "--host", host, "--port", str(port)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
+
+
 @needs_ipv6
 @pytest.mark.parametrize("host", ["::", "127.0.0.1", "::1"])
-@pytest.mark.parametrize("module", ["client", "bench"])
-def test_commands_reach_a_server_on_all_addresses(host: str, module: str) -> None:
-    arguments = ["Hola Server!"] if module == "client" else ["load", "--duration", "0.1", "--warmup", "0"]
+@pytest.mark.parametrize("command", ["client", "bench"])
+def test_commands_reach_a_server_on_all_addresses(host: str, command: str) -> None:
     with server_process("--host", "::", "--mode", "stream") as server:
-        options = ["--host", host, "--port", str(server.address[1])]
-        command = [sys.executable, "-m", f"echo_async.{module}", *arguments, *options]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    assert done.returncode == 0, done.stderr
+        assert_reached(command, host, server.address[1])
+
+
+@pytest.mark.parametrize("command", ["client", "bench"])
+def test_commands_with_host_unspecified_try_ipv4(command: str) -> None:
+    with server_process("--mode", "stream") as server:
+        assert_reached(command, "::", server.address[1])
+
+
+def get_health(host: str, log: str) -> bytes:
+    """Request ``/healthz`` at ``host`` and the port of the metrics, which the log shows."""
+    found = re.search(r"metrics available at http://(?:\[::\]|0\.0\.0\.0):(\d+)/metrics\n", log)
+    assert found
+    with socket.create_connection((host, int(found[1])), TIMEOUT) as client:
+        client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        return receive_all(client).rpartition(b"\r\n")[2]
+
+
+@needs_ipv6
+def test_metrics_address_unspecified_serves_both_families() -> None:
+    with server_process("--metrics-port", "0", "--metrics-address", "::") as server:
+        wait_until(lambda: " metrics available at " in server.log)
+        assert [get_health(host, server.log) for host in ("127.0.0.1", "::1")] == [b"serving\n"] * 2
 
 
 @pytest.mark.parametrize(
@@ -163,22 +199,20 @@ sys.exit(main())
 """
 
 
-def command_without_ipv6(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", OLD_KERNEL, "--host", "::", "--port", "0", "--loop", "asyncio", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def command_without_ipv6(*arguments: str) -> AbstractContextManager[ServerProcess]:
+    words = ["--host", "::", "--port", "0", "--loop", "asyncio", *arguments]
+    return command_process([sys.executable, "-c", OLD_KERNEL, *words])
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_command_on_a_kernel_without_ipv6_uses_ipv4(workers: str) -> None:
-    with command_without_ipv6("--workers", workers) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line.startswith("listening on 0.0.0.0:")
-        with connect_to(("127.0.0.1", int(line.rpartition(":")[2]))) as client:
+    with command_without_ipv6("--workers", workers, "--metrics-port", "0", "--metrics-address", "::") as server:
+        assert server.startup_line.startswith("listening on 0.0.0.0:")
+        with connect_to(("127.0.0.1", server.address[1])) as client:
             assert_echoed(client)
-        process.terminate()
-        process.communicate()
-    assert process.returncode == 0
+        wait_until(lambda: " metrics available at " in server.log)
+        assert get_health("127.0.0.1", server.log) == b"serving\n"
+        assert server.stop()[0] == 0
 
 
 NAMESPACE = """

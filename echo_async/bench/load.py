@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from time import perf_counter
+from typing import Any
 
 from ..endpoint import Endpoint
 from ..errors import EchoError
@@ -29,23 +30,33 @@ MAX_TIMEOUT = 86_400.0  # seconds: sockets accept no timeout as long as options 
 def find_server(plan: LoadPlan, host: str, port: int, uds: str | None = None) -> LoadPlan:
     """Connect to the server once; return the plan with the numeric address that connected."""
     wrap_tls = plan.tls_wrapper()
+    endpoint = Endpoint(host, port, uds=uds)
     try:
-        with _connect(host, port, uds, min(plan.timeout, MAX_TIMEOUT)) as connected:
+        with _connect(endpoint, min(plan.timeout, MAX_TIMEOUT)) as connected:
             found = replace(plan, family=int(connected.family), address=uds or connected.getpeername())
             if wrap_tls is not None:
                 wrap_tls(connected).close()
             return found
     except (OSError, UnicodeError) as error:
-        raise Endpoint(host, port, uds=uds).connect_error(error, plan.timeout) from error
+        raise endpoint.connect_error(error, plan.timeout) from error
 
 
-def _connect(host: str, port: int, uds: str | None, timeout: float) -> socket.socket:
-    if uds is None:
-        return socket.create_connection((host, port), timeout)
-    connected = socket.socket(socket.AF_UNIX)
+def _connect(endpoint: Endpoint, timeout: float) -> socket.socket:
+    """Return a connection to the first address that accepts one; raise the error of the last if none does."""
+    if (uds := endpoint.config.uds) is not None:
+        return _connect_to(socket.AF_UNIX, uds, timeout)
+    *others, last = [(info[0], info[4]) for info in endpoint.resolve()]
+    for family, address in others:
+        with suppress(OSError):
+            return _connect_to(family, address, timeout)
+    return _connect_to(*last, timeout)
+
+
+def _connect_to(family: socket.AddressFamily, address: Any, timeout: float) -> socket.socket:
+    connected = socket.socket(family, socket.SOCK_STREAM)
     try:
         connected.settimeout(timeout)
-        connected.connect(uds)
+        connected.connect(address)
     except BaseException:
         connected.close()
         raise

@@ -41,7 +41,7 @@ OPTIONS = {
     "metrics_port": Option(
         None, "Port to serve /metrics (Prometheus) and /healthz on; 0 selects a free port.", "integer", 0, 65535
     ),
-    "metrics_address": Option("127.0.0.1", "Host name or address to serve the metrics on.", "host"),
+    "metrics_address": Option("127.0.0.1", "Host name or address to serve the metrics on; :: for all.", "host"),
     "log_level": Option("info", "Lowest level that is logged.", "choice", choices=get_args(LogLevel)),
     "log_format": Option("text", "Format of a log line.", "choice", choices=get_args(LogFormat)),
 }

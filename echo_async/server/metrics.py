@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 
 from ..errors import StartError, describe_error
 from ..logs import log
-from ..net import format_address
+from ..net import format_address, replace_unspecified
 from ..stats import COUNTERS as STATS_COUNTERS
 from ..stats import Stats
 from .server import BaseServer
@@ -103,7 +103,8 @@ class MetricsServer:
     def __init__(self, address: str, port: int) -> None:
         try:
             infos = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            self._http = _HttpServer(infos[0][0], infos[0][4])
+            family, *_, socket_address = replace_unspecified(infos)[0]
+            self._http = _HttpServer(family, socket_address)
         except (OSError, ValueError) as error:
             raise StartError(
                 f"cannot serve metrics on {format_address((address, port))}: {describe_error(error)}; "
@@ -217,7 +218,10 @@ class _HttpServer(ThreadingMixIn, WSGIServer):
         super().shutdown_request(request)
 
     def server_bind(self) -> None:
-        """Bind without the host name lookup of the base class."""
+        """Bind without the host name lookup of the base class. ``::`` accepts IPv4 as well."""
+        if self.address_family == socket.AF_INET6:
+            is_ipv6_only = self.server_address[0] != "::"
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, is_ipv6_only)
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
         self.setup_environ()
