@@ -64,8 +64,12 @@ class ScriptedServer:
 
     def __init__(self, serve: Serve) -> None:
         self._serve = serve
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.address: tuple[str, int] = self._listener.getsockname()
+        # Linux releases a port that it has selected itself when the listener is shut down.
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self._reserved.getsockname()
+        self._listener = socket.create_server(self.address, backlog=512)
         self._peers: list[Peer] = []
         self._threads = [threading.Thread(target=self._accept)]
         self._threads[0].start()
@@ -107,6 +111,7 @@ class ScriptedServer:
     def __exit__(self, *exception: object) -> None:
         self.stop()
         self._listener.close()
+        self._reserved.close()
 
 
 Start = Callable[[Serve], ScriptedServer]
