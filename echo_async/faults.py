@@ -90,12 +90,14 @@ def parse_fault(spec: str) -> Fault | None:
     Raises:
         ValueError: The specification is invalid. The text names the part, and says what is allowed.
     """
-    if spec == NONE:
+    if spec.strip() == NONE:
         return None
     values: dict[str, Range] = {}
     texts: dict[str, str] = {}
     for part in spec.split(","):
         kind, separator, text = part.strip().partition("=")
+        if kind == NONE:
+            raise ValueError(f"{NONE} stands alone, for no fault")
         if kind not in KINDS and kind != "p":
             raise ValueError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}, p, {NONE}")
         if kind in values:

@@ -72,7 +72,8 @@ def sent(actions: list[Action]) -> bytes:
         ("drop,p=-0.1", "p requires a share of the connections from 0 to 1"),
         ("drop,p", "p requires a share of the connections from 0 to 1"),
         ("no-accept,p=0.5", "no-accept applies to all connections: it takes no p"),
-        ("none,reset", "unknown kind 'none'"),
+        ("none,reset", "none stands alone, for no fault"),
+        ("reset,none", "none stands alone, for no fault"),
     ],
 )
 def test_invalid_specification_names_the_part_and_the_allowed(spec: str, error: str) -> None:
@@ -82,7 +83,7 @@ def test_invalid_specification_names_the_part_and_the_allowed(spec: str, error: 
 
 def test_sequence_is_a_text_or_a_list() -> None:
     assert parse_sequence("reset=5; none ;drop") == parse_sequence(["reset=5", None, "drop"])
-    assert parse_sequence(["none"]) == [None]
+    assert parse_sequence(["none", " none "]) == [None, None]
     with pytest.raises(ValueError, match="no-accept applies to all connections, not to one of a sequence"):
         parse_sequence("reset;no-accept")
 
