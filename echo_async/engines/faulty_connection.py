@@ -1,4 +1,7 @@
-"""The part of a connection with a fault that does not depend on its engine."""
+"""The part of a connection with a fault that does not depend on its engine.
+
+A connection in the mode ``identify`` is one as well, with a plan without faults: its replies are made one at a time.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
