@@ -57,7 +57,11 @@ OptionType = Literal[
     "faults",
     "protocols",
     "labels",
+    "spec",
 ]
+
+ADDRESS_OPTIONS = ("host", "port", "uds", "fd")
+"""The fields of :class:`ServerConfig` that tell where to listen."""
 
 MAX_LABELS_SIZE = 1024  # characters of all labels, which each reply of the mode identify contains
 LOOPBACK = "127.0.0.1,::1"
@@ -212,6 +216,16 @@ def _option(default: Any, help: str, *details: Any, repr: bool = True, **more: A
 def options_of(config: type[ServerConfig] | type[ClientConfig]) -> dict[str, Option]:
     """Return the options of a configuration class, by field name."""
     return {each.name: each.metadata["option"] for each in fields(config)}
+
+
+def listener_options() -> dict[str, Option]:
+    """Return the options in which the listeners of one process can differ, by field name, besides address and TLS."""
+    shared = {*ADDRESS_OPTIONS, "engine", "backlog"}
+    return {
+        name: option
+        for name, option in options_of(ServerConfig).items()
+        if name not in shared and not name.startswith("ssl_")
+    }
 
 
 def _validate(config: ServerConfig | ClientConfig) -> None:

@@ -1,5 +1,6 @@
 """The listening sockets of one server, and the Unix socket path that it created."""
 
+import contextlib
 import socket
 from collections.abc import Sequence
 from typing import Self
@@ -25,6 +26,14 @@ class Listeners:
         if not config.accepts:
             self._backlog_fillers = [net.fill_backlog(each) for each in self._sockets]
         return self
+
+    @classmethod
+    def adopt(cls, descriptors: Sequence[int]) -> Self:
+        """Adopt inherited listening sockets. :exc:`~echo_async.StartError` if a descriptor is none."""
+        with contextlib.ExitStack() as on_failure:
+            sockets = [on_failure.enter_context(net.adopt(each)) for each in descriptors]
+            on_failure.pop_all()
+            return cls(sockets)
 
     @property
     def sockets(self) -> tuple[socket.socket, ...]:

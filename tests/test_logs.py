@@ -143,6 +143,7 @@ def test_json_format_has_the_fields_of_the_event(capsys: Captured) -> None:
         "logger": "echo_async.access",
         "message": r"127.0.0.1:40000 9 bytes: ¡Hola\x1b!",
         "client": "127.0.0.1:40000",
+        "listener": None,
         "bytes": 9,
         "text": r"¡Hola\x1b!",
     }

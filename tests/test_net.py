@@ -19,8 +19,8 @@ from support import TIMEOUT, receive_all, run
 
 import echo_async
 from echo_async import ServerConfig, StartError, net
+from echo_async.listeners import Listeners
 from echo_async.net import Address, AddressInfo, adopt, bind, format_address, get_address, resolve, resolve_literal
-from echo_async.server.server import start_server
 
 
 def has_ipv6() -> bool:
@@ -518,7 +518,8 @@ def test_bind_of_a_path_with_nul_raises_echo_error(tmp_path: Path) -> None:
 
 def test_server_on_given_sockets_serves_and_closes_them() -> None:
     async def serve(listener: socket.socket) -> None:
-        server = await start_server(ServerConfig(port=0), [listener])
+        server = echo_async.EchoServer(ServerConfig(port=0), Listeners([listener]))
+        await server.start()
         assert server.address == ("127.0.0.1", listener.getsockname()[1])
         server.close()
         await server.wait_closed()

@@ -70,9 +70,11 @@ class ConfigOption(click.Option):
         return f"{ctx.auto_envvar_prefix}_{self.definition.flag or self.name}".upper()
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
-        """Commas or spaces separate several values."""
+        """Commas or spaces separate several values; spaces alone where a value can contain commas."""
         text = self.resolve_envvar_value(ctx)
-        return text.replace(",", " ").split() if text and self.multiple else super().value_from_envvar(ctx)
+        if not text or not self.multiple:
+            return super().value_from_envvar(ctx)
+        return (text if self.definition.type == "spec" else text.replace(",", " ")).split()
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         converted = value
@@ -101,6 +103,13 @@ def _click_type(definition: Option) -> "click.ParamType[Any]":  # no generic typ
             return click.BOOL
         case _:
             return click.STRING
+
+
+def parse_value(definition: Option, text: str) -> Any:
+    """Convert a text to a value of an option; if that is not possible, return it for :meth:`Option.violation`."""
+    with contextlib.suppress(click.BadParameter):
+        return _click_type(definition).convert(text, None, None)
+    return text
 
 
 def options(definitions: dict[str, Option]) -> Callable[[Any], Any]:

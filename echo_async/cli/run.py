@@ -27,10 +27,11 @@ from ..errors import ConfigError, StartError, describe_error
 from ..stdio import print_error
 from . import server
 from .common import CONTEXT, ExitCode, options, run_command, version_option
+from .listen import as_list, inherited_descriptors
 
 KILL_DELAY = 10.0  # seconds until a command that ignores SIGTERM is killed
 TERMINAL_SIGNALS = ("SIGINT", "SIGQUIT")  # which the terminal sends to every process in the foreground
-ADDRESS_VARIABLES = ("ECHO_ASYNC_HOST", "ECHO_ASYNC_PORT", "ECHO_ASYNC_UDS")
+ADDRESS_VARIABLES = ("ECHO_ASYNC_HOST", "ECHO_ASYNC_PORT", "ECHO_ASYNC_UDS", "ECHO_ASYNC_LISTEN")
 FORWARDED_SIGNALS = (*TERMINAL_SIGNALS, "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}  # to connect to a server on all addresses
 
@@ -73,10 +74,11 @@ def command(context: click.Context, /, arguments: Sequence[str], **values: Any) 
         raise ConfigError("missing COMMAND (usage: echo-async run [OPTIONS] -- COMMAND [ARG]...)")
     server_arguments = context.obj[:-1] if context.obj[-1:] == ["--"] else context.obj
     environment = dict(os.environ)
+    specs = as_list(values["listen"])
     for name in DEFAULTS:
-        if context.get_parameter_source(name) is ParameterSource.DEFAULT:
+        if context.get_parameter_source(name) is ParameterSource.DEFAULT and not (name == "port" and specs):
             environment[f"ECHO_ASYNC_{name}".upper()] = str(values[name])
-    descriptors = [] if values["fd"] is None else [values["fd"]]
+    descriptors = inherited_descriptors(specs) + ([] if values["fd"] is None else [values["fd"]])
     with _server(server_arguments, environment, descriptors) as process:
         return asyncio.run(Run(process, arguments).run())
 

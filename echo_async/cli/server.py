@@ -14,25 +14,26 @@ from click.core import ParameterSource
 
 from .. import __version__
 from ..compat import DESCRIPTORS, require
-from ..config import Option, ServerConfig, options_of, parse_labels
+from ..config import ADDRESS_OPTIONS, Option, ServerConfig, options_of, parse_labels
 from ..errors import ConfigError, StartError
 from ..logs import LogFormat, LogLevel, configure, log
 from ..loops import LOOP_CHOICES, LOOP_PATTERN, log_loop_errors, loop_factory
-from ..net import adopt, format_address
-from ..server.server import BaseServer, EchoServer, start_server
+from ..net import format_address
+from ..server.group import BaseGroup, ListenerConfig, ServerGroup
 from ..server.systemd import listen_descriptors, notify
 from ..stdio import discard_output
 from .common import CONTEXT, ExitCode, options, run_command, version_option
+from .listen import LISTEN, as_list, parse_listeners
 from .signals import ServerSignals
 
 if TYPE_CHECKING:
     from ..server.metrics import MetricsServer
-    from ..server.supervisor import Supervisor
 
 _LOOP_HELP = "Event loop; auto is uvloop if it is installed, else asyncio. MODULE:FACTORY is imported and called."
 
 OPTIONS = {
     **options_of(ServerConfig),
+    "listen": LISTEN,
     "threaded": Option(False, "The same as --engine threads.", "flag"),
     "loop": Option("auto", _LOOP_HELP, "choice", choices=LOOP_CHOICES, pattern=LOOP_PATTERN),
     "workers": Option(
@@ -61,40 +62,59 @@ def command(context: click.Context, /, **values: Any) -> int:
     Examples:
       echo-async server
       echo-async server --port 7 --mode raw --host ::
+      echo-async server --listen 5500 --listen 5501,tls --ssl-certfile server.pem
       ECHO_ASYNC_PORT=6000 echo-async server --mode stream --log-format json
 
     Exit codes: 0 stopped by a signal, 2 invalid option, 3 could not start.
     """
-    config = _config(context)
-    configure(values["log_level"], values["log_format"], config.labels)
-    loop = "asyncio" if config.engine == "threads" else values["loop"]
+    listeners = _listeners(context)
+    engine, modes = listeners[0].config.engine, dict.fromkeys(each.config.mode for each in listeners)
+    labels = parse_labels(values["labels"] or [])
+    configure(values["log_level"], values["log_format"], labels)
+    loop = "asyncio" if engine == "threads" else values["loop"]
     factory = loop_factory(loop)
-    sockets = [adopt(number) for number in listen_descriptors()] or None
-    if sockets and config.has_faults:
-        raise ConfigError("--fault and --fault-sequence conflict with LISTEN_FDS; use --host and --port, or --uds")
-    start: Callable[[], Awaitable[EchoServer | Supervisor]] = partial(start_server, config, sockets)
+    start: Callable[[], Awaitable[BaseGroup[Any]]] = partial(ServerGroup.start, listeners)
     if values["workers"] > 1:
         require(DESCRIPTORS, f"use --workers {values['workers']}")
         from ..server.supervisor import Supervisor, WorkerSettings
 
-        settings = WorkerSettings(loop, values["log_level"], values["log_format"])
-        start = partial(Supervisor.start, config, values["workers"], settings, sockets)
+        settings = WorkerSettings(loop, values["log_level"], values["log_format"], labels)
+        start = partial(Supervisor.start, listeners, values["workers"], settings)
         factory = loop_factory("asyncio")  # the supervisor serves no connections
     facts = {
-        "engine": config.engine,
-        "mode": config.mode,
+        "engine": engine,
+        "mode": ",".join(modes),
         "workers": str(values["workers"]),
         "version": __version__,
-        **(config.labels or {}),
+        **labels,
     }
     metrics_server = _metrics_server(values["metrics_address"], values["metrics_port"])
     with asyncio.Runner(loop_factory=factory) as runner, metrics_server as metrics:
-        runner.run(_serve(start, metrics, facts))
+        runner.run(_serve(start, metrics, facts, has_names=bool(values["listen"])))
     return ExitCode.SUCCESS
 
 
-def _config(context: click.Context) -> ServerConfig:
-    """Return the server's configuration. The command line overrides conflicting options from the environment."""
+def _listeners(context: click.Context) -> list[ListenerConfig]:
+    """Return the configuration of each listener: those of ``--listen``, or one of the other options."""
+    values, inherited = _values(context), listen_descriptors()
+    names = ("listen", *ADDRESS_OPTIONS)
+    sources = [context.get_parameter_source(name) for name in names]
+    is_typed = ParameterSource.COMMANDLINE in sources  # which overrides the environment
+    source = ParameterSource.COMMANDLINE if is_typed else ParameterSource.ENVIRONMENT
+    given = [name for name, each in zip(names, sources, strict=True) if each is source]
+    labels = [f"--{name}" if is_typed else f"ECHO_ASYNC_{name.upper()}" for name in given]
+    if "listen" not in given:
+        config = ServerConfig(**values)
+        if inherited and config.has_faults:
+            raise ConfigError("--fault and --fault-sequence conflict with LISTEN_FDS; use --host and --port, or --uds")
+        return [ListenerConfig(config, list(inherited))]
+    if len(given) > 1:
+        raise ConfigError(f"{labels[0]} and {labels[1]} are mutually exclusive")
+    return parse_listeners(labels[0], as_list(context.params["listen"]), values, inherited)
+
+
+def _values(context: click.Context) -> dict[str, Any]:
+    """Return the fields of ``ServerConfig``. The command line overrides conflicting options from the environment."""
     values = {name: context.params[name] for name in options_of(ServerConfig)}
     sources = {name: context.get_parameter_source(name) for name in context.params}
     typed = {name for name, source in sources.items() if source is ParameterSource.COMMANDLINE}
@@ -106,15 +126,14 @@ def _config(context: click.Context) -> ServerConfig:
             values["engine"] = "threads"
     if typed & {"fault", "fault_sequence"}:
         values.update({name: None for name in ("fault", "fault_sequence") if name not in typed})
-    if typed & {"host", "port", "uds", "fd"}:
+    if typed & {*ADDRESS_OPTIONS}:
         values.update({name: None for name in ("uds", "fd") if name not in typed})
-    config = ServerConfig(**values)
     loop = context.params["loop"]
-    if config.engine == "threads" and loop not in ("auto", "asyncio"):
+    if values["engine"] == "threads" and loop not in ("auto", "asyncio"):
         raise ConfigError(f"--loop {loop} conflicts with --engine threads, which uses no event loop")
     if sources["metrics_address"] is not ParameterSource.DEFAULT and context.params["metrics_port"] is None:
         raise ConfigError("--metrics-address requires --metrics-port")
-    return config
+    return values
 
 
 def _metrics_server(address: str, port: int | None) -> contextlib.AbstractContextManager[MetricsServer | None]:
@@ -128,7 +147,11 @@ def _metrics_server(address: str, port: int | None) -> contextlib.AbstractContex
 
 
 async def _serve(
-    start: Callable[[], Awaitable[EchoServer | Supervisor]], metrics: MetricsServer | None, facts: dict[str, str]
+    start: Callable[[], Awaitable[BaseGroup[Any]]],
+    metrics: MetricsServer | None,
+    facts: dict[str, str],
+    *,
+    has_names: bool,
 ) -> None:
     log_loop_errors(asyncio.get_running_loop())
     signals = ServerSignals()
@@ -138,16 +161,18 @@ async def _serve(
         signals.restore()
         raise
     if metrics is not None:
-        metrics.start(server, facts)
+        metrics.start(server, facts, server.names if has_names else ())
     signals.attach(server)
     if server.is_serving():
         _announce(server)
     await server.wait_closed()
     signals.ignore()
+    for name, stats in zip(server.names, server.listener_stats, strict=True) if len(server.names) > 1 else ():
+        log.info("listener %s stopped: %s", name, stats)
     log.info("server stopped: %s", server.stats)
 
 
-def _announce(server: BaseServer) -> None:
+def _announce(server: BaseGroup[Any]) -> None:
     """Report that the server is reachable: on stdout, to the service manager and in the log."""
     with contextlib.suppress(ValueError, AttributeError):  # stdout was closed before the start
         try:
@@ -156,7 +181,12 @@ def _announce(server: BaseServer) -> None:
         except OSError:
             discard_output(sys.stdout)
     notify("READY=1")
-    log.info("server started: mode %s, engine %s", server.config.mode, server.config.engine)
+    configs = [each.config for each in server.servers]
+    details = f"mode {configs[0].mode}" if len(configs) == 1 else f"{len(configs)} listeners"
+    for name, config in zip(server.names, configs, strict=True) if len(configs) > 1 else ():
+        tls = ", TLS" if config.ssl_certfile is not None else ""
+        log.info("listener %s started: mode %s%s", name, config.mode, tls)
+    log.info("server started: %s, engine %s", details, configs[0].engine)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

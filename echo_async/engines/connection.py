@@ -153,12 +153,12 @@ class Connection:
 
         A reply can hold many messages. The engine gives other connections their turn at each yield.
         """
-        peer = self.peer
+        peer, listener = self.peer, self.context.listener
         if self.context.config.mode == "raw":
-            return _log_message(peer, reply)
+            return _log_message(peer, listener, reply)
         start = lines = 0
         while end := reply.find(b"\n", start) + 1:
-            _log_message(peer, reply[start:end])
+            _log_message(peer, listener, reply[start:end])
             start, lines = end, lines + 1
             if lines % LINES_PER_TURN == 0:
                 yield
@@ -188,7 +188,7 @@ class Connection:
             )
 
 
-def _log_message(peer: str, message: bytes) -> None:
+def _log_message(peer: str, listener: str | None, message: bytes) -> None:
     text = excerpt(message)
-    facts = {"client": peer, "bytes": len(message), "text": text}
+    facts = {"client": peer, "listener": listener, "bytes": len(message), "text": text}
     access_log.info("%s %d bytes: %s", peer, len(message), text, extra={"facts": facts})

@@ -31,6 +31,7 @@ class ConnectionContext:
         self.config = config
         self.make_conversation = make_conversation or partial(MODES[config.mode], config.limit_message_size)
         self.counters = Counters()
+        self.listener: str | None = None  # the address of the server, as JSON log lines show it
         self.linger_timeout = LINGER_TIMEOUT
         self.log_messages = not config.no_access_log and access_log.isEnabledFor(logging.INFO)
         self.log_chunks = log.isEnabledFor(logging.DEBUG)

@@ -10,7 +10,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from ..logs import log
 from ..net import format_address, replace_unspecified
 from ..stats import COUNTERS as STATS_COUNTERS
 from ..stats import Stats
-from .server import BaseServer
+from .group import BaseGroup
 
 T = TypeVar("T")
 
@@ -55,36 +55,54 @@ TIMEOUTS = [name for name in STATS_COUNTERS if name.startswith("timeouts_")]
 
 
 class StatsCollector(Collector):
-    """Converts the counters that ``read`` returns to metrics, and ``labels`` to the info metric."""
+    """Converts the counters of the listeners, which ``read`` returns, to metrics, and ``labels`` to the info metric.
 
-    def __init__(self, read: Callable[[], Stats], labels: Mapping[str, str]) -> None:
+    The metrics are sums, and those of each listener as well if the listeners have ``names``.
+    """
+
+    def __init__(self, read: Callable[[], Sequence[Stats]], labels: Mapping[str, str], names: Sequence[str]) -> None:
         self._read = read
         self._labels = dict(labels)
-        self._highest = Stats()
+        self._names = names
+        self._highest: Sequence[Stats] = ()
         self._lock = threading.Lock()
 
     def describe(self) -> Iterable[Metric]:
-        return self._metrics(Stats())
+        return self._metrics([Stats()] * max(1, len(self._names)))
 
     def collect(self) -> Iterable[Metric]:
         stats = self._read()
         with self._lock:
-            stats = self._highest = _keep_monotonic(self._highest, stats)
+            stats = self._highest = list(map(_keep_monotonic, self._highest or [Stats()] * len(stats), stats))
         return self._metrics(stats)
 
-    def _metrics(self, stats: Stats) -> Iterable[Metric]:
+    def _metrics(self, stats: Sequence[Stats]) -> Iterable[Metric]:
         yield InfoMetricFamily("echo_async", "Configuration and version of the server.", self._labels)
-        yield GaugeMetricFamily("echo_async_connections_active", "Connections open now.", stats.active)
-        for name, (field, help) in COUNTERS.items():
-            yield CounterMetricFamily(f"echo_async_{name}", help, getattr(stats, field))
-        timeouts = CounterMetricFamily("echo_async_timeouts", "Connections closed by a timeout.", labels=["kind"])
+        yield from _families("echo_async", [], [([], sum(stats, Stats()))])
+        if self._names:
+            listeners = [([name], each) for name, each in zip(self._names, stats, strict=True)]
+            yield from _families("echo_async_listener", ["listener"], listeners)
+
+
+def _families(prefix: str, labels: list[str], samples: Sequence[tuple[list[str], Stats]]) -> Iterable[Metric]:
+    """Return the metrics of ``samples``, each of which has values for ``labels``."""
+    active = GaugeMetricFamily(f"{prefix}_connections_active", "Connections open now.", labels=labels)
+    counters = [
+        (field, CounterMetricFamily(f"{prefix}_{name}", help, labels=labels))
+        for name, (field, help) in COUNTERS.items()
+    ]
+    kinds = [*labels, "kind"]
+    timeouts = CounterMetricFamily(f"{prefix}_timeouts", "Connections closed by a timeout.", labels=kinds)
+    faults = CounterMetricFamily(f"{prefix}_faults", "Connections on which a fault took effect.", labels=kinds)
+    for values, stats in samples:
+        active.add_metric(values, stats.active)
+        for field, counter in counters:
+            counter.add_metric(values, getattr(stats, field))
         for name in TIMEOUTS:
-            timeouts.add_metric([name.removeprefix("timeouts_")], getattr(stats, name))
-        yield timeouts
-        faults = CounterMetricFamily("echo_async_faults", "Connections on which a fault took effect.", labels=["kind"])
+            timeouts.add_metric([*values, name.removeprefix("timeouts_")], getattr(stats, name))
         for kind, count in stats.faults.items():
-            faults.add_metric([kind], count)
-        yield faults
+            faults.add_metric([*values, kind], count)
+    return [active, *(counter for _, counter in counters), timeouts, faults]
 
 
 def _keep_monotonic(previous: Stats, current: Stats) -> Stats:
@@ -112,11 +130,11 @@ class MetricsServer:
             ) from error
         self._thread = threading.Thread(target=self._http.serve_forever, name="echo-async metrics")
 
-    def start(self, server: BaseServer, labels: Mapping[str, str]) -> None:
-        """Serve the metrics of ``server``, which uses the running event loop."""
+    def start(self, server: BaseGroup[Any], labels: Mapping[str, str], names: Sequence[str]) -> None:
+        """Serve the metrics of ``server``, which uses the running event loop, and of its listeners by ``names``."""
         loop = asyncio.get_running_loop()
         registry = CollectorRegistry()
-        registry.register(StatsCollector(lambda: _run_in_loop(loop, server.fetch_stats()), labels))
+        registry.register(StatsCollector(lambda: _run_in_loop(loop, server.fetch_stats()), labels, names))
         self._http.set_app(_application(make_wsgi_app(registry), lambda: _run_in_loop(loop, server.is_healthy())))
         self._thread.start()
         log.info("metrics available at http://%s/metrics", format_address(self._http.server_address))

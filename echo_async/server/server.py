@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Generic, Self, TypeVar, Unpack, cast
@@ -63,22 +63,19 @@ def serve(**options: Unpack[ServerOptions]) -> AwaitableContextManager[EchoServe
     return AwaitableContextManager(lambda: start_server(config))
 
 
-async def start_server(config: ServerConfig, sockets: Sequence[socket.socket] | None = None) -> EchoServer:
-    """Serve on ``sockets``, which are listening, or on the addresses of ``config``."""
-    if sockets is None:
-        infos = net.resolve_literal(config)
-        if infos is None:
-            infos = await asyncio.to_thread(net.resolve, config)
-        server = EchoServer(config, Listeners.bind(config, infos))
-    else:
-        server = EchoServer(config, Listeners(sockets))
-    try:
-        await server.start()
-    except (OSError, NotImplementedError) as error:
-        loop = type(asyncio.get_running_loop())
-        name, reason = f"{loop.__module__}.{loop.__name__}", describe_error(error)
-        raise StartError(f"cannot serve on {name}: {reason}; use asyncio or uvloop") from error
+async def start_server(config: ServerConfig) -> EchoServer:
+    """Serve on the addresses of ``config``."""
+    server = EchoServer(config, await bind(config))
+    await server.start()
     return server
+
+
+async def bind(config: ServerConfig) -> Listeners:
+    """Listen on the addresses of ``config``. A host name is resolved without blocking the event loop."""
+    infos = net.resolve_literal(config)
+    if infos is None:
+        infos = await asyncio.to_thread(net.resolve, config)
+    return Listeners.bind(config, infos)
 
 
 class BaseServer:
@@ -123,14 +120,6 @@ class BaseServer:
         """A snapshot of the counters."""
         raise NotImplementedError
 
-    async def fetch_stats(self) -> Stats:
-        """Return the current counters of every process that serves."""
-        return self.stats
-
-    async def is_healthy(self) -> bool:
-        """Whether connections are accepted and a process serves them."""
-        return self.is_serving()
-
     def is_serving(self) -> bool:
         """Whether connections are accepted."""
         return bool(self.sockets) and not self._is_stopping
@@ -166,6 +155,7 @@ class EngineServer(BaseServer, Generic[A]):
     ) -> None:
         super().__init__(config, listeners)
         self._registry = Registry(config, make_conversation)
+        self._registry.context.listener = net.format_address(listeners.addresses[0])
         self._acceptor = make_acceptor(Admission(self._registry), listeners, self._certificates, on_closed)
 
     @property
@@ -197,7 +187,12 @@ class EchoServer(EngineServer["AsyncioAcceptor | ThreadAcceptor"]):
 
     async def start(self) -> None:
         """Accept connections from now on. Once, after the server is made."""
-        await self._acceptor.start()
+        try:
+            await self._acceptor.start()
+        except (OSError, NotImplementedError) as error:
+            loop = type(self._loop)
+            name, reason = f"{loop.__module__}.{loop.__name__}", describe_error(error)
+            raise StartError(f"cannot serve on {name}: {reason}; use asyncio or uvloop") from error
 
     async def wait_closed(self) -> None:
         """Wait until no socket, connection, thread or task of the server is left. Always returns after :meth:`close`.

@@ -16,16 +16,17 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Self
+from itertools import zip_longest
+from typing import Any, Self
 
 from ..compat import HANGUP_SIGNALS, STOP_SIGNALS
-from ..config import ServerConfig
 from ..errors import StartError
 from ..listeners import Listeners
 from ..logs import LogFormat, LogLevel, log
 from ..stats import Stats
+from .group import BaseGroup, ListenerConfig, listen
 from .server import BaseServer
 
 WORKER_START_TIMEOUT = 30.0  # seconds until a new worker must be ready
@@ -34,6 +35,7 @@ MIN_UPTIME = 1.0  # seconds; a worker that exits earlier is replaced after a del
 INITIAL_RESTART_DELAY = 0.1  # seconds; doubled after each failure
 MAX_RESTART_DELAY = 10.0  # seconds
 STATS_TIMEOUT = 1.0  # seconds until a worker must report its counters; otherwise its last report is used
+MAX_REPORT_SIZE = 2**24  # bytes; a report has about 400 per listener
 MAX_PENDING_REQUESTS = 8  # unanswered requests for the counters of one worker
 KILL_DELAY = 2.0  # seconds after the graceful shutdown timeout, or after an abort, until a worker is killed
 BLOCKED_SIGNALS = {*STOP_SIGNALS, *HANGUP_SIGNALS}
@@ -41,58 +43,62 @@ BLOCKED_SIGNALS = {*STOP_SIGNALS, *HANGUP_SIGNALS}
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """The settings of a worker besides the server's configuration."""
+    """The settings of a worker besides the configurations of the listeners."""
 
     loop: str
     log_level: LogLevel
     log_format: LogFormat
+    labels: Mapping[str, str]
 
 
-class Supervisor(BaseServer):
+class Supervisor(BaseGroup[BaseServer]):
     """The parent process of the workers, with the methods of a server. ``limit_connections`` applies per worker."""
 
-    def __init__(self, config: ServerConfig, settings: WorkerSettings, listeners: Listeners) -> None:
-        super().__init__(config, listeners)
-        self._settings = {"config": asdict(config), **asdict(settings)}
+    def __init__(
+        self, listeners: Sequence[ListenerConfig], settings: WorkerSettings, bound: Sequence[Listeners]
+    ) -> None:
+        super().__init__([BaseServer(each.config, sockets) for each, sockets in zip(listeners, bound, strict=True)])
+        self._listeners = bound
+        self._settings = asdict(settings)
         self._loop = asyncio.get_running_loop()
+        self._is_stopping = False
         self._workers: set[Worker] = set()
-        self._exited_stats = Stats()  # the counters of workers that have exited
+        self._exited_stats = [Stats()] * len(bound)  # the counters of workers that have exited
         self._supervise_tasks: list[asyncio.Task[None]] = []
         self._kill_timer: asyncio.TimerHandle | None = None  # set during a shutdown
 
     @classmethod
     async def start(
         cls,
-        config: ServerConfig,
+        listeners: Sequence[ListenerConfig],
         workers: int,
         settings: WorkerSettings,
-        sockets: Sequence[socket.socket] | None = None,
     ) -> Self:
-        """Start ``workers`` processes that serve ``sockets``, or the addresses of ``config``.
+        """Start ``workers`` processes, each of which serves all of ``listeners``.
 
         :exc:`~echo_async.StartError` if a worker cannot start; it writes the reason to stderr.
         """
-        self = cls(config, settings, Listeners.bind(config) if sockets is None else Listeners(sockets))
-        try:
-            first = await self._start_worker()  # on its own, so that an error is printed once
-            rest = await asyncio.gather(*(self._start_worker() for _ in range(workers - 1)))
-        except StartError:
-            self.abort()
-            await self._wait_for_workers()
-            self._listeners.close()
-            raise
+        async with listen(listeners) as bound:
+            self = cls(listeners, settings, bound)
+            try:
+                first = await self._start_worker()  # on its own, so that an error is printed once
+                rest = await asyncio.gather(*(self._start_worker() for _ in range(workers - 1)))
+            except StartError:
+                self.abort()
+                await self._wait_for_workers()
+                raise
         self._supervise_tasks = [asyncio.create_task(self._supervise(worker)) for worker in (first, *rest)]
         return self
 
     @property
-    def stats(self) -> Stats:
-        """The sum of the counters that the workers reported last."""
-        return sum((worker.stats for worker in self._workers), self._exited_stats)
+    def listener_stats(self) -> list[Stats]:
+        """The sums of the counters that the workers reported last."""
+        return _add_stats(self._exited_stats, *(worker.stats for worker in self._workers))
 
-    async def fetch_stats(self) -> Stats:
+    async def fetch_stats(self) -> list[Stats]:
         """Return the current counters of all workers; for those that do not respond, the last reported."""
         await self._request_stats()
-        return self.stats
+        return self.listener_stats
 
     async def is_healthy(self) -> bool:
         """Return whether connections are accepted and at least one worker responds."""
@@ -105,8 +111,10 @@ class Supervisor(BaseServer):
     def close(self) -> None:
         if not self._is_stopping:
             self._is_stopping = True
-            self._schedule_kill(self.config.timeout_graceful_shutdown + KILL_DELAY)
-        self._listeners.close()  # otherwise the kernel would still establish connections
+            timeout = max(each.config.timeout_graceful_shutdown for each in self.servers)
+            self._schedule_kill(timeout + KILL_DELAY)
+        for each in self._listeners:
+            each.close()  # otherwise the kernel would still establish connections
         for worker in self._workers:
             worker.send_command("stop")
 
@@ -128,12 +136,11 @@ class Supervisor(BaseServer):
         finally:
             self.close()
             await self._wait_for_workers()
-            self._listeners.close()
 
     async def _start_worker(self) -> Worker:
         if self._is_stopping:
             raise StartError("server is shutting down")
-        worker = await Worker.start(self._settings, self.sockets)
+        worker = await Worker.start(self.servers, self._settings)
         self._workers.add(worker)
         try:
             await worker.wait_ready()
@@ -151,7 +158,7 @@ class Supervisor(BaseServer):
             started_at = self._loop.time()
             code = await worker.run_until_exit()
             self._workers.discard(worker)
-            self._exited_stats += replace(worker.stats, active=0)
+            self._exited_stats = _add_stats(self._exited_stats, [replace(each, active=0) for each in worker.stats])
             if self._is_stopping:
                 return
             log.error("worker %d exited with code %d, restarting", worker.pid, code)
@@ -191,6 +198,11 @@ class Supervisor(BaseServer):
             self._kill_timer.cancel()
 
 
+def _add_stats(*reports: Sequence[Stats]) -> list[Stats]:
+    """Add the counters of each listener; a worker that has not reported yet has none."""
+    return [sum(each, Stats()) for each in zip_longest(*reports, fillvalue=Stats())]
+
+
 async def _delay_restart(failures: int) -> None:
     await asyncio.sleep(min(MAX_RESTART_DELAY, INITIAL_RESTART_DELAY * 2**failures))
 
@@ -206,7 +218,7 @@ class Worker:
         self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self.pid = process.pid
-        self.stats = Stats()  # as last reported
+        self.stats: list[Stats] = []  # of each listener, as last reported
         self.is_ready = False
         self._requests: deque[asyncio.Future[bool]] = deque()  # for the counters, in order; True: answered
         self._process = process
@@ -214,10 +226,13 @@ class Worker:
         self._writer = writer
 
     @classmethod
-    async def start(cls, settings: dict[str, object], sockets: Sequence[socket.socket]) -> Self:
-        process, channel = _spawn(sockets)
-        self = cls(process, *await asyncio.open_connection(sock=channel))
-        self._writer.write(json.dumps(settings).encode() + b"\n")
+    async def start(cls, servers: Sequence[BaseServer], settings: dict[str, Any]) -> Self:
+        """Start a worker, which inherits the sockets of ``servers`` under their numbers."""
+        descriptors = [[listener.fileno() for listener in each.sockets] for each in servers]
+        process, channel = _spawn([number for each in descriptors for number in each])
+        self = cls(process, *await asyncio.open_connection(sock=channel, limit=MAX_REPORT_SIZE))
+        listeners = [(asdict(each.config), numbers) for each, numbers in zip(servers, descriptors, strict=True)]
+        self._writer.write(json.dumps({"listeners": listeners, **settings}).encode() + b"\n")
         return self
 
     def send_command(self, command: str) -> None:
@@ -251,7 +266,7 @@ class Worker:
         """Process the worker's reports until it exits; return its exit code."""
         with contextlib.suppress(ConnectionError):
             while line := await self._reader.readline():
-                self.stats = Stats(**json.loads(line)["stats"])
+                self.stats = [Stats(**each) for each in json.loads(line)["stats"]]
                 if self._requests:
                     self._requests.popleft().set_result(True)
         self.is_ready = False
@@ -268,14 +283,14 @@ class Worker:
         self._process.kill()
 
 
-def _spawn(sockets: Sequence[socket.socket]) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start a worker process that serves ``sockets``; return it and the supervisor's end of the channel to it."""
+def _spawn(descriptors: Sequence[int]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a worker process that inherits ``descriptors``; return it and the supervisor's end of the channel to it."""
     channel, worker_channel = socket.socketpair()
     with worker_channel, _blocked_signals():
-        descriptors = [each.fileno() for each in (worker_channel, *sockets)]
-        command = [sys.executable, "-m", "echo_async.server.worker", *map(str, descriptors)]
+        number = worker_channel.fileno()
+        command = [sys.executable, "-m", "echo_async.server.worker", str(number)]
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=descriptors
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[number, *descriptors]
         ), channel
 
 

@@ -6,21 +6,26 @@ Both do nothing unless systemd started this process.
 import contextlib
 import os
 import socket
+from itertools import zip_longest
 
 from ..compat import HAS_UNIX_SOCKETS
 from ..errors import describe_error
 from ..logs import log
 
 FIRST_DESCRIPTOR = 3  # SD_LISTEN_FDS_START
+UNNAMED = "unknown"
 
 
-def listen_descriptors() -> list[int]:
-    """Return the descriptors of the listening sockets passed to this process, and clear the variables."""
-    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
-    os.environ.pop("LISTEN_FDNAMES", None)
+def listen_descriptors() -> dict[int, str]:
+    """Return the descriptors and names of the listening sockets passed to this process, and clear the variables.
+
+    Several sockets can have the same name. One without a name is ``unknown``, as for ``sd_listen_fds_with_names(3)``.
+    """
+    pid, count, names = (os.environ.pop(name, "") for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"))
     if pid != str(os.getpid()) or not count.isdecimal():
-        return []
-    return list(range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + int(count)))
+        return {}
+    descriptors = range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + int(count))
+    return {number: name or UNNAMED for number, name in zip_longest(descriptors, names.split(":")[: len(descriptors)])}
 
 
 def notify(state: str) -> None:

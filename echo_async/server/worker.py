@@ -1,7 +1,7 @@
 """A worker process: serves inherited listening sockets until the supervisor stops it or exits.
 
-Started only by :mod:`echo_async.server.supervisor`, as ``python -m echo_async.server.worker CHANNEL SOCKET...``. The
-arguments are inherited descriptors.
+Started only by :mod:`echo_async.server.supervisor`, as ``python -m echo_async.server.worker CHANNEL``. The argument is
+the descriptor of an inherited socket; the descriptors of the listening sockets are in the settings that it sends.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from ..errors import StartError
 from ..logs import configure, log
 from ..loops import log_loop_errors, loop_factory
 from ..stdio import print_error, standard_streams
-from .server import EchoServer, start_server
+from .group import ListenerConfig, ServerGroup
 
 EXIT_START_FAILED = 3
 # Raised by writes to the channel after the supervisor was killed; uvloop raises RuntimeError.
@@ -30,24 +30,23 @@ CHANNEL_CLOSED_ERRORS = (ConnectionError, RuntimeError)
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGHUP):  # sent to the process group; the supervisor handles them
         signal.signal(number, signal.SIG_IGN)
-    channel, *listeners = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    channel = socket.socket(fileno=int(sys.argv[1]))
     with channel.makefile("rb", buffering=0) as lines:
         settings = json.loads(lines.readline())
-    for listener in listeners:
-        listener.setblocking(False)  # the debug mode of event loops checks the socket object, not the descriptor
-    configure(settings["log_level"], settings["log_format"], settings["config"].get("labels"))
+    configure(settings["log_level"], settings["log_format"], settings["labels"])
+    listeners = [ListenerConfig(ServerConfig(**config), numbers) for config, numbers in settings["listeners"]]
     try:
         with asyncio.Runner(loop_factory=loop_factory(settings["loop"])) as runner:
-            runner.run(_serve(ServerConfig(**settings["config"]), channel, listeners))
+            runner.run(_serve(listeners, channel))
     except StartError as error:
         print_error(str(error))
         return EXIT_START_FAILED
     return 0
 
 
-async def _serve(config: ServerConfig, channel: socket.socket, listeners: list[socket.socket]) -> None:
+async def _serve(listeners: list[ListenerConfig], channel: socket.socket) -> None:
     log_loop_errors(asyncio.get_running_loop())
-    server = await start_server(config, listeners)
+    server = await ServerGroup.start(listeners)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked by the supervisor
     reader, writer = await asyncio.open_connection(sock=channel)
@@ -56,19 +55,19 @@ async def _serve(config: ServerConfig, channel: socket.socket, listeners: list[s
     await server.wait_closed()
     command_task.cancel()
     with contextlib.suppress(*CHANNEL_CLOSED_ERRORS):
-        writer.write(_encode_report(stats=asdict(server.stats)))
+        writer.write(_encode_report(stats=[asdict(each) for each in server.listener_stats]))
         writer.close()
         await writer.wait_closed()
 
 
-async def _handle_commands(server: EchoServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _handle_commands(server: ServerGroup, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Handle the supervisor's commands; abort when it exits."""
     try:
         with contextlib.suppress(*CHANNEL_CLOSED_ERRORS):
             while line := await reader.readline():
                 match json.loads(line)["command"]:
                     case "stats":
-                        writer.write(_encode_report(stats=asdict(server.stats)))
+                        writer.write(_encode_report(stats=[asdict(each) for each in server.listener_stats]))
                     case "stop":
                         server.close()
                     case "abort":
@@ -79,7 +78,7 @@ async def _handle_commands(server: EchoServer, reader: asyncio.StreamReader, wri
         server.abort()
 
 
-def _reload(server: EchoServer) -> None:
+def _reload(server: ServerGroup) -> None:
     try:
         server.reload_certificates()
     except StartError as error:  # the files have changed since the supervisor validated them

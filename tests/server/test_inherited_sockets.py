@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,6 +19,7 @@ import pytest
 from support import TIMEOUT, ServerProcess, ServerThread, command_process, receive_all, single_error_line, wait_until
 
 from echo_async.cli.server import main
+from echo_async.net import format_address
 
 SERVER = (sys.executable, "-m", "echo_async.server")
 
@@ -124,8 +127,10 @@ os.execv(command[0], command)
 
 
 @contextmanager
-def activated(*listeners: socket.socket, pid: str = "", options: tuple[str, ...] = ()) -> Iterator[ServerProcess]:
-    """Start a server as systemd does, with ``listeners`` as descriptors from 3 on."""
+def activated(
+    *listeners: socket.socket, pid: str = "", options: tuple[str, ...] = (), names: str = ""
+) -> Iterator[ServerProcess]:
+    """Start a server as systemd does, with ``listeners`` as descriptors from 3 on, and ``names`` in LISTEN_FDNAMES."""
     duplicates = [os.dup(listener.fileno()) for listener in listeners]
     inherited = [os.dup2(number, 100 + place) for place, number in enumerate(duplicates)]  # clear of 3 and up
     for number in duplicates:
@@ -133,7 +138,7 @@ def activated(*listeners: socket.socket, pid: str = "", options: tuple[str, ...]
     try:
         numbers = ",".join(map(str, inherited))
         command = [sys.executable, "-c", SOCKET_ACTIVATION, pid, str(len(listeners)), numbers, *SERVER, *options]
-        with command_process(command, pass_fds=inherited) as server:
+        with command_process(command, {"LISTEN_FDNAMES": names} if names else None, pass_fds=inherited) as server:
             yield server
     finally:
         for number in inherited:
@@ -168,6 +173,64 @@ def test_listen_fds_of_another_process_is_ignored(listener: socket.socket) -> No
         assert server.address != listener.getsockname()
         assert exchange(server.address, b"one\n") == b"one\n"
         assert server.stop()[0] == 0
+
+
+# LISTEN_FDNAMES, from FileDescriptorName= of socket units
+
+
+@each_variant
+def test_listeners_serve_the_inherited_sockets_of_their_name(
+    variant: list[str], listener: socket.socket, certificate: Path, client_context: ssl.SSLContext
+) -> None:
+    specs = ("--listen", "fd:secure,tls", "--listen", "fd:plain", "--listen", "127.0.0.1:0,fault=duplicate")
+    options = (*specs, *variant, "--ssl-certfile", str(certificate))
+    with (
+        socket.create_server(("127.0.0.1", 0)) as secure,
+        socket.create_server(("127.0.0.1", 0)) as second,
+        activated(listener, secure, second, options=options, names="plain:secure:plain") as server,
+    ):
+        names = [format_address(each.getsockname()) for each in (secure, listener)]
+        assert server.startup_line == f"listening on {names[0]}\n"
+        with client_context.wrap_socket(server.connect(), server_hostname="localhost") as client:
+            client.sendall(b"one\n")
+            assert client.recv(100) == b"one\n"
+        for each in (listener, second):
+            assert exchange(each.getsockname(), b"one\n") == b"one\n"
+        code, log = server.stop()
+    assert code == 0
+    for name, messages in zip(names, (1, 2), strict=True):
+        assert re.search(rf"listener {name} stopped: .* messages={messages} ", log)
+    assert "messages=3 " in log
+
+
+def test_inherited_socket_without_a_name_is_unknown(listener: socket.socket) -> None:
+    """As for sd_listen_fds_with_names(3)."""
+    with activated(listener, options=("--listen", "fd:unknown,mode=raw")) as server:
+        assert server.address == listener.getsockname()
+        assert server.stop()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("specs", "reason"),
+    [
+        (
+            "fd:web 0",
+            "'fd:web' (no inherited socket has this name; LISTEN_FDNAMES has plain, secure)",
+        ),
+        ("fd:plain", "--listen does not include all inherited sockets; add fd:secure"),
+        ("0", "--listen does not include all inherited sockets; add fd:plain, fd:secure"),
+        ("fd:plain fd:secure,fault=drop", "fault and fault_sequence conflict with fd; use host and port, or uds"),
+    ],
+)
+def test_listen_not_matching_inherited_sockets_exits_2(specs: str, reason: str, listener: socket.socket) -> None:
+    options = tuple(word for spec in specs.split() for word in ("--listen", spec))
+    with (
+        socket.create_server(("127.0.0.1", 0)) as second,
+        activated(listener, second, options=options, names="plain:secure") as server,
+    ):
+        code, log = server.wait()
+    assert code == 2
+    assert reason in single_error_line(server.startup_line, log)
 
 
 # NOTIFY_SOCKET

@@ -251,7 +251,7 @@ def test_every_stats_field_is_a_metric() -> None:
 
 
 def test_metric_names_and_help_follow_the_conventions() -> None:
-    for metric in StatsCollector(Stats, {}).describe():
+    for metric in StatsCollector(lambda: [Stats()], {}, ["127.0.0.1:5500"]).describe():
         assert re.fullmatch(r"echo_async(_[a-z]+)*", metric.name)
         assert metric.documentation.endswith(".")
         for sample in metric.samples:
@@ -260,7 +260,7 @@ def test_metric_names_and_help_follow_the_conventions() -> None:
 
 def test_counters_never_decrease() -> None:
     seen = iter([Stats(bytes_out=10, active=5), Stats(bytes_out=9, active=4, lost=1), Stats(bytes_out=11, active=6)])
-    collector = StatsCollector(lambda: next(seen), {})
+    collector = StatsCollector(lambda: [next(seen)], {}, [])
 
     def collected() -> dict[str, float]:
         return {sample.name: sample.value for metric in collector.collect() for sample in metric.samples}

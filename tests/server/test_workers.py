@@ -391,14 +391,9 @@ def test_worker_exits_if_the_supervisor_reads_no_report(engine: EngineName) -> N
     channel, worker_channel = socket.socketpair()
     with channel, worker_channel, socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
-        settings = {"config": {"engine": engine}, "loop": "auto", "log_level": "info", "log_format": "text"}
-        command = [
-            sys.executable,
-            "-m",
-            "echo_async.server.worker",
-            str(worker_channel.fileno()),
-            str(listener.fileno()),
-        ]
+        listeners = [({"engine": engine}, [listener.fileno()])]
+        settings = {"listeners": listeners, "loop": "auto", "log_level": "info", "log_format": "text", "labels": {}}
+        command = [sys.executable, "-m", "echo_async.server.worker", str(worker_channel.fileno())]
         inherited = (worker_channel.fileno(), listener.fileno())
         with subprocess.Popen(command, pass_fds=inherited, stderr=subprocess.PIPE, text=True) as worker:
             try:

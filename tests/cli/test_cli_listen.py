@@ -1,0 +1,270 @@
+"""``--listen``: texts to configurations, and what is wrong with them in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import TIMEOUT, command_process, single_error_line
+
+from echo_async import ConfigError
+from echo_async.cli.listen import parse_listeners
+from echo_async.cli.server import main
+from echo_async.config import ADDRESS_OPTIONS, ServerConfig, listener_options, options_of
+
+DEFAULTS = {name: option.default for name, option in options_of(ServerConfig).items()}
+SERVER = (sys.executable, "-m", "echo_async.server")
+
+
+def parse(*specs: str, inherited: dict[int, str] | None = None, **others: Any) -> list[ServerConfig]:
+    """Parse ``specs`` beside ``others``, the other options."""
+    return [each.config for each in parse_listeners("--listen", specs, {**DEFAULTS, **others}, inherited or {})]
+
+
+SPECS = [
+    ("5500", {"port": 5500}),
+    ("127.0.0.1:0", {"port": 0}),
+    ("localhost:80", {"host": "localhost", "port": 80}),
+    ("[::]:5501", {"host": "::", "port": 5501}),
+    ("[fe80::1%eth0]:0", {"host": "fe80::1%eth0", "port": 0}),
+    ("unix:run/echo.sock", {"uds": "run/echo.sock"}),
+    ("unix:5500", {"uds": "5500"}),
+    ("fd:7", {"fd": 7}),
+    ("1,mode=raw", {"port": 1, "mode": "raw"}),
+    ("1,proxy-protocol=v2", {"port": 1, "proxy_protocol": "v2"}),
+    (
+        "1,proxy-protocol=v1,proxy-allow-from=10.0.0.0/8,proxy-allow-from=::1",
+        {"port": 1, "proxy_protocol": "v1", "proxy_allow_from": "10.0.0.0/8,::1"},
+    ),
+    ("1,fault=reset", {"port": 1, "fault": "reset"}),
+    ("1,fault=delay=0.1,fault=slice=1,fault-seed=7", {"port": 1, "fault": "delay=0.1,slice=1", "fault_seed": 7}),
+    ("1,fault-sequence=reset;none", {"port": 1, "fault_sequence": "reset;none"}),
+    ("1,chunk-size=64,limit-message-size=9", {"port": 1, "chunk_size": 64, "limit_message_size": 9}),
+    ("1,limit-connections=3,timeout-idle=0.5", {"port": 1, "limit_connections": 3, "timeout_idle": 0.5}),
+    ("1,label=zone=eu-1,label=tier=a=b", {"port": 1, "labels": {"zone": "eu-1", "tier": "a=b"}}),
+    ("1,no-access-log", {"port": 1, "no_access_log": True}),
+    ("1,no-access-log=false", {"port": 1}),
+]
+
+
+@pytest.mark.parametrize(("spec", "options"), SPECS, ids=[spec for spec, _ in SPECS])
+def test_listen_spec_is_a_configuration(spec: str, options: dict[str, Any]) -> None:
+    assert parse(spec) == [ServerConfig(**options)]
+
+
+def test_listen_option_not_given_comes_from_the_others() -> None:
+    others: dict[str, Any] = {
+        "mode": "raw",
+        "engine": "threads",
+        "backlog": 5,
+        "timeout_idle": 1.0,
+        "limit_connections": 9,
+    }
+    assert parse("1,timeout-idle=2", "2", **others) == [
+        ServerConfig(port=1, **{**others, "timeout_idle": 2.0}),
+        ServerConfig(port=2, **others),
+    ]
+
+
+def test_listen_labels_are_added_to_those_of_the_command() -> None:
+    labels = {"zone": "eu-1", "tier": "web"}
+    assert parse("1,label=tier=db,label=role=main", "2", labels=labels) == [
+        ServerConfig(port=1, labels={"zone": "eu-1", "tier": "db", "role": "main"}),
+        ServerConfig(port=2, labels=labels),
+    ]
+
+
+def test_listen_without_tls_is_plain_despite_a_certificate() -> None:
+    files: dict[str, Any] = {"ssl_certfile": "server.pem", "ssl_keyfile": "server.key", "ssl_ca_certs": "ca.pem"}
+    assert parse("1", "2,tls", "3,tls=false", **files) == [
+        ServerConfig(port=1),
+        ServerConfig(port=2, **files),
+        ServerConfig(port=3),
+    ]
+
+
+def test_listen_ignores_options_that_it_cannot_use() -> None:
+    """As given for another listener, which has what they require."""
+    assert parse("1", "2,proxy-protocol=auto", proxy_allow_from="*") == [
+        ServerConfig(port=1),
+        ServerConfig(port=2, proxy_protocol="auto", proxy_allow_from="*"),
+    ]
+    assert parse("1", "2,fault=drop", fault_seed=5) == [
+        ServerConfig(port=1),
+        ServerConfig(port=2, fault="drop", fault_seed=5),
+    ]
+    assert parse("1,fault=drop", "2", fault_sequence="reset") == [
+        ServerConfig(port=1, fault="drop"),
+        ServerConfig(port=2, fault_sequence="reset"),
+    ]
+    assert parse("1,proxy-protocol=off", proxy_protocol="v1", proxy_allow_from="*") == [ServerConfig(port=1)]
+
+
+def test_listen_options_are_those_of_a_connection() -> None:
+    """Every option of the server but its address, its engine and the files of TLS."""
+    shared = {"engine", "backlog", *ADDRESS_OPTIONS}
+    shared |= {name for name in DEFAULTS if name.startswith("ssl_")}
+    assert set(listener_options()) == set(DEFAULTS) - shared
+
+
+def test_listen_name_has_all_sockets_of_that_name() -> None:
+    inherited = {3: "plain", 4: "secure", 5: "plain"}
+    specs = ("fd:plain", "fd:secure,mode=raw")
+    plain, secure = parse_listeners("--listen", specs, DEFAULTS, inherited)
+    assert plain == (ServerConfig(fd=3), [3, 5])
+    assert secure == (ServerConfig(fd=4, mode="raw"), [4])
+    for specs in [("fd:plain", "fd:5"), ("fd:3", "fd:plain")]:
+        with pytest.raises(ConfigError, match="another listener has this address"):
+            parse(*specs, inherited=inherited)
+
+
+# Errors
+
+ADDRESS_FORMS = "the address must be PORT, HOST:PORT, [ADDRESS]:PORT, unix:PATH, fd:NAME or fd:NUMBER"
+OPTIONS = ", ".join(["tls", *((each.flag or name).replace("_", "-") for name, each in listener_options().items())])
+INVALID = [
+    ("5500,colour=red", f"unknown option 'colour'; choose from {OPTIONS}"),
+    ("5500,engine=threads", f"unknown option 'engine'; choose from {OPTIONS}"),
+    ("5500,", f"unknown option ''; choose from {OPTIONS}"),
+    ("5500,fault=delay=0.1,slice=1", f"unknown option 'slice'; choose from {OPTIONS}"),
+    *((address, ADDRESS_FORMS) for address in ("", "http", "-1", ":5500", "::1:5500", "[::1]", "unix:", "fd:", "1 ")),
+    ("65536", "port: must be an integer from 0 to 65535"),
+    ("5500,mode=echo", "mode: choose from "),
+    ("5500,mode", "mode: choose from "),
+    ("5500,chunk-size=0", "chunk-size: must be an integer from 1 to 1073741824"),
+    ("5500,chunk-size=x", "chunk-size: must be an integer from 1 to 1073741824"),
+    ("5500,timeout-idle=-1", "timeout-idle: must be a number of seconds greater than 0"),
+    ("5500,no-access-log=maybe", "no-access-log: must be a boolean"),
+    ("5500,fault=boom", "fault: unknown kind 'boom'; "),
+    ("5500,proxy-allow-from=x", "proxy-allow-from: must be addresses and networks "),
+    ("5500,proxy-allow-from=*", "proxy_allow_from requires proxy_protocol"),
+    ("5500,fault-seed=1", "fault_seed requires fault or fault_sequence"),
+    ("5500,fault=drop,fault-sequence=drop", "fault and fault_sequence are mutually exclusive"),
+    ("5500,mode=raw,mode=raw", "mode is given twice"),
+    ("5500,label=zone", "label: must be KEY=VALUE"),
+    ("5500,tls", "tls requires --ssl-certfile"),
+    ("5500,tls=perhaps", "tls: must be a boolean"),
+    ("fd:9,fault=drop", "fault and fault_sequence conflict with fd; "),
+    ("fd:web", "no inherited socket has this name; LISTEN_FDNAMES has none"),
+]
+
+
+@pytest.mark.parametrize(("spec", "reason"), INVALID, ids=[spec for spec, _ in INVALID])
+def test_invalid_listen_spec_is_one_line_with_the_reason(
+    spec: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--listen", "0", "--listen", spec]) == 2
+    assert single_error_line(*capsys.readouterr()).startswith(f"error: invalid --listen: {spec!r} ({reason}")
+
+
+def test_invalid_listen_variable_names_the_variable(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ECHO_ASYNC_LISTEN", "0 5500,mode=x")
+    assert main([]) == 2
+    line = single_error_line(*capsys.readouterr())
+    assert line.startswith("error: invalid ECHO_ASYNC_LISTEN: '5500,mode=x' (mode: choose from ")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("5500", "127.0.0.1:5500,mode=raw"), ("unix:a", "unix:a"), ("fd:7", "fd:7"), ("[::]:1", "[::]:1")],
+)
+def test_two_listeners_on_one_address_are_an_error(first: str, second: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--listen", first, "--listen", "0", "--listen", second]) == 2
+    assert single_error_line(*capsys.readouterr()) == (
+        f"error: invalid --listen: {second!r} (another listener has this address)\n"
+    )
+
+
+@pytest.mark.parametrize("option", ["--host=::1", "--port=0", "--uds=a", "--fd=9"])
+def test_listen_with_another_address_is_an_error(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--listen", "0", option]) == 2
+    name = option.partition("=")[0]
+    assert single_error_line(*capsys.readouterr()) == f"error: --listen and {name} are mutually exclusive\n"
+
+
+def test_listen_and_port_in_the_environment_are_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ECHO_ASYNC_LISTEN", "5500")
+    monkeypatch.setenv("ECHO_ASYNC_PORT", "5501")
+    assert main([]) == 2
+    assert single_error_line(*capsys.readouterr()) == (
+        "error: ECHO_ASYNC_LISTEN and ECHO_ASYNC_PORT are mutually exclusive\n"
+    )
+
+
+# The environment
+
+
+def test_listen_overrides_addresses_of_the_environment(tmp_path: Path) -> None:
+    variables = {"ECHO_ASYNC_PORT": "1", "ECHO_ASYNC_HOST": "missing.invalid", "ECHO_ASYNC_UDS": str(tmp_path / "a")}
+    with command_process([*SERVER, "--listen", "0"], variables) as server:
+        assert server.startup_line.startswith("listening on 127.0.0.1:")
+        assert server.stop()[0] == 0
+
+
+def test_port_overrides_listen_of_the_environment() -> None:
+    with command_process([*SERVER, "--port", "0"], {"ECHO_ASYNC_LISTEN": "1 2"}) as server:
+        code, log = server.stop()
+    assert code == 0
+    assert "server started: mode message, engine " in log
+
+
+def test_listen_variable_is_separated_by_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with command_process([*SERVER], {"ECHO_ASYNC_LISTEN": f" unix:{path},mode=raw  0,no-access-log"}) as server:
+        assert server.process.stdout is not None
+        assert server.startup_line == f"listening on {path}\n"
+        assert server.process.stdout.readline().startswith("listening on 127.0.0.1:")
+        code, log = server.stop()
+    assert code == 0
+    assert f"listener {path} started: mode raw\n" in log
+
+
+# echo-async run
+
+
+def run(*arguments: str, env: dict[str, str] | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "echo_async", "run", *arguments]
+    environment = {**os.environ, **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, **more)
+
+
+PRINT_VARIABLES = (
+    sys.executable,
+    "-c",
+    "import os, json; print(json.dumps({k: v for k, v in os.environ.items() if k.startswith('ECHO_ASYNC_')}))",
+)
+
+
+@pytest.mark.parametrize("is_variable", [False, True])
+def test_run_listen_gives_the_first_address(is_variable: bool, tmp_path: Path) -> None:
+    specs = ["unix:first.sock,mode=stream", "0"]
+    options = [] if is_variable else [word for spec in specs for word in ("--listen", spec)]
+    env = {"ECHO_ASYNC_LISTEN": " ".join(specs)} if is_variable else {}
+    done = run(*options, "--", *PRINT_VARIABLES, env=env, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"ECHO_ASYNC_UDS": "first.sock"}
+
+
+def test_run_listen_reaches_the_first_listener() -> None:
+    options = ("--listen", "0,mode=stream", "--listen", "0,fault=reset", "--workers", "2")
+    done = run(*options, "--", sys.executable, "-m", "echo_async", "client", "one", "two")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "one\ntwo\n", "")
+
+
+def test_run_listen_passes_inherited_sockets() -> None:
+    with ExitStack() as stack:
+        numbers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).fileno() for _ in range(2)]
+        options = [word for number in numbers for word in ("--listen", f"fd:{number},mode=message")]
+        done = run(*options, "--", sys.executable, "-m", "echo_async", "client", pass_fds=numbers)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Hola Server!\n", "")

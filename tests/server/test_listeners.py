@@ -1,0 +1,400 @@
+"""Several listeners in one server: each with its own options, counted apart, stopped together."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+import trustme
+from prometheus_client.parser import text_string_to_metric_families
+from support import (
+    TIMEOUT,
+    Backend,
+    ServerProcess,
+    command_process,
+    paused_processes,
+    receive_all,
+    receive_exactly,
+    receive_line,
+    run,
+    single_error_line,
+    wait_until,
+)
+
+from echo_async import ServerConfig, StartError
+from echo_async.cli.server import main
+from echo_async.server.group import ListenerConfig, ServerGroup
+
+SERVER = (sys.executable, "-m", "echo_async.server")
+
+VARIANTS = [
+    ("--engine", "streams", "--loop", "asyncio"),
+    ("--engine", "protocol", "--loop", "uvloop"),
+    ("--engine", "threads"),
+    ("--workers", "2"),
+]
+each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
+
+
+class ListeningProcess:
+    """A server process, and the addresses of its listeners in their order."""
+
+    def __init__(self, server: ServerProcess, count: int) -> None:
+        assert server.process.stdout is not None
+        lines = [server.startup_line, *(server.process.stdout.readline() for _ in range(count - 1))]
+        self.server = server
+        self.names = [line.removeprefix("listening on ").rstrip("\n") for line in lines]
+
+    def connect(self, index: int) -> socket.socket:
+        name = self.names[index]
+        if name.startswith("/"):
+            client = socket.socket(socket.AF_UNIX)
+            client.settimeout(TIMEOUT)
+            client.connect(name)
+            return client
+        return socket.create_connection(("127.0.0.1", int(name.rpartition(":")[2])), TIMEOUT)
+
+    def stop(self) -> tuple[int, list[dict[str, int]], str]:
+        """Send SIGTERM. Return the exit code, the counters of each listener, and the log."""
+        code, log = self.server.stop()
+        return code, [counters(log, f"listener {name} stopped: ") for name in self.names], log
+
+
+def counters(log: str, prefix: str) -> dict[str, int]:
+    """The counters that are not 0 in the line of the log that has ``prefix``."""
+    [line] = re.findall(f"{re.escape(prefix)}(.*)", log)
+    return {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", line) if count != "0"}
+
+
+def add(parts: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {name: sum(part.get(name, 0) for part in parts) for name in set().union(*parts)}
+
+
+@contextmanager
+def listening(
+    *specs: str, options: Sequence[str] = (), env: dict[str, str] | None = None
+) -> Iterator[ListeningProcess]:
+    """Start a server with a listener for each spec."""
+    arguments = [word for spec in specs for word in ("--listen", spec)]
+    with command_process([*SERVER, *arguments, *options], env) as server:
+        yield ListeningProcess(server, len(specs))
+
+
+def wrap(client: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+    return context.wrap_socket(client, server_hostname="localhost")
+
+
+# Each does its own, and all stop together
+
+
+@each_variant
+def test_listeners_differ_and_one_signal_drains_all(
+    variant: tuple[str, ...], certificate: Path, client_context: ssl.SSLContext
+) -> None:
+    specs = ("0", "0,tls", "0,mode=raw,fault=slice=1")
+    with listening(*specs, options=(*variant, "--ssl-certfile", str(certificate))) as listeners, ExitStack() as stack:
+        with listeners.connect(0) as client:
+            client.sendall(b"Hola\nmore")
+            assert receive_all(client) == b"Hola\n"
+        with wrap(listeners.connect(1), client_context) as client:
+            client.sendall(b"Hola\nmore")
+            assert receive_line(client) == b"Hola\n"
+        with listeners.connect(2) as client:
+            client.sendall(b"Hola\nmore")
+            assert receive_exactly(client, 9) == b"Hola\nmore"
+        plain, raw = stack.enter_context(listeners.connect(0)), stack.enter_context(listeners.connect(2))
+        secure = stack.enter_context(wrap(listeners.connect(1), client_context))
+        raw.sendall(b"bytes")
+        assert receive_exactly(raw, 5) == b"bytes"
+        for client in (plain, secure):
+            client.sendall(b"first ")
+        listeners.server.process.send_signal(signal.SIGTERM)
+        assert receive_all(raw) == b""  # the shutdown has begun
+        for client in (plain, secure):
+            client.sendall(b"part\n")
+            assert receive_line(client) == b"first part\n"
+        code, log = listeners.server.wait()
+    assert code == 0
+    parts = [counters(log, f"listener {name} stopped: ") for name in listeners.names]
+    assert [part["accepted"] for part in parts] == [2, 2, 2]
+    assert [part.get("messages") for part in parts] == [2, 2, None]
+    assert [part.get("fault_slice") for part in parts] == [None, None, 2]
+    assert parts[2]["bytes_out"] == 14
+    assert counters(log, " server stopped: ") == add(parts)
+    assert re.search(r"listener \S+ started: mode message\n.*\n?.*listener \S+ started: mode message, TLS\n", log)
+    assert "server started: 3 listeners, engine " in log
+
+
+def test_single_listener_logs_as_without_listen() -> None:
+    with listening("0,mode=stream") as listeners, listeners.connect(0) as client:
+        client.sendall(b"one\ntwo\n")
+        assert receive_line(client, 8) == b"one\ntwo\n"
+        code, log = listeners.server.stop()
+    assert code == 0
+    assert "server started: mode stream, engine streams\n" in log
+    assert "listener" not in log
+
+
+@pytest.mark.parametrize("variant", [(), ("--workers", "2")], ids=["one process", "workers"])
+def test_listeners_identify_with_labels_of_their_own(variant: tuple[str, ...]) -> None:
+    options = ("--mode", "identify", "--label", "zone=eu-1", "--log-format", "json", *variant)
+    with listening("0", "0,label=role=main", options=options) as listeners:
+        for index, own in enumerate([{}, {"role": "main"}]):
+            with listeners.connect(index) as client:
+                client.sendall(b"Hola\n")
+                server = json.loads(receive_line(client))["server"]
+            assert (server["address"], server["labels"]) == (listeners.names[index], {"zone": "eu-1", **own})
+        code, log = listeners.server.stop()
+    assert code == 0
+    assert {str(json.loads(line)["labels"]) for line in log.splitlines()} == {"{'zone': 'eu-1'}"}
+
+
+def test_unix_socket_and_proxy_header_on_two_listeners(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with listening(f"unix:{path},proxy-protocol=v1", "0") as listeners:
+        for index, header in ((0, b"PROXY UNKNOWN\r\n"), (1, b"")):
+            with listeners.connect(index) as client:
+                client.sendall(header + b"one\n")
+                assert receive_all(client) == b"one\n"
+        code, parts, _ = listeners.stop()
+    assert code == 0
+    assert [part["messages"] for part in parts] == [1, 1]
+    assert not path.exists()
+
+
+def test_second_signal_aborts_all_listeners() -> None:
+    with listening("0", "0,mode=stream", options=("--workers", "2")) as listeners, ExitStack() as stack:
+        clients = [stack.enter_context(listeners.connect(index)) for index in (0, 1)]
+        for client in clients:
+            client.sendall(b"never finished")
+        with listeners.connect(1) as idle:
+            idle.sendall(b"one\n")
+            assert receive_line(idle) == b"one\n"
+            listeners.server.process.send_signal(signal.SIGTERM)
+            assert receive_all(idle) == b""
+        code, parts, _ = listeners.stop()
+    assert code == 0
+    assert [part["lost"] for part in parts] == [1, 1]
+
+
+@pytest.mark.parametrize("variant", [(), ("--workers", "2")], ids=["one process", "workers"])
+def test_sighup_reloads_the_certificate_of_tls_listeners(variant: tuple[str, ...], tmp_path: Path) -> None:
+    served = tmp_path / "served.pem"
+
+    def issue() -> ssl.SSLContext:
+        authority = trustme.CA()
+        authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(served)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        authority.configure_trust(context)
+        return context
+
+    issue()
+    with listening("0", "0,tls", "0,tls", options=(*variant, "--ssl-certfile", str(served))) as listeners:
+        context = issue()
+        listeners.server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "SIGHUP received: certificates reloaded\n" in listeners.server.log)
+
+        def has_new_certificate(index: int) -> bool:
+            try:
+                wrap(listeners.connect(index), context).close()
+            except ssl.SSLCertVerificationError:
+                return False
+            return True
+
+        wait_until(lambda: has_new_certificate(1) and has_new_certificate(2))
+        assert listeners.stop()[0] == 0
+
+
+# Starting: all or none
+
+
+def test_group_with_an_address_in_use_starts_nothing(
+    backend: Backend, closed_port: int, tmp_path: Path, no_leaks: None
+) -> None:
+    path = tmp_path / "socket"
+    configs = [
+        ServerConfig(engine=backend.engine, **address)
+        for address in ({"uds": str(path)}, {"port": 0}, {"port": closed_port})
+    ]
+
+    async def start() -> None:
+        with pytest.raises(StartError, match=f"^cannot listen on 127.0.0.1:{closed_port}: address already in use"):
+            await ServerGroup.start([ListenerConfig(each) for each in configs])
+
+    run(start, backend.loop)
+    assert not path.exists()
+
+
+def test_group_that_fails_at_the_last_server_starts_nothing(
+    backend: Backend, tmp_path: Path, no_leaks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All addresses are bound, and servers before the last one accept connections by then."""
+    path = tmp_path / "socket"
+    configs = [ServerConfig(engine=backend.engine, uds=str(path)), ServerConfig(engine=backend.engine, port=0)]
+
+    async def start() -> None:
+        group = await ServerGroup.start([ListenerConfig(each) for each in configs])
+        acceptor = type(group.servers[1]._acceptor)
+        group.close()
+        await group.wait_closed()
+        starts, original = iter([True, False]), acceptor.start
+
+        async def failing_start(self: object) -> None:
+            if not next(starts):
+                raise OSError(24, "too many open files")
+            await original(self)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(acceptor, "start", failing_start)
+        with pytest.raises(StartError, match="too many open files"):
+            await ServerGroup.start([ListenerConfig(each) for each in configs])
+
+    run(start, backend.loop)
+    assert not path.exists()
+
+
+@pytest.mark.usefixtures("restore_loggers")
+@pytest.mark.parametrize("variant", [(), ("--workers", "2")], ids=["one process", "workers"])
+@pytest.mark.parametrize("invalid", ["{port}", "0,tls"])
+def test_listener_that_cannot_start_exits_with_3(
+    variant: tuple[str, ...], invalid: str, closed_port: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, missing = tmp_path / "socket", tmp_path / "missing.pem"
+    specs = ("--listen", f"unix:{path}", "--listen", invalid.format(port=closed_port))
+    assert main([*specs, "--ssl-certfile", str(missing), *variant]) == 3
+    reason = f"ssl_certfile {missing}: " if "tls" in invalid else f"127.0.0.1:{closed_port}: address already in use"
+    assert reason in single_error_line(*capsys.readouterr())
+    assert not path.exists()
+
+
+# Limits
+
+
+@pytest.mark.parametrize("engine", ["protocol", "threads"])
+def test_listeners_share_the_descriptor_limit(engine: str) -> None:
+    """One listener that is full leaves the connections of the others to them."""
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))\n"
+        "from echo_async.cli.server import main; sys.exit(main())"
+    )
+    share = (128 - 32 - 3 * 8 - 10) // 2  # reserved for the process, and for each listener; the third has 10
+    specs = ("--listen", "0", "--listen", "0", "--listen", "0,limit-connections=10")
+    command = [sys.executable, "-c", program, *specs, "--mode", "stream", "--engine", engine]
+    with command_process(command) as server, ExitStack() as stack:
+        listeners = ListeningProcess(server, 3)
+        for index, expected in ((0, share), (1, share), (2, 10)):
+            clients = [stack.enter_context(listeners.connect(index)) for _ in range(60)]
+            answered = 0
+            for client in clients:
+                try:
+                    client.sendall(b"one\n")
+                    answered += client.recv(100) == b"one\n"
+                except ConnectionError:
+                    pass
+            assert answered == expected
+        assert len(os.listdir(f"/proc/{server.process.pid}/fd")) < 128
+        code, parts, log = listeners.stop()
+    assert code == 0
+    assert [part["accepted"] for part in parts] == [share, share, 10]
+    assert [part["refused"] for part in parts] == [60 - share, 60 - share, 50]
+    assert "accept failed" not in log
+
+
+# Counters, metrics and logs
+
+
+def scrape(log: str) -> dict[str, float]:
+    """Return every sample by its name and labels."""
+    [port] = re.findall(r" metrics available at http://127\.0\.0\.1:(\d+)/metrics\n", log)
+    connection = HTTPConnection("127.0.0.1", int(port), timeout=TIMEOUT)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+    return {each.name + "".join(f"[{value}]" for value in each.labels.values()): each.value for each in samples}
+
+
+@pytest.mark.parametrize("engine", ["protocol", "threads"])
+def test_workers_counters_of_each_listener_add_up(engine: str) -> None:
+    options = ("--workers", "2", "--engine", engine, "--no-access-log", "--mode", "stream", "--metrics-port", "0")
+    with listening("0", "0,fault=duplicate", options=options) as listeners, ExitStack() as stack:
+        server = listeners.server
+        wait_until(lambda: " server started: " in server.log)
+        for number, other in enumerate(server.worker_pids, 1):
+            with paused_processes(other):  # the other worker serves these
+                for index in (0, 0, 1):
+                    client = stack.enter_context(listeners.connect(index))
+                    for _ in range(10 * number):
+                        client.sendall(b"hello\n")
+                        assert receive_line(client, 6 * (index + 1)) == b"hello\n" * (index + 1)
+        samples = scrape(server.log)
+        for metric, parts in {
+            "connections_accepted_total": (4, 2),
+            "connections_active": (4, 2),
+            "messages_total": (60, 30),
+            "received_bytes_total": (360, 180),
+            "sent_bytes_total": (360, 360),
+        }.items():
+            found = [samples[f"echo_async_listener_{metric}[{name}]"] for name in listeners.names]
+            assert (metric, *found) == (metric, *parts)
+            assert samples[f"echo_async_{metric}"] == sum(parts)
+        names = "".join(f"[{value}]" for value in ("duplicate", listeners.names[1]))
+        assert samples[f"echo_async_listener_faults_total{names}"] == samples["echo_async_faults_total[duplicate]"] == 2
+        stack.close()
+        code, stopped, log = listeners.stop()
+    assert code == 0
+    assert stopped == [
+        {"accepted": 4, "messages": 60, "bytes_in": 360, "bytes_out": 360},
+        {"accepted": 2, "messages": 30, "bytes_in": 180, "bytes_out": 360, "fault_duplicate": 2},
+    ]
+    assert counters(log, " server stopped: ") == add(stopped)
+
+
+def test_killed_worker_keeps_the_counters_of_each_listener() -> None:
+    options = ("--workers", "2", "--mode", "stream", "--metrics-port", "0")
+    with listening("0", "0", options=options) as listeners, ExitStack() as stack:
+        server = listeners.server
+        wait_until(lambda: " server started: " in server.log)
+        killed, survivor = server.worker_pids
+        for other, index in ((killed, 0), (survivor, 1)):
+            with paused_processes(other):
+                client = stack.enter_context(listeners.connect(index))
+                client.sendall(b"one\n")
+                assert receive_line(client) == b"one\n"
+        scrape(server.log)  # the supervisor has their counters
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: " exited with code -9, restarting" in server.log)
+        code, parts, _ = listeners.stop()
+    assert code == 0
+    assert [part["messages"] for part in parts] == [1, 1]
+
+
+def test_json_access_log_names_the_listener(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with listening("0", f"unix:{path},mode=raw", options=("--log-format", "json")) as listeners:
+        for index in (0, 1):
+            with listeners.connect(index) as client:
+                client.sendall(b"one\n")
+                assert receive_line(client) == b"one\n"
+        code, log = listeners.server.stop()
+    assert code == 0
+    entries = [json.loads(line) for line in log.splitlines()]
+    lines = [entry["listener"] for entry in entries if entry["logger"] == "echo_async.access"]
+    assert lines == listeners.names
+
+
+def test_metrics_of_one_listener_have_its_label() -> None:
+    with listening("0", options=("--metrics-port", "0")) as listeners:
+        wait_until(lambda: " server started: " in listeners.server.log)
+        samples = scrape(listeners.server.log)
+        assert listeners.server.stop()[0] == 0
+    assert samples[f"echo_async_listener_messages_total[{listeners.names[0]}]"] == 0
