@@ -10,9 +10,13 @@ Google https://cloud.google.com/vpc/docs/about-vpc-hosted-services.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 Value = str | int | dict[str, "str | int | list[str]"]
+"""Integers of 64 bits are text, because many readers of JSON round them."""
+
+T = TypeVar("T")
 
 FIELD = struct.Struct("!BH")  # type and length
 CRC32C, NOOP, SSL = 0x03, 0x04, 0x20
@@ -29,12 +33,14 @@ def parse_tlvs(data: bytes) -> dict[str, Value | list[Value]]:
     Raises:
         ValueError: A field is truncated.
     """
-    fields: dict[str, list[Value]] = {}
-    for kind, value in iterate_tlvs(data):
-        if kind != NOOP:
-            name, decoded = _decode(kind, value)
-            fields.setdefault(name, []).append(decoded)
-    return {name: values[0] if len(values) == 1 else values for name, values in fields.items()}
+    return _group(_decode(kind, value) for kind, value in iterate_tlvs(data) if kind != NOOP)
+
+
+def _group(fields: Iterable[tuple[str, T]]) -> dict[str, T | list[T]]:
+    grouped: dict[str, list[T]] = {}
+    for name, value in fields:
+        grouped.setdefault(name, []).append(value)
+    return {name: values[0] if len(values) == 1 else values for name, values in grouped.items()}
 
 
 def iterate_tlvs(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -52,19 +58,20 @@ def iterate_tlvs(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def is_checksum_correct(header: bytes, start: int) -> bool:
-    """Verify each CRC32C field of ``header``, whose fields begin at ``start``, as section 2.2.3 describes."""
-    position = start
+    """Verify each CRC32C field of ``header``, whose fields begin at ``start``, as section 2.2.3 describes.
+
+    If there are several, all are zeroed for the calculation, so that a header never needs more than one.
+    """
+    zeroed, checksums, position = bytearray(header), set(), start
     for kind, value in iterate_tlvs(header[start:]):
-        position += FIELD.size
+        position += FIELD.size + len(value)
         if kind == CRC32C:
-            zeroed = header[:position] + bytes(len(value)) + header[position + len(value) :]
-            if value != crc32c(zeroed).to_bytes(4):
-                return False
-        position += len(value)
-    return True
+            zeroed[position - len(value) : position] = bytes(len(value))
+            checksums.add(value)
+    return not checksums or checksums == {crc32c(zeroed).to_bytes(4)}
 
 
-def crc32c(data: bytes) -> int:
+def crc32c(data: bytes | bytearray) -> int:
     """Return the CRC-32C (Castagnoli) of ``data``: RFC 9260 appendix A."""
     crc = 0xFFFFFFFF
     for byte in data:
@@ -103,16 +110,16 @@ def _decode_ssl(value: bytes) -> dict[str, str | int | list[str]] | None:
     if len(value) < SSL_FIXED_PART.size:
         return None
     client, verify = SSL_FIXED_PART.unpack_from(value)
-    decoded: dict[str, str | int | list[str]] = {
-        "client": [name for flag, name in SSL_FLAGS.items() if client & flag],
-        "verify": verify,
-    }
     try:
-        for kind, text in iterate_tlvs(value[SSL_FIXED_PART.size :]):
-            decoded[SSL_TEXTS.get(kind, f"{kind:#04x}")] = text.decode() if kind in SSL_TEXTS else text.hex()
-    except ValueError:  # also text that is not UTF-8
+        texts = _group(_decode_ssl_text(*field) for field in iterate_tlvs(value[SSL_FIXED_PART.size :]))
+    except ValueError:
         return None
-    return decoded
+    return {"client": [name for flag, name in SSL_FLAGS.items() if client & flag], "verify": verify, **texts}
+
+
+def _decode_ssl_text(kind: int, value: bytes) -> tuple[str, str]:
+    text = _decode_text(value) if kind in SSL_TEXTS else None
+    return (f"{kind:#04x}", value.hex()) if text is None else (SSL_TEXTS[kind], text)
 
 
 def _decode_aws(value: bytes) -> str | None:
@@ -123,8 +130,8 @@ def _decode_azure(value: bytes) -> int | None:
     return int.from_bytes(value[1:], "little") if value[:1] == AZURE_LINK_ID and len(value) == 5 else None
 
 
-def _decode_google(value: bytes) -> int | None:
-    return int.from_bytes(value) if len(value) == 8 else None
+def _decode_google(value: bytes) -> str | None:
+    return str(int.from_bytes(value)) if len(value) == 8 else None
 
 
 _DECODERS: dict[int, tuple[str, Callable[[bytes], Value | None]]] = {
