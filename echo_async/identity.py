@@ -9,15 +9,16 @@ from __future__ import annotations
 import builtins
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from types import UnionType
 from typing import Any
 
 from .errors import ReplyDifferent
 
 __all__ = ["Address", "ClientCertificate", "Identity", "Kubernetes", "Proxy", "Responder", "Tls"]
 
-MAX_TEXT = 256  # characters of a value that a peer or the environment chooses
-MAX_TLVS = 6 * 1024  # bytes of JSON
+MAX_DETAILS = 16 * 1024 - 128  # bytes of JSON for all but message, bytes and number; TLVs take what the others leave
+MAX_TEXT = 320  # bytes of JSON for a value that a peer or the environment chooses
 MAX_NAMES = 1024  # bytes of JSON for the subject of a certificate, and for its alternative names
 
 SHORT_NAMES = {  # RFC 4514 section 3
@@ -100,7 +101,7 @@ class Proxy:
     def of(cls, peer: object, header: Any) -> Proxy:
         """Describe a :class:`~echo_async.proxy.ProxyHeader`."""
         source, destination = Address.of(header.source), Address.of(header.destination)
-        return cls(header.version, Address.of(peer), source, destination, _limit_tlvs(header.tlvs))
+        return cls(header.version, Address.of(peer), source, destination, header.tlvs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ class ClientCertificate:
     def of(cls, certificate: Mapping[str, Any]) -> ClientCertificate:
         """Describe the result of :meth:`ssl.SSLSocket.getpeercert`."""
         parts = [part for parts in certificate.get("subject", ()) for part in parts]
-        names = [f"{SHORT_NAMES.get(kind, kind)}={_shorten(value)}" for kind, value in parts]
+        names = [f"{SHORT_NAMES.get(kind, kind)}={_shorten(_escape_attribute(value))}" for kind, value in parts]
         alternatives = [f"{kind}:{_shorten(value)}" for kind, value in certificate.get("subjectAltName", ())]
         subject = ",".join(_limit(names, MAX_NAMES)) or None
         return cls(subject, _limit(alternatives, MAX_NAMES), certificate.get("serialNumber"))
@@ -135,11 +136,12 @@ class Tls:
     def of(cls, session: Any) -> Tls:
         """Describe an :class:`ssl.SSLObject`."""
         certificate = session.getpeercert()
+        sni, alpn = getattr(session, "requested_name", None), session.selected_alpn_protocol()
         return cls(
             session.version(),
             (session.cipher() or [None])[0],
-            getattr(session, "requested_name", None),
-            session.selected_alpn_protocol(),
+            sni and _shorten(sni),
+            alpn and _shorten(alpn),
             ClientCertificate.of(certificate) if certificate else None,
         )
 
@@ -172,7 +174,7 @@ class Identity:
 
     @classmethod
     def parse(cls, line: builtins.bytes) -> Identity:
-        """Parse a reply.
+        """Parse a reply. A value that is missing is None; unknown keys are ignored.
 
         Raises:
             ValueError: It is no reply of a server in the mode ``identify``.
@@ -180,21 +182,11 @@ class Identity:
         import json
 
         try:
-            values = json.loads(line)
-            proxy, tls = values["proxy"], values["tls"]
-            return cls(
-                message=values.get("message"),
-                message_base64=values.get("message_base64"),
-                bytes=int(values["bytes"]),
-                number=int(values["number"]),
-                server=Responder(**values["server"]),
-                kubernetes=Kubernetes(**values["kubernetes"]),
-                client=Address(**values["client"]),
-                proxy=None if proxy is None else _parse_proxy(**proxy),
-                tls=None if tls is None else _parse_tls(**tls),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            identity = _parse_identity(json.loads(line))
+            _content_of(identity)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"no reply of the mode identify: {error}") from error
+        return identity
 
 
 def max_reply_size(message: bytes) -> int:
@@ -212,20 +204,66 @@ def check_reply(line: bytes, message: bytes, name: str) -> Identity:
         identity = Identity.parse(line)
     except ValueError as error:
         raise ReplyDifferent(f"invalid reply: {error}; is {name} in the mode identify?", 0) from error
-    text, encoded = identity.message, identity.message_base64
-    content = b64decode(encoded) if encoded is not None else (text or "").encode()
+    content = _content_of(identity)
     if (content + b"\n", identity.bytes) != (message, len(message)):
         raise ReplyDifferent(f"reply of {name} reports another message: {content[:40]!r}", 0)
     return identity
 
 
-def _parse_proxy(peer: Any, source: Any, destination: Any, **others: Any) -> Proxy:
-    return Proxy(peer=Address(**peer), source=Address(**source), destination=Address(**destination), **others)
+def _content_of(identity: Identity) -> bytes:
+    """Return the message without its newline. :exc:`ValueError` if it is neither text nor base64."""
+    if identity.message is not None:
+        return identity.message.encode()
+    if identity.message_base64 is None:
+        raise ValueError("neither message nor message_base64")
+    return b64decode(identity.message_base64, validate=True)
 
 
-def _parse_tls(client_certificate: Any, **others: Any) -> Tls:
-    certificate = None if client_certificate is None else ClientCertificate(**client_certificate)
-    return Tls(**others, client_certificate=certificate)
+def _select(values: object, **types: type | UnionType) -> dict[str, Any]:
+    """Return the values of these names and types. :exc:`ValueError` if one has another type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"expected an object, received {values!r:.40}")
+    selected = {name: values.get(name) for name in types}
+    for name, value in selected.items():
+        if not isinstance(value, types[name]) or isinstance(value, bool):
+            raise ValueError(f"invalid {name}: {value!r:.40}")
+    return selected
+
+
+def _parse_identity(values: object) -> Identity:
+    sections = _select(values, server=dict, kubernetes=dict, client=dict, proxy=dict | None, tls=dict | None)
+    server = _select(
+        sections["server"],
+        **dict.fromkeys(("hostname", "address", "version", "engine"), str | None),
+        pid=int | None,
+        labels=dict,
+    )
+    _select(server["labels"], **dict.fromkeys(server["labels"], str))
+    return Identity(
+        **_select(values, message=str | None, message_base64=str | None, bytes=int, number=int),
+        server=Responder(**server),
+        kubernetes=Kubernetes(**_select(sections["kubernetes"], **dict.fromkeys(KUBERNETES_VARIABLES, str | None))),
+        client=_parse_address(sections["client"]),
+        proxy=None if sections["proxy"] is None else _parse_proxy(sections["proxy"]),
+        tls=None if sections["tls"] is None else _parse_tls(sections["tls"]),
+    )
+
+
+def _parse_address(values: object) -> Address:
+    return Address(**_select(values, address=str | None, port=int | None))
+
+
+def _parse_proxy(values: dict[str, Any]) -> Proxy:
+    peer, source, destination = (_parse_address(values.get(name)) for name in ("peer", "source", "destination"))
+    return Proxy(peer=peer, source=source, destination=destination, **_select(values, version=int, tlvs=dict))
+
+
+def _parse_tls(values: dict[str, Any]) -> Tls:
+    texts = _select(values, **dict.fromkeys(("version", "cipher", "sni", "alpn"), str | None))
+    certificate = values.get("client_certificate")
+    if certificate is not None:
+        certificate = ClientCertificate(**_select(certificate, subject=str | None, sans=list, serial=str | None))
+    return Tls(**texts, client_certificate=certificate)
 
 
 class Describer:
@@ -234,13 +272,15 @@ class Describer:
     def __init__(
         self, server: Responder, kubernetes: Kubernetes, client: Address, proxy: Proxy | None, tls: Tls | None
     ) -> None:
-        details = {
+        details: dict[str, Any] = {
             "server": asdict(server),
             "kubernetes": asdict(kubernetes),
             "client": asdict(client),
-            "proxy": None if proxy is None else asdict(proxy),
+            "proxy": None if proxy is None else asdict(replace(proxy, tlvs={})),
             "tls": None if tls is None else asdict(tls),
         }
+        if proxy is not None and proxy.tlvs:
+            details["proxy"]["tlvs"] = _limit_tlvs(proxy.tlvs, MAX_DETAILS - len(_dump(details)))
         self._details = _dump(details)[1:] + b"\n"
 
     def describe(self, message: bytes, number: int) -> bytes:
@@ -260,7 +300,17 @@ def _dump(value: object) -> bytes:
 
 
 def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "..."
+    if len(_dump(text)) <= MAX_TEXT:
+        return text
+    text = text[:MAX_TEXT]
+    while len(_dump(text)) > MAX_TEXT - len("..."):
+        text = text[: len(text) * 7 // 8]
+    return text + "..."
+
+
+def _escape_attribute(value: str) -> str:
+    """Escape what would separate attributes in the text of a subject (RFC 4514 section 2.4)."""
+    return "".join(f"\\{each}" if each in '"+,;<>\\' else each for each in value)
 
 
 def _limit(texts: list[str], size: int) -> list[str]:
@@ -273,16 +323,18 @@ def _limit(texts: list[str], size: int) -> list[str]:
     return texts
 
 
-def _limit_tlvs(tlvs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that fit into ``MAX_TLVS``; the names of the others are in ``omitted``."""
+def _limit_tlvs(tlvs: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Return the fields that fit into ``size`` bytes of JSON; the names of the others are in ``omitted``."""
+    if len(_dump(tlvs)) <= size:
+        return dict(tlvs)
     kept: dict[str, Any] = {}
     omitted: list[str] = []
-    total = 0
+    left = size - MAX_NAMES - len('"omitted": ["..."]')
     for name, value in tlvs.items():
-        size = len(_dump({name: value}))
-        if total + size <= MAX_TLVS:
-            total += size
+        needed = len(_dump({name: value}))
+        if needed <= left:
+            left -= needed
             kept[name] = value
         else:
             omitted.append(name)
-    return {**kept, "omitted": _limit(omitted, MAX_NAMES)} if omitted else kept
+    return {**kept, "omitted": _limit(omitted, MAX_NAMES)}

@@ -91,6 +91,38 @@ def test_details_are_bounded_whatever_the_header_and_the_certificate_are() -> No
     assert "0xc7" in tlvs["omitted"] or tlvs["omitted"][-1] == "..."
 
 
+texts = st.text(max_size=400) | st.sampled_from(["\0", "\\", '"', "\udcff", "ñ", "x"]).map(lambda each: each * 400)
+
+
+@given(texts, st.lists(texts, max_size=20), st.dictionaries(st.text(max_size=10), texts | st.lists(texts), max_size=30))
+def test_details_of_any_texts_are_bounded(text: str, names: list[str], tlvs: dict[str, Any]) -> None:
+    """Every text that a client, a proxy or the environment chooses, at its worst in JSON."""
+    header = ProxyHeader()
+    header.source = header.destination = text[:108]
+    header.tlvs = tlvs
+    certificate = ClientCertificate.of({"subjectAltName": [("DNS", name) for name in names]})
+    tls = Tls(None, None, text[:255], text[:255], certificate)
+    server = Responder("host", 42, "127.0.0.1:5500", "0.1.0", "streams", {"label": 1018 * text[:1]})
+    kubernetes = Kubernetes.of(dict.fromkeys(("POD_NAME", "NAMESPACE", "NODE_NAME", "POD_IP", "SERVICE_NAME"), text))
+    describe = Describer(server, kubernetes, Address.of(text), Proxy.of(text, header), tls).describe
+    line = describe(b"x\n", 2**63)
+    assert len(line) <= 2 + 16 * 1024
+    assert line.count(b"\n") == 1
+    Identity.parse(line)
+
+
+def test_tlvs_that_fit_are_all_reported() -> None:
+    header = ProxyHeader()
+    header.tlvs = {"authority": 12_000 * "x", "ssl": {"client": [], "verify": 0}}
+    line = describer(Proxy.of(("192.0.2.9", 1), header)).describe(b"x\n", 1)
+    assert json.loads(line)["proxy"]["tlvs"] == header.tlvs
+
+
+def test_subject_with_a_comma_is_escaped() -> None:
+    subject = ((("organizationName", 'x,CN=admin+"\\'),), (("commonName", "client"),))
+    assert ClientCertificate.of({"subject": subject}).subject == 'O=x\\,CN=admin\\+\\"\\\\,CN=client'
+
+
 def test_certificate_is_described_by_subject_names_and_serial() -> None:
     certificate = {
         "subject": ((("countryName", "AR"),), (("organizationName", "Ñandú"),), (("commonName", "client"),)),
@@ -136,10 +168,48 @@ def test_address_of_a_socket_is_described(name: object, expected: Address) -> No
     assert Address.of(name) == expected
 
 
-@pytest.mark.parametrize("line", [b"", b"Hola\n", b"{}\n", b"[]\n", b'{"message": "x"}\n', b"\xff\n"])
+@pytest.mark.parametrize("line", [b"", b"Hola\n", b"{}\n", b"[]\n", b'{"message": "x"}\n', b"\xff\n", 16_000 * b"["])
 def test_other_replies_are_no_identity(line: bytes) -> None:
     with pytest.raises(ReplyDifferent, match=r"invalid reply: no reply of the mode identify.*is server in the mode"):
         check_reply(line, b"x\n", "server")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"message": 5},
+        {"message": ["x"]},
+        {"message": "\ud800"},
+        {"message": None},
+        {"message": None, "message_base64": "!"},
+        {"message": None, "message_base64": 5},
+        {"bytes": "2"},
+        {"bytes": float("inf")},
+        {"number": True},
+        {"server": None},
+        {"server": {"pid": "1", "labels": {}}},
+        {"server": {"labels": {"zone": 1}}},
+        {"kubernetes": {"pod": 1}},
+        {"client": {"address": 5}},
+        {"proxy": []},
+        {"proxy": {"version": 2, "peer": {}, "source": {}, "destination": {}, "tlvs": None}},
+        {"tls": {"client_certificate": []}},
+        {"tls": {"client_certificate": {"sans": "x"}}},
+    ],
+    ids=str,
+)
+def test_reply_with_a_value_of_another_type_is_invalid(changes: dict[str, Any]) -> None:
+    values = json.loads(describer().describe(b"x\n", 1))
+    with pytest.raises(ReplyDifferent, match="invalid reply: no reply of the mode identify"):
+        check_reply(json.dumps({**values, **changes}).encode(), b"x\n", "server")
+
+
+def test_reply_of_another_version_is_parsed() -> None:
+    values = json.loads(describer().describe(b"x\n", 1))
+    del values["server"]["engine"]
+    values["server"]["region"] = values["region"] = "new"
+    identity = check_reply(json.dumps(values).encode(), b"x\n", "server")
+    assert (identity.server.hostname, identity.server.engine) == ("host", None)
 
 
 @pytest.mark.parametrize("sent", [b"y\n", b"xx\n", b"\n"])
