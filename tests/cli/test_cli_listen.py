@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TIMEOUT, command_process, single_error_line
+from support import TIMEOUT, command_process, single_error_line, without_slow_callbacks
 
 from echo_async import ConfigError
 from echo_async.cli.listen import parse_listeners
@@ -236,7 +236,9 @@ def test_listen_variable_is_separated_by_spaces(tmp_path: Path) -> None:
 def run(*arguments: str, env: dict[str, str] | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "echo_async", "run", *arguments]
     environment = {**os.environ, **(env or {})}
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, **more)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, **more)
+    done.stderr = without_slow_callbacks(done.stderr)
+    return done
 
 
 PRINT_VARIABLES = (
