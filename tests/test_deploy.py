@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ import pytest
 import trustme
 from support import TIMEOUT, command_process, receive_line, server_process, wait_until
 
+from echo_async import Identity
 from echo_async.cli.server import command
 from echo_async.server.metrics import StatsCollector
 from echo_async.stats import Stats
@@ -79,6 +81,51 @@ def test_log_behind_haproxy_shows_the_client_addresses(tmp_path: Path) -> None:
         log_line = re.compile(r" INFO (\S+) 13 bytes: Hola Server!\n")
         wait_until(lambda: {*log_line.findall(first.log + second.log)} == client_addresses)
         assert len(log_line.findall(first.log)) == len(log_line.findall(second.log)) == 1
+
+
+@needs("haproxy")
+def test_identify_behind_haproxy_shows_what_haproxy_had(tmp_path: Path) -> None:
+    """TLS ends in HAProxy. Its log line has the same facts as the TLVs that it sends."""
+    authority = trustme.CA()
+    authority.issue_cert("echo.example").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "echo.pem"))
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    context = ssl.create_default_context(cadata=authority.cert_pem.bytes().decode())
+    authority.issue_cert("client.example", common_name="Ana").configure_cert(context)
+    text = (DEPLOY / "haproxy.cfg").read_text().replace("maxconn 100000", "maxconn 100")
+    text = re.sub(r"    server echo-2 .*\n", "", text).replace("check inter", "inter")  # a check would be logged too
+    log_format = "facts %ID %ci %cp %sslv %sslc %[ssl_fc_sni] %[ssl_c_s_dn(cn)] %[ssl_c_verify]"
+    with (
+        server_process("--mode", "identify", "--proxy-protocol", "v2") as server,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        ExitStack() as stack,
+    ):
+        bind = f"bind fd@{listener.fileno()} ssl crt {tmp_path}/echo.pem ca-file {tmp_path}/ca.pem verify required"
+        text = text.replace("bind :5500", f"{bind}\n    log-format '{log_format}'").replace("notice", "info")
+        text = text.replace("192.0.2.11:5500", "{}:{}".format(*server.address))
+        (tmp_path / "haproxy.cfg").write_text(text)
+        command = ["haproxy", "-db", "-f", str(tmp_path / "haproxy.cfg")]
+        haproxy = subprocess.Popen(command, pass_fds=[listener.fileno()], stdout=subprocess.PIPE, text=True)
+        stack.callback(haproxy.communicate, timeout=TIMEOUT)
+        stack.callback(haproxy.terminate)
+        plain = socket.create_connection(listener.getsockname(), TIMEOUT)
+        with context.wrap_socket(plain, server_hostname="echo.example") as client:
+            client.sendall(b"Hola Server!\n")
+            identity = Identity.parse(receive_line(client))
+            address = client.getsockname()
+        assert haproxy.stdout is not None
+        while "facts " not in (line := haproxy.stdout.readline()):
+            assert line, "haproxy ended"
+    unique_id, host, port, version, cipher, name, common_name, verify = line.split("facts ")[1].split()
+    assert (identity.client.address, identity.client.port) == address == (host, int(port))
+    assert identity.proxy is not None
+    tlvs = identity.proxy.tlvs
+    assert (tlvs["unique_id"], tlvs["authority"], name) == (unique_id, "echo.example", "echo.example")
+    assert re.fullmatch("[0-9a-f]{8}", tlvs["crc32c"])
+    assert set(tlvs) == {"unique_id", "authority", "crc32c", "ssl"}
+    assert tlvs["ssl"]["client"] == ["ssl", "cert_conn", "cert_sess"]
+    assert (tlvs["ssl"]["version"], tlvs["ssl"]["cn"]) == (version, common_name) == ("TLSv1.3", "Ana")
+    assert (tlvs["ssl"]["verify"], verify) == (0, "0")
+    assert cipher.startswith("TLS_")
 
 
 @needs("haproxy")
@@ -170,6 +217,10 @@ def test_dashboard_queries_exactly_the_existing_metrics() -> None:
         {"PROXY_PROTOCOL": "auto", "SSL_CERTFILE": "server.pem"},
         {"SSL_CERTFILE": "server.pem"},
         {"SSL_CERTFILE": "server.pem", "UDS": "echo.sock"},
+        {"MODE": "identify"},
+        {"LISTEN": "[::]:PORT,tls,mode=identify 127.0.0.1:0", "SSL_CERTFILE": "server.pem"},
+        {"LISTEN": "PORT,proxy-protocol=v2 unix:echo.sock", "SSL_CERTFILE": "server.pem"},
+        {"LISTEN": "unix:echo.sock,proxy-protocol=v1,tls", "SSL_CERTFILE": "server.pem"},
     ],
     ids=str,
 )
@@ -178,7 +229,8 @@ def test_image_health_check_follows_the_environment(
 ) -> None:
     """The server and its health check in a container have the same environment."""
     trustme.CA().issue_cert("echo.example").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
-    environment = {f"ECHO_ASYNC_{name}": value for name, value in {"PORT": str(reserved_port), **options}.items()}
+    values = {"PORT": str(reserved_port), **options}
+    environment = {f"ECHO_ASYNC_{name}": value.replace("PORT", str(reserved_port)) for name, value in values.items()}
     with command_process([sys.executable, "-m", "echo_async.server"], environment, cwd=tmp_path) as server:
         environment = {**os.environ, **environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 

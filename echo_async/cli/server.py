@@ -108,7 +108,7 @@ def _listeners(context: click.Context) -> list[ListenerConfig]:
         if inherited and config.has_faults:
             raise ConfigError("--fault and --fault-sequence conflict with LISTEN_FDS; use --host and --port, or --uds")
         return [ListenerConfig(config, list(inherited))]
-    if len(given) > 1:
+    if len(given) > 1 and is_typed:  # in the environment, an image or a service link may have set the others
         raise ConfigError(f"{labels[0]} and {labels[1]} are mutually exclusive")
     return parse_listeners(labels[0], as_list(context.params["listen"]), values, inherited)
 
