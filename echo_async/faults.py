@@ -99,7 +99,7 @@ def parse_fault(spec: str) -> Fault | None:
         if kind == NONE:
             raise ValueError(f"{NONE} stands alone, for no fault")
         if kind not in KINDS and kind != "p":
-            raise ValueError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}, p, {NONE}")
+            raise ValueError(f"unknown fault kind {kind!r}; choose from {', '.join(KINDS)}, p, {NONE}")
         if kind in values:
             raise ValueError(f"{kind} is given twice")
         values[kind] = _parse_value(kind, text if separator else None)

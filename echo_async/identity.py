@@ -185,7 +185,7 @@ class Identity:
             identity = _parse_identity(json.loads(line))
             _content_of(identity)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"no reply of the mode identify: {error}") from error
+            raise ValueError(f"not a reply of the mode identify: {error}") from error
         return identity
 
 

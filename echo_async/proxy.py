@@ -194,7 +194,7 @@ def parse_address(text: str) -> tuple[str, int]:
 
     host, _, port = text.rpartition(":")
     if not port.isdecimal() or int(port) > 65535 or (":" in host) != host.startswith("["):
-        raise ValueError(f"no address: {text!r}")
+        raise ValueError(f"invalid address: {text!r}")
     return str(ip_address(host.removeprefix("[").removesuffix("]"))), int(port)
 
 

@@ -132,7 +132,10 @@ def test_invalid_combination_is_reported(options: dict[str, Any], error: str) ->
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"fault": "dely=1"}, "invalid fault: 'dely=1' (unknown kind 'dely'; choose from delay, rate, slice, drop, "),
+        (
+            {"fault": "dely=1"},
+            "invalid fault: 'dely=1' (unknown fault kind 'dely'; choose from delay, rate, slice, drop, ",
+        ),
         ({"fault": "reset,close"}, "invalid fault: 'reset,close' (reset and close are mutually exclusive)"),
         ({"fault_sequence": ["no-accept"]}, "invalid fault_sequence: ['no-accept'] (no-accept applies to all conn"),
     ],

@@ -10,7 +10,7 @@ import pytest
 from echo_async.endpoint import Endpoint
 
 
-def test_resolve_returns_families_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_interleaves_address_families(monkeypatch: pytest.MonkeyPatch) -> None:
     """An unreachable family delays a connection by one attempt, however many addresses it has (RFC 8305)."""
     addresses = ["2001:db8::1", "2001:db8::2", "2001:db8::3", "192.0.2.1", "192.0.2.2", "192.0.2.1"]
 

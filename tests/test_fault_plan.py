@@ -39,9 +39,9 @@ def sent(actions: list[Action]) -> bytes:
 @pytest.mark.parametrize(
     ("spec", "error"),
     [
-        ("", "unknown kind ''; choose from delay, rate, slice, drop,"),
-        ("dely=1", "unknown kind 'dely'; choose from delay, rate, slice, drop,"),
-        ("reset;close", "unknown kind 'reset;close'; choose from"),
+        ("", "unknown fault kind ''; choose from delay, rate, slice, drop,"),
+        ("dely=1", "unknown fault kind 'dely'; choose from delay, rate, slice, drop,"),
+        ("reset;close", "unknown fault kind 'reset;close'; choose from"),
         ("delay", "delay requires seconds from 0 to 86400, or a range such as 0.05..0.2"),
         ("delay=-1", "delay requires seconds from 0"),
         ("delay=86401", "delay requires seconds from 0"),

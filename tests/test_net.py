@@ -312,7 +312,7 @@ def test_bind_of_a_port_in_time_wait_succeeds() -> None:
         assert is_reachable(again.getsockname())
 
 
-def test_bind_of_a_foreign_address_raises_start_error() -> None:
+def test_bind_of_a_non_local_address_raises_start_error() -> None:
     text = bind_error(host="192.0.2.1")  # reserved for documentation (RFC 5737)
     assert text.startswith("cannot listen on 192.0.2.1:0: cannot assign requested address; ")
     assert "; choose an address of this machine" in text

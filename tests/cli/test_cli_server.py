@@ -691,7 +691,7 @@ def test_ipv6_address_is_announced_in_brackets() -> None:
     assert re.search(r" INFO \[::1\]:\d+ 4 bytes: one\n", log)
 
 
-def test_host_name_announces_each_of_its_addresses() -> None:
+def test_host_name_prints_a_line_per_address() -> None:
     with server_process("--host", "localhost") as server:
         _, log = server.stop()
         assert server.process.stdout is not None
