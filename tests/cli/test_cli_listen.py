@@ -194,7 +194,7 @@ def test_listen_with_another_address_is_an_error(option: str, capsys: pytest.Cap
 def test_listen_in_the_environment_overrides_the_other_addresses() -> None:
     """An image sets ECHO_ASYNC_HOST."""
     variables = {"ECHO_ASYNC_LISTEN": "127.0.0.1:0,mode=stream", "ECHO_ASYNC_HOST": "::", "ECHO_ASYNC_PORT": "1"}
-    with command_process(SERVER, variables) as server:
+    with command_process([*SERVER], variables) as server:
         assert server.startup_line.startswith("listening on 127.0.0.1:")
         assert server.stop()[0] == 0
 
