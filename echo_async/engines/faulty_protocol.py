@@ -10,7 +10,7 @@ from .faulty_connection import FaultyConnection
 from .handshake_acceptor import OnEstablished
 from .loop_internals import reset_transport, shut_down_output
 from .origin import Origin
-from .protocol import ProtocolConnection
+from .protocol import LARGE_READ, ProtocolConnection
 from .registry import Registry
 
 ACTIONS_PER_TURN = 50  # before other connections get their turn
@@ -52,6 +52,8 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
             if self.context.log_chunks:
                 self.log_chunk(data)
             self._append(self.actions(self.conversation.receive(data)))
+            if len(data) > LARGE_READ:
+                self._end_turn()
         except Exception as error:
             self.fail(error)
 

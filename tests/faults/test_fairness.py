@@ -26,9 +26,9 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("engine", ["streams", "protocol"])
+@pytest.mark.parametrize(("engine", "fault"), [("streams", None), ("protocol", None), ("protocol", "close=100000000")])
 def test_flood_from_one_client_is_read_in_limited_shares(
-    engine: EngineName, loop: LoopName, tls: bool, certificate: Path, client_context: ssl.SSLContext
+    engine: EngineName, fault: str | None, loop: LoopName, tls: bool, certificate: Path, client_context: ssl.SSLContext
 ) -> None:
     """In one event loop iteration the server reads a limited number of bytes from one client."""
     share, size = (CHUNKS_PER_TURN * 20, 400_000) if engine == "streams" else (256 * 1024, 4_000_000)
@@ -42,6 +42,7 @@ def test_flood_from_one_client_is_read_in_limited_shares(
             "engine": engine,
             "no_access_log": True,
             "limit_message_size": size,
+            "fault": fault,
             "ssl_certfile": str(certificate) if tls else None,
         }
         async with echo_async.serve(**options) as server:
