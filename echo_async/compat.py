@@ -103,11 +103,23 @@ def set_reset_on_close(connected: Any) -> None:
 
 
 def unsent_in_kernel(connected: Any) -> int:
-    """Return the bytes in the kernel that it has not put on the wire yet; 0 where it does not tell."""
-    if sys.platform == "linux":
+    """Return the bytes in the kernel that it is still to put on the wire; 0 where it does not tell."""
+    if sys.platform == "linux" and not _poll(connected, 0):  # it sends nothing more after a reset
         with suppress(OSError):  # not a TCP socket
             return int.from_bytes(fcntl.ioctl(connected.fileno(), SIOCOUTQNSD, bytes(4)), sys.byteorder)
     return 0
+
+
+def is_closed_by_peer(connected: Any) -> bool:
+    """Return whether the peer has closed its sending side; False where the kernel does not tell without a read."""
+    return hasattr(select, "POLLRDHUP") and _poll(connected, select.POLLRDHUP)
+
+
+def _poll(connected: Any, events: int) -> bool:
+    """Return whether ``connected`` has one of ``events``, or was reset."""
+    poll = select.poll()
+    poll.register(connected, events)
+    return bool(poll.poll(0))
 
 
 def is_readable(sockets: Iterable[Any]) -> bool:

@@ -308,6 +308,7 @@ CONSTANTS = {
     "DRAIN_THRESHOLD": ("streams",),
     "HANDSHAKE_TIMEOUT": ("admission", "handshake_acceptor", "thread_acceptor"),
     "LINGER_TIMEOUT_AT_STOP": ("registry",),
+    "MAX_RELEASED_WAIT": ("faulty_connection",),
 }
 
 

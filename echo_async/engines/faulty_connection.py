@@ -6,7 +6,7 @@ A connection in the mode ``identify`` is one as well, with a plan without faults
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..compat import unsent_in_kernel
+from ..compat import is_closed_by_peer, unsent_in_kernel
 from ..faults import Action, End, FaultPlan, Report, Wait
 from .connection import Connection, TimeoutKind
 
@@ -87,6 +87,10 @@ class FaultyConnection(Connection):
         if self._is_released:
             return now + min(seconds, MAX_RELEASED_WAIT)
         return max(due + seconds, now + MIN_WAIT * seconds)
+
+    def is_tls_closed(self) -> bool:
+        """Whether a TLS client is gone. No transport sends anything then, and none tells while reading is paused."""
+        return self.extra_info("ssl_object") is not None and is_closed_by_peer(self.raw_socket())
 
     def report(self, fault: Report) -> None:
         """Count and log a fault that takes effect."""

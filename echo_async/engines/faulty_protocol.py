@@ -68,32 +68,40 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
         """Run actions until one takes time, or ends them."""
         self._timer = None
         try:
-            for count, action in enumerate(self._actions):
+            for _ in range(ACTIONS_PER_TURN):
                 if self._transport.is_closing():
                     return
-                if count == ACTIONS_PER_TURN:
-                    self._actions = chain([action], self._actions)
-                    return self._wait(0)
-                match action:
-                    case Send():
+                match next(self._actions, None):
+                    case None:
+                        return self._continue()
+                    case Send() as action:
                         self._transport.write(action.data)
                         if self._is_writing_paused:
                             return
-                    case Wait():
+                    case Wait() as action:
                         return self._wait(action.seconds)
-                    case Report():
+                    case Report() as action:
                         self.report(action)
-                    case End():
+                    case End() as action:
                         self._end(action)
-            self._continue()
+            self._wait(0)
+        except OSError as error:  # the client has reset the connection
+            self.log_lost(error)
+            self.abort()
         except Exception as error:
             self.fail(error)
 
     def _wait(self, seconds: float) -> None:
         self._transport.pause_reading()
         self._due = self.next_due(self._due, seconds)
-        seconds = self._due - self.context.now()
-        self._timer = self._loop.call_later(seconds, self._run) if seconds > 0 else self._loop.call_soon(self._run)
+        seconds, run = self._due - self.context.now(), self._run_after_wait
+        self._timer = self._loop.call_later(seconds, run) if seconds > 0 else self._loop.call_soon(run)
+
+    def _run_after_wait(self) -> None:
+        if self._transport.is_closing() or not self.is_tls_closed():
+            self._run()
+        else:
+            self.abort()
 
     def _end(self, end: End) -> None:
         match end:
@@ -147,7 +155,7 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
             return self.finish()
         if self._timer is not None:
             self._timer.cancel()
-            self._run()
+            self._run_after_wait()
         super().stop()
 
     def extra_info(self, name: str) -> Any:

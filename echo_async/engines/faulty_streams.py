@@ -64,20 +64,20 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
     async def _run_actions(self, actions: Iterator[Action]) -> None:
         self.is_replying = True
         due = self.context.now()
-        for action in actions:
-            if self._transport.is_closing():
-                break
-            match action:
-                case Send():
+        while not self._transport.is_closing():
+            match next(actions, None):
+                case None:
+                    break
+                case Send() as action:
                     self._transport.write(action.data)
                     await self._count_step()
                     if self.unsent() > DRAIN_THRESHOLD:
                         await self._writer.drain()
-                case Wait():
+                case Wait() as action:
                     due = await self._wait(due, action.seconds)
-                case Report():
+                case Report() as action:
                     self.report(action)
-                case End():
+                case End() as action:
                     await self._end(action)
         self.is_replying = False
 
@@ -91,14 +91,16 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
         """Wait for ``seconds`` from ``due`` on, or until the server stops; return when it should have ended."""
         due = self.next_due(due, seconds)
         seconds = max(0.0, due - self.context.now())
-        if not seconds or self._is_released:
-            await asyncio.sleep(seconds)
+        if not seconds:
+            await asyncio.sleep(0)
         else:
             timer = asyncio.get_running_loop().call_later(seconds, self._end_wait)
             try:
-                await self._wait_for_end()
+                await self._wait_for_end()  # which an abort ends as well
             finally:
                 timer.cancel()
+        if not self._transport.is_closing() and self.is_tls_closed():
+            self.abort()
         return due
 
     async def _wait_for_end(self) -> None:

@@ -91,6 +91,18 @@ def shut_down_output(transport: asyncio.WriteTransport) -> None:
             duplicate.shutdown(socket.SHUT_WR)
 
 
+def write_buffer_size(transport: asyncio.WriteTransport) -> int:
+    """Return the bytes that the operating system has not taken yet; 0 if ``transport`` is closed.
+
+    A TLS transport that was closed twice has no protocol, and then no buffer (sslproto.py,
+    ``_SSLProtocolTransport.close``): asking for its size raises AttributeError.
+    """
+    try:
+        return transport.get_write_buffer_size()
+    except AttributeError:
+        return 0
+
+
 def abort_transport(transport: asyncio.WriteTransport) -> None:
     """Abort ``transport``, if it is not closed yet.
 

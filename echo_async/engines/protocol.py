@@ -15,7 +15,7 @@ from typing import cast
 from ..compat import is_readable
 from .connection import Connection
 from .handshake_acceptor import OnEstablished
-from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS
+from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS, write_buffer_size
 from .origin import UNKNOWN, Origin
 from .registry import Registry
 
@@ -129,7 +129,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             self._transport.resume_reading()
 
     def unsent(self) -> int:
-        return self._transport.get_write_buffer_size()
+        return write_buffer_size(self._transport)
 
     def finish(self) -> None:
         self.conversation.finish()

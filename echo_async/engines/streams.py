@@ -15,7 +15,14 @@ from ..errors import ConfigError
 from ..net import format_address
 from .connection import Connection
 from .handshake_acceptor import OnEstablished
-from .loop_internals import ACCEPT_BATCH, READ_AHEAD_TURNS, TRANSPORT_ERRORS, abort_transport, run_turns
+from .loop_internals import (
+    ACCEPT_BATCH,
+    READ_AHEAD_TURNS,
+    TRANSPORT_ERRORS,
+    abort_transport,
+    run_turns,
+    write_buffer_size,
+)
 from .origin import UNKNOWN, Origin
 from .registry import Registry
 from .sweeper import Sweeper
@@ -229,7 +236,7 @@ class StreamConnection(Connection):
                 self.conversation.receive(chunk)
 
     def unsent(self) -> int:
-        return self._transport.get_write_buffer_size()
+        return write_buffer_size(self._transport)
 
     def finish(self) -> None:
         self.conversation.finish()

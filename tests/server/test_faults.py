@@ -24,9 +24,11 @@ from support import (
     receive_all,
     receive_exactly,
     receive_line,
+    reset,
     run,
     serve_in_loop,
     server_process,
+    set_constant,
     wait_in_loop,
     wait_until,
 )
@@ -469,6 +471,45 @@ def test_stalled_connections_count_towards_the_limit(start_server: StartServer) 
         assert server.stats.refused == 1
 
 
+@pytest.mark.parametrize("fault", ["delay=0.05", "delay=0.05,close", "delay=0.05,half-close", "delay=0.05,reset"])
+def test_client_reset_during_a_delay_is_no_error(fault: str, start_server: StartServer) -> None:
+    with start_server(fault=fault, mode="stream") as server, connect(server) as client:
+        client.sendall(MESSAGE)
+        wait_until(lambda: "delay" in server.stats.faults)
+        reset(client)
+        wait_until(lambda: server.stats.active == 0)
+        assert server.stats.failed == 0
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_client_reset_before_all_is_sent_is_no_error(
+    tls: bool, start_server: StartServer, client_context: ssl.SSLContext
+) -> None:
+    """The server waits until all bytes before its reset are sent, and the client reads none of them."""
+    size = 1_000_000
+    options: ServerOptions = {"fault": f"reset={size}", "mode": "raw", "chunk_size": 65536}
+    with start_server(tls=tls, **options) as server, connect(server) as connected:
+        client = TlsClient(connected, client_context) if tls else connected
+        client.sendall(bytes(size))
+        wait_until(lambda: server.stats.bytes_out == size)
+        reset(connected)
+        wait_until(lambda: server.stats.active == 0)
+        assert server.stats.failed == 0
+
+
+def test_tls_client_that_leaves_during_a_reply_is_noticed(
+    start_server: StartServer, client_context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The whole reply would take 100 s. A transport drops what is sent to such a client, and asyncio logs that."""
+    with start_server(tls=True, fault="rate=10", mode="stream") as server:
+        with connect(server) as connected:
+            client = TlsClient(connected, client_context)
+            client.sendall(bytes(999) + b"\n")
+            assert client.recv(1) == b"\0"  # with unread data, the close would be a reset
+        wait_until(lambda: server.stats.active == 0)
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
 def test_message_too_long_ends_the_connection(start_server: StartServer) -> None:
     with start_server(fault="slice=3", mode="stream", limit_message_size=20) as server, connect(server) as client:
         client.sendall(MESSAGE + bytes(30))
@@ -538,6 +579,23 @@ def test_abort_ends_every_fault_at_once(transport: Transport) -> None:
         for client in clients:
             receive_to_end(client)
     assert server.stats.active == 0
+
+
+def test_stop_that_times_out_leaves_no_task(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stop has shortened the waits of the connection; the abort at its end does not leave the last one."""
+    set_constant(monkeypatch, "MAX_RELEASED_WAIT", 0.2)
+
+    async def main() -> None:
+        async with serve_in_loop(backend, fault="rate=1", timeout_graceful_shutdown=0.05) as server:
+            _, writer = await asyncio.open_connection(*server.address)
+            writer.write(MESSAGE)
+            await wait_in_loop(lambda: server.stats.faults == {"rate": 1})
+            server.close()
+            await server.wait_closed()
+            assert server.stats.bytes_out < len(MESSAGE)
+            writer.close()
+
+    run(main, backend.loop)
 
 
 # What libraries report, as docs/faults.md lists it
