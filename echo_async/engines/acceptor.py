@@ -138,6 +138,9 @@ class AsyncioAcceptor:
         while turns and is_readable(listeners) and not self._is_aborting:
             turns -= 1
             await run_turns(1)
+        for server in self._servers:
+            if isinstance(server, HandshakeAcceptor):
+                server.stop()
         await stop_accepting(self._loop, listeners)
 
     def _stop_listening(self) -> None:

@@ -43,7 +43,12 @@ class HandshakeAcceptor:
         self._loop = loop
         self._make_protocol = make_protocol
         self._certificates = certificates
+        self._is_stopping = False
         self._tasks = {loop.create_task(self._accept(listener))}
+
+    def stop(self) -> None:
+        """Complete the current ``sock_accept``, and begin no other: to cancel one can lose a connection."""
+        self._is_stopping = True
 
     def close(self) -> None:
         """Accept no more, and abort what is pending."""
@@ -51,7 +56,7 @@ class HandshakeAcceptor:
             task.cancel()
 
     async def _accept(self, listener: socket.socket) -> None:
-        while True:
+        while not self._is_stopping:
             try:
                 connection, peername = await self._loop.sock_accept(listener)
             except Exception as error:

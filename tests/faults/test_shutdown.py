@@ -11,7 +11,7 @@ import ssl
 import sys
 import termios
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -247,6 +247,26 @@ def test_abort_with_incomplete_message_does_not_wait(backend: Backend, accepted:
                 await wait_in_loop(lambda: not accepted or server.stats.bytes_in > 0)
                 server.abort()
                 await server.wait_closed()
+
+    run(main, backend.loop)
+
+
+def test_abort_while_clients_connect_closes_every_socket(backend: Backend) -> None:
+    """One that is lost while it is accepted is closed by the garbage collector, with a ResourceWarning."""
+
+    async def main() -> None:
+        async def connect_to(address: tuple[str, int]) -> None:
+            with suppress(ConnectionError):
+                reader, writer = await asyncio.open_connection(*address)
+                with closing(writer):
+                    await reader.read()
+
+        async with serve_in_loop(backend, fault="delay=0") as server:
+            clients = [asyncio.create_task(connect_to(server.address)) for _ in range(30)]
+            await asyncio.sleep(0)
+            server.abort()
+            await server.wait_closed()
+            await asyncio.gather(*clients)
 
     run(main, backend.loop)
 
