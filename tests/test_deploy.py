@@ -10,9 +10,10 @@ import socket
 import ssl
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import trustme
@@ -22,6 +23,7 @@ from echo_async import Identity
 from echo_async.cli.server import command
 from echo_async.server.metrics import StatsCollector
 from echo_async.stats import Stats
+from echo_async.testing import HostedServer
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 FAULTS = DEPLOY.parent / "docs" / "faults.md"
@@ -128,32 +130,54 @@ def test_identify_behind_haproxy_shows_what_haproxy_had(tmp_path: Path) -> None:
     assert cipher.startswith("TLS_")
 
 
-@needs("haproxy")
-def test_haproxy_takes_a_faulty_server_out(tmp_path: Path) -> None:
-    """The configuration in docs/faults.md: after failed checks, every client gets a reply."""
-    (text,) = re.findall(r"^<!-- haproxy -->\n```\n(.*?)^```$", FAULTS.read_text(), re.M | re.S)
-    path = tmp_path / "haproxy.cfg"
-    with (
-        server_process("--mode", "stream") as healthy,
-        server_process("--mode", "stream", "--fault", "close") as faulty,
-        socket.create_server(("127.0.0.1", 0)) as listener,
-        ExitStack() as stack,
-    ):
-        for port, server in ((5501, healthy), (5502, faulty)):
-            text = text.replace(f"127.0.0.1:{port}", "{}:{}".format(*server.address))
+@contextmanager
+def documented_haproxy(name: str, directory: Path, *servers: tuple[str, int]) -> Iterator[tuple[Any, IO[str]]]:
+    """Run a configuration in docs/faults.md with other addresses; yield the address to connect to, and the log."""
+    (text,) = re.findall(rf"^<!-- haproxy: {name} -->\n```\n(.*?)^```$", FAULTS.read_text(), re.M | re.S)
+    for port, (host, actual) in zip((5501, 5502), servers, strict=True):
+        assert text.count(f"127.0.0.1:{port}") == 1
+        text = text.replace(f"127.0.0.1:{port}", f"{host}:{actual}")
+    path = directory / "haproxy.cfg"
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
         path.write_text(text.replace("bind 127.0.0.1:5500", f"bind fd@{listener.fileno()}"))
         command = ["haproxy", "-db", "-f", str(path)]
         haproxy = subprocess.Popen(command, pass_fds=[listener.fileno()], stderr=subprocess.PIPE, text=True)
         stack.callback(haproxy.communicate, timeout=TIMEOUT)
         stack.callback(haproxy.terminate)
         assert haproxy.stderr is not None
-        while "echo/faulty is DOWN" not in (line := haproxy.stderr.readline()):
+        yield listener.getsockname(), haproxy.stderr
+
+
+def is_echoed(address: tuple[str, int]) -> bool:
+    with socket.create_connection(address, TIMEOUT) as client, suppress(ConnectionError):
+        client.sendall(b"Hola Server!\n")
+        return client.makefile("rb").readline() == b"Hola Server!\n"
+    return False
+
+
+@needs("haproxy")
+def test_haproxy_takes_a_faulty_server_out(tmp_path: Path) -> None:
+    """After failed checks, every client gets a reply."""
+    with (
+        server_process("--mode", "stream") as healthy,
+        server_process("--mode", "stream", "--fault", "close") as faulty,
+        documented_haproxy("health check", tmp_path, healthy.address, faulty.address) as (address, log),
+    ):
+        while "echo/faulty is DOWN" not in (line := log.readline()):
             assert line, "haproxy ended"
-        for _ in range(20):
-            with socket.create_connection(listener.getsockname(), TIMEOUT) as client:
-                client.sendall(b"Hola Server!\n")
-                assert receive_line(client) == b"Hola Server!\n"
+        assert all(is_echoed(address) for _ in range(20))
         assert " 13 bytes: Hola Server!" not in faulty.log
+
+
+@needs("haproxy")
+@pytest.mark.parametrize(("fault", "replies"), [("no-accept", 4), ("refuse", 2)])
+def test_haproxy_fails_over_unless_connected(fault: str, replies: int, tmp_path: Path) -> None:
+    with (
+        HostedServer() as healthy,
+        HostedServer(fault=fault) as faulty,
+        documented_haproxy("failover", tmp_path, healthy.address, faulty.address) as (address, _),
+    ):
+        assert sum(is_echoed(address) for _ in range(4)) == replies == len(healthy.received)
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)

@@ -50,6 +50,7 @@ from support import TIMEOUT, run
 import echo_async
 import echo_async.testing  # a pytest run inside of pytest removes the modules that it imported first
 from echo_async.cli import main
+from echo_async.config import ServerOptions
 from echo_async.testing import HostedServer
 
 pytest_plugins = ["pytester"]
@@ -369,6 +370,11 @@ def test_docs_command_line_is_accepted(words: list[str]) -> None:
 
 def test_docs_command_lines_cover_every_command() -> None:
     assert {words[0] for words in PACKAGE_COMMANDS} >= {"server", "client", "run", "bench"}
+
+
+def test_docs_library_lists_every_option() -> None:
+    section = (ROOT / "docs" / "library.md").read_text().partition("\n### Options\n")[2].partition("```")[0]
+    assert set(re.findall(r"`(\w+)`", section)) - {"serve"} == set(ServerOptions.__annotations__)
 
 
 def test_docs_make_targets_exist() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import logging
+import select
 import socket
 import ssl
 import threading
@@ -34,6 +35,7 @@ from support import (
 )
 
 import echo_async
+from echo_async import sync
 from echo_async.config import ServerOptions
 from echo_async.faults import FaultSchedule
 from echo_async.testing import HostedServer
@@ -648,3 +650,50 @@ def test_http_client_raises_the_documented_error(fault: str, error: type[Excepti
 
     with HostedServer(fault=fault) as server, pytest.raises(error):
         request(server.address)
+
+
+@pytest.mark.parametrize(
+    ("fault", "errors"),
+    [
+        ("close", echo_async.ReplyLost),
+        ("half-close", echo_async.ReplyLost),
+        ("reset", echo_async.ReplyLost),
+        ("refuse", (echo_async.ReplyLost, echo_async.ConnectError)),
+        ("stall", echo_async.ReplyLate),
+        ("drop", echo_async.ReplyLate),
+        ("delay=3600", echo_async.ReplyLate),
+        ("corrupt", echo_async.ReplyDifferent),
+        ("duplicate", echo_async.ReplyDifferent),
+    ],
+)
+def test_echo_client_raises_the_documented_error(fault: str, errors: Any) -> None:
+    timeout = 0.1 if errors is echo_async.ReplyLate else TIMEOUT
+
+    def echo(address: tuple[str, int]) -> None:
+        with sync.connect(*address, timeout=timeout) as client:
+            client.echo("Hola Server!")
+
+    with HostedServer(fault=fault) as server, pytest.raises(errors):
+        echo(server.address)
+
+
+def test_tls_socket_sees_a_reset_as_end_of_input() -> None:
+    with HostedServer(tls=True, fault="reset=5") as server:
+        assert server.client_context is not None
+        plain = socket.create_connection(server.address, TIMEOUT)
+        with server.client_context.wrap_socket(plain, server_hostname="localhost") as client:
+            client.sendall(MESSAGE)
+            assert (client.recv(100), client.recv(100)) == (b"Hola ", b"")
+
+
+@pytest.mark.parametrize("is_sending", [False, True])
+def test_refuse_on_a_unix_socket_is_seen_as_documented(is_sending: bool, tmp_path: Path) -> None:
+    path = str(tmp_path / "echo.sock")
+    with HostedServer(uds=path, fault="refuse"), socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        assert select.select([client], [], [], TIMEOUT)[0]  # readable at its end
+        if is_sending:
+            with pytest.raises(BrokenPipeError):
+                client.sendall(MESSAGE)
+        else:
+            assert client.recv(100) == b""
