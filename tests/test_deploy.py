@@ -170,14 +170,14 @@ def test_haproxy_takes_a_faulty_server_out(tmp_path: Path) -> None:
 
 
 @needs("haproxy")
-@pytest.mark.parametrize(("fault", "replies"), [("no-accept", 4), ("refuse", 2)])
-def test_haproxy_fails_over_unless_connected(fault: str, replies: int, tmp_path: Path) -> None:
+def test_haproxy_fails_over_from_a_silent_server(tmp_path: Path) -> None:
     with (
         HostedServer() as healthy,
-        HostedServer(fault=fault) as faulty,
-        documented_haproxy("failover", tmp_path, healthy.address, faulty.address) as (address, _),
+        HostedServer(fault="no-accept") as silent,
+        documented_haproxy("failover", tmp_path, healthy.address, silent.address) as (address, _),
     ):
-        assert sum(is_echoed(address) for _ in range(4)) == replies == len(healthy.received)
+        assert all(is_echoed(address) for _ in range(4))
+        assert len(healthy.received) == 4
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
@@ -233,14 +233,10 @@ def test_dashboard_queries_exactly_the_existing_metrics() -> None:
     "options",
     [
         {},
-        {"HOST": "::"},
         {"HOST": "127.0.0.1,::1"},
         {"UDS": "echo.sock"},
-        {"PROXY_PROTOCOL": "v1"},
         {"PROXY_PROTOCOL": "v2"},
         {"PROXY_PROTOCOL": "auto", "SSL_CERTFILE": "server.pem"},
-        {"SSL_CERTFILE": "server.pem"},
-        {"SSL_CERTFILE": "server.pem", "UDS": "echo.sock"},
         {"MODE": "identify"},
         {"LISTEN": "[::]:PORT,tls,mode=identify 127.0.0.1:0", "SSL_CERTFILE": "server.pem"},
         {"LISTEN": "PORT,proxy-protocol=v2 unix:echo.sock", "SSL_CERTFILE": "server.pem"},
