@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,22 @@ def module_name(path: Path) -> str:
 
 
 FILES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 
-def imported_names(module: str) -> Iterator[str]:
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text())
+
+
+@cache
+def imported_names(module: str) -> set[str]:
+    return set(find_imported_names(module))
+
+
+def find_imported_names(module: str) -> Iterator[str]:
     """Absolute names, wherever in the file they are imported: at the top, for types only, inside a function."""
     package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -37,9 +47,6 @@ def imported_names(module: str) -> Iterator[str]:
                 yield submodule if submodule in FILES else source
 
 
-IMPORTS = {module: set(imported_names(module)) for module in FILES}
-
-
 def import_circles() -> list[list[str]]:
     """Modules of the package that import each other, directly or through others."""
 
@@ -47,7 +54,7 @@ def import_circles() -> list[list[str]]:
         seen: set[str] = set()
         pending = [start]
         while pending:
-            new = (IMPORTS[pending.pop()] & set(FILES)) - seen
+            new = (imported_names(pending.pop()) & set(FILES)) - seen
             seen |= new
             pending += new
         return seen
@@ -69,18 +76,18 @@ def test_sync_modules_never_import_the_asyncio_client() -> None:
     sync = [module for module in FILES if module.startswith("echo_async.sync")]
     assert sync
     for module in sync:
-        assert not [name for name in IMPORTS[module] if name.startswith("echo_async.client")], module
+        assert not [name for name in imported_names(module) if name.startswith("echo_async.client")], module
 
 
 def test_click_is_imported_in_cli_only() -> None:
-    users = {module for module, names in IMPORTS.items() if any(n == "click" or n.startswith("click.") for n in names)}
+    users = {module for module in FILES if any(f"{name}.".startswith("click.") for name in imported_names(module))}
     assert users
     assert [module for module in users if not module.startswith("echo_async.cli.")] == []
 
 
 @pytest.mark.parametrize("module", FILES)
 def test_functions_have_at_most_40_lines(module: str) -> None:
-    functions = [n for n in ast.walk(TREES[module]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = [n for n in ast.walk(tree(module)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = [(each.name, (each.end_lineno or each.lineno) - each.lineno + 1) for each in functions]
     assert [(name, length) for name, length in lengths if length > MAX_FUNCTION_LINES] == []
 
@@ -100,8 +107,8 @@ def test_all_is_declared_in_public_modules_only() -> None:
     }
     declaring = {
         module
-        for module, tree in TREES.items()
-        for node in tree.body
+        for module in FILES
+        for node in tree(module).body
         if isinstance(node, ast.Assign | ast.AnnAssign) and "__all__" in ast.unparse(node).partition("=")[0]
     }
     assert declaring - {f"echo_async{name}" for name in public} == set()

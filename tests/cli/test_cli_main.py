@@ -174,15 +174,17 @@ def test_bench_compare_measures_the_given_loop_factory(custom_loop: Path) -> Non
     assert (custom_loop / "loops").read_text().count("\n") >= 2
 
 
-@pytest.mark.parametrize("command", ["server", "server --workers 2", "run", "bench compare --sizes 64"])
 @pytest.mark.parametrize(
-    ("loop", "code", "reason"),
+    ("command", "loop", "code", "reason"),
     [
-        ("custom", 2, "invalid --loop"),
-        ("custom:", 2, "invalid --loop"),
-        (":new", 2, "invalid --loop"),
-        ("missing_module:new", 3, "cannot use --loop missing_module:new: No module named 'missing_module'"),
-        ("os:getcwd", 3, "cannot use --loop os:getcwd: it returned "),
+        ("server", "custom", 2, "invalid --loop"),
+        ("server", "custom:", 2, "invalid --loop"),
+        ("server --workers 2", ":new", 2, "invalid --loop"),
+        ("bench compare --sizes 64", "custom", 2, "invalid --loop"),
+        ("server --workers 2", "missing:new", 3, "cannot use --loop missing:new: No module named 'missing'"),
+        ("run", "missing:new", 3, "cannot use --loop missing:new: No module named 'missing'"),
+        ("server", "os:getcwd", 3, "cannot use --loop os:getcwd: it returned "),
+        ("bench compare --sizes 64", "os:getcwd", 3, "cannot use --loop os:getcwd: it returned "),
     ],
 )
 def test_loop_that_cannot_be_used_is_one_line(command: str, loop: str, code: int, reason: str) -> None:
