@@ -29,11 +29,11 @@ serve: $(INSTALLED) ## run the server on 127.0.0.1:5500 until Ctrl-C
 	@$(BIN)/python -m echo_async.server
 
 test: $(INSTALLED) ## run the tests
-	@env $(TEST_ENV) $(BIN)/python -m pytest -q -n 4
+	@env $(TEST_ENV) $(BIN)/python -m pytest -q -n 6 --dist worksteal
 
 coverage: $(INSTALLED) ## run the tests and report branch coverage
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest -q -n 4
+	@$(BIN)/coverage run -m pytest -q -n 6 --dist worksteal
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report
 
