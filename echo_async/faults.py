@@ -98,6 +98,8 @@ def parse_fault(spec: str) -> Fault | None:
         kind, separator, text = part.strip().partition("=")
         if kind == NONE:
             raise ValueError(f"{NONE} stands alone, for no fault")
+        if not kind:
+            raise ValueError(f"fault kind missing; choose from {', '.join(KINDS)}, p, {NONE}")
         if kind not in KINDS and kind != "p":
             raise ValueError(f"unknown fault kind {kind!r}; choose from {', '.join(KINDS)}, p, {NONE}")
         if kind in values:

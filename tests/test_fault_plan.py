@@ -39,7 +39,9 @@ def sent(actions: list[Action]) -> bytes:
 @pytest.mark.parametrize(
     ("spec", "error"),
     [
-        ("", "unknown fault kind ''; choose from delay, rate, slice, drop,"),
+        ("", "fault kind missing; choose from delay, rate, slice, drop,"),
+        ("reset,", "fault kind missing; choose from"),
+        ("=5", "fault kind missing; choose from"),
         ("dely=1", "unknown fault kind 'dely'; choose from delay, rate, slice, drop,"),
         ("reset;close", "unknown fault kind 'reset;close'; choose from"),
         ("delay", "delay requires seconds from 0 to 86400, or a range such as 0.05..0.2"),

@@ -653,6 +653,31 @@ def test_http_client_raises_the_documented_error(fault: str, error: type[Excepti
 
 
 @pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("close", "ConnectionError"),
+        ("half-close", "ConnectionError"),
+        ("reset", "ConnectionError"),
+        ("refuse", "ConnectionError"),
+        ("corrupt", "ConnectionError"),
+        ("duplicate", "ConnectionError"),
+        ("stall", "ReadTimeout"),
+        ("drop", "ReadTimeout"),
+        ("delay=3600", "ReadTimeout"),
+        ("no-accept", "ConnectTimeout"),
+    ],
+)
+def test_requests_raises_the_documented_error(fault: str, error: str) -> None:
+    requests = pytest.importorskip("requests", reason="requests is not installed")
+    timeout = 0.1 if error.endswith("Timeout") else TIMEOUT
+    with HostedServer(fault=fault) as server, requests.Session() as session:
+        session.trust_env = False  # no proxy
+        with pytest.raises(requests.RequestException) as caught:
+            session.get("http://{}:{}/".format(*server.address), timeout=timeout)
+    assert type(caught.value).__name__ == error
+
+
+@pytest.mark.parametrize(
     ("fault", "errors"),
     [
         ("close", echo_async.ReplyLost),
