@@ -14,7 +14,7 @@ Layout, in reading order:
 ``errors``        every error, as one tree
 ``proxy`` ``tlv`` PROXY protocol headers and their fields, without IO
 ``faults``        what is done to replies instead of just sending them, without IO
-``identity``      the replies of the mode ``identify``, without IO
+``identity``      the replies in ``identify`` mode, without IO
 ``compat``        what a platform may lack
 ``verifier`` ``batching`` ``session`` ``endpoint``   what both clients share
 

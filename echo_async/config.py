@@ -63,7 +63,7 @@ OptionType = Literal[
 ADDRESS_OPTIONS = ("host", "port", "uds", "fd")
 """The fields of :class:`ServerConfig` that tell where to listen."""
 
-MAX_LABELS_SIZE = 1024  # characters of all labels, which each reply of the mode identify contains
+MAX_LABELS_SIZE = 1024  # characters of all labels, which each reply of identify mode contains
 LOOPBACK = "127.0.0.1,::1"
 MAX_INT = 2**31 - 1
 
@@ -73,7 +73,7 @@ _MODE_HELP = (
     "identify: each message is answered with a line of JSON about the server and the connection."
 )
 _ENGINE_HELP = "streams: one coroutine per client. protocol: callbacks. threads: one thread per client."
-_LABEL_HELP = "KEY=VALUE that the mode identify, the info metric and JSON logs report. Can be given several times."
+_LABEL_HELP = "KEY=VALUE to report in identify mode, the info metric and JSON logs. Can be given several times."
 _LABELS_REQUIREMENT = (
     f"must be KEY=VALUE, with letters, digits and _ in the key, at most {MAX_LABELS_SIZE} characters in all"
 )

@@ -93,15 +93,15 @@ class RetrySchedule:
     def __init__(self, endpoint: Endpoint) -> None:
         self.timeout = self._connect_timeout = endpoint.config.connect_timeout
         self._deadline = monotonic() + endpoint.config.retry
-        self._delay = MIN_RETRY_DELAY
+        self._retry_delay = MIN_RETRY_DELAY
 
     def next_delay(self, error: ConnectError) -> float | None:
         """Return the seconds until the next attempt; None if ``error`` is final."""
         left = self._deadline - monotonic()
         if left <= 0 or isinstance(error.__cause__, SSLCertVerificationError):
             return None
-        delay = min(self._delay, left)
-        self._delay = min(2 * self._delay, MAX_RETRY_DELAY)
+        delay = min(self._retry_delay, left)
+        self._retry_delay = min(2 * self._retry_delay, MAX_RETRY_DELAY)
         self.timeout = min(self._connect_timeout, max(left - delay, MIN_RETRY_DELAY))
         log.debug("%s; retrying in %.3f s", error, delay)
         return delay

@@ -168,7 +168,7 @@ def _check_combination(kinds: list[str], has_probability: bool) -> None:
 class FaultSchedule:
     """Which connections of a server have a fault. Used by one thread at a time.
 
-    ``fault`` is for every connection after those of the ``sequence``. In the mode ``raw`` each read is a reply.
+    ``fault`` is for every connection after those of the ``sequence``. In ``raw`` mode each read is a reply.
 
     Attributes:
         seed: Where all random choices come from, a random number by default.

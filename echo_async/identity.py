@@ -1,4 +1,4 @@
-"""The replies of the mode ``identify``, without IO: what a server knows of itself, a connection and a message.
+"""The replies in ``identify`` mode, without IO: what a server knows of itself, a connection and a message.
 
 A reply is one line of JSON. Everything but the message is the same for all messages of a connection, so it is
 serialized once. It has at most 16 KiB: TLVs and names in certificates that do not fit are left out.
@@ -148,7 +148,7 @@ class Tls:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """The reply to one message in the mode ``identify``.
+    """The reply to one message in ``identify`` mode.
 
     Attributes:
         message: The message without its newline, None if it is not UTF-8.
@@ -177,7 +177,7 @@ class Identity:
         """Parse a reply. A value that is missing is None; unknown keys are ignored.
 
         Raises:
-            ValueError: It is no reply of a server in the mode ``identify``.
+            ValueError: It is not a reply of a server in ``identify`` mode.
         """
         import json
 
@@ -185,7 +185,7 @@ class Identity:
             identity = _parse_identity(json.loads(line))
             _content_of(identity)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"not a reply of the mode identify: {error}") from error
+            raise ValueError(f"not an identify reply: {error}") from error
         return identity
 
 
@@ -198,12 +198,12 @@ def check_reply(line: bytes, message: bytes, name: str) -> Identity:
     """Parse the reply of the server ``name`` to ``message``.
 
     Raises:
-        ReplyDifferent: It is no reply of the mode ``identify``, or reports another message.
+        ReplyDifferent: It is not a reply of ``identify`` mode, or reports another message.
     """
     try:
         identity = Identity.parse(line)
     except ValueError as error:
-        raise ReplyDifferent(f"invalid reply: {error}; is {name} in the mode identify?", 0) from error
+        raise ReplyDifferent(f"invalid reply: {error}; is {name} in identify mode?", 0) from error
     content = _content_of(identity)
     if (content + b"\n", identity.bytes) != (message, len(message)):
         raise ReplyDifferent(f"reply of {name} reports another message: {content[:40]!r}", 0)
@@ -222,7 +222,7 @@ def _content_of(identity: Identity) -> bytes:
 def _select(values: object, **types: type | UnionType) -> dict[str, Any]:
     """Return the values of these names and types. :exc:`ValueError` if one has another type."""
     if not isinstance(values, dict):
-        raise ValueError(f"expected an object, received {values!r:.40}")
+        raise ValueError(f"expected a JSON object, received {values!r:.40}")
     selected = {name: values.get(name) for name in types}
     for name, value in selected.items():
         if not isinstance(value, types[name]) or isinstance(value, bool):

@@ -30,7 +30,7 @@ class Stats:
     proxy_failures: int = 0
     """Connections closed because the PROXY header was invalid or missing, or its sender untrusted."""
     messages: int = 0
-    """Complete messages answered (always 0 in mode ``raw``)."""
+    """Complete messages answered (always 0 in ``raw`` mode)."""
     bytes_in: int = 0
     """Bytes received."""
     bytes_out: int = 0

@@ -20,13 +20,13 @@ __all__ = ["HostedServer"]
 
 
 class HostedServer:
-    """A running echo server for tests, by default on a free port and in the mode ``stream``.
+    """A running echo server for tests, by default on a free port and in ``stream`` mode.
 
     It is a context manager that closes the server.
 
     Attributes:
         received: The complete messages of all clients, including their newlines, in the order of arrival. A message
-            is appended before its reply is sent. In the mode ``raw`` each item is the data of one read.
+            is appended before its reply is sent. In ``raw`` mode each item is the data of one read.
         client_context: A TLS context that trusts only the certificate of this server, or None without ``tls``.
 
     Args:

@@ -48,11 +48,11 @@ def iterate_tlvs(data: bytes) -> Iterator[tuple[int, bytes]]:
     position = 0
     while position < len(data):
         if len(data) - position < FIELD.size:
-            raise ValueError(f"TLV truncated after {len(data) - position} bytes")
+            raise ValueError(f"truncated TLV: {len(data) - position} bytes left, expected at least {FIELD.size}")
         kind, size = FIELD.unpack_from(data, position)
         position += FIELD.size
         if len(data) - position < size:
-            raise ValueError(f"TLV {kind:#04x} of {size} bytes truncated after {len(data) - position}")
+            raise ValueError(f"truncated TLV {kind:#04x}: {len(data) - position} bytes left, expected {size}")
         yield kind, data[position : position + size]
         position += size
 

@@ -131,7 +131,7 @@ def scripted_server() -> Iterator[Start]:
 
 @pytest.fixture
 def faulty_server() -> Iterator[MakeEchoServer]:
-    """Start servers with faults, by default in the mode ``stream``, and stop them after the test."""
+    """Start servers with faults, by default in ``stream`` mode, and stop them after the test."""
     with ExitStack() as stack:
 
         def start(*, tls: bool = False, **options: Unpack[ServerOptions]) -> HostedServer:

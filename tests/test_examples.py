@@ -63,7 +63,7 @@ def test_example_half_close_gets_the_whole_reply(server: ServerProcess) -> None:
         assert receive_all(client) == message
 
 
-def test_example_end_without_newline_gets_no_reply(server: ServerProcess) -> None:
+def test_example_eof_without_newline_gets_no_reply(server: ServerProcess) -> None:
     with server.connect() as client:
         client.sendall(b"no newline")
         client.shutdown(socket.SHUT_WR)

@@ -189,7 +189,7 @@ def test_each_of_several_messages_is_a_reply() -> None:
     assert without_reports(plan.reply(b"one\ntwo\n")) == [Wait(1), Send(b"one\n"), Wait(1), Send(b"two\n")]
 
 
-def test_reply_in_mode_raw_is_one_read() -> None:
+def test_reply_in_raw_mode_is_one_read() -> None:
     plan = plan_of("delay=1", is_raw=True)
     assert without_reports(plan.reply(b"one\ntwo")) == [Wait(1), Send(b"one\ntwo")]
 
@@ -202,7 +202,7 @@ def test_corrupt_flips_one_bit_and_keeps_the_framing(message: bytes, seed: int) 
 
 
 @given(st.binary(min_size=1, max_size=30), st.integers(0, 1000))
-def test_corrupt_in_mode_raw_flips_any_bit(data: bytes, seed: int) -> None:
+def test_corrupt_in_raw_mode_flips_any_bit(data: bytes, seed: int) -> None:
     assert differing_bits(data, sent(without_reports(plan_of("corrupt", seed, is_raw=True).reply(data)))) == 1
 
 

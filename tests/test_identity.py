@@ -1,4 +1,4 @@
-"""The replies of the mode ``identify`` without IO: valid JSON in one line for any message, and bounded."""
+"""The replies in ``identify`` mode without IO: valid JSON in one line for any message, and bounded."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_address_of_a_socket_is_described(name: object, expected: Address) -> No
 
 @pytest.mark.parametrize("line", [b"", b"Hola\n", b"{}\n", b"[]\n", b'{"message": "x"}\n', b"\xff\n", 16_000 * b"["])
 def test_other_replies_are_no_identity(line: bytes) -> None:
-    with pytest.raises(ReplyDifferent, match=r"invalid reply: not a reply of the mode identify.*is server in the mode"):
+    with pytest.raises(ReplyDifferent, match=r"invalid reply: not an identify reply.*is server in identify mode"):
         check_reply(line, b"x\n", "server")
 
 
@@ -200,7 +200,7 @@ def test_other_replies_are_no_identity(line: bytes) -> None:
 )
 def test_reply_with_a_value_of_another_type_is_invalid(changes: dict[str, Any]) -> None:
     values = json.loads(describer().describe(b"x\n", 1))
-    with pytest.raises(ReplyDifferent, match="invalid reply: not a reply of the mode identify"):
+    with pytest.raises(ReplyDifferent, match="invalid reply: not an identify reply"):
         check_reply(json.dumps({**values, **changes}).encode(), b"x\n", "server")
 
 

@@ -345,7 +345,7 @@ def socket_path(directory: Path) -> str:
     return str(directory / "echo.sock")
 
 
-def test_bind_of_unix_path_is_reachable(tmp_path: Path) -> None:
+def test_bound_unix_socket_accepts_connections(tmp_path: Path) -> None:
     path = socket_path(tmp_path)
     with bound(uds=path) as [listener]:
         assert get_address(listener) == path

@@ -111,7 +111,7 @@ def test_fields_are_decoded_by_name(fields: list[bytes], expected: dict[str, Any
         assert parse(header(*fields, family=family, addresses=addresses)).tlvs == expected
 
 
-def test_addresses_of_each_family_are_reported() -> None:
+def test_proxy_addresses_of_each_family_are_parsed() -> None:
     parsed = parse(header())
     assert (parsed.version, parsed.source, parsed.destination) == (2, ("192.0.2.1", 4711), ("192.0.2.9", 443))
     parsed = parse(header(family=0x21, addresses=IPV6))
@@ -142,10 +142,10 @@ def test_unspecified_family_with_other_content_has_no_fields() -> None:
 @pytest.mark.parametrize(
     ("field", "error"),
     [
-        (b"\x02", "TLV truncated after 1 bytes"),
-        (b"\x02\0", "TLV truncated after 2 bytes"),
-        (b"\x02\0\x05four", "TLV 0x02 of 5 bytes truncated after 4"),
-        (tlv(0x02, b"x") + b"\x01\xff\xff", "TLV 0x01 of 65535 bytes truncated after 0"),
+        (b"\x02", "truncated TLV: 1 bytes left, expected at least 3"),
+        (b"\x02\0", "truncated TLV: 2 bytes left, expected at least 3"),
+        (b"\x02\0\x05four", "truncated TLV 0x02: 4 bytes left, expected 5"),
+        (tlv(0x02, b"x") + b"\x01\xff\xff", "truncated TLV 0x01: 0 bytes left, expected 65535"),
     ],
 )
 def test_truncated_field_is_an_invalid_header(field: bytes, error: str) -> None:

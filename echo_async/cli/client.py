@@ -37,7 +37,7 @@ OPTIONS = {
     "ssl_no_verify": Option(False, "Do not verify the server certificate (insecure).", "flag"),
     "count": Option(1, "Send the message this many times, like ping; 0: until Ctrl-C.", "integer"),
     "interval": Option(1.0, "Seconds between two messages, with --count.", "seconds", is_zero_allowed=True),
-    "identify": Option(False, "Print what a server in the mode identify reports, and compare its message.", "flag"),
+    "identify": Option(False, "Print what a server in identify mode reports, and compare its message.", "flag"),
     "json": Option(False, "Print a JSON object per reply.", "flag"),
     "quiet": Option(False, "Print no errors; with --count, print only the summary.", "flag"),
     "verbose": Option(False, "Print every step to stderr.", "flag"),
@@ -117,7 +117,7 @@ def _connect(values: dict[str, Any], output: Output) -> AwaitableContextManager[
 
 
 class IdentifySession(Session):
-    """Exchanges messages with a server in the mode ``identify``, one at a time. ``line`` is the last reply."""
+    """Exchanges messages with a server in ``identify`` mode, one at a time. ``line`` is the last reply."""
 
     keeps_open = False
     line = b""

@@ -122,7 +122,7 @@ class Output:
 
 
 class JsonOutput(Output):
-    """Prints each reply and each failure as a JSON object; a reply of the mode ``identify`` as its ``identity``."""
+    """Prints each reply and each failure as a JSON object; a reply of ``identify`` mode as its ``identity``."""
 
     def __init__(self, *, quiet: bool, verbose: bool, is_identity: bool = False) -> None:
         super().__init__(quiet=quiet, verbose=verbose)

@@ -1,4 +1,4 @@
-"""Collects the facts of a connection for the mode ``identify``."""
+"""Collects the facts of a connection for ``identify`` mode."""
 
 import os
 import platform

@@ -1,6 +1,6 @@
 """The part of a connection with a fault that does not depend on its engine.
 
-A connection in the mode ``identify`` is one as well, with a plan without faults: its replies are made one at a time.
+A connection in ``identify`` mode is one as well, with a plan without faults: its replies are made one at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -69,7 +69,7 @@ class FaultyConnection(Connection):
             yield Wait(FLUSH_INTERVAL)
 
     def _make_describer(self) -> Callable[[bytes, int], bytes]:
-        from .description import describe_connection  # only for the mode identify
+        from .description import describe_connection  # only for identify mode
 
         return describe_connection(self.context.config, self._peername, self._header, self.extra_info).describe
 

@@ -64,7 +64,7 @@ def handle_echo(
     try:
         config = ServerConfig(**options)
         if config.has_plans:
-            raise ConfigError("handle_echo has neither faults nor the mode identify; use echo_async.serve")
+            raise ConfigError("handle_echo has neither faults nor identify mode; use echo_async.serve")
         registry = Registry(config)
     except BaseException:
         writer.transport.abort()

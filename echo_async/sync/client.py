@@ -86,7 +86,7 @@ class EchoClient:
         return self._session.exchange(b"ping\n")
 
     def identify(self, message: str | bytes) -> Identity:
-        """Send a message to a server in the mode ``identify``.
+        """Send a message to a server in ``identify`` mode.
 
         Args:
             message: As for :meth:`echo`.
@@ -96,7 +96,7 @@ class EchoClient:
 
         Raises:
             MessageError, ReplyLost, ReplyLate, ConnectError, EchoError: As for :meth:`echo`.
-            ReplyDifferent: The reply is none of the mode ``identify``, or reports another message.
+            ReplyDifferent: It is not a reply of ``identify`` mode, or reports another message.
         """
         from ..identity import check_reply, max_reply_size  # which imports json
 

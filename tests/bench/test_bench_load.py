@@ -247,7 +247,7 @@ def test_load_unix_socket_is_measured(tmp_path: Path, capsys: pytest.CaptureFixt
             check_replies(facts)
 
 
-def test_load_unix_socket_with_full_queue_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_unix_socket_with_full_backlog_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "echo")
     with HostedServer(uds=path, backlog=1, mode="message"):
         check_replies(load(capsys, "--uds", path, "--mode", "message", "--connections", "50", *SHORT))

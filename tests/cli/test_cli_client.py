@@ -583,7 +583,7 @@ def test_count_prints_round_trips_and_summary(scripted_server: Start) -> None:
 
 
 @pytest.mark.parametrize("serve", [echo_one, echo_all])
-def test_count_with_any_server_receives_all_replies(scripted_server: Start, serve: Serve) -> None:
+def test_count_receives_all_replies_in_either_mode(scripted_server: Start, serve: Serve) -> None:
     done = client(scripted_server(serve), "--count", "10", "--interval", "0", "--quiet")
     assert b"10 sent, 10 received, 0 lost" in done.stdout
     assert b"seq=" not in done.stdout

@@ -446,7 +446,7 @@ def test_port_in_use_exits_with_3_and_names_the_address() -> None:
     assert f" 127.0.0.1:{port}: address already in use" in error_line(done)
 
 
-def test_foreign_address_exits_with_3_and_one_line() -> None:
+def test_non_local_address_exits_with_3_and_one_line() -> None:
     done = run_server("--port", "0", "--host", "192.0.2.1")
     assert done.returncode == 3
     assert "192.0.2.1" in error_line(done)

@@ -71,7 +71,7 @@ def test_flood_from_one_client_is_read_in_limited_shares(
 @pytest.mark.parametrize("fault", [None, "duplicate"])
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("engine", ["streams", "protocol"])
-def test_flood_in_mode_identify_is_answered_in_shares(engine: EngineName, loop: LoopName, fault: str | None) -> None:
+def test_flood_in_identify_mode_is_answered_in_shares(engine: EngineName, loop: LoopName, fault: str | None) -> None:
     """In one event loop iteration the server sends a limited number of replies, however many messages it has read."""
     flood = b"\n" * 3_000
 

@@ -141,7 +141,7 @@ def connect_and_receive(server: echo_async.EchoServer) -> tuple[bytes, str]:
 
 
 class Case(NamedTuple):
-    """A fault, what a client receives for one message in the mode ``message``, and how the connection ends."""
+    """A fault, what a client receives for one message in ``message`` mode, and how the connection ends."""
 
     fault: str
     received: bytes = MESSAGE
@@ -395,7 +395,7 @@ def test_handle_echo_refuses_faults() -> None:
                 assert await reader.read() == b""
             writer.close()
         [error] = errors
-        assert str(error) == "handle_echo has neither faults nor the mode identify; use echo_async.serve"
+        assert str(error) == "handle_echo has neither faults nor identify mode; use echo_async.serve"
 
     asyncio.run(main())
 

@@ -1,4 +1,4 @@
-"""The mode ``identify`` on every engine and event loop, and the clients of it."""
+"""``identify`` mode on every engine and event loop, and the clients of it."""
 
 from __future__ import annotations
 
@@ -205,9 +205,9 @@ def test_identify_of_an_echo_is_a_different_reply(mode: Any) -> None:
             await client.identify("Hola")
 
     with HostedServer(mode=mode) as server:
-        with sync.connect(*server.address) as client, pytest.raises(ReplyDifferent, match="in the mode identify"):
+        with sync.connect(*server.address) as client, pytest.raises(ReplyDifferent, match="in identify mode"):
             client.identify("Hola")
-        with pytest.raises(ReplyDifferent, match="in the mode identify"):
+        with pytest.raises(ReplyDifferent, match="in identify mode"):
             run(main)
 
 
@@ -243,7 +243,7 @@ def test_client_command_checks_the_reply(capfd: pytest.CaptureFixture[str]) -> N
     with HostedServer() as server:
         assert client_main(["--port", str(server.port), "--identify", "one"]) == 1
         out, err = capfd.readouterr()
-        assert (out, "in the mode identify?" in err) == ("", True)
+        assert (out, "in identify mode?" in err) == ("", True)
         assert client_main(["--port", str(server.port), "--identify", "--json", "one"]) == 1
         assert json.loads(capfd.readouterr().out)["error"]["kind"] == "mismatch"
     assert client_main(["--identify", "--count", "1"]) == 2
