@@ -7,7 +7,7 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -115,6 +115,51 @@ class ScriptedServer:
 
 
 Start = Callable[[Serve], ScriptedServer]
+
+Answer = Callable[[int, bytes], Iterable[bytes]]
+"""Returns the datagrams to send when one is received, which is the first, second, ... of all."""
+
+
+class ScriptedDatagrams:
+    """A UDP server that sends what ``answer`` returns to where the last datagram came from."""
+
+    def __init__(self, answer: Answer, host: str = "127.0.0.1") -> None:
+        self._answer = answer
+        self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind((host, 0))
+        self.address: tuple[str, int] = self._socket.getsockname()[:2]
+        self.received: list[bytes] = []
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with self._socket:
+            while True:
+                data, client = self._socket.recvfrom(70_000)
+                if client[:2] == self.address:
+                    return
+                self.received.append(data)
+                for reply in self._answer(len(self.received), data):
+                    self._socket.sendto(reply, client)
+
+    def stop_soon(self) -> None:
+        """Close the socket after the datagrams received so far; from then on the port refuses datagrams."""
+        with contextlib.suppress(OSError):  # it is closed
+            self._socket.sendto(b"", self.address)
+
+    def stop(self) -> None:
+        self.stop_soon()
+        self._thread.join(TIMEOUT)
+
+    def __enter__(self) -> ScriptedDatagrams:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+
+def echo_datagram(number: int, data: bytes) -> Iterable[bytes]:
+    return [data]
 
 
 def echo_all(peer: Peer) -> None:

@@ -37,11 +37,14 @@ OPTIONS = {
     "ssl_no_verify": Option(False, "Do not verify the server certificate (insecure).", "flag"),
     "count": Option(1, "Send the message this many times, like ping; 0: until Ctrl-C.", "integer"),
     "interval": Option(1.0, "Seconds between two messages, with --count.", "seconds", is_zero_allowed=True),
+    "udp": Option(False, "Send numbered datagrams, and report which were lost, late or corrupted.", "flag"),
+    "size": Option(64, "Bytes per datagram, with --udp; at most 65507 over IPv4.", "integer", 0, 65_527),
     "identify": Option(False, "Print what a server in identify mode reports, and compare its message.", "flag"),
     "json": Option(False, "Print a JSON object per reply.", "flag"),
     "quiet": Option(False, "Print no errors; with --count, print only the summary.", "flag"),
     "verbose": Option(False, "Print every step to stderr.", "flag"),
 }
+CONNECTION_OPTIONS = ("uds", "retry", "send_proxy", "proxy_source", "identify")  # for which UDP has no equivalent
 TLS_OPTIONS = ("ssl", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_no_verify", "server_hostname")
 
 
@@ -62,6 +65,7 @@ def command(context: click.Context, /, messages: Sequence[str], **values: Any) -
       echo-async client
       echo-async client 'first message' 'second message'
       echo-async client --count 5 --interval 0.2
+      echo-async client --udp --count 1000 --interval 0 --quiet
       seq 100000 | echo-async client - > replies
       echo-async client --host echo.example --port 7 --ssl --json hola
 
@@ -76,18 +80,39 @@ def command(context: click.Context, /, messages: Sequence[str], **values: Any) -
         raise ConfigError("--interval requires --count")
     if is_ping and values["identify"]:
         raise ConfigError("--identify and --count are mutually exclusive")
+    if not values["udp"] and context.get_parameter_source("size") is ParameterSource.COMMANDLINE:
+        raise ConfigError("--size requires --udp")
     make_output = partial(JsonOutput, is_identity=values["identify"]) if values["json"] else Output
     output = make_output(quiet=values["quiet"], verbose=values["verbose"])
     if values["verbose"]:
         _log_steps()
-    connecting = _connect(values, output)
-    if is_ping:
-        from .ping import ping
+    return _run(_make_main(messages, values, is_ping, output), output)
 
-        main = ping(connecting, _ping_message(messages), values["count"], values["interval"], output)
-    else:
-        main = _send_messages(connecting, LineSource(_parts(messages)), output)
-    return _run(main, output)
+
+def _make_main(
+    messages: Sequence[str], values: dict[str, Any], is_ping: bool, output: Output
+) -> Coroutine[Any, Any, bool]:
+    if values["udp"]:
+        return _ping_datagrams(messages, values, output)
+    connecting = _connect(values, output)
+    if not is_ping:
+        return _send_messages(connecting, LineSource(_parts(messages)), output)
+    from .ping import ping
+
+    return ping(connecting, _ping_message(messages), values["count"], values["interval"], output)
+
+
+def _ping_datagrams(messages: Sequence[str], values: dict[str, Any], output: Output) -> Coroutine[Any, Any, bool]:
+    for name in (*CONNECTION_OPTIONS, *TLS_OPTIONS):
+        if values[name]:
+            raise ConfigError(f"--udp conflicts with --{name.replace('_', '-')}")
+    if messages:
+        raise ConfigError("--udp conflicts with MESSAGE: datagrams are generated; use --size")
+    from .datagram_ping import ping
+
+    names = ("host", "port", "timeout", "connect_timeout")
+    endpoint = Endpoint(**{name: values[name] for name in names})
+    return ping(endpoint, values["size"], values["count"], values["interval"], output)
 
 
 def _ping_message(messages: Sequence[str]) -> bytes:
@@ -188,6 +213,8 @@ def _run(main: Coroutine[Any, Any, bool], output: Output) -> ExitCode:
     except ConnectError as error:
         output.print_connect_error(error)
         return ExitCode.UNAVAILABLE
+    except ConfigError:
+        raise
     except EchoError as error:
         output.print_error(str(error))
         return ExitCode.FAILURE

@@ -6,10 +6,18 @@ Replies are escaped if stdout is a terminal. If stdout is closed by its reader, 
 import os
 import select
 import sys
+from typing import TYPE_CHECKING
 
 from ..errors import EchoError, describe_error, failure_kind
 from ..stdio import discard_output
 from ..verifier import escape_bytes
+
+if TYPE_CHECKING:
+    from ..datagrams import Reply
+
+
+def _datagram_marks(reply: "Reply") -> dict[str, bool]:
+    return {"late": reply.is_late, "duplicated": reply.seconds is None, "reordered": reply.is_reordered}
 
 
 class OutputClosed(Exception):
@@ -57,8 +65,21 @@ class Output:
         if not self._quiet:
             self._write_line(f"{len(message)} bytes from {name}: seq={self.number} time={1e3 * seconds:.3f} ms")
 
+    def print_datagram(self, name: str, size: int, reply: "Reply") -> None:
+        if not self._quiet:
+            time = "" if reply.seconds is None else f" time={1e3 * reply.seconds:.3f} ms"
+            marks = "".join(f" ({mark})" for mark, is_set in _datagram_marks(reply).items() if is_set)
+            self._write_line(f"{size} bytes from {name}: seq={reply.number}{time}{marks}")
+
+    def print_datagram_failure(self, error: EchoError, number: int | None) -> None:
+        """Print that a datagram is lost, or a received one corrupted: then ``number`` is None."""
+        self.print_error(str(error) if number is None else f"datagram {number}: {error}")
+
     def print_summary(self, text: str) -> None:
         self._write_line(text)
+
+    def print_counts(self, counts: dict[str, int]) -> None:
+        """Print the counters of datagrams, which the summary has as text."""
 
     def print_error(self, text: str, kind: str = "error") -> None:
         if not self._quiet:
@@ -130,12 +151,12 @@ class JsonOutput(Output):
 
     def print_failure(self, error: EchoError) -> None:
         super().print_failure(error)
-        self._write_failure(error)
+        self._write_failure(error, self.number)
 
     def print_connect_error(self, error: EchoError) -> None:
         super().print_connect_error(error)
         self.number += 1
-        self._write_failure(error)
+        self._write_failure(error, self.number)
 
     def print_heading(self, text: str) -> None:
         pass
@@ -143,16 +164,32 @@ class JsonOutput(Output):
     def print_round_trip(self, name: str, message: bytes, seconds: float) -> None:
         self.print_replies(message, seconds)
 
+    def print_datagram(self, name: str, size: int, reply: "Reply") -> None:
+        import json
+
+        seconds = None if reply.seconds is None else round(reply.seconds, 6)
+        facts = {"seq": reply.number, "bytes": size, "seconds": seconds, "ok": not reply.is_late}
+        self._write_line(json.dumps(facts | _datagram_marks(reply)))
+
+    def print_datagram_failure(self, error: EchoError, number: int | None) -> None:
+        super().print_datagram_failure(error, number)
+        self._write_failure(error, number)
+
+    def print_counts(self, counts: dict[str, int]) -> None:
+        import json
+
+        self._write_line(json.dumps(counts))
+
     def print_summary(self, text: str) -> None:
         """Print the summary to stderr: stdout has JSON objects only."""
         if not self._quiet:
             self._print_to_stderr(text)
 
-    def _write_failure(self, error: EchoError) -> None:
+    def _write_failure(self, error: EchoError, number: int | None) -> None:
         import json
 
         details = {"kind": failure_kind(error), "message": str(error)}
-        self._write_line(json.dumps({"seq": self.number, "ok": False, "error": details}))
+        self._write_line(json.dumps({"seq": number, "ok": False, "error": details}))
 
     def _format_replies(self, data: bytes, seconds: float) -> bytes:
         import json

@@ -36,12 +36,13 @@ class RoundTrips:
         elif (index := random.randrange(self.received)) < MAX_SAMPLES:
             self._samples[index] = seconds
 
-    def summary(self, name: str) -> str:
+    def summary(self, name: str, *details: str) -> str:
         elapsed = 1e3 * (perf_counter() - self._started)
         percent = 100 * self.lost / self.sent if self.sent else 0.0
         lines = [
             f"--- {name} echo statistics ---",
             f"{self.sent} sent, {self.received} received, {self.lost} lost ({percent:.3g}%), time {elapsed:.0f} ms",
+            *details,
         ]
         if self.received:
             times = (self._min, self._sum / self.received, self._quantile(0.5), self._quantile(0.99), self._max)

@@ -67,16 +67,16 @@ async def _create_connection(endpoint: Endpoint, connected: socket.socket) -> Co
 async def _connect(endpoint: Endpoint) -> socket.socket:
     if endpoint.config.uds is not None:
         return await _connect_unix(endpoint.config.uds)
-    infos = endpoint.numeric or await _resolve(endpoint)
+    infos = endpoint.numeric or await resolve(endpoint)
     return await _connect_tcp(infos[0]) if len(infos) == 1 else await _race(infos)
 
 
-async def _resolve(endpoint: Endpoint) -> Sequence[AddressInfo]:
+async def resolve(endpoint: Endpoint) -> Sequence[AddressInfo]:
     """Resolve the host in a new thread: unlike a thread of the loop's executor, it does not delay closing the loop."""
     resolved: Future[Sequence[AddressInfo]] = Future()
     resolved.set_running_or_notify_cancel()
 
-    def resolve() -> None:
+    def run() -> None:
         try:
             infos = endpoint.resolve()
         except (OSError, UnicodeError) as error:
@@ -84,7 +84,7 @@ async def _resolve(endpoint: Endpoint) -> Sequence[AddressInfo]:
         else:
             resolved.set_result(infos)
 
-    threading.Thread(target=resolve, name=f"resolve {endpoint.config.host}", daemon=True).start()
+    threading.Thread(target=run, name=f"resolve {endpoint.config.host}", daemon=True).start()
     return await asyncio.wrap_future(resolved)
 
 
