@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 from ..client.connector import resolve
-from ..datagrams import MAX_SIZE, MAX_SIZE_IPV4, DatagramFormat, DatagramTracker, Reply
+from ..datagram_tracker import MAX_SIZE, MAX_SIZE_IPV4, DatagramFormat, DatagramTracker, Reply
 from ..endpoint import Endpoint, log
 from ..errors import ConfigError, ConnectError, ReplyDifferent, ReplyLate
 from ..net import AddressInfo, format_address

@@ -13,7 +13,7 @@ from ..stdio import discard_output
 from ..verifier import escape_bytes
 
 if TYPE_CHECKING:
-    from ..datagrams import Reply
+    from ..datagram_tracker import Reply
 
 
 def _datagram_marks(reply: "Reply") -> dict[str, bool]:

