@@ -2,7 +2,8 @@
 
 ``python benchmarks/run.py`` measures every server in ``peers`` whose compiler, runtime or package is installed,
 under several loads, in interleaved rounds (see ``echo_async.bench.comparison``). It writes ``results/DATE.json``
-and ``results/DATE.md``. The servers in Python use the interpreter that runs this script.
+and ``results/DATE.md``. The servers in Python use the interpreter that runs this script. The loads ``flood`` and
+``idle`` measure round trips beside a disturbance.
 """
 
 from __future__ import annotations
@@ -18,15 +19,33 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from echo_async.bench.comparison import Candidate, CandidateResult, Comparison, compare, make_candidates
+from echo_async.bench.disturbance import Disturbance, max_idle_connections
 from echo_async.bench.plan import LoadMode, LoadPlan
-from echo_async.bench.report import format_comparison, format_machine, format_spread, print_comparison, progress_bar
+from echo_async.bench.plot import draw
+from echo_async.bench.report import (
+    format_comparison,
+    format_disturbance,
+    format_generator_limit,
+    format_machine,
+    format_spread,
+    print_comparison,
+    progress_bar,
+)
 
 HERE = Path(__file__).resolve().parent
 
-Loads = dict[str, tuple[LoadPlan, int]]
-"""The name of each load, with its plan and its message size in bytes."""
+IDLE_CONNECTIONS = 19_000
+
+
+class Load(NamedTuple):
+    """What is measured: the plan, the message size in bytes, and what disturbs the server meanwhile."""
+
+    plan: LoadPlan
+    size: int
+    disturbance: Disturbance | None = None
 
 
 def main() -> int:
@@ -43,12 +62,14 @@ def main() -> int:
             )
             return 2
         comparisons: list[tuple[str, Comparison]] = []
-        for name, (load, size) in _loads(plan).items():
+        for name, load in _loads(plan).items():
             if name in options.loads:
-                comparisons.append((name, _measure(name, candidates, load, size, options.rounds)))
+                comparisons.append((name, _measure(name, candidates, load, options.rounds)))
                 print_comparison(comparisons[-1][1])
                 # Written after each load, so that a later failure loses no results.
                 _write_results(comparisons, options.rounds, Path(options.output))
+        if options.plot:
+            draw(comparisons[0][1], options.plot)
     return 0
 
 
@@ -61,22 +82,26 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="measure only servers with one of these words in the name"
     )
+    parser.add_argument("--plot", help="draw a picture of the first load to this .svg, .png or .pdf file")
     parser.add_argument("--output", default=str(HERE / "results"), help="directory for the results")
     return parser.parse_args()
 
 
-def _loads(plan: LoadPlan) -> Loads:
+def _loads(plan: LoadPlan) -> dict[str, Load]:
+    one_client = replace(plan, connections=1)
     return {
-        "one": (plan, 1024),
-        "pipelined": (replace(plan, pipeline=16), 1024),
-        "large": (plan, 65_536),
-        "connections": (replace(plan, mode="message"), 1024),
+        "one": Load(plan, 1024),
+        "pipelined": Load(replace(plan, pipeline=16), 1024),
+        "large": Load(plan, 65_536),
+        "connections": Load(replace(plan, mode="message"), 1024),
+        "flood": Load(one_client, 64, Disturbance()),
+        "idle": Load(one_client, 64, Disturbance(idle=min(IDLE_CONNECTIONS, max_idle_connections()))),
     }
 
 
-def _measure(name: str, candidates: Sequence[Candidate], plan: LoadPlan, size: int, rounds: int) -> Comparison:
+def _measure(name: str, candidates: Sequence[Candidate], load: Load, rounds: int) -> Comparison:
     with progress_bar(name, rounds * len(candidates)) as progress:
-        return compare(candidates, [size], plan, rounds, progress)
+        return compare(candidates, [load.size], load.plan, rounds, progress, load.disturbance)
 
 
 def _own_candidates() -> Iterator[Candidate]:
@@ -128,12 +153,17 @@ def _write_results(comparisons: Sequence[tuple[str, Comparison]], rounds: int, d
     )
     with ExitStack() as stack:
         out = stack.enter_context(path.with_suffix(".md").open("w"))
-        command = f"python benchmarks/run.py --rounds {rounds} --duration {comparisons[0][1].plan.duration:g}"
+        names = " ".join(name for name, _ in comparisons)
+        duration = comparisons[0][1].plan.duration
+        command = f"python benchmarks/run.py --loads {names} --rounds {rounds} --duration {duration:g}"
         print(f"# Echo servers side by side\n\n{format_machine(machine)}. Measured by `{command}`.", file=out)
         for name, comparison in comparisons:
             [size] = comparison.sizes
             print(f"\n## `{name}`: {format_comparison(comparison, size)}\n", file=out)
-            print("\n".join(_markdown_table(comparison.results_of_size(size))), file=out)
+            table = _markdown_table if comparison.disturbance is None else _disturbance_table
+            print("\n".join(table(comparison.results_of_size(size))), file=out)
+            if any(each.is_generator_limited for each in comparison.results):
+                print(f"\n\\{format_generator_limit(comparison)}.", file=out)
     print(f"results written to {path}.json and {path}.md", file=sys.stderr)
 
 
@@ -148,8 +178,17 @@ def _markdown_table(results: Sequence[CandidateResult]) -> Iterator[str]:
             f"| {1e6 * (result.cpu_per_message or 0):.1f} | {cpu_ratio} "
             f"| {1e3 * result.latency['50']:.3f} | {1e3 * result.latency['99']:.3f} |"
         )
-    if any(each.is_generator_limited for each in results):
-        yield "\n\\* the load generator was the limit: the server can do more; compare its CPU time per message."
+
+
+def _disturbance_table(results: Sequence[CandidateResult]) -> Iterator[str]:
+    last = "idle CPU %" if results[0].flood_rate is None else "flood MB/s"
+    yield f"| server | p50 ms | p99 ms | p99 ratio (min-max) | max ms | {last} |"
+    yield "|---|--:|--:|--:|--:|--:|"
+    for result in sorted(results, key=lambda each: each.p99):
+        times = (f"{1e3 * result.latency[percent]:.3f}" for percent in ("50", "99"))
+        ratio, longest = format_spread(result.ratio(results[0], "p99")), f"{1e3 * result.longest:.1f}"
+        row = (result.candidate.name, *times, ratio, longest, format_disturbance(result).strip())
+        yield f"| {' | '.join(row)} |"
 
 
 if __name__ == "__main__":

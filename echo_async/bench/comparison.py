@@ -3,26 +3,33 @@
 The speed of a machine changes from minute to minute. Interleaved rounds compare what was measured within
 seconds: each round has its own ratio, and the spread of the ratios shows how reliable their median is. On a busy
 machine the CPU time per message is the most reliable figure. The first candidate is the base of the ratios.
+
+Beside a disturbance, the load is that of clients that behave well: what they notice is measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
+from time import perf_counter, sleep
 from typing import Any, Literal
 
 from ..config import EngineName
 from ..errors import EchoError
+from .disturbance import Disturbance
 from .load import find_server, run_load
 from .machine import machine_info, separate_cpus
 from .plan import LoadMode, LoadPlan
+from .result import LoadResult
 from .server import ServerProcess, server_command
 
-LATENCY_PERCENTILES = ("0", "1", "5", *map(str, range(10, 100, 10)), "95", "98", "99", "99.5", "99.9", "99.99")
+LATENCY_PERCENTILES = ("0", "1", "5", *map(str, range(10, 100, 10)), "95", "98", "99", "99.5", "99.9", "99.99", "100")
 UNLIMITED_CHUNK_SIZE = 2**16  # bytes
-RoundFigure = Literal["messages_per_second", "cpu_per_message"]
+PAUSE = 0.001  # seconds between a reply and the next message beside a disturbance
+RoundFigure = Literal["messages_per_second", "cpu_per_message", "p99"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,14 @@ class Round:
     latency: dict[str, float]
     """Percentiles."""
     is_generator_limited: bool
+    flood_rate: float | None = None
+    """Bytes per second that the client that floods the server received."""
+    idle_cpu: float | None = None
+    """Share of a core that the server used while all its connections were idle."""
+
+    @property
+    def p99(self) -> float:
+        return self.latency["99"]
 
 
 @dataclass
@@ -63,8 +78,28 @@ class CandidateResult:
 
     @property
     def cpu_per_message(self) -> float | None:
-        used = [each.cpu_per_message for each in self.rounds if each.cpu_per_message is not None]
-        return median(used) if used else None
+        return self._median("cpu_per_message")
+
+    @property
+    def p99(self) -> float:
+        return self.latency["99"]
+
+    @property
+    def flood_rate(self) -> float | None:
+        return self._median("flood_rate")
+
+    @property
+    def idle_cpu(self) -> float | None:
+        return self._median("idle_cpu")
+
+    def _median(self, figure: str) -> float | None:
+        known = [value for each in self.rounds if (value := getattr(each, figure)) is not None]
+        return median(known) if known else None
+
+    @property
+    def longest(self) -> float:
+        """The longest round trip of all rounds."""
+        return max(each.latency["100"] for each in self.rounds)
 
     @property
     def latency(self) -> dict[str, float]:
@@ -97,6 +132,17 @@ class CandidateResult:
             "generator_was_the_limit": self.is_generator_limited,
         }
 
+    def disturbance_as_json(self, base: CandidateResult) -> dict[str, Any]:
+        return {
+            "p99_rounds": [each.p99 for each in self.rounds],
+            "p99_ratio": self.ratio(base, "p99"),
+            "longest": self.longest,
+            "flood_bytes_per_second": self.flood_rate,
+            "flood_bytes_per_second_rounds": [each.flood_rate for each in self.rounds],
+            "idle_cpu": self.idle_cpu,
+            "idle_cpu_rounds": [each.idle_cpu for each in self.rounds],
+        }
+
 
 @dataclass
 class Comparison:
@@ -105,6 +151,7 @@ class Comparison:
     plan: LoadPlan
     results: list[CandidateResult]
     machine: dict[str, Any]
+    disturbance: Disturbance | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -119,8 +166,12 @@ class Comparison:
             **{name: getattr(self.plan, name) for name in ("mode", "connections", "pipeline", "duration", "warmup")},
             "rounds": len(self.results[0].rounds),
             "base": self.results[0].candidate.name,
-            "results": [each.as_json(self.results_of_size(each.size)[0]) for each in self.results],
+            "disturbance": None if self.disturbance is None else str(self.disturbance),
+            "results": [self._result_as_json(each, self.results_of_size(each.size)[0]) for each in self.results],
         }
+
+    def _result_as_json(self, result: CandidateResult, base: CandidateResult) -> dict[str, Any]:
+        return result.as_json(base) | ({} if self.disturbance is None else result.disturbance_as_json(base))
 
 
 def spread(ratios: Sequence[float]) -> dict[str, float] | None:
@@ -150,36 +201,79 @@ def compare(
     plan: LoadPlan,
     rounds: int,
     progress: Callable[[float], None] | None,
+    disturbance: Disturbance | None = None,
 ) -> Comparison:
     """Measure ``candidates`` with messages of each size. Ctrl-C raises KeyboardInterrupt: no result is partial."""
     machine = machine_info()
     results = [CandidateResult(candidate, size) for size in sizes for candidate in candidates]
-    server_cpus, load_cpus = separate_cpus()
+    measure = _measure if disturbance is None else partial(_measure_disturbed, disturbance=disturbance)
     done = 0
     for _ in range(rounds):
         for result in results:
-            result.rounds.append(_measure(result.candidate, replace(plan, size=result.size), server_cpus, load_cpus))
+            result.rounds.append(measure(result.candidate, replace(plan, size=result.size)))
             done += 1
             if progress is not None:
                 progress(done)
-    return Comparison(plan, results, machine)
+    return Comparison(plan, results, machine, disturbance)
 
 
-def _measure(candidate: Candidate, plan: LoadPlan, server_cpus: Sequence[int], load_cpus: Sequence[int]) -> Round:
+def _measure(candidate: Candidate, plan: LoadPlan) -> Round:
+    server_cpus, load_cpus, _ = separate_cpus()
     with ServerProcess(candidate.command(plan.mode, plan.size), server_cpus) as server:
         plan = find_server(plan, *server.address)
         before = server.cpu_seconds()
-        result = run_load(plan, cpus=load_cpus)
+        with _naming(candidate):
+            result = _load(plan, load_cpus)
         after = server.cpu_seconds()
+    cpu = None if before is None or after is None else (after - before) / max(1, result.answered)
+    return Round(result.messages_per_second, cpu, _percentiles(result), result.is_generator_limited)
+
+
+def _measure_disturbed(candidate: Candidate, plan: LoadPlan, disturbance: Disturbance) -> Round:
+    server_cpus, load_cpus, disturbance_cpus = separate_cpus()
+    with ServerProcess(candidate.command(plan.mode, plan.size), server_cpus) as server:
+        plan = find_server(replace(plan, pause=PAUSE), *server.address)
+        with _naming(candidate), disturbance.run(plan, disturbance_cpus) as finish:
+            idle_cpu = _cpu_share(server, plan.duration) if disturbance.idle else None
+            result = _load(plan, load_cpus)
+            flood = finish()
+    return Round(
+        result.messages_per_second,
+        None,
+        _percentiles(result),
+        result.is_generator_limited if flood is None else flood.is_generator_limited,
+        None if flood is None else flood.messages_per_second * flood.plan.size,
+        idle_cpu,
+    )
+
+
+@contextmanager
+def _naming(candidate: Candidate) -> Iterator[None]:
+    """Add the name of the candidate to errors."""
+    try:
+        yield
+    except EchoError as error:
+        raise EchoError(f"cannot measure {candidate.name}: {error}") from error
+
+
+def _load(plan: LoadPlan, cpus: Sequence[int]) -> LoadResult:
+    result = run_load(plan, cpus=cpus)
     if result.interrupted:
         raise KeyboardInterrupt
     if not result.is_complete:
-        raise EchoError(f"cannot measure {candidate.name}: {result.describe_failures()}")
-    if not result.messages:
-        raise EchoError(f"cannot measure {candidate.name}: no replies within {plan.duration:g} s; increase --duration")
-    return Round(
-        result.messages_per_second,
-        None if before is None or after is None else (after - before) / max(1, result.answered),
-        {percent: result.latency.percentile(percent) for percent in LATENCY_PERCENTILES},
-        result.is_generator_limited,
-    )
+        raise EchoError(result.describe_failures())
+    if not (result.messages if plan.pause == 0 else result.latency.count):
+        raise EchoError(f"no replies within {plan.duration:g} s; increase --duration")
+    return result
+
+
+def _percentiles(result: LoadResult) -> dict[str, float]:
+    return {percent: result.latency.percentile(percent) for percent in LATENCY_PERCENTILES}
+
+
+def _cpu_share(server: ServerProcess, seconds: float) -> float | None:
+    """Return the share of a core that the server uses within ``seconds``."""
+    start, before = perf_counter(), server.cpu_seconds()
+    sleep(seconds)
+    after = server.cpu_seconds()
+    return None if before is None or after is None else (after - before) / (perf_counter() - start)

@@ -26,18 +26,18 @@ from .recorder import Recorder
 BLOCKED = (BlockingIOError, SSLWantReadError, SSLWantWriteError)
 RECONNECT_DELAY = 0.1  # seconds until a lost connection is opened again
 QUEUE_FULL_DELAY = 0.002  # seconds until a Unix socket with a full accept queue is tried again
-LOOPBACK_SOURCES = 32  # source addresses in message mode, where one connection per message exhausts the ports of one
+LOOPBACK_SOURCES = 32  # source addresses: one connection per message exhausts the ports of one
 IP_BIND_ADDRESS_NO_PORT = 24  # Linux; the socket module does not define it
 
 
 class SocketFactory:
-    """Creates non-blocking sockets for the address of a plan."""
+    """Creates non-blocking sockets for the address of a plan, with several source addresses if there may be many."""
 
-    def __init__(self, plan: LoadPlan) -> None:
+    def __init__(self, plan: LoadPlan, *, has_sources: bool) -> None:
         self._family = plan.family
         self._sockets = count()
         is_loopback = plan.family == socket.AF_INET and str(plan.address[0]).startswith("127.")
-        has_sources = plan.mode == "message" and is_loopback and sys.platform == "linux"
+        has_sources = has_sources and is_loopback and sys.platform == "linux"
         self._sources = [f"127.0.1.{1 + number}" for number in range(LOOPBACK_SOURCES)] if has_sources else []
 
     def create(self, connection: int) -> socket.socket:

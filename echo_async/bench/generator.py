@@ -30,13 +30,15 @@ class LoadGenerator:
         self._recorder = Recorder()
         self._selector = selectors.DefaultSelector()
         self._schedule: ClosedLoop | OpenLoop = (
-            ClosedLoop(plan.pipeline) if plan.rate is None else OpenLoop(plan.pipeline, plan.rate, self._recorder)
+            ClosedLoop(plan.pipeline, plan.pause, self._call_later)
+            if plan.rate is None
+            else OpenLoop(plan.pipeline, plan.rate, self._recorder)
         )
         context = ConnectionContext(
             plan=plan,
             pattern=Pattern(plan.size),
             recorder=self._recorder,
-            sockets=SocketFactory(plan),
+            sockets=SocketFactory(plan, has_sources=plan.mode == "message"),
             selector=self._selector,
             wrap_tls=plan.tls_wrapper(),
             call_later=self._call_later,
@@ -46,6 +48,7 @@ class LoadGenerator:
         self._connections = [Connection(context, first + number) for number in range(plan.connections)]
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_numbers = count()
+        self._is_timed = plan.rate is not None or plan.pause > 0
         self._selector_fd = getattr(self._selector, "fileno", lambda: -1)()  # select.select and poll have none
 
     def connect(self) -> None:
@@ -108,7 +111,7 @@ class LoadGenerator:
     def _poll(self, due: float) -> Sequence[tuple[selectors.SelectorKey, int]]:
         """Return the ready sockets; none if there are none until ``due``."""
         timeout = max(0.0, min(due - perf_counter(), MAX_SLEEP))
-        if self._plan.rate is not None and self._selector_fd >= 0:
+        if self._is_timed and self._selector_fd >= 0:
             select.select([self._selector_fd], (), (), timeout)  # microseconds; epoll_wait counts milliseconds
             timeout = 0.0
         return self._selector.select(timeout)

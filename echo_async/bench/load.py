@@ -80,7 +80,7 @@ def run_load(plan: LoadPlan, progress: Callable[[float], None] | None = None, cp
         for worker in workers:
             worker.send(repr(start))
         interrupted = _wait(workers, start, start + plan.warmup + plan.duration, progress)
-        return _merge_results(plan, [worker.read_result() for worker in workers], interrupted)
+        return merge_results(plan, [worker.read_result() for worker in workers], interrupted)
 
 
 class WorkerProcess:
@@ -135,8 +135,11 @@ class WorkerProcess:
 def _wait(workers: Sequence[WorkerProcess], start: float, end: float, progress: Callable[[float], None] | None) -> bool:
     """Wait for the first result; return whether Ctrl-C came first. A result before ``end`` stops all workers."""
     interrupted = False
+    results = select.poll()  # select accepts no descriptor over 1023
+    for worker in workers:
+        results.register(worker.stdout, select.POLLIN)
     try:
-        while not select.select([worker.stdout for worker in workers], (), (), PROGRESS_INTERVAL)[0]:
+        while not results.poll(1e3 * PROGRESS_INTERVAL):
             if progress is not None:
                 progress(perf_counter() - start)
     except KeyboardInterrupt:
@@ -147,7 +150,7 @@ def _wait(workers: Sequence[WorkerProcess], start: float, end: float, progress: 
     return interrupted
 
 
-def _merge_results(plan: LoadPlan, results: Sequence[ProcessResult], interrupted: bool) -> LoadResult:
+def merge_results(plan: LoadPlan, results: Sequence[ProcessResult], interrupted: bool = False) -> LoadResult:
     import numpy as np
 
     facts = [each.facts for each in results]

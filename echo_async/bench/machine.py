@@ -32,10 +32,13 @@ def available_cpus() -> list[int]:
     return sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
 
 
-def separate_cpus() -> tuple[list[int], list[int]]:
-    """Return one CPU for the server and another for the load; none on a machine with one."""
+def separate_cpus() -> tuple[list[int], list[int], list[int]]:
+    """Return a CPU for the server, the load and a disturbance each. The load shares its CPU if there are only two.
+
+    There are none on a machine with one.
+    """
     cpus = available_cpus()
-    return ([cpus[0]], [cpus[1]]) if len(cpus) > 1 else ([], [])
+    return ([cpus[0]], [cpus[1]], [cpus[min(2, len(cpus) - 1)]]) if len(cpus) > 1 else ([], [], [])
 
 
 def _installed_version(package: str) -> str | None:

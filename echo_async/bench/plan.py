@@ -33,6 +33,8 @@ class LoadPlan:
     warmup: float = 1.0
     rate: float | None = None
     """Messages per second in an open loop; None: a closed loop."""
+    pause: float = 0.0
+    """Between a reply and the next message in a closed loop."""
     processes: int = 1
     timeout: float = 10.0
     """For connecting, and for outstanding replies after the end of the measurement."""

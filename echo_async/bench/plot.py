@@ -1,4 +1,7 @@
-"""The picture of a comparison: throughput, CPU time, latency and chunk size. Each engine has one color."""
+"""The picture of a comparison: throughput, CPU time, latency and chunk size. Each engine has one color.
+
+Beside a disturbance it shows the latency, and the rate of the flood or the CPU time of the idle server.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from .report import format_comparison, format_machine
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SUFFIXES = (".svg", ".png", ".pdf")
-ENGINE_COLORS = {"threads": "#c1554d", "streams": "#3b73b9", "protocol": "#3d9970"}
+ENGINE_COLORS = {"threads": "#c1554d", "streams": "#3b73b9", "protocol": "#3d9970", "peer": "#8a8f98"}
 GRID_COLOR = "#d8dce0"
 
 
@@ -23,9 +27,19 @@ def draw(comparison: Comparison, path: str) -> None:
 
     results = comparison.results_of_size(comparison.sizes[0])
     bars_height = 0.28 * len(results) + 0.6
-    figure = Figure(figsize=(12, bars_height + 5.6), layout="constrained")
+    figure = Figure(layout="constrained")
     figure.suptitle(f"Echo servers: {format_comparison(comparison, results[0].size)}", fontsize=12.5)
     figure.supxlabel(format_machine(comparison.machine), fontsize=7.5, color="#666666")
+    if comparison.disturbance is None:
+        figure.set_size_inches(12, bars_height + 5.6)
+        _draw_loads(figure, results, bars_height)
+    else:
+        figure.set_size_inches(12, bars_height + 1.2)
+        _draw_disturbed(figure, sorted(results, key=lambda each: each.p99))
+    figure.savefig(path, dpi=150)
+
+
+def _draw_loads(figure: Figure, results: Sequence[CandidateResult], bars_height: float) -> None:
     (rates, cpu), (latency, chunks) = figure.subplots(
         2, 2, height_ratios=(bars_height, 3.6), gridspec_kw={"hspace": 0.08}
     )
@@ -36,7 +50,24 @@ def draw(comparison: Comparison, path: str) -> None:
     cpu.set_yticklabels([])
     _draw_latency(latency, _extreme_chunk_sizes(results))
     _draw_chunk_sizes(chunks, results)
-    figure.savefig(path, dpi=150)
+
+
+def _draw_disturbed(figure: Figure, results: Sequence[CandidateResult]) -> None:
+    tails, served = figure.subplots(1, 2, width_ratios=(3, 2))
+    milliseconds = [1e3 * each.p99 for each in results]
+    _draw_bars(tails, results, milliseconds, "round trip in milliseconds: p50 (|), p99 (bar) and longest (x)", ".2f")
+    tails.set_xscale("log")
+    tails.xaxis.set_major_formatter("{x:g}")
+    positions = range(len(results))
+    tails.plot([1e3 * each.latency["50"] for each in results], positions, "|", color="#222222", markersize=9)
+    tails.plot([1e3 * each.longest for each in results], positions, "x", color="#222222", markersize=4)
+    if results[0].flood_rate is None:
+        shares = [100 * (each.idle_cpu or 0) for each in results]
+        _draw_bars(served, results, shares, "CPU time of the idle server, % of a core (less is better)")
+    else:
+        rates = [(each.flood_rate or 0) / 1e6 for each in results]
+        _draw_bars(served, results, rates, "rate of the flood, MB/s (more is better)")
+    served.set_yticklabels([])
 
 
 def _bar_color(candidate: Candidate) -> str:
@@ -52,10 +83,12 @@ def _line_style(candidate: Candidate) -> dict[str, Any]:
     return {"color": ENGINE_COLORS[candidate.engine], "linestyle": "--" if candidate.loop == "asyncio" else "-"}
 
 
-def _draw_bars(axes: Axes, results: Sequence[CandidateResult], values: Sequence[float], title: str) -> None:
+def _draw_bars(
+    axes: Axes, results: Sequence[CandidateResult], values: Sequence[float], title: str, number_format: str = ",.1f"
+) -> None:
     positions = range(len(results))
     bars = axes.barh(positions, values, color=[_bar_color(each.candidate) for each in results], height=0.72)
-    axes.bar_label(bars, [f"{value:,.1f}" for value in values], padding=3, fontsize=8)
+    axes.bar_label(bars, [format(value, number_format) for value in values], padding=3, fontsize=8)
     axes.set_yticks(positions, [each.candidate.name for each in results], fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.12)
@@ -77,7 +110,7 @@ def _extreme_chunk_sizes(results: Sequence[CandidateResult]) -> list[CandidateRe
 
 def _draw_latency(axes: Axes, results: Sequence[CandidateResult]) -> None:
     """Draw each percentile at its number of nines, so that the slowest messages are visible."""
-    percentiles = [percent for percent in LATENCY_PERCENTILES if float(percent) >= 10]
+    percentiles = [percent for percent in LATENCY_PERCENTILES if 10 <= float(percent) < 100]
     for result in results:
         is_small = result.candidate.chunk_size is not None and result.candidate.chunk_size < 1024
         axes.plot(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..net import format_address
 from .comparison import CandidateResult, Comparison
+from .disturbance import Disturbance
 from .expectation import Expectation
 from .plan import LoadPlan
 from .result import PERCENTILES, Distribution, LoadResult
@@ -120,14 +121,45 @@ def print_comparison(comparison: Comparison) -> None:
     for size in comparison.sizes:
         results = comparison.results_of_size(size)
         console.print(f"\n{format_comparison(comparison, size)}")
-        console.print(_comparison_table(results))
+        console.print(_comparison_table(results) if comparison.disturbance is None else _disturbance_table(results))
         if any(each.is_generator_limited for each in results):
-            console.print(
-                "* the load generator was the limit: the server can do more; compare its CPU time per message"
-            )
-    console.print(
-        "ratio: relative to the first line, median of the rounds (min-max); CPU µs: of the server, per message"
-    )
+            console.print(format_generator_limit(comparison))
+    console.print(f"ratio: relative to the first line, median of the rounds (min-max); {_format_legend(comparison)}")
+
+
+def format_generator_limit(comparison: Comparison) -> str:
+    """Return what the asterisk in a table means."""
+    if comparison.disturbance is None:
+        return "* the load generator was the limit: the server can do more; compare its CPU time per message"
+    return "* the flooding client was the limit: the server can do more"
+
+
+def _format_legend(comparison: Comparison) -> str:
+    if comparison.disturbance is None:
+        return "CPU µs: of the server, per message"
+    other = "idle CPU %: of a core, before the round trips" if comparison.disturbance.idle else "MB/s: of the flood"
+    return f"p99: of round trips, with its ratio; max: of all rounds; {other}"
+
+
+def _disturbance_table(results: Sequence[CandidateResult]) -> Table:
+    last = "idle CPU %" if results[0].flood_rate is None else "flood MB/s"
+    table = _make_table(["server", "p50 ms", "p99 ms", "ratio", "max ms", last], "server")
+    for result in results:
+        table.add_row(
+            result.candidate.name,
+            *(f"{1e3 * result.latency[percent]:,.3f}" for percent in ("50", "99")),
+            format_spread(result.ratio(results[0], "p99")),
+            f"{1e3 * result.longest:,.3f}",
+            format_disturbance(result),
+        )
+    return table
+
+
+def format_disturbance(result: CandidateResult) -> str:
+    """Return the rate of the flood in MB/s, or the CPU time with idle connections in percent of a core."""
+    if result.flood_rate is not None:
+        return f"{result.flood_rate / 1e6:,.1f}" + ("*" if result.is_generator_limited else " ")
+    return "" if result.idle_cpu is None else f"{100 * result.idle_cpu:.1f}"
 
 
 def _comparison_table(results: Sequence[CandidateResult]) -> Table:
@@ -162,9 +194,15 @@ def format_comparison(comparison: Comparison, size: int) -> str:
     per_connection = "one message per connection" if plan.mode == "message" else f"{plan.pipeline} in flight on each"
     rounds = len(comparison.results[0].rounds)
     return (
-        f"{format_count(size, 'byte')} per message, {format_count(plan.connections, 'connection')}, {per_connection}; "
-        f"{format_count(rounds, 'round')} of {plan.duration:g} s"
+        f"{format_count(size, 'byte')} per message, {format_count(plan.connections, 'connection')}, {per_connection}"
+        f"{_format_disturbance(comparison.disturbance)}; {format_count(rounds, 'round')} of {plan.duration:g} s"
     )
+
+
+def _format_disturbance(disturbance: Disturbance | None) -> str:
+    if disturbance is None:
+        return ""
+    return f" beside {format_count(disturbance.idle, 'idle connection')}" if disturbance.idle else " beside a flood"
 
 
 def format_number(number: float) -> str:

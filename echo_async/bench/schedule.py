@@ -6,7 +6,8 @@ independent clients: each message has a due time, and its response time includes
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter
 
 from .connection import Connection
@@ -17,10 +18,12 @@ DISPATCH_BATCH = 1000  # due messages that are sent before replies are read agai
 
 
 class ClosedLoop:
-    """Keeps ``pipeline`` messages in flight on each connection."""
+    """Keeps ``pipeline`` messages in flight on each connection, apart from ``pause`` seconds after a reply."""
 
-    def __init__(self, pipeline: int) -> None:
+    def __init__(self, pipeline: int, pause: float, call_later: Callable[[float, Callable[[], None]], None]) -> None:
         self._pipeline = pipeline
+        self._pause = pause
+        self._call_later = call_later
         self._is_running = False
 
     def start(self, connections: Sequence[Connection], start: float, end: float) -> None:
@@ -36,10 +39,17 @@ class ClosedLoop:
 
     def on_usable(self, connection: Connection) -> None:
         """``connection`` is established, for the first time or again."""
-        self.on_replies(connection, self._pipeline, perf_counter())
+        self._send(connection, self._pipeline)
 
     def on_replies(self, connection: Connection, count: int, now: float) -> None:
-        if self._is_running:
+        if self._pause:
+            self._call_later(self._pause, partial(self._send, connection, count))
+        elif self._is_running:
+            connection.send(now, now, count)
+
+    def _send(self, connection: Connection, count: int) -> None:
+        if self._is_running and connection.is_usable:
+            now = perf_counter()
             connection.send(now, now, count)
 
     def stop(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import click
 
 from ..bench.comparison import Comparison, compare, make_candidates
+from ..bench.disturbance import Disturbance
 from ..bench.expectation import Expectation
 from ..bench.load import find_server, run_load
 from ..bench.plan import LoadMode, LoadPlan, TLSOptions
@@ -26,6 +27,7 @@ from ..stdio import ignore_broken_pipe, print_error
 from .common import CONTEXT, ExitCode, options, run_command, version_option
 
 MAX_MESSAGE_SIZE = 2**26  # bytes
+CONNECTIONS = 10
 
 
 def _parse_rate(context: click.Context, option: click.Parameter, text: str | None) -> float | None:
@@ -36,6 +38,10 @@ def _parse_rate(context: click.Context, option: click.Parameter, text: str | Non
         if 0 < rate <= 1e9:
             return rate
     raise ConfigError(f"invalid --rate: {text!r} (must be a number of messages per second greater than 0)")
+
+
+def _parse_disturbance(context: click.Context, option: click.Parameter, text: str | None) -> Disturbance | None:
+    return None if text is None else Disturbance.parse(text)
 
 
 def _option(name: str, help: str, **attributes: Any) -> Callable[[Any], Any]:
@@ -58,7 +64,7 @@ def _list_option(name: str, default: str, help: str, *details: Any, **limits: An
 
 def _shared_options(mode: Option, *, duration: float, warmup: float) -> dict[str, Option]:
     return {
-        "connections": Option(10, "Number of concurrent connections.", "integer", 1, 1_000_000),
+        "connections": Option(CONNECTIONS, "Number of concurrent connections.", "integer", 1, 1_000_000),
         "pipeline": Option(1, "Messages in flight on each connection.", "integer", 1, 1_000_000),
         "mode": mode,
         "duration": Option(duration, "Seconds of each measurement.", "seconds"),
@@ -87,8 +93,12 @@ LOAD_OPTIONS = {
     "ssl_no_verify": Option(False, "Do not verify the server certificate (insecure).", "flag"),
     "server_hostname": Option(None, "Host name in the server certificate.", default_text="the host"),
 }
+SHARED_COMPARE_OPTIONS = _shared_options(replace(MODE, default="stream", default_text=""), duration=1.0, warmup=0.25)
 COMPARE_OPTIONS = {
-    **_shared_options(replace(MODE, default="stream", default_text=""), duration=1.0, warmup=0.25),
+    **SHARED_COMPARE_OPTIONS,
+    "connections": replace(
+        SHARED_COMPARE_OPTIONS["connections"], default=None, default_text=f"{CONNECTIONS}; 1 with --disturb"
+    ),
     "rounds": Option(5, "Number of measurements of each server.", "integer", 1, 1000),
     "save": Option(None, "Also write the JSON to this file.", "file"),
     "plot": Option(None, "Draw a picture to this .svg, .png or .pdf file.", "file"),
@@ -163,6 +173,13 @@ def load(expect: Sequence[str], **values: Any) -> ExitCode:
 )
 @_list_option("--chunk-sizes", "20,256,4096,65536", "Bytes per read", "integer", 1, 2**30)
 @_list_option("--sizes", "1024", "Bytes per message, including the newline", "integer", 1, MAX_MESSAGE_SIZE)
+@_option(
+    "--disturb",
+    "Measure round trips beside one client that floods the server, or beside N idle connections.",
+    callback=_parse_disturbance,
+    metavar="flood|idle=N",
+    show_default="no disturbance",
+)
 @options(COMPARE_OPTIONS)
 @version_option()
 def compare_command(**values: Any) -> ExitCode:
@@ -172,11 +189,16 @@ def compare_command(**values: Any) -> ExitCode:
     and the load run on one each. Ratios are relative to the first server; their spread shows how reliable they
     are.
 
+    With --disturb, each connection makes one round trip after the other, a millisecond apart. The table shows how
+    long they took, and what the server did for the disturbance meanwhile.
+
     \b
     Examples:
       echo-async bench compare
       echo-async bench compare --engines streams,protocol --chunk-sizes 20 --sizes 64,1024,16384
       echo-async bench compare --rounds 9 --save compare.json --plot compare.svg
+      echo-async bench compare --disturb flood --chunk-sizes 65536
+      echo-async bench compare --disturb idle=10000 --engines streams,protocol --duration 10
 
     Exit codes: 0 success, 1 a reply lost or different, 2 invalid option, 3 a server could not start, or a
     package is missing.
@@ -225,12 +247,16 @@ def _check_output_files(values: dict[str, Any]) -> None:
 
 
 def _compare(values: dict[str, Any]) -> Comparison:
-    names = ("connections", "pipeline", "mode", "duration", "warmup")
-    plan = LoadPlan(**{name: values[name] for name in names})
+    disturbance: Disturbance | None = values["disturb"]
+    if disturbance is not None and values["mode"] != "stream":
+        raise ConfigError("--disturb requires --mode stream")
+    names = ("pipeline", "mode", "duration", "warmup")
+    connections = values["connections"] or (CONNECTIONS if disturbance is None else 1)
+    plan = LoadPlan(connections=connections, **{name: values[name] for name in names})
     candidates = make_candidates(values["engines"], _installed_loops(values["loops"]), values["chunk_sizes"])
     measurements = len(candidates) * len(values["sizes"]) * values["rounds"]
     with progress_bar(f"compare {len(candidates)} servers", measurements) as progress:
-        return compare(candidates, values["sizes"], plan, values["rounds"], progress)
+        return compare(candidates, values["sizes"], plan, values["rounds"], progress, disturbance)
 
 
 def _installed_loops(names: Sequence[str]) -> list[str]:

@@ -75,6 +75,38 @@ def test_compare_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert any(line.strip().startswith("protocol asyncio ") and "1.00 (1.00-1.00)" in line for line in out.splitlines())
 
 
+def test_compare_beside_a_flood_reports_round_trips_and_its_rate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--disturb", "flood", "--engines", "protocol", "--loops", "asyncio", "--sizes", "64")
+    files = (tmp_path / "flood.json", tmp_path / "flood.svg")
+    arguments = ("compare", *options, "--rounds", "2", "--duration", "0.2", "--warmup", "0.02")
+    assert main([*arguments, "--save", str(files[0]), "--plot", str(files[1])]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "64 bytes per message, 1 connection, 1 in flight on each beside a flood; 2 rounds of 0.2 s\n" in out
+    titles = ["server", "p50 ms", "p99 ms", "ratio", "max ms", "flood MB/s"]
+    assert any(all(title in line for title in titles) for line in out.splitlines())
+    facts = json.loads(files[0].read_text())
+    [result] = facts["results"]
+    assert (facts["disturbance"], facts["connections"], result["idle_cpu"]) == ("flood", 1, None)
+    assert len(result["flood_bytes_per_second_rounds"]) == len(result["p99_rounds"]) == 2
+    assert result["flood_bytes_per_second"] > 0
+    assert result["messages_per_second"] <= 1000  # a millisecond apart
+    assert 0 < result["service_time"]["p50"] <= result["service_time"]["p99"] <= result["longest"]
+    assert "<svg" in files[1].read_text()
+
+
+def test_compare_beside_idle_connections_reports_idle_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--disturb", "idle=150", "--engines", "protocol", "--loops", "asyncio", "--rounds", "1")
+    assert main(["compare", *options, "--duration", "0.1", "--warmup", "0.02", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    [result] = facts["results"]
+    assert (facts["disturbance"], result["flood_bytes_per_second"]) == ("idle=150", None)
+    assert 0 <= result["idle_cpu"] < 1
+    assert 0 < result["service_time"]["p99"] <= result["longest"]
+
+
 def test_compare_sigint_exits_130_without_output() -> None:
     command = [sys.executable, "-m", "echo_async.bench", "compare", "--engines", "protocol", "--duration", "60"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -116,6 +148,12 @@ def test_compare_server_without_replies_is_an_error(capsys: pytest.CaptureFixtur
         ("--plot", "picture.txt"),
         ("--plot", "/nonexistent/picture.svg"),
         ("--save", "/nonexistent/figures.json"),
+        ("--disturb", "waves"),
+        ("--disturb", "idle"),
+        ("--disturb", "idle=0"),
+        ("--disturb", "idle=1e3"),
+        ("--disturb", "idle=3000000000"),
+        ("--disturb", "flood", "--mode", "message"),
     ],
 )
 def test_compare_invalid_option_is_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
