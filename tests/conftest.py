@@ -161,3 +161,12 @@ def reserved_port() -> Iterator[int]:
 def closed_port(bound_socket: socket.socket) -> int:
     port: int = bound_socket.getsockname()[1]
     return port
+
+
+@pytest.fixture
+def closed_udp_port() -> Iterator[int]:
+    """A port that refuses datagrams, and that no other process gets: its socket is connected to itself."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bound:
+        bound.bind(("127.0.0.1", 0))
+        bound.connect(bound.getsockname())
+        yield bound.getsockname()[1]

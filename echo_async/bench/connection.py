@@ -11,12 +11,13 @@ import errno
 import socket
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import count
 from selectors import EVENT_READ, EVENT_WRITE, BaseSelector
 from ssl import SSLSocket, SSLWantReadError, SSLWantWriteError
 from time import perf_counter
+from typing import Any
 
 from ..errors import describe_error
 from .pattern import MAX_IO_SIZE, Pattern
@@ -63,23 +64,47 @@ class ConnectionContext:
     """Its keys carry the function to call with the events."""
     wrap_tls: Callable[..., SSLSocket] | None
     call_later: Callable[[float, Callable[[], None]], None]
-    on_usable: Callable[[Connection], None]
-    on_replies: Callable[[Connection, int, float], None]
+    on_usable: Callable[[BaseConnection], None]
+    on_replies: Callable[[BaseConnection, int, float], None]
     """Called with the number of complete replies and the time."""
 
 
-class Connection:
-    """Connection ``number`` of the load, counted over all processes."""
+class BaseConnection:
+    """What the generator and its schedule know of a connection, or of a UDP socket."""
 
-    def __init__(self, context: ConnectionContext, number: int) -> None:
-        plan = context.plan
+    in_flight: Collection[Any]
+    """Has an entry for each send with unanswered messages."""
+
+    def __init__(self, number: int) -> None:
         self.number = number
-        self.in_flight: deque[tuple[float, float, int]] = deque()
-        """Time due, time sent and number of the unanswered messages."""
         self.queued: deque[float] = deque()
         """The times at which the messages that wait for room in the pipeline were due."""
         self.is_usable = False
         """Whether messages can be sent."""
+
+    @property
+    def unanswered(self) -> int:
+        """The number of messages in flight."""
+        raise NotImplementedError
+
+    def open(self) -> None:
+        raise NotImplementedError
+
+    def send(self, due: float, sent: float, messages: int) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class Connection(BaseConnection):
+    """Connection ``number`` of the load, counted over all processes."""
+
+    def __init__(self, context: ConnectionContext, number: int) -> None:
+        super().__init__(number)
+        plan = context.plan
+        self.in_flight: deque[tuple[float, float, int]] = deque()
+        """Time due, time sent and number of the unanswered messages."""
         self._context = context
         self._pattern = context.pattern
         self._matches = context.pattern.data.startswith
@@ -97,6 +122,10 @@ class Connection:
         self._socket: socket.socket | None = None
         self._is_established = False
         self._events = 0
+
+    @property
+    def unanswered(self) -> int:
+        return sum(messages for _, _, messages in self.in_flight)
 
     def send(self, due: float, sent: float, messages: int) -> None:
         """Send ``messages`` more, as far as the kernel accepts them; in message mode, connect first."""
@@ -150,7 +179,7 @@ class Connection:
 
     def _fail(self, reason: str) -> None:
         """Record the messages in flight as lost, and reconnect."""
-        self._context.recorder.add_loss(reason, sum(messages for _, _, messages in self.in_flight))
+        self._context.recorder.add_loss(reason, self.unanswered)
         self._reconnect()
 
     def _reconnect(self) -> None:

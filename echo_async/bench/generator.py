@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from time import perf_counter
 
-from .connection import Connection, ConnectionContext, SocketFactory
+from .connection import BaseConnection, Connection, ConnectionContext, SocketFactory
+from .datagram_connection import DatagramConnection
 from .pattern import Pattern
 from .plan import LoadPlan
 from .recorder import Recorder
@@ -32,7 +33,7 @@ class LoadGenerator:
         self._schedule: ClosedLoop | OpenLoop = (
             ClosedLoop(plan.pipeline, plan.pause, self._call_later)
             if plan.rate is None
-            else OpenLoop(plan.pipeline, plan.rate, self._recorder)
+            else OpenLoop(plan.max_in_flight, plan.rate, self._recorder)
         )
         context = ConnectionContext(
             plan=plan,
@@ -45,7 +46,8 @@ class LoadGenerator:
             on_usable=self._schedule.on_usable,
             on_replies=self._schedule.on_replies,
         )
-        self._connections = [Connection(context, first + number) for number in range(plan.connections)]
+        create: Callable[[ConnectionContext, int], BaseConnection] = DatagramConnection if plan.udp else Connection
+        self._connections = [create(context, first + number) for number in range(plan.connections)]
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_numbers = count()
         self._is_timed = plan.rate is not None or plan.pause > 0
@@ -123,12 +125,12 @@ class LoadGenerator:
         return self._timers[0][0] if self._timers else math.inf
 
     def _record_unanswered(self) -> None:
-        unanswered = sum(sum(entry[2] for entry in each.in_flight) + len(each.queued) for each in self._connections)
+        unanswered = sum(each.unanswered + len(each.queued) for each in self._connections)
         if unanswered:
             self._recorder.add_loss(
                 f"reply timeout: no reply within {self._plan.timeout:g} s after the end", unanswered
             )
 
 
-def _all_usable(connections: Sequence[Connection]) -> Callable[[], bool]:
+def _all_usable(connections: Sequence[BaseConnection]) -> Callable[[], bool]:
     return lambda: all(each.is_usable for each in connections)

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Any
 
+from ..datagram_tracker import DatagramFormat
 from ..endpoint import Endpoint
 from ..errors import EchoError
 from .plan import LoadPlan
@@ -23,6 +24,7 @@ from .result import Distribution, LoadResult
 
 START_DELAY = 0.02  # seconds for the start command to reach every process
 PROGRESS_INTERVAL = 0.1  # seconds
+PROBE_INTERVAL = 0.1  # seconds until a datagram without a reply is sent again
 EXIT_TIMEOUT = 5  # seconds for a process that has written its result to exit
 MAX_TIMEOUT = 86_400.0  # seconds: sockets accept no timeout as long as options do
 
@@ -39,6 +41,32 @@ def find_server(plan: LoadPlan, host: str, port: int, uds: str | None = None) ->
             return found
     except (OSError, UnicodeError) as error:
         raise endpoint.connect_error(error, plan.timeout) from error
+
+
+def find_udp_server(plan: LoadPlan, host: str, port: int) -> LoadPlan:
+    """Send datagrams until one is answered; return the plan with the numeric address that answered."""
+    endpoint = Endpoint(host, port)
+    try:
+        *others, last = [(info[0], info[4]) for info in endpoint.resolve()]
+        for family, address in others:
+            with suppress(OSError):
+                return _probe(plan, family, address)
+        return _probe(plan, *last)
+    except (OSError, UnicodeError) as error:
+        raise endpoint.connect_error(error, plan.timeout) from error
+
+
+def _probe(plan: LoadPlan, family: int, address: Any) -> LoadPlan:
+    deadline = perf_counter() + min(plan.timeout, MAX_TIMEOUT)
+    with socket.socket(family, socket.SOCK_DGRAM) as connected:
+        connected.connect(address)
+        while (left := deadline - perf_counter()) > 0:
+            connected.settimeout(min(left, PROBE_INTERVAL))
+            connected.send(DatagramFormat(plan.size).encode(1))
+            with suppress(TimeoutError):
+                connected.recv(1)
+                return replace(plan, family=int(family), address=connected.getpeername())
+    raise TimeoutError
 
 
 def _connect(endpoint: Endpoint, timeout: float) -> socket.socket:
@@ -167,6 +195,7 @@ def merge_results(plan: LoadPlan, results: Sequence[ProcessResult], interrupted:
         late=int((delays > LATE_THRESHOLD).sum()) if is_open_loop else 0,
         late_by_generator=sum(each["late_by_generator"] for each in facts),
         lost=sum(each["lost"] for each in facts),
+        duplicated=sum(each["duplicated"] for each in facts),
         failures=sum((Counter(each["failures"]) for each in facts), Counter[str]()),
         mismatch=next((each["mismatch"] for each in facts if each["mismatch"]), None),
         generator_cpu=[each["cpu_seconds"] / max(each["seconds"], 1e-9) for each in facts],

@@ -1,6 +1,7 @@
 """The validated options of one load, in a form that can be sent to another process."""
 
 import ssl
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,6 +40,8 @@ class LoadPlan:
     timeout: float = 10.0
     """For connecting, and for outstanding replies after the end of the measurement."""
     tls: TLSOptions | None = None
+    udp: bool = False
+    """Datagrams; ``connections`` are sockets then, and ``mode`` means nothing."""
 
     def __post_init__(self) -> None:
         if self.mode == "message" and self.pipeline != 1:
@@ -47,6 +50,11 @@ class LoadPlan:
             raise ConfigError(
                 f"invalid --processes: {self.processes} (must be at most the number of connections, {self.connections})"
             )
+
+    @property
+    def max_in_flight(self) -> int:
+        """Of an open loop, on each connection. Datagrams are sent when they are due, whatever is in flight."""
+        return sys.maxsize if self.udp else self.pipeline
 
     def split(self) -> list[Self]:
         """Return the plan of each process, with its share of the connections and of the rate."""

@@ -25,6 +25,8 @@ class Recorder:
         """Messages answered before the end of the warm-up."""
         self.late_by_generator = 0
         self.lost = 0
+        self.duplicated = 0
+        """Further replies to a datagram that has one."""
         self.failures: Counter[str] = Counter()
         self.mismatch: dict[str, Any] | None = None
         self.is_stopped = False
@@ -70,6 +72,7 @@ class Recorder:
             "answered": self.answered + sum(self.counts),
             "late_by_generator": self.late_by_generator,
             "lost": self.lost,
+            "duplicated": self.duplicated,
             "failures": self.failures,
             "mismatch": self.mismatch,
             "samples": len(self.counts),

@@ -27,8 +27,10 @@ def load_json(result: LoadResult, expectations: Sequence[Expectation]) -> dict[s
     return {
         "address": format_address(plan.address),
         "model": "closed" if plan.rate is None else "open",
-        **{name: getattr(plan, name) for name in ("mode", "connections", "size", "pipeline", "processes", "rate")},
+        "mode": None if plan.udp else plan.mode,
+        **{name: getattr(plan, name) for name in ("connections", "size", "pipeline", "processes", "rate")},
         "tls": plan.tls is not None,
+        "udp": plan.udp,
         "warmup": plan.warmup,
         "duration": result.seconds,
         "interrupted": result.interrupted,
@@ -40,6 +42,8 @@ def load_json(result: LoadResult, expectations: Sequence[Expectation]) -> dict[s
         "late": result.late,
         "late_by_generator": result.late_by_generator,
         "lost": result.lost,
+        "lost_share": result.lost_share,
+        "duplicated": result.duplicated,
         "failures": dict(result.failures),
         "mismatch": result.mismatch,
         "generator_cpu": result.generator_cpu,
@@ -80,10 +84,13 @@ def format_load(plan: LoadPlan) -> str:
     per_connection = (
         "one message per connection" if plan.mode == "message" else f"up to {plan.pipeline} in flight on each"
     )
+    if plan.udp and plan.rate is not None:
+        per_connection = "any number in flight"
     model = "closed loop" if plan.rate is None else f"open loop at {plan.rate:,g} messages/s"
-    tls = ", TLS" if plan.tls is not None else ""
+    protocol = ", UDP" if plan.udp else ", TLS" if plan.tls is not None else ""
+    connections = format_count(plan.connections, "socket" if plan.udp else "connection")
     return (
-        f"{format_address(plan.address)}{tls}: {format_count(plan.connections, 'connection')}, {per_connection}, "
+        f"{format_address(plan.address)}{protocol}: {connections}, {per_connection}, "
         f"{format_count(plan.size, 'byte')} per message, {model}"
     )
 
@@ -110,7 +117,9 @@ def _remarks(result: LoadResult) -> Iterator[str]:
     for reason, times in result.failures.items():
         yield f"failed: {reason} ({format_count(times, 'time')})"
     if result.lost:
-        yield f"lost: {format_count(result.lost, 'message')}"
+        yield f"lost: {format_count(result.lost, 'message')} ({100 * result.lost_share:.3g} %)"
+    if result.duplicated:
+        yield f"duplicated: {format_count(result.duplicated, 'datagram')}"
     if any("between replies" in reason for reason in result.failures):
         yield "a server that closes after each reply requires --mode message"
 

@@ -72,6 +72,8 @@ class LoadResult:
     late_by_generator: int = 0
     """Sent late because the generator was busy, not because the pipeline was full."""
     lost: int = 0
+    duplicated: int = 0
+    """Replies to datagrams that were received again."""
     failures: Counter[str] = field(default_factory=Counter)
     mismatch: dict[str, Any] | None = None
     generator_cpu: list[float] = field(default_factory=list)
@@ -89,6 +91,11 @@ class LoadResult:
     def megabytes_per_second(self) -> float:
         """10**6 bytes of messages in one direction."""
         return self.messages_per_second * self.plan.size / 1e6
+
+    @property
+    def lost_share(self) -> float:
+        """Of all messages."""
+        return self.lost / max(1, self.lost + self.answered)
 
     @property
     def latency(self) -> Distribution:

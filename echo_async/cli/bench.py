@@ -13,13 +13,14 @@ import click
 from ..bench.comparison import Comparison, compare, make_candidates
 from ..bench.disturbance import Disturbance
 from ..bench.expectation import Expectation
-from ..bench.load import find_server, run_load
+from ..bench.load import find_server, find_udp_server, run_load
 from ..bench.plan import LoadMode, LoadPlan, TLSOptions
 from ..bench.plot import SUFFIXES, draw
 from ..bench.report import load_json, print_comparison, print_load, progress_bar
 from ..bench.result import LoadResult
 from ..compat import DESCRIPTORS, require
 from ..config import CONNECT_TIMEOUT, HOST, PORT, EngineName, Option
+from ..datagram_tracker import MAX_SIZE_IPV4
 from ..errors import ConfigError, EchoError, StartError, describe_error
 from ..loops import LOOP_CHOICES, LOOP_PATTERN, loop_factory
 from ..net import format_address
@@ -28,6 +29,7 @@ from .common import CONTEXT, ExitCode, options, run_command, version_option
 
 MAX_MESSAGE_SIZE = 2**26  # bytes
 CONNECTIONS = 10
+UDP_TIMEOUT = 1.0  # seconds
 
 
 def _parse_rate(context: click.Context, option: click.Parameter, text: str | None) -> float | None:
@@ -87,7 +89,13 @@ LOAD_OPTIONS = {
     "size": Option(1024, "Bytes per message, including the newline.", "integer", 1, MAX_MESSAGE_SIZE),
     **_shared_options(MODE, duration=10.0, warmup=1.0),
     "processes": Option(1, "Number of load generator processes.", "integer", 1, 1024),
-    "timeout": Option(CONNECT_TIMEOUT, "Seconds to wait for connecting and for late replies.", "seconds"),
+    "timeout": Option(
+        None,
+        "Seconds to wait for connecting and for late replies, or for the reply to a datagram.",
+        "seconds",
+        default_text=f"{CONNECT_TIMEOUT:g}; {UDP_TIMEOUT:g} with --udp",
+    ),
+    "udp": Option(False, "Send datagrams, and report the share of them that is lost.", "flag"),
     "ssl": Option(False, "Use TLS. Implied by the options below.", "flag"),
     "ssl_ca_certs": Option(None, "CA certificates (PEM) to trust instead of those of the system.", "file"),
     "ssl_no_verify": Option(False, "Do not verify the server certificate (insecure).", "flag"),
@@ -147,6 +155,7 @@ def load(expect: Sequence[str], **values: Any) -> ExitCode:
       echo-async bench load --port 5500
       echo-async bench load --mode stream --connections 100 --pipeline 16 --processes 2
       echo-async bench load --rate 5000 --expect 'p99<5ms' --expect 'lost<1' --json
+      echo-async bench load --udp --connections 1 --rate 5000
 
     \b
     Exit codes:
@@ -270,9 +279,24 @@ def _installed_loops(names: Sequence[str]) -> list[str]:
 
 def _make_plan(values: dict[str, Any]) -> LoadPlan:
     mode: LoadMode = values["mode"] or ("stream" if values["pipeline"] > 1 else "message")
-    names = ("connections", "size", "pipeline", "duration", "warmup", "rate", "processes", "timeout")
-    plan = LoadPlan(mode=mode, tls=_tls_options(values), **{name: values[name] for name in names})
+    names = ("connections", "size", "pipeline", "duration", "warmup", "rate", "processes", "udp")
+    options = {name: values[name] for name in names}
+    timeout = values["timeout"] or (UDP_TIMEOUT if values["udp"] else CONNECT_TIMEOUT)
+    plan = LoadPlan(mode="stream" if values["udp"] else mode, tls=_tls_options(values), timeout=timeout, **options)
+    if plan.udp:
+        _check_udp_options(values)
+        return find_udp_server(plan, values["host"], values["port"])
     return find_server(plan, values["host"], values["port"], values["uds"])
+
+
+def _check_udp_options(values: dict[str, Any]) -> None:
+    for name in ("uds", "mode", "ssl", "ssl_ca_certs", "ssl_no_verify", "server_hostname"):
+        if values[name]:
+            raise ConfigError(f"--udp conflicts with --{name.replace('_', '-')}")
+    if values["rate"] is not None and values["pipeline"] > 1:
+        raise ConfigError("--udp --rate conflicts with --pipeline: datagrams are sent when they are due")
+    if values["size"] > MAX_SIZE_IPV4:
+        raise ConfigError(f"invalid --size: {values['size']} (must be at most {MAX_SIZE_IPV4} with --udp)")
 
 
 def _tls_options(values: dict[str, Any]) -> TLSOptions | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -24,7 +23,7 @@ from echo_async.endpoint import Endpoint
 from echo_async.loops import LoopName
 
 Capture = pytest.CaptureFixture[str]
-FAST = ("--interval", "0", "--timeout", "2")
+FAST = ("--interval", "0")
 
 
 @pytest.fixture
@@ -32,15 +31,6 @@ def start() -> Iterator[Any]:
     """Return a function that starts a UDP server, which stops after the test."""
     with ExitStack() as stack:
         yield lambda answer=echo_datagram, *host: stack.enter_context(ScriptedDatagrams(answer, *host))
-
-
-@pytest.fixture
-def closed_udp_port() -> Iterator[int]:
-    """A port that refuses datagrams, and that no other process gets: its socket is connected to itself."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as bound:
-        bound.bind(("127.0.0.1", 0))
-        bound.connect(bound.getsockname())
-        yield bound.getsockname()[1]
 
 
 def client(port: int, *options: str, code: int = 0) -> None:
@@ -122,7 +112,7 @@ def drop(random: Random, dropped: list[int]) -> Answer:
 def test_udp_lost_is_what_the_server_dropped(start: Any, loop: LoopName, capfd: Capture) -> None:
     dropped: list[int] = []
     server = start(drop(Random(7), dropped))
-    endpoint = Endpoint(*server.address, timeout=1)
+    endpoint = Endpoint(*server.address, timeout=3)
     assert not run(lambda: ping(endpoint, 64, 1000, 0, Output(quiet=False, verbose=False)), loop)
     out, err = capfd.readouterr()
     assert len(server.received) == 1000
@@ -170,13 +160,13 @@ def test_udp_late_reply_is_a_failure_and_not_lost(start: Any, capfd: Capture) ->
 
     def answer(number: int, data: bytes) -> Iterable[bytes]:
         first.append(data)
-        return [first[0]] if number == 2 else []  # after the timeout of number 1
+        return first if number == 2 else []  # after the timeout of number 1
 
-    options = ("--count", "2", "--interval", "0.1", "--timeout", "0.05")
+    options = ("--count", "2", "--interval", "0.6", "--timeout", "0.5")
     last, objects = counts(capfd, start(answer).address[1], *options, code=1)
-    assert (last["sent"], last["received"], last["lost"], last["late"]) == (2, 1, 1, 1)
+    assert (last["sent"], last["received"], last["lost"], last["late"]) == (2, 2, 0, 1)
     assert [(each["seq"], each.get("late"), each.get("error", {}).get("kind")) for each in objects] == [
-        *((1, None, "late"), (1, True, None), (2, None, "late"))
+        *((1, None, "late"), (1, True, None), (2, False, None))
     ]
 
 
@@ -212,10 +202,10 @@ def test_udp_refused_later_is_lost(start: Any, capfd: Capture) -> None:
         return [data]
 
     server = start(answer)
-    client(server.address[1], "--count", "5", "--interval", "0.05", "--timeout", "0.2", code=1)
+    client(server.address[1], "--count", "5", "--interval", "0.05", "--timeout", "1", code=1)
     out, err = capfd.readouterr()
     assert "5 sent, 3 received, 2 lost" in out
-    assert re.search(r"^error: datagram 4: .*: connection refused", err)
+    assert re.search(r"^error: datagram [45]: .*: connection refused", err, re.M)
 
 
 # Options

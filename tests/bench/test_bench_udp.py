@@ -1,0 +1,158 @@
+"""``bench load --udp`` against UDP servers that echo, drop, duplicate and corrupt datagrams, and disappear."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import pytest
+from scripted import ScriptedDatagrams, echo_datagram, resolve_to
+
+from echo_async.bench.generator import LoadGenerator
+from echo_async.bench.load import find_udp_server
+from echo_async.bench.plan import LoadPlan
+from echo_async.bench.recorder import Recorder
+from echo_async.bench.report import print_load
+from echo_async.bench.result import Distribution, LoadResult
+from echo_async.cli.bench import main
+from echo_async.errors import ConnectTimeout
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def start() -> Iterator[Any]:
+    """Return a function that starts a UDP server, which stops after the test."""
+    with ExitStack() as stack:
+        yield lambda answer=echo_datagram: stack.enter_context(ScriptedDatagrams(answer))
+
+
+def run_load(server: ScriptedDatagrams, **options: Any) -> Recorder:
+    """Run a load in this process."""
+    defaults = {"size": 100, "connections": 2, "duration": 0.3, "warmup": 0.0, "timeout": 5.0}
+    plan = LoadPlan(udp=True, family=socket.AF_INET, address=server.address, **{**defaults, **options})
+    generator = LoadGenerator(LoadPlan.from_json(json.loads(json.dumps(asdict(plan)))))
+    generator.connect()
+    return generator.run(perf_counter())
+
+
+def drop_tenth(number: int, data: bytes) -> Iterable[bytes]:
+    return [] if int.from_bytes(data[:4], "big") % 10 == 0 else [data]
+
+
+def count_dropped(server: ScriptedDatagrams) -> int:
+    return sum(not drop_tenth(0, data) for data in server.received)
+
+
+@pytest.mark.parametrize(("rate", "size"), [(None, 2), (None, 100), (None, 65_507), (1000.0, 100)])
+def test_udp_load_without_loss_is_answered(start: Any, rate: float | None, size: int) -> None:
+    server = start()
+    recorder = run_load(server, rate=rate, size=size, connections=1 if size > 100 else 3, duration=0.1)
+    assert (recorder.lost, recorder.failures, recorder.mismatch, recorder.duplicated) == (0, {}, None, 0)
+    assert len(server.received) == sum(recorder.counts) > 10
+    assert {len(data) for data in server.received} == {size}
+
+
+@pytest.mark.parametrize(("rate", "pipeline"), [(None, 4), (500.0, 1)])
+def test_udp_load_lost_is_what_was_dropped(start: Any, rate: float | None, pipeline: int) -> None:
+    server = start(drop_tenth)
+    recorder = run_load(server, rate=rate, pipeline=pipeline, timeout=3, connections=1)
+    assert recorder.lost == count_dropped(server) > 0
+    assert recorder.lost + sum(recorder.counts) == len(server.received)
+    assert set(recorder.failures) == {"no reply within 3 s"}
+
+
+def test_udp_load_counts_duplicates(start: Any) -> None:
+    recorder = run_load(start(lambda number, data: [data] * (2 if number == 1 else 1)))
+    assert (recorder.duplicated, recorder.lost, recorder.mismatch) == (1, 0, None)
+
+
+def test_udp_load_reply_to_another_socket_stops(start: Any) -> None:
+    first: list[bytes] = []
+
+    def answer(number: int, data: bytes) -> Iterable[bytes]:
+        first.append(data)
+        return [first[0]] if number == 2 else [] if number == 1 else [data]
+
+    recorder = run_load(start(answer), connections=2)
+    assert recorder.mismatch is not None
+    assert recorder.mismatch["what"] == "received 100 bytes that were not sent"
+
+
+def test_udp_load_server_gone_is_a_loss(start: Any) -> None:
+    def answer(number: int, data: bytes) -> Iterable[bytes]:
+        if number == 20:
+            server.stop_soon()
+        return [data]
+
+    server = start(answer)
+    recorder = run_load(server, rate=1000.0, timeout=0.1, duration=0.2)
+    assert recorder.failures["connection refused"] > 0
+    assert recorder.lost > 0
+
+
+def test_udp_load_json_has_no_mode(start: Any, capsys: Capture) -> None:
+    server = start()
+    options = ["--connections", "1", "--warmup", "0", "--duration", "0.2", "--rate", "200", "--timeout", "5"]
+    assert main(["load", "--udp", "--json", "--port", str(server.address[1]), *options]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    expected = {"udp": True, "mode": None, "tls": False, "lost": 0, "lost_share": 0, "duplicated": 0}
+    assert {name: facts[name] for name in expected} == expected
+
+
+def test_udp_load_table_has_the_share_of_losses(capsys: Capture) -> None:
+    plan = LoadPlan(udp=True, family=socket.AF_INET, address=("127.0.0.1", 1), connections=1, size=20, rate=200)
+    times = Distribution(np.array([0.001]), np.array([36], dtype=np.uint64))
+    print_load(LoadResult(plan=plan, answered=36, lost=4, duplicated=2, service=times, response=times), [])
+    out = " ".join(capsys.readouterr().out.split())
+    assert ", UDP: 1 socket, any number in flight, 20 bytes per message, open loop at 200 messages/s" in out
+    assert out.endswith("lost: 4 messages (10 %) duplicated: 2 datagrams")
+
+
+# The server
+
+
+def test_udp_server_that_drops_the_first_is_found(start: Any) -> None:
+    server = start(lambda number, data: [data] if number > 1 else [])
+    assert find_udp_server(LoadPlan(udp=True), *server.address).address == server.address
+
+
+def test_udp_server_without_reply_times_out(start: Any) -> None:
+    with pytest.raises(ConnectTimeout, match=r"timed out after 0\.15 s"):
+        find_udp_server(LoadPlan(udp=True, timeout=0.15), *start(lambda number, data: []).address)
+
+
+def test_udp_server_at_the_second_address_is_found(
+    start: Any, closed_udp_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start()
+    resolve_to(monkeypatch, ("127.0.0.1", closed_udp_port), server.address)
+    assert find_udp_server(LoadPlan(udp=True, timeout=1), "several.example", 1).address == server.address
+
+
+def test_udp_port_without_server_exits_with_3(closed_udp_port: int, capsys: Capture) -> None:
+    assert main(["load", "--udp", "--port", str(closed_udp_port)]) == 3
+    assert "connection refused; is the server running?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--ssl"], "--udp conflicts with --ssl"),
+        (["--server-hostname", "x"], "--udp conflicts with --server-hostname"),
+        (["--uds", "x"], "--udp conflicts with --uds"),
+        (["--mode", "stream"], "--udp conflicts with --mode"),
+        (["--rate", "1", "--pipeline", "2"], "--udp --rate conflicts with --pipeline"),
+        (["--size", "65508"], r"invalid --size: 65508 \(must be at most 65507 with --udp\)"),
+    ],
+)
+def test_udp_load_conflicting_option_exits_with_2(options: list[str], text: str, capsys: Capture) -> None:
+    assert main(["load", "--udp", *options]) == 2
+    assert re.match(f"error: {text}", capsys.readouterr().err)
