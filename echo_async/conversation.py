@@ -6,13 +6,17 @@ classes, so all engines give the same replies.
 
 Performance: each byte is searched for a newline once, with ``find``, ``rfind`` or ``replace``, which use
 ``memchr``. An incomplete message is collected in a ``BytesIO``, which appends and returns its content without
-copying it. A chunk that consists of complete messages is returned as it is, without a copy.
+copying it. A chunk that consists of complete messages is returned as it is, without a copy, and so is a large chunk of
+an incomplete message if the engine can write a reply in parts.
 """
 
+from collections.abc import Callable
 from io import BytesIO
 
 NEWLINE = 10  # ord("\n"), to compare with data[-1]; bytes also search for an integer faster than for bytes
 MIN_FIND_SIZE = 1000  # bytes; below this size, counting newlines is as fast as first looking for a single message
+LARGE_MESSAGE = 4096  # bytes; from this size on, newlines are found one by one as fast as counted
+LARGE_CHUNK = 64 * 1024  # bytes; from this size on, a write of its own takes less time than a copy
 
 
 class Conversation:
@@ -28,9 +32,11 @@ class Conversation:
     """
 
     __slots__ = (
+        "_collected",
         "_is_at_boundary",
         "_is_stopping",
-        "_partial_message",
+        "_parts",
+        "_write_part",
         "discarded",
         "finished",
         "incomplete",
@@ -50,7 +56,9 @@ class Conversation:
         self.too_long = False
         self._is_at_boundary = True  # no message is incomplete: the next byte starts one
         self._is_stopping = False  # finish after the incomplete message
-        self._partial_message: BytesIO | None = None
+        self._parts: list[bytes] | None = None  # the incomplete message, up to its last large chunk
+        self._collected: BytesIO | None = None  # the rest of it
+        self._write_part: Callable[[bytes], object] | None = None
 
     @property
     def answered(self) -> int:
@@ -60,6 +68,10 @@ class Conversation:
     def receive(self, data: bytes) -> bytes:
         """Process one chunk of at least one byte; return the bytes to send now, possibly none."""
         raise NotImplementedError
+
+    def write_parts_with(self, write: Callable[[bytes], object]) -> None:
+        """Call ``write`` with each part of a large reply but the last, which ``receive`` returns: it is not joined."""
+        self._write_part = write
 
     def receive_eof(self) -> None:
         """Process the end of input: an incomplete message is not answered."""
@@ -76,7 +88,7 @@ class Conversation:
         """Answer no further input. ``incomplete`` keeps the size of a message that was cut off."""
         self.finished = True
         self._is_at_boundary = False
-        self._partial_message = None
+        self._parts = self._collected = None
 
     def _reject_too_long(self) -> None:
         """Finish because the current message is too long: its first ``max_message_size`` bytes have no newline."""
@@ -92,24 +104,43 @@ class Conversation:
 
     def _store_partial(self, data: bytes) -> None:
         """Append ``data`` to the incomplete message, unless that makes it too long."""
-        self.incomplete += len(data)
+        size = len(data)
+        self.incomplete += size
         if self.incomplete >= self.max_message_size:  # the newline is still missing, and counts
-            return self._reject_too_long()
-        if self._partial_message is None:
-            self._partial_message = BytesIO()
+            self._reject_too_long()
+        elif size >= LARGE_CHUNK and self._write_part is not None:
             self._is_at_boundary = False
-        self._partial_message.write(data)
+            self._parts = self._take_parts()
+            self._parts.append(data)
+        else:
+            if self._collected is None:
+                self._is_at_boundary = False
+                self._collected = BytesIO()
+            self._collected.write(data)
+
+    def _take_parts(self) -> list[bytes]:
+        """Return the parts of the incomplete message, and forget them."""
+        parts = self._parts or []
+        if self._collected is not None:
+            parts.append(self._collected.getvalue())
+        self._parts = self._collected = None
+        return parts
 
     def _complete_partial(self, end: bytes) -> bytes:
-        """Return the incomplete message with ``end`` appended."""
-        partial_message = self._partial_message
-        if partial_message is None:
+        """Return the incomplete message with ``end`` appended, or only its last part if the others can be written."""
+        if self._is_at_boundary:
             return end
-        partial_message.write(end)
-        self._partial_message = None
         self._is_at_boundary = True
         self.incomplete = 0
-        return partial_message.getvalue()
+        if self._write_part is not None and (self._parts or len(end) >= LARGE_CHUNK):
+            for part in self._take_parts():
+                self._write_part(part)
+            return end
+        collected = self._collected
+        assert collected is not None
+        collected.write(end)
+        self._collected = None
+        return collected.getvalue()
 
     def _receive_single(self, data: bytes) -> bytes:
         """Answer one message, then finish."""
@@ -142,8 +173,10 @@ class StreamConversation(Conversation):
             self.received += size
             if size > MIN_FIND_SIZE and size - data.find(b"\n") == 1:
                 self.messages += 1
-            else:  # bytes.count does not use memchr
+            elif size < LARGE_CHUNK:  # bytes.count does not use memchr
                 self.messages += size - len(data.replace(b"\n", b""))
+            else:
+                self.messages += _count_newlines(data)
             return data
         return self._receive_split(data)
 
@@ -158,12 +191,12 @@ class StreamConversation(Conversation):
         end = data.rfind(b"\n") + 1
         if self.incomplete + end > self.max_message_size and (valid_end := self._find_valid_end(data)) < end:
             reply = self._complete_partial(data[:valid_end]) if valid_end else b""
-            self.messages += valid_end - len(data[:valid_end].replace(b"\n", b""))
+            self.messages += _count_newlines(data[:valid_end])
             self.incomplete += len(data) - valid_end
             self._reject_too_long()
             return reply
         complete = data if end == len(data) else data[:end]
-        self.messages += end - len(complete.replace(b"\n", b""))
+        self.messages += end - len(complete.replace(b"\n", b"")) if end < LARGE_CHUNK else _count_newlines(complete)
         reply = self._complete_partial(complete)
         if end < len(data):
             self._store_partial(data[end:])
@@ -175,6 +208,17 @@ class StreamConversation(Conversation):
         while end and end - start <= self.max_message_size:
             start, end = end, data.find(b"\n", end) + 1
         return max(start, 0)
+
+
+def _count_newlines(data: bytes) -> int:
+    """Count newlines without a copy of large messages, which ``replace`` makes."""
+    count = start = 0
+    while end := data.find(b"\n", start) + 1:
+        if end - start < LARGE_MESSAGE:
+            rest = data[start:]
+            return count + len(rest) - len(rest.replace(b"\n", b""))
+        count, start = count + 1, end
+    return count
 
 
 class MessageConversation(Conversation):

@@ -320,6 +320,25 @@ async def slow_reader(backend: str, scale: float) -> None:
         process.stop()
 
 
+async def large_messages(backend: str, scale: float) -> None:
+    """1,000 messages of 1 MiB on 10 connections: the memory is reused or returned."""
+    message = b"x" * (1024 * 1024 - 1) + b"\n"
+
+    async def exchange(client: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
+        for _ in range(100):
+            client[1].write(message)
+            assert await client[0].readexactly(len(message)) == message
+
+    with server(*BACKENDS[backend], "--mode", "stream", "--chunk-size", "65536") as process:
+        before = process.memory
+        async with clients(process.port, 10) as opened:
+            await asyncio.gather(*map(exchange, opened))
+            grown = (process.memory - before) / 1024
+        limit = {"protocol-uvloop": 8, "protocol-asyncio": 12}.get(backend, 64)
+        check("memory afterwards, MiB more than before", grown, grown <= limit, f"{limit}")
+        process.stop()
+
+
 async def flood(backend: str, scale: float) -> None:
     """One client sends 400 kB, read 20 bytes at a time: another client is not delayed."""
     with server(*BACKENDS[backend], "--mode", "stream") as process:
@@ -418,6 +437,7 @@ SCENARIOS: dict[str, Callable[[str, float], Coroutine[None, None, None]]] = {
     "descriptors": few_descriptors,
     "handover": handover,
     "slow-reader": slow_reader,
+    "large-messages": large_messages,
     "flood": flood,
     "idle-tls": idle_tls,
     "silent-tls": silent_tls,

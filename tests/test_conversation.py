@@ -6,6 +6,7 @@ give the same outcome. Hypothesis then searches for a split that makes a differe
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -13,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import echo_async.conversation
 from echo_async.config import Mode
-from echo_async.conversation import Conversation, make_conversation
+from echo_async.conversation import LARGE_CHUNK, Conversation, make_conversation
 
 MODES: tuple[Mode, ...] = ("message", "stream", "raw")
 LIMIT = 1_048_576
@@ -135,6 +137,39 @@ def test_stream_after_a_split_message_returns_without_a_copy() -> None:
     several = b"one\ntwo\n"
     assert conversation.receive(several) is several
     assert conversation.messages == 3
+
+
+@pytest.mark.parametrize("mode", ["message", "stream"])
+def test_large_message_is_written_in_parts_without_a_copy(mode: Mode) -> None:
+    chunks = [b"a" * LARGE_CHUNK, b"b" * LARGE_CHUNK, b"c\n"]
+    conversation = make_conversation(mode, LIMIT)
+    written: list[bytes] = []
+    conversation.write_parts_with(written.append)
+    assert [conversation.receive(chunk) for chunk in chunks] == [b"", b"", b"c\n"]
+    assert [id(part) for part in written] == [id(chunk) for chunk in chunks[:2]]
+
+
+@pytest.mark.parametrize("mode", ["message", "stream"])
+@pytest.mark.parametrize("size", [20, 1000, LARGE_CHUNK])
+def test_incomplete_message_takes_little_more_than_its_size(mode: Mode, size: int) -> None:
+    conversation = make_conversation(mode, LIMIT)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(1_000_000 // size):
+            conversation.receive(bytes(size))
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert conversation.incomplete <= after - before <= 1.2 * conversation.incomplete
+
+
+def test_messages_of_any_size_in_one_chunk_are_counted() -> None:
+    """Newlines are counted in one way among short messages, and in another among long ones."""
+    messages = [b"x" * 5000 + b"\n", b"x" * 100_000 + b"\n", b"\n", b"short\n" * 20_000, b"x" * 5000 + b"\n"]
+    for some in (messages, messages[:2], messages[2:], messages[3:]):
+        sent = b"".join(some)
+        assert run_conversation("stream", [sent]) == Outcome(reply=sent, messages=sent.count(b"\n"))
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
@@ -307,6 +342,24 @@ def test_any_split_matches_the_reference_model(mode: Mode, sent: bytes, sizes: l
 @given(sent=INPUTS, sizes=CHUNK_SIZES, limit=LIMITS)
 def test_any_split_gives_the_same_outcome(mode: Mode, sent: bytes, sizes: list[int], limit: int) -> None:
     assert run_conversation(mode, split(sent, sizes), limit) == run_conversation(mode, [sent], limit)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(sent=INPUTS, sizes=CHUNK_SIZES, limit=LIMITS, large=st.integers(1, 25), in_parts=st.booleans())
+def test_any_chunk_kept_as_it_is_gives_the_same_outcome(
+    mode: Mode, sent: bytes, sizes: list[int], limit: int, large: int, in_parts: bool
+) -> None:
+    """``large`` bytes take the place of the sizes from which on a chunk is kept, and newlines are found one by one."""
+    conversation, reply = make_conversation(mode, limit), bytearray()
+    if in_parts:
+        conversation.write_parts_with(reply.extend)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(echo_async.conversation, "LARGE_CHUNK", large)
+        patch.setattr(echo_async.conversation, "LARGE_MESSAGE", large)
+        for chunk in split(sent, sizes):
+            reply += conversation.receive(chunk)
+            assert len(reply) == conversation.answered
+    assert Outcome.of(conversation, bytes(reply)) == run_conversation(mode, [sent] if sent else [], limit)
 
 
 @pytest.mark.parametrize("mode", MODES)

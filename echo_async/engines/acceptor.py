@@ -14,7 +14,7 @@ from ..listeners import Listeners
 from ..tls import Certificates
 from .admission import Admission
 from .handshake_acceptor import HandshakeAcceptor, OnEstablished
-from .loop_internals import ABORT_TURNS, run_turns, start_serving, stop_accepting
+from .loop_internals import ABORT_TURNS, keep_freed_memory, run_turns, start_serving, stop_accepting
 from .origin import Origin
 from .registry import DRAIN_INTERVAL, Registry
 from .sweeper import Sweeper
@@ -60,6 +60,7 @@ class AsyncioAcceptor:
 
     async def start(self) -> None:
         """Accept connections from now on. Once, after the acceptor is made."""
+        keep_freed_memory()
         try:
             for listener in self._listeners.sockets if self._admission.config.accepts else ():
                 self._servers.append(await self._serve(listener))

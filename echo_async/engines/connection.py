@@ -14,7 +14,7 @@ from ..proxy import ProxyHeader
 from .context import ConnectionContext
 from .counters import Exchange
 
-LINES_PER_TURN = 250  # access log lines of one connection before others get their turn
+LINES_PER_TURN = 100  # access log lines of one connection before others get their turn
 NEW_CLIENT_GRACE = 0.5  # seconds that a new connection gets at a shutdown to begin its message
 
 TimeoutKind = Literal["idle", "message", "write", "linger"]

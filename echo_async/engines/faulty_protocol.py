@@ -24,6 +24,8 @@ def create_protocol(registry: Registry, on_established: OnEstablished, origin: O
 class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
     """One connection with a fault."""
 
+    needs_whole_replies = True
+
     def __init__(self, plan: FaultPlan, registry: Registry, on_established: OnEstablished, origin: Origin) -> None:
         super().__init__(registry, on_established, origin)
         self._plan = plan
@@ -51,9 +53,10 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
         try:
             if self.context.log_chunks:
                 self.log_chunk(data)
-            self._append(self.actions(self.conversation.receive(data)))
+            reply = self.conversation.receive(data)
+            self._append(self.actions(reply))
             if len(data) > LARGE_READ:
-                self._end_turn()
+                self._count_large_read(reply)
         except Exception as error:
             self.fail(error)
 

@@ -37,6 +37,24 @@ asyncio: streams.py, ``StreamReader._maybe_resume_transport`` resumes reading; t
 """
 
 
+KEPT_MEMORY = 6 * 1024 * 1024
+"""Bytes of freed memory at the end of the heap that glibc keeps.
+
+uvloop allocates the bytes of a read, up to 256,000 (loop.pxd, ``UV_STREAM_RECV_BUF_SIZE``), asyncio 256 KiB
+(selector_events.py, ``max_size``). glibc keeps some 500 KB: it would return the memory of a large message to the
+kernel and request it again for the next one, 256 page faults for 1 MiB, which take longer than to read and send it.
+"""
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep ``KEPT_MEMORY`` bytes. Other allocators are not affected.
+
+    Its thresholds are dynamic: freeing a mapped block raises that of trimming the heap to twice the size of the block
+    (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    bytes(KEPT_MEMORY // 2)
+
+
 async def run_turns(count: int) -> None:
     """Let the event loop run ``count`` times."""
     for _ in range(count):

@@ -19,7 +19,8 @@ from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS, write_buffer_size
 from .origin import UNKNOWN, Origin
 from .registry import Registry
 
-LARGE_READ = 100_000  # bytes; after a read of less, the kernel has no more: event loops read 256,000 at a time
+LARGE_READ = 200_000  # bytes; after a read of less, the kernel has no more: event loops read 256,000 at a time
+LARGE_READS_PER_TURN = 4  # without a reply, before other connections get their turn; one with a reply ends the turn
 
 
 async def create_server(registry: Registry, on_established: OnEstablished, listener: socket.socket) -> asyncio.Server:
@@ -43,7 +44,18 @@ def _connection_class(registry: Registry) -> type[ProtocolConnection]:
 class ProtocolConnection(Connection, asyncio.Protocol):
     """One connection of the ``protocol`` engine."""
 
-    __slots__ = ("_drain_target", "_is_writing_paused", "_on_established", "_registry", "_transport", "_write")
+    __slots__ = (
+        "_drain_target",
+        "_is_writing_paused",
+        "_large_reads",
+        "_on_established",
+        "_registry",
+        "_transport",
+        "_write",
+    )
+
+    needs_whole_replies = False
+    """Whether the parts of a large reply are joined before they are written."""
 
     _transport: asyncio.Transport
     _write: Callable[[bytes], object]
@@ -55,6 +67,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         self._registry = registry
         self._on_established = on_established
         self._is_writing_paused = False
+        self._large_reads = 0
         self._drain_target: int | None = None  # bytes that may have been sent to us when the shutdown began
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -63,6 +76,8 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         try:
             if self._on_established():
                 super().__init__(self.context, self._peername, self._header)
+                if not self.needs_whole_replies:
+                    self.conversation.write_parts_with(self._write)
                 self._registry.add(self)
             else:
                 self._transport.abort()
@@ -86,12 +101,15 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             if conversation.finished and self._lingering_since is None:
                 self.finish()
             elif len(data) > LARGE_READ:
-                self._end_turn()
+                self._count_large_read(reply)
         except Exception as error:
             self.fail(error)
 
-    def _end_turn(self) -> None:
-        """Read on in the next turn of the event loop: libuv reads 32 times in a row (src/unix/stream.c, uv__read)."""
+    def _count_large_read(self, reply: bytes) -> None:
+        """End the turn if it was long enough: libuv reads 32 times in a row (src/unix/stream.c, uv__read)."""
+        self._large_reads += 1
+        if not reply and self._large_reads % LARGE_READS_PER_TURN:
+            return
         if self._can_read() and not self._transport.is_closing():
             self._transport.pause_reading()
             asyncio.get_running_loop().call_soon(self._resume_reading)
@@ -161,6 +179,8 @@ class LoggedProtocolConnection(ProtocolConnection):
     """The same with logging. The lines for one read are written in turns; nothing is read until they are."""
 
     __slots__ = ("_lines", "_loop")
+
+    needs_whole_replies = True
 
     def __init__(self, registry: Registry, on_established: OnEstablished, origin: Origin = UNKNOWN) -> None:
         super().__init__(registry, on_established, origin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import ssl
 from itertools import pairwise
 from pathlib import Path
@@ -12,27 +13,49 @@ from typing import Any
 import pytest
 from support import (
     LOOPS,
+    fill,
+    receive_all,
     run,
     wait_in_loop,
 )
 
 import echo_async
-from echo_async.config import EngineName, ServerOptions
+from echo_async.config import EngineName, Mode, ServerOptions
+from echo_async.engines.protocol import LARGE_READS_PER_TURN
 from echo_async.engines.streams import CHUNKS_PER_TURN
 from echo_async.loops import LoopName
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
+SHARES = {"streams": CHUNKS_PER_TURN * 20, "protocol": 256 * 1024}
+"""Bytes of complete messages that one client gets in a turn; ``protocol`` reads four times that without a newline."""
+
+
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize(("engine", "fault"), [("streams", None), ("protocol", None), ("protocol", "close=100000000")])
+@pytest.mark.parametrize(
+    ("engine", "fault", "line"),
+    [
+        ("streams", None, b""),
+        ("protocol", None, b""),
+        ("protocol", None, b"one message of 20 b\n"),
+        ("protocol", "close=100000000", b""),
+    ],
+)
 def test_flood_from_one_client_is_read_in_limited_shares(
-    engine: EngineName, fault: str | None, loop: LoopName, tls: bool, certificate: Path, client_context: ssl.SSLContext
+    engine: EngineName,
+    fault: str | None,
+    line: bytes,
+    loop: LoopName,
+    tls: bool,
+    certificate: Path,
+    client_context: ssl.SSLContext,
 ) -> None:
     """In one event loop iteration the server reads a limited number of bytes from one client."""
-    share, size = (CHUNKS_PER_TURN * 20, 400_000) if engine == "streams" else (256 * 1024, 4_000_000)
-    flood = b"x" * (size - 1) + b"\n"
+    size = 400_000 if engine == "streams" else 4_000_000
+    flood = line * (size // 20) or b"x" * (size - 1) + b"\n"
+    share = SHARES[engine] if line or engine == "streams" else LARGE_READS_PER_TURN * SHARES[engine]
 
     async def main() -> None:
         running = asyncio.get_running_loop()
@@ -58,12 +81,44 @@ def test_flood_from_one_client_is_read_in_limited_shares(
             reader, writer = await asyncio.open_connection(*server.address, limit=len(flood), **secured)
             writer.write(flood)
             sample()
-            assert await reader.readline() == flood
+            assert await reader.readexactly(len(flood)) == flood
             writer.close()
             await writer.wait_closed()
             shares = [after - before for before, after in pairwise(received)]
             assert max(shares) <= share
             assert sum(shares) == len(flood)
+
+    run(main, loop)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    ("mode", "is_logged"),
+    [("message", False), ("stream", False), ("stream", True), ("raw", False), ("raw", True), ("identify", False)],
+)
+def test_flood_is_drained_in_limited_shares_at_a_stop(mode: Mode, is_logged: bool, loop: LoopName) -> None:
+    """What the kernel has buffered at a stop is read as before: in shares."""
+
+    async def main() -> None:
+        running = asyncio.get_running_loop()
+        async with echo_async.serve(port=0, mode=mode, engine="protocol", no_access_log=not is_logged) as server:
+            assert isinstance(server.address, tuple)
+            with socket.create_connection(server.address) as client:
+                await wait_in_loop(lambda: server.stats.accepted == 1)
+                sent = fill(client)
+                received = [0]
+
+                def sample() -> None:
+                    received.append(server.stats.bytes_in)
+                    if server.stats.active:
+                        running.call_soon(sample)
+
+                server.close()
+                sample()
+                await asyncio.to_thread(receive_all, client)
+            await server.wait_closed()
+            assert max(after - before for before, after in pairwise(received)) <= LARGE_READS_PER_TURN * 256 * 1024
+            assert 256 * 1024 < received[-1] <= sent
 
     run(main, loop)
 

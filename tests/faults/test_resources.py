@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import platform
 import re
 import resource
 import select
@@ -18,11 +19,13 @@ from time import monotonic
 
 import pytest
 from support import (
+    LOOPS,
     MAX_DELAY,
     connect,
     is_echoed,
     log_lines,
     receive_all,
+    receive_exactly,
     server_process,
 )
 
@@ -130,3 +133,27 @@ def test_descriptors_exhausted_serves_some_and_recovers(options: list[str]) -> N
     assert accepted == len(served) + len(served_later)
     assert refused >= 200 - len(served)
     assert 1 <= len([line for line in log.splitlines() if " WARNING " in line or " ERROR " in line]) <= 1 + seconds
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="relies on its malloc")
+@pytest.mark.parametrize("loop", LOOPS)
+def test_large_messages_reuse_the_same_memory(loop: str) -> None:
+    """Memory that is returned to the kernel for each message costs a page fault per 4 KiB of the next one."""
+    message = b"x" * (1024 * 1024 - 1) + b"\n"
+
+    def usage() -> tuple[int, int]:
+        """Return the page faults, and the resident memory in bytes."""
+        fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[7]), int(fields[21]) * resource.getpagesize()
+
+    with server_process("--engine", "protocol", "--loop", loop, "--mode", "stream", "--no-access-log") as server:
+        _, memory_before = usage()
+        with server.connect() as client:
+            for number in range(40):
+                if number == 20:
+                    faults_before, _ = usage()
+                client.sendall(message)
+                assert receive_exactly(client, len(message)) == message
+            faults, memory = usage()
+        assert (faults - faults_before) / 20 < 64
+        assert memory - memory_before < 8 * 1024 * 1024
