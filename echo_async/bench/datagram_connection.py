@@ -96,7 +96,7 @@ class DatagramConnection(BaseConnection):
         if deadline is not None:
             self._context.call_later(deadline - now, self._expire)
         if expired:
-            self._context.recorder.add_loss(f"no reply within {self._timeout:g} s", len(expired))
+            self._context.recorder.add_loss(f"reply timeout: no reply within {self._timeout:g} s", len(expired))
             self._context.on_replies(self, len(expired), now)
 
     def _fail(self, reason: str) -> None:
