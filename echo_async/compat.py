@@ -40,6 +40,8 @@ _is_present = {UNIX_SOCKETS: HAS_UNIX_SOCKETS, DESCRIPTORS: resource is not None
 CONNECT_IN_PROGRESS = {0, errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", 0)}
 """Results of ``connect_ex`` on a nonblocking socket that is connecting, or connected."""
 
+TRAFFIC_CLASS_OPTIONS = (("IPPROTO_IP", "IP_RECVTOS", "IP_TOS"), ("IPPROTO_IPV6", "IPV6_RECVTCLASS", "IPV6_TCLASS"))
+
 SIOCOUTQNSD = 0x894B  # of Linux: include/uapi/linux/sockios.h
 
 HAS_SHARED_PORTS = hasattr(socket, "SO_EXCLUSIVEADDRUSE")
@@ -100,6 +102,26 @@ def set_reset_on_close(connected: Any) -> None:
     """Let closing ``connected`` reset the connection (socket(7), SO_LINGER of 0 s). Unix sockets are just closed."""
     linger = struct.pack("ii" if resource is not None else "hh", 1, 0)
     connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
+def mark_replies(receiver: socket.socket, traffic_class: int) -> None:
+    """Send all datagrams of ``receiver`` with ``traffic_class``, and let :func:`receive_message` return that of others.
+
+    A dual-stack socket takes the options of IPv4 as well, for its IPv4 peers. What the platform lacks is left out.
+    """
+    for level, request, name in TRAFFIC_CLASS_OPTIONS:
+        with suppress(OSError, AttributeError):
+            receiver.setsockopt(getattr(socket, level), getattr(socket, request), 1)
+            receiver.setsockopt(getattr(socket, level), getattr(socket, name), traffic_class)
+
+
+def _receive_without_ancillary(receiver: socket.socket, size: int, _: int, /) -> tuple[bytes, list[Any], int, Any]:
+    data, source = receiver.recvfrom(size)
+    return data, [], 0, source
+
+
+receive_message = getattr(socket.socket, "recvmsg", _receive_without_ancillary)
+"""``recvmsg`` of a socket; without ancillary data where there is none."""
 
 
 def unsent_in_kernel(connected: Any) -> int:

@@ -65,6 +65,7 @@ ADDRESS_OPTIONS = ("host", "port", "uds", "fd")
 
 MAX_LABELS_SIZE = 1024  # characters of all labels, which each reply of identify mode contains
 LOOPBACK = "127.0.0.1,::1"
+LOOPBACK_NETWORKS = "127.0.0.0/8,::1"
 MAX_INT = 2**31 - 1
 
 _HOST_HELP = "Host name or address to listen on; :: for all, 0.0.0.0 for all of IPv4. Can be given several times."
@@ -80,6 +81,8 @@ _LABELS_REQUIREMENT = (
 _FAULT_HELP = "Fault of every connection, such as delay=0.05..0.2,slice=1..3; p=0.1 for a share of them."
 _SEQUENCE_HELP = "Faults of the first connections, one each, separated by semicolons; none for a healthy one."
 _SEED_HELP = "Seed of all random choices of faults; the same seed repeats them."
+_UDP_HELP = "Answer datagrams as well, on the same addresses and port (RFC 862)."
+_UDP_ALLOW_HELP = "Sources whose datagrams are answered: addresses and networks, or * for all."
 _PROXY_HELP = "PROXY header with which every connection must begin; auto accepts v1 and v2."
 
 
@@ -257,6 +260,8 @@ class ServerOptions(TypedDict, total=False):
     ssl_alpn: str | None
     proxy_protocol: ProxyProtocol
     proxy_allow_from: str
+    udp: bool
+    udp_allow_from: str
     labels: Mapping[str, str] | None
     fault: str | None
     fault_sequence: str | Sequence[str | None] | None
@@ -297,6 +302,8 @@ class ServerConfig:
     ssl_alpn: str | None = _option(None, "ALPN protocols to negotiate, preferred ones first: h2,echo.", "protocols")
     proxy_protocol: ProxyProtocol = _option("off", _PROXY_HELP, "choice", choices=get_args(ProxyProtocol))
     proxy_allow_from: str = _option(LOOPBACK, "Trusted proxies: addresses and networks, or * for all.", "networks")
+    udp: bool = _option(False, _UDP_HELP, "flag")
+    udp_allow_from: str = _option(LOOPBACK_NETWORKS, _UDP_ALLOW_HELP, "networks")
     labels: Mapping[str, str] | None = _option(None, _LABEL_HELP, "labels", is_repeatable=True, flag="label")
     fault: str | None = _option(None, _FAULT_HELP, "fault")
     fault_sequence: str | Sequence[str | None] | None = _option(None, _SEQUENCE_HELP, "faults")
@@ -307,6 +314,10 @@ class ServerConfig:
         _validate(self)
         if self.proxy_protocol == "off" and self.proxy_allow_from != LOOPBACK:
             raise ConfigError("proxy_allow_from requires proxy_protocol")
+        if not self.udp and self.udp_allow_from != LOOPBACK_NETWORKS:
+            raise ConfigError("udp_allow_from requires udp")
+        if self.udp and self.uds is not None:
+            raise ConfigError("udp conflicts with uds; use host and port")
         if self.uds is not None:
             require(UNIX_SOCKETS, "use uds")
         if self.fd is not None:

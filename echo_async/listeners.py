@@ -10,11 +10,15 @@ from .config import ServerConfig
 
 
 class Listeners:
-    """Listening sockets that are closed together; a Unix socket path that was bound here is removed then."""
+    """Listening sockets that are closed together; a Unix socket path that was bound here is removed then.
+
+    ``datagram_sockets`` are those of ``sockets`` that receive datagrams. They have the addresses of the others.
+    """
 
     def __init__(self, sockets: Sequence[socket.socket], path: str | None = None) -> None:
-        self.addresses = [net.get_address(each) for each in sockets]
-        self._sockets = list(sockets)
+        self.datagram_sockets = [each for each in sockets if each.type == socket.SOCK_DGRAM]
+        self._sockets = [each for each in sockets if each.type != socket.SOCK_DGRAM]
+        self.addresses = [net.get_address(each) for each in self._sockets]
         self._backlog_fillers: list[socket.socket] = []
         self._path = path
         self._file_id = None if path is None else net.get_file_id(path)
@@ -22,16 +26,23 @@ class Listeners:
     @classmethod
     def bind(cls, config: ServerConfig, infos: Sequence[net.AddressInfo] | None = None) -> Self:
         """Bind the addresses of ``config``, which are resolved here unless ``infos`` has them."""
+        if config.fd is not None:
+            return cls.adopt([config.fd], has_udp=config.udp)
         self = cls(net.bind(config, net.resolve(config) if infos is None else infos), config.uds)
         if not config.accepts:
             self._backlog_fillers = [net.fill_backlog(each) for each in self._sockets]
         return self
 
     @classmethod
-    def adopt(cls, descriptors: Sequence[int]) -> Self:
-        """Adopt inherited listening sockets. :exc:`~echo_async.StartError` if a descriptor is none."""
+    def adopt(cls, descriptors: Sequence[int], *, has_udp: bool = False) -> Self:
+        """Adopt inherited listening sockets. :exc:`~echo_async.StartError` if a descriptor is none.
+
+        With ``has_udp``, UDP sockets are adopted as well, or bound to the same addresses if there are none.
+        """
         with contextlib.ExitStack() as on_failure:
-            sockets = [on_failure.enter_context(net.adopt(each)) for each in descriptors]
+            sockets = [on_failure.enter_context(net.adopt(each, has_udp=has_udp)) for each in descriptors]
+            if has_udp and all(each.type != socket.SOCK_DGRAM for each in sockets):
+                sockets += net.bind_udp(sockets)
             on_failure.pop_all()
             return cls(sockets)
 
@@ -44,6 +55,6 @@ class Listeners:
         if self._path is not None:
             net.remove_socket_file(self._path, self._file_id)
             self._path = None
-        for each in (*self._sockets, *self._backlog_fillers):
+        for each in (*self._sockets, *self._backlog_fillers, *self.datagram_sockets):
             each.close()
         self._sockets.clear()

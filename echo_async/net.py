@@ -9,8 +9,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .compat import set_exclusive_address, try_lock
+from .compat import HAS_SHARED_PORTS, mark_replies, set_exclusive_address, try_lock
 from .config import ServerConfig
+from .datagrams import REPLY_TRAFFIC_CLASS
 from .errors import StartError, describe_error
 from .logs import escape
 
@@ -23,6 +24,7 @@ AddressInfo = tuple[socket.AddressFamily, Any, int, str, tuple[Any, ...]]
 
 IPV4_MAPPED = "::ffff:"
 PORT_ATTEMPTS = 10  # free ports that are tried until one is free on every address
+RECEIVE_BUFFER_SIZE = 4 * 1024 * 1024  # bytes requested for the datagrams of a burst
 LOCK_TIMEOUT, LOCK_INTERVAL = 1.0, 0.005  # seconds to wait for the lock of a directory, and between two attempts
 NO_IPV6 = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}  # of socket(2) and bind(2) for ``::``
 
@@ -93,7 +95,7 @@ def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.sock
     while True:
         attempts -= 1
         try:
-            return _bind_tcp(infos, backlog)
+            return _bind_tcp(infos, backlog, has_udp=config.udp)
         except StartError as error:
             if not attempts or getattr(error.__cause__, "errno", None) != errno.EADDRINUSE:
                 raise
@@ -123,8 +125,11 @@ def _has_family(infos: Sequence[AddressInfo], family: socket.AddressFamily) -> b
     return any(info[0] == family for info in infos)
 
 
-def _bind_tcp(infos: Sequence[AddressInfo], backlog: int) -> list[socket.socket]:
-    """Listen on every address. ``::`` accepts IPv4 as well, unless there is an IPv4 address among them."""
+def _bind_tcp(infos: Sequence[AddressInfo], backlog: int, *, has_udp: bool) -> list[socket.socket]:
+    """Listen on every address. ``::`` accepts IPv4 as well, unless there is an IPv4 address among them.
+
+    With ``has_udp`` there are UDP sockets with the same addresses as well.
+    """
     has_ipv4 = _has_family(infos, socket.AF_INET)
     with contextlib.ExitStack() as stack:
         sockets: list[socket.socket] = []
@@ -142,8 +147,38 @@ def _bind_tcp(infos: Sequence[AddressInfo], backlog: int) -> list[socket.socket]
             sockets.append(listener)
         for listener in sockets:
             _listen(listener, backlog)  # another server may have listened since bind
+        if has_udp:
+            sockets += bind_udp(sockets)
         stack.pop_all()
         return sockets
+
+
+def bind_udp(listeners: Sequence[socket.socket]) -> list[socket.socket]:
+    """Return UDP sockets with the addresses of TCP ``listeners``. Replies that they send are marked."""
+    with contextlib.ExitStack() as stack:
+        receivers = []
+        for listener in listeners:
+            address = listener.getsockname()
+            if listener.family not in (socket.AF_INET, socket.AF_INET6):
+                raise StartError(f"cannot receive datagrams on {format_address(address)}: not an IP address; omit udp")
+            with _listen_errors(address, "/udp"):
+                receiver = stack.enter_context(socket.socket(listener.family, socket.SOCK_DGRAM))
+                if HAS_SHARED_PORTS:
+                    set_exclusive_address(receiver)
+                if listener.family == socket.AF_INET6:
+                    is_ipv6_only = listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+                    receiver.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, is_ipv6_only)
+                receiver.bind(address)
+            receivers.append(_prepare_udp(receiver))
+        stack.pop_all()
+        return receivers
+
+
+def _prepare_udp(receiver: socket.socket) -> socket.socket:
+    mark_replies(receiver, REPLY_TRAFFIC_CLASS)
+    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_SIZE)  # the system limits it
+    receiver.setblocking(False)
+    return receiver
 
 
 def fill_backlog(listener: socket.socket) -> socket.socket:
@@ -186,14 +221,15 @@ _UNIX_ADVICE = {
 
 
 @contextlib.contextmanager
-def _listen_errors(address: object) -> Iterator[None]:
+def _listen_errors(address: object, suffix: str = "") -> Iterator[None]:
     """Raise :exc:`~echo_async.StartError`, with advice, if it is not possible to listen on ``address``."""
     try:
         yield
     except (OSError, ValueError) as error:
         advice_by_errno = _TCP_ADVICE if isinstance(address, tuple) else _UNIX_ADVICE
         advice = advice_by_errno.get(getattr(error, "errno", None) or 0, "")
-        raise StartError(f"cannot listen on {format_address(address)}: {describe_error(error)}{advice}") from error
+        reason = describe_error(error)
+        raise StartError(f"cannot listen on {format_address(address)}{suffix}: {reason}{advice}") from error
 
 
 def _bind_unix(path: str, backlog: int) -> socket.socket:
@@ -252,8 +288,11 @@ def remove_socket_file(path: str, file_id: tuple[int, int] | None) -> None:
             os.unlink(path)
 
 
-def adopt(descriptor: int) -> socket.socket:
-    """Return the inherited listening socket. :exc:`~echo_async.StartError` if ``descriptor`` is none."""
+def adopt(descriptor: int, *, has_udp: bool = False) -> socket.socket:
+    """Return the inherited listening socket, or with ``has_udp`` a UDP socket.
+
+    :exc:`~echo_async.StartError` if ``descriptor`` is none.
+    """
     try:
         listener = socket.socket(fileno=descriptor)
     except OSError as error:
@@ -263,6 +302,8 @@ def adopt(descriptor: int) -> socket.socket:
             _disable_nagle(listener)
             listener.setblocking(False)
             return listener
+        if has_udp and listener.type == socket.SOCK_DGRAM and listener.family in (socket.AF_INET, socket.AF_INET6):
+            return _prepare_udp(listener)
         listener.detach()
         reason = "not a listening stream socket"
     raise StartError(f"cannot listen on descriptor {descriptor}: {reason}; pass a listening TCP or Unix stream socket")

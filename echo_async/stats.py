@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 __all__ = ["Stats"]
 
@@ -12,8 +13,8 @@ __all__ = ["Stats"]
 class Stats:
     """A snapshot of a server's counters since its start. ``a + b`` adds the counters of two servers.
 
-    ``bytes_in`` and ``bytes_out`` count bytes, ``messages`` counts messages, all other fields count connections.
-    A fault that drops or cuts a reply changes ``bytes_out``, and not ``messages``.
+    ``bytes_in`` and ``bytes_out`` count bytes, ``messages`` counts messages, the last three fields count datagrams as
+    well, all others connections. A fault that drops or cuts a reply changes ``bytes_out``, and not ``messages``.
     """
 
     accepted: int = 0
@@ -32,7 +33,7 @@ class Stats:
     messages: int = 0
     """Complete messages answered (always 0 in ``raw`` mode)."""
     bytes_in: int = 0
-    """Bytes received."""
+    """Bytes received, without those of datagrams that were refused."""
     bytes_out: int = 0
     """Bytes of replies, sent or in the write buffer."""
     lost: int = 0
@@ -48,19 +49,29 @@ class Stats:
     failed: int = 0
     """Connections aborted because of an internal error."""
 
+    datagrams: int = 0
+    """Datagrams answered (with ``udp``)."""
+    datagrams_refused: Mapping[str, int] = field(default_factory=dict)
+    """Datagrams that were not answered, by reason; only reasons that occurred."""
     faults: Mapping[str, int] = field(default_factory=dict)
-    """Connections on which a fault took effect, by kind; only kinds that occurred."""
+    """Connections and datagrams on which a fault took effect, by kind; only kinds that occurred."""
 
     def __add__(self, other: Stats) -> Stats:
-        faults = {
-            kind: self.faults.get(kind, 0) + other.faults.get(kind, 0) for kind in {**self.faults, **other.faults}
-        }
-        return Stats(**{name: getattr(self, name) + getattr(other, name) for name in COUNTERS}, faults=faults)
+        counts = {name: getattr(self, name) + getattr(other, name) for name in COUNTERS}
+        maps: dict[str, Any] = {name: _add(getattr(self, name), getattr(other, name)) for name in COUNTERS_BY_KIND}
+        return Stats(**counts, **maps)
 
     def __str__(self) -> str:
+        refused = [f"datagrams_refused_{reason}={count}" for reason, count in self.datagrams_refused.items()]
         faults = [f"fault_{kind.replace('-', '_')}={count}" for kind, count in self.faults.items()]
-        return " ".join([f"{name}={getattr(self, name)}" for name in COUNTERS] + faults)
+        return " ".join([f"{name}={getattr(self, name)}" for name in COUNTERS] + refused + faults)
 
 
-COUNTERS = tuple(field.name for field in fields(Stats) if field.name != "faults")
+def _add(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {kind: one.get(kind, 0) + other.get(kind, 0) for kind in {**one, **other}}
+
+
+COUNTERS_BY_KIND = ("datagrams_refused", "faults")
+"""The names of the fields that have a number per kind."""
+COUNTERS = tuple(field.name for field in fields(Stats) if field.name not in COUNTERS_BY_KIND)
 """The names of the fields that are a single number."""

@@ -34,6 +34,8 @@ DEFAULTS = {
     "ssl_alpn": None,
     "proxy_protocol": "off",
     "proxy_allow_from": "127.0.0.1,::1",
+    "udp": False,
+    "udp_allow_from": "127.0.0.0/8,::1",
     "labels": None,
     "fault": None,
     "fault_sequence": None,

@@ -71,6 +71,8 @@ def inherited_descriptors(specs: Sequence[str]) -> list[int]:
 def _parse(spec: str, values: Mapping[str, Any], inherited: Mapping[int, str]) -> ListenerConfig:
     address, *items = spec.split(",")
     location, descriptors = _parse_address(address, inherited)
+    if location["uds"]:
+        values = {**values, "udp": False}
     merged = _merge(values, _parse_options(items))
     return ListenerConfig(ServerConfig(**{**merged, **location}), descriptors)
 
@@ -131,6 +133,8 @@ def _merge(values: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         unused.add("fault_seed")
     if merged["proxy_protocol"] == "off":
         unused.add("proxy_allow_from")
+    if not merged["udp"]:
+        unused.add("udp_allow_from")
     return {**merged, **{name: DEFAULTS[name] for name in unused - given.keys()}}
 
 

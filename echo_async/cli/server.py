@@ -182,10 +182,11 @@ def _announce(server: BaseGroup[Any]) -> None:
             discard_output(sys.stdout)
     notify("READY=1")
     configs = [each.config for each in server.servers]
-    details = f"mode {configs[0].mode}" if len(configs) == 1 else f"{len(configs)} listeners"
+    udp = ", UDP" if configs[0].udp else ""
+    details = f"mode {configs[0].mode}{udp}" if len(configs) == 1 else f"{len(configs)} listeners"
     for name, config in zip(server.names, configs, strict=True) if len(configs) > 1 else ():
-        tls = ", TLS" if config.ssl_certfile is not None else ""
-        log.info("listener %s started: mode %s%s", name, config.mode, tls)
+        tls, udp = ", TLS" if config.ssl_certfile is not None else "", ", UDP" if config.udp else ""
+        log.info("listener %s started: mode %s%s%s", name, config.mode, tls, udp)
     log.info("server started: %s, engine %s", details, configs[0].engine)
 
 

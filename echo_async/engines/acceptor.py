@@ -18,6 +18,7 @@ from .loop_internals import ABORT_TURNS, keep_freed_memory, run_turns, start_ser
 from .origin import Origin
 from .registry import DRAIN_INTERVAL, Registry
 from .sweeper import Sweeper
+from .udp import Receiver, start_receiver
 
 
 class AsyncioEngine(Protocol):
@@ -55,6 +56,7 @@ class AsyncioAcceptor:
         self._loop = asyncio.get_running_loop()
         self._servers: list[asyncio.Server | HandshakeAcceptor] = []
         self._sweeper = Sweeper(self._registry)
+        self._receiver: Receiver | None = None
         self._shutdown: asyncio.Task[None] | None = None
         self._is_aborting = False
 
@@ -64,6 +66,7 @@ class AsyncioAcceptor:
         try:
             for listener in self._listeners.sockets if self._admission.config.accepts else ():
                 self._servers.append(await self._serve(listener))
+            self._receiver = start_receiver(self._admission, self._listeners.datagram_sockets)
         except BaseException:  # canceled
             self._stop_listening()
             self._registry.abort()
@@ -110,6 +113,7 @@ class AsyncioAcceptor:
         registry.on_empty = emptied.set
         deadline = self._loop.time() + self._admission.config.timeout_graceful_shutdown
         try:
+            self._stop_receiving()
             if self._servers:
                 await self._drain_backlog()
             for server in self._servers:
@@ -144,7 +148,13 @@ class AsyncioAcceptor:
                 server.stop()
         await stop_accepting(self._loop, listeners)
 
+    def _stop_receiving(self) -> None:
+        if self._receiver is not None:
+            self._receiver.stop()
+            self._receiver.join()
+
     def _stop_listening(self) -> None:
+        self._stop_receiving()
         for server in self._servers:
             server.close()
         self._servers.clear()

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Collection
 
 from ..conversation import Conversation
+from ..datagrams import DatagramCounters
 from ..stats import COUNTERS, Stats
 
 Exchange = tuple[Conversation, int]
@@ -17,6 +18,7 @@ class Counters:
         self._lock = threading.Lock()
         self._totals = dict.fromkeys(COUNTERS, 0)
         self._faults: dict[str, int] = {}
+        self.datagrams = DatagramCounters()
 
     def increment(self, name: str) -> None:
         """Count one event. ``name`` is a field of :class:`~echo_async.Stats`."""
@@ -24,7 +26,7 @@ class Counters:
             self._totals[name] += 1
 
     def count_fault(self, kind: str) -> None:
-        """Count a connection on which a fault took effect."""
+        """Count a connection or datagram on which a fault took effect."""
         with self._lock:
             self._faults[kind] = self._faults.get(kind, 0) + 1
 
@@ -44,7 +46,11 @@ class Counters:
         for exchange in active:
             _add(totals, exchange)
             totals["too_long"] += exchange[0].too_long
-        return Stats(**totals, faults=faults)
+        datagrams = self.datagrams
+        totals["datagrams"] = datagrams.answered
+        totals["bytes_in"] += datagrams.received
+        totals["bytes_out"] += datagrams.sent
+        return Stats(**totals, datagrams_refused=dict(datagrams.refused), faults=faults)
 
 
 def _add(totals: dict[str, int], exchange: Exchange) -> None:

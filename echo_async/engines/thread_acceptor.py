@@ -20,6 +20,7 @@ from .proxy_reader import receive_header
 from .registry import DRAIN_INTERVAL
 from .threads import ThreadConnection
 from .tls_socket import TlsSocket
+from .udp import Receiver, start_receiver
 
 STACK_SIZE = 256 * 1024  # bytes of address space of a connection's thread
 ACCEPT_BATCH = 16  # connections that are accepted between two checks of the clock
@@ -60,6 +61,7 @@ class ThreadAcceptor:
         self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
         self._pending: set[socket.socket] = set()  # connections in a handshake
         self._is_stopping = self._is_aborting = False
+        self._receiver: Receiver | None = None
         self._thread = threading.Thread(target=self._run, name="echo-async accept")
 
     async def start(self) -> None:
@@ -75,6 +77,8 @@ class ThreadAcceptor:
             on_failure.callback(self._listeners.close)
             try:
                 self._resources = on_failure.enter_context(self._open_resources())
+                self._receiver = start_receiver(self._admission, self._listeners.datagram_sockets)
+                on_failure.callback(self._stop_receiving)
                 self._thread.start()
             except (OSError, RuntimeError) as error:
                 raise StartError(
@@ -98,6 +102,8 @@ class ThreadAcceptor:
     def close(self) -> None:
         """Begin the graceful shutdown. Returns at once; safe to call twice, from any thread or signal handler."""
         self._is_stopping = True
+        if self._receiver is not None:
+            self._receiver.stop()
         self._wake()
 
     def abort(self) -> None:
@@ -109,6 +115,11 @@ class ThreadAcceptor:
         """Wait for the end of the accept thread, which is the last."""
         self._thread.join()
 
+    def _stop_receiving(self) -> None:
+        if self._receiver is not None:
+            self._receiver.stop()
+            self._receiver.join()
+
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # it is awake, or closed
             self._waker.send(b"\0")
@@ -118,11 +129,13 @@ class ThreadAcceptor:
     def _run(self) -> None:
         try:
             self._accept_until_stopped()
+            self._stop_receiving()
             self._listeners.close()
             self._abort_pending()
             self._registry.stop()
             self._wait_for_connections(self._admission.config.timeout_graceful_shutdown, or_abort=True)
         finally:
+            self._stop_receiving()
             self._listeners.close()
             self._abort_pending()
             self._registry.abort()

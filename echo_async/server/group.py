@@ -19,6 +19,8 @@ S = TypeVar("S", bound=BaseServer)
 
 LISTENER_DESCRIPTORS = 8  # of a listener besides its connections: sockets, and selectors of the threads engine
 
+UDP_DESCRIPTORS = 4  # of a listener that answers datagrams as well
+
 
 class ListenerConfig(NamedTuple):
     """The configuration of one listener, and the inherited sockets that it serves instead of its own address."""
@@ -116,7 +118,7 @@ async def listen(listeners: Sequence[ListenerConfig]) -> AsyncIterator[list[List
     with contextlib.ExitStack() as on_failure:
         bound = []
         for config, descriptors in listeners:
-            bound.append(Listeners.adopt(descriptors) if descriptors else await bind(config))
+            bound.append(Listeners.adopt(descriptors, has_udp=config.udp) if descriptors else await bind(config))
             on_failure.callback(bound[-1].close)
         yield bound
         on_failure.pop_all()
@@ -126,7 +128,9 @@ def divide_limit(listeners: Sequence[ListenerConfig]) -> Iterator[ServerConfig]:
     """Divide the connections that the descriptor limit has room for among the listeners without a limit."""
     configs = [each.config for each in listeners]
     limits = [each.limit_connections for each in configs]
-    reserved = LISTENER_DESCRIPTORS * len(limits) + sum(limit or 0 for limit in limits)
+    reserved = sum(
+        LISTENER_DESCRIPTORS + UDP_DESCRIPTORS * each.udp + (each.limit_connections or 0) for each in configs
+    )
     for config, limit in zip(configs, limits, strict=True):
         is_shared = limit is None and len(limits) > 1
         share = max(1, (max_connections() - reserved) // limits.count(None)) if is_shared else limit

@@ -21,11 +21,12 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..datagrams import REFUSALS
 from ..errors import StartError, describe_error
 from ..logs import log
 from ..net import format_address, replace_unspecified
 from ..stats import COUNTERS as STATS_COUNTERS
-from ..stats import Stats
+from ..stats import COUNTERS_BY_KIND, Stats
 from .group import BaseGroup
 
 T = TypeVar("T")
@@ -50,6 +51,7 @@ COUNTERS = {
         "Connections closed because of an invalid, missing or untrusted PROXY header.",
     ),
     "failures": ("failed", "Connections aborted because of an internal error."),
+    "datagrams": ("datagrams", "Datagrams answered."),
 }
 TIMEOUTS = [name for name in STATS_COUNTERS if name.startswith("timeouts_")]
 
@@ -93,7 +95,12 @@ def _families(prefix: str, labels: list[str], samples: Sequence[tuple[list[str],
     ]
     kinds = [*labels, "kind"]
     timeouts = CounterMetricFamily(f"{prefix}_timeouts", "Connections closed by a timeout.", labels=kinds)
-    faults = CounterMetricFamily(f"{prefix}_faults", "Connections on which a fault took effect.", labels=kinds)
+    faults = CounterMetricFamily(
+        f"{prefix}_faults", "Connections and datagrams on which a fault took effect.", labels=kinds
+    )
+    refused = CounterMetricFamily(
+        f"{prefix}_datagrams_refused", "Datagrams that were not answered.", labels=[*labels, "reason"]
+    )
     for values, stats in samples:
         active.add_metric(values, stats.active)
         for field, counter in counters:
@@ -102,14 +109,22 @@ def _families(prefix: str, labels: list[str], samples: Sequence[tuple[list[str],
             timeouts.add_metric([*values, name.removeprefix("timeouts_")], getattr(stats, name))
         for kind, count in stats.faults.items():
             faults.add_metric([*values, kind], count)
-    return [active, *(counter for _, counter in counters), timeouts, faults]
+        for reason in REFUSALS:
+            refused.add_metric([*values, reason], stats.datagrams_refused.get(reason, 0))
+    return [active, *(counter for _, counter in counters), refused, timeouts, faults]
 
 
 def _keep_monotonic(previous: Stats, current: Stats) -> Stats:
     """Never lower a counter: the fields are read while threads change them, and a decrease means a restart."""
     counts = {name: max(getattr(previous, name), getattr(current, name)) for name in STATS_COUNTERS}
-    faults = {**current.faults, **{kind: max(n, current.faults.get(kind, 0)) for kind, n in previous.faults.items()}}
-    return Stats(**{**counts, "active": current.active}, faults=faults)
+    maps: dict[str, Any] = {
+        name: _highest(getattr(previous, name), getattr(current, name)) for name in COUNTERS_BY_KIND
+    }
+    return Stats(**{**counts, "active": current.active}, **maps)
+
+
+def _highest(previous: Mapping[str, int], current: Mapping[str, int]) -> dict[str, int]:
+    return {**current, **{kind: max(count, current.get(kind, 0)) for kind, count in previous.items()}}
 
 
 class MetricsServer:

@@ -228,7 +228,7 @@ class Worker:
     @classmethod
     async def start(cls, servers: Sequence[BaseServer], settings: dict[str, Any]) -> Self:
         """Start a worker, which inherits the sockets of ``servers`` under their numbers."""
-        descriptors = [[listener.fileno() for listener in each.sockets] for each in servers]
+        descriptors = [each.descriptors for each in servers]
         process, channel = _spawn([number for each in descriptors for number in each])
         self = cls(process, *await asyncio.open_connection(sock=channel, limit=MAX_REPORT_SIZE))
         listeners = [(asdict(each.config), numbers) for each, numbers in zip(servers, descriptors, strict=True)]

@@ -39,6 +39,7 @@ from echo_async.config import EngineName
 from echo_async.server import metrics as module
 from echo_async.server.metrics import COUNTERS, TIMEOUTS, StatsCollector
 from echo_async.server.supervisor import Worker
+from echo_async.stats import COUNTERS_BY_KIND
 
 # Engine and number of workers
 VARIANTS = [("streams", 1), ("protocol", 1), ("threads", 1), ("protocol", 2), ("threads", 2)]
@@ -246,7 +247,7 @@ def test_missing_prometheus_client_error_names_the_extra(tmp_path: Path) -> None
 
 
 def test_every_stats_field_is_a_metric() -> None:
-    assert {field for field, _ in COUNTERS.values()} | {*TIMEOUTS, "active", "faults"} == {
+    assert {field for field, _ in COUNTERS.values()} | {*TIMEOUTS, "active", *COUNTERS_BY_KIND} == {
         each.name for each in fields(Stats)
     }
 

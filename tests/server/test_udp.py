@@ -1,0 +1,376 @@
+"""UDP: datagrams are answered byte for byte, and never where a reply could do harm."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+from support import (
+    BACKENDS,
+    LOOPS,
+    TIMEOUT,
+    Backend,
+    HasAddress,
+    StartServer,
+    command_process,
+    run,
+    server_process,
+    wait_in_loop,
+    wait_until,
+)
+
+import echo_async
+from echo_async import ConfigError, StartError
+from echo_async.config import EngineName, ServerConfig, ServerOptions
+from echo_async.datagrams import REPLY_TRAFFIC_CLASS, Refusals
+from echo_async.engines.udp import BATCH
+from echo_async.loops import LoopName
+from echo_async.net import bind_udp
+from echo_async.server.group import ListenerConfig, ServerGroup
+from echo_async.testing import HostedServer
+
+SIZES = [0, 1, 13, 1472, 65_507]
+RECEIVERS = [each for each in BACKENDS if each.engine != "protocol"]  # which receives as streams does
+
+each_receiver = pytest.mark.parametrize("backend", RECEIVERS, ids="-".join, indirect=True)
+
+
+@contextmanager
+def udp_client(host: str = "127.0.0.1", source: tuple[str, int] | None = None) -> Iterator[socket.socket]:
+    """Open a socket for datagrams, with a timeout. Skip the test if it may not use the port of ``source``."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(TIMEOUT)
+        if source is not None:
+            try:
+                client.bind(source)
+            except PermissionError:
+                pytest.skip("this user may not bind the port")
+        yield client
+
+
+def is_echoed(server: HasAddress, data: bytes, host: str = "127.0.0.1") -> bool:
+    """Send a datagram from a socket of its own, and compare the reply with it."""
+    with udp_client(host) as client:
+        client.connect((host, server.address[1]))
+        client.send(data)
+        return client.recv(65_535) == data
+
+
+def refuse(server: echo_async.EchoServer, client: socket.socket, reason: str) -> None:
+    """Check that a datagram from ``client`` is refused, and that nothing comes back before the next reply."""
+    before = server.stats
+    client.sendto(b"refused", server.address)
+    wait_until(lambda: server.stats.datagrams_refused.get(reason, 0) > before.datagrams_refused.get(reason, 0))
+    assert is_echoed(server, b"still there")
+    client.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        client.recv(1)
+    assert server.stats.bytes_in - before.bytes_in == server.stats.bytes_out - before.bytes_out == len(b"still there")
+
+
+def spoof(source: tuple[str, int], destination: tuple[str, int], data: bytes) -> None:
+    """Send a datagram with any source address (RFC 791, RFC 768), from a raw socket."""
+    addresses = [socket.inet_aton(host) for host, _ in (source, destination)]
+    ip = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 28 + len(data), 1, 0, 64, socket.IPPROTO_UDP, 0, *addresses)
+    udp = struct.pack("!HHHH", source[1], destination[1], 8 + len(data), 0)
+    try:
+        sender = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    except PermissionError:
+        pytest.skip("this user may not open a raw socket")
+    with sender:
+        sender.sendto(ip + udp + data, destination)
+
+
+# Replies
+
+
+@each_receiver
+def test_udp_datagrams_are_echoed_byte_for_byte(start_server: StartServer) -> None:
+    with start_server(udp=True, host=["127.0.0.1", "::1"]) as server:
+        for host in ("127.0.0.1", "::1"):
+            assert all(is_echoed(server, b"\xff\n" * (size // 2) + b"\0" * (size % 2), host) for size in SIZES)
+        stats = server.stats
+    assert stats.datagrams == 2 * len(SIZES)
+    assert stats.bytes_in == stats.bytes_out == 2 * sum(SIZES)
+    assert (stats.accepted, stats.messages, stats.datagrams_refused, stats.failed) == (0, 0, {}, 0)
+
+
+@each_receiver
+def test_udp_dual_stack_socket_answers_both_families(
+    start_server: StartServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "echo_async.access")
+    with start_server(udp=True, host="::") as server:
+        assert is_echoed(server, b"four", "127.0.0.1")
+        assert is_echoed(server, b"six", "::1")
+    lines = [each.getMessage().split(" ", 1) for each in caplog.records]
+    assert [text for _, text in lines] == ["datagram: 4 bytes: four", "datagram: 3 bytes: six"]
+    assert [peer.rpartition(":")[0] for peer, _ in lines] == ["127.0.0.1", "[::1]"]
+
+
+def test_udp_and_tcp_are_served_on_one_port() -> None:
+    with HostedServer(udp=True) as server:
+        with socket.create_connection(server.address, TIMEOUT) as client:
+            client.sendall(b"tcp\n")
+            assert client.recv(100) == b"tcp\n"
+        assert is_echoed(server, b"udp")
+        wait_until(lambda: server.stats.datagrams == server.stats.messages == 1)
+
+
+def test_udp_is_off_by_default() -> None:
+    with HostedServer() as server, udp_client() as client:
+        client.connect(server.address)
+        client.send(b"nobody")
+        with pytest.raises(ConnectionRefusedError):
+            client.recv(1)
+
+
+# Refusals
+
+
+@each_receiver
+def test_udp_source_ports_of_services_are_refused(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
+    with start_server(udp=True) as server:
+        for port in (7, 19, 53, 1023):
+            with udp_client(source=("127.0.0.9", port)) as client:
+                refuse(server, client, "port")
+    assert server.stats.datagrams_refused == {"port": 4}
+    assert "127.0.0.9:7 datagram refused: source port below 1024" in caplog.messages
+
+
+@each_receiver
+def test_udp_sources_not_allowed_are_refused(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
+    with start_server(udp=True, udp_allow_from="127.0.0.1,10.0.0.0/8", host="::") as server:
+        with udp_client(source=("127.0.0.2", 0)) as client:
+            client.sendto(b"refused", ("127.0.0.1", server.address[1]))
+            peer = f"127.0.0.2:{client.getsockname()[1]}"
+            wait_until(lambda: server.stats.datagrams_refused == {"address": 1})
+        assert is_echoed(server, b"allowed")
+    assert f"{peer} datagram refused: not in udp_allow_from" in caplog.messages
+
+
+@each_receiver
+def test_udp_own_port_on_another_address_is_refused(start_server: StartServer) -> None:
+    with start_server(udp=True) as server, udp_client(source=("127.0.0.2", server.address[1])) as client:
+        refuse(server, client, "loop")
+
+
+@each_receiver
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::"])
+def test_udp_marked_replies_are_refused(start_server: StartServer, host: str) -> None:
+    """A datagram with the traffic class of a reply is one of another server."""
+    with start_server(udp=True, host=host) as server:
+        for peer in {"127.0.0.1", "::1"} if host == "::" else {host}:
+            with udp_client(peer) as client:
+                level, name = (socket.IPPROTO_IPV6, socket.IPV6_TCLASS) if ":" in peer else (0, socket.IP_TOS)
+                client.setsockopt(level, name, REPLY_TRAFFIC_CLASS)
+                client.sendto(b"refused", (peer, server.address[1]))
+                client.setsockopt(level, name, 0x10)
+                client.sendto(b"answered", (peer, server.address[1]))
+                assert client.recv(100) == b"answered"
+    assert server.stats.datagrams_refused == {"loop": 2 if host == "::" else 1}
+
+
+@each_receiver
+@pytest.mark.parametrize("host", ["127.0.0.1", "::"])
+def test_udp_servers_pointed_at_each_other_stop(start_server: StartServer, host: str) -> None:
+    """The servers have different ports: the second one sees that the datagram is a reply."""
+    with start_server(udp=True, host=host) as first, start_server(udp=True, host=host) as second:
+        spoof(("127.0.0.1", second.address[1]), ("127.0.0.1", first.address[1]), b"and back?")
+        wait_until(lambda: second.stats.datagrams_refused == {"loop": 1})
+        assert is_echoed(first, b"still there")
+        assert (first.stats.datagrams, first.stats.datagrams_refused) == (2, {})
+        assert second.stats.datagrams == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (("127.0.0.1", 5501), None),
+        (("127.255.0.1", 1024), None),
+        (("::ffff:127.0.0.1", 5501), None),
+        (("::1", 65_535), None),
+        (("fe80::1%lo", 5501), "address"),
+        (("::ffff:192.0.2.1", 5501), "address"),
+        (("192.0.2.1", 5500), "address"),
+        (("127.0.0.1", 5500), "loop"),
+        (("::1", 1023), "port"),
+        (("::1", 0), "port"),
+    ],
+)
+def test_udp_refusals_of_the_defaults(source: tuple[str, int], reason: str | None) -> None:
+    assert Refusals(ServerConfig(udp=True).udp_allow_from, [5500])[source] == reason
+
+
+# Start, stop, errors
+
+
+def test_udp_port_in_use_raises_start_error(reserved_port: int) -> None:
+    error = f"cannot listen on 127.0.0.1:{reserved_port}/udp: address already in use; stop the other server"
+    with udp_client(source=("127.0.0.1", reserved_port)), pytest.raises(StartError, match=f"^{re.escape(error)}"):
+        HostedServer(udp=True, port=reserved_port)
+    with HostedServer(udp=True, port=reserved_port):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"udp_allow_from": "10.0.0.0/8"}, "udp_allow_from requires udp"),
+        ({"udp": True, "udp_allow_from": "10.0.0.1/8"}, r"invalid udp_allow_from: .*\(must be addresses and networks"),
+        ({"udp": True, "uds": "echo.sock"}, "udp conflicts with uds"),
+    ],
+)
+def test_udp_invalid_options_raise_config_error(options: ServerOptions, error: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{error}"):
+        ServerConfig(**options)
+
+
+def test_udp_on_an_inherited_unix_socket_raises(tmp_path: object) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{tmp_path}/echo.sock")
+        listener.listen()
+        with pytest.raises(StartError, match=r"^cannot receive datagrams on /.*: not an IP address; omit udp$"):
+            HostedServer(udp=True, fd=listener.detach())
+
+
+@each_receiver
+def test_udp_stop_answers_what_has_arrived(backend: Backend) -> None:
+    """The event loop does not run between the arrival of the datagrams and the stop."""
+    messages = [b"%d" % number for number in range(100)]
+
+    async def main() -> None:
+        async with echo_async.serve(port=0, udp=True, engine=backend.engine) as server:
+            with udp_client() as client:
+                for message in messages:
+                    client.sendto(message, server.address)
+                server.close()
+                await server.wait_closed()
+                assert [client.recv(100) for _ in messages] == messages
+                client.connect(server.address)
+                client.send(b"nobody")
+                with pytest.raises(ConnectionRefusedError):
+                    client.recv(1)
+
+    run(main, backend.loop)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_udp_burst_is_answered_in_shares(loop: LoopName) -> None:
+    """No turn of the event loop answers more than 32 of the 200 datagrams that have arrived."""
+
+    async def main() -> None:
+        async with echo_async.serve(port=0, udp=True) as server:
+            with udp_client() as client:
+                for _ in range(200):
+                    client.sendto(b"burst", server.address)
+                counts = [0]
+                while counts[-1] < 200:
+                    await asyncio.sleep(0)
+                    counts.append(server.stats.datagrams)
+            assert max(after - before for before, after in pairwise(counts)) == BATCH
+
+    run(main, loop)
+
+
+@contextmanager
+def inherited_sockets(host: str) -> Iterator[tuple[list[int], socket.socket]]:
+    """Open a TCP and a UDP socket; return their numbers, which a server takes over, and the UDP socket."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, 0), family=family) as listener, bind_udp([listener])[0] as receiver:
+        yield [os.dup(listener.fileno()), os.dup(receiver.fileno())], receiver
+
+
+@each_receiver
+def test_udp_reply_that_cannot_be_sent_is_counted(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    """The reply is longer than the MTU, and may not be fragmented."""
+
+    async def main() -> None:
+        with inherited_sockets("::1") as (descriptors, receiver), udp_client("::1") as client:
+            receiver.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_DONTFRAG, 1)
+            client.connect(receiver.getsockname())
+            config = ServerConfig(udp=True, engine=backend.engine)
+            server = await ServerGroup.start([ListenerConfig(config, descriptors)])
+            client.send(bytes(65_527))
+            client.send(b"still there")
+            assert await asyncio.to_thread(client.recv, 100) == b"still there"
+            server.close()
+            await server.wait_closed()
+        assert server.stats.datagrams_refused == {"send": 1}
+        assert (server.stats.datagrams, server.stats.bytes_out) == (2, len(b"still there"))
+
+    run(main, backend.loop)
+    assert any(each.endswith(" datagram refused: cannot send the reply: message too long") for each in caplog.messages)
+
+
+@pytest.mark.parametrize("engine", ["streams", "threads"])
+def test_udp_error_of_an_earlier_reply_is_counted(engine: EngineName) -> None:
+    """A connected socket reports that the previous reply reached no client; so does every socket on Windows."""
+
+    async def main() -> None:
+        with inherited_sockets("127.0.0.1") as (descriptors, receiver):
+            with udp_client(source=("127.0.0.1", 0)) as client:
+                source = client.getsockname()
+                client.sendto(b"gone", receiver.getsockname())
+                receiver.connect(source)
+            config = ServerConfig(udp=True, engine=engine)
+            server = await ServerGroup.start([ListenerConfig(config, descriptors)])
+            await wait_in_loop(lambda: server.stats.datagrams_refused == {"send": 1})
+            with udp_client(source=source) as client:
+                client.sendto(b"back", receiver.getsockname())
+                assert await asyncio.to_thread(client.recv, 100) == b"back"
+            server.close()
+            await server.wait_closed()
+        assert (server.stats.datagrams, server.stats.failed) == (2, 0)
+
+    run(main)
+
+
+# The command
+
+
+@pytest.mark.parametrize("engine", ["protocol", "threads"])
+def test_udp_workers_share_the_socket(engine: str) -> None:
+    arguments = ("--workers", "2", "--engine", engine, "--udp", "--no-access-log", "--log-level", "info")
+    with server_process(*arguments) as server, udp_client() as client:
+        client.connect(server.address)
+        for number in range(200):
+            client.send(b"%d" % number)
+            assert client.recv(100) == b"%d" % number
+        code, lines = server.stop()
+    assert code == 0
+    assert f" server started: mode message, UDP, engine {engine}\n" in lines
+    assert lines.endswith(" datagrams=200\n")
+
+
+def test_udp_of_listeners_has_options_of_its_own() -> None:
+    arguments = ("--listen", "0,udp", "--listen", "127.0.0.1:0,udp,udp-allow-from=127.0.0.2", "--listen", "0")
+    command = [sys.executable, "-m", "echo_async.server", *arguments, "--log-format", "json"]
+    with command_process(command) as server, udp_client() as client:
+        assert server.process.stdout is not None
+        lines = [server.startup_line, server.process.stdout.readline(), server.process.stdout.readline()]
+        ports = [int(each.rpartition(":")[2]) for each in lines]
+        for port in ports[1:]:
+            client.sendto(b"refused", ("127.0.0.1", port))
+        client.sendto(b"answered", ("127.0.0.1", ports[0]))
+        assert client.recv(100) == b"answered"
+        peer = f"127.0.0.1:{client.getsockname()[1]}"
+        wait_until(lambda: "not in udp_allow_from" in server.log)
+        code, log = server.stop()
+    assert code == 0
+    [entry] = [each for each in map(json.loads, log.splitlines()) if each["logger"] == "echo_async.access"]
+    facts = {"client": peer, "listener": f"127.0.0.1:{ports[0]}", "bytes": 8, "text": "answered"}
+    assert {key: entry[key] for key in facts} == facts
+    assert entry["message"] == f"{peer} datagram: 8 bytes: answered"
+    assert f"listener 127.0.0.1:{ports[0]} started: mode message, UDP" in log
+    assert " datagrams=1 datagrams_refused_address=1" in log
