@@ -11,7 +11,8 @@ An HTML comment in the line before a code block selects how it is run:
   for the port in ``ECHO_ASYNC_PORT``. A last line ``^C`` interrupts the command. Measured values, ports and
   timestamps may differ; ``...`` stands for any text.
 - ``<!-- given: server -->`` starts a server in ``stream`` mode on that port before a session, and ``tls_server`` one
-  in ``message`` mode whose CA certificate is in ``ca.pem``. Another name is a program: without it, the test is skipped.
+  in ``message`` mode whose CA certificate is in ``ca.pem``; ``udp_server`` also answers datagrams. Another name is a
+  program: without it, the test is skipped.
 - ``<!-- not run -->`` marks a session whose commands are only parsed, as those of ``sh`` are.
 
 The text after ``# ->`` in a Python example is the line that it prints. No example may warn, leave a task or thread
@@ -274,11 +275,13 @@ def test_docs_session_prints_the_documented_output(example: Example, checkout: P
 
 def start_given(names: tuple[str, ...], directory: Path, stack: ExitStack) -> int | None:
     """Start the server that a session requires, if any. Returns the port of the session."""
-    for program in sorted({*names} - {"server", "tls_server"}):
+    for program in sorted({*names} - {"server", "tls_server", "udp_server"}):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
     if "server" in names:
         return stack.enter_context(HostedServer()).port
+    if "udp_server" in names:
+        return stack.enter_context(HostedServer(udp=True)).port
     if "tls_server" in names:
         write_certificates(directory)
         certfile, keyfile = str(directory / "server.pem"), str(directory / "server.key")
