@@ -6,15 +6,18 @@ import asyncio
 import gc
 import os
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support import LOOPS, TIMEOUT, receive_all, run
 
 import echo_async
+from echo_async.compat import set_reset_on_close
 from echo_async.config import Mode
 from echo_async.loops import LoopName
 
@@ -49,16 +52,23 @@ def on_loop(request: pytest.FixtureRequest) -> OnLoop:
     return run_and_check
 
 
+@pytest.fixture
+def server_context(certificate: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
 @asynccontextmanager
-async def start_server(handler: Any) -> AsyncIterator[tuple[str, int]]:
-    server = await asyncio.start_server(handler, "127.0.0.1", 0)
+async def start_server(handler: Any, **options: Any) -> AsyncIterator[tuple[str, int]]:
+    server = await asyncio.start_server(handler, "127.0.0.1", 0, **options)
     async with server:
         yield server.sockets[0].getsockname()
 
 
 @asynccontextmanager
-async def open_client(address: tuple[str, int]) -> AsyncIterator[Streams]:
-    reader, writer = await asyncio.open_connection(*address)
+async def open_client(address: tuple[str, int], **options: Any) -> AsyncIterator[Streams]:
+    reader, writer = await asyncio.open_connection(*address, **options)
     yield reader, writer
     writer.close()
     await writer.wait_closed()
@@ -254,6 +264,140 @@ def test_handle_echo_canceled_while_reading_closes(on_loop: OnLoop) -> None:
             with suppress(ConnectionResetError):
                 assert await reader.read() == b""
             writer.close()
+        await wait_for_handlers()
+
+    on_loop(main)
+
+
+def handle_after_line(**options: Any) -> Callable[..., Awaitable[None]]:
+    """A handler that reads a line itself, calls ``handle_echo``, and waits until the connection is closed."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert await reader.readline() == b"mine\n"
+        await echo_async.handle_echo(reader, writer, mode="stream", **options)
+        writer.close()
+        await writer.wait_closed()
+
+    return handle
+
+
+@pytest.mark.parametrize("sent", [b"", b"one\n", b"on", b"x" * 63 + b"\n" + b"two\n" * 100_000])
+def test_handle_echo_after_a_read_echoes_the_rest(on_loop: OnLoop, sent: bytes) -> None:
+    """The StreamReader has buffered some of it, all of it, or so much that the transport is paused."""
+
+    async def main() -> None:
+        async with (
+            start_server(handle_after_line(chunk_size=1000)) as address,
+            open_client(address) as (reader, writer),
+        ):
+            writer.write(b"mine\n" + sent)
+            writer.write(b"e\nlast\n")
+            assert await reader.readexactly(len(sent) + 7) == sent + b"e\nlast\n"
+            writer.write_eof()
+            assert await reader.read() == b""
+        await wait_for_handlers()
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("sent", [b"", b"one\ntwo\nunfinished"])
+def test_handle_echo_after_eof_echoes_what_is_buffered(on_loop: OnLoop, sent: bytes) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(10):  # everything is in the kernel: the event loop reads it, then its end
+            await asyncio.sleep(0)
+        await echo_async.handle_echo(reader, writer, mode="stream", chunk_size=3)
+
+    async def main() -> None:
+        async with start_server(handle) as address:
+            with socket.create_connection(address) as client:
+                client.sendall(sent)
+                client.shutdown(socket.SHUT_WR)
+                assert await asyncio.to_thread(receive_all, client) == sent[:8]
+        await wait_for_handlers()
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("turns", range(4))  # of the event loop, until the reader learns that the connection is lost
+@pytest.mark.parametrize("tls", [False, True])
+def test_handle_echo_of_a_closed_connection_ends(
+    on_loop: OnLoop, tls: bool, turns: int, server_context: ssl.SSLContext, client_context: ssl.SSLContext
+) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.transport.abort()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await echo_async.handle_echo(reader, writer)
+
+    async def main() -> None:
+        client_options = {"ssl": client_context, "server_hostname": "localhost"} if tls else {}
+        async with start_server(handle, ssl=server_context if tls else None) as address:
+            with suppress(ConnectionResetError):
+                async with open_client(address, **client_options) as (reader, _):
+                    assert await reader.read() == b""
+            await wait_for_handlers()
+
+    on_loop(main)
+
+
+def test_handle_echo_reset_client_ends_wait_closed(on_loop: OnLoop) -> None:
+    """The writer of the program learns of the lost connection."""
+    ended: list[BaseException | None] = []
+
+    async def main() -> None:
+        handle = handle_after_line()
+
+        async def checked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            [error] = await asyncio.gather(handle(reader, writer), return_exceptions=True)
+            ended.append(error)
+
+        async with start_server(checked) as address:
+            with socket.create_connection(address) as client:
+                client.sendall(b"mine\none\n")
+                assert await asyncio.to_thread(client.recv, 4) == b"one\n"
+                set_reset_on_close(client)
+            await wait_for_handlers()
+
+    on_loop(main)
+    assert len(ended) == 1
+    assert ended[0] is None or isinstance(ended[0], ConnectionResetError)
+
+
+def test_handle_echo_over_tls_after_a_read_echoes_the_rest(
+    on_loop: OnLoop,
+    server_context: ssl.SSLContext,
+    client_context: ssl.SSLContext,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sent = b"x" * 100_000 + b"\n"
+
+    async def main() -> None:
+        async with start_server(handle_after_line(chunk_size=1000), ssl=server_context) as address:
+            async with open_client(address, ssl=client_context, server_hostname="localhost") as (reader, writer):
+                writer.write(b"mine\n" + sent)
+                assert await reader.readexactly(len(sent)) == sent
+                writer.write(b"two\n")
+                assert await reader.readexactly(4) == b"two\n"
+            await wait_for_handlers()
+
+    on_loop(main)
+    assert "eof_received" not in caplog.text
+
+
+def test_handle_echo_of_another_reader_echoes_its_data(on_loop: OnLoop) -> None:
+    """The reader is not fed by the transport of the writer, but by something else, such as a filter."""
+
+    async def handle(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reader = asyncio.StreamReader()
+        task = echo_async.handle_echo(reader, writer, mode="stream", chunk_size=3)
+        await asyncio.sleep(0)
+        reader.feed_data(b"one\ntwo\n")
+        reader.feed_eof()
+        await task
+
+    async def main() -> None:
+        async with start_server(handle) as address, open_client(address) as (reader, _):
+            assert await reader.read() == b"one\ntwo\n"
         await wait_for_handlers()
 
     on_loop(main)

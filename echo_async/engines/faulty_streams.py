@@ -12,7 +12,7 @@ from .handshake_acceptor import OnEstablished
 from .loop_internals import reset_transport, shut_down_output
 from .origin import Origin
 from .registry import Registry
-from .streams import CHUNKS_PER_TURN, DRAIN_THRESHOLD, StreamConnection
+from .streams import CHUNKS_PER_TURN, DRAIN_THRESHOLD, Reader, StreamConnection
 from .streams import create_protocol as create_healthy_protocol
 
 
@@ -29,7 +29,7 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
         plan: FaultPlan,
         registry: Registry,
         origin: Origin,
-        reader: asyncio.StreamReader,
+        reader: Reader,
         writer: asyncio.StreamWriter,
     ) -> None:
         super().__init__(registry, origin, reader, writer)

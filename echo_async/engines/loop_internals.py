@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import socket
+import sys
+from typing import cast
 
 from ..compat import set_reset_on_close
 
@@ -31,9 +33,9 @@ asyncio: ``call_soon`` (selector_events.py, ``_force_close``), twice over TLS. u
 back (handles/handle.pyx, ``__uv_close_handle_cb``).
 """
 READ_AHEAD_TURNS = 3
-"""bytes that wait in the kernel are in a StreamReader that was emptied.
+"""bytes that wait in the kernel are in a ChunkReader that was emptied.
 
-asyncio: streams.py, ``StreamReader._maybe_resume_transport`` resumes reading; the next select finds them.
+It resumes reading, and the next select finds them. So does a StreamReader (asyncio: streams.py, ``StreamReader.read``).
 """
 
 
@@ -87,6 +89,31 @@ async def stop_accepting(loop: asyncio.AbstractEventLoop, listeners: tuple[socke
         with contextlib.suppress(RuntimeError):
             loop.remove_reader(listener)
     await run_turns(ACCEPT_TURNS)
+
+
+def is_fed_by(reader: asyncio.StreamReader, transport: asyncio.WriteTransport) -> bool:
+    """Whether ``reader`` gets what ``transport`` receives, and nobody changes it on the way.
+
+    asyncio: streams.py, ``StreamReaderProtocol._stream_reader``.
+    """
+    protocol = transport.get_protocol()
+    return (
+        type(reader) is asyncio.StreamReader
+        and type(protocol) is asyncio.StreamReaderProtocol
+        and getattr(protocol, "_stream_reader", None) is reader
+    )
+
+
+def read_buffered(reader: asyncio.StreamReader) -> bytes:
+    """Return what ``reader`` has buffered, without waiting: ``read`` is suspended only if that is nothing."""
+    reading = reader.read(sys.maxsize)
+    try:
+        reading.send(None)
+    except StopIteration as finished:
+        return cast(bytes, finished.value)
+    finally:
+        reading.close()
+    return b""
 
 
 def reset_transport(transport: asyncio.WriteTransport) -> None:

@@ -13,6 +13,7 @@ from typing import Unpack
 from ..config import ServerConfig, ServerOptions
 from ..errors import ConfigError
 from ..net import format_address
+from .chunk_reader import ChunkReader, take_over
 from .connection import Connection
 from .handshake_acceptor import OnEstablished
 from .loop_internals import (
@@ -32,12 +33,13 @@ DRAIN_THRESHOLD = 16 * 1024  # bytes of unsent replies above which no chunk is r
 DISCARD_SIZE = 64 * 1024  # bytes per read of input that is discarded
 
 
-ConnectionFactory = Callable[[Registry, Origin, asyncio.StreamReader, asyncio.StreamWriter], "StreamConnection"]
+Reader = ChunkReader | asyncio.StreamReader
+ConnectionFactory = Callable[[Registry, Origin, Reader, asyncio.StreamWriter], "StreamConnection"]
 
 
 def read_ahead(config: ServerConfig) -> int:
-    """Return the ``limit`` of a StreamReader, which buffers at most twice that, and one read more."""
-    return max(config.chunk_size, 16 * 1024)
+    """Return the bytes of input that are buffered before reading is paused; one read more at most."""
+    return 2 * max(config.chunk_size, 16 * 1024)
 
 
 def handle_echo(
@@ -49,7 +51,7 @@ def handle_echo(
     ``start_server`` that is canceled with its event loop.
 
     Args:
-        reader: The stream to read from.
+        reader: The stream to read from. What it has buffered is echoed as well.
         writer: The stream to write to. It is closed at the end.
         **options: Those of :func:`echo_async.serve` that concern one connection: ``mode``, ``chunk_size`` and
             ``limit_message_size`` (bytes), the timeouts (seconds), ``no_access_log``. Set them with
@@ -66,10 +68,11 @@ def handle_echo(
         if config.has_plans:
             raise ConfigError("handle_echo has neither faults nor identify mode; use echo_async.serve")
         registry = Registry(config)
+        chunks = take_over(reader, writer.transport, read_ahead(config))
     except BaseException:
         writer.transport.abort()
         raise
-    task = _serve(registry, UNKNOWN, reader, writer, StreamConnection)
+    task = _serve(registry, UNKNOWN, chunks, writer, StreamConnection)
     sweeper = Sweeper(registry)
     sweeper.start()
     task.add_done_callback(sweeper.stop)
@@ -79,7 +82,7 @@ def handle_echo(
 def _serve(
     registry: Registry,
     origin: Origin,
-    reader: asyncio.StreamReader,
+    reader: Reader,
     writer: asyncio.StreamWriter,
     make_connection: ConnectionFactory,
 ) -> asyncio.Task[None]:
@@ -93,13 +96,14 @@ def _connected(
     on_established: OnEstablished,
     origin: Origin,
     make_connection: ConnectionFactory,
-    reader: asyncio.StreamReader,
+    _: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
     """Serve a new connection. Not a coroutine: asyncio logs a traceback if its own task is canceled."""
     try:
         if on_established():
-            _serve(registry, origin, reader, writer, make_connection)
+            chunks = ChunkReader(writer.transport, read_ahead(registry.context.config))  # nothing is buffered yet
+            _serve(registry, origin, chunks, writer, make_connection)
         else:
             writer.transport.abort()
     except Exception as error:  # an event loop would keep the connection open
@@ -111,7 +115,6 @@ async def create_server(registry: Registry, on_established: OnEstablished, liste
     return await asyncio.start_server(
         partial(_connected, registry, on_established, UNKNOWN, StreamConnection),
         sock=listener,
-        limit=read_ahead(registry.context.config),
         backlog=ACCEPT_BATCH,
         start_serving=False,
     )
@@ -122,9 +125,7 @@ class StreamConnection(Connection):
 
     __slots__ = ("_is_reading", "_is_stopping", "_reader", "_registry", "_task", "_transport", "_writer")
 
-    def __init__(
-        self, registry: Registry, origin: Origin, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def __init__(self, registry: Registry, origin: Origin, reader: Reader, writer: asyncio.StreamWriter) -> None:
         self._registry = registry
         self._reader = reader
         self._writer = writer
@@ -154,12 +155,13 @@ class StreamConnection(Connection):
                 await self._writer.wait_closed()
         except TRANSPORT_ERRORS as error:
             self.log_lost(error)
+            self.abort()
         except Exception as error:
             self.fail(error)
 
-    def _on_done(self, _: object) -> None:
-        """Close the connection: the task is done, or was canceled before it ran."""
-        abort_transport(self._transport)
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():  # maybe before it ran
+            abort_transport(self._transport)
         self._registry.remove(self)
 
     async def _echo(self) -> None:
@@ -184,6 +186,7 @@ class StreamConnection(Connection):
                         await self._writer.drain()
                 if conversation.finished:
                     return
+                del chunk, reply  # an idle connection keeps no message
                 chunks += 1
                 if chunks == CHUNKS_PER_TURN:
                     chunks = 0
@@ -263,6 +266,6 @@ def create_protocol(
     make_connection: ConnectionFactory = StreamConnection,
 ) -> asyncio.Protocol:
     loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(read_ahead(registry.context.config), loop)
+    reader = asyncio.StreamReader(loop=loop)
     on_connected = partial(_connected, registry, on_established, origin, make_connection)
     return asyncio.StreamReaderProtocol(reader, on_connected, loop)

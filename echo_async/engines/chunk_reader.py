@@ -1,0 +1,114 @@
+"""Reads the input of a connection as slices of the bytes that arrived.
+
+asyncio's StreamReader appends all input to a bytearray, copies each chunk from its front and moves the rest.
+"""
+
+import asyncio
+from typing import cast
+
+from .loop_internals import is_fed_by, read_buffered
+
+
+class ChunkReader(asyncio.Protocol):
+    """Replaces the protocol of a transport, with the :meth:`read` of a StreamReader.
+
+    The replaced protocol is still told everything but the input, so a StreamWriter works as before.
+
+    Args:
+        transport: The transport of the connection.
+        max_size: Bytes that are not read yet above which nothing more is received.
+    """
+
+    __slots__ = (
+        "_data",
+        "_error",
+        "_is_ended",
+        "_is_paused",
+        "_loop",
+        "_max_size",
+        "_position",
+        "_replaced",
+        "_transport",
+        "_waiter",
+    )
+
+    def __init__(self, transport: asyncio.WriteTransport, max_size: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._transport = cast(asyncio.Transport, transport)
+        self._replaced = cast(asyncio.Protocol, transport.get_protocol())
+        self._max_size = max_size
+        self._data = b""  # empty as soon as everything is read
+        self._position = 0  # of the next chunk
+        self._is_paused = False
+        self._is_ended = False
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        transport.set_protocol(self)
+
+    async def read(self, size: int) -> bytes:
+        """Return at most ``size`` bytes as soon as there are any, and none at the end of input."""
+        if not self._data and not self._is_ended:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        if self._error is not None:
+            raise self._error
+        data, start = self._data, self._position
+        end = start + size
+        if end < len(data):
+            self._position = end
+        else:
+            self._data, self._position = b"", 0
+            if self._is_paused:
+                self._is_paused = False
+                self._transport.resume_reading()
+        return data[start:end]
+
+    def at_eof(self) -> bool:
+        """Whether the input has ended and is read."""
+        return self._is_ended and not self._data
+
+    def data_received(self, data: bytes) -> None:
+        self._data = self._data[self._position :] + data  # no copy if one of them is empty
+        self._position = 0
+        self._wake()
+        if len(self._data) > self._max_size and not self._is_paused:
+            self._is_paused = True
+            self._transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        self._is_ended = True
+        self._wake()
+        return self._transport.can_write_eof()  # TLS has no half-closed connections
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._replaced.connection_lost(error)
+        self._error = error
+        self._is_ended = True
+        self._wake()
+
+    def pause_writing(self) -> None:
+        self._replaced.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._replaced.resume_writing()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def take_over(
+    reader: asyncio.StreamReader, transport: asyncio.WriteTransport, max_size: int
+) -> ChunkReader | asyncio.StreamReader:
+    """Return a ChunkReader in place of ``reader``, with what that has buffered.
+
+    A ``reader`` that is not fed by ``transport``, or no longer, is returned itself.
+    """
+    if not is_fed_by(reader, transport):
+        return reader
+    chunks = ChunkReader(transport, max_size)
+    if data := read_buffered(reader):
+        chunks.data_received(data)
+    if reader.at_eof():
+        chunks.eof_received()
+    return chunks
