@@ -7,6 +7,8 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from echo_async import ServerConfig, Stats
 from echo_async.config import Mode
@@ -60,9 +62,13 @@ class FakeConnection(Connection):
         """Advance the clock in steps of half a second. Return the first timeout that expires."""
         for _ in range(int(seconds * 2)):
             self.clock.time += 0.5
-            if expired := self.expired_timeout(self.clock.time):
+            if expired := self.check():
                 return expired
         return None
+
+    def check(self) -> str | None:
+        """Check the timeouts as the sweep of the asyncio engines does."""
+        return None if self.is_still_idle(self.clock.time) else self.expired_timeout(self.clock.time)
 
     def receive_until_expired(self, data: bytes) -> tuple[str, float]:
         """Receive ``data`` every half second. Return the first timeout that expires, and the seconds until then."""
@@ -222,6 +228,22 @@ def test_timeouts_with_an_active_client_never_expire() -> None:
         active.unsent_bytes = 0
         assert active.advance(9.5) is None
     assert active.conversation.messages == 2000
+
+
+MESSAGES = st.sampled_from([b"", b"one\n", b"begun", b"first\nsecond begun"])
+
+
+@given(st.lists(st.tuples(MESSAGES, st.integers(0, 4), st.sampled_from([0.5, 3.0, 7.0])), max_size=20))
+def test_check_of_idle_connections_equals_the_full_check(steps: list[tuple[bytes, int, float]]) -> None:
+    options = ServerConfig(mode="stream", timeout_idle=10, timeout_message=6, timeout_write=5)
+    swift, full = (FakeConnection(FakeClockRegistry(options)) for _ in range(2))
+    full.is_still_idle = lambda now: False  # type: ignore[method-assign]
+    for data, unsent, seconds in steps:
+        for each in (swift, full):
+            if data:
+                each.receive(data)
+            each.unsent_bytes = unsent if data else min(unsent, each.unsent_bytes)
+        assert swift.advance(seconds) == full.advance(seconds)
 
 
 def test_sweep_closes_and_counts_expired_connections(caplog: pytest.LogCaptureFixture) -> None:

@@ -31,6 +31,7 @@ class Connection:
     __slots__ = (
         "_header",
         "_idle_since",
+        "_is_idle",
         "_lingering_since",
         "_message_started_at",
         "_messages",
@@ -55,6 +56,7 @@ class Connection:
         now = context.now()
         self._received = 0
         self._idle_since = now
+        self._is_idle = False  # at the last check
         self._sent = 0
         self._sent_at = now
         self._messages = 0
@@ -102,6 +104,7 @@ class Connection:
     def expired_timeout(self, now: float) -> TimeoutKind | None:
         """Return the timeout that this connection has exceeded, if any."""
         conversation, config = self.conversation, self.context.config
+        self._is_idle = False
         unsent = self.unsent()
         sent = self.answered - unsent
         if not unsent or sent != self._sent:
@@ -128,7 +131,20 @@ class Connection:
                 self._received, self._idle_since = conversation.received, now
             elif now - self._idle_since >= config.timeout_idle:
                 return "idle"
+            self._is_idle = True
         return None
+
+    def is_still_idle(self, now: float) -> bool:
+        """Whether nothing was received since :meth:`expired_timeout` found nothing to wait for but the next message.
+
+        Then that method would return None, and this takes a fraction of its time. The threads engine sends outside of
+        the event loop and does not use it.
+        """
+        conversation = self.conversation
+        if not self._is_idle or conversation.received != self._received or conversation.finished:
+            return False
+        self._sent_at = now
+        return now - self._idle_since < self.context.config.timeout_idle
 
     def is_new(self, now: float) -> bool:
         """Whether the connection is new and silent: its first message may be on its way."""

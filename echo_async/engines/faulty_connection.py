@@ -41,6 +41,9 @@ class FaultyConnection(Connection):
             return "idle" if now - self._idle_since >= self.context.config.timeout_idle else None
         return super().expired_timeout(now)
 
+    def is_still_idle(self, now: float) -> bool:
+        return False
+
     def is_new(self, now: float) -> bool:
         return not self._is_stalled and super().is_new(now)
 

@@ -5,7 +5,7 @@ import asyncio
 from .connection import Connection
 from .registry import Registry
 
-SLICE = 250  # connections that are checked in one turn of the event loop: some 0.5 ms
+SLICE = 250  # connections that are checked in one turn of the event loop: at most some 0.5 ms
 
 
 class Sweeper:
@@ -33,6 +33,8 @@ class Sweeper:
     def _sweep(self) -> None:
         if self._checked >= len(self._connections):
             self._connections, self._checked = list(self._registry.connections), 0
-        self._registry.sweep(self._connections[self._checked : self._checked + SLICE])
+        now = self._registry.context.now()
+        some = self._connections[self._checked : self._checked + SLICE]
+        self._registry.sweep([each for each in some if not each.is_still_idle(now)])
         self._checked += SLICE
         self.start()
