@@ -14,14 +14,15 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import count
-from selectors import EVENT_READ, EVENT_WRITE, BaseSelector
+from selectors import EVENT_READ, EVENT_WRITE
 from ssl import SSLSocket, SSLWantReadError, SSLWantWriteError
 from time import perf_counter
 from typing import Any
 
 from ..errors import describe_error
-from .pattern import MAX_IO_SIZE, Pattern
+from .pattern import MAX_IO_SIZE, Batches, Pattern
 from .plan import LoadPlan
+from .poller import Callback, Poller
 from .recorder import Recorder
 
 BLOCKED = (BlockingIOError, SSLWantReadError, SSLWantWriteError)
@@ -58,10 +59,12 @@ class ConnectionContext:
 
     plan: LoadPlan
     pattern: Pattern
+    batches: Batches
+    buffer: memoryview
+    """For what is received."""
     recorder: Recorder
     sockets: SocketFactory
-    selector: BaseSelector
-    """Its keys carry the function to call with the events."""
+    poller: Poller
     wrap_tls: Callable[..., SSLSocket] | None
     call_later: Callable[[float, Callable[[], None]], None]
     on_usable: Callable[[BaseConnection], None]
@@ -81,6 +84,8 @@ class BaseConnection:
         """The times at which the messages that wait for room in the pipeline were due."""
         self.is_usable = False
         """Whether messages can be sent."""
+        self.is_looping = False
+        """Whether the replies to all messages in flight are followed by as many messages at once."""
 
     @property
     def unanswered(self) -> int:
@@ -111,9 +116,13 @@ class Connection(BaseConnection):
         self._size = plan.size
         self._length = context.pattern.length
         self._view = context.pattern.view
+        self._batch = plan.size * plan.pipeline if plan.mode == "stream" else -1  # bytes
         self._add_sample = context.recorder.add
         self._on_replies = context.on_replies
-        self._read_size = min(MAX_IO_SIZE, max(65536, plan.size * plan.pipeline)) if plan.mode == "stream" else 65536
+        self._buffer = context.buffer
+        self._batch_buffer = context.buffer[: self._batch]
+        self._service_times, self._counts = context.recorder.service_times, context.recorder.counts
+        self._batches = context.batches
         self._is_message_mode = plan.mode == "message"
         self._send_offset = self._receive_offset = self._pattern.start_offset(number)
         self._unsent = 0  # bytes
@@ -196,7 +205,7 @@ class Connection(BaseConnection):
             self._socket = None
             self._is_established = False
 
-    def _finish_connecting(self, _: int) -> None:
+    def _finish_connecting(self) -> None:
         assert self._socket is not None
         code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
@@ -210,7 +219,7 @@ class Connection(BaseConnection):
         self._socket = self._context.wrap_tls(self._socket, do_handshake_on_connect=False)
         self._do_handshake()
 
-    def _do_handshake(self, _: int = 0) -> None:
+    def _do_handshake(self) -> None:
         assert isinstance(self._socket, SSLSocket)
         try:
             self._socket.do_handshake()
@@ -236,46 +245,81 @@ class Connection(BaseConnection):
         self.is_usable = True
         self._context.on_usable(self)
 
-    def _watch(self, events: int, callback: Callable[[int], None] | None = None) -> None:
+    def _watch(self, events: int, callback: Callback | None = None) -> None:
         """Register ``callback`` (default: receive and send) for ``events``; 0 unregisters the socket."""
         assert self._socket is not None
-        selector = self._context.selector
+        poller, descriptor = self._context.poller, self._socket.fileno()
         if callback is None:
             is_plain_read = events == EVENT_READ and self._context.wrap_tls is None
-            callback = self._receive if is_plain_read else self._handle_events
+            callback = self._receive if is_plain_read else self._receive_and_send
         if self._events and events:
-            selector.modify(self._socket, events, callback)
+            poller.modify(descriptor, events, callback)
         elif events:
-            selector.register(self._socket, events, callback)
+            poller.register(descriptor, events, callback)
         elif self._events:
-            selector.unregister(self._socket)
+            poller.unregister(descriptor)
         self._events = events
 
-    def _handle_events(self, events: int) -> None:
-        if events & EVENT_READ:
+    def _receive_and_send(self) -> None:
+        self._receive()
+        while isinstance(self._socket, SSLSocket) and self._socket.pending():  # invisible to the poller
             self._receive()
-            while isinstance(self._socket, SSLSocket) and self._socket.pending():  # invisible to the selector
-                self._receive()
-        if events & EVENT_WRITE and self._is_established:
+        if self._unsent and self._is_established:
             self._flush()
 
-    def _receive(self, _: int = EVENT_READ) -> None:
+    def _receive(self) -> None:
         try:
-            data = self._socket.recv(self._read_size)  # type: ignore[union-attr]
+            received = self._socket.recv_into(self._buffer)  # type: ignore[union-attr]
         except BLOCKED:
             return
         except OSError as error:
             return self._fail(describe_error(error))
+        if (
+            received == self._batch
+            and self.is_looping
+            and len(self.in_flight) == 1
+            and not self._partial
+            and self._matches(self._batch_buffer, self._receive_offset)
+        ):
+            self._continue_loop()
+        else:
+            self._handle_data(self._buffer[:received])
+
+    def _continue_loop(self) -> None:
+        """Record that all messages in flight are answered, and send as many again.
+
+        This does what the methods below do, in half of the steps: in a closed loop, they limit the rate.
+        """
+        now = perf_counter()
+        _, sent, messages = self.in_flight[0]
+        self._service_times.append(now - sent)
+        self._counts.append(messages)
+        self._answered += messages
+        self.in_flight[0] = (now, now, messages)
+        offset = self._receive_offset = self._send_offset
+        try:
+            size = self._socket.send(self._batches[offset])  # type: ignore[union-attr]
+        except BLOCKED:
+            size = 0
+        except OSError as error:
+            return self._fail(describe_error(error))
+        self._send_offset = (offset + size) % self._length
+        if size != self._batch:
+            self._unsent = self._batch - size
+            self._flush()
+
+    def _handle_data(self, data: memoryview) -> None:
         offset = self._receive_offset
         if not self._matches(data, offset):
-            return self._handle_mismatch(data)
+            return self._handle_mismatch(bytes(data))
         received = len(data)
         if not received:
             return self._handle_end_of_input()
         self._receive_offset = (offset + received) % self._length
-        self._partial += received
-        if self._partial >= self._size:
-            count, self._partial = divmod(self._partial, self._size)
+        partial = self._partial + received
+        count = partial // self._size
+        self._partial = partial - count * self._size
+        if count:
             self._handle_replies(count)
 
     def _handle_replies(self, count: int) -> None:

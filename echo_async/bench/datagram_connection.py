@@ -42,7 +42,7 @@ class DatagramConnection(BaseConnection):
         except OSError as error:
             self._context.recorder.add_loss(describe_error(error), 0)
             return self._context.call_later(RECONNECT_DELAY, self.open)
-        self._context.selector.register(self._socket, EVENT_READ, self._receive)
+        self._context.poller.register(self._socket.fileno(), EVENT_READ, self._receive)
         self._handle_usable()
 
     def _handle_usable(self) -> None:
@@ -67,7 +67,7 @@ class DatagramConnection(BaseConnection):
             self._context.recorder.duplicated += self._tracker.duplicated
             self._socket.close()
 
-    def _receive(self, _: int) -> None:
+    def _receive(self) -> None:
         for _ in range(len(self.in_flight) or 1):
             try:
                 data = self._socket.recv(READ_SIZE, socket.MSG_DONTWAIT)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The load of one process: its connections on one selector, and the clock.
+"""The load of one process: its connections on one poller, and the clock.
 
 It uses no event loop: an event loop's timers have a resolution of a millisecond. A message is sent within
 about 50 µs of its due time.
@@ -7,19 +7,21 @@ about 50 µs of its due time.
 import heapq
 import math
 import select
-import selectors
 from collections.abc import Callable, Sequence
 from itertools import count
+from selectors import EVENT_READ
 from time import perf_counter
 
 from .connection import BaseConnection, Connection, ConnectionContext, SocketFactory
 from .datagram_connection import DatagramConnection
-from .pattern import Pattern
+from .pattern import MAX_IO_SIZE, Batches, Pattern
 from .plan import LoadPlan
+from .poller import make_poller
 from .recorder import Recorder
 from .schedule import ClosedLoop, OpenLoop
 
 MAX_SLEEP = 1.0  # seconds
+MIN_READ_SIZE = 4096  # bytes
 CONNECT_BATCH = 100  # connections opened at once: with more, the server's accept queue can overflow
 
 
@@ -28,19 +30,22 @@ class LoadGenerator:
 
     def __init__(self, plan: LoadPlan, *, first: int = 0) -> None:
         self._plan = plan
-        self._recorder = Recorder()
-        self._selector = selectors.DefaultSelector()
+        self._recorder = Recorder(is_open_loop=plan.rate is not None)
+        self._poller = make_poller()
         self._schedule: ClosedLoop | OpenLoop = (
             ClosedLoop(plan.pipeline, plan.pause, self._call_later)
             if plan.rate is None
             else OpenLoop(plan.max_in_flight, plan.rate, self._recorder)
         )
+        pattern = Pattern(plan.size)
         context = ConnectionContext(
             plan=plan,
-            pattern=Pattern(plan.size),
+            pattern=pattern,
+            batches=Batches(pattern.view, plan.size * plan.pipeline),
+            buffer=memoryview(bytearray(min(MAX_IO_SIZE, max(MIN_READ_SIZE, plan.size * plan.pipeline)))),
             recorder=self._recorder,
             sockets=SocketFactory(plan, has_sources=plan.mode == "message"),
-            selector=self._selector,
+            poller=self._poller,
             wrap_tls=plan.tls_wrapper(),
             call_later=self._call_later,
             on_usable=self._schedule.on_usable,
@@ -51,7 +56,6 @@ class LoadGenerator:
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_numbers = count()
         self._is_timed = plan.rate is not None or plan.pause > 0
-        self._selector_fd = getattr(self._selector, "fileno", lambda: -1)()  # select.select and poll have none
 
     def connect(self) -> None:
         """Open the connections. One that is not established within the timeout is retried during the load."""
@@ -68,7 +72,7 @@ class LoadGenerator:
 
     def stop_on_input(self, descriptor: int) -> None:
         """Stop the load at input or end of input on ``descriptor``."""
-        self._selector.register(descriptor, selectors.EVENT_READ, self._stop)
+        self._poller.register(descriptor, EVENT_READ, self._stop)
 
     def run(self, start: float) -> Recorder:
         """Warm up from ``start`` (of ``time.perf_counter``), measure, and wait for the outstanding replies."""
@@ -83,16 +87,17 @@ class LoadGenerator:
         if undispatched := self._schedule.stop():
             self._recorder.add_loss("load generator could not keep up with the rate", undispatched)
         self._run_until(perf_counter() + self._plan.timeout, self._is_idle)
+        self._run_timers(perf_counter())  # a busy machine may be late for the last timeouts
         self._record_unanswered()
         for connection in self._connections:
             connection.close()
-        self._selector.close()
+        self._poller.close()
         return self._recorder
 
     def _call_later(self, delay: float, callback: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (perf_counter() + delay, next(self._timer_numbers), callback))
 
-    def _stop(self, _: int) -> None:
+    def _stop(self) -> None:
         self._recorder.is_stopped = True
 
     def _is_idle(self) -> bool:
@@ -100,23 +105,22 @@ class LoadGenerator:
 
     def _run_until(self, deadline: float, is_done: Callable[[], bool] | None = None) -> None:
         """Send and receive until ``deadline``, until ``is_done()``, or until the load is stopped."""
-        dispatch, poll, recorder = self._schedule.dispatch, self._poll, self._recorder
+        poll, callbacks, timers, recorder = self._poller.poll, self._poller.callbacks, self._timers, self._recorder
         while (now := perf_counter()) < deadline and not recorder.is_stopped:
             if is_done is not None and is_done():
                 return
-            due = min(deadline, dispatch(now))
-            if self._timers:
-                due = min(due, self._run_timers(now))
-            for key, events in poll(due):
-                key.data(events)
+            timeout = self._run_due(now, deadline) if timers or self._is_timed else deadline - now
+            for descriptor, _ in poll(timeout if timeout < MAX_SLEEP else MAX_SLEEP):
+                callbacks[descriptor]()
 
-    def _poll(self, due: float) -> Sequence[tuple[selectors.SelectorKey, int]]:
-        """Return the ready sockets; none if there are none until ``due``."""
-        timeout = max(0.0, min(due - perf_counter(), MAX_SLEEP))
-        if self._is_timed and self._selector_fd >= 0:
-            select.select([self._selector_fd], (), (), timeout)  # microseconds; epoll_wait counts milliseconds
-            timeout = 0.0
-        return self._selector.select(timeout)
+    def _run_due(self, now: float, deadline: float) -> float:
+        """Send the messages and call the timers that are due; return the seconds to wait for replies."""
+        due = min(deadline, self._schedule.dispatch(now), self._run_timers(now))
+        timeout = max(0.0, due - perf_counter())
+        if self._is_timed and (descriptor := self._poller.fileno()) >= 0:
+            select.select([descriptor], (), (), min(timeout, MAX_SLEEP))  # microseconds; epoll_wait has milliseconds
+            return 0.0
+        return timeout
 
     def _run_timers(self, now: float) -> float:
         """Call the timers that are due; return the time of the next one."""

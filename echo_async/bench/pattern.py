@@ -38,3 +38,16 @@ class Pattern:
             else:
                 high = middle - 1
         return low
+
+
+class Batches(dict[int, memoryview]):
+    """Views of ``size`` bytes by their offset, each created once."""
+
+    def __init__(self, view: memoryview, size: int) -> None:
+        super().__init__()
+        self._view = view
+        self._size = size
+
+    def __missing__(self, offset: int) -> memoryview:
+        view = self[offset] = self._view[offset : offset + self._size]
+        return view

@@ -25,11 +25,14 @@ class ClosedLoop:
         self._pause = pause
         self._call_later = call_later
         self._is_running = False
+        self._connections: Sequence[BaseConnection] = ()
 
     def start(self, connections: Sequence[BaseConnection], start: float, end: float) -> None:
         """Send messages on ``connections`` from ``start`` until ``end``."""
         self._is_running = True
+        self._connections = connections
         for connection in connections:
+            connection.is_looping = not self._pause
             if connection.is_usable:
                 self.on_usable(connection)
 
@@ -55,6 +58,8 @@ class ClosedLoop:
     def stop(self) -> int:
         """Send no more messages; return how many were due and were never dispatched."""
         self._is_running = False
+        for connection in self._connections:
+            connection.is_looping = False
         return 0
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict
 from io import BytesIO
+from selectors import EVENT_READ, EVENT_WRITE
 from statistics import mean
 
 import numpy as np
@@ -18,6 +21,7 @@ from echo_async.bench.comparison import make_candidates, spread
 from echo_async.bench.expectation import Expectation
 from echo_async.bench.pattern import MAX_IO_SIZE, Pattern
 from echo_async.bench.plan import LoadPlan
+from echo_async.bench.poller import EpollPoller, SelectorPoller
 from echo_async.bench.recorder import Recorder, read_result
 from echo_async.bench.report import print_load
 from echo_async.bench.result import Distribution, LoadResult
@@ -61,6 +65,28 @@ def test_pattern_mismatch_is_located(at: int, length: int, wrong: int) -> None:
     assert pattern.matching_prefix_length(bytes(data), at) == wrong % length
 
 
+# Poller
+
+
+@pytest.mark.parametrize("make_poller", [EpollPoller, SelectorPoller])
+def test_poller_reports_what_is_watched(make_poller: type[EpollPoller | SelectorPoller]) -> None:
+    one, other = socket.socketpair()
+    poller = make_poller()
+    descriptor = one.fileno()
+    with one, other, closing(poller):
+        poller.register(descriptor, EVENT_READ, one.fileno)
+        assert list(poller.poll(0)) == []
+        poller.modify(descriptor, EVENT_READ | EVENT_WRITE, one.getpeername)
+        assert [ready for ready, _ in poller.poll(0)] == [descriptor]
+        assert poller.callbacks == {descriptor: one.getpeername}
+        poller.modify(descriptor, EVENT_READ, one.fileno)
+        other.send(b"x")
+        assert [ready for ready, _ in poller.poll(1)] == [descriptor]
+        assert select.select([poller.fileno()], (), (), 0)[0]
+        poller.unregister(descriptor)
+        assert (list(poller.poll(0)), poller.callbacks) == ([], {})
+
+
 # Samples and results
 
 
@@ -92,7 +118,7 @@ def test_distribution_equals_the_expanded_samples(samples: list[tuple[float, int
 
 
 def test_recorder_result_survives_serialization() -> None:
-    recorder = Recorder()
+    recorder = Recorder(is_open_loop=True)
     recorder.add(0.0, 1.0, 3.0, 2)
     recorder.end_warmup()
     recorder.add(1.0, 2.0, 2.5, 4)
