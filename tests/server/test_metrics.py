@@ -38,7 +38,7 @@ from echo_async.cli.server import main
 from echo_async.config import EngineName
 from echo_async.server import metrics as module
 from echo_async.server.metrics import COUNTERS, TIMEOUTS, StatsCollector
-from echo_async.server.supervisor import Worker
+from echo_async.server.worker_process import Worker
 from echo_async.stats import COUNTERS_BY_KIND
 
 # Engine and number of workers
