@@ -47,6 +47,12 @@ SIOCOUTQNSD = 0x894B  # of Linux: include/uapi/linux/sockios.h
 HAS_SHARED_PORTS = hasattr(socket, "SO_EXCLUSIVEADDRUSE")
 """Whether SO_REUSEADDR lets several servers listen on one port."""
 
+HAS_BALANCED_PORTS = sys.platform == "linux"
+"""Whether the kernel distributes connections among sockets with SO_REUSEPORT that listen on one address.
+
+Linux does since 3.9 (socket(7)). FreeBSD has SO_REUSEPORT_LB for it (since 12, setsockopt(2)).
+"""
+
 MSG_DONTWAIT: int = getattr(socket, "MSG_DONTWAIT", 1 << 30)
 """A flag of ``recv`` and ``send`` for what :func:`accepted_socket` returns."""
 
@@ -130,6 +136,18 @@ def unsent_in_kernel(connected: Any) -> int:
         with suppress(OSError):  # not a TCP socket
             return int.from_bytes(fcntl.ioctl(connected.fileno(), SIOCOUTQNSD, bytes(4)), sys.byteorder)
     return 0
+
+
+def read_cpu_time(process: int) -> int | None:
+    """Return the nanoseconds for which the main thread of ``process`` has run; None where the kernel does not tell.
+
+    Linux: Documentation/scheduler/sched-stats.rst, the first field of /proc/PID/schedstat.
+    """
+    try:
+        with open(f"/proc/{process}/schedstat", encoding="ascii") as statistics:
+            return int(statistics.read().split()[0])
+    except (OSError, IndexError):
+        return None
 
 
 def is_closed_by_peer(connected: Any) -> bool:

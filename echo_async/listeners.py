@@ -3,9 +3,11 @@
 import contextlib
 import socket
 from collections.abc import Sequence
+from itertools import chain
 from typing import Self
 
 from . import net
+from .compat import HAS_BALANCED_PORTS, is_readable
 from .config import ServerConfig
 
 
@@ -19,6 +21,7 @@ class Listeners:
         self.datagram_sockets = [each for each in sockets if each.type == socket.SOCK_DGRAM]
         self._sockets = [each for each in sockets if each.type != socket.SOCK_DGRAM]
         self.addresses = [net.get_address(each) for each in self._sockets]
+        self._backlog: int | None = None  # of TCP sockets that were bound here
         self._backlog_fillers: list[socket.socket] = []
         self._path = path
         self._file_id = None if path is None else net.get_file_id(path)
@@ -31,6 +34,8 @@ class Listeners:
         self = cls(net.bind(config, net.resolve(config) if infos is None else infos), config.uds)
         if not config.accepts:
             self._backlog_fillers = [net.fill_backlog(each) for each in self._sockets]
+        elif config.uds is None:
+            self._backlog = config.backlog
         return self
 
     @classmethod
@@ -46,10 +51,38 @@ class Listeners:
             on_failure.pop_all()
             return cls(sockets)
 
+    def divide(self, count: int) -> list["Listeners"]:
+        """Return the listeners of each of ``count`` processes; the first are these.
+
+        Each has TCP sockets of its own where the kernel distributes the connections among them. The others have
+        duplicates of UDP sockets, inherited sockets and Unix sockets, and of all sockets where the kernel does not:
+        these have one queue for all processes. :exc:`~echo_async.StartError` for lack of descriptors.
+        """
+        groups: list[list[socket.socket]] = [[] for _ in range(count - 1)]
+        shared = self._sockets
+        if self._backlog is not None and HAS_BALANCED_PORTS:
+            with contextlib.suppress(OSError):  # a kernel that does not allow it
+                groups, shared = net.share_ports(self._sockets, count - 1, self._backlog), []
+        with contextlib.ExitStack() as on_failure:
+            for each in chain.from_iterable(groups):
+                on_failure.enter_context(each)
+            duplicates = net.duplicate([*shared, *self.datagram_sockets], count - 1)
+            on_failure.pop_all()
+        return [self, *(Listeners([*own, *others]) for own, others in zip(groups, duplicates, strict=True))]
+
     @property
     def sockets(self) -> tuple[socket.socket, ...]:
         """The open ones."""
         return tuple(self._sockets)
+
+    @property
+    def descriptors(self) -> list[int]:
+        """The numbers of the sockets that a worker inherits."""
+        return [each.fileno() for each in (*self._sockets, *self.datagram_sockets)]
+
+    def has_queue(self) -> bool:
+        """Whether a connection waits to be accepted; False if the sockets are closed."""
+        return is_readable(self._sockets)
 
     def close(self) -> None:
         if self._path is not None:

@@ -181,6 +181,51 @@ def _prepare_udp(receiver: socket.socket) -> socket.socket:
     return receiver
 
 
+def share_ports(listeners: Sequence[socket.socket], count: int, backlog: int) -> list[list[socket.socket]]:
+    """Open ``count`` more groups of sockets that listen on the addresses of ``listeners``.
+
+    The kernel distributes the connections of an address among its sockets. ``listeners`` were bound without
+    SO_REUSEPORT and listen, so that no other server has these ports. They take part from when the others listen
+    (Linux: net/ipv4/inet_hashtables.c, ``inet_reuseport_add_sock``). OSError, without any effect, if a socket cannot
+    be opened.
+    """
+    with contextlib.ExitStack() as on_failure:
+        for listener in listeners:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            on_failure.callback(listener.setsockopt, socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+        groups = [[_listen_beside(each, backlog, on_failure) for each in listeners] for _ in range(count)]
+        on_failure.pop_all()
+        return groups
+
+
+def duplicate(sockets: Sequence[socket.socket], count: int) -> list[list[socket.socket]]:
+    """Return ``count`` groups of duplicates. :exc:`~echo_async.StartError` for lack of descriptors."""
+    with contextlib.ExitStack() as on_failure:
+        try:
+            groups = [[on_failure.enter_context(each.dup()) for each in sockets] for _ in range(count)]
+        except OSError as error:
+            raise StartError(
+                f"cannot open the sockets of workers: {describe_error(error)}; raise the descriptor limit"
+            ) from error
+        on_failure.pop_all()
+        return groups
+
+
+def _listen_beside(listener: socket.socket, backlog: int, on_failure: contextlib.ExitStack) -> socket.socket:
+    """Open a socket with the address and the options of ``listener``."""
+    opened = on_failure.enter_context(socket.socket(listener.family, listener.type, listener.proto))
+    options = [(socket.SOL_SOCKET, socket.SO_REUSEADDR), (socket.SOL_SOCKET, socket.SO_REUSEPORT)]
+    if listener.family == socket.AF_INET6:
+        options.append((socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
+    for option in options:
+        opened.setsockopt(*option, listener.getsockopt(*option))
+    _disable_nagle(opened)
+    opened.bind(listener.getsockname())
+    opened.setblocking(False)
+    opened.listen(backlog)
+    return opened
+
+
 def fill_backlog(listener: socket.socket) -> socket.socket:
     """Connect to ``listener``, which has a backlog of 0 and never accepts; return the connection.
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import random
 import resource
+import select
 import signal
 import socket
 import statistics
@@ -19,6 +21,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -299,6 +302,70 @@ async def handover(backend: str, scale: float) -> None:
         check(f"failures of {count} clients in {restarts} restarts", failed, failed == 0, "0")
 
 
+async def worker_of(client: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> int:
+    """Return the process id of the worker that serves a client of a server in ``identify`` mode."""
+    reader, writer = client
+    writer.write(b"which worker?\n")
+    return int(json.loads(await reader.readline())["server"]["pid"])
+
+
+async def workers(backend: str, scale: float) -> None:
+    """Connections are distributed evenly; a worker that is killed or hangs fails no client that connects later."""
+    options = (*BACKENDS[backend], "--mode", "identify", "--workers")
+    for number in (2, 4):
+        count = int(1000 * scale)
+        with server(*options, str(number)) as process:
+            async with clients(process.port, count) as opened:
+                counts = Counter([await worker_of(each) for each in opened])
+            busiest = max(counts.values()) * number / count
+            check(f"busiest of {number} workers, {count} connections: times the mean", busiest, busiest <= 1.3, "1.3")
+    with server(*options, "2") as process:
+        await kill_workers(process.port, kills=10)
+        async with clients(process.port, 1) as [client]:
+            os.kill(await worker_of(client), signal.SIGSTOP)
+            start = time.monotonic()
+            async with clients(process.port, 20) as opened:
+                await asyncio.gather(*map(worker_of, opened))
+        took = time.monotonic() - start
+        check("seconds until a hung worker is replaced and 20 clients are served", took, took <= 5, "5")
+        await asyncio.to_thread(process.stop)
+
+
+def kill(process: int) -> None:
+    """Kill a process, and block until it is dead: no client connects meanwhile."""
+    descriptor = os.pidfd_open(process)
+    os.kill(process, signal.SIGKILL)
+    select.select([descriptor], [], [])
+    os.close(descriptor)
+
+
+async def kill_workers(port: int, kills: int) -> None:
+    """Kill a worker ``kills`` times while 8 clients connect for each message."""
+    served: list[tuple[float, int]] = []  # when a client began to connect, and the worker that served it
+    failed: list[tuple[float, float]] = []  # when a client began to connect, and when it failed
+    killed: list[float] = []  # when a worker was dead
+
+    async def connect_repeatedly() -> None:
+        while len(killed) < kills or served[-1][0] < killed[-1] + 1:
+            start = time.monotonic()
+            try:
+                async with clients(port, 1) as [client]:
+                    served.append((start, await worker_of(client)))
+            except (OSError, ValueError):  # reset, or closed before the reply
+                failed.append((start, time.monotonic()))
+
+    load = [asyncio.create_task(connect_repeatedly()) for _ in range(8)]
+    for _ in range(kills):
+        count = len(served)
+        await wait_until(lambda count=count: len(served) > count + 100)  # type: ignore[misc]
+        kill(served[-1][1])
+        killed.append(time.monotonic())
+        await asyncio.sleep(1)
+    await asyncio.gather(*load)
+    later = [each for each in failed if not any(each[0] <= kill <= each[1] for kill in killed)]
+    check(f"failures of {len(served)} clients that connected after one of {kills} kills", len(later), not later, "0")
+
+
 async def slow_reader(backend: str, scale: float) -> None:
     """An 8 MiB message to a client that reads slowly and pauses: unchanged, in bounded memory."""
     size = 8 * 1024 * 1024
@@ -436,6 +503,7 @@ SCENARIOS: dict[str, Callable[[str, float], Coroutine[None, None, None]]] = {
     "non-readers": non_readers,
     "descriptors": few_descriptors,
     "handover": handover,
+    "workers": workers,
     "slow-reader": slow_reader,
     "large-messages": large_messages,
     "flood": flood,

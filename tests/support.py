@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
@@ -165,8 +165,7 @@ class ServerProcess:
     @property
     def worker_pids(self) -> list[int]:
         """The process ids of its workers."""
-        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return [int(number) for each in children for number in each.read_text().split()]
+        return child_processes(self.process.pid)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address, TIMEOUT)
@@ -181,6 +180,36 @@ class ServerProcess:
         self._reader.join(TIMEOUT)
         assert not self._reader.is_alive(), f"the server left a process, after:\n{self.log}"
         return code, self.log
+
+
+def child_processes(process: int) -> list[int]:
+    children = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(number) for each in children for number in each.read_text().split()]
+
+
+def connect_to(worker: int, server: ServerProcess, address: tuple[str, int] | None = None) -> socket.socket:
+    """Connect until it is ``worker`` that accepts the connection. Nobody else may connect meanwhile."""
+    with ExitStack() as rejected:
+        while True:
+            before = {each: open_sockets(each) for each in server.worker_pids}
+            client = socket.create_connection(address or server.address, TIMEOUT)
+            wait_until(lambda: accepted_since(before) != [])  # noqa: B023
+            if accepted_since(before) == [worker]:
+                return client
+            rejected.enter_context(client)
+
+
+def accepted_since(before: dict[int, set[str]]) -> list[int]:
+    """Return the processes that have opened sockets since."""
+    return [process for process, sockets in before.items() if open_sockets(process) - sockets]
+
+
+def open_sockets(process: int) -> set[str]:
+    sockets = set()
+    for each in Path(f"/proc/{process}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            sockets.add(os.readlink(each))
+    return sockets
 
 
 @contextmanager

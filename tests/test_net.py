@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import socket
 import stat
 import threading
@@ -298,6 +299,76 @@ def test_address_taken_before_listen_raises_start_error() -> None:
     ]
     with pytest.raises(StartError, match=r"127\.0\.0\.1:\d+: address already in use"):
         bind(ServerConfig(port=0), infos)
+
+
+@contextmanager
+def listening(count: int = 1, **options: Any) -> Iterator[list[Listeners]]:
+    """Bind the listeners of ``count`` processes."""
+    with ExitStack() as stack:
+        first = Listeners.bind(ServerConfig(**{"port": 0, **options}))
+        stack.callback(first.close)
+        groups = first.divide(count)
+        for each in groups[1:]:
+            stack.callback(each.close)
+        yield groups
+
+
+def count_accepted(listeners: Listeners) -> int:
+    accepted = 0
+    with suppress(BlockingIOError):
+        while True:
+            listeners.sockets[0].accept()[0].close()
+            accepted += 1
+    return accepted
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", pytest.param("::", marks=needs_ipv6)])
+def test_divided_port_is_in_use_for_others(host: str) -> None:
+    with listening(3, host=host) as groups:
+        port = groups[0].sockets[0].getsockname()[1]
+        assert [each.addresses for each in groups] == [[(host, port)]] * 3
+        for other in dict.fromkeys((host, "127.0.0.1")):
+            assert f":{port}: address already in use; " in bind_error(host=other, port=port)
+
+
+def test_servers_that_divide_a_port_at_once_are_one() -> None:
+    def start(port: int) -> bool:
+        barrier.wait(TIMEOUT)
+        with suppress(StartError):
+            groups.extend(Listeners.bind(ServerConfig(host="127.0.0.3", port=port)).divide(2))
+            return True
+        return False
+
+    barrier = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(20):
+            groups: list[Listeners] = []
+            with bound(host="127.0.0.3") as [free]:
+                port = free.getsockname()[1]
+            assert sum(threads.map(start, [port] * 4)) == 1
+            for each in groups:
+                each.close()
+
+
+def test_divided_port_without_descriptors_raises_start_error() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with listening() as [listeners]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (listeners.sockets[0].fileno() + 3, hard))
+        try:
+            with pytest.raises(StartError, match="too many open files; raise the descriptor limit"):
+                listeners.divide(8)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert not listeners.sockets[0].getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+
+
+def test_port_that_cannot_be_divided_has_one_backlog(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("echo_async.listeners.HAS_BALANCED_PORTS", False)
+    with listening(2) as [first, second], ExitStack() as clients:
+        for _ in range(40):
+            clients.enter_context(socket.create_connection(first.sockets[0].getsockname(), TIMEOUT))
+        first.close()
+        assert count_accepted(second) == 40
 
 
 def test_bind_of_a_port_in_time_wait_succeeds() -> None:

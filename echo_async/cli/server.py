@@ -37,7 +37,7 @@ OPTIONS = {
     "threaded": Option(False, "The same as --engine threads.", "flag"),
     "loop": Option("auto", _LOOP_HELP, "choice", choices=LOOP_CHOICES, pattern=LOOP_PATTERN),
     "workers": Option(
-        1, "Processes that share the listening sockets; limits and timeouts apply to each.", "integer", 1, 1024
+        1, "Processes that serve the same addresses; limits and timeouts apply to each.", "integer", 1, 1024
     ),
     "metrics_port": Option(
         None, "Port to serve /metrics (Prometheus) and /healthz on; 0 selects a free port.", "integer", 0, 65535

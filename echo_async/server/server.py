@@ -116,11 +116,6 @@ class BaseServer:
         return self._listeners.sockets
 
     @property
-    def descriptors(self) -> list[int]:
-        """The numbers of all sockets that a worker has to inherit."""
-        return [each.fileno() for each in (*self._listeners.sockets, *self._listeners.datagram_sockets)]
-
-    @property
     def stats(self) -> Stats:
         """A snapshot of the counters."""
         raise NotImplementedError

@@ -1,9 +1,15 @@
-"""Several worker processes that serve the same listening sockets.
+"""Several worker processes that serve the same addresses.
 
-The supervisor opens the sockets and starts the workers, which inherit them. It serves no connections itself: it
-replaces workers that exit, forwards a shutdown, and adds up the counters. The workers share one socket per address
-instead of opening their own with SO_REUSEPORT, so that the connections in its backlog outlive a worker. Supervisor
-and worker communicate over a socket pair, in lines of JSON. A worker exits when the supervisor closes its end.
+The supervisor opens the listening sockets and starts the workers, which inherit them. It serves no connections
+itself: it replaces workers that exit or hang, forwards a shutdown, and adds up the counters.
+
+Each worker has sockets of its own, among which the kernel distributes the connections (SO_REUSEPORT). Workers that
+share a socket compete instead, and most connections go to the one that is idle. The supervisor keeps all sockets
+open: the connections in the backlogs of a worker that exits wait for its replacement, which inherits them. Sockets
+that cannot be divided are shared (see :meth:`~echo_async.listeners.Listeners.divide`).
+
+Supervisor and worker communicate over a socket pair, in lines of JSON. A worker exits when the supervisor closes its
+end, and is killed if it does not report its counters.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from typing import Self
 
@@ -26,7 +33,7 @@ from .worker_process import Worker
 MAX_RESTARTS = 5  # consecutive attempts to start a replacement before the server stops
 MIN_UPTIME = 1.0  # seconds; a worker that exits earlier is replaced after a delay
 INITIAL_RESTART_DELAY = 0.1  # seconds; doubled after each failure
-MAX_RESTART_DELAY = 10.0  # seconds
+MAX_RESTART_DELAY = 2.0  # seconds; connections wait in the backlogs meanwhile
 KILL_DELAY = 2.0  # seconds after the graceful shutdown timeout, or after an abort, until a worker is killed
 
 
@@ -40,14 +47,30 @@ class WorkerSettings:
     labels: Mapping[str, str]
 
 
+class Slot:
+    """The listening sockets of one worker and of all its replacements, for each listener."""
+
+    def __init__(self, listeners: Sequence[Listeners]) -> None:
+        self.listeners = listeners
+
+    def has_queue(self) -> bool:
+        """Whether a connection waits to be accepted; False once the sockets are closed."""
+        return any(each.has_queue() for each in self.listeners)
+
+    def close(self) -> None:
+        """Close the sockets in the supervisor."""
+        for each in self.listeners:
+            each.close()
+
+
 class Supervisor(BaseGroup[BaseServer]):
     """The parent process of the workers, with the methods of a server. ``limit_connections`` applies per worker."""
 
     def __init__(
-        self, listeners: Sequence[ListenerConfig], settings: WorkerSettings, bound: Sequence[Listeners]
+        self, listeners: Sequence[ListenerConfig], workers: int, settings: WorkerSettings, bound: Sequence[Listeners]
     ) -> None:
         super().__init__([BaseServer(each.config, sockets) for each, sockets in zip(listeners, bound, strict=True)])
-        self._listeners = bound
+        self._slots = list(map(Slot, zip(*(each.divide(workers) for each in bound), strict=True)))
         self._settings = asdict(settings)
         self._loop = asyncio.get_running_loop()
         self._is_stopping = False
@@ -68,15 +91,18 @@ class Supervisor(BaseGroup[BaseServer]):
         :exc:`~echo_async.StartError` if a worker cannot start; it writes the reason to stderr.
         """
         async with listen(listeners) as bound:
-            self = cls(listeners, settings, bound)
+            self = cls(listeners, workers, settings, bound)
+            first, *others = self._slots
             try:
-                first = await self._start_worker()  # on its own, so that an error is printed once
-                rest = await asyncio.gather(*(self._start_worker() for _ in range(workers - 1)))
+                started = [await self._start_worker(first)]  # on its own, so that an error is printed once
+                started += await asyncio.gather(*map(self._start_worker, others))
             except StartError:
                 self.abort()
                 await self._wait_for_workers()
                 raise
-        self._supervise_tasks = [asyncio.create_task(self._supervise(worker)) for worker in (first, *rest)]
+        self._supervise_tasks = [
+            asyncio.create_task(self._supervise(*each)) for each in zip(self._slots, started, strict=True)
+        ]
         return self
 
     @property
@@ -97,19 +123,23 @@ class Supervisor(BaseGroup[BaseServer]):
         """Update the counters of the workers that are ready; return which of them responded."""
         return await asyncio.gather(*(worker.fetch_stats() for worker in self._workers if worker.is_ready))
 
+    def is_serving(self) -> bool:
+        return not self._is_stopping
+
     def close(self) -> None:
-        if not self._is_stopping:
-            self._is_stopping = True
-            timeout = max(each.config.timeout_graceful_shutdown for each in self.servers)
-            self._schedule_kill(timeout + KILL_DELAY)
-        for each in self._listeners:
-            each.close()  # otherwise the kernel would still establish connections
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        timeout = max(each.config.timeout_graceful_shutdown for each in self.servers)
+        self._schedule_kill(timeout + KILL_DELAY)
         for worker in self._workers:
-            worker.send_command("stop")
+            if worker.is_ready:
+                worker.request_stats()  # it is stopped when it has responded
 
     def abort(self) -> None:
         self.close()
         self._schedule_kill(KILL_DELAY)
+        self._close_slots()
         for worker in self._workers:
             worker.send_command("abort")
 
@@ -126,49 +156,67 @@ class Supervisor(BaseGroup[BaseServer]):
             self.close()
             await self._wait_for_workers()
 
-    async def _start_worker(self) -> Worker:
-        if self._is_stopping:
+    async def _start_worker(self, slot: Slot) -> Worker:
+        if self._is_stopping and not slot.has_queue():
             raise StartError("server is shutting down")
-        worker = await Worker.start(self.servers, self._settings)
+        configs = [each.config for each in self.servers]
+        descriptors = [each.descriptors for each in slot.listeners]
+        worker = await Worker.start(list(map(ListenerConfig, configs, descriptors)), self._settings)
         self._workers.add(worker)
         try:
             await worker.wait_ready()
         except StartError:
             self._workers.discard(worker)
             raise
-        if self._is_stopping:
-            worker.send_command("stop")
+        self._stop_responding(slot, worker)
         return worker
 
-    async def _supervise(self, worker: Worker) -> None:
-        """Replace ``worker``, and each replacement, when it exits, until the server stops."""
-        early_exits = 0
-        while True:
-            started_at = self._loop.time()
-            code = await worker.run_until_exit()
-            self._workers.discard(worker)
-            self._exited_stats = _add_stats(self._exited_stats, [replace(each, active=0) for each in worker.stats])
-            if self._is_stopping:
-                return
-            log.error("worker %d exited with code %d, restarting", worker.pid, code)
-            if self._loop.time() - started_at < MIN_UPTIME:
-                await _delay_restart(early_exits)
-                early_exits += 1
-            else:
-                early_exits = 0
-            try:
-                worker = await self._start_replacement()
-            except StartError:
-                if self._is_stopping:
-                    return
-                raise
+    def _stop_responding(self, slot: Slot, worker: Worker) -> None:
+        """If the server stops, stop ``worker``, which has just responded: it accepts the connections in its backlogs.
 
-    async def _start_replacement(self) -> Worker:
+        The sockets are closed here before, so that the kernel establishes no connection after the worker's are closed.
+        """
+        if self._is_stopping:
+            slot.close()
+            worker.send_command("stop")
+
+    async def _supervise(self, slot: Slot, worker: Worker) -> None:
+        """Replace ``worker``, and each replacement, when it exits, until the server stops.
+
+        A worker that exits before it is stopped is replaced even then, if connections are in its backlogs.
+        """
+        early_exits = 0
+        try:
+            while True:
+                started_at = self._loop.time()
+                code = await worker.run_until_exit(partial(self._stop_responding, slot, worker))
+                self._workers.discard(worker)
+                self._exited_stats = _add_stats(self._exited_stats, [replace(each, active=0) for each in worker.stats])
+                if self._is_stopping and not slot.has_queue():
+                    return
+                log.error("worker %d exited with code %d, restarting", worker.pid, code)
+                if self._loop.time() - started_at < MIN_UPTIME:
+                    await _delay_restart(early_exits)
+                    early_exits += 1
+                else:
+                    early_exits = 0
+                worker = await self._start_replacement(slot)
+        except StartError:
+            if not self._is_stopping:
+                raise
+        finally:
+            slot.close()
+
+    async def _start_replacement(self, slot: Slot) -> Worker:
         for failures in range(MAX_RESTARTS - 1):
             with contextlib.suppress(StartError):
-                return await self._start_worker()
+                return await self._start_worker(slot)
             await _delay_restart(failures)
-        return await self._start_worker()
+        return await self._start_worker(slot)
+
+    def _close_slots(self) -> None:
+        for slot in self._slots:
+            slot.close()
 
     def _schedule_kill(self, seconds: float) -> None:
         if self._kill_timer is not None:
@@ -176,6 +224,7 @@ class Supervisor(BaseGroup[BaseServer]):
         self._kill_timer = self._loop.call_later(seconds, self._kill_workers)
 
     def _kill_workers(self) -> None:
+        self._close_slots()  # nobody is replaced
         for worker in self._workers:
             log.error("worker %d did not stop in time, killed", worker.pid)
             worker.kill()

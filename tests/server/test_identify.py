@@ -8,14 +8,13 @@ import shutil
 import socket
 import ssl
 import subprocess
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 from scripted import Peer, Start
-from support import TIMEOUT, StartServer, connect, is_echoed, paused_processes, receive_line, run, server_process
+from support import TIMEOUT, StartServer, connect, is_echoed, receive_line, run, server_process
 
 import echo_async
 from echo_async import ConfigError, Identity, ReplyDifferent, sync
@@ -164,19 +163,6 @@ def test_stop_answers_what_was_received(number: str, start_server: StartServer) 
         server.close()
         assert Identity.parse(receive_line(client)).message == "y"
         assert client.recv(1) == b""
-
-
-def test_workers_report_their_own_pids() -> None:
-    with server_process("--mode", "identify", "--workers", "2", "--no-access-log") as server, ExitStack() as stack:
-        pids = []
-        for paused in server.worker_pids:  # the kernel gives all connections to the other worker meanwhile
-            with paused_processes(paused):
-                for _ in range(100):
-                    pids.append(identify(stack.enter_context(server.connect()), b"x\n").server.pid)
-        assert pids == [pid for pid in reversed(server.worker_pids) for _ in range(100)]
-        code, log = server.stop()
-    assert code == 0
-    assert "accepted=200 " in log
 
 
 # Clients

@@ -22,7 +22,7 @@ from support import (
     Backend,
     ServerProcess,
     command_process,
-    paused_processes,
+    connect_to,
     receive_all,
     receive_exactly,
     receive_line,
@@ -329,32 +329,32 @@ def test_workers_counters_of_each_listener_add_up(engine: str) -> None:
     with listening("0", "0,fault=duplicate", options=options) as listeners, ExitStack() as stack:
         server = listeners.server
         wait_until(lambda: " server started: " in server.log)
-        for number, other in enumerate(server.worker_pids, 1):
-            with paused_processes(other):  # the other worker serves these
-                for index in (0, 0, 1):
-                    client = stack.enter_context(listeners.connect(index))
-                    for _ in range(10 * number):
-                        client.sendall(b"hello\n")
-                        assert receive_line(client, 6 * (index + 1)) == b"hello\n" * (index + 1)
+        for number in range(60):
+            index = int(number % 3 == 2)
+            client = stack.enter_context(listeners.connect(index))
+            client.sendall(b"hello\n")
+            assert receive_line(client, 6 * (index + 1)) == b"hello\n" * (index + 1)
         samples = scrape(server.log)
         for metric, parts in {
-            "connections_accepted_total": (4, 2),
-            "connections_active": (4, 2),
-            "messages_total": (60, 30),
-            "received_bytes_total": (360, 180),
-            "sent_bytes_total": (360, 360),
+            "connections_accepted_total": (40, 20),
+            "connections_active": (40, 20),
+            "messages_total": (40, 20),
+            "received_bytes_total": (240, 120),
+            "sent_bytes_total": (240, 240),
         }.items():
             found = [samples[f"echo_async_listener_{metric}[{name}]"] for name in listeners.names]
             assert (metric, *found) == (metric, *parts)
             assert samples[f"echo_async_{metric}"] == sum(parts)
         names = "".join(f"[{value}]" for value in ("duplicate", listeners.names[1]))
-        assert samples[f"echo_async_listener_faults_total{names}"] == samples["echo_async_faults_total[duplicate]"] == 2
+        assert (
+            samples[f"echo_async_listener_faults_total{names}"] == samples["echo_async_faults_total[duplicate]"] == 20
+        )
         stack.close()
         code, stopped, log = listeners.stop()
     assert code == 0
     assert stopped == [
-        {"accepted": 4, "messages": 60, "bytes_in": 360, "bytes_out": 360},
-        {"accepted": 2, "messages": 30, "bytes_in": 180, "bytes_out": 360, "fault_duplicate": 2},
+        {"accepted": 40, "messages": 40, "bytes_in": 240, "bytes_out": 240},
+        {"accepted": 20, "messages": 20, "bytes_in": 120, "bytes_out": 240, "fault_duplicate": 20},
     ]
     assert counters(log, " server stopped: ") == add(stopped)
 
@@ -365,11 +365,10 @@ def test_killed_worker_keeps_the_counters_of_each_listener() -> None:
         server = listeners.server
         wait_until(lambda: " server started: " in server.log)
         killed, survivor = server.worker_pids
-        for other, index in ((killed, 0), (survivor, 1)):
-            with paused_processes(other):
-                client = stack.enter_context(listeners.connect(index))
-                client.sendall(b"one\n")
-                assert receive_line(client) == b"one\n"
+        for worker, name in zip((killed, survivor), listeners.names, strict=True):
+            client = stack.enter_context(connect_to(worker, server, ("127.0.0.1", int(name.rpartition(":")[2]))))
+            client.sendall(b"one\n")
+            assert receive_line(client) == b"one\n"
         scrape(server.log)  # the supervisor has their counters
         os.kill(killed, signal.SIGKILL)
         wait_until(lambda: " exited with code -9, restarting" in server.log)

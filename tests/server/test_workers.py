@@ -1,7 +1,8 @@
-"""Worker processes: shared listening socket, replacement, graceful shutdown, and exit with the supervisor."""
+"""Worker processes: distribution of connections, replacement, graceful shutdown, and exit with the supervisor."""
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -14,10 +15,12 @@ import subprocess
 import sys
 import termios
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from logging import WARNING
 from pathlib import Path
 from time import monotonic
+from typing import Unpack
 
 import pytest
 import trustme
@@ -25,14 +28,21 @@ from support import (
     MAX_DELAY,
     TIMEOUT,
     ServerProcess,
+    child_processes,
+    connect_to,
+    log_lines,
     paused_processes,
     receive_all,
     receive_line,
+    run,
     server_process,
     wait_until,
 )
 
-from echo_async.config import EngineName
+from echo_async.config import EngineName, ServerConfig, ServerOptions
+from echo_async.server.group import ListenerConfig
+from echo_async.server.supervisor import Supervisor, WorkerSettings
+from echo_async.server.worker_process import Worker
 
 each_engine = pytest.mark.parametrize("engine", ["streams", "protocol", "threads"])
 
@@ -63,14 +73,6 @@ def has_exited(process: int) -> bool:
 def exchange(client: socket.socket, message: bytes) -> bytes:
     client.sendall(message)
     return receive_line(client)
-
-
-def connect_avoiding(server: ServerProcess, other: int) -> socket.socket:
-    """Connect to the worker that is not ``other``."""
-    with paused_processes(other):
-        client = server.connect()
-        assert exchange(client, b"hello\n") == b"hello\n"
-        return client
 
 
 def is_closed(client: socket.socket) -> bool:
@@ -124,23 +126,34 @@ class Load:
 # Serving
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::"])
+def test_workers_share_connections_evenly(host: str) -> None:
+    """Each of two accepts at least a quarter of 200, except once in 10**12 times (the sum of binomials)."""
+    with server_process("--mode", "identify", "--workers", "2", "--host", host) as server, ExitStack() as clients:
+        counts = dict.fromkeys(server.worker_pids, 0)
+        for _ in range(200):
+            reply = exchange(clients.enter_context(server.connect()), b"x\n")
+            counts[json.loads(reply)["server"]["pid"]] += 1
+        assert min(counts.values()) >= 50
+        assert len(counts) == 2
+
+
 @each_engine
 def test_workers_print_one_address_and_add_up_counters(engine: EngineName) -> None:
-    messages = [b"%d\n" % number for number in range(50)]
+    """All of 40 connections have one worker once in 2**39 times."""
+    messages = [b"%d\n" % number for number in range(40)]
     with two_workers(engine) as server, ExitStack() as clients:
-        first, second = server.worker_pids
-        for other in (first, second):
-            client = clients.enter_context(connect_avoiding(server, other))
-            for message in messages:
-                assert exchange(client, message) == message
+        for message in messages:
+            client = clients.enter_context(server.connect())
+            assert exchange(client, message) == message
         clients.close()
         code, lines = server.stop()
         assert server.process.stdout is not None
         assert server.process.stdout.read() == ""
     assert code == 0
     assert re.fullmatch(r"listening on 127\.0\.0\.1:\d+\n", server.startup_line)
-    size = 2 * (len(b"".join(messages)) + len(b"hello\n"))
-    expected = {"accepted": 2, "messages": 102, "bytes_in": size, "bytes_out": size}
+    size = len(b"".join(messages))
+    expected = {"accepted": 40, "messages": 40, "bytes_in": size, "bytes_out": size}
     assert {name: count for name, count in counters(lines).items() if count} == expected
 
 
@@ -167,14 +180,14 @@ def test_killed_worker_is_replaced_and_others_are_unaffected(engine: EngineName)
     with two_workers(engine) as server:
         killed_worker, survivor = server.worker_pids
         with (
-            connect_avoiding(server, survivor) as closed,
-            connect_avoiding(server, killed_worker) as open_client,
+            connect_to(killed_worker, server) as closed,
+            connect_to(survivor, server) as open_client,
             Load(server) as load,
         ):
             os.kill(killed_worker, signal.SIGKILL)
             wait_until(lambda: has_exited(killed_worker))
             killed_at = monotonic()
-            connect_avoiding(server, survivor).close()  # the survivor is stopped: only the replacement responds
+            wait_until(lambda: len({*server.worker_pids} - {killed_worker}) == 2)
             assert monotonic() - killed_at < MAX_DELAY
             assert is_closed(closed)
             assert exchange(open_client, b"still there\n") == b"still there\n"
@@ -185,6 +198,19 @@ def test_killed_worker_is_replaced_and_others_are_unaffected(engine: EngineName)
     assert code == 0
     assert lines.count("restarting") == 1
     assert f"worker {killed_worker} exited with code -9, restarting" in lines
+
+
+def test_killed_worker_leaves_its_queue_to_its_replacement() -> None:
+    """None of 40 connections is in the backlog of the killed worker once in 2**40 times."""
+    with two_workers("protocol") as server, ExitStack() as clients:
+        killed_worker, _ = server.worker_pids
+        with paused_processes(killed_worker):
+            queued = [clients.enter_context(server.connect()) for _ in range(40)]
+            for client in queued:
+                client.sendall(b"hello\n")
+            os.kill(killed_worker, signal.SIGKILL)
+        assert all(receive_line(client) == b"hello\n" for client in queued)
+        assert server.stop()[0] == 0
 
 
 def sitecustomize(folder: Path, code: str) -> dict[str, str]:
@@ -224,7 +250,7 @@ def test_replacement_failing_to_start_stops_the_server(tmp_path: Path) -> None:
     with two_workers("protocol", env=env) as server:
         failing.touch()
         killed_worker, survivor = server.worker_pids
-        with connect_avoiding(server, killed_worker) as client:
+        with connect_to(survivor, server) as client:
             os.kill(killed_worker, signal.SIGKILL)
             assert receive_all(client) == b""  # the other worker shuts down gracefully
             code, lines = server.wait()
@@ -269,20 +295,21 @@ def test_stop_answers_every_message_received(engine: EngineName) -> None:
     """Both of accepted connections and of connections in the backlog."""
     sent = b"".join(b"%060d\n" % number for number in range(200))
     with two_workers(engine) as server, ExitStack() as stack:
-        clients = [stack.enter_context(connect_avoiding(server, other)) for other in server.worker_pids]
-        with ExitStack() as holding:
-            for worker in server.worker_pids:
-                holding.enter_context(paused_processes(worker))
-            clients += [stack.enter_context(server.connect()) for _ in range(100)]
-            for client in clients:
-                client.sendall(sent)
-            wait_until(lambda: all(map(is_acknowledged, clients)))
-            server.process.send_signal(signal.SIGTERM)
+        clients = [stack.enter_context(server.connect()) for _ in range(40)]
+        for client in clients:
+            assert exchange(client, b"hello\n") == b"hello\n"
+        with paused_processes(*server.worker_pids):
+            with paused_processes(server.process.pid):  # otherwise it would kill workers that do not respond
+                clients += [stack.enter_context(server.connect()) for _ in range(100)]
+                for client in clients:
+                    client.sendall(sent)
+                wait_until(lambda: all(map(is_acknowledged, clients)))
+                server.process.send_signal(signal.SIGTERM)
             wait_until(lambda: " SIGTERM received: shutting down" in server.log)
         answered = sum(receive_or_none(client) == sent for client in clients)
         code, lines = server.wait()
     assert (code, answered) == (0, len(clients))
-    assert counters(lines)["messages"] == 200 * len(clients) + 2
+    assert counters(lines)["messages"] == 200 * len(clients) + 40
 
 
 def test_connection_during_the_stop_is_refused() -> None:
@@ -309,7 +336,7 @@ def test_connection_during_the_stop_is_refused() -> None:
 @pytest.mark.parametrize("engine", ["streams", "threads"])
 def test_second_signal_aborts_incomplete_messages(engine: EngineName) -> None:
     with two_workers(engine) as server, server.connect() as idle, ExitStack() as clients:
-        busy = [clients.enter_context(connect_avoiding(server, other)) for other in server.worker_pids]
+        busy = [clients.enter_context(connect_to(each, server)) for each in server.worker_pids]
         for client in busy:
             client.sendall(b"never finished")
         wait_until(lambda: all(map(is_acknowledged, busy)))
@@ -324,20 +351,86 @@ def test_second_signal_aborts_incomplete_messages(engine: EngineName) -> None:
     assert counters(lines)["lost"] == 2
 
 
-@pytest.mark.parametrize(("signals", "timeout"), [(1, "0.1"), (2, "60")])
-def test_hung_worker_is_killed_at_a_stop(signals: int, timeout: str) -> None:
-    with two_workers("protocol", "--timeout-graceful-shutdown", timeout) as server:
-        hung, _ = server.worker_pids
-        with paused_processes(hung):
-            server.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: " SIGTERM received: shutting down\n" in server.log)
-            if signals == 2:
-                server.process.send_signal(signal.SIGTERM)
-            code, lines = server.wait()
-    assert code == 0
-    assert f"worker {hung} did not stop in time, killed" in lines
-    assert lines.count("did not stop in time") == 1
-    assert "Traceback" not in lines
+@asynccontextmanager
+async def supervised(**options: Unpack[ServerOptions]) -> AsyncIterator[tuple[Supervisor, list[int]]]:
+    """Start a supervisor in the running event loop; yield it and its two workers. They have exited at the end."""
+    defaults: ServerOptions = {"engine": "protocol", "port": 0}
+    config = ServerConfig(**(defaults | options))
+    others = child_processes(os.getpid())
+    supervisor = await Supervisor.start([ListenerConfig(config)], 2, WorkerSettings("auto", "error", "text", {}))
+    yield supervisor, [each for each in child_processes(os.getpid()) if each not in others]
+    supervisor.close()
+    await supervisor.wait_closed()
+    assert child_processes(os.getpid()) == others
+
+
+def events_of(worker: int, caplog: pytest.LogCaptureFixture) -> list[str]:
+    prefix = f"worker {worker} "
+    return [line.removeprefix(prefix) for line in log_lines(caplog, WARNING) if line.startswith(prefix)]
+
+
+@pytest.mark.parametrize(("timeout", "is_aborted"), [(0.05, False), (60, True)])
+def test_hung_worker_is_killed_at_a_stop(
+    timeout: float, is_aborted: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("echo_async.server.supervisor.KILL_DELAY", 0.2)
+
+    async def main() -> int:
+        async with supervised(timeout_graceful_shutdown=timeout) as (supervisor, (hung, _)):
+            os.kill(hung, signal.SIGSTOP)
+            supervisor.close()
+            if is_aborted:
+                supervisor.abort()
+            await supervisor.wait_closed()
+        return hung
+
+    hung = run(main)
+    assert events_of(hung, caplog) == ["did not stop in time, killed"]
+
+
+@pytest.mark.parametrize("is_stopping", [False, True])
+def test_hung_worker_leaves_its_queue_to_its_replacement(
+    is_stopping: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """None of 40 connections is in the backlog of the hung worker once in 2**40 times."""
+    monkeypatch.setattr("echo_async.server.worker_process.HEARTBEAT_INTERVAL", 0.2)
+
+    async def main() -> int:
+        with ExitStack() as clients:
+            async with supervised() as (supervisor, (hung, _)):
+                os.kill(hung, signal.SIGSTOP)
+                queued = [
+                    clients.enter_context(socket.create_connection(supervisor.servers[0].address, TIMEOUT))
+                    for _ in range(40)
+                ]
+                for client in queued:
+                    client.sendall(b"hello\n")
+                if is_stopping:
+                    supervisor.close()
+                replies = await asyncio.to_thread(lambda: list(map(receive_all, queued)))
+            assert replies == [b"hello\n"] * 40
+            return hung
+
+    hung = run(main)
+    events = ["not responding", "did not respond in time, killed", "exited with code -9, restarting"]
+    assert events_of(hung, caplog) == events
+
+
+def test_busy_worker_is_killed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that does not report, and uses the CPU."""
+    monkeypatch.setattr("echo_async.server.worker_process.HEARTBEAT_INTERVAL", 0.2)
+    monkeypatch.setattr("echo_async.server.worker_process.MAX_MISSED_BUSY", 6)
+
+    async def main(process: subprocess.Popen[bytes], channel: socket.socket) -> float:
+        worker = Worker(process, *await asyncio.open_connection(sock=channel))
+        started_at = monotonic()
+        assert await worker.run_until_exit(lambda: None) == -signal.SIGKILL
+        return monotonic() - started_at
+
+    channel, worker_channel = socket.socketpair()
+    with worker_channel:
+        process = subprocess.Popen([sys.executable, "-c", "while True: pass"], stdin=worker_channel.fileno())
+    assert run(lambda: main(process, channel)) > 5 * 0.2
 
 
 def test_ctrl_c_to_the_process_group_is_one_graceful_stop() -> None:
@@ -372,8 +465,8 @@ def test_signal_while_a_worker_starts_is_a_graceful_stop(number: signal.Signals)
 def test_workers_exit_with_the_supervisor_and_free_the_port(engine: EngineName) -> None:
     with two_workers(engine) as server, ExitStack() as clients:
         workers = server.worker_pids
-        for other in workers:
-            client = clients.enter_context(connect_avoiding(server, other))
+        for worker in workers:
+            client = clients.enter_context(connect_to(worker, server))
             client.sendall(b"incomplete")
         server.process.kill()
         killed_at = monotonic()
