@@ -30,6 +30,8 @@ REFUSALS = {
     "address": "not in udp_allow_from",
     "port": f"source port below {MIN_SOURCE_PORT}",
     "loop": "sent by an echo server",
+    "size": "its reply would be longer",
+    "limit": "too many delayed replies",
     "send": "cannot send the reply",
 }
 """Why a datagram is not answered: what is counted, and what is logged."""

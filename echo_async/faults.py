@@ -58,6 +58,7 @@ Range = tuple[float, float]
 
 ENDS = {end.value: end for end in End}
 REFUSE, NO_ACCEPT, DROP = "refuse", "no-accept", "drop"
+DATAGRAM_KINDS = (DROP, "delay", "corrupt", "duplicate")
 FINAL_KINDS = (*ENDS, REFUSE, NO_ACCEPT)  # of which a fault has at most one
 SINGLE_KINDS = (DROP, REFUSE, NO_ACCEPT)  # there are no replies that another kind could change
 VALUES = {
@@ -240,6 +241,19 @@ class FaultPlan:
             message = data[start:end]
             yield from self._reply(message if self.answer is None else self.answer(message, self._number))
             start = end
+
+    def reply_datagram(self, data: bytes) -> Iterator[Action]:
+        """Yield the actions that take the place of sending ``data`` as a datagram. Only ``DATAGRAM_KINDS`` apply."""
+        yield from self._report_new(*(kind for kind in DATAGRAM_KINDS if data or kind != "corrupt"))
+        if self.is_silent:
+            return
+        if "delay" in self._fault.values:
+            yield Wait(self._value("delay"))
+        if "corrupt" in self._fault.values and data:
+            data = self._flip_bit(data)
+        yield Send(data)
+        if "duplicate" in self._fault.values:
+            yield Send(data)
 
     @property
     def _is_finished(self) -> bool:

@@ -74,6 +74,12 @@ class Admission:
             return FaultPlan()
         return plan
 
+    def datagram_schedule(self) -> FaultSchedule | None:
+        """Return a schedule with the same faults for datagrams, which are numbered apart; None if there are none."""
+        if self._schedule is None:
+            return None
+        return _make_schedule(self.config, self._schedule.seed, is_raw=True)
+
     def reset(self, connected: socket.socket, peername: object, plan: FaultPlan) -> None:
         """Reset an admitted connection, as its plan demands."""
         self.registry.context.report_fault(format_address(peername), plan.refuse())
@@ -137,11 +143,15 @@ class Admission:
 def _fault_schedule(config: ServerConfig) -> FaultSchedule | None:
     if not config.has_faults:
         return None
-    from ..faults import FaultSchedule
-
-    schedule = FaultSchedule(config.fault, config.fault_sequence, config.fault_seed, is_raw=config.mode == "raw")
+    schedule = _make_schedule(config, config.fault_seed, is_raw=config.mode == "raw")
     log.info("faults configured: %s, seed %d", config.fault or config.fault_sequence, schedule.seed)
     return schedule
+
+
+def _make_schedule(config: ServerConfig, seed: int | None, *, is_raw: bool) -> FaultSchedule:
+    from ..faults import FaultSchedule
+
+    return FaultSchedule(config.fault, config.fault_sequence, seed, is_raw=is_raw)
 
 
 def max_connections() -> int:

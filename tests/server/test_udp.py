@@ -10,9 +10,10 @@ import re
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from time import monotonic
 
 import pytest
 from support import (
@@ -31,9 +32,10 @@ from support import (
 
 import echo_async
 from echo_async import ConfigError, StartError
+from echo_async.cli.client import main as client_main
 from echo_async.config import EngineName, ServerConfig, ServerOptions
 from echo_async.datagrams import REPLY_TRAFFIC_CLASS, Refusals
-from echo_async.engines.udp import BATCH
+from echo_async.engines.datagram_responder import BATCH
 from echo_async.loops import LoopName
 from echo_async.net import bind_udp
 from echo_async.server.group import ListenerConfig, ServerGroup
@@ -41,6 +43,8 @@ from echo_async.testing import HostedServer
 
 SIZES = [0, 1, 13, 1472, 65_507]
 RECEIVERS = [each for each in BACKENDS if each.engine != "protocol"]  # which receives as streams does
+
+DROPPED_WITH_SEED_7 = {6, 46, 54, 60, 63, 76, 106, 116, 123, 139, 153, 175, 188, 193, 196}  # of 200, with p=0.1
 
 each_receiver = pytest.mark.parametrize("backend", RECEIVERS, ids="-".join, indirect=True)
 
@@ -140,12 +144,13 @@ def test_udp_is_off_by_default() -> None:
 
 @each_receiver
 def test_udp_source_ports_of_services_are_refused(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
+    host = f"127.9.{os.getpid() // 250 % 250}.{os.getpid() % 250 + 1}"  # other processes run this test as well
     with start_server(udp=True) as server:
         for port in (7, 19, 53, 1023):
-            with udp_client(source=("127.0.0.9", port)) as client:
+            with udp_client(source=(host, port)) as client:
                 refuse(server, client, "port")
     assert server.stats.datagrams_refused == {"port": 4}
-    assert "127.0.0.9:7 datagram refused: source port below 1024" in caplog.messages
+    assert f"{host}:7 datagram refused: source port below 1024" in caplog.messages
 
 
 @each_receiver
@@ -334,6 +339,124 @@ def test_udp_error_of_an_earlier_reply_is_counted(engine: EngineName) -> None:
         assert (server.stats.datagrams, server.stats.failed) == (2, 0)
 
     run(main)
+
+
+# Faults
+
+
+def exchange(server: echo_async.EchoServer | HostedServer, messages: Sequence[bytes], count: int) -> list[bytes]:
+    """Send datagrams from one socket. Return the ``count`` replies; no more may come until the server is closed."""
+    with udp_client() as client:
+        client.connect(server.address)
+        for message in messages:
+            client.send(message)
+        replies = [client.recv(100) for _ in range(count)]
+        wait_until(lambda: server.stats.datagrams == len(messages))
+        server.close()
+        client.settimeout(0.01)
+        with pytest.raises((TimeoutError, ConnectionRefusedError)):
+            replies.append(client.recv(100))
+    return replies
+
+
+def faulty_server(*, fault: str | None, sequence: str | None = None) -> HostedServer:
+    return HostedServer(udp=True, fault=fault, fault_sequence=sequence, fault_seed=7, no_access_log=True)
+
+
+@each_receiver
+def test_udp_fault_drop_is_reproducible(start_server: StartServer) -> None:
+    """The same datagrams are dropped on every engine."""
+    messages = [b"%d" % number for number in range(200)]
+    with start_server(udp=True, fault="drop,p=0.1", fault_seed=7, no_access_log=True) as server:
+        received = exchange(server, messages, 200 - len(DROPPED_WITH_SEED_7))
+        stats = server.stats
+    assert received == [each for number, each in enumerate(messages) if number not in DROPPED_WITH_SEED_7]
+    assert (stats.datagrams, stats.faults) == (200, {"drop": len(DROPPED_WITH_SEED_7)})
+    assert stats.bytes_out == sum(map(len, received)) < stats.bytes_in
+
+
+def test_udp_client_loses_what_the_server_drops(capfd: pytest.CaptureFixture[str]) -> None:
+    with faulty_server(fault="drop,p=0.1") as server:
+        options = ["--udp", "--count", "1000", "--interval", "0", "--timeout", "1", "--json"]
+        assert client_main([*options, "--port", str(server.port)]) == 1
+        stats = server.stats
+    counters = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert counters["sent"] == stats.datagrams == 1000
+    assert counters["lost"] == 1000 - counters["received"] == stats.faults["drop"] == 103
+
+
+def test_udp_fault_corrupt_flips_one_bit() -> None:
+    with faulty_server(fault="corrupt") as server:
+        corrupted, empty = exchange(server, [b"datagram", b""], 2)
+        assert server.stats.faults == {"corrupt": 1}
+    assert int.from_bytes(corrupted, "big") ^ int.from_bytes(b"datagram", "big") in {1 << bit for bit in range(64)}
+    assert empty == b""
+
+
+def test_udp_fault_duplicate_sends_each_reply_twice() -> None:
+    with faulty_server(fault="duplicate") as server:
+        assert exchange(server, [b"one", b""], 4) == [b"one", b"one", b"", b""]
+        assert (server.stats.datagrams, server.stats.bytes_out) == (2, 6)
+
+
+@each_receiver
+def test_udp_fault_delay_delays_each_reply(start_server: StartServer) -> None:
+    """A datagram without a fault, and one with a shorter delay, overtake those before them."""
+    sequence = "delay=0.2;none;delay=0.1"
+    with start_server(udp=True, fault_sequence=sequence) as server, udp_client() as client:
+        client.connect(server.address)
+        started_at = monotonic()
+        for message in (b"slow", b"healthy", b"late"):
+            client.send(message)
+        replies = [(client.recv(100), monotonic() - started_at) for _ in range(3)]
+    assert [reply for reply, _ in replies] == [b"healthy", b"late", b"slow"]
+    assert [seconds >= delay for (_, seconds), delay in zip(replies, [0, 0.1, 0.2], strict=True)] == [True] * 3
+
+
+@each_receiver
+def test_udp_fault_delay_ends_at_a_stop(start_server: StartServer) -> None:
+    with udp_client() as client:
+        with start_server(udp=True, fault="delay=60") as server:
+            client.sendto(b"released", server.address)
+            wait_until(lambda: server.stats.datagrams == 1)
+        assert client.recv(100) == b"released"
+
+
+def test_udp_fault_delay_holds_limited_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("echo_async.engines.faulty_datagram_responder.MAX_DELAYED_SIZE", 1000)
+    with faulty_server(fault="delay=60") as server, udp_client() as client:
+        for _ in range(5):
+            client.sendto(bytes(100), server.address)
+        wait_until(lambda: server.stats.datagrams == 5)
+        assert server.stats.datagrams_refused == {"limit": 3}
+
+
+def test_udp_faults_of_connections_do_not_apply() -> None:
+    with faulty_server(fault="reset,slice=1") as server:
+        assert exchange(server, [b"whole"], 1) == [b"whole"]
+        assert server.stats.faults == {}
+
+
+# Identify
+
+
+@each_receiver
+def test_udp_identify_answers_what_has_room(start_server: StartServer) -> None:
+    """The bytes after the newline are padding. The reply has at most as many as the datagram."""
+    with start_server(udp=True, mode="identify", labels={"zone": "a"}) as server, udp_client() as client:
+        client.connect(server.address)
+        client.send(b"Hola\n".ljust(1400))
+        reply = client.recv(65_535)
+        identity = echo_async.Identity.parse(reply)
+        for size in (len(reply) - 1, len(reply), 5, 0):
+            client.send(b"Hola\n".ljust(size)[:size])
+        client.send(bytes(1400))  # no newline: the whole datagram is the message
+        assert len(client.recv(65_535)) == len(reply)
+        wait_until(lambda: server.stats.datagrams_refused == {"size": 4})
+    assert (identity.message, identity.bytes, identity.number) == ("Hola", 5, 1)
+    assert (identity.client.address, identity.server.labels) == ("127.0.0.1", {"zone": "a"})
+    assert identity.server.address == f"127.0.0.1:{server.port}"
+    assert (server.stats.datagrams, server.stats.bytes_out) == (2, 2 * len(reply))
 
 
 # The command

@@ -1,0 +1,116 @@
+"""Answers datagrams (RFC 862), for every engine.
+
+It reads the sockets itself instead of through a :class:`asyncio.DatagramProtocol`, which has no ancillary data, no
+limit per turn of the loop, and no way to answer what has arrived before it is closed.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+from ..compat import receive_message
+from ..datagrams import MAX_SIZE, REFUSALS, REPLY_MARKS, Refusals, SocketAddress
+from ..errors import describe_error
+from ..logs import RateLimitedLog, access_log, excerpt, log
+from ..net import format_address
+from .admission import Admission
+
+BATCH = 32  # datagrams of one socket before other events get their turn
+DRAIN_BATCHES = 256  # of each socket at a stop: more than a receive buffer holds
+ANCILLARY_SIZE = socket.CMSG_SPACE(4) * 2 if hasattr(socket, "CMSG_SPACE") else 0  # bytes: two integers
+
+
+class DatagramResponder:
+    """Answers the datagrams of one server. Used by one thread at a time."""
+
+    has_faults = False
+    """Whether replies can be delayed."""
+
+    def __init__(self, admission: Admission, sockets: Sequence[socket.socket]) -> None:
+        config = admission.config
+        self.sockets = sockets
+        self.context = admission.registry.context
+        self._counters = self.context.counters.datagrams
+        self._refusals = Refusals(config.udp_allow_from, [each.getsockname()[1] for each in sockets])
+        self._identifies = config.mode == "identify"
+        self._has_log = self.context.log_messages
+        self._expected = 1  # datagrams that one call answers
+        self._log_refused = RateLimitedLog(log.warning, "%s datagram refused: %s")
+
+    def receive(self, receiver: socket.socket) -> bool:
+        """Answer what has arrived, at most ``BATCH`` datagrams; return whether there may be more.
+
+        It expects as many as the last time: to find that there are no more takes as long as half of a reply.
+        """
+        counters, refusals, identifies, received = self._counters, self._refusals, self._identifies, 0
+        while received < self._expected:
+            try:
+                data, ancillary, _, source = receive_message(receiver, MAX_SIZE, ANCILLARY_SIZE)
+            except BlockingIOError:
+                self._expected = max(1, received)
+                return False
+            except OSError as error:  # Windows: an earlier reply was refused by its receiver
+                self.refuse(None, "send", error)
+                return False
+            received += 1
+            try:
+                reason = "loop" if ancillary and ancillary[0][2] in REPLY_MARKS else refusals[source]
+                reply = self._identify(receiver, data, source) if identifies and reason is None else data
+                if len(reply) > len(data):
+                    reason = "size"
+                if reason is not None:
+                    self.refuse(source, reason)
+                    continue
+                counters.answered += 1
+                counters.received += len(data)
+                if self._has_log:
+                    self._log(data, source)
+                self.send(receiver, reply, source)
+            except Exception as error:  # the others have to be answered too
+                self.context.fail(format_address(source), error)
+        self._expected = min(2 * received, BATCH)
+        return True
+
+    def send(self, receiver: socket.socket, reply: bytes, source: SocketAddress) -> None:
+        self._counters.sent += len(reply)  # before it arrives: its receiver finds it counted
+        try:
+            receiver.sendto(reply, source)
+        except OSError as error:  # also if the send buffer is full: UDP does not wait
+            self._counters.sent -= len(reply)
+            self.refuse(source, "send", error)
+
+    def _identify(self, receiver: socket.socket, data: bytes, source: SocketAddress) -> bytes:
+        """Return the reply to the message in ``data``: up to its first newline, what follows makes room."""
+        from .description import describe_connection  # only for the mode identify
+
+        facts = {"sockname": receiver.getsockname(), "peername": source}
+        describer = describe_connection(self.context.config, None, None, facts.get)
+        return describer.describe(data[: data.find(b"\n") + 1] or data + b"\n", self._counters.answered + 1)
+
+    def send_due(self) -> float | None:
+        """Send the delayed replies that are due; return the seconds until the next is, None if there is none."""
+        return None
+
+    def refuse(self, source: SocketAddress | None, reason: str, error: OSError | None = None) -> None:
+        self._counters.refuse(reason)
+        text = REFUSALS[reason] if error is None else f"{REFUSALS[reason]}: {describe_error(error)}"
+        self._log_refused(format_address(source), text)
+
+    def _log(self, data: bytes, source: SocketAddress) -> None:
+        peer, text = format_address(source), excerpt(data)
+        facts = {"client": peer, "listener": self.context.listener, "bytes": len(data), "text": text}
+        access_log.info("%s datagram: %d bytes: %s", peer, len(data), text, extra={"facts": facts})
+
+    def close(self) -> None:
+        """Answer what has arrived without delays, then close the sockets. What arrives meanwhile is not waited for."""
+        for each in self.sockets:
+            for _ in range(DRAIN_BATCHES):
+                if not self.receive(each):
+                    break
+        self.release()
+        for each in self.sockets:
+            each.close()
+
+    def release(self) -> None:
+        """Send delayed replies at once."""
