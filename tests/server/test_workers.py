@@ -44,7 +44,7 @@ from echo_async.server.group import ListenerConfig
 from echo_async.server.supervisor import Supervisor, WorkerSettings
 from echo_async.server.worker_process import Worker
 
-each_engine = pytest.mark.parametrize("engine", ["streams", "protocol", "threads"])
+each_acceptor = pytest.mark.parametrize("engine", ["protocol", "threads"])  # streams has that of protocol
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def test_workers_share_connections_evenly(host: str) -> None:
         assert len(counts) == 2
 
 
-@each_engine
+@each_acceptor
 def test_workers_print_one_address_and_add_up_counters(engine: EngineName) -> None:
     """All of 40 connections have one worker once in 2**39 times."""
     messages = [b"%d\n" % number for number in range(40)]
@@ -175,7 +175,7 @@ def test_workers_share_a_unix_socket_and_its_file_is_removed(tmp_path: Path) -> 
 # Replacement of workers
 
 
-@each_engine
+@each_acceptor
 def test_killed_worker_is_replaced_and_others_are_unaffected(engine: EngineName) -> None:
     with two_workers(engine) as server:
         killed_worker, survivor = server.worker_pids
@@ -290,7 +290,7 @@ def test_stop_under_load_never_sends_a_partial_reply(engine: EngineName) -> None
         assert isinstance(failure, ConnectionError) or str(failure).startswith("closed after b''"), failure
 
 
-@each_engine
+@pytest.mark.parametrize("engine", ["streams", "protocol", "threads"])
 def test_stop_answers_every_message_received(engine: EngineName) -> None:
     """Both of accepted connections and of connections in the backlog."""
     sent = b"".join(b"%060d\n" % number for number in range(200))
@@ -358,9 +358,11 @@ async def supervised(**options: Unpack[ServerOptions]) -> AsyncIterator[tuple[Su
     config = ServerConfig(**(defaults | options))
     others = child_processes(os.getpid())
     supervisor = await Supervisor.start([ListenerConfig(config)], 2, WorkerSettings("auto", "error", "text", {}))
-    yield supervisor, [each for each in child_processes(os.getpid()) if each not in others]
-    supervisor.close()
-    await supervisor.wait_closed()
+    try:
+        yield supervisor, [each for each in child_processes(os.getpid()) if each not in others]
+    finally:
+        supervisor.close()
+        await supervisor.wait_closed()
     assert child_processes(os.getpid()) == others
 
 
@@ -461,7 +463,7 @@ def test_signal_while_a_worker_starts_is_a_graceful_stop(number: signal.Signals)
 # Exit with the supervisor
 
 
-@each_engine
+@each_acceptor
 def test_workers_exit_with_the_supervisor_and_free_the_port(engine: EngineName) -> None:
     with two_workers(engine) as server, ExitStack() as clients:
         workers = server.worker_pids
@@ -479,7 +481,7 @@ def test_workers_exit_with_the_supervisor_and_free_the_port(engine: EngineName) 
     assert "Traceback" not in lines
 
 
-@each_engine
+@each_acceptor
 def test_worker_exits_if_the_supervisor_reads_no_report(engine: EngineName) -> None:
     channel, worker_channel = socket.socketpair()
     with channel, worker_channel, socket.create_server(("127.0.0.1", 0)) as listener:
