@@ -703,13 +703,15 @@ def test_echo_client_raises_the_documented_error(fault: str, errors: Any) -> Non
         echo(server.address)
 
 
-def test_tls_socket_sees_a_reset_as_end_of_input() -> None:
+def test_tls_socket_sees_a_reset_as_error_or_end_of_input() -> None:
     with HostedServer(tls=True, fault="reset=5") as server:
         assert server.client_context is not None
         plain = socket.create_connection(server.address, TIMEOUT)
         with server.client_context.wrap_socket(plain, server_hostname="localhost") as client:
             client.sendall(MESSAGE)
-            assert (client.recv(100), client.recv(100)) == (b"Hola ", b"")
+            assert client.recv(100) == b"Hola "
+            with suppress(ConnectionResetError):  # depends on when the reset arrives
+                assert client.recv(100) == b""
 
 
 @pytest.mark.parametrize("is_sending", [False, True])
