@@ -10,6 +10,7 @@ BUILD_TOOLS := $(VENV)/.build-tools
 # Interpreter variables (PYTHON*) of the environment do not reach the recipes; TEST_ENV sets some for the tests.
 $(foreach name,$(filter-out PYTHON,$(filter PYTHON%,$(.VARIABLES))),$(eval unexport $(name)))
 TEST_ENV ?=
+TEST_PROCESSES ?= 6
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve test coverage soak bench docs lint ruff ruff-format mypy format build clean
@@ -29,11 +30,11 @@ serve: $(INSTALLED) ## run the server on 127.0.0.1:5500 until Ctrl-C
 	@$(BIN)/python -m echo_async.server
 
 test: $(INSTALLED) ## run the tests
-	@env $(TEST_ENV) $(BIN)/python -m pytest -q -n 6 --dist worksteal
+	@env $(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist worksteal
 
 coverage: $(INSTALLED) ## run the tests and report branch coverage
 	@$(BIN)/coverage erase
-	@$(BIN)/coverage run -m pytest -q -n 6 --dist worksteal
+	@$(BIN)/coverage run -m pytest -q -n $(TEST_PROCESSES) --dist worksteal
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report
 
