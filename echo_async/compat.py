@@ -126,7 +126,11 @@ def _receive_without_ancillary(receiver: socket.socket, size: int, _: int, /) ->
     return data, [], 0, source
 
 
-receive_message = getattr(socket.socket, "recvmsg", _receive_without_ancillary)
+HAS_ANCILLARY_DATA = hasattr(socket, "CMSG_SPACE")
+ANCILLARY_SIZE = socket.CMSG_SPACE(4) * 2 if HAS_ANCILLARY_DATA else 0  # bytes: two integers
+receive_message: Callable[[socket.socket, int, int], tuple[bytes, list[Any], int, Any]] = (
+    socket.socket.recvmsg if HAS_ANCILLARY_DATA else _receive_without_ancillary
+)
 """``recvmsg`` of a socket; without ancillary data where there is none."""
 
 

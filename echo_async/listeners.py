@@ -9,6 +9,7 @@ from typing import Self
 from . import net
 from .compat import HAS_BALANCED_PORTS, is_readable
 from .config import ServerConfig
+from .errors import StartError
 
 
 class Listeners:
@@ -46,7 +47,10 @@ class Listeners:
         """
         with contextlib.ExitStack() as on_failure:
             sockets = [on_failure.enter_context(net.adopt(each, has_udp=has_udp)) for each in descriptors]
-            if has_udp and all(each.type != socket.SOCK_DGRAM for each in sockets):
+            types = {each.type for each in sockets}
+            if socket.SOCK_STREAM not in types:
+                raise StartError("cannot listen on a UDP socket alone; pass a listening TCP socket as well")
+            if has_udp and socket.SOCK_DGRAM not in types:
                 sockets += net.bind_udp(sockets)
             on_failure.pop_all()
             return cls(sockets)

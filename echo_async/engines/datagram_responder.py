@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 
-from ..compat import receive_message
+from ..compat import ANCILLARY_SIZE, receive_message
 from ..datagrams import MAX_SIZE, REFUSALS, REPLY_MARKS, Refusals, SocketAddress
 from ..errors import describe_error
 from ..logs import RateLimitedLog, access_log, excerpt, log
@@ -18,7 +18,6 @@ from .admission import Admission
 
 BATCH = 32  # datagrams of one socket before other events get their turn
 DRAIN_BATCHES = 256  # of each socket at a stop: more than a receive buffer holds
-ANCILLARY_SIZE = socket.CMSG_SPACE(4) * 2 if hasattr(socket, "CMSG_SPACE") else 0  # bytes: two integers
 
 
 class DatagramResponder:

@@ -19,7 +19,7 @@ MISSING_ATTRIBUTES = {
     select: ("epoll", "poll"),
     selectors: ("EpollSelector", "PollSelector"),
     signal: ("SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2", "pthread_sigmask", "setitimer", "sigwait"),
-    socket: ("AF_UNIX", "MSG_DONTWAIT"),
+    socket: ("AF_UNIX", "CMSG_SPACE", "IPV6_RECVTCLASS", "IP_RECVTOS", "MSG_DONTWAIT"),
 }
 MISSING_LOOP_METHODS = (
     "add_reader",

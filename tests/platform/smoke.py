@@ -61,6 +61,20 @@ def test_messages_are_echoed(engine: EngineName) -> None:
     asyncio.run(main(), debug=True)
 
 
+def test_datagrams_are_echoed(engine: EngineName) -> None:
+    async def main() -> None:
+        async with echo_async.serve(port=0, udp=True, engine=engine, fault="delay=0.01") as server:
+            with socket.socket(type=socket.SOCK_DGRAM) as client:
+                client.settimeout(10)
+                client.connect(server.address)
+                for data in (b"hola", b"", bytes(65_507)):
+                    client.send(data)
+                    assert await asyncio.to_thread(client.recv, 65_535) == data
+        assert (server.stats.datagrams, server.stats.datagrams_refused) == (3, {})
+
+    asyncio.run(main(), debug=True)
+
+
 def test_tls_messages_are_echoed(engine: EngineName, certificate: str, trusting: ssl.SSLContext) -> None:
     async def main() -> None:
         async with echo_async.serve(port=0, mode="stream", engine=engine, ssl_certfile=certificate) as server:

@@ -249,6 +249,28 @@ def test_udp_on_an_inherited_unix_socket_raises(tmp_path: object) -> None:
             HostedServer(udp=True, fd=listener.detach())
 
 
+def test_udp_socket_alone_raises_start_error() -> None:
+    with udp_client(source=("127.0.0.1", 0)) as receiver, pytest.raises(StartError, match="UDP socket alone; pass a"):
+        HostedServer(udp=True, fd=receiver.detach())
+
+
+def test_udp_port_0_is_free_for_both_protocols(monkeypatch: pytest.MonkeyPatch, reserved_port: int) -> None:
+    """The first TCP port that the system selects is one whose UDP port is in use: the server tries another."""
+    with udp_client(source=("127.0.0.1", reserved_port)):
+        selected = [reserved_port]
+        bind_to = socket.socket.bind
+
+        def bind(self: socket.socket, address: tuple[str, int]) -> None:
+            is_any = self.type == socket.SOCK_STREAM and address[1] == 0 and selected
+            bind_to(self, (address[0], selected.pop()) if is_any else address)
+
+        monkeypatch.setattr(socket.socket, "bind", bind)
+        with HostedServer(udp=True) as server:
+            assert not selected
+            assert server.port != reserved_port
+            assert is_echoed(server, b"another port")
+
+
 @each_receiver
 def test_udp_stop_answers_what_has_arrived(backend: Backend) -> None:
     """The event loop does not run between the arrival of the datagrams and the stop."""
