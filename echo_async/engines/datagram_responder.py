@@ -17,6 +17,7 @@ from ..net import format_address
 from .admission import Admission
 
 BATCH = 32  # datagrams of one socket before other events get their turn
+GROWTH_INTERVAL = 4  # calls that answer one datagram each until one looks for a second
 DRAIN_BATCHES = 256  # of each socket at a stop: more than a receive buffer holds
 
 
@@ -33,16 +34,17 @@ class DatagramResponder:
         self._counters = self.context.counters.datagrams
         self._refusals = Refusals(config.udp_allow_from, [each.getsockname()[1] for each in sockets])
         self._identifies = config.mode == "identify"
-        self._has_log = self.context.log_messages
+        self._is_plain = not self._identifies and not self.context.log_messages
         self._expected = 1  # datagrams that one call answers
+        self._full_calls = 0  # that answered as many as expected
         self._log_refused = RateLimitedLog(log.warning, "%s datagram refused: %s")
 
     def receive(self, receiver: socket.socket) -> bool:
         """Answer what has arrived, at most ``BATCH`` datagrams; return whether there may be more.
 
-        It expects as many as the last time: to find that there are no more takes as long as half of a reply.
+        It expects as many as the last time, since to find that there are no more takes as long as half of a reply.
         """
-        counters, refusals, identifies, received = self._counters, self._refusals, self._identifies, 0
+        counters, refusals, is_plain, received = self._counters, self._refusals, self._is_plain, 0
         while received < self._expected:
             try:
                 data, ancillary, _, source = receive_message(receiver, MAX_SIZE, ANCILLARY_SIZE)
@@ -55,21 +57,30 @@ class DatagramResponder:
             received += 1
             try:
                 reason = "loop" if ancillary and ancillary[0][2] in REPLY_MARKS else refusals[source]
-                reply = self._identify(receiver, data, source) if identifies and reason is None else data
-                if len(reply) > len(data):
-                    reason = "size"
                 if reason is not None:
                     self.refuse(source, reason)
-                    continue
-                counters.answered += 1
-                counters.received += len(data)
-                if self._has_log:
-                    self._log(data, source)
-                self.send(receiver, reply, source)
+                elif is_plain:
+                    counters.answered += 1
+                    counters.received += len(data)
+                    self.send(receiver, data, source)
+                else:
+                    self._answer(receiver, data, source)
             except Exception as error:  # the others have to be answered too
                 self.context.fail(format_address(source), error)
-        self._expected = min(2 * received, BATCH)
+        self._full_calls += 1
+        if received > 1 or self._full_calls % GROWTH_INTERVAL == 0:
+            self._expected = min(2 * received, BATCH)
         return True
+
+    def _answer(self, receiver: socket.socket, data: bytes, source: SocketAddress) -> None:
+        reply = self._identify(receiver, data, source) if self._identifies else data
+        if len(reply) > len(data):
+            return self.refuse(source, "size")
+        self._counters.answered += 1
+        self._counters.received += len(data)
+        if self.context.log_messages:
+            self._log(data, source)
+        self.send(receiver, reply, source)
 
     def send(self, receiver: socket.socket, reply: bytes, source: SocketAddress) -> None:
         self._counters.sent += len(reply)  # before it arrives: its receiver finds it counted
