@@ -98,7 +98,11 @@ def _loads(plan: LoadPlan) -> dict[str, Load]:
         "1m": Load(plan, 1_048_576),
         "connections": Load(replace(plan, mode="message"), 1024),
         "flood": Load(one_client, 64, Disturbance()),
-        "idle": Load(one_client, 64, Disturbance(idle=min(IDLE_CONNECTIONS, max_idle_connections()))),
+        "idle": Load(
+            replace(one_client, warmup=2.0),  # the first checks of new connections take more time than later ones
+            64,
+            Disturbance(idle=min(IDLE_CONNECTIONS, max_idle_connections())),
+        ),
     }
 
 

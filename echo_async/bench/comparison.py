@@ -234,7 +234,7 @@ def _measure_disturbed(candidate: Candidate, plan: LoadPlan, disturbance: Distur
     with ServerProcess(candidate.command(plan.mode, plan.size), server_cpus) as server:
         plan = find_server(replace(plan, pause=PAUSE), *server.address)
         with _naming(candidate), disturbance.run(plan, disturbance_cpus) as finish:
-            idle_cpu = _cpu_share(server, plan.duration) if disturbance.idle else None
+            idle_cpu = _idle_cpu(server, plan) if disturbance.idle else None
             result = _load(plan, load_cpus)
             flood = finish()
     return Round(
@@ -271,9 +271,10 @@ def _percentiles(result: LoadResult) -> dict[str, float]:
     return {percent: result.latency.percentile(percent) for percent in LATENCY_PERCENTILES}
 
 
-def _cpu_share(server: ServerProcess, seconds: float) -> float | None:
-    """Return the share of a core that the server uses within ``seconds``."""
+def _idle_cpu(server: ServerProcess, plan: LoadPlan) -> float | None:
+    """Return the share of a core that the server uses without load, after the warm-up."""
+    sleep(plan.warmup)
     start, before = perf_counter(), server.cpu_seconds()
-    sleep(seconds)
+    sleep(plan.duration)
     after = server.cpu_seconds()
     return None if before is None or after is None else (after - before) / (perf_counter() - start)
