@@ -57,6 +57,12 @@ def running(*arguments: str, **popen: Any) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+def finish(process: subprocess.Popen[str], data: str | None = None) -> tuple[str, str]:
+    """Wait until the process exits; return the rest of its output, and its errors."""
+    out, err = process.communicate(data, timeout=TIMEOUT)
+    return out, without_slow_callbacks(err)
+
+
 def children(process: int) -> dict[int, str]:
     """Return the command lines of the children of a process."""
     pids = Path(f"/proc/{process}/task/{process}/children").read_text().split()
@@ -187,7 +193,7 @@ def test_run_forwards_signals_to_the_command() -> None:
             process.send_signal(getattr(signal, name))
             assert process.stdout.readline() == f"{name}\n"
         process.terminate()
-        out, err = process.communicate(timeout=TIMEOUT)
+        out, err = finish(process)
     assert (process.returncode, out, err) == (5, "SIGTERM\n", "")
 
 
@@ -196,7 +202,7 @@ def test_run_signal_that_ends_the_command_exits_128_plus_n(number: signal.Signal
     with running("--", "sh", "-c", "echo started; exec sleep 60") as process:
         pids = list(children(process.pid))
         process.send_signal(number)
-        _, err = process.communicate(timeout=TIMEOUT)
+        _, err = finish(process)
     assert (process.returncode, err) == (128 + number, "")
     assert all(map(has_exited, pids))
 
@@ -228,7 +234,7 @@ def test_run_signal_ignored_by_nohup_stays_ignored() -> None:
     with running("--", "sh", "-c", script, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:
         process.send_signal(signal.SIGHUP)
         process.terminate()
-        process.communicate(timeout=TIMEOUT)
+        finish(process)
     assert process.returncode == 128 + signal.SIGTERM
 
 
@@ -239,7 +245,7 @@ def test_run_server_that_is_killed_exits_3() -> None:
     with running("--", "sh", "-c", "echo started; exec sleep 60") as process:
         pids = list(children(process.pid))
         os.kill(server_pid(process), signal.SIGKILL)
-        out, err = process.communicate(timeout=TIMEOUT)
+        out, err = finish(process)
     assert process.returncode == 3
     assert single_error_line(out, err) == (
         "error: server exited with code -9 before the command, which was terminated\n"
@@ -254,7 +260,7 @@ def test_run_worker_that_is_killed_is_replaced() -> None:
     ) as process:
         for worker in children(server_pid(process)):
             os.kill(worker, signal.SIGKILL)
-        assert process.communicate("go\n", timeout=TIMEOUT) == ("hola\n", "")
+        assert finish(process, "go\n") == ("hola\n", "")
     assert process.returncode == 0
 
 
