@@ -257,7 +257,7 @@ def test_image_health_check_follows_the_environment(
         def check() -> int:
             return subprocess.run([DEPLOY / "healthcheck"], env=environment, cwd=tmp_path, timeout=TIMEOUT).returncode
 
-        assert check() == 0
+        assert any(check() == 0 for _ in range(3))  # as containers retry it: on a busy machine its 2 s can be too short
         server.process.kill()
         server.wait()
         assert check() == 3
