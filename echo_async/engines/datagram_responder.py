@@ -34,7 +34,7 @@ class DatagramResponder:
         self._counters = self.context.counters.datagrams
         self._refusals = Refusals(config.udp_allow_from, [each.getsockname()[1] for each in sockets])
         self._identifies = config.mode == "identify"
-        self._is_plain = not self._identifies and not self.context.log_messages
+        self._is_plain = not (self._identifies or self.has_faults or self.context.log_messages)
         self._expected = 1  # datagrams that one call answers
         self._full_calls = 0  # that answered as many as expected
         self._log_refused = RateLimitedLog(log.warning, "%s datagram refused: %s")
@@ -60,11 +60,15 @@ class DatagramResponder:
                 if reason is not None:
                     self.refuse(source, reason)
                 elif is_plain:
+                    size = len(data)
                     counters.answered += 1
-                    counters.received += len(data)
-                    self.send(receiver, data, source)
+                    counters.received += size
+                    counters.sent += size
+                    receiver.sendto(data, source)
                 else:
                     self._answer(receiver, data, source)
+            except OSError as error:
+                self._lose(data, source, error)
             except Exception as error:  # the others have to be answered too
                 self.context.fail(format_address(source), error)
         self._full_calls += 1
@@ -86,9 +90,13 @@ class DatagramResponder:
         self._counters.sent += len(reply)  # before it arrives: its receiver finds it counted
         try:
             receiver.sendto(reply, source)
-        except OSError as error:  # also if the send buffer is full: UDP does not wait
-            self._counters.sent -= len(reply)
-            self.refuse(source, "send", error)
+        except OSError as error:
+            self._lose(reply, source, error)
+
+    def _lose(self, reply: bytes, source: SocketAddress, error: OSError) -> None:
+        """Count a reply that the system does not take, also if its buffer is full: UDP does not wait."""
+        self._counters.sent -= len(reply)
+        self.refuse(source, "send", error)
 
     def _identify(self, receiver: socket.socket, data: bytes, source: SocketAddress) -> bytes:
         """Return the reply to the message in ``data``: up to its first newline, what follows makes room."""
