@@ -128,6 +128,8 @@ def _values(context: click.Context) -> dict[str, Any]:
         values.update({name: None for name in ("fault", "fault_sequence") if name not in typed})
     if typed & {*ADDRESS_OPTIONS}:
         values.update({name: None for name in ("uds", "fd") if name not in typed})
+    if "uds" in typed:
+        values.update({name: OPTIONS[name].default for name in ("udp", "udp_allow_from") if name not in typed})
     loop = context.params["loop"]
     if values["engine"] == "threads" and loop not in ("auto", "asyncio"):
         raise ConfigError(f"--loop {loop} conflicts with --engine threads, which uses no event loop")

@@ -49,6 +49,11 @@ SPECS = [
     ("1,chunk-size=64,limit-message-size=9", {"port": 1, "chunk_size": 64, "limit_message_size": 9}),
     ("1,limit-connections=3,timeout-idle=0.5", {"port": 1, "limit_connections": 3, "timeout_idle": 0.5}),
     ("1,label=zone=eu-1,label=tier=a=b", {"port": 1, "labels": {"zone": "eu-1", "tier": "a=b"}}),
+    ("1,udp", {"port": 1, "udp": True}),
+    (
+        "1,udp,udp-allow-from=10.0.0.0/8,udp-allow-from=::1",
+        {"port": 1, "udp": True, "udp_allow_from": "10.0.0.0/8,::1"},
+    ),
     ("1,no-access-log", {"port": 1, "no_access_log": True}),
     ("1,no-access-log=false", {"port": 1}),
 ]
@@ -103,6 +108,11 @@ def test_listen_ignores_options_that_it_cannot_use() -> None:
     assert parse("1,fault=drop", "2", fault_sequence="reset") == [
         ServerConfig(port=1, fault="drop"),
         ServerConfig(port=2, fault_sequence="reset"),
+    ]
+    assert parse("unix:a", "1", "2,udp=false", udp=True, udp_allow_from="*") == [
+        ServerConfig(uds="a"),
+        ServerConfig(port=1, udp=True, udp_allow_from="*"),
+        ServerConfig(port=2),
     ]
     assert parse("1,proxy-protocol=off", proxy_protocol="v1", proxy_allow_from="*") == [ServerConfig(port=1)]
 

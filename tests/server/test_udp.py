@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from time import monotonic
 
 import pytest
@@ -241,7 +242,7 @@ def test_udp_invalid_options_raise_config_error(options: ServerOptions, error: s
         ServerConfig(**options)
 
 
-def test_udp_on_an_inherited_unix_socket_raises(tmp_path: object) -> None:
+def test_udp_on_an_inherited_unix_socket_raises(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{tmp_path}/echo.sock")
         listener.listen()
@@ -496,6 +497,13 @@ def test_udp_workers_share_the_socket(engine: str) -> None:
     assert code == 0
     assert f" server started: mode message, UDP, engine {engine}\n" in lines
     assert lines.endswith(" datagrams=200\n")
+
+
+def test_udp_of_the_environment_gives_way_to_a_unix_socket(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "echo_async.server", "--uds", str(tmp_path / "echo.sock")]
+    with command_process(command, {"ECHO_ASYNC_UDP": "1", "ECHO_ASYNC_UDP_ALLOW_FROM": "*"}) as server:
+        assert server.startup_line == f"listening on {tmp_path / 'echo.sock'}\n"
+        assert server.stop()[0] == 0
 
 
 def test_udp_of_listeners_has_options_of_its_own() -> None:
