@@ -17,6 +17,7 @@ class ChunkReader(asyncio.Protocol):
     Args:
         transport: The transport of the connection.
         max_size: Bytes that are not read yet above which nothing more is received.
+        loop: The running event loop.
     """
 
     __slots__ = (
@@ -32,8 +33,8 @@ class ChunkReader(asyncio.Protocol):
         "_waiter",
     )
 
-    def __init__(self, transport: asyncio.WriteTransport, max_size: int) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, transport: asyncio.WriteTransport, max_size: int, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self._transport = cast(asyncio.Transport, transport)
         self._replaced = cast(asyncio.Protocol, transport.get_protocol())
         self._max_size = max_size
@@ -98,7 +99,7 @@ class ChunkReader(asyncio.Protocol):
 
 
 def take_over(
-    reader: asyncio.StreamReader, transport: asyncio.WriteTransport, max_size: int
+    reader: asyncio.StreamReader, transport: asyncio.WriteTransport, max_size: int, loop: asyncio.AbstractEventLoop
 ) -> ChunkReader | asyncio.StreamReader:
     """Return a ChunkReader in place of ``reader``, with what that has buffered.
 
@@ -106,7 +107,7 @@ def take_over(
     """
     if not is_fed_by(reader, transport):
         return reader
-    chunks = ChunkReader(transport, max_size)
+    chunks = ChunkReader(transport, max_size, loop)
     if data := read_buffered(reader):
         chunks.data_received(data)
     if reader.at_eof():

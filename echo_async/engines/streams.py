@@ -7,7 +7,6 @@ microsecond of Python per chunk, however small.
 import asyncio
 import socket
 from collections.abc import Callable
-from functools import partial
 from typing import Unpack
 
 from ..config import ServerConfig, ServerOptions
@@ -68,7 +67,7 @@ def handle_echo(
         if config.has_plans:
             raise ConfigError("handle_echo has neither faults nor identify mode; use echo_async.serve")
         registry = Registry(config)
-        chunks = take_over(reader, writer.transport, read_ahead(config))
+        chunks = take_over(reader, writer.transport, read_ahead(config), asyncio.get_running_loop())
     except BaseException:
         writer.transport.abort()
         raise
@@ -91,29 +90,30 @@ def _serve(
     return connection.start()
 
 
-def _connected(
-    registry: Registry,
-    on_established: OnEstablished,
-    origin: Origin,
-    make_connection: ConnectionFactory,
-    _: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-) -> None:
-    """Serve a new connection. Not a coroutine: asyncio logs a traceback if its own task is canceled."""
-    try:
-        if on_established():
-            chunks = ChunkReader(writer.transport, read_ahead(registry.context.config))  # nothing is buffered yet
-            _serve(registry, origin, chunks, writer, make_connection)
-        else:
+def _make_handler(
+    registry: Registry, on_established: OnEstablished, origin: Origin, make_connection: ConnectionFactory
+) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
+    """Return what ``start_server`` calls. Not a coroutine: asyncio logs a traceback if its own task is canceled."""
+    loop = asyncio.get_running_loop()
+    max_size = read_ahead(registry.context.config)
+
+    def handle(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            if on_established():
+                chunks = ChunkReader(writer.transport, max_size, loop)  # nothing is buffered yet
+                _serve(registry, origin, chunks, writer, make_connection)
+            else:
+                writer.transport.abort()
+        except Exception as error:  # an event loop would keep the connection open
+            registry.context.fail(format_address(origin.peername or writer.get_extra_info("peername")), error)
             writer.transport.abort()
-    except Exception as error:  # an event loop would keep the connection open
-        registry.context.fail(format_address(origin.peername or writer.get_extra_info("peername")), error)
-        writer.transport.abort()
+
+    return handle
 
 
 async def create_server(registry: Registry, on_established: OnEstablished, listener: socket.socket) -> asyncio.Server:
     return await asyncio.start_server(
-        partial(_connected, registry, on_established, UNKNOWN, StreamConnection),
+        _make_handler(registry, on_established, UNKNOWN, StreamConnection),
         sock=listener,
         backlog=ACCEPT_BATCH,
         start_serving=False,
@@ -267,5 +267,5 @@ def create_protocol(
 ) -> asyncio.Protocol:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(loop=loop)
-    on_connected = partial(_connected, registry, on_established, origin, make_connection)
-    return asyncio.StreamReaderProtocol(reader, on_connected, loop)
+    handler = _make_handler(registry, on_established, origin, make_connection)
+    return asyncio.StreamReaderProtocol(reader, handler, loop)
