@@ -214,5 +214,12 @@ class LoggedProtocolConnection(ProtocolConnection):
         self._lines = None
         self._resume_reading()
 
+    def connection_lost(self, error: Exception | None) -> None:
+        """Count as open until all messages are logged, so that a shutdown waits for them."""
+        if self._lines is None:
+            super().connection_lost(error)
+        else:
+            self._loop.call_soon(self.connection_lost, error)
+
     def _can_read(self) -> bool:
         return self._lines is None and super()._can_read()

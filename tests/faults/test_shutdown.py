@@ -36,6 +36,7 @@ from support import (
 )
 
 import echo_async
+from echo_async.compat import is_readable
 from echo_async.config import ServerOptions
 from echo_async.conversation import StreamConversation
 from echo_async.engines.protocol import ProtocolConnection
@@ -73,6 +74,27 @@ def test_shutdown_answers_received_messages(
             await server.wait_closed()
             lines = [record for record in caplog.records if record.name == "echo_async.access"]
             assert len(lines) == (0 if no_access_log else 1 + whole // 17)
+
+    run(main, backend.loop)
+
+
+def test_aborted_connection_counts_as_open_until_its_messages_are_logged(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So a shutdown that is too long for its timeout logs every message that it answered."""
+    monkeypatch.setattr("echo_async.engines.connection.LINES_PER_TURN", 1)
+    caplog.set_level(logging.INFO, "echo_async")
+
+    async def main() -> None:
+        async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT):
+            with await asyncio.to_thread(connect, server) as client:
+                client.sendall(b"a\n" * 1000)
+                client.setblocking(False)
+                await wait_in_loop(lambda: is_readable([client]) and len(client.recv(2001, socket.MSG_PEEK)) == 2000)
+                server.abort()
+                await wait_in_loop(lambda: not server.stats.active)
+                assert sum(each.name == "echo_async.access" for each in caplog.records) == 1000
+            await server.wait_closed()
 
     run(main, backend.loop)
 
