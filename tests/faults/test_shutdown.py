@@ -227,7 +227,7 @@ def test_shutdown_from_within_a_connection_sends_its_reply(backend: Backend, mon
 
 def test_shutdown_between_two_clients_answers_the_second(backend: Backend) -> None:
     async def main() -> None:
-        async with serve_in_loop(backend, timeout_graceful_shutdown=1) as server, asyncio.timeout(TIMEOUT):
+        async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT):
             first = connect(server)
             first.sendall(b"one\n")
             await wait_in_loop(lambda: server.stats.messages == 1)

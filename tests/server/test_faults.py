@@ -266,7 +266,7 @@ def test_slices_are_packets_of_their_own(start_server: StartServer) -> None:
                     pieces.append(client.recv(65536))
                 segments = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)[DATA_SEGMENTS]
             assert b"".join(pieces) == message
-            assert 90 <= int.from_bytes(segments, "little") <= len(message) == 100
+            assert int.from_bytes(segments, "little") >= 90  # over 100 if the kernel sent some twice
             reads.append(len(pieces))
     assert max(reads) >= 90
 
