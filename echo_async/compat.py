@@ -42,6 +42,9 @@ CONNECT_IN_PROGRESS = {0, errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", 0)
 
 TRAFFIC_CLASS_OPTIONS = (("IPPROTO_IP", "IP_RECVTOS", "IP_TOS"), ("IPPROTO_IPV6", "IPV6_RECVTCLASS", "IPV6_TCLASS"))
 
+IP_PKTINFO = 8  # of Linux: include/uapi/linux/in.h
+IPV6_MULTICAST = 0xFF  # the first byte (RFC 4291 section 2.7)
+
 SIOCOUTQNSD = 0x894B  # of Linux: include/uapi/linux/sockios.h
 
 HAS_SHARED_PORTS = hasattr(socket, "SO_EXCLUSIVEADDRUSE")
@@ -121,13 +124,38 @@ def mark_replies(receiver: socket.socket, traffic_class: int) -> None:
             receiver.setsockopt(getattr(socket, level), getattr(socket, name), traffic_class)
 
 
+def report_destinations(receiver: socket.socket) -> None:
+    """Let :func:`receive_message` return the address that a datagram was sent to, on Linux."""
+    if sys.platform == "linux":
+        if receiver.family == socket.AF_INET6:
+            receiver.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        else:
+            receiver.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+
+
+def find_destination(ancillary: list[Any]) -> tuple[str | None, list[Any]]:
+    """Return the address that a datagram was sent to, None if not reported, and the ancillary data of a reply from it.
+
+    The structures are in ip(7) and RFC 3542 section 6.1. The system selects the interface of the reply.
+    """
+    if len(ancillary) < 2:
+        return None, []
+    level, kind, info = ancillary[0]
+    if level == socket.IPPROTO_IP:  # interface, local address, destination
+        return socket.inet_ntop(socket.AF_INET, info[4:8]), [(level, kind, bytes(4) + info[4:8] + bytes(4))]
+    if info[0] == IPV6_MULTICAST:  # no address to send from
+        return None, []
+    return socket.inet_ntop(socket.AF_INET6, info[:16]), [(level, kind, info[:16] + bytes(4))]
+
+
 def _receive_without_ancillary(receiver: socket.socket, size: int, _: int, /) -> tuple[bytes, list[Any], int, Any]:
     data, source = receiver.recvfrom(size)
     return data, [], 0, source
 
 
 HAS_ANCILLARY_DATA = hasattr(socket, "CMSG_SPACE")
-ANCILLARY_SIZE = socket.CMSG_SPACE(4) * 2 if HAS_ANCILLARY_DATA else 0  # bytes: two integers
+ANCILLARY_SIZE = socket.CMSG_SPACE(20) + socket.CMSG_SPACE(4) if HAS_ANCILLARY_DATA else 0
+"""Bytes: an address and its interface, the traffic class."""
 receive_message: Callable[[socket.socket, int, int], tuple[bytes, list[Any], int, Any]] = (
     socket.socket.recvmsg if HAS_ANCILLARY_DATA else _receive_without_ancillary
 )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .compat import HAS_SHARED_PORTS, mark_replies, set_exclusive_address, try_lock
+from .compat import HAS_SHARED_PORTS, mark_replies, report_destinations, set_exclusive_address, try_lock
 from .config import ServerConfig
 from .datagrams import REPLY_TRAFFIC_CLASS
 from .errors import StartError, describe_error
@@ -23,6 +23,7 @@ AddressInfo = tuple[socket.AddressFamily, Any, int, str, tuple[Any, ...]]
 
 
 IPV4_MAPPED = "::ffff:"
+UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # addresses that stand for all, and one where each is reached
 PORT_ATTEMPTS = 10  # free ports that are tried until one is free on every address
 RECEIVE_BUFFER_SIZE = 4 * 1024 * 1024  # bytes requested for the datagrams of a burst
 LOCK_TIMEOUT, LOCK_INTERVAL = 1.0, 0.005  # seconds to wait for the lock of a directory, and between two attempts
@@ -176,6 +177,8 @@ def bind_udp(listeners: Sequence[socket.socket]) -> list[socket.socket]:
 
 def _prepare_udp(receiver: socket.socket) -> socket.socket:
     mark_replies(receiver, REPLY_TRAFFIC_CLASS)
+    if receiver.getsockname()[0] in UNSPECIFIED:
+        report_destinations(receiver)
     receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_SIZE)  # the system limits it
     receiver.setblocking(False)
     return receiver
@@ -234,7 +237,7 @@ def fill_backlog(listener: socket.socket) -> socket.socket:
     """
     address = listener.getsockname()
     if isinstance(address, tuple):
-        address = ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address[0], address[0]), *address[1:])
+        address = (UNSPECIFIED.get(address[0], address[0]), *address[1:])
     client = socket.socket(listener.family, listener.type)
     client.setblocking(False)
     client.connect_ex(address)

@@ -8,17 +8,40 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from ..compat import ANCILLARY_SIZE, receive_message
+from ..compat import ANCILLARY_SIZE, find_destination, receive_message
 from ..datagrams import MAX_SIZE, REFUSALS, REPLY_MARKS, Refusals, SocketAddress
 from ..errors import describe_error
 from ..logs import RateLimitedLog, access_log, excerpt, log
-from ..net import format_address
+from ..net import UNSPECIFIED, format_address
 from .admission import Admission
 
 BATCH = 32  # datagrams of one socket before other events get their turn
 GROWTH_INTERVAL = 4  # calls that answer one datagram each until one looks for a second
 DRAIN_BATCHES = 256  # of each socket at a stop: more than a receive buffer holds
+
+
+class ReplyRoute(NamedTuple):
+    """How a datagram is answered: from the address that it was sent to (RFC 1123 section 4.1.3.5)."""
+
+    sender: socket.socket
+    peer: SocketAddress
+    local_host: str | None  # None: the address of ``sender``
+    ancillary: list[Any]
+
+    def send(self, reply: bytes) -> None:
+        if self.ancillary:
+            self.sender.sendmsg([reply], self.ancillary, 0, self.peer)
+        else:
+            self.sender.sendto(reply, self.peer)
+
+    def get_extra_info(self, name: str) -> Any:
+        """Return ``sockname`` or ``peername``."""
+        if name == "sockname":
+            host, *rest = self.sender.getsockname()
+            return (self.local_host or host, *rest)
+        return self.peer if name == "peername" else None
 
 
 class DatagramResponder:
@@ -34,7 +57,9 @@ class DatagramResponder:
         self._counters = self.context.counters.datagrams
         self._refusals = Refusals(config.udp_allow_from, [each.getsockname()[1] for each in sockets])
         self._identifies = config.mode == "identify"
-        self._is_plain = not (self._identifies or self.has_faults or self.context.log_messages)
+        has_several_addresses = any(each.getsockname()[0] in UNSPECIFIED for each in sockets)
+        is_changed = self._identifies or self.has_faults
+        self._is_plain = not (is_changed or has_several_addresses or self.context.log_messages)
         self._expected = 1  # datagrams that one call answers
         self._full_calls = 0  # that answered as many as expected
         self._log_refused = RateLimitedLog(log.warning, "%s datagram refused: %s")
@@ -56,7 +81,7 @@ class DatagramResponder:
                 return False
             received += 1
             try:
-                reason = "loop" if ancillary and ancillary[0][2] in REPLY_MARKS else refusals[source]
+                reason = "loop" if ancillary and ancillary[-1][2] in REPLY_MARKS else refusals[source]
                 if reason is not None:
                     self.refuse(source, reason)
                 elif is_plain:
@@ -66,7 +91,7 @@ class DatagramResponder:
                     counters.sent += size
                     receiver.sendto(data, source)
                 else:
-                    self._answer(receiver, data, source)
+                    self._answer(receiver, data, source, ancillary)
             except OSError as error:
                 self._lose(data, source, error)
             except Exception as error:  # the others have to be answered too
@@ -76,34 +101,34 @@ class DatagramResponder:
             self._expected = min(2 * received, BATCH)
         return True
 
-    def _answer(self, receiver: socket.socket, data: bytes, source: SocketAddress) -> None:
-        reply = self._identify(receiver, data, source) if self._identifies else data
+    def _answer(self, receiver: socket.socket, data: bytes, source: SocketAddress, ancillary: list[Any]) -> None:
+        route = ReplyRoute(receiver, source, *find_destination(ancillary))
+        reply = self._identify(data, route) if self._identifies else data
         if len(reply) > len(data):
             return self.refuse(source, "size")
         self._counters.answered += 1
         self._counters.received += len(data)
         if self.context.log_messages:
             self._log(data, source)
-        self.send(receiver, reply, source)
+        self.send(reply, route)
 
-    def send(self, receiver: socket.socket, reply: bytes, source: SocketAddress) -> None:
+    def send(self, reply: bytes, route: ReplyRoute) -> None:
         self._counters.sent += len(reply)  # before it arrives: its receiver finds it counted
         try:
-            receiver.sendto(reply, source)
+            route.send(reply)
         except OSError as error:
-            self._lose(reply, source, error)
+            self._lose(reply, route.peer, error)
 
     def _lose(self, reply: bytes, source: SocketAddress, error: OSError) -> None:
         """Count a reply that the system does not take, also if its buffer is full: UDP does not wait."""
         self._counters.sent -= len(reply)
         self.refuse(source, "send", error)
 
-    def _identify(self, receiver: socket.socket, data: bytes, source: SocketAddress) -> bytes:
+    def _identify(self, data: bytes, route: ReplyRoute) -> bytes:
         """Return the reply to the message in ``data``: up to its first newline, what follows makes room."""
         from .description import describe_connection  # only for the mode identify
 
-        facts = {"sockname": receiver.getsockname(), "peername": source}
-        describer = describe_connection(self.context.config, None, None, facts.get)
+        describer = describe_connection(self.context.config, None, None, route.get_extra_info)
         return describer.describe(data[: data.find(b"\n") + 1] or data + b"\n", self._counters.answered + 1)
 
     def send_due(self) -> float | None:

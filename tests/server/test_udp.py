@@ -123,6 +123,15 @@ def test_udp_dual_stack_socket_answers_both_families(
     assert [peer.rpartition(":")[0] for peer, _ in lines] == ["127.0.0.1", "[::1]"]
 
 
+@each_receiver
+@pytest.mark.parametrize("fault", [None, "delay=0.01"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_udp_reply_comes_from_the_address_asked(start_server: StartServer, host: str, fault: str | None) -> None:
+    """A connected socket receives only what comes from the address that it is connected to."""
+    with start_server(udp=True, host=host, fault=fault) as server:
+        assert is_echoed(server, b"asked", "127.0.0.2")
+
+
 def test_udp_and_tcp_are_served_on_one_port() -> None:
     with HostedServer(udp=True) as server:
         with socket.create_connection(server.address, TIMEOUT) as client:
@@ -480,6 +489,14 @@ def test_udp_identify_answers_what_has_room(start_server: StartServer) -> None:
     assert (identity.client.address, identity.server.labels) == ("127.0.0.1", {"zone": "a"})
     assert identity.server.address == f"127.0.0.1:{server.port}"
     assert (server.stats.datagrams, server.stats.bytes_out) == (2, 2 * len(reply))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_udp_identify_reports_the_address_asked(host: str) -> None:
+    with HostedServer(udp=True, mode="identify", host=host) as server, udp_client() as client:
+        client.connect(("127.0.0.2", server.port))
+        client.send(b"Hola\n".ljust(1400))
+        assert echo_async.Identity.parse(client.recv(65_535)).server.address == f"127.0.0.2:{server.port}"
 
 
 # The command
