@@ -203,7 +203,7 @@ class FaultPlan:
     """The faults of one connection, possibly none.
 
     Attributes:
-        answer: Returns the reply to a message and its number, where it is not an echo.
+        make_reply: Returns the reply to a message and its number, where it is not an echo.
         sent: Bytes that the actions so far have sent.
         is_refused: The connection is reset as soon as it is accepted.
         is_silent: No reply is ever sent: the server does not close the connection by itself.
@@ -215,7 +215,7 @@ class FaultPlan:
         self._is_raw = is_raw
         self._reported: set[str] = set()
         self._number = 0  # of the last message
-        self.answer: Callable[[bytes, int], bytes] | None = None
+        self.make_reply: Callable[[bytes, int], bytes] | None = None
         self.sent = 0
         self.is_refused = fault.end == REFUSE
         self.is_silent = DROP in fault.values
@@ -239,7 +239,7 @@ class FaultPlan:
             end = end or len(data)
             self._number += 1
             message = data[start:end]
-            yield from self._reply(message if self.answer is None else self.answer(message, self._number))
+            yield from self._reply(message if self.make_reply is None else self.make_reply(message, self._number))
             start = end
 
     def reply_datagram(self, data: bytes) -> Iterator[Action]:

@@ -182,7 +182,7 @@ class Identity:
         import json
 
         try:
-            identity = _parse_identity(json.loads(line))
+            identity = _identity_from_json(json.loads(line))
             _content_of(identity)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"not an identify reply: {error}") from error
@@ -230,7 +230,7 @@ def _select(values: object, **types: type | UnionType) -> dict[str, Any]:
     return selected
 
 
-def _parse_identity(values: object) -> Identity:
+def _identity_from_json(values: object) -> Identity:
     sections = _select(values, server=dict, kubernetes=dict, client=dict, proxy=dict | None, tls=dict | None)
     server = _select(
         sections["server"],
@@ -243,22 +243,22 @@ def _parse_identity(values: object) -> Identity:
         **_select(values, message=str | None, message_base64=str | None, bytes=int, number=int),
         server=Responder(**server),
         kubernetes=Kubernetes(**_select(sections["kubernetes"], **dict.fromkeys(KUBERNETES_VARIABLES, str | None))),
-        client=_parse_address(sections["client"]),
-        proxy=None if sections["proxy"] is None else _parse_proxy(sections["proxy"]),
-        tls=None if sections["tls"] is None else _parse_tls(sections["tls"]),
+        client=_address_from_json(sections["client"]),
+        proxy=None if sections["proxy"] is None else _proxy_from_json(sections["proxy"]),
+        tls=None if sections["tls"] is None else _tls_from_json(sections["tls"]),
     )
 
 
-def _parse_address(values: object) -> Address:
+def _address_from_json(values: object) -> Address:
     return Address(**_select(values, address=str | None, port=int | None))
 
 
-def _parse_proxy(values: dict[str, Any]) -> Proxy:
-    peer, source, destination = (_parse_address(values.get(name)) for name in ("peer", "source", "destination"))
+def _proxy_from_json(values: dict[str, Any]) -> Proxy:
+    peer, source, destination = (_address_from_json(values.get(name)) for name in ("peer", "source", "destination"))
     return Proxy(peer=peer, source=source, destination=destination, **_select(values, version=int, tlvs=dict))
 
 
-def _parse_tls(values: dict[str, Any]) -> Tls:
+def _tls_from_json(values: dict[str, Any]) -> Tls:
     texts = _select(values, **dict.fromkeys(("version", "cipher", "sni", "alpn"), str | None))
     certificate = values.get("client_certificate")
     if certificate is not None:

@@ -208,7 +208,7 @@ def duplicate(sockets: Sequence[socket.socket], count: int) -> list[list[socket.
             groups = [[on_failure.enter_context(each.dup()) for each in sockets] for _ in range(count)]
         except OSError as error:
             raise StartError(
-                f"cannot open the sockets of workers: {describe_error(error)}; raise the descriptor limit"
+                f"cannot open worker sockets: {describe_error(error)}; raise the descriptor limit"
             ) from error
         on_failure.pop_all()
         return groups

@@ -337,7 +337,7 @@ CONSTANTS = {
     "DRAIN_THRESHOLD": ("streams",),
     "HANDSHAKE_TIMEOUT": ("admission", "handshake_acceptor", "thread_acceptor"),
     "LINGER_TIMEOUT_AT_STOP": ("registry",),
-    "MAX_RELEASED_WAIT": ("faulty_connection",),
+    "MAX_WAIT_AT_END": ("faulty_connection",),
 }
 
 

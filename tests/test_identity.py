@@ -148,7 +148,7 @@ def test_certificate_is_described_by_subject_names_and_serial() -> None:
         ),
     ],
 )
-def test_kubernetes_facts_come_from_the_environment(environment: dict[str, str], expected: Kubernetes) -> None:
+def test_kubernetes_metadata_comes_from_the_environment(environment: dict[str, str], expected: Kubernetes) -> None:
     assert Kubernetes.of(environment) == expected
 
 

@@ -64,7 +64,7 @@ def _list_option(name: str, default: str, help: str, *details: Any, **limits: An
     return _option(name, definition.help, default=default, callback=parse, metavar="LIST")
 
 
-def _shared_options(mode: Option, *, duration: float, warmup: float) -> dict[str, Option]:
+def _workload_options(mode: Option, *, duration: float, warmup: float) -> dict[str, Option]:
     return {
         "connections": Option(CONNECTIONS, "Number of concurrent connections.", "integer", 1, 1_000_000),
         "pipeline": Option(1, "Messages in flight on each connection.", "integer", 1, 1_000_000),
@@ -87,7 +87,7 @@ LOAD_OPTIONS = {
     "port": Option(PORT, "Port of the server.", "integer", 1, 65535),
     "uds": Option(None, "Path of the server's Unix socket, instead of a host and port.", "path"),
     "size": Option(1024, "Bytes per message, including the newline.", "integer", 1, MAX_MESSAGE_SIZE),
-    **_shared_options(MODE, duration=10.0, warmup=1.0),
+    **_workload_options(MODE, duration=10.0, warmup=1.0),
     "processes": Option(1, "Number of load generator processes.", "integer", 1, 1024),
     "timeout": Option(
         None,
@@ -101,7 +101,7 @@ LOAD_OPTIONS = {
     "ssl_no_verify": Option(False, "Do not verify the server certificate (insecure).", "flag"),
     "server_hostname": Option(None, "Host name in the server certificate.", default_text="the host"),
 }
-SHARED_COMPARE_OPTIONS = _shared_options(replace(MODE, default="stream", default_text=""), duration=1.0, warmup=0.25)
+SHARED_COMPARE_OPTIONS = _workload_options(replace(MODE, default="stream", default_text=""), duration=1.0, warmup=0.25)
 COMPARE_OPTIONS = {
     **SHARED_COMPARE_OPTIONS,
     "connections": replace(

@@ -163,13 +163,14 @@ async def _serve(
         signals.restore()
         raise
     if metrics is not None:
-        metrics.start(server, facts, server.names if has_names else ())
+        metrics.start(server, facts, server.listener_names if has_names else ())
     signals.attach(server)
     if server.is_serving():
         _announce(server)
     await server.wait_closed()
     signals.ignore()
-    for name, stats in zip(server.names, server.listener_stats, strict=True) if len(server.names) > 1 else ():
+    names = server.listener_names
+    for name, stats in zip(names, server.listener_stats, strict=True) if len(names) > 1 else ():
         log.info("listener %s stopped: %s", name, stats)
     log.info("server stopped: %s", server.stats)
 
@@ -186,7 +187,7 @@ def _announce(server: BaseGroup[Any]) -> None:
     configs = [each.config for each in server.servers]
     udp = ", UDP" if configs[0].udp else ""
     details = f"mode {configs[0].mode}{udp}" if len(configs) == 1 else f"{len(configs)} listeners"
-    for name, config in zip(server.names, configs, strict=True) if len(configs) > 1 else ():
+    for name, config in zip(server.listener_names, configs, strict=True) if len(configs) > 1 else ():
         tls, udp = ", TLS" if config.ssl_certfile is not None else "", ", UDP" if config.udp else ""
         log.info("listener %s started: mode %s%s%s", name, config.mode, tls, udp)
     log.info("server started: %s, engine %s", details, configs[0].engine)

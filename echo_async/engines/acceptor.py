@@ -75,7 +75,7 @@ class AsyncioAcceptor:
 
     async def _serve(self, listener: socket.socket) -> asyncio.Server | HandshakeAcceptor:
         config = self._admission.config
-        if self._certificates is None and not self._admission.expects_header and not config.has_plans:
+        if self._certificates is None and not self._admission.expects_header and not config.has_faults_or_identity:
             server = await self._engine.create_server(self._registry, self._admission.admit, listener)
             return await start_serving(server, listener, config.backlog)
         return HandshakeAcceptor(self._admission, self._loop, listener, self._certificates, self._make_protocol)

@@ -43,7 +43,7 @@ class Connection:
         "conversation",
     )
 
-    is_replying = False
+    has_pending_reply = False
     """Whether a fault delays replies."""
     is_held_open = False
     """Whether a fault leaves it to the client to close the connection."""
@@ -111,7 +111,7 @@ class Connection:
             self._sent, self._sent_at = sent, now
         elif now - self._sent_at >= config.timeout_write:
             return "write"
-        if unsent or self.is_replying:  # the client has to read, or to wait: the other clocks stand still
+        if unsent or self.has_pending_reply:  # the client has to read, or to wait: the other clocks stand still
             self._idle_since = now
             self._message_started_at = self._message_started_at and now
             self._lingering_since = self._lingering_since and now

@@ -151,9 +151,9 @@ class DatagramResponder:
             for _ in range(DRAIN_BATCHES):
                 if not self.receive(each):
                     break
-        self.release()
+        self.send_delayed()
         for each in self.sockets:
             each.close()
 
-    def release(self) -> None:
+    def send_delayed(self) -> None:
         """Send delayed replies at once."""

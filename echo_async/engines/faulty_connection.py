@@ -11,7 +11,7 @@ from ..faults import Action, End, FaultPlan, Report, Wait
 from .connection import Connection, TimeoutKind
 
 FLUSH_INTERVAL = 0.001  # seconds between two checks whether everything is on the wire
-MAX_RELEASED_WAIT = 0.001  # seconds that an action waits during a shutdown
+MAX_WAIT_AT_END = 0.001  # seconds that an action waits during a shutdown
 MIN_WAIT = 0.75  # of the length of a wait, if the previous one took too long
 
 
@@ -26,7 +26,7 @@ class FaultyConnection(Connection):
 
     _plan: FaultPlan
     _is_stalled: bool  # nothing more is read or sent
-    _is_released: bool  # the server is about to end the connection
+    _is_ending: bool  # the server is about to end the connection
 
     @property
     def answered(self) -> int:
@@ -34,7 +34,7 @@ class FaultyConnection(Connection):
 
     @property
     def is_held_open(self) -> bool:  # type: ignore[override]  # a constant for other connections
-        return self._plan.is_silent and not self._is_released
+        return self._plan.is_silent and not self._is_ending
 
     def expired_timeout(self, now: float) -> TimeoutKind | None:
         if self._is_stalled:
@@ -49,8 +49,8 @@ class FaultyConnection(Connection):
 
     def actions(self, reply: bytes) -> Iterator[Action]:
         """Yield what to do instead of sending ``reply``."""
-        if self._plan.answer is None and self.context.config.mode == "identify":
-            self._plan.answer = self._make_describer()
+        if self._plan.make_reply is None and self.context.config.mode == "identify":
+            self._plan.make_reply = self._make_describer()
         if self.context.log_messages and reply:
             for _ in self.log_reply(reply):
                 yield Wait(0)
@@ -74,9 +74,9 @@ class FaultyConnection(Connection):
     def _make_describer(self) -> Callable[[bytes, int], bytes]:
         from .description import describe_connection  # only for identify mode
 
-        return describe_connection(self.context.config, self._peername, self._header, self.extra_info).describe
+        return describe_connection(self.context.config, self._peername, self._header, self.get_extra_info).describe
 
-    def extra_info(self, name: str) -> Any:
+    def get_extra_info(self, name: str) -> Any:
         """Return ``sockname``, ``peername`` or ``ssl_object``. Provided by the engine."""
         raise NotImplementedError
 
@@ -87,13 +87,13 @@ class FaultyConnection(Connection):
     def next_due(self, due: float, seconds: float) -> float:
         """Return when a wait ends that follows one until ``due``. A wait that took too long shortens the next."""
         now = self.context.now()
-        if self._is_released:
-            return now + min(seconds, MAX_RELEASED_WAIT)
+        if self._is_ending:
+            return now + min(seconds, MAX_WAIT_AT_END)
         return max(due + seconds, now + MIN_WAIT * seconds)
 
     def is_tls_closed(self) -> bool:
         """Whether a TLS client is gone. No transport sends anything then, and none tells while reading is paused."""
-        return self.extra_info("ssl_object") is not None and is_closed_by_peer(self.raw_socket())
+        return self.get_extra_info("ssl_object") is not None and is_closed_by_peer(self.raw_socket())
 
     def report(self, fault: Report) -> None:
         """Count and log a fault that takes effect."""

@@ -57,7 +57,7 @@ class FaultyDatagramResponder(DatagramResponder):
             self._send_next()
         return None
 
-    def release(self) -> None:
+    def send_delayed(self) -> None:
         while self._delayed:
             self._send_next()
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..faults import Action, End, FaultPlan, Report, Send, Wait
 from .faulty_connection import FaultyConnection
 from .handshake_acceptor import OnEstablished
-from .loop_internals import reset_transport, shut_down_output
+from .loop_internals import reset_transport, shutdown_write
 from .origin import Origin
 from .protocol import LARGE_READ, ProtocolConnection
 from .registry import Registry
@@ -33,8 +33,8 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
         self._actions: Iterator[Action] = iter(())
         self._timer: asyncio.Handle | None = None  # continues the actions
         self._due = 0.0  # when the last wait ended, or should have ended
-        self._is_released = self._is_stalled = False
-        self.is_replying = False
+        self._is_ending = self._is_stalled = False
+        self.has_pending_reply = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -62,8 +62,8 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
 
     def _append(self, actions: Iterator[Action]) -> None:
         self._actions = chain(self._actions, actions)
-        if not self.is_replying:
-            self.is_replying = True
+        if not self.has_pending_reply:
+            self.has_pending_reply = True
             self._due = self.context.now()
             self._run()
 
@@ -113,14 +113,14 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
             case End.RESET:
                 reset_transport(self._transport)
             case End.HALF_CLOSE:
-                shut_down_output(self._transport)
+                shutdown_write(self._transport)
             case End.STALL:
                 self.begin_stall()
                 self._transport.pause_reading()
 
     def _continue(self) -> None:
         """All actions are done: read on, or finish."""
-        self.is_replying = False
+        self.has_pending_reply = False
         if self._transport.is_closing() or self._is_stalled or self._lingering_since is not None:
             return
         if self.conversation.finished and not self.is_held_open:
@@ -129,11 +129,11 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
             self._resume_reading()
 
     def _can_read(self) -> bool:
-        return not self.is_replying and not self._is_stalled and super()._can_read()
+        return not self.has_pending_reply and not self._is_stalled and super()._can_read()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self.is_replying and self._timer is None:
+        if self.has_pending_reply and self._timer is None:
             self._run()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -142,18 +142,18 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
 
     def _cancel(self) -> None:
         self._actions = iter(())
-        self._is_stalled = self.is_replying = False
+        self._is_stalled = self.has_pending_reply = False
         if self._timer is not None:
             self._timer.cancel()
 
     def finish(self) -> None:
-        self._is_released = True
+        self._is_ending = True
         self._cancel()
         super().finish()
         self._resume_reading()
 
     def stop(self) -> None:
-        self._is_released = True
+        self._is_ending = True
         if self._is_stalled:
             return self.finish()
         if self._timer is not None:
@@ -161,7 +161,7 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
             self._run_after_wait()
         super().stop()
 
-    def extra_info(self, name: str) -> Any:
+    def get_extra_info(self, name: str) -> Any:
         return self._transport.get_extra_info(name)
 
     def raw_socket(self) -> object:

@@ -9,7 +9,7 @@ from ..faults import Action, End, FaultPlan, Report, Send, Wait
 from .connection import TimeoutKind
 from .faulty_connection import FaultyConnection
 from .handshake_acceptor import OnEstablished
-from .loop_internals import reset_transport, shut_down_output
+from .loop_internals import reset_transport, shutdown_write
 from .origin import Origin
 from .registry import Registry
 from .streams import CHUNKS_PER_TURN, DRAIN_THRESHOLD, Reader, StreamConnection
@@ -36,7 +36,7 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
         self._plan = plan
         self._steps = 0
         self._waiter: asyncio.Future[None] | None = None  # done when the wait or the stall is over
-        self._is_released = self._is_stalled = self.is_replying = False
+        self._is_ending = self._is_stalled = self.has_pending_reply = False
 
     async def _echo(self) -> None:
         conversation, size = self.conversation, self.context.config.chunk_size
@@ -53,7 +53,7 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
                 await self._send(conversation.receive(chunk))
                 await self._count_step()
         except asyncio.CancelledError:
-            if self.is_replying or self._is_reading or self._task.uncancel():  # not canceled by _wake alone
+            if self.has_pending_reply or self._is_reading or self._task.uncancel():  # not canceled by _wake alone
                 raise
         finally:
             self._is_reading = False
@@ -62,7 +62,7 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
         await self._run_actions(self.actions(reply))
 
     async def _run_actions(self, actions: Iterator[Action]) -> None:
-        self.is_replying = True
+        self.has_pending_reply = True
         due = self.context.now()
         while not self._transport.is_closing():
             match next(actions, None):
@@ -79,7 +79,7 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
                     self.report(action)
                 case End() as action:
                     await self._end(action)
-        self.is_replying = False
+        self.has_pending_reply = False
 
     async def _count_step(self) -> None:
         """Give other connections their turn after a number of chunks and replies."""
@@ -94,27 +94,27 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
         if not seconds:
             await asyncio.sleep(0)
         else:
-            timer = asyncio.get_running_loop().call_later(seconds, self._end_wait)
+            timer = asyncio.get_running_loop().call_later(seconds, self._notify)
             try:
-                await self._wait_for_end()  # which an abort ends as well
+                await self._wait_until_notified()  # which an abort ends as well
             finally:
                 timer.cancel()
         if not self._transport.is_closing() and self.is_tls_closed():
             self.abort()
         return due
 
-    async def _wait_for_end(self) -> None:
+    async def _wait_until_notified(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
         await self._waiter
 
-    def _end_wait(self) -> None:
+    def _notify(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _release(self) -> None:
+    def _end_waits(self) -> None:
         """End this wait, and shorten all others."""
-        self._is_released = True
-        self._end_wait()
+        self._is_ending = True
+        self._notify()
 
     async def _end(self, end: End) -> None:
         match end:
@@ -124,7 +124,7 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
                 reset_transport(self._transport)
                 raise ConnectionResetError("reset by a fault")
             case End.HALF_CLOSE:
-                shut_down_output(self._transport)
+                shutdown_write(self._transport)
             case End.STALL:
                 await self._stall()
 
@@ -132,8 +132,8 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
         transport = cast(asyncio.Transport, self._transport)
         self.begin_stall()
         transport.pause_reading()
-        if not self._is_released:
-            await self._wait_for_end()
+        if not self._is_ending:
+            await self._wait_until_notified()
         self._is_stalled = False
         self.conversation.finish()
         if not transport.is_closing():
@@ -141,22 +141,22 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
 
     def expired_timeout(self, now: float) -> TimeoutKind | None:
         if self._transport.is_closing():  # the connection is lost: wait no longer
-            self._release()
+            self._end_waits()
         return super().expired_timeout(now)
 
     def finish(self) -> None:
-        self._release()
+        self._end_waits()
         super().finish()
 
     def stop(self) -> None:
-        self._release()
+        self._end_waits()
         super().stop()
 
     def abort(self) -> None:
-        self._release()
+        self._end_waits()
         super().abort()
 
-    def extra_info(self, name: str) -> Any:
+    def get_extra_info(self, name: str) -> Any:
         return self._transport.get_extra_info(name)
 
     def raw_socket(self) -> object:

@@ -23,8 +23,8 @@ class FaultyThreadConnection(FaultyConnection, ThreadConnection):
     ) -> None:
         super().__init__(registry, connected, origin)
         self._plan = plan
-        self._released = threading.Event()  # ends the waits
-        self._is_stalled = self.is_replying = False
+        self._ending = threading.Event()  # ends the waits
+        self._is_stalled = self.has_pending_reply = False
 
     def _echo(self) -> None:
         with self._io_lock:
@@ -37,7 +37,7 @@ class FaultyThreadConnection(FaultyConnection, ThreadConnection):
         self._run_actions(self.actions(reply))
 
     def _run_actions(self, actions: Iterator[Action]) -> None:
-        self.is_replying = True
+        self.has_pending_reply = True
         due = self.context.now()
         for action in actions:
             match action:
@@ -49,16 +49,16 @@ class FaultyThreadConnection(FaultyConnection, ThreadConnection):
                     self.report(action)
                 case End():
                     self._end(action)
-        self.is_replying = False
+        self.has_pending_reply = False
 
     def _wait(self, due: float, seconds: float) -> float:
         """Wait for ``seconds`` from ``due`` on, or until the server stops; return when it should have ended."""
         due = self.next_due(due, seconds)
         seconds = max(0.0, due - self.context.now())
-        if not seconds or self._is_released:
+        if not seconds or self._is_ending:
             time.sleep(seconds)
         else:
-            self._released.wait(seconds)
+            self._ending.wait(seconds)
         return due
 
     def _end(self, end: End) -> None:
@@ -73,7 +73,7 @@ class FaultyThreadConnection(FaultyConnection, ThreadConnection):
                 self._socket.shutdown(socket.SHUT_WR)
             case End.STALL:
                 self.begin_stall()
-                self._released.wait()
+                self._ending.wait()
                 self._is_stalled = False
                 self.conversation.finish()
 
@@ -82,30 +82,30 @@ class FaultyThreadConnection(FaultyConnection, ThreadConnection):
             super()._handle_stop_request()
 
     @property
-    def _is_released(self) -> bool:  # type: ignore[override]  # read only here
-        return self._released.is_set()
+    def _is_ending(self) -> bool:  # type: ignore[override]  # read only here
+        return self._ending.is_set()
 
     def finish(self) -> None:
-        self._released.set()
+        self._ending.set()
         if self._is_half_closed:  # there is no half left to close
             return self.abort()
         super().finish()
 
     def stop(self) -> None:
-        self._released.set()
+        self._ending.set()
         if self._is_half_closed:
             return self.abort()
         super().stop()
 
     def abort(self) -> None:
-        self._released.set()
+        self._ending.set()
         super().abort()
 
     @property
     def _is_half_closed(self) -> bool:
         return self._is_write_closed and not self.conversation.finished
 
-    def extra_info(self, name: str) -> Any:
+    def get_extra_info(self, name: str) -> Any:
         match name:
             case "sockname":
                 return self.raw_socket().getsockname()

@@ -122,7 +122,7 @@ def reset_transport(transport: asyncio.WriteTransport) -> None:
     abort_transport(transport)
 
 
-def shut_down_output(transport: asyncio.WriteTransport) -> None:
+def shutdown_write(transport: asyncio.WriteTransport) -> None:
     """Close the sending side of a transport that has sent everything; input is still received.
 
     A transport cannot do this over TLS, so the socket beneath is shut down, without a close_notify. uvloop offers

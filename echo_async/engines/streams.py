@@ -64,7 +64,7 @@ def handle_echo(
     """
     try:
         config = ServerConfig(**options)
-        if config.has_plans:
+        if config.has_faults_or_identity:
             raise ConfigError("handle_echo has neither faults nor identify mode; use echo_async.serve")
         registry = Registry(config)
         chunks = take_over(reader, writer.transport, read_ahead(config), asyncio.get_running_loop())

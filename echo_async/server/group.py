@@ -34,7 +34,7 @@ class BaseGroup(Generic[S]):
 
     def __init__(self, servers: Sequence[S]) -> None:
         self.servers = servers
-        self.names = [format_address(each.addresses[0]) for each in servers]
+        self.listener_names = [format_address(each.addresses[0]) for each in servers]
         """The first address of each listener, formatted."""
 
     @property

@@ -586,7 +586,7 @@ def test_abort_ends_every_fault_at_once(transport: Transport) -> None:
 
 def test_stop_that_times_out_leaves_no_task(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stop has shortened the waits of the connection; the abort at its end does not leave the last one."""
-    set_constant(monkeypatch, "MAX_RELEASED_WAIT", 0.2)
+    set_constant(monkeypatch, "MAX_WAIT_AT_END", 0.2)
 
     async def main() -> None:
         async with serve_in_loop(backend, fault="rate=1", timeout_graceful_shutdown=0.05) as server:
