@@ -1,7 +1,7 @@
 """What a platform may lack: Windows above all, and asyncio's event loop there (``ProactorEventLoop``).
 
 The other modules use what every platform has, and what this module provides. What cannot work without a missing
-part is refused by :func:`require`.
+part is refused by :func:`require_feature`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREA
 HANGUP_SIGNALS = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
 
 
-def require(feature: str, use: str) -> None:
+def require_feature(feature: str, use: str) -> None:
     """Raise :exc:`~echo_async.ConfigError` if the platform lacks ``feature``, without which ``use`` cannot work."""
     if not _is_present[feature]:
         raise ConfigError(f"cannot {use}: this platform has no {feature}")

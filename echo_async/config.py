@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
-from .compat import DESCRIPTORS, UNIX_SOCKETS, require
+from .compat import DESCRIPTORS, UNIX_SOCKETS, require_feature
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Option:
         """Return the requirement that ``value`` violates, such as ``must be an integer from 1 to 10``; else ``""``."""
         match self.type:
             case "choice":
-                is_valid = value in self.choices or _matches(self.pattern, value)
+                is_valid = value in self.choices or _matches_pattern(self.pattern, value)
                 requirement = f"choose from {', '.join(self.choices)}"
             case "integer":
                 is_valid = isinstance(value, int) and self.low <= value <= self.high
@@ -153,7 +153,7 @@ class Option:
         return "" if is_valid or (value is None and self.default is None) else requirement
 
 
-def _matches(pattern: str, value: Any) -> bool:
+def _matches_pattern(pattern: str, value: Any) -> bool:
     import re
 
     return pattern != "" and isinstance(value, str) and re.fullmatch(pattern, value) is not None
@@ -192,7 +192,9 @@ def _are_labels(labels: Any) -> bool:
     """Return whether ``labels`` are a mapping, or texts of the form ``KEY=VALUE``."""
     try:
         pairs = labels.items() if isinstance(labels, Mapping) else parse_labels(labels).items()
-        are_texts = all(_matches(r"[a-zA-Z_][a-zA-Z0-9_]*", key) and isinstance(value, str) for key, value in pairs)
+        are_texts = all(
+            _matches_pattern(r"[a-zA-Z_][a-zA-Z0-9_]*", key) and isinstance(value, str) for key, value in pairs
+        )
         return are_texts and sum(len(key) + len(value) for key, value in pairs) <= MAX_LABELS_SIZE
     except (TypeError, ValueError, AttributeError):
         return False
@@ -319,9 +321,9 @@ class ServerConfig:
         if self.udp and self.uds is not None:
             raise ConfigError("udp conflicts with uds; use host and port")
         if self.uds is not None:
-            require(UNIX_SOCKETS, "use uds")
+            require_feature(UNIX_SOCKETS, "use uds")
         if self.fd is not None:
-            require(DESCRIPTORS, "use fd")
+            require_feature(DESCRIPTORS, "use fd")
         if self.fd is not None and self.uds is not None:
             raise ConfigError("fd and uds are mutually exclusive")
         self._check_faults()
@@ -395,6 +397,6 @@ class ClientConfig:
         if self.proxy_source is not None and self.send_proxy is None:
             raise ConfigError("proxy_source requires send_proxy")
         if self.uds is not None:
-            require(UNIX_SOCKETS, "use uds")
+            require_feature(UNIX_SOCKETS, "use uds")
         if self.server_hostname is not None and not self.ssl:
             raise ConfigError("server_hostname requires ssl")

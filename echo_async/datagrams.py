@@ -55,10 +55,10 @@ class Refusals(dict[SocketAddress, "str | None"]):
     def __missing__(self, source: SocketAddress) -> str | None:
         if len(self) >= MAX_CACHED_SOURCES:
             self.clear()
-        self[source] = reason = self._find(source)
+        self[source] = reason = self._find_refusal(source)
         return reason
 
-    def _find(self, source: SocketAddress) -> str | None:
+    def _find_refusal(self, source: SocketAddress) -> str | None:
         if not self._networks.is_trusted(source):
             return "address"
         if source[1] < MIN_SOURCE_PORT:

@@ -65,7 +65,7 @@ class Endpoint:
 
     def connect_error(self, error: OSError | UnicodeError, seconds: float) -> ConnectError:
         """Translate the ``error`` of an attempt to connect that had ``seconds``."""
-        kind, reason, hint = ConnectError, describe_error(error), _hint(error)
+        kind, reason, hint = ConnectError, describe_error(error), _connect_hint(error)
         if isinstance(error, TimeoutError):
             kind, hint = ConnectTimeout, "; check the address"
             reason = reason if error.errno else f"timed out after {seconds:g} s"
@@ -81,7 +81,7 @@ _HINTS = {
 }
 
 
-def _hint(error: OSError | UnicodeError) -> str:
+def _connect_hint(error: OSError | UnicodeError) -> str:
     if isinstance(error, socket.gaierror | UnicodeError):
         return "; check the host name"
     return _HINTS.get(error.errno or 0, "")

@@ -214,7 +214,7 @@ class FaultPlan:
         self._random = random
         self._is_raw = is_raw
         self._reported: set[str] = set()
-        self._number = 0  # of the last message
+        self._message_number = 0  # of the last message
         self.make_reply: Callable[[bytes, int], bytes] | None = None
         self.sent = 0
         self.is_refused = fault.end == REFUSE
@@ -237,9 +237,11 @@ class FaultPlan:
         while start < len(data) and not self._is_finished:
             end = 0 if self._is_raw else data.find(b"\n", start) + 1
             end = end or len(data)
-            self._number += 1
+            self._message_number += 1
             message = data[start:end]
-            yield from self._reply(message if self.make_reply is None else self.make_reply(message, self._number))
+            yield from self._reply(
+                message if self.make_reply is None else self.make_reply(message, self._message_number)
+            )
             start = end
 
     def reply_datagram(self, data: bytes) -> Iterator[Action]:

@@ -118,8 +118,8 @@ class ClientCertificate:
         parts = [part for parts in certificate.get("subject", ()) for part in parts]
         names = [f"{SHORT_NAMES.get(kind, kind)}={_shorten(_escape_attribute(value))}" for kind, value in parts]
         alternatives = [f"{kind}:{_shorten(value)}" for kind, value in certificate.get("subjectAltName", ())]
-        subject = ",".join(_limit(names, MAX_NAMES)) or None
-        return cls(subject, _limit(alternatives, MAX_NAMES), certificate.get("serialNumber"))
+        subject = ",".join(_limit_size(names, MAX_NAMES)) or None
+        return cls(subject, _limit_size(alternatives, MAX_NAMES), certificate.get("serialNumber"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +219,7 @@ def _content_of(identity: Identity) -> bytes:
     return b64decode(identity.message_base64, validate=True)
 
 
-def _select(values: object, **types: type | UnionType) -> dict[str, Any]:
+def _check_types(values: object, **types: type | UnionType) -> dict[str, Any]:
     """Return the values of these names and types. :exc:`ValueError` if one has another type."""
     if not isinstance(values, dict):
         raise ValueError(f"expected a JSON object, received {values!r:.40}")
@@ -231,18 +231,20 @@ def _select(values: object, **types: type | UnionType) -> dict[str, Any]:
 
 
 def _identity_from_json(values: object) -> Identity:
-    sections = _select(values, server=dict, kubernetes=dict, client=dict, proxy=dict | None, tls=dict | None)
-    server = _select(
+    sections = _check_types(values, server=dict, kubernetes=dict, client=dict, proxy=dict | None, tls=dict | None)
+    server = _check_types(
         sections["server"],
         **dict.fromkeys(("hostname", "address", "version", "engine"), str | None),
         pid=int | None,
         labels=dict,
     )
-    _select(server["labels"], **dict.fromkeys(server["labels"], str))
+    _check_types(server["labels"], **dict.fromkeys(server["labels"], str))
     return Identity(
-        **_select(values, message=str | None, message_base64=str | None, bytes=int, number=int),
+        **_check_types(values, message=str | None, message_base64=str | None, bytes=int, number=int),
         server=Responder(**server),
-        kubernetes=Kubernetes(**_select(sections["kubernetes"], **dict.fromkeys(KUBERNETES_VARIABLES, str | None))),
+        kubernetes=Kubernetes(
+            **_check_types(sections["kubernetes"], **dict.fromkeys(KUBERNETES_VARIABLES, str | None))
+        ),
         client=_address_from_json(sections["client"]),
         proxy=None if sections["proxy"] is None else _proxy_from_json(sections["proxy"]),
         tls=None if sections["tls"] is None else _tls_from_json(sections["tls"]),
@@ -250,19 +252,19 @@ def _identity_from_json(values: object) -> Identity:
 
 
 def _address_from_json(values: object) -> Address:
-    return Address(**_select(values, address=str | None, port=int | None))
+    return Address(**_check_types(values, address=str | None, port=int | None))
 
 
 def _proxy_from_json(values: dict[str, Any]) -> Proxy:
     peer, source, destination = (_address_from_json(values.get(name)) for name in ("peer", "source", "destination"))
-    return Proxy(peer=peer, source=source, destination=destination, **_select(values, version=int, tlvs=dict))
+    return Proxy(peer=peer, source=source, destination=destination, **_check_types(values, version=int, tlvs=dict))
 
 
 def _tls_from_json(values: dict[str, Any]) -> Tls:
-    texts = _select(values, **dict.fromkeys(("version", "cipher", "sni", "alpn"), str | None))
+    texts = _check_types(values, **dict.fromkeys(("version", "cipher", "sni", "alpn"), str | None))
     certificate = values.get("client_certificate")
     if certificate is not None:
-        certificate = ClientCertificate(**_select(certificate, subject=str | None, sans=list, serial=str | None))
+        certificate = ClientCertificate(**_check_types(certificate, subject=str | None, sans=list, serial=str | None))
     return Tls(**texts, client_certificate=certificate)
 
 
@@ -280,30 +282,30 @@ class Describer:
             "tls": None if tls is None else asdict(tls),
         }
         if proxy is not None and proxy.tlvs:
-            details["proxy"]["tlvs"] = _limit_tlvs(proxy.tlvs, MAX_DETAILS - len(_dump(details)))
-        self._details = _dump(details)[1:] + b"\n"
+            details["proxy"]["tlvs"] = _limit_tlvs(proxy.tlvs, MAX_DETAILS - len(_to_json(details)))
+        self._details = _to_json(details)[1:] + b"\n"
 
     def describe(self, message: bytes, number: int) -> bytes:
         """Return the reply to ``message``, which ends with a newline."""
         content = message[:-1]
         try:
-            text = b'"message": ' + _dump(content.decode())
+            text = b'"message": ' + _to_json(content.decode())
         except UnicodeDecodeError:
             text = b'"message_base64": "%s"' % b64encode(content)
         return b'{%s, "bytes": %d, "number": %d, %s' % (text, len(message), number, self._details)
 
 
-def _dump(value: object) -> bytes:
+def _to_json(value: object) -> bytes:
     import json  # where it is used: the package exports Identity
 
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def _shorten(text: str) -> str:
-    if len(_dump(text)) <= MAX_TEXT:
+    if len(_to_json(text)) <= MAX_TEXT:
         return text
     text = text[:MAX_TEXT]
-    while len(_dump(text)) > MAX_TEXT - len("..."):
+    while len(_to_json(text)) > MAX_TEXT - len("..."):
         text = text[: len(text) * 7 // 8]
     return text + "..."
 
@@ -313,11 +315,11 @@ def _escape_attribute(value: str) -> str:
     return "".join(f"\\{each}" if each in '"+,;<>\\' else each for each in value)
 
 
-def _limit(texts: list[str], size: int) -> list[str]:
+def _limit_size(texts: list[str], size: int) -> list[str]:
     """Return the first of ``texts`` that fit into ``size`` bytes of JSON, and ``...`` if there are more."""
     total = 0
     for number, text in enumerate(texts):
-        total += len(_dump(text)) + 2
+        total += len(_to_json(text)) + 2
         if total > size:
             return [*texts[:number], "..."]
     return texts
@@ -325,16 +327,16 @@ def _limit(texts: list[str], size: int) -> list[str]:
 
 def _limit_tlvs(tlvs: Mapping[str, Any], size: int) -> dict[str, Any]:
     """Return the fields that fit into ``size`` bytes of JSON; the names of the others are in ``omitted``."""
-    if len(_dump(tlvs)) <= size:
+    if len(_to_json(tlvs)) <= size:
         return dict(tlvs)
     kept: dict[str, Any] = {}
     omitted: list[str] = []
     left = size - MAX_NAMES - len('"omitted": ["..."]')
     for name, value in tlvs.items():
-        needed = len(_dump({name: value}))
+        needed = len(_to_json({name: value}))
         if needed <= left:
             left -= needed
             kept[name] = value
         else:
             omitted.append(name)
-    return {**kept, "omitted": _limit(omitted, MAX_NAMES)}
+    return {**kept, "omitted": _limit_size(omitted, MAX_NAMES)}

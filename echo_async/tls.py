@@ -41,7 +41,7 @@ def _store_server_name(connection: ssl.SSLObject | ssl.SSLSocket, name: str | No
 
 
 @contextlib.contextmanager
-def _loading(error_type: type[EchoError], files: str, advice: str) -> Iterator[None]:
+def _loading_errors(error_type: type[EchoError], files: str, advice: str) -> Iterator[None]:
     """Raise ``error_type``, which names the files and what to do, if they cannot be loaded."""
     try:
         yield
@@ -54,21 +54,21 @@ def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: str | Non
     if keyfile is not None:
         _check_readable("ssl_keyfile", keyfile)
     files = f"the certificate {certfile} with the key {keyfile or certfile}"
-    with _loading(StartError, files, "both must be PEM; an encrypted key requires ssl_keyfile_password"):
+    with _loading_errors(StartError, files, "both must be PEM; an encrypted key requires ssl_keyfile_password"):
         # A function, not None, so that OpenSSL never prompts for the password on the terminal.
         context.load_cert_chain(certfile, keyfile, lambda: password or "")
 
 
 def _require_client_certificates(context: ssl.SSLContext, ca_certs: str) -> None:
     _check_readable("ssl_ca_certs", ca_certs)
-    with _loading(StartError, f"the CA certificates {ca_certs}", "they must be PEM"):
+    with _loading_errors(StartError, f"the CA certificates {ca_certs}", "they must be PEM"):
         context.load_verify_locations(ca_certs)
     context.verify_mode = ssl.CERT_REQUIRED
 
 
 def _check_readable(option: str, path: str) -> None:
     """Open the file: the errors of OpenSSL do not tell which file is unreadable."""
-    with _loading(StartError, f"{option} {path}", "check the path and its permissions"), open(path, "rb"):
+    with _loading_errors(StartError, f"{option} {path}", "check the path and its permissions"), open(path, "rb"):
         pass
 
 
@@ -80,7 +80,7 @@ def _validate(server: ssl.SSLContext, certfile: str) -> None:
     client.load_verify_locations(certfile)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     peers = [client.wrap_bio(to_client, to_server), server.wrap_bio(to_server, to_client, server_side=True)]
-    with _loading(StartError, f"the certificate {certfile}", "use a valid server certificate"):
+    with _loading_errors(StartError, f"the certificate {certfile}", "use a valid server certificate"):
         for peer in (*peers, *peers):  # a handshake takes two rounds
             with contextlib.suppress(ssl.SSLWantReadError):
                 peer.do_handshake()
@@ -95,7 +95,7 @@ def client_context(
     """
     if keyfile and not certfile:
         raise ConfigError("ssl_keyfile requires ssl_certfile")
-    with _loading(ConfigError, f"ssl_ca_certs {ca_certs}", "it must be a PEM file of certificates"):
+    with _loading_errors(ConfigError, f"ssl_ca_certs {ca_certs}", "it must be a PEM file of certificates"):
         context = ssl.create_default_context(cafile=ca_certs)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if not verify:
@@ -103,6 +103,6 @@ def client_context(
         context.verify_mode = ssl.CERT_NONE
     if certfile:
         files = f"ssl_certfile {certfile}" + (f" with ssl_keyfile {keyfile}" if keyfile else "")
-        with _loading(ConfigError, files, "both must be PEM, the key without a password"):
+        with _loading_errors(ConfigError, files, "both must be PEM, the key without a password"):
             context.load_cert_chain(certfile, keyfile, password="")  # never prompt on the terminal
     return context

@@ -33,10 +33,10 @@ def parse_tlvs(data: bytes) -> dict[str, Value | list[Value]]:
     Raises:
         ValueError: A field is truncated.
     """
-    return _group(_decode(kind, value) for kind, value in iterate_tlvs(data) if kind != NOOP)
+    return _group_by_name(_decode_tlv(kind, value) for kind, value in iterate_tlvs(data) if kind != NOOP)
 
 
-def _group(fields: Iterable[tuple[str, T]]) -> dict[str, T | list[T]]:
+def _group_by_name(fields: Iterable[tuple[str, T]]) -> dict[str, T | list[T]]:
     grouped: dict[str, list[T]] = {}
     for name, value in fields:
         grouped.setdefault(name, []).append(value)
@@ -88,7 +88,7 @@ def _crc_of_byte(byte: int) -> int:
 _CRC_TABLE = [_crc_of_byte(byte) for byte in range(256)]
 
 
-def _decode(kind: int, value: bytes) -> tuple[str, Value]:
+def _decode_tlv(kind: int, value: bytes) -> tuple[str, Value]:
     decoder = _DECODERS.get(kind)
     if decoder is not None and (decoded := decoder[1](value)) is not None:
         return decoder[0], decoded
@@ -111,7 +111,7 @@ def _decode_ssl(value: bytes) -> dict[str, str | int | list[str]] | None:
         return None
     client, verify = SSL_FIXED_PART.unpack_from(value)
     try:
-        texts = _group(_decode_ssl_text(*field) for field in iterate_tlvs(value[SSL_FIXED_PART.size :]))
+        texts = _group_by_name(_decode_ssl_text(*field) for field in iterate_tlvs(value[SSL_FIXED_PART.size :]))
     except ValueError:
         return None
     return {"client": [name for flag, name in SSL_FLAGS.items() if client & flag], "verify": verify, **texts}

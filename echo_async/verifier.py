@@ -94,7 +94,7 @@ class ReplyVerifier:
                     details = f"over {exchange.max_size} bytes without a newline"
                     exchange.error = ReplyDifferent(f"reply of {self._name} too long: {details}", 0)
                     self._notify(completed)
-                    return self._lose("an earlier reply was too long")
+                    return self._fail_in_flight("an earlier reply was too long")
                 if not exchange.received:
                     break
                 completed.append(in_flight.popleft())
@@ -131,29 +131,29 @@ class ReplyVerifier:
         context = sent[max(start, exchange.received - MAX_QUOTED // 2) : exchange.received]
         received = b"".join(data[equal:].partition(b"\n")[:2])
         details = f"received {_quote(context + received)}, expected {_quote(context + sent[exchange.received : end])}"
-        exchange.error = self._mismatch(exchange.received - start, details)
-        self._lose("an earlier reply did not match")
+        exchange.error = self._describe_mismatch(exchange.received - start, details)
+        self._fail_in_flight("an earlier reply did not match")
 
     def _fail_unexpected(self, completed: list[Exchange], data: bytes) -> None:
         """Fail the exchange that ``data`` was received with, or else the next one."""
         details = f"received {len(data)} unexpected bytes {_quote(data)}"
         if completed:
             last = completed[-1]
-            last.error = self._mismatch(len(last.data) - (last.data.rfind(b"\n", 0, -1) + 1), details)
+            last.error = self._describe_mismatch(len(last.data) - (last.data.rfind(b"\n", 0, -1) + 1), details)
         else:
-            self.unexpected = self._mismatch(0, details)
-        self._lose("unexpected bytes received")
+            self.unexpected = self._describe_mismatch(0, details)
+        self._fail_in_flight("unexpected bytes received")
 
-    def _mismatch(self, offset: int, details: str) -> ReplyDifferent:
+    def _describe_mismatch(self, offset: int, details: str) -> ReplyDifferent:
         text = f"reply mismatch at byte {offset}: {details}; is {self._name} an echo server?"
         return ReplyDifferent(text, offset)
 
     def _fail_timeout(self, seconds: float) -> None:
         """Fail the first exchange in flight: its reply was not received in time."""
         self._in_flight[0].error = ReplyLate(f"reply timeout: no reply from {self._name} within {seconds:g} s")
-        self._lose("an earlier reply timed out")
+        self._fail_in_flight("an earlier reply timed out")
 
-    def _lose(self, reason: str, cause: Exception | None = None) -> None:
+    def _fail_in_flight(self, reason: str, cause: Exception | None = None) -> None:
         """Close the socket, and fail all exchanges in flight that have no error yet."""
         in_flight = self._in_flight
         if self.is_open:

@@ -222,8 +222,8 @@ def _measure(candidate: Candidate, plan: LoadPlan) -> Round:
     with ServerProcess(candidate.command(plan.mode, plan.size), server_cpus) as server:
         plan = find_server(plan, *server.address)
         before = server.cpu_seconds()
-        with _naming(candidate):
-            result = _load(plan, load_cpus)
+        with _name_in_errors(candidate):
+            result = _run_load(plan, load_cpus)
         after = server.cpu_seconds()
     cpu = None if before is None or after is None else (after - before) / max(1, result.answered)
     return Round(result.messages_per_second, cpu, _percentiles(result), result.is_generator_limited)
@@ -233,9 +233,9 @@ def _measure_disturbed(candidate: Candidate, plan: LoadPlan, disturbance: Distur
     server_cpus, load_cpus, disturbance_cpus = separate_cpus()
     with ServerProcess(candidate.command(plan.mode, plan.size), server_cpus) as server:
         plan = find_server(replace(plan, pause=PAUSE), *server.address)
-        with _naming(candidate), disturbance.run(plan, disturbance_cpus) as finish:
+        with _name_in_errors(candidate), disturbance.run(plan, disturbance_cpus) as finish:
             idle_cpu = _idle_cpu(server, plan) if disturbance.idle else None
-            result = _load(plan, load_cpus)
+            result = _run_load(plan, load_cpus)
             flood = finish()
     return Round(
         result.messages_per_second,
@@ -248,7 +248,7 @@ def _measure_disturbed(candidate: Candidate, plan: LoadPlan, disturbance: Distur
 
 
 @contextmanager
-def _naming(candidate: Candidate) -> Iterator[None]:
+def _name_in_errors(candidate: Candidate) -> Iterator[None]:
     """Add the name of the candidate to errors."""
     try:
         yield
@@ -256,7 +256,7 @@ def _naming(candidate: Candidate) -> Iterator[None]:
         raise EchoError(f"cannot measure {candidate.name}: {error}") from error
 
 
-def _load(plan: LoadPlan, cpus: Sequence[int]) -> LoadResult:
+def _run_load(plan: LoadPlan, cpus: Sequence[int]) -> LoadResult:
     result = run_load(plan, cpus=cpus)
     if result.interrupted:
         raise KeyboardInterrupt

@@ -50,13 +50,13 @@ def find_udp_server(plan: LoadPlan, host: str, port: int) -> LoadPlan:
         *others, last = [(info[0], info[4]) for info in endpoint.resolve()]
         for family, address in others:
             with suppress(OSError):
-                return _probe(plan, family, address)
-        return _probe(plan, *last)
+                return _probe_server(plan, family, address)
+        return _probe_server(plan, *last)
     except (OSError, UnicodeError) as error:
         raise endpoint.connect_error(error, plan.timeout) from error
 
 
-def _probe(plan: LoadPlan, family: int, address: Any) -> LoadPlan:
+def _probe_server(plan: LoadPlan, family: int, address: Any) -> LoadPlan:
     deadline = perf_counter() + min(plan.timeout, MAX_TIMEOUT)
     with socket.socket(family, socket.SOCK_DGRAM) as connected:
         connected.connect(address)

@@ -114,7 +114,7 @@ def _draw_latency(axes: Axes, results: Sequence[CandidateResult]) -> None:
     for result in results:
         is_small = result.candidate.chunk_size is not None and result.candidate.chunk_size < 1024
         axes.plot(
-            [_nines(percent) for percent in percentiles],
+            [_position_of_percentile(percent) for percent in percentiles],
             [1e3 * result.latency[percent] for percent in percentiles],
             linewidth=1.0 if is_small else 2.0,
             alpha=0.7 if is_small else 1.0,
@@ -122,14 +122,14 @@ def _draw_latency(axes: Axes, results: Sequence[CandidateResult]) -> None:
             **_line_style(result.candidate),
         )
     ticks = ("50", "90", "99", "99.9", "99.99")
-    axes.set_xticks([_nines(tick) for tick in ticks], [f"{tick} %" for tick in ticks])
+    axes.set_xticks([_position_of_percentile(tick) for tick in ticks], [f"{tick} %" for tick in ticks])
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.legend(fontsize=7, frameon=False, ncols=2)
     _finish_axes(axes, "latency in milliseconds, by percentile", "y")
 
 
-def _nines(percent: str) -> float:
+def _position_of_percentile(percent: str) -> float:
     return -log10(1 - float(percent) / 100)
 
 

@@ -18,7 +18,7 @@ from ..bench.plan import LoadMode, LoadPlan, TLSOptions
 from ..bench.plot import SUFFIXES, draw
 from ..bench.report import load_json, print_comparison, print_load, progress_bar
 from ..bench.result import LoadResult
-from ..compat import DESCRIPTORS, require
+from ..compat import DESCRIPTORS, require_feature
 from ..config import CONNECT_TIMEOUT, HOST, PORT, EngineName, Option
 from ..datagram_tracker import MAX_SIZE_IPV4
 from ..errors import ConfigError, EchoError, StartError, describe_error
@@ -124,7 +124,7 @@ def command() -> None:
       echo-async bench load --mode stream --rate 20000 --expect 'p99<5ms'
       echo-async bench compare --plot compare.svg
     """
-    require(DESCRIPTORS, "run a benchmark")
+    require_feature(DESCRIPTORS, "run a benchmark")
 
 
 @command.command(context_settings=CONTEXT)

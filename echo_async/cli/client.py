@@ -96,7 +96,7 @@ def _make_main(
         return _ping_datagrams(messages, values, output)
     connecting = _connect(values, output)
     if not is_ping:
-        return _send_messages(connecting, LineSource(_parts(messages)), output)
+        return _send_messages(connecting, LineSource(_messages_to_send(messages)), output)
     from .ping import ping
 
     return ping(connecting, _ping_message(messages), values["count"], values["interval"], output)
@@ -116,20 +116,20 @@ def _ping_datagrams(messages: Sequence[str], values: dict[str, Any], output: Out
 
 
 def _ping_message(messages: Sequence[str]) -> bytes:
-    message = _lines(messages[0] if messages else DEFAULT_MESSAGE)
+    message = _encode_message(messages[0] if messages else DEFAULT_MESSAGE)
     if len(messages) > 1 or "-" in messages or message.count(b"\n") > 1:
         raise ConfigError("--count requires exactly one MESSAGE of one line, which is not -")
     return message
 
 
-def _parts(messages: Sequence[str]) -> list[bytes | None]:
+def _messages_to_send(messages: Sequence[str]) -> list[bytes | None]:
     """Return the lines to send; None stands for those of stdin."""
     if messages:
-        return [None if message == "-" else _lines(message) for message in messages]
-    return [None if has_stdin_lines() else _lines(DEFAULT_MESSAGE)]
+        return [None if message == "-" else _encode_message(message) for message in messages]
+    return [None if has_stdin_lines() else _encode_message(DEFAULT_MESSAGE)]
 
 
-def _lines(message: str) -> bytes:
+def _encode_message(message: str) -> bytes:
     data = message.encode("utf-8") if message.isascii() else os.fsencode(message)  # the bytes of the command line
     return data if data.endswith(b"\n") else data + b"\n"
 

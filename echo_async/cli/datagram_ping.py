@@ -115,7 +115,7 @@ class DatagramPing(asyncio.DatagramProtocol):
                 times = [due] if can_send else []
                 times += [] if tracker.deadline is None else [tracker.deadline]
                 await self._wait(min(times) - now)
-            self._print_results()
+            self._print_received()
 
     def _send(self) -> bool:
         """Send the next datagram; return False if the send buffer is full.
@@ -139,7 +139,7 @@ class DatagramPing(asyncio.DatagramProtocol):
             async with asyncio.timeout(seconds):
                 await self._is_changed.wait()
 
-    def _print_results(self) -> None:
+    def _print_received(self) -> None:
         name, size = self._endpoint.name, self._tracker.size
         while self._received:
             match self._received.popleft():

@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 
 from .. import __version__
-from ..compat import DESCRIPTORS, require
+from ..compat import DESCRIPTORS, require_feature
 from ..config import ADDRESS_OPTIONS, Option, ServerConfig, options_of, parse_labels
 from ..errors import ConfigError, StartError
 from ..logs import LogFormat, LogLevel, configure, log
@@ -75,7 +75,7 @@ def command(context: click.Context, /, **values: Any) -> int:
     factory = loop_factory(loop)
     start: Callable[[], Awaitable[BaseGroup[Any]]] = partial(ServerGroup.start, listeners)
     if values["workers"] > 1:
-        require(DESCRIPTORS, f"use --workers {values['workers']}")
+        require_feature(DESCRIPTORS, f"use --workers {values['workers']}")
         from ..server.supervisor import Supervisor, WorkerSettings
 
         settings = WorkerSettings(loop, values["log_level"], values["log_format"], labels)
@@ -96,7 +96,7 @@ def command(context: click.Context, /, **values: Any) -> int:
 
 def _listeners(context: click.Context) -> list[ListenerConfig]:
     """Return the configuration of each listener: those of ``--listen``, or one of the other options."""
-    values, inherited = _values(context), listen_descriptors()
+    values, inherited = _config_values(context), listen_descriptors()
     names = ("listen", *ADDRESS_OPTIONS)
     sources = [context.get_parameter_source(name) for name in names]
     is_typed = ParameterSource.COMMANDLINE in sources  # which overrides the environment
@@ -113,7 +113,7 @@ def _listeners(context: click.Context) -> list[ListenerConfig]:
     return parse_listeners(labels[0], as_list(context.params["listen"]), values, inherited)
 
 
-def _values(context: click.Context) -> dict[str, Any]:
+def _config_values(context: click.Context) -> dict[str, Any]:
     """Return the fields of ``ServerConfig``. The command line overrides conflicting options from the environment."""
     values = {name: context.params[name] for name in options_of(ServerConfig)}
     sources = {name: context.get_parameter_source(name) for name in context.params}

@@ -84,7 +84,7 @@ class LineSource:
                     self._enqueue(part)
         except (OSError, ValueError) as error:
             failure = EchoError(f"cannot read stdin: {describe_error(error)}")
-        self._call_in_loop(self._complete, failure)
+        self._call_in_loop(self._end_input, failure)
 
     def _read_stdin(self) -> None:
         if sys.stdin is None:
@@ -122,7 +122,7 @@ class LineSource:
             self._blocks.append(block)
             self._notify()
 
-    def _complete(self, failure: Exception | None) -> None:
+    def _end_input(self, failure: Exception | None) -> None:
         self._is_complete, self.failure = True, failure
         self._notify()
 

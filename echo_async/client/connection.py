@@ -90,11 +90,11 @@ class Connection(ReplyVerifier, asyncio.Protocol):
         try:
             self._transport.write(exchange.data)
         except RuntimeError as error:  # uvloop: "the handler is closed"
-            self._lose(describe_error(error))
+            self._fail_in_flight(describe_error(error))
 
     def close(self) -> None:
         if self._in_flight:
-            self._lose("closed by this client")
+            self._fail_in_flight("closed by this client")
         else:
             self.is_open = False
             self._transport.close()
@@ -123,18 +123,18 @@ class Connection(ReplyVerifier, asyncio.Protocol):
             self._verify(data)
 
     def eof_received(self) -> None:
-        self._lose("closed by the server")
+        self._fail_in_flight("closed by the server")
 
     def connection_lost(self, error: Exception | None) -> None:
         if error is not None:
-            self._read_remaining()
-        self._lose("closed by the server" if error is None else describe_error(error), error)
+            self._read_kernel_buffer()
+        self._fail_in_flight("closed by the server" if error is None else describe_error(error), error)
         if self._timer is not None:
             self._timer.cancel()
         if not self.closed.done():
             self.closed.set_result(None)
 
-    def _read_remaining(self) -> None:
+    def _read_kernel_buffer(self) -> None:
         """Read replies that the kernel received before a write failed: the transport does not."""
         if self._is_tls:
             return

@@ -22,7 +22,7 @@ async def open_connection(endpoint: Endpoint) -> Connection:
     schedule = RetrySchedule(endpoint)
     while True:
         try:
-            return await _attempt(endpoint, schedule.timeout)
+            return await _attempt_connection(endpoint, schedule.timeout)
         except ConnectError as error:
             delay = schedule.next_delay(error)
             if delay is None:
@@ -30,7 +30,7 @@ async def open_connection(endpoint: Endpoint) -> Connection:
         await asyncio.sleep(delay)
 
 
-async def _attempt(endpoint: Endpoint, seconds: float) -> Connection:
+async def _attempt_connection(endpoint: Endpoint, seconds: float) -> Connection:
     started = perf_counter()
     log.debug("connecting to %s", endpoint.name)
     try:
@@ -68,7 +68,7 @@ async def _connect(endpoint: Endpoint) -> socket.socket:
     if endpoint.config.uds is not None:
         return await _connect_unix(endpoint.config.uds)
     infos = endpoint.numeric or await resolve(endpoint)
-    return await _connect_tcp(infos[0]) if len(infos) == 1 else await _race(infos)
+    return await _connect_tcp(infos[0]) if len(infos) == 1 else await _race_addresses(infos)
 
 
 async def resolve(endpoint: Endpoint) -> Sequence[AddressInfo]:
@@ -98,7 +98,7 @@ async def _connect_tcp(info: AddressInfo) -> socket.socket:
     return connecting
 
 
-async def _race(infos: Sequence[AddressInfo]) -> socket.socket:
+async def _race_addresses(infos: Sequence[AddressInfo]) -> socket.socket:
     """Connect to the first address that accepts; the next is tried after a delay, or after a failure (RFC 8305)."""
     running: set[asyncio.Task[socket.socket]] = set()
     failure: BaseException | None = None

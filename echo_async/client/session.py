@@ -41,7 +41,7 @@ class Session(BaseSession[Connection]):
             connection = await self._connect()
             if not self.keeps_open:
                 return await self._exchange_alone(connection, data)
-        return await _measure(connection, data)
+        return await _measure_round_trip(connection, data)
 
     async def receive_line(self, data: bytes, max_size: int) -> bytes:
         """Send one encoded message; return its reply, a line of at most ``max_size`` bytes."""
@@ -50,12 +50,12 @@ class Session(BaseSession[Connection]):
 
     async def _exchange_alone(self, connection: Connection, data: bytes) -> float:
         try:
-            seconds = await _measure(connection, data)
+            seconds = await _measure_round_trip(connection, data)
         except ReplyLost:
             if not self.can_resend(connection):
                 raise
             connection = await self._connect()
-            seconds = await _measure(connection, data)
+            seconds = await _measure_round_trip(connection, data)
         self.record_reply(connection)
         return seconds
 
@@ -81,7 +81,7 @@ class Session(BaseSession[Connection]):
             await asyncio.wait([connection.closed for connection in self._connections])
 
 
-async def _measure(connection: Connection, data: bytes) -> float:
+async def _measure_round_trip(connection: Connection, data: bytes) -> float:
     started = perf_counter()
     await connection.echo(data)
     return perf_counter() - started

@@ -151,7 +151,7 @@ class AsyncioAcceptor:
     def _stop_receiving(self) -> None:
         if self._receiver is not None:
             self._receiver.stop()
-            self._receiver.join()
+            self._receiver.wait_stopped()
 
     def _stop_listening(self) -> None:
         self._stop_receiving()

@@ -56,10 +56,10 @@ class FaultyConnection(Connection):
                 yield Wait(0)
         for action in self._plan.reply(reply):
             if self._plan.sent and action in (End.RESET, End.HALF_CLOSE):
-                yield from self._flush()
+                yield from self._wait_until_sent()
             yield action
 
-    def _flush(self) -> Iterator[Wait]:
+    def _wait_until_sent(self) -> Iterator[Wait]:
         """Wait until what was sent is on the wire: a reset discards the rest.
 
         What is buffered between TLS and its socket reaches the kernel before the second check.

@@ -38,7 +38,7 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._append(self._plan.start())
+        self._append_actions(self._plan.start())
         if self._is_stalled:
             self._loop.call_soon(self._pause_stalled)
 
@@ -54,20 +54,20 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
             if self.context.log_chunks:
                 self.log_chunk(data)
             reply = self.conversation.receive(data)
-            self._append(self.actions(reply))
+            self._append_actions(self.actions(reply))
             if len(data) > LARGE_READ:
                 self._count_large_read(reply)
         except Exception as error:
             self.fail(error)
 
-    def _append(self, actions: Iterator[Action]) -> None:
+    def _append_actions(self, actions: Iterator[Action]) -> None:
         self._actions = chain(self._actions, actions)
         if not self.has_pending_reply:
             self.has_pending_reply = True
             self._due = self.context.now()
-            self._run()
+            self._run_actions()
 
-    def _run(self) -> None:
+    def _run_actions(self) -> None:
         """Run actions until one takes time, or ends them."""
         self._timer = None
         try:
@@ -76,7 +76,7 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
                     return
                 match next(self._actions, None):
                     case None:
-                        return self._continue()
+                        return self._finish_actions()
                     case Send() as action:
                         self._transport.write(action.data)
                         if self._is_writing_paused:
@@ -86,7 +86,7 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
                     case Report() as action:
                         self.report(action)
                     case End() as action:
-                        self._end(action)
+                        self._apply_end(action)
             self._wait(0)
         except OSError as error:  # the client has reset the connection
             self.log_lost(error)
@@ -102,11 +102,11 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
 
     def _run_after_wait(self) -> None:
         if self._transport.is_closing() or not self.is_tls_closed():
-            self._run()
+            self._run_actions()
         else:
             self.abort()
 
-    def _end(self, end: End) -> None:
+    def _apply_end(self, end: End) -> None:
         match end:
             case End.CLOSE:
                 self.conversation.finish()
@@ -118,7 +118,7 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
                 self.begin_stall()
                 self._transport.pause_reading()
 
-    def _continue(self) -> None:
+    def _finish_actions(self) -> None:
         """All actions are done: read on, or finish."""
         self.has_pending_reply = False
         if self._transport.is_closing() or self._is_stalled or self._lingering_since is not None:
@@ -134,13 +134,13 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
     def resume_writing(self) -> None:
         super().resume_writing()
         if self.has_pending_reply and self._timer is None:
-            self._run()
+            self._run_actions()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._cancel()
+        self._cancel_actions()
         super().connection_lost(error)
 
-    def _cancel(self) -> None:
+    def _cancel_actions(self) -> None:
         self._actions = iter(())
         self._is_stalled = self.has_pending_reply = False
         if self._timer is not None:
@@ -148,7 +148,7 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
 
     def finish(self) -> None:
         self._is_ending = True
-        self._cancel()
+        self._cancel_actions()
         super().finish()
         self._resume_reading()
 

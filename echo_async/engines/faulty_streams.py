@@ -78,7 +78,7 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
                 case Report() as action:
                     self.report(action)
                 case End() as action:
-                    await self._end(action)
+                    await self._apply_end(action)
         self.has_pending_reply = False
 
     async def _count_step(self) -> None:
@@ -116,7 +116,7 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
         self._is_ending = True
         self._notify()
 
-    async def _end(self, end: End) -> None:
+    async def _apply_end(self, end: End) -> None:
         match end:
             case End.CLOSE:
                 self.conversation.finish()

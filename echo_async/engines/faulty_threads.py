@@ -48,7 +48,7 @@ class FaultyThreadConnection(FaultyConnection, ThreadConnection):
                 case Report():
                     self.report(action)
                 case End():
-                    self._end(action)
+                    self._apply_end(action)
         self.has_pending_reply = False
 
     def _wait(self, due: float, seconds: float) -> float:
@@ -61,7 +61,7 @@ class FaultyThreadConnection(FaultyConnection, ThreadConnection):
             self._ending.wait(seconds)
         return due
 
-    def _end(self, end: End) -> None:
+    def _apply_end(self, end: End) -> None:
         match end:
             case End.CLOSE:
                 self.conversation.finish()

@@ -199,19 +199,23 @@ class LoggedProtocolConnection(ProtocolConnection):
 
     def _write_and_log(self, reply: bytes) -> None:
         self._transport.write(reply)
-        self._lines = self.log_reply(reply)
-        for _ in self._lines:
+        self._log(self.log_reply(reply))
+        if self._lines is not None:
             self._transport.pause_reading()
-            self._loop.call_soon(self._log_more)
-            return
+
+    def _log(self, lines: Iterator[None]) -> None:
         self._lines = None
+        try:
+            for _ in lines:
+                self._lines = lines
+                self._loop.call_soon(self._log_more)
+                return
+        except Exception as error:  # of a logging filter, for instance
+            self.fail(error)
 
     def _log_more(self) -> None:
         assert self._lines is not None
-        for _ in self._lines:
-            self._loop.call_soon(self._log_more)
-            return
-        self._lines = None
+        self._log(self._lines)
         self._resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:

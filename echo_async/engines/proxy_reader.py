@@ -30,9 +30,9 @@ async def read_header(
         async with asyncio.timeout(seconds):
             while not header.finished:
                 try:
-                    _consume(connected, header)
+                    _feed_header(connected, header)
                 except BlockingIOError:  # not every event loop can wait for a byte without receiving it
-                    _consume(connected, header, await loop.sock_recv(connected, 1))
+                    _feed_header(connected, header, await loop.sock_recv(connected, 1))
 
 
 def receive_header(connected: socket.socket, header: ProxyHeader, seconds: float) -> None:
@@ -44,12 +44,12 @@ def receive_header(connected: socket.socket, header: ProxyHeader, seconds: float
                 raise TimeoutError
             connected.settimeout(min(left, MAX_WAIT))
             with contextlib.suppress(TimeoutError), _peer_errors(header):
-                _consume(connected, header)
+                _feed_header(connected, header)
     finally:
         connected.settimeout(None)
 
 
-def _consume(connected: socket.socket, header: ProxyHeader, received: bytes = b"") -> None:
+def _feed_header(connected: socket.socket, header: ProxyHeader, received: bytes = b"") -> None:
     """Feed ``received`` and what waits in the kernel to ``header``; receive the part that belongs to it."""
     with contextlib.suppress(*[OSError] if received else []):
         data = received

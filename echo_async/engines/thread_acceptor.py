@@ -118,7 +118,7 @@ class ThreadAcceptor:
     def _stop_receiving(self) -> None:
         if self._receiver is not None:
             self._receiver.stop()
-            self._receiver.join()
+            self._receiver.wait_stopped()
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # it is awake, or closed

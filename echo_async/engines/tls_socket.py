@@ -42,7 +42,7 @@ class TlsSocket:
                 except ssl.SSLWantReadError:
                     self._flush()
                 self.plain.settimeout(max(0.001, deadline - time.monotonic()))
-                self._take(0)
+                self._receive_encrypted(0)
         finally:
             self._flush()
             self.plain.settimeout(None)
@@ -58,7 +58,7 @@ class TlsSocket:
             try:
                 return self._read(size)
             except ssl.SSLWantReadError:
-                self._take(flags)
+                self._receive_encrypted(flags)
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):  # ended by close_notify, or without
                 return b""
 
@@ -96,7 +96,7 @@ class TlsSocket:
     def close(self) -> None:
         self.plain.close()
 
-    def _take(self, flags: int) -> None:
+    def _receive_encrypted(self, flags: int) -> None:
         data = self.plain.recv(4 * MAX_RECORD_SIZE, flags)
         if data:
             self._incoming.write(data)

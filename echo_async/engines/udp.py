@@ -45,7 +45,7 @@ class LoopReceiver:
                 self._loop.remove_reader(each)
             responder.close()
 
-    def join(self) -> None:
+    def wait_stopped(self) -> None:
         """Do nothing: :meth:`stop` does not return earlier."""
 
 
@@ -79,7 +79,7 @@ class ThreadReceiver:
         with contextlib.suppress(OSError):  # it is closed
             self._waker.send(b"\0")
 
-    def join(self) -> None:
+    def wait_stopped(self) -> None:
         """Wait until what has arrived is answered, and the sockets are closed."""
         self._thread.join()
         self._close_waker()

@@ -33,16 +33,16 @@ class Connection(ReplyVerifier):
     def exchange(self, data: bytes) -> float:
         """Send one encoded message; return the round-trip time in seconds. Replies in flight are received first."""
         started = perf_counter()
-        self._complete(Exchange(data))
+        self._wait_for_reply(Exchange(data))
         return perf_counter() - started
 
     def receive_line(self, data: bytes, max_size: int) -> bytes:
         """Send one message; return its reply, a line of at most ``max_size`` bytes."""
         exchange = LineExchange(data, max_size)
-        self._complete(exchange)
+        self._wait_for_reply(exchange)
         return bytes(exchange.line)
 
-    def _complete(self, exchange: Exchange) -> None:
+    def _wait_for_reply(self, exchange: Exchange) -> None:
         self.send(exchange)
         while exchange.error is None and exchange.received < len(exchange.data):
             self.wait()
@@ -91,7 +91,7 @@ class Connection(ReplyVerifier):
         if self.is_open and isinstance(self._socket, SSLSocket):
             with contextlib.suppress(OSError, ValueError):  # send close_notify, without waiting for that of the server
                 self._socket.unwrap()
-        self._lose("closed by this client")
+        self._fail_in_flight("closed by this client")
 
     def _close_socket(self) -> None:
         self._unsent.clear()
@@ -125,9 +125,9 @@ class Connection(ReplyVerifier):
         if data:
             self._verify(data)
         elif self._send_error is not None:
-            self._lose(describe_error(self._send_error), self._send_error)
+            self._fail_in_flight(describe_error(self._send_error), self._send_error)
         else:
-            self._lose("closed by the server")
+            self._fail_in_flight("closed by the server")
         return True
 
     def _poll_writes(self, enable: bool) -> None:

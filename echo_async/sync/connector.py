@@ -24,7 +24,7 @@ def open_connection(endpoint: Endpoint) -> Connection:
     schedule = RetrySchedule(endpoint)
     while True:
         try:
-            return _attempt(endpoint, schedule.timeout)
+            return _attempt_connection(endpoint, schedule.timeout)
         except ConnectError as error:
             delay = schedule.next_delay(error)
             if delay is None:
@@ -32,7 +32,7 @@ def open_connection(endpoint: Endpoint) -> Connection:
         sleep(delay)
 
 
-def _attempt(endpoint: Endpoint, seconds: float) -> Connection:
+def _attempt_connection(endpoint: Endpoint, seconds: float) -> Connection:
     started, deadline = perf_counter(), monotonic() + seconds
     log.debug("connecting to %s", endpoint.name)
     try:
@@ -49,7 +49,7 @@ def _attempt(endpoint: Endpoint, seconds: float) -> Connection:
 def _connect(endpoint: Endpoint, deadline: float) -> socket.socket:
     if endpoint.config.uds is not None:
         return _connect_unix(endpoint.config.uds, deadline)
-    return _race(list(endpoint.numeric or endpoint.resolve()), deadline)
+    return _race_addresses(list(endpoint.numeric or endpoint.resolve()), deadline)
 
 
 def _connect_unix(path: str, deadline: float) -> socket.socket:
@@ -66,7 +66,7 @@ def _connect_unix(path: str, deadline: float) -> socket.socket:
         return connecting
 
 
-def _race(waiting: list[AddressInfo], deadline: float) -> socket.socket:
+def _race_addresses(waiting: list[AddressInfo], deadline: float) -> socket.socket:
     """Connect to the first address that accepts; the next is tried after a delay, or after a failure (RFC 8305)."""
     failure: OSError | None = None
     running: set[socket.socket] = set()
