@@ -166,7 +166,7 @@ def test_server_runs_on_the_given_loop_factory(workers: int, custom_loop: Path) 
 def test_bench_compare_measures_the_given_loop_factory(custom_loop: Path) -> None:
     pytest.importorskip("numpy")
     options = ("--engines", "protocol", "--loops", "custom_loop:new_event_loop,asyncio", "--sizes", "64", "--json")
-    times = ("--rounds", "1", "--duration", "0.2", "--warmup", "0")
+    times = ("--rounds", "1", "--duration", "0.5", "--warmup", "0")
     env = {"PYTHONPATH": str(ROOT)}
     done = execute(*GROUP, "bench", "compare", *options, *times, cwd=custom_loop, env=env)
     assert (done.returncode, done.stderr) == (0, "")
