@@ -180,6 +180,14 @@ class Connection:
                 yield
         return None
 
+    def finish_log(self, lines: Iterator[None]) -> None:
+        """Log the rest of a reply at once."""
+        try:
+            for _ in lines:
+                pass
+        except Exception as error:  # of a logging filter, for instance
+            self.context.fail(self.peer, error)
+
     def log_timeout(self, kind: TimeoutKind) -> None:
         seconds = getattr(self.context.config, f"timeout_{kind}")
         log.info("%s %s timeout (%g s)%s", self.peer, kind, seconds, TIMEOUT_DETAILS[kind])

@@ -219,11 +219,16 @@ class LoggedProtocolConnection(ProtocolConnection):
         self._resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Count as open until all messages are logged, so that a shutdown waits for them."""
+        """Count as open until all messages are logged."""
         if self._lines is None:
             super().connection_lost(error)
         else:
             self._loop.call_soon(self.connection_lost, error)
+
+    def abort(self) -> None:
+        if self._lines is not None:  # a shutdown does not wait longer
+            self.finish_log(self._lines)
+        super().abort()
 
     def _can_read(self) -> bool:
         return self._lines is None and super()._can_read()

@@ -6,7 +6,7 @@ microsecond of Python per chunk, however small.
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Unpack
 
 from ..config import ServerConfig, ServerOptions
@@ -123,7 +123,7 @@ async def create_server(registry: Registry, on_established: OnEstablished, liste
 class StreamConnection(Connection):
     """One connection of the ``streams`` engine."""
 
-    __slots__ = ("_is_reading", "_is_stopping", "_reader", "_registry", "_task", "_transport", "_writer")
+    __slots__ = ("_is_reading", "_is_stopping", "_lines", "_reader", "_registry", "_task", "_transport", "_writer")
 
     def __init__(self, registry: Registry, origin: Origin, reader: Reader, writer: asyncio.StreamWriter) -> None:
         self._registry = registry
@@ -134,6 +134,7 @@ class StreamConnection(Connection):
         super().__init__(registry.context, peername, origin.header)
         self._is_reading = False  # the task may be woken by a cancellation
         self._is_stopping = False
+        self._lines: Iterator[None] = iter(())  # of the reply that is being logged
 
     def start(self) -> asyncio.Task[None]:
         """Serve the connection in a task, which is done when the connection is closed."""
@@ -222,14 +223,13 @@ class StreamConnection(Connection):
             await self._log(reply)
 
     async def _log(self, reply: bytes) -> None:
-        """Log the messages of one reply, in turns with other connections; the rest at once if woken."""
-        lines = self.log_reply(reply)
+        """Log the messages of one reply, in turns with other connections; the rest at once if woken or aborted."""
+        self._lines = self.log_reply(reply)
         try:
-            for _ in lines:
+            for _ in self._lines:
                 await asyncio.sleep(0)
         finally:
-            for _ in lines:
-                pass
+            self.finish_log(self._lines)
 
     async def _linger(self) -> None:
         """Discard input until the client closes its side. The sweep limits the time."""
@@ -251,6 +251,7 @@ class StreamConnection(Connection):
 
     def abort(self) -> None:
         self.conversation.finish()  # input that is buffered is not answered
+        self.finish_log(self._lines)
         abort_transport(self._transport)
 
     def _wake(self) -> None:
