@@ -43,6 +43,7 @@ CONNECT_IN_PROGRESS = {0, errno.EINPROGRESS, getattr(errno, "WSAEWOULDBLOCK", 0)
 TRAFFIC_CLASS_OPTIONS = (("IPPROTO_IP", "IP_RECVTOS", "IP_TOS"), ("IPPROTO_IPV6", "IPV6_RECVTCLASS", "IPV6_TCLASS"))
 
 IP_PKTINFO = 8  # of Linux: include/uapi/linux/in.h
+IPV6_PKTINFO = socket.IPPROTO_IPV6, getattr(socket, "IPV6_PKTINFO", -1)
 IPV6_MULTICAST = 0xFF  # the first byte (RFC 4291 section 2.7)
 
 SIOCOUTQNSD = 0x894B  # of Linux: include/uapi/linux/sockios.h
@@ -127,25 +128,33 @@ def mark_replies(receiver: socket.socket, traffic_class: int) -> None:
 def report_destinations(receiver: socket.socket) -> None:
     """Let :func:`receive_message` return the address that a datagram was sent to, on Linux."""
     if sys.platform == "linux":
-        if receiver.family == socket.AF_INET6:
-            receiver.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-        else:
-            receiver.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+        with suppress(OSError):
+            if receiver.family == socket.AF_INET6:
+                receiver.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+            else:
+                receiver.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
 
 
-def find_destination(ancillary: list[Any]) -> tuple[str | None, list[Any]]:
-    """Return the address that a datagram was sent to, None if not reported, and the ancillary data of a reply from it.
+def find_reply_source(ancillary: list[Any]) -> list[Any]:
+    """Return the ancillary data of a reply from the address that a datagram was sent to; empty if that is not reported.
 
     The structures are in ip(7) and RFC 3542 section 6.1. The system selects the interface of the reply.
     """
-    if len(ancillary) < 2:
-        return None, []
-    level, kind, info = ancillary[0]
-    if level == socket.IPPROTO_IP:  # interface, local address, destination
-        return socket.inet_ntop(socket.AF_INET, info[4:8]), [(level, kind, bytes(4) + info[4:8] + bytes(4))]
-    if info[0] == IPV6_MULTICAST:  # no address to send from
-        return None, []
-    return socket.inet_ntop(socket.AF_INET6, info[:16]), [(level, kind, info[:16] + bytes(4))]
+    for level, kind, info in ancillary:
+        if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):  # interface, local address, destination
+            return [(level, kind, bytes(4) + info[4:8] + bytes(4))]
+        if (level, kind) == IPV6_PKTINFO and info[0] != IPV6_MULTICAST:
+            return [(level, kind, info[:16] + bytes(4))]
+    return []
+
+
+def format_reply_source(reply_source: list[Any]) -> str | None:
+    """Return the address in the result of :func:`find_reply_source`."""
+    for level, _, info in reply_source:
+        if level == socket.IPPROTO_IP:
+            return socket.inet_ntop(socket.AF_INET, info[4:8])
+        return socket.inet_ntop(socket.AF_INET6, info[:16])
+    return None
 
 
 def _receive_without_ancillary(receiver: socket.socket, size: int, _: int, /) -> tuple[bytes, list[Any], int, Any]:
@@ -154,8 +163,9 @@ def _receive_without_ancillary(receiver: socket.socket, size: int, _: int, /) ->
 
 
 HAS_ANCILLARY_DATA = hasattr(socket, "CMSG_SPACE")
-ANCILLARY_SIZE = socket.CMSG_SPACE(20) + socket.CMSG_SPACE(4) if HAS_ANCILLARY_DATA else 0
-"""Bytes: an address and its interface, the traffic class."""
+ANCILLARY_SIZE = 256 if HAS_ANCILLARY_DATA else 0
+"""Bytes: more than an address, a traffic class and the timestamp that an inherited socket can report."""
+
 receive_message: Callable[[socket.socket, int, int], tuple[bytes, list[Any], int, Any]] = (
     socket.socket.recvmsg if HAS_ANCILLARY_DATA else _receive_without_ancillary
 )

@@ -8,7 +8,7 @@ to a port where another service may answer, to another echo server, or to an add
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from .proxy import TrustedProxies
@@ -25,6 +25,15 @@ REPLY_TRAFFIC_CLASS = 0xAC
 which is for local use (RFC 2474 section 6), and no ECN."""
 REPLY_MARKS = {bytes([REPLY_TRAFFIC_CLASS]), REPLY_TRAFFIC_CLASS.to_bytes(4, sys.byteorder)}
 """How the kernel reports it: as a byte for IPv4 (ip(7), IP_RECVTOS), as an int for IPv6 (RFC 3542 section 6.5)."""
+
+
+def is_marked(ancillary: Iterable[tuple[int, int, bytes]]) -> bool:
+    """Whether the ancillary data of a datagram is that of a reply."""
+    for _, _, data in ancillary:  # noqa: SIM110 (any() takes longer)
+        if data in REPLY_MARKS:
+            return True
+    return False
+
 
 REFUSALS = {
     "address": "not in udp_allow_from",

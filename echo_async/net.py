@@ -23,7 +23,7 @@ AddressInfo = tuple[socket.AddressFamily, Any, int, str, tuple[Any, ...]]
 
 
 IPV4_MAPPED = "::ffff:"
-UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # addresses that stand for all, and one where each is reached
+UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # wildcard addresses, and the loopback address that reaches each
 PORT_ATTEMPTS = 10  # free ports that are tried until one is free on every address
 RECEIVE_BUFFER_SIZE = 4 * 1024 * 1024  # bytes requested for the datagrams of a burst
 LOCK_TIMEOUT, LOCK_INTERVAL = 1.0, 0.005  # seconds to wait for the lock of a directory, and between two attempts

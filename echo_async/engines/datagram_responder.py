@@ -10,8 +10,8 @@ import socket
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..compat import ANCILLARY_SIZE, find_destination, receive_message
-from ..datagrams import MAX_SIZE, REFUSALS, REPLY_MARKS, Refusals, SocketAddress
+from ..compat import ANCILLARY_SIZE, find_reply_source, format_reply_source, receive_message
+from ..datagrams import MAX_SIZE, REFUSALS, Refusals, SocketAddress, is_marked
 from ..errors import describe_error
 from ..logs import RateLimitedLog, access_log, excerpt, log
 from ..net import UNSPECIFIED, format_address
@@ -27,20 +27,22 @@ class ReplyRoute(NamedTuple):
 
     sender: socket.socket
     peer: SocketAddress
-    local_host: str | None  # None: the address of ``sender``
-    ancillary: list[Any]
+    source: list[Any]  # ancillary data; empty if the system selects the source address
 
     def send(self, reply: bytes) -> None:
-        if self.ancillary:
-            self.sender.sendmsg([reply], self.ancillary, 0, self.peer)
-        else:
-            self.sender.sendto(reply, self.peer)
+        if self.source:
+            try:
+                self.sender.sendmsg([reply], self.source, 0, self.peer)
+                return
+            except OSError:  # one cannot send from a broadcast address, for instance
+                pass
+        self.sender.sendto(reply, self.peer)
 
     def get_extra_info(self, name: str) -> Any:
         """Return ``sockname`` or ``peername``."""
         if name == "sockname":
             host, *rest = self.sender.getsockname()
-            return (self.local_host or host, *rest)
+            return (format_reply_source(self.source) or host, *rest)
         return self.peer if name == "peername" else None
 
 
@@ -57,9 +59,9 @@ class DatagramResponder:
         self._counters = self.context.counters.datagrams
         self._refusals = Refusals(config.udp_allow_from, [each.getsockname()[1] for each in sockets])
         self._identifies = config.mode == "identify"
-        has_several_addresses = any(each.getsockname()[0] in UNSPECIFIED for each in sockets)
+        is_on_all_addresses = any(each.getsockname()[0] in UNSPECIFIED for each in sockets)
         is_changed = self._identifies or self.has_faults
-        self._is_plain = not (is_changed or has_several_addresses or self.context.log_messages)
+        self._is_plain = not (is_changed or is_on_all_addresses or self.context.log_messages)
         self._expected = 1  # datagrams that one call answers
         self._full_calls = 0  # that answered as many as expected
         self._log_refused = RateLimitedLog(log.warning, "%s datagram refused: %s")
@@ -81,7 +83,7 @@ class DatagramResponder:
                 return False
             received += 1
             try:
-                reason = "loop" if ancillary and ancillary[-1][2] in REPLY_MARKS else refusals[source]
+                reason = "loop" if is_marked(ancillary) else refusals[source]
                 if reason is not None:
                     self.refuse(source, reason)
                 elif is_plain:
@@ -89,11 +91,12 @@ class DatagramResponder:
                     counters.answered += 1
                     counters.received += size
                     counters.sent += size
-                    receiver.sendto(data, source)
+                    try:
+                        receiver.sendto(data, source)
+                    except OSError as error:
+                        self._lose(data, source, error)
                 else:
                     self._answer(receiver, data, source, ancillary)
-            except OSError as error:
-                self._lose(data, source, error)
             except Exception as error:  # the others have to be answered too
                 self.context.fail(format_address(source), error)
         self._full_calls += 1
@@ -102,7 +105,7 @@ class DatagramResponder:
         return True
 
     def _answer(self, receiver: socket.socket, data: bytes, source: SocketAddress, ancillary: list[Any]) -> None:
-        route = ReplyRoute(receiver, source, *find_destination(ancillary))
+        route = ReplyRoute(receiver, source, find_reply_source(ancillary))
         reply = self._identify(data, route) if self._identifies else data
         if len(reply) > len(data):
             return self.refuse(source, "size")

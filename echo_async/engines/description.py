@@ -13,7 +13,7 @@ from ..proxy import ProxyHeader
 
 
 def describe_connection(
-    config: ServerConfig, peername: object, header: ProxyHeader | None, extra_info: Callable[[str], Any]
+    config: ServerConfig, peername: object, header: ProxyHeader | None, get_extra_info: Callable[[str], Any]
 ) -> Describer:
     """Return what makes the replies of a connection.
 
@@ -21,17 +21,17 @@ def describe_connection(
         config: That of the listener.
         peername: The client's address, if the PROXY header states one.
         header: The PROXY header, if there was one.
-        extra_info: Returns ``sockname``, ``peername`` and ``ssl_object`` as :class:`asyncio.BaseTransport` does.
+        get_extra_info: Returns ``sockname``, ``peername`` and ``ssl_object`` as :class:`asyncio.BaseTransport` does.
     """
     server = Responder(
         platform.node(),
         os.getpid(),
-        format_address(extra_info("sockname")),
+        format_address(get_extra_info("sockname")),
         sys.modules[__name__.partition(".")[0]].__version__,  # not imported: the package imports this module
         config.engine,
         dict(config.labels or {}),
     )
-    peer, session = extra_info("peername"), extra_info("ssl_object")
+    peer, session = get_extra_info("peername"), get_extra_info("ssl_object")
     return Describer(
         server,
         Kubernetes.of(os.environ),

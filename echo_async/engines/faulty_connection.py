@@ -10,7 +10,7 @@ from ..compat import is_closed_by_peer, unsent_in_kernel
 from ..faults import Action, End, FaultPlan, Report, Wait
 from .connection import Connection, TimeoutKind
 
-FLUSH_INTERVAL = 0.001  # seconds between two checks whether everything is on the wire
+SENT_CHECK_INTERVAL = 0.001  # seconds between two checks whether everything is on the wire
 MAX_WAIT_AT_END = 0.001  # seconds that an action waits during a shutdown
 MIN_WAIT = 0.75  # of the length of a wait, if the previous one took too long
 
@@ -67,9 +67,9 @@ class FaultyConnection(Connection):
         deadline = self.context.now() + self.context.config.timeout_write
         checks = 2
         while checks and self.context.now() < deadline:
-            is_flushed = not self.unsent() and not unsent_in_kernel(self.raw_socket())
-            checks = checks - 1 if is_flushed else 2
-            yield Wait(FLUSH_INTERVAL)
+            is_sent = not self.unsent() and not unsent_in_kernel(self.raw_socket())
+            checks = checks - 1 if is_sent else 2
+            yield Wait(SENT_CHECK_INTERVAL)
 
     def _make_describer(self) -> Callable[[bytes, int], bytes]:
         from .description import describe_connection  # only for identify mode

@@ -11,7 +11,7 @@ from .admission import Admission
 from .datagram_responder import DatagramResponder, ReplyRoute
 
 MAX_DELAYED_SIZE = 2**24  # bytes of memory for delayed replies
-DELAYED_OVERHEAD = 256  # bytes of memory of a delayed reply, besides its own
+DELAYED_OVERHEAD = 640  # bytes of memory of a delayed reply, besides its own
 
 
 class FaultyDatagramResponder(DatagramResponder):
@@ -64,4 +64,7 @@ class FaultyDatagramResponder(DatagramResponder):
     def _send_next(self) -> None:
         _, _, reply, route = heappop(self._delayed)
         self._delayed_size -= len(reply) + DELAYED_OVERHEAD
-        super().send(reply, route)
+        try:
+            super().send(reply, route)
+        except Exception as error:  # the others have to be sent too
+            self.context.fail(format_address(route.peer), error)

@@ -132,6 +132,34 @@ def test_udp_reply_comes_from_the_address_asked(start_server: StartServer, host:
         assert is_echoed(server, b"asked", "127.0.0.2")
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_udp_broadcast_is_answered(host: str) -> None:
+    """A reply cannot come from a broadcast address."""
+    with HostedServer(udp=True, host=host) as server, udp_client() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        client.sendto(b"anybody", ("127.255.255.255", server.port))
+        assert client.recv(100) == b"anybody"
+
+
+@each_receiver
+def test_udp_logging_error_is_counted_and_others_are_answered(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(record: logging.LogRecord) -> bool:
+        if "first" in record.getMessage():
+            raise ConnectionRefusedError("log server")
+        return True
+
+    monkeypatch.setattr(logging.getLogger("echo_async.access"), "filters", [fail])
+    caplog.set_level(logging.INFO, "echo_async.access")
+    with start_server(udp=True) as server, udp_client() as client:
+        client.sendto(b"first", server.address)
+        client.sendto(b"second", server.address)
+        assert client.recv(100) == b"second"
+    stats = server.stats
+    assert (stats.failed, stats.bytes_in, stats.bytes_out, stats.datagrams_refused) == (1, 11, 6, {})
+
+
 def test_udp_and_tcp_are_served_on_one_port() -> None:
     with HostedServer(udp=True) as server:
         with socket.create_connection(server.address, TIMEOUT) as client:
@@ -181,11 +209,11 @@ def test_udp_own_port_on_another_address_is_refused(start_server: StartServer) -
 
 
 @each_receiver
-@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
 def test_udp_marked_replies_are_refused(start_server: StartServer, host: str) -> None:
     """A datagram with the traffic class of a reply is one of another server."""
     with start_server(udp=True, host=host) as server:
-        for peer in {"127.0.0.1", "::1"} if host == "::" else {host}:
+        for peer in {"0.0.0.0": ["127.0.0.1"], "::": ["127.0.0.1", "::1"]}.get(host, [host]):
             with udp_client(peer) as client:
                 level, name = (socket.IPPROTO_IPV6, socket.IPV6_TCLASS) if ":" in peer else (0, socket.IP_TOS)
                 client.setsockopt(level, name, REPLY_TRAFFIC_CLASS)
@@ -449,13 +477,13 @@ def test_udp_fault_delay_delays_each_reply(start_server: StartServer) -> None:
 def test_udp_fault_delay_ends_at_a_stop(start_server: StartServer) -> None:
     with udp_client() as client:
         with start_server(udp=True, fault="delay=60") as server:
-            client.sendto(b"released", server.address)
+            client.sendto(b"delayed", server.address)
             wait_until(lambda: server.stats.datagrams == 1)
-        assert client.recv(100) == b"released"
+        assert client.recv(100) == b"delayed"
 
 
 def test_udp_fault_delay_holds_limited_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echo_async.engines.faulty_datagram_responder.MAX_DELAYED_SIZE", 1000)
+    monkeypatch.setattr("echo_async.engines.faulty_datagram_responder.MAX_DELAYED_SIZE", 2000)
     with faulty_server(fault="delay=60") as server, udp_client() as client:
         for _ in range(5):
             client.sendto(bytes(100), server.address)
