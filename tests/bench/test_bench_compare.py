@@ -25,9 +25,10 @@ SHORT = ("--rounds", "1", "--warmup", "0.02")
 
 def compare(*arguments: str) -> int:
     """Run a short comparison; return the exit code. Measure longer if a busy machine answers no message in time."""
-    if "--disturb" not in arguments:
+    is_disturbed = "--disturb" in arguments
+    if not is_disturbed:
         arguments = ("--connections", "2", *arguments)
-    for duration in ("0.05", "1", "20"):
+    for duration in ("0.3" if is_disturbed else "0.05", "1", "20"):
         with redirect_stderr(StringIO()) as stderr:
             code = main(["compare", *SHORT, *arguments, "--duration", duration])
         if "no replies within" not in stderr.getvalue():
