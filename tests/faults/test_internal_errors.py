@@ -55,3 +55,27 @@ def test_internal_error_aborts_only_its_connection(
         failing.close()
     [line] = log_lines(caplog, logging.WARNING)
     assert re.fullmatch(r"127\.0\.0\.1:\d+ internal error, connection aborted: .*(a bug|Memory).*", line)
+
+
+def test_logging_error_aborts_only_its_connection(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a reply that is logged in several turns, the last line fails."""
+
+    def fail(record: logging.LogRecord) -> bool:
+        if record.getMessage().endswith(": last"):
+            raise ValueError("a filter")
+        return True
+
+    monkeypatch.setattr("echo_async.engines.connection.LINES_PER_TURN", 1)
+    monkeypatch.setattr(logging.getLogger("echo_async.access"), "filters", [fail])
+    caplog.set_level(logging.INFO, "echo_async.access")
+    with start_server(mode="stream") as server, connect(server) as healthy:
+        with connect(server) as failing:
+            failing.sendall(b"one\ntwo\nlast\n")
+            with suppress(ConnectionError):
+                while failing.recv(100):
+                    pass
+        wait_until(lambda: server.stats.active == 1)
+        assert server.stats.failed == 1
+        assert is_echoed(healthy)
