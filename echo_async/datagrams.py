@@ -26,15 +26,6 @@ which is for local use (RFC 2474 section 6), and no ECN."""
 REPLY_MARKS = {bytes([REPLY_TRAFFIC_CLASS]), REPLY_TRAFFIC_CLASS.to_bytes(4, sys.byteorder)}
 """How the kernel reports it: as a byte for IPv4 (ip(7), IP_RECVTOS), as an int for IPv6 (RFC 3542 section 6.5)."""
 
-
-def is_marked(ancillary: Iterable[tuple[int, int, bytes]]) -> bool:
-    """Whether the ancillary data of a datagram is that of a reply."""
-    for _, _, data in ancillary:  # noqa: SIM110 (any() takes longer)
-        if data in REPLY_MARKS:
-            return True
-    return False
-
-
 REFUSALS = {
     "address": "not in udp_allow_from",
     "port": f"source port below {MIN_SOURCE_PORT}",
@@ -44,6 +35,14 @@ REFUSALS = {
     "send": "cannot send the reply",
 }
 """Why a datagram is not answered: what is counted, and what is logged."""
+
+
+def is_marked(ancillary: Iterable[tuple[int, int, bytes]]) -> bool:
+    """Whether the ancillary data of a datagram is that of a reply."""
+    for _, _, data in ancillary:  # noqa: SIM110 (any() takes longer)
+        if data in REPLY_MARKS:
+            return True
+    return False
 
 
 class Refusals(dict[SocketAddress, "str | None"]):

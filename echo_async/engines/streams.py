@@ -30,6 +30,7 @@ from .sweeper import Sweeper
 CHUNKS_PER_TURN = 50  # chunks of one connection before others get their turn
 DRAIN_THRESHOLD = 16 * 1024  # bytes of unsent replies above which no chunk is read
 DISCARD_SIZE = 64 * 1024  # bytes per read of input that is discarded
+NO_LINES: Iterator[None] = iter(())
 
 
 Reader = ChunkReader | asyncio.StreamReader
@@ -134,7 +135,7 @@ class StreamConnection(Connection):
         super().__init__(registry.context, peername, origin.header)
         self._is_reading = False  # the task may be woken by a cancellation
         self._is_stopping = False
-        self._lines: Iterator[None] = iter(())  # of the reply that is being logged
+        self._lines = NO_LINES  # of the reply that is being logged
 
     def start(self) -> asyncio.Task[None]:
         """Serve the connection in a task, which is done when the connection is closed."""
@@ -230,6 +231,7 @@ class StreamConnection(Connection):
                 await asyncio.sleep(0)
         finally:
             self.finish_log(self._lines)
+            self._lines = NO_LINES  # an idle connection keeps no message
 
     async def _linger(self) -> None:
         """Discard input until the client closes its side. The sweep limits the time."""
