@@ -54,8 +54,11 @@ async def _serve(listeners: list[ListenerConfig], channel: socket.socket) -> Non
     command_task = asyncio.create_task(_handle_commands(server, reader, writer))
     await server.wait_closed()
     command_task.cancel()
+    await asyncio.wait([command_task])
     with contextlib.suppress(*CHANNEL_CLOSED_ERRORS):
         writer.write(_encode_report(stats=[asdict(each) for each in server.listener_stats]))
+        writer.write_eof()
+        await reader.read()  # the supervisor closes first: a command sent to a closed channel loses the report
         writer.close()
         await writer.wait_closed()
 

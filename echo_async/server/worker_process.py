@@ -102,9 +102,8 @@ class Worker:
         self.is_ready = False
         while self._requests:
             self._requests.popleft().set_result(False)
-        code = await self.wait_exited()
-        self._writer.close()
-        return code
+        self._writer.close()  # the worker waits for it
+        return await self.wait_exited()
 
     async def _kill_if_unresponsive(self) -> None:
         """Kill the worker after ``MAX_MISSED`` missed reports, or ``MAX_MISSED_BUSY`` if it has used the CPU meanwhile.

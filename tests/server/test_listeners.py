@@ -173,10 +173,12 @@ def test_unix_socket_and_proxy_header_on_two_listeners(tmp_path: Path) -> None:
 
 
 def test_second_signal_aborts_all_listeners() -> None:
-    with listening("0", "0,mode=stream", options=("--workers", "2")) as listeners, ExitStack() as stack:
-        clients = [stack.enter_context(listeners.connect(index)) for index in (0, 1)]
-        for client in clients:
-            client.sendall(b"never finished")
+    options = ("--mode", "stream", "--workers", "2")
+    with listening("0", "0", options=options) as listeners, ExitStack() as stack:
+        for index in (0, 1):
+            client = stack.enter_context(listeners.connect(index))
+            client.sendall(b"one\nnever finished")
+            assert receive_line(client) == b"one\n"  # the worker has read both
         with listeners.connect(1) as idle:
             idle.sendall(b"one\n")
             assert receive_line(idle) == b"one\n"

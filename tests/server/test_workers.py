@@ -63,6 +63,11 @@ def counters(lines: str) -> dict[str, int]:
     return {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", lines.splitlines()[-1])}
 
 
+def is_running(process: int) -> bool:
+    """Return whether it uses the CPU, or waits for it."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("R")
+
+
 def has_exited(process: int) -> bool:
     try:
         return re.search(r"^State:\s+Z", Path(f"/proc/{process}/status").read_text(), re.M) is not None
@@ -338,8 +343,7 @@ def test_second_signal_aborts_incomplete_messages(engine: EngineName) -> None:
     with two_workers(engine) as server, server.connect() as idle, ExitStack() as clients:
         busy = [clients.enter_context(connect_to(each, server)) for each in server.worker_pids]
         for client in busy:
-            client.sendall(b"never finished")
-        wait_until(lambda: all(map(is_acknowledged, busy)))
+            assert exchange(client, b"one\nnever finished") == b"one\n"  # the worker has read both
         server.process.send_signal(signal.SIGTERM)
         assert receive_all(idle) == b""  # the workers are shutting down
         started_at = monotonic()
@@ -369,6 +373,26 @@ async def supervised(**options: Unpack[ServerOptions]) -> AsyncIterator[tuple[Su
 def events_of(worker: int, caplog: pytest.LogCaptureFixture) -> list[str]:
     prefix = f"worker {worker} "
     return [line.removeprefix(prefix) for line in log_lines(caplog, WARNING) if line.startswith(prefix)]
+
+
+def test_command_to_a_worker_that_has_finished_keeps_its_counters() -> None:
+    """The last report is still in the channel when the supervisor sends the second ``abort``."""
+
+    async def main() -> int:
+        with ExitStack() as stack:
+            async with supervised(mode="stream") as (supervisor, workers):
+                address = supervisor.servers[0].address
+                clients = [stack.enter_context(socket.create_connection(address, TIMEOUT)) for _ in range(4)]
+                for client in clients:
+                    assert exchange(client, b"one\nnever finished") == b"one\n"
+                supervisor.abort()
+                assert all(map(is_closed, clients))
+                wait_until(lambda: not any(map(is_running, workers)))
+                supervisor.abort()
+                await supervisor.wait_closed()
+        return sum(each.lost for each in supervisor.listener_stats)
+
+    assert asyncio.run(main()) == 4
 
 
 @pytest.mark.parametrize(("timeout", "is_aborted"), [(0.05, False), (60, True)])
