@@ -251,8 +251,8 @@ def test_incomplete_message_delays_exit_until_shutdown_timeout(variant: tuple[st
         server.connect() as idle,
     ):
         client.sendall(b"no newline yet")
-        server.process.send_signal(signal.SIGTERM)
         started = monotonic()
+        server.process.send_signal(signal.SIGTERM)
         assert receive_all(idle) == b""
         code, log = server.wait()
         assert 0.4 < monotonic() - started < MAX_DELAY
