@@ -125,7 +125,7 @@ def mark_replies(receiver: socket.socket, traffic_class: int) -> None:
             receiver.setsockopt(getattr(socket, level), getattr(socket, name), traffic_class)
 
 
-def report_destinations(receiver: socket.socket) -> None:
+def enable_destination_info(receiver: socket.socket) -> None:
     """Let :func:`receive_message` return the address that a datagram was sent to, on Linux."""
     if sys.platform == "linux":
         with suppress(OSError):

@@ -46,14 +46,14 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ReportFault:
     """Count and log a fault, which takes effect on this connection from now on."""
 
     kind: str
     text: str
 
 
-Action = Send | Wait | Report | End
+Action = Send | Wait | ReportFault | End
 Range = tuple[float, float]
 
 ENDS = {end.value: end for end in End}
@@ -163,7 +163,7 @@ def _check_combination(kinds: list[str], has_probability: bool) -> None:
             other = next(kind for kind in kinds if kind != single)
             raise ValueError(f"{single} and {other} are mutually exclusive")
     if has_probability and kinds == [NO_ACCEPT]:
-        raise ValueError(f"{NO_ACCEPT} applies to all connections: it takes no p")
+        raise ValueError(f"{NO_ACCEPT} applies to all connections and takes no probability (p)")
 
 
 class FaultSchedule:
@@ -219,16 +219,16 @@ class FaultPlan:
         self.sent = 0
         self.is_refused = fault.end == REFUSE
         self.is_silent = DROP in fault.values
-        self._end = ENDS.get(fault.end or "")
-        self._limit = math.inf if self._end is None else self._value(self._end.value)
+        self._end_action = ENDS.get(fault.end or "")
+        self._limit = math.inf if self._end_action is None else self._value(self._end_action.value)
 
-    def refuse(self) -> Report:
+    def refuse(self) -> ReportFault:
         """Return the report of a refused connection."""
         return self._report(REFUSE)
 
     def start(self) -> Iterator[Action]:
         """Yield the actions before the first reply: a connection that stalls after 0 bytes stalls at once."""
-        if self._end is End.STALL and self._limit == 0:
+        if self._end_action is End.STALL and self._limit == 0:
             yield from self._finish()
 
     def reply(self, data: bytes) -> Iterator[Action]:
@@ -260,7 +260,7 @@ class FaultPlan:
     @property
     def _is_finished(self) -> bool:
         """Whether nothing more is sent."""
-        return self._end is not None and self._end.value in self._reported
+        return self._end_action is not None and self._end_action.value in self._reported
 
     def _reply(self, reply: bytes) -> Iterator[Action]:
         yield from self._report_new(DROP, "delay", "corrupt", "duplicate")
@@ -306,14 +306,14 @@ class FaultPlan:
             if kind in self._fault.values and kind not in self._reported:
                 yield self._report(kind)
 
-    def _report(self, kind: str) -> Report:
+    def _report(self, kind: str) -> ReportFault:
         self._reported.add(kind)
-        return Report(kind, self._fault.texts[kind])
+        return ReportFault(kind, self._fault.texts[kind])
 
     def _finish(self) -> Iterator[Action]:
-        assert self._end is not None
-        yield self._report(self._end.value)
-        yield self._end
+        assert self._end_action is not None
+        yield self._report(self._end_action.value)
+        yield self._end_action
 
     def _value(self, kind: str) -> float:
         """Draw a value of ``kind`` from its range."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .compat import HAS_SHARED_PORTS, mark_replies, report_destinations, set_exclusive_address, try_lock
+from .compat import HAS_SHARED_PORTS, enable_destination_info, mark_replies, set_exclusive_address, try_lock
 from .config import ServerConfig
 from .datagrams import REPLY_TRAFFIC_CLASS
 from .errors import StartError, describe_error
@@ -178,7 +178,7 @@ def bind_udp(listeners: Sequence[socket.socket]) -> list[socket.socket]:
 def _prepare_udp(receiver: socket.socket) -> socket.socket:
     mark_replies(receiver, REPLY_TRAFFIC_CLASS)
     if receiver.getsockname()[0] in UNSPECIFIED:
-        report_destinations(receiver)
+        enable_destination_info(receiver)
     receiver.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_SIZE)  # the system limits it
     receiver.setblocking(False)
     return receiver

@@ -151,7 +151,7 @@ def test_large_message_is_written_in_parts_without_a_copy(mode: Mode) -> None:
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
 @pytest.mark.parametrize("size", [20, 1000, LARGE_CHUNK])
-def test_incomplete_message_takes_little_more_than_its_size(mode: Mode, size: int) -> None:
+def test_incomplete_message_uses_little_more_memory_than_its_size(mode: Mode, size: int) -> None:
     conversation = make_conversation(mode, LIMIT)
     tracemalloc.start()
     try:

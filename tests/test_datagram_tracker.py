@@ -99,7 +99,7 @@ def test_tracker_gives_up_the_oldest() -> None:
 
 
 @pytest.mark.parametrize(("size", "window"), [(0, 1), (1, 64), (64, 64), (1472, 22), (65_507, 1)])
-def test_tracker_datagrams_in_flight_are_limited(size: int, window: int) -> None:
+def test_tracker_limits_datagrams_in_flight(size: int, window: int) -> None:
     tracker, sent = sent_tracker(window, size=size)
     assert not tracker.can_send
     tracker.receive(sent[-1], 1.0)  # the earlier ones are lost, or were overtaken

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_async.faults import Action, End, FaultPlan, FaultSchedule, Report, Send, Wait, parse_fault, parse_sequence
+from echo_async.faults import (
+    Action,
+    End,
+    FaultPlan,
+    FaultSchedule,
+    ReportFault,
+    Send,
+    Wait,
+    parse_fault,
+    parse_sequence,
+)
 
 MESSAGE = b"Hola Server!\n"
 
@@ -26,7 +36,7 @@ def plan_of(fault: str, seed: int = 1, *, is_raw: bool = False) -> FaultPlan:
 
 
 def without_reports(actions: Iterator[Action]) -> list[Action]:
-    return [action for action in actions if not isinstance(action, Report)]
+    return [action for action in actions if not isinstance(action, ReportFault)]
 
 
 def sent(actions: list[Action]) -> bytes:
@@ -73,7 +83,7 @@ def sent(actions: list[Action]) -> bytes:
         ("drop,p=1.1", "p requires a share of the connections from 0 to 1"),
         ("drop,p=-0.1", "p requires a share of the connections from 0 to 1"),
         ("drop,p", "p requires a share of the connections from 0 to 1"),
-        ("no-accept,p=0.5", "no-accept applies to all connections: it takes no p"),
+        ("no-accept,p=0.5", "no-accept applies to all connections and takes no probability (p)"),
         ("none,reset", "none stands alone, for no fault"),
         ("reset,none", "none stands alone, for no fault"),
     ],
@@ -112,7 +122,7 @@ def test_seed_decides_which_connections_have_a_fault() -> None:
 
 
 @pytest.mark.parametrize(("share", "expected"), [("0", 0), ("1", 10), ("1e-9", 0)])
-def test_probability_has_both_limits(share: str, expected: int) -> None:
+def test_probability_may_be_0_or_1(share: str, expected: int) -> None:
     faults = schedule(f"drop,p={share}")
     assert sum(faults.next_plan() is not None for _ in range(10)) == expected
 
@@ -177,11 +187,13 @@ def test_end_counts_the_bytes_of_all_replies() -> None:
 
 def test_each_kind_is_reported_once_when_it_takes_effect() -> None:
     plan = plan_of("delay=0,slice=20,reset=20")
-    assert [action for action in plan.reply(MESSAGE) if isinstance(action, Report)] == [
-        Report("delay", "delay=0"),
-        Report("slice", "slice=20"),
+    assert [action for action in plan.reply(MESSAGE) if isinstance(action, ReportFault)] == [
+        ReportFault("delay", "delay=0"),
+        ReportFault("slice", "slice=20"),
     ]
-    assert [action for action in plan.reply(MESSAGE) if isinstance(action, Report)] == [Report("reset", "reset=20")]
+    assert [action for action in plan.reply(MESSAGE) if isinstance(action, ReportFault)] == [
+        ReportFault("reset", "reset=20")
+    ]
 
 
 def test_each_of_several_messages_is_a_reply() -> None:

@@ -68,9 +68,9 @@ class DatagramPing(asyncio.DatagramProtocol):
         self._tracker = tracker
         self._output = output
         self._trips = RoundTrips()
-        self._received: deque[Reply | OSError | int] = deque()  # an integer: the size of a corrupted datagram
+        self._unprinted_results: deque[Reply | OSError | int] = deque()  # an integer: the size of a corrupted datagram
         self._is_changed = asyncio.Event()
-        self._has_result = False
+        self._has_any_result = False
         self._transport: asyncio.BaseTransport | None = None
         self._closed = asyncio.get_running_loop().create_future()
 
@@ -91,12 +91,12 @@ class DatagramPing(asyncio.DatagramProtocol):
 
     def datagram_received(self, data: bytes, address: Any) -> None:
         reply = self._tracker.receive(data, perf_counter())
-        self._received.append(len(data) if reply is None else reply)
+        self._unprinted_results.append(len(data) if reply is None else reply)
         self._is_changed.set()
 
     def error_received(self, error: Exception) -> None:
         assert isinstance(error, OSError)
-        self._received.append(error)
+        self._unprinted_results.append(error)
         self._is_changed.set()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -115,7 +115,7 @@ class DatagramPing(asyncio.DatagramProtocol):
                 times = [due] if can_send else []
                 times += [] if tracker.deadline is None else [tracker.deadline]
                 await self._wait(min(times) - now)
-            self._print_received()
+            self._print_results()
 
     def _send(self) -> bool:
         """Send the next datagram; return False if the send buffer is full.
@@ -128,7 +128,7 @@ class DatagramPing(asyncio.DatagramProtocol):
         except BlockingIOError:
             return False
         except OSError as error:
-            self._received.append(error)  # perhaps that of an earlier datagram; then this one was not sent
+            self._unprinted_results.append(error)  # perhaps that of an earlier datagram; then this one was not sent
         self._tracker.record_sent(sent)
         return True
 
@@ -139,10 +139,10 @@ class DatagramPing(asyncio.DatagramProtocol):
             async with asyncio.timeout(seconds):
                 await self._is_changed.wait()
 
-    def _print_received(self) -> None:
+    def _print_results(self) -> None:
         name, size = self._endpoint.name, self._tracker.size
-        while self._received:
-            match self._received.popleft():
+        while self._unprinted_results:
+            match self._unprinted_results.popleft():
                 case Reply() as reply:
                     if reply.seconds is not None:
                         self._trips.add(reply.seconds)
@@ -152,10 +152,10 @@ class DatagramPing(asyncio.DatagramProtocol):
                 case corrupted:
                     text = f"reply mismatch: received {corrupted} bytes that were not sent; is {name} an echo server?"
                     self._output.print_datagram_failure(ReplyDifferent(text, 0), None)
-            self._has_result = True
+            self._has_any_result = True
         timeout = self._endpoint.config.timeout
         for number in self._tracker.expire(perf_counter()):
-            self._has_result = True
+            self._has_any_result = True
             error = ReplyLate(f"reply timeout: no reply from {name} within {timeout:g} s")
             self._output.print_datagram_failure(error, number)
 
@@ -168,7 +168,7 @@ class DatagramPing(asyncio.DatagramProtocol):
         number = self._tracker.give_up_oldest()
         failure = self._endpoint.connect_error(error, 0)
         failure.__cause__ = error
-        if not self._has_result:
+        if not self._has_any_result:
             raise failure
         if number is not None:
             self._output.print_datagram_failure(failure, number)

@@ -113,7 +113,7 @@ class AsyncioAcceptor:
         registry.on_empty = emptied.set
         deadline = self._loop.time() + self._admission.config.timeout_graceful_shutdown
         try:
-            self._stop_receiving()
+            self._stop_udp()
             if self._servers:
                 await self._drain_backlog()
             for server in self._servers:
@@ -148,13 +148,13 @@ class AsyncioAcceptor:
                 server.stop()
         await stop_accepting(self._loop, listeners)
 
-    def _stop_receiving(self) -> None:
+    def _stop_udp(self) -> None:
         if self._receiver is not None:
             self._receiver.stop()
             self._receiver.wait_stopped()
 
     def _stop_listening(self) -> None:
-        self._stop_receiving()
+        self._stop_udp()
         for server in self._servers:
             server.close()
         self._servers.clear()

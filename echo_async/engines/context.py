@@ -14,7 +14,7 @@ from ..logs import access_log, log
 from .counters import Counters
 
 if TYPE_CHECKING:
-    from ..faults import Report
+    from ..faults import ReportFault
 
 LINGER_TIMEOUT = 5.0  # seconds that input is discarded after the last reply, until the client closes its side
 LINGER_TIMEOUT_AT_STOP = 0.5  # the same during a shutdown
@@ -36,7 +36,7 @@ class ConnectionContext:
         self.log_messages = not config.no_access_log and access_log.isEnabledFor(logging.INFO)
         self.log_chunks = log.isEnabledFor(logging.DEBUG)
 
-    def report_fault(self, peer: str, fault: Report) -> None:
+    def report_fault(self, peer: str, fault: ReportFault) -> None:
         """Count and log a fault that takes effect on a connection."""
         self.counters.count_fault(fault.kind)
         log.info("%s fault injected: %s", peer, fault.text)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..compat import is_closed_by_peer, unsent_in_kernel
-from ..faults import Action, End, FaultPlan, Report, Wait
+from ..faults import Action, End, FaultPlan, ReportFault, Wait
 from .connection import Connection, TimeoutKind
 
 SENT_CHECK_INTERVAL = 0.001  # seconds between two checks whether everything is on the wire
@@ -95,7 +95,7 @@ class FaultyConnection(Connection):
         """Whether a TLS client is gone. No transport sends anything then, and none tells while reading is paused."""
         return self.get_extra_info("ssl_object") is not None and is_closed_by_peer(self.raw_socket())
 
-    def report(self, fault: Report) -> None:
+    def report(self, fault: ReportFault) -> None:
         """Count and log a fault that takes effect."""
         self.context.report_fault(self.peer, fault)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 from itertools import count
 
-from ..faults import FaultSchedule, Report, Send, Wait
+from ..faults import FaultSchedule, ReportFault, Send, Wait
 from ..net import format_address
 from .admission import Admission
 from .datagram_responder import DatagramResponder, ReplyRoute
@@ -33,7 +33,7 @@ class FaultyDatagramResponder(DatagramResponder):
         delay = 0.0
         for action in plan.reply_datagram(reply):
             match action:
-                case Report():
+                case ReportFault():
                     self.context.report_fault(format_address(route.peer), action)
                 case Wait(seconds):
                     delay = seconds

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from ..faults import Action, End, FaultPlan, Report, Send, Wait
+from ..faults import Action, End, FaultPlan, ReportFault, Send, Wait
 from .faulty_connection import FaultyConnection
 from .handshake_acceptor import OnEstablished
 from .loop_internals import reset_transport, shutdown_write
@@ -83,7 +83,7 @@ class FaultyProtocolConnection(FaultyConnection, ProtocolConnection):
                             return
                     case Wait() as action:
                         return self._wait(action.seconds)
-                    case Report() as action:
+                    case ReportFault() as action:
                         self.report(action)
                     case End() as action:
                         self._apply_end(action)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
-from ..faults import Action, End, FaultPlan, Report, Send, Wait
+from ..faults import Action, End, FaultPlan, ReportFault, Send, Wait
 from .connection import TimeoutKind
 from .faulty_connection import FaultyConnection
 from .handshake_acceptor import OnEstablished
@@ -75,7 +75,7 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
                         await self._writer.drain()
                 case Wait() as action:
                     due = await self._wait(due, action.seconds)
-                case Report() as action:
+                case ReportFault() as action:
                     self.report(action)
                 case End() as action:
                     await self._apply_end(action)
@@ -94,27 +94,27 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
         if not seconds:
             await asyncio.sleep(0)
         else:
-            timer = asyncio.get_running_loop().call_later(seconds, self._notify)
+            timer = asyncio.get_running_loop().call_later(seconds, self._resume_actions)
             try:
-                await self._wait_until_notified()  # which an abort ends as well
+                await self._wait_until_resumed()  # which an abort ends as well
             finally:
                 timer.cancel()
         if not self._transport.is_closing() and self.is_tls_closed():
             self.abort()
         return due
 
-    async def _wait_until_notified(self) -> None:
+    async def _wait_until_resumed(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
         await self._waiter
 
-    def _notify(self) -> None:
+    def _resume_actions(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def _end_waits(self) -> None:
         """End this wait, and shorten all others."""
         self._is_ending = True
-        self._notify()
+        self._resume_actions()
 
     async def _apply_end(self, end: End) -> None:
         match end:
@@ -133,7 +133,7 @@ class FaultyStreamConnection(FaultyConnection, StreamConnection):
         self.begin_stall()
         transport.pause_reading()
         if not self._is_ending:
-            await self._wait_until_notified()
+            await self._wait_until_resumed()
         self._is_stalled = False
         self.conversation.finish()
         if not transport.is_closing():

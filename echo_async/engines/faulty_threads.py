@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..compat import set_reset_on_close
-from ..faults import Action, End, FaultPlan, Report, Send, Wait
+from ..faults import Action, End, FaultPlan, ReportFault, Send, Wait
 from .faulty_connection import FaultyConnection
 from .origin import Origin
 from .registry import Registry
@@ -45,7 +45,7 @@ class FaultyThreadConnection(FaultyConnection, ThreadConnection):
                     self._send_all(action.data)
                 case Wait():
                     due = self._wait(due, action.seconds)
-                case Report():
+                case ReportFault():
                     self.report(action)
                 case End():
                     self._apply_end(action)

@@ -78,7 +78,7 @@ class ThreadAcceptor:
             try:
                 self._resources = on_failure.enter_context(self._open_resources())
                 self._receiver = start_receiver(self._admission, self._listeners.datagram_sockets)
-                on_failure.callback(self._stop_receiving)
+                on_failure.callback(self._stop_udp)
                 self._thread.start()
             except (OSError, RuntimeError) as error:
                 raise StartError(
@@ -115,7 +115,7 @@ class ThreadAcceptor:
         """Wait for the end of the accept thread, which is the last."""
         self._thread.join()
 
-    def _stop_receiving(self) -> None:
+    def _stop_udp(self) -> None:
         if self._receiver is not None:
             self._receiver.stop()
             self._receiver.wait_stopped()
@@ -129,13 +129,13 @@ class ThreadAcceptor:
     def _run(self) -> None:
         try:
             self._accept_until_stopped()
-            self._stop_receiving()
+            self._stop_udp()
             self._listeners.close()
             self._abort_pending()
             self._registry.stop()
             self._wait_for_connections(self._admission.config.timeout_graceful_shutdown, or_abort=True)
         finally:
-            self._stop_receiving()
+            self._stop_udp()
             self._listeners.close()
             self._abort_pending()
             self._registry.abort()

@@ -195,7 +195,7 @@ def test_udp_unknown_host_exits_with_3(capfd: Capture) -> None:
     assert "check the host name" in capfd.readouterr().err
 
 
-def test_udp_refused_later_is_lost(start: Any, capfd: Capture) -> None:
+def test_udp_refusal_after_a_reply_counts_as_lost(start: Any, capfd: Capture) -> None:
     def answer(number: int, data: bytes) -> Iterable[bytes]:
         if number == 3:
             server.stop_soon()

@@ -241,7 +241,7 @@ def test_message_too_long_for_server_raises_reply_lost(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_incomplete_second_reply_is_not_resent(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+def test_message_with_incomplete_second_reply_is_not_resent(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
     server = faulty_server(fault="close=6")
 
     async def main() -> None:

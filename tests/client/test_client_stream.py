@@ -360,7 +360,7 @@ def test_stream_lost_or_late_reply_follows_earlier_replies(
     on_loop(lambda: assert_stream_fails_at_5(server.address, error))
 
 
-def test_stream_different_reply_follows_earlier_replies(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_stream_yields_earlier_replies_before_the_mismatch(on_loop: OnLoop, scripted_server: Start) -> None:
     server = scripted_server(change_fifth)
     on_loop(lambda: assert_stream_fails_at_5(server.address, echo_async.ReplyDifferent))
 

@@ -135,7 +135,7 @@ def unread_bytes(address: object) -> int:
 @sends_at_once
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_shutdown_during_flood_answers_kernel_input(
+def test_shutdown_during_flood_echoes_what_the_kernel_has_buffered(
     loop: LoopName, tls: bool, certificate: Path, client_context: ssl.SSLContext
 ) -> None:
     """In the engine ``protocol`` the event loop reads; the input that the kernel holds must still be answered."""

@@ -436,7 +436,7 @@ def test_idle_timeout_ends_a_silent_connection(fault: str, start_server: StartSe
         wait_until(lambda: server.stats.active == 0)
 
 
-def test_delay_longer_than_the_timeouts_is_no_timeout(start_server: StartServer) -> None:
+def test_delay_longer_than_the_timeouts_does_not_time_out(start_server: StartServer) -> None:
     # A client on a busy machine has to send within the timeouts.
     options: ServerOptions = {"timeout_idle": 0.5, "timeout_message": 0.5, "timeout_write": 0.5}
     with start_server(fault="delay=0.8", mode="stream", **options) as server, connect(server) as client:

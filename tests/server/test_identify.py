@@ -197,7 +197,7 @@ def test_identify_of_an_echo_is_a_different_reply(mode: Any) -> None:
             run(main)
 
 
-def test_identify_of_an_endless_line_fails(scripted_server: Start) -> None:
+def test_identify_fails_if_a_line_does_not_end(scripted_server: Start) -> None:
     def serve(peer: Peer) -> None:
         peer.message()
         while True:

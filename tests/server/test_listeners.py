@@ -393,7 +393,7 @@ def test_json_access_log_names_the_listener(tmp_path: Path) -> None:
     assert lines == listeners.names
 
 
-def test_metrics_of_one_listener_have_its_label() -> None:
+def test_metrics_of_single_listener_have_the_listener_label() -> None:
     with listening("0", options=("--metrics-port", "0")) as listeners:
         wait_until(lambda: " server started: " in listeners.server.log)
         samples = scrape(listeners.server.log)

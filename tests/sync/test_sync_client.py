@@ -224,7 +224,7 @@ def test_lost_reply_on_reused_connection_raises(scripted_server: Start) -> None:
         assert client.echo("3") == "3"
 
 
-def test_incomplete_second_reply_is_not_resent(faulty_server: MakeEchoServer) -> None:
+def test_message_with_incomplete_second_reply_is_not_resent(faulty_server: MakeEchoServer) -> None:
     server = faulty_server(fault="close=6")
     with sync.connect(*server.address) as client:
         assert client.echo("one") == "one"
@@ -705,7 +705,7 @@ def test_stream_lost_or_late_reply_follows_earlier_replies(
     assert_stream_fails_at_5(faulty_server(fault_sequence=fault).address, error)
 
 
-def test_stream_different_reply_follows_earlier_replies(scripted_server: Start) -> None:
+def test_stream_yields_earlier_replies_before_the_mismatch(scripted_server: Start) -> None:
     assert_stream_fails_at_5(scripted_server(change_fifth).address, echo_async.ReplyDifferent)
 
 
