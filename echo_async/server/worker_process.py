@@ -72,7 +72,6 @@ class Worker:
         if not self.is_ready:
             self.kill()
             await self.wait_exited()
-            self._writer.close()
             raise StartError("cannot start a worker: it exited or timed out; see the error above")
 
     async def fetch_stats(self) -> bool:
@@ -102,7 +101,6 @@ class Worker:
         self.is_ready = False
         while self._requests:
             self._requests.popleft().set_result(False)
-        self._writer.close()  # the worker waits for it
         return await self.wait_exited()
 
     async def _kill_if_unresponsive(self) -> None:
@@ -127,6 +125,8 @@ class Worker:
         self.kill()
 
     async def wait_exited(self) -> int:
+        """Close the channel, for which the worker waits after its last report; return the exit code."""
+        self._writer.close()
         return await asyncio.to_thread(self._process.wait)
 
     def kill(self) -> None:

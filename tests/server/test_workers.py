@@ -249,6 +249,24 @@ def test_first_worker_failing_to_start_exits_with_code_3(tmp_path: Path) -> None
     assert attempts.read_text() == "."
 
 
+def test_second_worker_failing_to_start_stops_the_first(tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+if "echo_async.server.worker" in sys.orig_argv:
+    try:
+        open({str(tmp_path / "first")!r}, "x").close()
+    except FileExistsError:
+        os.write(2, b"worker failed\\n")
+        os._exit(1)
+"""
+    with server_process("--workers", "2", env=sitecustomize(tmp_path, code)) as server:
+        exit_code, lines = server.wait()
+    assert exit_code == 3
+    first, second = lines.splitlines()
+    assert first == "worker failed"
+    assert "cannot start a worker" in second
+
+
 def test_replacement_failing_to_start_stops_the_server(tmp_path: Path) -> None:
     failing, attempts = tmp_path / "failing", tmp_path / "attempts"
     env = sitecustomize(tmp_path, failing_workers(failing, attempts))
@@ -376,7 +394,7 @@ def events_of(worker: int, caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_command_to_a_worker_that_has_finished_keeps_its_counters() -> None:
-    """The last report is still in the channel when the supervisor sends the second ``abort``."""
+    """The last report is still in the channel when the supervisor, which is blocked until then, sends a command."""
 
     async def main() -> int:
         with ExitStack() as stack:
@@ -392,7 +410,7 @@ def test_command_to_a_worker_that_has_finished_keeps_its_counters() -> None:
                 await supervisor.wait_closed()
         return sum(each.lost for each in supervisor.listener_stats)
 
-    assert asyncio.run(main()) == 4
+    assert run(main) == 4
 
 
 @pytest.mark.parametrize(("timeout", "is_aborted"), [(0.05, False), (60, True)])
