@@ -11,6 +11,7 @@ from ssl import SSLCertVerificationError, SSLError, SSLObject, SSLSocket, create
 from time import monotonic, perf_counter
 from typing import Any, Unpack
 
+from .compat import set_reset_on_close
 from .config import HOST, PORT, ClientConfig, ClientOptions
 from .errors import ConnectError, ConnectTimeout, describe_error
 from .net import AddressInfo, format_address
@@ -114,6 +115,23 @@ def new_socket(info: AddressInfo) -> socket.socket:
     created.setblocking(False)
     created.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return created
+
+
+def refuse_self_connection(connected: socket.socket, peer: Any = None) -> None:
+    """Raise ConnectionRefusedError if ``connected`` is connected to itself; closing it then frees its port at once.
+
+    The system can select the port that a client connects to as the port of the client. If no server listens, a SYN
+    then meets itself (RFC 9293 section 3.5, simultaneous open), and a datagram arrives where it was sent. ``peer`` is
+    the numeric address of a socket that may still be connecting.
+    """
+    try:
+        is_own_peer = connected.getsockname() == (peer or connected.getpeername())
+    except OSError:  # it was reset meanwhile
+        return
+    if is_own_peer:
+        if connected.type == socket.SOCK_STREAM:
+            set_reset_on_close(connected)  # in TIME_WAIT, the port would be in use
+        raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 
 
 def log_tls(connection: SSLObject | SSLSocket, started: float) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -257,6 +258,17 @@ def paused_processes(*processes: int) -> Iterator[None]:
 
 def is_stopped(process: int) -> bool:
     return all("\nState:\tT" in each.read_text() for each in Path(f"/proc/{process}/task").glob("*/status"))
+
+
+def run_in_namespace(setup: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run ``command`` in network and mount namespaces that shell commands set up; skip the test where that fails."""
+    prefix = ["unshare", "-rnm", "sh", "-c", f'ip link set lo up && {setup} && exec "$@"', "sh"]
+    if (
+        not all(map(shutil.which, ("unshare", "ip")))
+        or subprocess.run([*prefix, "true"], capture_output=True).returncode
+    ):
+        pytest.skip("this user may not set up a network namespace")
+    return subprocess.run([*prefix, *command], capture_output=True, text=True, timeout=TIMEOUT)
 
 
 class HasAddress(Protocol):

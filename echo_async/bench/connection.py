@@ -19,6 +19,7 @@ from ssl import SSLSocket, SSLWantReadError, SSLWantWriteError
 from time import perf_counter
 from typing import Any
 
+from ..endpoint import refuse_self_connection
 from ..errors import describe_error
 from .pattern import MAX_IO_SIZE, Batches, Pattern
 from .plan import LoadPlan
@@ -40,7 +41,9 @@ class SocketFactory:
         self._sockets = count()
         is_loopback = plan.family == socket.AF_INET and str(plan.address[0]).startswith("127.")
         has_sources = has_sources and is_loopback and sys.platform == "linux"
-        self._sources = [f"127.0.1.{1 + number}" for number in range(LOOPBACK_SOURCES)] if has_sources else []
+        sources = [f"127.0.1.{1 + number}" for number in range(LOOPBACK_SOURCES)] if has_sources else []
+        self._sources = [each for each in sources if each != plan.address[0]]
+        self.can_connect_to_itself = not sources and plan.family in (socket.AF_INET, socket.AF_INET6)
 
     def create(self, connection: int) -> socket.socket:
         created = socket.socket(self._family)
@@ -49,7 +52,7 @@ class SocketFactory:
             created.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._sources:
             created.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)
-            created.bind((self._sources[(connection + next(self._sockets)) % LOOPBACK_SOURCES], 0))
+            created.bind((self._sources[(connection + next(self._sockets)) % len(self._sources)], 0))
         return created
 
 
@@ -170,10 +173,9 @@ class Connection(BaseConnection):
             code = self._socket.connect_ex(self._context.plan.address)
         except OSError as error:
             return self._fail(describe_error(error))
-        if code == 0:
-            self._handle_connected()
-        elif code == errno.EINPROGRESS and self._is_message_mode and self._context.wrap_tls is None:
-            self._handle_established()  # on loopback; elsewhere the first send blocks until it is, or fails
+        can_send_early = self._is_message_mode and self._context.wrap_tls is None
+        if code == 0 or (code == errno.EINPROGRESS and can_send_early):
+            self._handle_connected()  # on loopback; elsewhere the first send blocks until it is, or fails
         elif code == errno.EAGAIN:  # the accept queue of a Unix socket is full
             self._close_socket()
             self._context.call_later(QUEUE_FULL_DELAY, self.open)
@@ -213,6 +215,12 @@ class Connection(BaseConnection):
         self._handle_connected()
 
     def _handle_connected(self) -> None:
+        assert self._socket is not None
+        if self._context.sockets.can_connect_to_itself:
+            try:
+                refuse_self_connection(self._socket, self._context.plan.address)
+            except OSError as error:
+                return self._fail(describe_error(error))
         if self._context.wrap_tls is None:
             return self._handle_established()
         self._watch(0)

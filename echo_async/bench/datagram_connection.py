@@ -7,6 +7,7 @@ from selectors import EVENT_READ
 from time import perf_counter
 
 from ..datagram_tracker import DatagramFormat, DatagramTracker
+from ..endpoint import refuse_self_connection
 from ..errors import describe_error
 from .connection import RECONNECT_DELAY, BaseConnection, ConnectionContext
 
@@ -39,7 +40,9 @@ class DatagramConnection(BaseConnection):
         try:
             self._socket = socket.socket(self._context.plan.family, socket.SOCK_DGRAM)
             self._socket.connect(self._context.plan.address)
+            refuse_self_connection(self._socket)
         except OSError as error:
+            self.close()
             self._context.recorder.add_loss(describe_error(error), 0)
             return self._context.call_later(RECONNECT_DELAY, self.open)
         self._context.poller.register(self._socket.fileno(), EVENT_READ, self._receive)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 
 from ..compat import descriptor_limit, raise_descriptor_limit
+from ..endpoint import refuse_self_connection
 from ..errors import ConfigError, EchoError, describe_error
 from .connection import SocketFactory
 from .generator import CONNECT_BATCH
@@ -106,6 +107,7 @@ def _exchange_messages(clients: Sequence[socket.socket], server: LoadPlan) -> Se
     for client in clients:
         client.settimeout(server.timeout)
         client.connect(server.address)
+        refuse_self_connection(client)
         client.sendall(IDLE_MESSAGE)
     for client in clients:
         if client.recv(len(IDLE_MESSAGE)) != IDLE_MESSAGE:

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from ..datagram_tracker import DatagramFormat
-from ..endpoint import Endpoint
+from ..endpoint import Endpoint, refuse_self_connection
 from ..errors import EchoError
 from .plan import LoadPlan
 from .recorder import LATE_THRESHOLD, ProcessResult, read_result
@@ -60,6 +60,7 @@ def _probe_server(plan: LoadPlan, family: int, address: Any) -> LoadPlan:
     deadline = perf_counter() + min(plan.timeout, MAX_TIMEOUT)
     with socket.socket(family, socket.SOCK_DGRAM) as connected:
         connected.connect(address)
+        refuse_self_connection(connected)
         while (left := deadline - perf_counter()) > 0:
             connected.settimeout(min(left, PROBE_INTERVAL))
             connected.send(DatagramFormat(plan.size).encode(1))
@@ -85,6 +86,7 @@ def _connect_to(family: socket.AddressFamily, address: Any, timeout: float) -> s
     try:
         connected.settimeout(timeout)
         connected.connect(address)
+        refuse_self_connection(connected)
     except BaseException:
         connected.close()
         raise

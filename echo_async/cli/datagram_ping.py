@@ -11,7 +11,7 @@ from typing import Any
 
 from ..client.connector import resolve
 from ..datagram_tracker import MAX_SIZE, MAX_SIZE_IPV4, DatagramFormat, DatagramTracker, Reply
-from ..endpoint import Endpoint, log
+from ..endpoint import Endpoint, log, refuse_self_connection
 from ..errors import ConfigError, ConnectError, ReplyDifferent, ReplyLate
 from ..net import AddressInfo, format_address
 from .output import Output
@@ -78,6 +78,7 @@ class DatagramPing(asyncio.DatagramProtocol):
         self._socket.setblocking(False)
         try:
             self._socket.connect(address)
+            refuse_self_connection(self._socket)
         except OSError as error:
             raise self._endpoint.connect_error(error, 0) from error
         log.debug("sending datagrams to %s", format_address(address))

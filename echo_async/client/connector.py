@@ -9,7 +9,16 @@ from concurrent.futures import Future
 from ssl import SSL_ERROR_EOF, SSLEOFError
 from time import perf_counter
 
-from ..endpoint import CONNECTION_ATTEMPT_DELAY, UNIX_RETRY_DELAY, Endpoint, RetrySchedule, log, log_tls, new_socket
+from ..endpoint import (
+    CONNECTION_ATTEMPT_DELAY,
+    UNIX_RETRY_DELAY,
+    Endpoint,
+    RetrySchedule,
+    log,
+    log_tls,
+    new_socket,
+    refuse_self_connection,
+)
 from ..errors import ConnectError
 from ..net import AddressInfo
 from .connection import Connection
@@ -92,6 +101,7 @@ async def _connect_tcp(info: AddressInfo) -> socket.socket:
     connecting = new_socket(info)
     try:
         await asyncio.get_running_loop().sock_connect(connecting, info[4])
+        refuse_self_connection(connecting)
     except BaseException:
         connecting.close()
         raise

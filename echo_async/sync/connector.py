@@ -13,7 +13,16 @@ from time import monotonic, perf_counter, sleep
 from typing import cast
 
 from ..compat import CONNECT_IN_PROGRESS, PollSelector
-from ..endpoint import CONNECTION_ATTEMPT_DELAY, UNIX_RETRY_DELAY, Endpoint, RetrySchedule, log, log_tls, new_socket
+from ..endpoint import (
+    CONNECTION_ATTEMPT_DELAY,
+    UNIX_RETRY_DELAY,
+    Endpoint,
+    RetrySchedule,
+    log,
+    log_tls,
+    new_socket,
+    refuse_self_connection,
+)
 from ..errors import ConnectError
 from ..net import AddressInfo
 from .connection import MAX_WAIT, Connection
@@ -84,11 +93,12 @@ def _race_addresses(waiting: list[AddressInfo], deadline: float) -> socket.socke
             for connecting in _wait(selector, deadline, CONNECTION_ATTEMPT_DELAY if waiting else MAX_WAIT):
                 selector.unregister(connecting)
                 running.remove(connecting)
-                code = connecting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if not code:
+                try:
+                    _finish_connecting(connecting)
                     return connecting
-                connecting.close()
-                failure = failure or OSError(code, os.strerror(code))
+                except OSError as error:
+                    connecting.close()
+                    failure = failure or error
     finally:
         for connecting in running:
             connecting.close()
@@ -104,6 +114,12 @@ def _start_connecting(info: AddressInfo) -> socket.socket:
             raise OSError(code, os.strerror(code))
         on_error.pop_all()
         return connecting
+
+
+def _finish_connecting(connecting: socket.socket) -> None:
+    if code := connecting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(code, os.strerror(code))
+    refuse_self_connection(connecting)
 
 
 def _start_tls(endpoint: Endpoint, context: SSLContext, connected: socket.socket, deadline: float) -> SSLSocket:
