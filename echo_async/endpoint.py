@@ -14,6 +14,7 @@ from typing import Any, Unpack
 from .compat import set_reset_on_close
 from .config import HOST, PORT, ClientConfig, ClientOptions
 from .errors import ConnectError, ConnectTimeout, describe_error
+from .logs import escape
 from .net import AddressInfo, format_address
 
 CONNECTION_ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well (RFC 8305)
@@ -34,7 +35,7 @@ class Endpoint:
         self.ssl = create_default_context() if config.ssl is True else config.ssl or None
         default_hostname = "localhost" if config.uds is not None else host.partition("%")[0]
         self.server_hostname = (config.server_hostname or default_hostname) if self.ssl else None
-        self.name = format_address((host, port) if config.uds is None else config.uds)
+        self.name = format_address((escape(host), port) if config.uds is None else config.uds)
         self.numeric: Sequence[AddressInfo] = ()  # the address, if the host is one and needs no resolver
         with suppress(OSError, UnicodeError):
             self.numeric = self.resolve(socket.AI_NUMERICHOST)

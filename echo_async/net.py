@@ -33,7 +33,7 @@ NO_IPV6 = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}  # of socket(2) and bind(2) 
 def format_address(address: object) -> str:
     """Format a socket address: ``127.0.0.1:5500``, ``[::1]:5500``, the path of a Unix socket, ``@abstract-name``."""
     if isinstance(address, tuple):
-        host, port = address[:2]
+        host, port = get_host(address), address[1]
         if host.startswith(IPV4_MAPPED) and "." in host:  # an IPv4 peer of a dual-stack socket
             host = host.removeprefix(IPV4_MAPPED)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -45,11 +45,22 @@ def format_address(address: object) -> str:
     return escape("@" + path[1:] if path.startswith("\0") else path)
 
 
+def get_host(name: tuple[Any, ...]) -> str:
+    """Return the host of an IP socket address, with the zone that connecting to it requires: ``fe80::1%eth0``.
+
+    In the address itself the zone is a number, the scope ID (RFC 4007 section 11).
+    """
+    host: str = name[0]
+    if len(name) < 4 or not name[3]:
+        return host
+    return socket.getnameinfo((host, 0, 0, name[3]), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0]
+
+
 def get_address(listener: socket.socket) -> Address:
     """Return the address to which clients of ``listener`` connect."""
     name = listener.getsockname()
     if isinstance(name, tuple):
-        return name[0], name[1]
+        return get_host(name), name[1]
     return name if isinstance(name, str) else name.decode("utf-8", "surrogateescape")
 
 

@@ -1,4 +1,4 @@
-"""Addresses that need care, in network namespaces: a client connected to itself."""
+"""Addresses that need care, in network namespaces: a client connected to itself, zones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from support import LOOPS, run_in_namespace
+from support import BACKENDS, LOOPS, Backend, run_in_namespace
 
 PYTHON = sys.executable
 COMMAND = (PYTHON, "-m", "echo_async")
@@ -14,6 +14,8 @@ CLIENTS = (*LOOPS, "sync")
 PORT = "40000"
 PORTS = "echo '{} {}' >/proc/sys/net/ipv4/ip_local_port_range"  # the ports that the system selects for clients
 ONE_PORT, TWO_PORTS = PORTS.format(PORT, PORT), PORTS.format(PORT, 40001)
+LINK_LOCAL = "ip addr add fe80::1/64 dev lo nodad"
+ZONE = "fe80::1%lo"
 
 ECHO = """
 import asyncio, logging, os, sys
@@ -141,3 +143,72 @@ except EchoError as error:
 def test_idle_connection_to_itself_is_refused() -> None:
     done = run_in_namespace(ONE_PORT, PYTHON, "-c", IDLE, PORT)
     assert done.stdout == "cannot open 1 idle connections: connection refused\n", done.stderr
+
+
+# Zones
+
+SERVE = """
+async def main():
+    async with echo_async.serve(host=sys.argv[1], port=0, engine=sys.argv[2]) as server:
+        replies = [await asyncio.to_thread(echo, client, *server.address) for client in ("asyncio", "uvloop", "sync")]
+        print(server.address[0], *replies)
+
+with asyncio.Runner(loop_factory=loop_factory(sys.argv[3])) as runner:
+    runner.run(main())
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids="-".join)
+def test_server_address_with_a_zone_reaches_it(backend: Backend) -> None:
+    done = run_in_namespace(LINK_LOCAL, PYTHON, "-c", ECHO + SERVE, ZONE, *backend)
+    assert done.stdout == f"{ZONE} hola hola hola\n", done.stderr
+
+
+LOAD_OPTIONS = ("--duration", "0.1", "--warmup", "0", "--connections", "1", "--json")
+
+
+@pytest.mark.parametrize(
+    ("server", "client"),
+    [
+        ((), ("client", "hola")),
+        ((), ("client", "--count", "1")),
+        (("--udp",), ("client", "--udp")),
+        (("--proxy-protocol", "v1", "--proxy-allow-from", "fe80::/10"), ("client", "--send-proxy", "v1", "hola")),
+        (("--mode", "stream"), ("bench", "load", "--mode", "stream", *LOAD_OPTIONS)),
+        ((), ("bench", "load", *LOAD_OPTIONS)),
+        (("--udp",), ("bench", "load", "--udp", *LOAD_OPTIONS)),
+        (("--listen", f"[{ZONE}]:0"), ("client", "hola")),
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_command_connects_to_address_with_a_zone(server: tuple[str, ...], client: tuple[str, ...]) -> None:
+    address = () if "--listen" in server else ("--host", ZONE)
+    udp = ("--udp-allow-from", "fe80::/10") if "--udp" in server else ()
+    done = run_in_namespace(LINK_LOCAL, *COMMAND, "run", *address, *server, *udp, "--", *COMMAND, *client)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if "--json" in client:
+        assert json.loads(done.stdout)["address"].startswith(f"[{ZONE}]:")
+
+
+def test_identify_reports_zones_of_both_addresses() -> None:
+    server = ("run", "--host", ZONE, "--mode", "identify")
+    done = run_in_namespace(LINK_LOCAL, *COMMAND, *server, "--", *COMMAND, "client", "--identify", "hola")
+    identity = json.loads(done.stdout)
+    assert identity["client"]["address"] == ZONE
+    assert identity["server"]["address"].startswith(f"[{ZONE}]:")
+
+
+def test_log_shows_zones_of_all_addresses() -> None:
+    options = ("--host", ZONE, "--metrics-port", "0", "--metrics-address", ZONE, "--log-level", "info")
+    done = run_in_namespace(LINK_LOCAL, *COMMAND, "run", *options, "--", *COMMAND, "client", "hola")
+    assert f"metrics available at http://[{ZONE}]:" in done.stderr
+    assert f" [{ZONE}]:" in next(line for line in done.stderr.splitlines() if "hola" in line)
+
+
+@pytest.mark.parametrize("text", ["a\nb", "\x1b[31m"])
+def test_error_escapes_control_characters_of_the_host(text: str) -> None:
+    from echo_async import ConnectError, sync
+
+    with pytest.raises(ConnectError) as caught:
+        sync.connect(text)
+    assert str(caught.value).isprintable()

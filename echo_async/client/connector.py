@@ -20,7 +20,7 @@ from ..endpoint import (
     refuse_self_connection,
 )
 from ..errors import ConnectError
-from ..net import AddressInfo
+from ..net import AddressInfo, get_host
 from .connection import Connection
 
 TLS_SHUTDOWN_TIMEOUT = 2.0  # seconds to wait for the close_notify of the server
@@ -98,9 +98,11 @@ async def resolve(endpoint: Endpoint) -> Sequence[AddressInfo]:
 
 
 async def _connect_tcp(info: AddressInfo) -> socket.socket:
-    connecting = new_socket(info)
+    loop, connecting, address = asyncio.get_running_loop(), new_socket(info), info[4]
+    if not isinstance(loop, asyncio.BaseEventLoop):  # uvloop drops the scope ID (loop.pyx, sock_connect)
+        address = get_host(address), address[1]
     try:
-        await asyncio.get_running_loop().sock_connect(connecting, info[4])
+        await loop.sock_connect(connecting, address)
         refuse_self_connection(connecting)
     except BaseException:
         connecting.close()

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import ServerConfig
 from ..identity import Address, Describer, Kubernetes, Proxy, Responder, Tls
-from ..net import format_address
+from ..net import format_address, get_host
 from ..proxy import ProxyHeader
 
 
@@ -35,7 +35,11 @@ def describe_connection(
     return Describer(
         server,
         Kubernetes.of(os.environ),
-        Address.of(peername or peer),
-        None if header is None else Proxy.of(peer, header),
+        Address.of(_with_zone(peername or peer)),
+        None if header is None else Proxy.of(_with_zone(peer), header),
         None if session is None else Tls.of(session),
     )
+
+
+def _with_zone(name: Any) -> Any:
+    return (get_host(name), name[1]) if isinstance(name, tuple) else name

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 
 from ..datagrams import REFUSALS
 from ..errors import StartError, describe_error
-from ..logs import log
+from ..logs import escape, log
 from ..net import format_address, replace_unspecified
 from ..stats import COUNTERS as STATS_COUNTERS
 from ..stats import COUNTERS_BY_KIND, Stats
@@ -140,7 +140,7 @@ class MetricsServer:
             self._http = _HttpServer(family, socket_address)
         except (OSError, ValueError) as error:
             raise StartError(
-                f"cannot serve metrics on {format_address((address, port))}: {describe_error(error)}; "
+                f"cannot serve metrics on {format_address((escape(address), port))}: {describe_error(error)}; "
                 "choose another --metrics-port or --metrics-address"
             ) from error
         self._thread = threading.Thread(target=self._http.serve_forever, name="echo-async metrics")
