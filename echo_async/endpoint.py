@@ -33,8 +33,7 @@ class Endpoint:
             given["uds"] = os.fspath(given["uds"])
         self.config = config = ClientConfig(host=host, port=port, **given)
         self.ssl = create_default_context() if config.ssl is True else config.ssl or None
-        default_hostname = "localhost" if config.uds is not None else host.partition("%")[0]
-        self.server_hostname = (config.server_hostname or default_hostname) if self.ssl else None
+        self.server_hostname = tls_hostname(config.server_hostname, host, config.uds) if self.ssl else None
         self.name = format_address((escape(host), port) if config.uds is None else config.uds)
         self.numeric: Sequence[AddressInfo] = ()  # the address, if the host is one and needs no resolver
         with suppress(OSError, UnicodeError):
@@ -107,6 +106,15 @@ class RetrySchedule:
         self.timeout = min(self._connect_timeout, max(left - delay, MIN_RETRY_DELAY))
         log.debug("%s; retrying in %.3f s", error, delay)
         return delay
+
+
+def tls_hostname(server_hostname: str | None, host: str, uds: str | None) -> str:
+    """Return the name for SNI and for the verification of the certificate: without a zone, and without a final dot.
+
+    The dot of a fully qualified name is for the resolver only (RFC 6066 section 3).
+    """
+    name = server_hostname or ("localhost" if uds is not None else host.partition("%")[0])
+    return name.removesuffix(".")
 
 
 def new_socket(info: AddressInfo) -> socket.socket:

@@ -1,11 +1,13 @@
-"""Addresses that need care, in network namespaces: a client connected to itself, zones."""
+"""Addresses that need care, in network namespaces: a client connected to itself, zones, names with a final dot."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
+import trustme
 from support import BACKENDS, LOOPS, Backend, run_in_namespace
 
 PYTHON = sys.executable
@@ -212,3 +214,61 @@ def test_error_escapes_control_characters_of_the_host(text: str) -> None:
     with pytest.raises(ConnectError) as caught:
         sync.connect(text)
     assert str(caught.value).isprintable()
+
+
+# Names with a final dot
+
+NAME = "localhost."
+ECHO_OVER_TLS = """
+import ssl
+from echo_async.testing import HostedServer
+
+host, name, certificate, authority = sys.argv[1:]
+context = ssl.create_default_context(cafile=authority)
+with sync.serve(port=0, ssl_certfile=certificate) as server:
+    for client in ("asyncio", "uvloop", "sync"):
+        print(echo(client, host, server.port, ssl=context, server_hostname=name or None))
+"""
+ADDRESSES = pytest.mark.parametrize(
+    ("host", "name"), [(NAME, ""), ("127.0.0.1", NAME)], ids=["host", "server_hostname"]
+)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> str:
+    """The shell command that lets the resolver know the name."""
+    (tmp_path / "hosts").write_text(f"127.0.0.1 localhost {NAME}\n")
+    return f"mount --bind '{tmp_path}/hosts' /etc/hosts"
+
+
+@pytest.fixture
+def authority_file(authority: trustme.CA, tmp_path: Path) -> str:
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    return str(tmp_path / "ca.pem")
+
+
+@ADDRESSES
+def test_tls_name_with_a_final_dot_is_verified(
+    host: str, name: str, hosts: str, certificate: Path, authority_file: str
+) -> None:
+    arguments = (host, name, str(certificate), authority_file)
+    done = run_in_namespace(hosts, PYTHON, "-c", ECHO + ECHO_OVER_TLS, *arguments)
+    assert done.stdout == "hola\nhola\nhola\n", done.stderr
+
+
+@ADDRESSES
+@pytest.mark.parametrize("client", [("client", "hola"), ("bench", "load", *LOAD_OPTIONS)], ids=["client", "bench"])
+def test_command_verifies_name_with_a_final_dot(
+    client: tuple[str, ...], host: str, name: str, hosts: str, certificate: Path, authority_file: str
+) -> None:
+    options = ("--ssl-ca-certs", authority_file, "--host", host, *(("--server-hostname", name) if name else ()))
+    server = ("run", "--ssl-certfile", str(certificate))
+    done = run_in_namespace(hosts, *COMMAND, *server, "--", *COMMAND, *client, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_sni_has_no_final_dot(certificate: Path, authority_file: str) -> None:
+    server = ("run", "--ssl-certfile", str(certificate), "--mode", "identify")
+    client = ("client", "--identify", "--ssl-ca-certs", authority_file, "--server-hostname", NAME, "hola")
+    done = run_in_namespace("true", *COMMAND, *server, "--", *COMMAND, *client)
+    assert json.loads(done.stdout)["tls"]["sni"] == "localhost"

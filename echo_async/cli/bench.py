@@ -21,6 +21,7 @@ from ..bench.result import LoadResult
 from ..compat import DESCRIPTORS, require_feature
 from ..config import CONNECT_TIMEOUT, HOST, PORT, EngineName, Option
 from ..datagram_tracker import MAX_SIZE_IPV4
+from ..endpoint import tls_hostname
 from ..errors import ConfigError, EchoError, StartError, describe_error
 from ..loops import LOOP_CHOICES, LOOP_PATTERN, loop_factory
 from ..net import format_address
@@ -99,7 +100,7 @@ LOAD_OPTIONS = {
     "ssl": Option(False, "Use TLS. Implied by the options below.", "flag"),
     "ssl_ca_certs": Option(None, "CA certificates (PEM) to trust instead of those of the system.", "file"),
     "ssl_no_verify": Option(False, "Do not verify the server certificate (insecure).", "flag"),
-    "server_hostname": Option(None, "Host name in the server certificate.", default_text="the host"),
+    "server_hostname": Option(None, "Host name in the server certificate.", "host", default_text="the host"),
 }
 SHARED_COMPARE_OPTIONS = _workload_options(replace(MODE, default="stream", default_text=""), duration=1.0, warmup=0.25)
 COMPARE_OPTIONS = {
@@ -302,7 +303,7 @@ def _check_udp_options(values: dict[str, Any]) -> None:
 def _tls_options(values: dict[str, Any]) -> TLSOptions | None:
     if not any(values[name] for name in ("ssl", "ssl_ca_certs", "ssl_no_verify", "server_hostname")):
         return None
-    name = values["server_hostname"] or ("localhost" if values["uds"] else values["host"].partition("%")[0])
+    name = tls_hostname(values["server_hostname"], values["host"], values["uds"])
     return {"ca_certs": values["ssl_ca_certs"], "verify": not values["ssl_no_verify"], "server_hostname": name}
 
 

@@ -189,6 +189,8 @@ def test_retry_ends_after_its_time(on_loop: OnLoop, closed_port: int, black_hole
         ({"connect_timeout": -1}, "invalid connect_timeout: -1 "),
         ({"retry": float("inf")}, "invalid retry: inf "),
         ({"server_hostname": "x"}, "server_hostname requires ssl"),
+        ({"server_hostname": ".", "ssl": True}, "invalid server_hostname: '.' "),
+        ({"host": ".", "ssl": True}, "invalid host: '.' "),
     ],
 )
 def test_connect_invalid_option_raises(options: dict[str, Any], text: str) -> None:
