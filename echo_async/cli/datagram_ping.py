@@ -9,11 +9,11 @@ from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
-from ..client.connector import resolve
 from ..datagram_tracker import MAX_SIZE, MAX_SIZE_IPV4, DatagramFormat, DatagramTracker, Reply
 from ..endpoint import Endpoint, log, refuse_self_connection
 from ..errors import ConfigError, ConnectError, ReplyDifferent, ReplyLate
 from ..net import AddressInfo, format_address
+from ..resolver import run_resolver
 from .output import Output
 from .ping import RoundTrips
 
@@ -37,7 +37,7 @@ async def ping(endpoint: Endpoint, size: int, count: int, interval: float, outpu
 async def _resolve(endpoint: Endpoint) -> list[AddressInfo]:
     try:
         async with asyncio.timeout(endpoint.config.connect_timeout):
-            return list(endpoint.numeric or await resolve(endpoint))
+            return list(endpoint.numeric or await run_resolver(endpoint.resolve))
     except (OSError, UnicodeError) as error:
         raise endpoint.connect_error(error, endpoint.config.connect_timeout) from error
 

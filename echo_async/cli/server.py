@@ -163,7 +163,13 @@ async def _serve(
         signals.restore()
         raise
     if metrics is not None:
-        metrics.start(server, facts, server.listener_names if has_names else ())
+        try:
+            metrics.start(server, facts, server.listener_names if has_names else ())
+        except StartError:
+            server.close()
+            await server.wait_closed()
+            signals.restore()
+            raise
     signals.attach(server)
     if server.is_serving():
         _announce(server)

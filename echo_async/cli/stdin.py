@@ -50,7 +50,10 @@ class LineSource:
         self._notify = notify
         if None in self._parts:
             self._loop = asyncio.get_running_loop()
-            threading.Thread(target=self._read_parts, name="stdin", daemon=True).start()
+            try:
+                threading.Thread(target=self._read_parts, name="stdin", daemon=True).start()
+            except RuntimeError as error:  # "can't start new thread"
+                self._end_input(_stdin_error(error))
         else:
             self._blocks.extend(part for part in self._parts if part)
             self._is_complete = True
@@ -83,7 +86,7 @@ class LineSource:
                 else:
                     self._enqueue(part)
         except (OSError, ValueError) as error:
-            failure = EchoError(f"cannot read stdin: {describe_error(error)}")
+            failure = _stdin_error(error)
         self._call_in_loop(self._end_input, failure)
 
     def _read_stdin(self) -> None:
@@ -125,6 +128,10 @@ class LineSource:
     def _end_input(self, failure: Exception | None) -> None:
         self._is_complete, self.failure = True, failure
         self._notify()
+
+
+def _stdin_error(error: Exception) -> EchoError:
+    return EchoError(f"cannot read stdin: {describe_error(error)}")
 
 
 def _read(descriptor: int) -> bytes:

@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import socket
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
 from ssl import SSL_ERROR_EOF, SSLEOFError
 from time import perf_counter
 
@@ -21,6 +19,7 @@ from ..endpoint import (
 )
 from ..errors import ConnectError
 from ..net import AddressInfo, get_host
+from ..resolver import run_resolver
 from .connection import Connection
 
 TLS_SHUTDOWN_TIMEOUT = 2.0  # seconds to wait for the close_notify of the server
@@ -76,25 +75,8 @@ async def _create_connection(endpoint: Endpoint, connected: socket.socket) -> Co
 async def _connect(endpoint: Endpoint) -> socket.socket:
     if endpoint.config.uds is not None:
         return await _connect_unix(endpoint.config.uds)
-    infos = endpoint.numeric or await resolve(endpoint)
+    infos = endpoint.numeric or await run_resolver(endpoint.resolve)
     return await _connect_tcp(infos[0]) if len(infos) == 1 else await _race_addresses(infos)
-
-
-async def resolve(endpoint: Endpoint) -> Sequence[AddressInfo]:
-    """Resolve the host in a new thread: unlike a thread of the loop's executor, it does not delay closing the loop."""
-    resolved: Future[Sequence[AddressInfo]] = Future()
-    resolved.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            infos = endpoint.resolve()
-        except (OSError, UnicodeError) as error:
-            resolved.set_exception(error)
-        else:
-            resolved.set_result(infos)
-
-    threading.Thread(target=run, name=f"resolve {endpoint.config.host}", daemon=True).start()
-    return await asyncio.wrap_future(resolved)
 
 
 async def _connect_tcp(info: AddressInfo) -> socket.socket:

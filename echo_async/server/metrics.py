@@ -146,12 +146,18 @@ class MetricsServer:
         self._thread = threading.Thread(target=self._http.serve_forever, name="echo-async metrics")
 
     def start(self, server: BaseGroup[Any], labels: Mapping[str, str], names: Sequence[str]) -> None:
-        """Serve the metrics of ``server``, which uses the running event loop, and of its listeners by ``names``."""
+        """Serve the metrics of ``server``, which uses the running event loop, and of its listeners by ``names``.
+
+        :exc:`~echo_async.StartError` for lack of threads.
+        """
         loop = asyncio.get_running_loop()
         registry = CollectorRegistry()
         registry.register(StatsCollector(lambda: _run_in_loop(loop, server.fetch_stats()), labels, names))
         self._http.set_app(_application(make_wsgi_app(registry), lambda: _run_in_loop(loop, server.is_healthy())))
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise StartError(f"cannot serve metrics: {describe_error(error)}; raise the thread limit") from error
         log.info("metrics available at http://%s/metrics", format_address(self._http.server_address))
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from ..engines.context import ConversationFactory
 from ..engines.registry import Registry
 from ..errors import StartError, describe_error
 from ..listeners import Listeners
+from ..resolver import run_resolver
 from ..stats import Stats
 from ..tls import Certificates
 
@@ -74,7 +75,10 @@ async def bind(config: ServerConfig) -> Listeners:
     """Listen on the addresses of ``config``. A host name is resolved without blocking the event loop."""
     infos = net.resolve_literal(config)
     if infos is None:
-        infos = await asyncio.to_thread(net.resolve, config)
+        try:
+            infos = await run_resolver(partial(net.resolve, config))
+        except OSError as error:
+            raise StartError(f"cannot listen on host {config.host!r}: {describe_error(error)}") from error
     return Listeners.bind(config, infos)
 
 
