@@ -128,7 +128,7 @@ class Option:
                 requirement += ", 0 or greater" if self.is_zero_allowed else " greater than 0"
             case "host":
                 hosts = value if self.is_repeatable and isinstance(value, list | tuple) else [value]
-                is_valid = bool(hosts) and all(map(_is_host, hosts))
+                is_valid = bool(hosts) and all(isinstance(each, str) and each and "\0" not in each for each in hosts)
                 requirement = "must be a host name or an address"
             case "path":
                 is_valid = isinstance(value, str) and value != "" and "\0" not in value[1:]
@@ -157,10 +157,6 @@ def _matches_pattern(pattern: str, value: Any) -> bool:
     import re
 
     return pattern != "" and isinstance(value, str) and re.fullmatch(pattern, value) is not None
-
-
-def _is_host(value: Any) -> bool:
-    return isinstance(value, str) and value.strip(".") != "" and "\0" not in value
 
 
 def _are_networks(value: Any) -> bool:

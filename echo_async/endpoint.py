@@ -13,7 +13,7 @@ from typing import Any, Unpack
 
 from .compat import set_reset_on_close
 from .config import HOST, PORT, ClientConfig, ClientOptions
-from .errors import ConnectError, ConnectTimeout, describe_error
+from .errors import ConfigError, ConnectError, ConnectTimeout, describe_error
 from .logs import escape
 from .net import AddressInfo, format_address
 
@@ -113,6 +113,11 @@ def tls_hostname(server_hostname: str | None, host: str, uds: str | None) -> str
 
     The dot of a fully qualified name is for the resolver only (RFC 6066 section 3).
     """
+    if server_hostname is not None:
+        try:
+            server_hostname.encode("idna")  # as the ssl module does, in the middle of the handshake
+        except UnicodeError as error:
+            raise ConfigError(f"invalid server_hostname: {server_hostname!r} (must be a host name)") from error
     name = server_hostname or ("localhost" if uds is not None else host.partition("%")[0])
     return name.removesuffix(".")
 

@@ -10,6 +10,9 @@ import pytest
 import trustme
 from support import BACKENDS, LOOPS, Backend, run_in_namespace
 
+import echo_async
+from echo_async import sync
+
 PYTHON = sys.executable
 COMMAND = (PYTHON, "-m", "echo_async")
 CLIENTS = (*LOOPS, "sync")
@@ -209,9 +212,7 @@ def test_log_shows_zones_of_all_addresses() -> None:
 
 @pytest.mark.parametrize("text", ["a\nb", "\x1b[31m"])
 def test_error_escapes_control_characters_of_the_host(text: str) -> None:
-    from echo_async import ConnectError, sync
-
-    with pytest.raises(ConnectError) as caught:
+    with pytest.raises(echo_async.ConnectError) as caught:
         sync.connect(text)
     assert str(caught.value).isprintable()
 

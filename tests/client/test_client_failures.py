@@ -189,8 +189,9 @@ def test_retry_ends_after_its_time(on_loop: OnLoop, closed_port: int, black_hole
         ({"connect_timeout": -1}, "invalid connect_timeout: -1 "),
         ({"retry": float("inf")}, "invalid retry: inf "),
         ({"server_hostname": "x"}, "server_hostname requires ssl"),
+        ({"server_hostname": "a\0b", "ssl": True}, "invalid server_hostname: "),
         ({"server_hostname": ".", "ssl": True}, "invalid server_hostname: '.' "),
-        ({"host": ".", "ssl": True}, "invalid host: '.' "),
+        ({"server_hostname": "x" * 64, "ssl": True}, "invalid server_hostname: "),
     ],
 )
 def test_connect_invalid_option_raises(options: dict[str, Any], text: str) -> None:
