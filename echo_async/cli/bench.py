@@ -114,21 +114,43 @@ COMPARE_OPTIONS = {
 }
 
 
-@click.group(context_settings=CONTEXT, no_args_is_help=False)
+HELP = """Measure echo servers: the one of this package, or any other.
+
+\b
+Examples:
+  echo-async bench load --port 5500 --duration 5
+  echo-async bench load --mode stream --rate 20000 --expect 'p99<5ms'
+  echo-async bench compare --plot compare.svg
+"""
+
+
+@click.group(help=HELP, context_settings=CONTEXT, no_args_is_help=False)
 @version_option()
 def command() -> None:
-    """Measure echo servers: the one of this package, or any other.
-
-    \b
-    Examples:
-      echo-async bench load --port 5500 --duration 5
-      echo-async bench load --mode stream --rate 20000 --expect 'p99<5ms'
-      echo-async bench compare --plot compare.svg
-    """
     require_feature(DESCRIPTORS, "run a benchmark")
 
 
-@command.command(context_settings=CONTEXT)
+LOAD_HELP = """Load an echo server, and compare every byte of the replies.
+
+Without --rate, each connection sends the next message when a reply arrives (closed loop). With --rate,
+messages are sent by the clock, and the response time of each counts from the time at which it was
+due (open loop).
+
+\b
+Examples:
+  echo-async bench load --port 5500
+  echo-async bench load --mode stream --connections 100 --pipeline 16 --processes 2
+  echo-async bench load --rate 5000 --expect 'p99<5ms' --expect 'lost<1' --json
+  echo-async bench load --udp --connections 1 --rate 5000
+
+\b
+Exit codes:
+  0 all replies matched, all expectations met    1 a reply lost or different, or an expectation not met
+  2 invalid option                               3 could not connect, or a package is missing
+"""
+
+
+@command.command(help=LOAD_HELP, context_settings=CONTEXT)
 @options(LOAD_OPTIONS)
 @_option(
     "--rate",
@@ -145,24 +167,6 @@ def command() -> None:
 )
 @version_option()
 def load(expect: Sequence[str], **values: Any) -> ExitCode:
-    """Load an echo server, and compare every byte of the replies.
-
-    Without --rate, each connection sends the next message when a reply arrives (closed loop). With --rate,
-    messages are sent by the clock, and the response time of each counts from the time at which it was
-    due (open loop).
-
-    \b
-    Examples:
-      echo-async bench load --port 5500
-      echo-async bench load --mode stream --connections 100 --pipeline 16 --processes 2
-      echo-async bench load --rate 5000 --expect 'p99<5ms' --expect 'lost<1' --json
-      echo-async bench load --udp --connections 1 --rate 5000
-
-    \b
-    Exit codes:
-      0 all replies matched, all expectations met    1 a reply lost or different, or an expectation not met
-      2 invalid option                               3 could not connect, or a package is missing
-    """
     expectations = [Expectation.parse(text) for text in expect]
     _require_packages("numpy", *(() if values["json"] else ("rich",)))
     plan = _make_plan(values)
@@ -171,7 +175,29 @@ def load(expect: Sequence[str], **values: Any) -> ExitCode:
     return _report_load(result, expectations, values["json"])
 
 
-@command.command("compare", context_settings=CONTEXT)
+COMPARE_HELP = """Compare the engines and event loops of this package, on servers that it starts itself.
+
+Every round measures every server once, one after the other. On a machine with two CPUs or more, the server
+and the load run on one each. Ratios are relative to the first server; their spread shows how reliable they
+are.
+
+With --disturb, each connection makes one round trip after the other, a millisecond apart. The table shows how
+long they took, and what the server did for the disturbance meanwhile.
+
+\b
+Examples:
+  echo-async bench compare
+  echo-async bench compare --engines streams,protocol --chunk-sizes 20 --sizes 64,1024,16384
+  echo-async bench compare --rounds 9 --save compare.json --plot compare.svg
+  echo-async bench compare --disturb flood --chunk-sizes 65536
+  echo-async bench compare --disturb idle=10000 --engines streams,protocol --duration 10
+
+Exit codes: 0 success, 1 a reply lost or different, 2 invalid option, 3 a server could not start, or a
+package is missing.
+"""
+
+
+@command.command("compare", help=COMPARE_HELP, context_settings=CONTEXT)
 @_list_option("--engines", "threads,streams,protocol", "Engines", "choice", choices=get_args(EngineName))
 @_list_option(
     "--loops",
@@ -193,26 +219,6 @@ def load(expect: Sequence[str], **values: Any) -> ExitCode:
 @options(COMPARE_OPTIONS)
 @version_option()
 def compare_command(**values: Any) -> ExitCode:
-    """Compare the engines and event loops of this package, on servers that it starts itself.
-
-    Every round measures every server once, one after the other. On a machine with two CPUs or more, the server
-    and the load run on one each. Ratios are relative to the first server; their spread shows how reliable they
-    are.
-
-    With --disturb, each connection makes one round trip after the other, a millisecond apart. The table shows how
-    long they took, and what the server did for the disturbance meanwhile.
-
-    \b
-    Examples:
-      echo-async bench compare
-      echo-async bench compare --engines streams,protocol --chunk-sizes 20 --sizes 64,1024,16384
-      echo-async bench compare --rounds 9 --save compare.json --plot compare.svg
-      echo-async bench compare --disturb flood --chunk-sizes 65536
-      echo-async bench compare --disturb idle=10000 --engines streams,protocol --duration 10
-
-    Exit codes: 0 success, 1 a reply lost or different, 2 invalid option, 3 a server could not start, or a
-    package is missing.
-    """
     _check_output_files(values)
     _require_packages("numpy", *([] if values["json"] else ["rich"]), *(["matplotlib"] if values["plot"] else []))
     comparison = _compare(values)

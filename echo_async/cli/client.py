@@ -48,33 +48,35 @@ CONNECTION_OPTIONS = ("uds", "retry", "send_proxy", "proxy_source", "identify") 
 TLS_OPTIONS = ("ssl", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_no_verify", "server_hostname")
 
 
-@click.command(context_settings=CONTEXT)
+HELP = """Send each MESSAGE to an echo server, compare the reply with it, and print the reply.
+
+Without MESSAGE, each line of stdin is a message if stdin is a pipe or a file; else, and with --count,
+"Hola Server!" is sent. "-" stands for the lines of stdin. A MESSAGE of several lines is sent line by line; a
+MESSAGE that starts with "-" needs "--" before it.
+
+\b
+Examples:
+  echo-async client
+  echo-async client 'first message' 'second message'
+  echo-async client --count 5 --interval 0.2
+  echo-async client --udp --count 1000 --interval 0 --quiet
+  seq 100000 | echo-async client - > replies
+  echo-async client --host echo.example --port 7 --ssl --json hola
+
+\b
+Exit codes:
+  0 all replies matched           1 a reply was lost, late or different
+  2 invalid option                3 could not connect
+  130 Ctrl-C                      141 stdout was closed by its reader
+"""
+
+
+@click.command(help=HELP, context_settings=CONTEXT)
 @click.argument("messages", metavar="[MESSAGE]...", nargs=-1, type=click.UNPROCESSED)
 @options(OPTIONS)
 @version_option()
 @click.pass_context
 def command(context: click.Context, /, messages: Sequence[str], **values: Any) -> int:
-    """Send each MESSAGE to an echo server, compare the reply with it, and print the reply.
-
-    Without MESSAGE, each line of stdin is a message if stdin is a pipe or a file; else, and with --count,
-    "Hola Server!" is sent. "-" stands for the lines of stdin. A MESSAGE of several lines is sent line by line; a
-    MESSAGE that starts with "-" needs "--" before it.
-
-    \b
-    Examples:
-      echo-async client
-      echo-async client 'first message' 'second message'
-      echo-async client --count 5 --interval 0.2
-      echo-async client --udp --count 1000 --interval 0 --quiet
-      seq 100000 | echo-async client - > replies
-      echo-async client --host echo.example --port 7 --ssl --json hola
-
-    \b
-    Exit codes:
-      0 all replies matched           1 a reply was lost, late or different
-      2 invalid option                3 could not connect
-      130 Ctrl-C                      141 stdout was closed by its reader
-    """
     is_ping = context.get_parameter_source("count") is not ParameterSource.DEFAULT
     if not is_ping and context.get_parameter_source("interval") is ParameterSource.COMMANDLINE:
         raise ConfigError("--interval requires --count")

@@ -21,18 +21,21 @@ class LazyGroup(click.Group):
         return command
 
 
-@click.group(cls=LazyGroup, context_settings=CONTEXT, no_args_is_help=False)
+HELP = """TCP echo server and client: every byte comes back unchanged.
+
+\b
+Examples:
+  echo-async server
+  echo-async client 'Hola Server!'
+  echo-async run -- python -m pytest
+  echo-async bench load --port 5500
+"""
+
+
+@click.group(cls=LazyGroup, help=HELP, context_settings=CONTEXT, no_args_is_help=False)
 @version_option()
 def command() -> None:
-    """TCP echo server and client: every byte comes back unchanged.
-
-    \b
-    Examples:
-      echo-async server
-      echo-async client 'Hola Server!'
-      echo-async run -- python -m pytest
-      echo-async bench load --port 5500
-    """
+    """Run a subcommand."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

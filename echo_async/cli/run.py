@@ -49,27 +49,29 @@ class RunCommand(click.Command):
         return rest
 
 
-@click.command(cls=RunCommand, context_settings={**CONTEXT, "allow_interspersed_args": False})
+HELP = """Run COMMAND with an echo server, and exit with its exit code.
+
+The server starts first. COMMAND finds its address in ECHO_ASYNC_HOST and ECHO_ASYNC_PORT, or in ECHO_ASYNC_UDS.
+When COMMAND exits, the server shuts down gracefully. Signals are forwarded to COMMAND.
+
+\b
+Examples:
+  echo-async run -- python -m pytest
+  echo-async run --mode stream --workers 2 -- sh -c 'echo-async client one two'
+
+\b
+Exit codes:
+  that of COMMAND, 128+N if signal N ended it    2 invalid option
+  3 the server could not start, or it exited     126 COMMAND is not executable, 127 it is not found
+"""
+
+
+@click.command(cls=RunCommand, help=HELP, context_settings={**CONTEXT, "allow_interspersed_args": False})
 @click.argument("arguments", metavar="-- COMMAND [ARG]...", nargs=-1, type=click.UNPROCESSED)
 @options(OPTIONS)
 @version_option()
 @click.pass_context
 def command(context: click.Context, /, arguments: Sequence[str], **values: Any) -> int:
-    """Run COMMAND with an echo server, and exit with its exit code.
-
-    The server starts first. COMMAND finds its address in ECHO_ASYNC_HOST and ECHO_ASYNC_PORT, or in ECHO_ASYNC_UDS.
-    When COMMAND exits, the server shuts down gracefully. Signals are forwarded to COMMAND.
-
-    \b
-    Examples:
-      echo-async run -- python -m pytest
-      echo-async run --mode stream --workers 2 -- sh -c 'echo-async client one two'
-
-    \b
-    Exit codes:
-      that of COMMAND, 128+N if signal N ended it    2 invalid option
-      3 the server could not start, or it exited     126 COMMAND is not executable, 127 it is not found
-    """
     if not arguments:
         raise ConfigError("missing COMMAND (usage: echo-async run [OPTIONS] -- COMMAND [ARG]...)")
     server_arguments = context.obj[:-1] if context.obj[-1:] == ["--"] else context.obj

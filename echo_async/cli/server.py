@@ -48,25 +48,27 @@ OPTIONS = {
 }
 
 
-@click.command(context_settings=CONTEXT)
+HELP = """Return every message to the client that sent it, byte for byte.
+
+A message ends with a newline. One line per bound address is printed to stdout; the log is written to
+stderr. SIGINT or SIGTERM starts a graceful shutdown; a second signal aborts all connections.
+
+\b
+Examples:
+  echo-async server
+  echo-async server --port 7 --mode raw --host ::
+  echo-async server --listen 5500 --listen 5501,tls --ssl-certfile server.pem
+  ECHO_ASYNC_PORT=6000 echo-async server --mode stream --log-format json
+
+Exit codes: 0 stopped by a signal, 2 invalid option, 3 could not start.
+"""
+
+
+@click.command(help=HELP, context_settings=CONTEXT)
 @options(OPTIONS)
 @version_option()
 @click.pass_context
 def command(context: click.Context, /, **values: Any) -> int:
-    """Return every message to the client that sent it, byte for byte.
-
-    A message ends with a newline. One line per bound address is printed to stdout; the log is written to
-    stderr. SIGINT or SIGTERM starts a graceful shutdown; a second signal aborts all connections.
-
-    \b
-    Examples:
-      echo-async server
-      echo-async server --port 7 --mode raw --host ::
-      echo-async server --listen 5500 --listen 5501,tls --ssl-certfile server.pem
-      ECHO_ASYNC_PORT=6000 echo-async server --mode stream --log-format json
-
-    Exit codes: 0 stopped by a signal, 2 invalid option, 3 could not start.
-    """
     listeners = _listeners(context)
     engine, modes = listeners[0].config.engine, dict.fromkeys(each.config.mode for each in listeners)
     labels = parse_labels(values["labels"] or [])

@@ -57,6 +57,21 @@ def execute(*command: str, env: dict[str, str] | None = None, **more: Any) -> su
 # Subcommands
 
 
+@pytest.mark.parametrize("name", ["", "server", "client", "run", "bench", "bench load", "bench compare"])
+def test_help_without_docstrings_is_the_same(name: str) -> None:
+    """``-OO`` removes docstrings."""
+    optimized = execute(sys.executable, "-OO", *GROUP[1:], *name.split(), "--help")
+    assert (optimized.returncode, optimized.stderr) == (0, "")
+    assert optimized.stdout == execute(*GROUP, *name.split(), "--help").stdout
+    assert "Examples:" in optimized.stdout
+
+
+def test_commands_without_assertions_work() -> None:
+    optimized = (sys.executable, "-OO", *GROUP[1:])
+    done = execute(*optimized, "run", "--mode", "stream", "--", *optimized, "client", "one", "two")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "one\ntwo\n", "")
+
+
 def test_group_has_every_command() -> None:
     context = click.Context(main.command)
     assert main.command.list_commands(context) == list(COMMANDS)
