@@ -50,9 +50,9 @@ TLS_OPTIONS = ("ssl", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_no_ver
 
 HELP = """Send each MESSAGE to an echo server, compare the reply with it, and print the reply.
 
-Without MESSAGE, each line of stdin is a message if stdin is a pipe or a file; else, and with --count,
-"Hola Server!" is sent. "-" stands for the lines of stdin. A MESSAGE of several lines is sent line by line; a
-MESSAGE that starts with "-" needs "--" before it.
+Without MESSAGE, each line of stdin is a message if stdin is a pipe or a file. Without any line, and with
+--count, "Hola Server!" is sent. "-" stands for the lines of stdin. A MESSAGE of several lines is sent line by
+line; a MESSAGE that starts with "-" needs "--" before it.
 
 \b
 Examples:
@@ -98,7 +98,7 @@ def _make_main(
         return _ping_datagrams(messages, values, output)
     connecting = _connect(values, output)
     if not is_ping:
-        return _send_messages(connecting, LineSource(_messages_to_send(messages)), output)
+        return _send_messages(connecting, _line_source(messages), output)
     from .ping import ping
 
     return ping(connecting, _ping_message(messages), values["count"], values["interval"], output)
@@ -124,11 +124,12 @@ def _ping_message(messages: Sequence[str]) -> bytes:
     return message
 
 
-def _messages_to_send(messages: Sequence[str]) -> list[bytes | None]:
-    """Return the lines to send; None stands for those of stdin."""
+def _line_source(messages: Sequence[str]) -> LineSource:
+    """Return the lines to send. A check whose stdin happens to be an empty pipe sends the default message as well."""
     if messages:
-        return [None if message == "-" else _encode_message(message) for message in messages]
-    return [None if has_stdin_lines() else _encode_message(DEFAULT_MESSAGE)]
+        return LineSource([None if message == "-" else _encode_message(message) for message in messages])
+    default = _encode_message(DEFAULT_MESSAGE)
+    return LineSource([None], default) if has_stdin_lines() else LineSource([default])
 
 
 def _encode_message(message: str) -> bytes:

@@ -32,10 +32,15 @@ def has_stdin_lines() -> bool:
 
 
 class LineSource:
-    """A source of batches: each of ``parts`` is a number of complete lines, or None for the lines of stdin."""
+    """A source of batches: each of ``parts`` is a number of complete lines, or None for the lines of stdin.
 
-    def __init__(self, parts: Sequence[bytes | None]) -> None:
+    Without any line, ``default`` is sent, if there is one.
+    """
+
+    def __init__(self, parts: Sequence[bytes | None], default: bytes = b"") -> None:
         self._parts = parts
+        self._default = default
+        self._has_lines = False
         self._blocks: deque[bytes] = deque()
         self._offset = 0  # in the first block
         self._is_complete = self._is_stopped = False
@@ -85,6 +90,8 @@ class LineSource:
                     self._read_stdin()
                 else:
                     self._enqueue(part)
+            if not self._has_lines:
+                self._enqueue(self._default)
         except (OSError, ValueError) as error:
             failure = _stdin_error(error)
         self._call_in_loop(self._end_input, failure)
@@ -108,6 +115,7 @@ class LineSource:
             self._enqueue(b"".join([*incomplete, b"\n"]))
 
     def _enqueue(self, block: bytes) -> None:
+        self._has_lines = True
         self._free_blocks.acquire()
         if not self._is_stopped:
             self._call_in_loop(self._receive, block)

@@ -97,10 +97,25 @@ def test_stdin_file_is_sent_line_by_line(scripted_server: Start, tmp_path: Path)
         assert client(scripted_server(echo_one), stdin=stdin).stdout == b"one\ntwo\n"
 
 
-def test_empty_stdin_sends_nothing(scripted_server: Start) -> None:
+def test_empty_stdin_as_argument_sends_nothing(scripted_server: Start) -> None:
     server = scripted_server(echo_all)
     done = client(server, "-", input=b"")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("args", [[], ["--json", "--quiet"]], ids=str)
+def test_empty_stdin_without_argument_sends_the_default(
+    scripted_server: Start, args: list[str], tmp_path: Path
+) -> None:
+    """A health check whose stdin is an empty pipe or file checks the server."""
+    server = scripted_server(echo_one)
+    (tmp_path / "empty").touch()
+    with (tmp_path / "empty").open("rb") as stdin:
+        for more in ({"input": b""}, {"stdin": stdin}):
+            done = client(server, *args, **more)
+            assert done.returncode == 0
+            assert b"Hola Server!" in done.stdout
+    assert server.received == 2 * [[b"Hola Server!\n"]]
 
 
 @pytest.mark.parametrize(("mode", "lines"), [("message", 300), ("stream", 30_000)])
