@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
 from typing import IO
 
 
@@ -11,10 +12,14 @@ from typing import IO
 def standard_streams() -> Iterator[None]:
     """Run a command in this block. Output that cannot be flushed at the end is discarded.
 
+    stdout escapes what its encoding lacks, as stderr does.
+
     The interpreter flushes stdout and stderr once more at exit, and replaces the exit code by 120 if
     that fails (``Py_FinalizeEx``).
     """
     _open_standard_descriptors()
+    if isinstance(sys.stdout, TextIOWrapper) and not sys.stdout.closed:
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:

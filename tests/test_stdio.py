@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support import TIMEOUT, server_process
@@ -63,3 +64,18 @@ def test_bench_unmet_expectation_exits_with_1_if_stderr_is_full() -> None:
         port = str(server.address[1])
         options = ["--mode", "stream", "--warmup", "0", "--duration", "0.01", "--expect", "rate>1e9"]
         assert run_with_full_stderr("echo_async.bench", "load", "--port", port, *options) == 1
+
+
+def test_server_address_is_escaped_if_stdout_lacks_it(tmp_path: Path) -> None:
+    with server_process("--uds", str(tmp_path / "ñ😀"), env={"PYTHONIOENCODING": "ascii"}) as server:
+        assert server.startup_line == f"listening on {tmp_path}/\\xf1\\U0001f600\n"
+        assert server.stop()[0] == 0
+
+
+def test_bench_table_is_escaped_if_stdout_lacks_it() -> None:
+    command = [sys.executable, "-m", "echo_async.bench", "compare", "--engines", "protocol", "--loops", "asyncio"]
+    command += ["--sizes", "64", "--rounds", "1", "--warmup", "0", "--duration", "0.05"]
+    environment = {**BUFFERED, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "CPU \\xb5s" in done.stdout

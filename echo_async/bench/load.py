@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Any
 
+from ..children import blocked_signals, start_child
 from ..datagram_tracker import DatagramFormat
 from ..endpoint import Endpoint, refuse_self_connection
 from ..errors import EchoError
@@ -117,22 +118,19 @@ class WorkerProcess:
     """A load generator process; killed at the end of the block if it does not exit."""
 
     def __init__(self, plan: LoadPlan, first: int, cpus: Sequence[int]) -> None:
-        command = [sys.executable, "-m", f"{__package__}.worker"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with blocked_signals({signal.SIGINT}):  # Ctrl-C is handled here
+            self._process, self.channel = start_child(f"{__package__}.worker")
         if cpus:
             os.sched_setaffinity(self._process.pid, cpus)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._stdin, self.stdout = self._process.stdin, self._process.stdout
+        self._reader = self.channel.makefile("rb")
         self.send(json.dumps({"plan": asdict(plan), "first": first}))
 
     def __enter__(self) -> WorkerProcess:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with suppress(OSError):
-            self._stdin.close()
-        self.stdout.close()
+        self._reader.close()
+        self.channel.close()
         if kind is not None:
             self._process.kill()
         try:
@@ -143,23 +141,22 @@ class WorkerProcess:
 
     def send(self, line: str) -> None:
         """Send the plan, then the start time, then anything to end the measurement now; the result follows."""
-        with suppress(BrokenPipeError):  # it exited: the next read finds that out
-            self._stdin.write(line.encode() + b"\n")
-            self._stdin.flush()
+        with suppress(ConnectionError):  # it exited: the next read finds that out
+            self.channel.sendall(line.encode() + b"\n")
 
     def wait_ready(self) -> None:
-        if self.stdout.readline() != b"ready\n":
-            raise self._exit_error()
+        self._read_line()
 
     def read_result(self) -> ProcessResult:
-        line = self.stdout.readline()
-        if not line:
-            raise self._exit_error()
-        return read_result(line, self.stdout.read)
+        return read_result(self._read_line(), self._reader.read)
 
-    def _exit_error(self) -> EchoError:
+    def _read_line(self) -> bytes:
+        """Return the next line; :exc:`~echo_async.EchoError` if the process exits instead."""
+        with suppress(ConnectionError):  # it has not read all that was sent
+            if line := self._reader.readline():
+                return line
         code = self._process.wait()
-        return EchoError(f"load generator process exited with code {code}; try fewer --connections")
+        raise EchoError(f"load generator process exited with code {code}; try fewer --connections")
 
 
 def _wait(workers: Sequence[WorkerProcess], start: float, end: float, progress: Callable[[float], None] | None) -> bool:
@@ -167,7 +164,7 @@ def _wait(workers: Sequence[WorkerProcess], start: float, end: float, progress: 
     interrupted = False
     results = select.poll()  # select accepts no descriptor over 1023
     for worker in workers:
-        results.register(worker.stdout, select.POLLIN)
+        results.register(worker.channel, select.POLLIN)
     try:
         while not results.poll(1e3 * PROGRESS_INTERVAL):
             if progress is not None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import IO, Self
 
+from ..children import child_command
 from ..config import EngineName, Mode
 from ..errors import StartError, describe_error
 
@@ -19,7 +20,7 @@ STOP_TIMEOUT = 10  # seconds until a server that does not exit is killed
 def server_command(engine: EngineName, loop: str, chunk_size: int, mode: Mode, size: int) -> list[str]:
     """Return the command of this package's server, on a free port and without access log."""
     return [
-        *(sys.executable, "-m", "echo_async.server", "--host", "127.0.0.1", "--port", "0"),
+        *child_command("echo_async.server", "--host", "127.0.0.1", "--port", "0"),
         *("--engine", engine, "--loop", loop, "--chunk-size", str(chunk_size), "--mode", mode),
         *("--limit-message-size", str(max(size, 1_048_576)), "--log-level", "error", "--no-access-log"),
     ]
@@ -71,7 +72,7 @@ class ServerProcess:
             self._process.wait()
             self._stderr.seek(0)
             output = (line + self._stderr.read().decode(errors="replace")).strip().splitlines() or ["no output"]
-            raise StartError(f"cannot start {' '.join(self._command)}: {output[-1]}")
+            raise StartError(f"cannot start {self._command[0]}: {output[-1]}")
         return host.strip("[]"), int(port)
 
     def _stop(self, signal_number: int) -> None:

@@ -1,15 +1,15 @@
-"""``python -m echo_async.bench.worker``: one process of a load, started by its parent.
+"""One process of a load, started by :mod:`echo_async.bench.load`. The argument is the descriptor of the channel.
 
-stdin brings one line of JSON: the plan and the number of the first connection. The worker writes ``ready`` to
-stdout once the connections are open. stdin brings the start time, and stdout gets the result. More input or
-the end of stdin stops the load, so that a worker never outlives its parent.
+The channel brings one line of JSON: the plan and the number of the first connection. The worker writes ``ready``
+once the connections are open. Then the channel brings the start time, and gets the result. More input or the end of
+input stops the load, so that a worker never outlives its parent.
 """
 
 import json
 import signal
 import sys
 from contextlib import suppress
-from io import FileIO
+from io import BufferedWriter, FileIO
 from pathlib import Path
 
 from ..compat import raise_descriptor_limit
@@ -20,19 +20,19 @@ from .plan import LoadPlan
 
 @standard_streams()
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which closes stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent, which closes the channel
     raise_descriptor_limit()
     with suppress(OSError):  # Linux may prolong a sleep by 50 µs to save power, unless this is 1 ns
         Path("/proc/self/timerslack_ns").write_text("1")
-    commands = FileIO(sys.stdin.fileno(), closefd=False)  # unbuffered: the selector sees further input
-    request = json.loads(commands.readline())
+    channel = FileIO(int(sys.argv[1]), "r+", closefd=False)  # unbuffered: the selector sees further input
+    request = json.loads(channel.readline())
     generator = LoadGenerator(LoadPlan.from_json(request["plan"]), first=request["first"])
     generator.connect()
-    print("ready", flush=True)
-    start = commands.readline()
+    channel.write(b"ready\n")
+    start = channel.readline()
     if start:
-        generator.stop_on_input(commands.fileno())
-        generator.run(float(start)).write(sys.stdout.buffer)
+        generator.stop_on_input(channel.fileno())
+        generator.run(float(start)).write(BufferedWriter(channel))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from ..config import ADDRESS_OPTIONS, Option, ServerConfig, options_of, parse_la
 from ..errors import ConfigError, StartError
 from ..logs import LogFormat, LogLevel, configure, log
 from ..loops import LOOP_CHOICES, LOOP_PATTERN, log_loop_errors, loop_factory
-from ..net import format_address
+from ..net import Address, format_address
 from ..server.group import BaseGroup, ListenerConfig, ServerGroup
 from ..server.systemd import listen_descriptors, notify
 from ..stdio import discard_output
@@ -63,8 +64,20 @@ Examples:
 Exit codes: 0 stopped by a signal, 2 invalid option, 3 could not start.
 """
 
+RUN_PREFIX = "ECHO_ASYNC_RUN_"  # of the copies of what ``echo-async run`` sets
 
-@click.command(help=HELP, context_settings=CONTEXT)
+
+class ServerCommand(click.Command):
+    """A command that listens. It ignores the address that ``echo-async run`` set for clients, unless it was changed."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for name in ("HOST", "PORT", "UDS"):
+            if os.environ.get(f"ECHO_ASYNC_{name}") == os.environ.get(f"{RUN_PREFIX}{name}"):
+                os.environ.pop(f"ECHO_ASYNC_{name}", None)
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=ServerCommand, help=HELP, context_settings=CONTEXT)
 @options(OPTIONS)
 @version_option()
 @click.pass_context
@@ -92,7 +105,7 @@ def command(context: click.Context, /, **values: Any) -> int:
     }
     metrics_server = _metrics_server(values["metrics_address"], values["metrics_port"])
     with asyncio.Runner(loop_factory=factory) as runner, metrics_server as metrics:
-        runner.run(_serve(start, metrics, facts, has_names=bool(values["listen"])))
+        runner.run(_serve(start, context.obj or _print_addresses, metrics, facts, has_names=bool(values["listen"])))
     return ExitCode.SUCCESS
 
 
@@ -152,6 +165,7 @@ def _metrics_server(address: str, port: int | None) -> contextlib.AbstractContex
 
 async def _serve(
     start: Callable[[], Awaitable[BaseGroup[Any]]],
+    announce: Callable[[Sequence[Address]], object],
     metrics: MetricsServer | None,
     facts: dict[str, str],
     *,
@@ -174,7 +188,8 @@ async def _serve(
             raise
     signals.attach(server)
     if server.is_serving():
-        _announce(server)
+        announce(server.addresses)
+        _log_start(server)
     await server.wait_closed()
     signals.ignore()
     names = server.listener_names
@@ -183,14 +198,17 @@ async def _serve(
     log.info("server stopped: %s", server.stats)
 
 
-def _announce(server: BaseGroup[Any]) -> None:
-    """Report that the server is reachable: on stdout, to the service manager and in the log."""
+def _print_addresses(addresses: Sequence[Address]) -> None:
     with contextlib.suppress(ValueError, AttributeError):  # stdout was closed before the start
         try:
-            for address in server.addresses:
+            for address in addresses:
                 print(f"listening on {format_address(address)}", flush=True)
         except OSError:
             discard_output(sys.stdout)
+
+
+def _log_start(server: BaseGroup[Any]) -> None:
+    """Report that the server is reachable: to the service manager and in the log."""
     notify("READY=1")
     configs = [each.config for each in server.servers]
     udp = ", UDP" if configs[0].udp else ""

@@ -1,7 +1,7 @@
 """A worker process: serves inherited listening sockets until the supervisor stops it or exits.
 
-Started only by :mod:`echo_async.server.worker_process`, as ``python -m echo_async.server.worker CHANNEL``. The argument
-is the descriptor of an inherited socket; the descriptors of the listening sockets are in the settings that it sends.
+Started only by :mod:`echo_async.server.worker_process`. The argument is the descriptor of the channel; the descriptors
+of the listening sockets are in the settings that arrive on it.
 """
 
 import asyncio

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import signal
-import socket
 import subprocess
-import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Self
 
+from ..children import blocked_signals, start_child
 from ..compat import HANGUP_SIGNALS, STOP_SIGNALS, read_cpu_time
 from ..errors import StartError
 from ..logs import log
@@ -51,7 +49,9 @@ class Worker:
     @classmethod
     async def start(cls, listeners: Sequence[ListenerConfig], settings: dict[str, Any]) -> Self:
         """Start a worker, which inherits the descriptors of ``listeners`` under their numbers."""
-        process, channel = _spawn([number for each in listeners for number in each.descriptors])
+        inherited = [number for each in listeners for number in each.descriptors]
+        with blocked_signals(BLOCKED_SIGNALS):
+            process, channel = start_child("echo_async.server.worker", descriptors=inherited)
         self = cls(process, *await asyncio.open_connection(sock=channel, limit=MAX_REPORT_SIZE))
         configs = [(asdict(config), descriptors) for config, descriptors in listeners]
         self._writer.write(json.dumps({"listeners": configs, **settings}).encode() + b"\n")
@@ -131,24 +131,3 @@ class Worker:
 
     def kill(self) -> None:
         self._process.kill()
-
-
-def _spawn(descriptors: Sequence[int]) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start a worker process that inherits ``descriptors``; return it and the supervisor's end of the channel to it."""
-    channel, worker_channel = socket.socketpair()
-    with worker_channel, _blocked_signals():
-        number = worker_channel.fileno()
-        command = [sys.executable, "-m", "echo_async.server.worker", str(number)]
-        return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[number, *descriptors]
-        ), channel
-
-
-@contextlib.contextmanager
-def _blocked_signals() -> Iterator[None]:
-    """Block signals, so that a worker started here is not killed before it can handle them."""
-    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)

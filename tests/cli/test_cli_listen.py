@@ -262,7 +262,7 @@ def test_run_listen_gives_the_first_address(is_variable: bool, tmp_path: Path) -
     env = {"ECHO_ASYNC_LISTEN": " ".join(specs)} if is_variable else {}
     done = run(*options, "--", *PRINT_VARIABLES, env=env, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == {"ECHO_ASYNC_UDS": "first.sock"}
+    assert json.loads(done.stdout) == {"ECHO_ASYNC_UDS": "first.sock", "ECHO_ASYNC_RUN_UDS": "first.sock"}
 
 
 def test_run_listen_reaches_the_first_listener() -> None:

@@ -134,6 +134,13 @@ def test_run_unix_socket_replaces_host_and_port(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "  echo.sock\n", "")
 
 
+@pytest.mark.parametrize("name", ["ñ😀.sock", "a\\b.sock", os.fsdecode(b"\xf1.sock")])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_run_unix_socket_can_have_any_name(name: str, encoding: str, tmp_path: Path) -> None:
+    done = run("--uds", name, "--", *CLIENT, cwd=tmp_path, env={"PYTHONIOENCODING": encoding})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Hola Server!\n", "")
+
+
 def test_run_inherited_socket_is_served() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         number = listener.fileno()
@@ -147,6 +154,34 @@ def test_run_log_is_on_stderr() -> None:
     events = [json.loads(line)["message"] for line in done.stderr.splitlines()]
     assert events[0] == "server started: mode message, engine streams"
     assert events[-1].startswith("server stopped: accepted=1 ")
+
+
+# Servers in the command
+
+
+@pytest.mark.parametrize("outer", [[], ["--host", "::1"], ["--uds", "outer.sock"]])
+@pytest.mark.parametrize("inner", [[], ["--uds", "inner.sock"]])
+def test_run_in_run_has_a_server_of_its_own(outer: list[str], inner: list[str], tmp_path: Path) -> None:
+    done = run(*outer, "--", *RUN, "--mode", "stream", *inner, "--", *CLIENT, "one", "two", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "one\ntwo\n", "")
+
+
+@pytest.mark.parametrize("command", ["server", "run"])
+def test_server_in_run_keeps_what_the_command_changed(command: str, closed_port: int) -> None:
+    """The host is not that of ``run``, but the default."""
+    server = f"{sys.executable} -m echo_async {command} {'-- true' if command == 'run' else ''}"
+    done = run("--host", "::1", "--", "sh", "-c", f"ECHO_ASYNC_PORT={closed_port} {server}")
+    assert done.returncode == 3, "the port is reserved"
+    assert f"cannot listen on 127.0.0.1:{closed_port}: address already in use" in done.stderr
+
+
+def test_run_command_does_not_get_the_address_options() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        number = listener.fileno()
+        done = run("--", "sh", "-c", "env", env={"ECHO_ASYNC_FD": str(number)}, pass_fds=[number])
+    assert done.returncode == 0
+    assert "ECHO_ASYNC_PORT=" in done.stdout
+    assert "ECHO_ASYNC_FD=" not in done.stdout
 
 
 # Errors
@@ -251,6 +286,14 @@ def test_run_server_that_is_killed_exits_3() -> None:
         "error: server exited with code -9 before the command, which was terminated\n"
     )
     assert all(map(has_exited, pids))
+
+
+def test_run_server_that_exits_at_the_start_exits_3(tmp_path: Path) -> None:
+    (tmp_path / "exiting.py").write_text("import os\ndef new_event_loop(): os._exit(7)\n")
+    done = run("--loop", "exiting:new_event_loop", "--", "true", env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 3
+    reason = "error: server exited with code 7 before it was reachable\n"
+    assert single_error_line(done.stdout, done.stderr) == reason
 
 
 def test_run_worker_that_is_killed_is_replaced() -> None:
