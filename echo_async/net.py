@@ -13,7 +13,7 @@ from .compat import HAS_SHARED_PORTS, enable_destination_info, mark_replies, set
 from .config import ServerConfig
 from .datagrams import REPLY_TRAFFIC_CLASS
 from .errors import StartError, describe_error
-from .logs import escape
+from .logs import escape, log
 
 Address = tuple[str, int] | str
 """Host and port, or the path of a Unix socket."""
@@ -27,7 +27,7 @@ UNSPECIFIED = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # wildcard addresses, and t
 PORT_ATTEMPTS = 10  # free ports that are tried until one is free on every address
 RECEIVE_BUFFER_SIZE = 4 * 1024 * 1024  # bytes requested for the datagrams of a burst
 LOCK_TIMEOUT, LOCK_INTERVAL = 1.0, 0.005  # seconds to wait for the lock of a directory, and between two attempts
-NO_IPV6 = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}  # of socket(2) and bind(2) for ``::``
+NO_ADDRESS = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}  # of socket(2) and bind(2) for what this machine does not have
 
 
 def format_address(address: object) -> str:
@@ -82,13 +82,29 @@ def _resolve(config: ServerConfig, flags: int) -> Sequence[AddressInfo]:
     infos: list[AddressInfo] = []
     for host in [config.host] if isinstance(config.host, str) else config.host:
         try:
-            infos += socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | flags)
+            found = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | flags)
         except (OSError, ValueError) as error:  # ValueError: not a valid host name
             raise StartError(
                 f"cannot listen on host {host!r}: {describe_error(error)}; "
                 "choose a host name or an address of this machine"
             ) from error
+        infos += _existing_addresses(found)
     return infos
+
+
+def _existing_addresses(infos: Sequence[AddressInfo]) -> Sequence[AddressInfo]:
+    """Leave out the addresses of a name that this machine does not have; none if it has none of them.
+
+    In a container, ``localhost`` can have an IPv6 address in /etc/hosts and none on the interface.
+    """
+    if len(infos) == 1:  # also an address that is given as such
+        return infos
+    missing = [info for info in infos if not _exists(info[0], info[4])]
+    if len(missing) == len(infos):
+        return infos
+    for info in missing:
+        log.info("%s not served: this machine does not have the address", format_address(info[4]))
+    return [info for info in infos if info not in missing]
 
 
 def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.socket]:
@@ -102,7 +118,7 @@ def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.sock
         return [adopt(config.fd)]
     if config.uds is not None:
         return [_bind_unix(config.uds, backlog)]
-    infos = replace_unspecified(list(dict.fromkeys(infos)))
+    infos = _replace_unspecified(list(dict.fromkeys(infos)))
     attempts = PORT_ATTEMPTS if config.port == 0 else 1
     while True:
         attempts -= 1
@@ -113,10 +129,10 @@ def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.sock
                 raise
 
 
-def replace_unspecified(infos: Sequence[AddressInfo]) -> Sequence[AddressInfo]:
+def _replace_unspecified(infos: Sequence[AddressInfo]) -> Sequence[AddressInfo]:
     """Replace ``::`` by 0.0.0.0 where the kernel has no IPv6; leave it out if there is an IPv4 address as well."""
     ports = [info[4][1] for info in infos if info[4][0] == "::"]
-    if not ports or _has_ipv6():
+    if not ports or _exists(socket.AF_INET6, ("::",)):
         return infos
     others = [info for info in infos if info[4][0] != "::"]
     if _has_family(others, socket.AF_INET):
@@ -124,12 +140,13 @@ def replace_unspecified(infos: Sequence[AddressInfo]) -> Sequence[AddressInfo]:
     return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", ("0.0.0.0", ports[0])), *others]
 
 
-def _has_ipv6() -> bool:
+def _exists(family: socket.AddressFamily, address: tuple[Any, ...]) -> bool:
+    """Return whether a socket can be bound to ``address``, on any port."""
     try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
-            probe.bind(("::", 0))
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((address[0], 0, *address[2:]))
     except OSError as error:
-        return error.errno not in NO_IPV6
+        return error.errno not in NO_ADDRESS
     return True
 
 

@@ -40,6 +40,7 @@ def has_ipv6() -> bool:
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
 
+SHORT_LOAD = ["--duration", "0.1", "--warmup", "0"]
 PORTS: dict[str, dict[str, Any]] = {"plain": {}, "tls": {"tls": True}, "proxy": {"proxy_protocol": "auto"}}
 
 
@@ -120,7 +121,7 @@ def test_command_with_workers_serves_ipv4_and_ipv6(
 
 def assert_reached(command: str, host: str, port: int) -> None:
     """Run a client command with a server at ``host`` and ``port``, which replies."""
-    arguments = ["Hola Server!"] if command == "client" else ["load", "--duration", "0.1", "--warmup", "0"]
+    arguments = ["Hola Server!"] if command == "client" else ["load", *SHORT_LOAD]
     words = [sys.executable, "-m", f"echo_async.{command}", *arguments, "--host", host, "--port", str(port)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
@@ -194,13 +195,13 @@ class OldKernel(socket.socket):
         super().__init__(family, *args, **more)
 
 socket.socket = OldKernel
-from echo_async.cli.server import main
+from echo_async.cli.main import main
 sys.exit(main())
 """
 
 
 def command_without_ipv6(*arguments: str) -> AbstractContextManager[ServerProcess]:
-    words = ["--host", "::", "--port", "0", "--loop", "asyncio", *arguments]
+    words = ["server", "--host", "::", "--port", "0", "--loop", "asyncio", *arguments]
     return command_process([sys.executable, "-c", OLD_KERNEL, *words])
 
 
@@ -213,6 +214,18 @@ def test_command_on_a_kernel_without_ipv6_uses_ipv4(workers: str) -> None:
         wait_until(lambda: " metrics available at " in server.log)
         assert get_health("127.0.0.1", server.log) == b"serving\n"
         assert server.stop()[0] == 0
+
+
+@pytest.mark.parametrize(
+    "command", [["client", "--count", "1"], ["bench", "load", *SHORT_LOAD]], ids=lambda each: each[0]
+)
+@pytest.mark.parametrize("options", [[], ["--udp"]], ids=["tcp", "udp"])
+def test_commands_on_a_kernel_without_ipv6_reach_ipv4(command: list[str], options: list[str]) -> None:
+    with server_process("--mode", "stream", *options) as server:
+        arguments = [*command, *options, "--host", "::", "--port", str(server.address[1])]
+        words = [sys.executable, "-c", OLD_KERNEL, *arguments]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stderr
 
 
 NAMESPACE = """
@@ -238,10 +251,14 @@ print(codes, server.wait())
 def can_make_namespace() -> bool:
     if not all(map(shutil.which, ("unshare", "ip", "sysctl"))):
         return False
-    return subprocess.run(["unshare", "-rn", "sh", "-c", NAMESPACE, "sh", "true"], capture_output=True).returncode == 0
+    command = ["unshare", "-rnm", "sh", "-c", NAMESPACE, "sh", "true"]
+    return subprocess.run(command, capture_output=True, timeout=TIMEOUT).returncode == 0
 
 
-@pytest.mark.skipif(not can_make_namespace(), reason="this user may not make a network namespace")
+needs_namespace = pytest.mark.skipif(not can_make_namespace(), reason="this user may not make a network namespace")
+
+
+@needs_namespace
 @pytest.mark.parametrize("options", [(), ("--engine", "threads"), ("--workers", "2"), ("--loop", "asyncio")])
 def test_server_in_a_namespace_without_ipv6_serves_ipv4(options: tuple[str, ...]) -> None:
     command = ["unshare", "-rn", "sh", "-c", NAMESPACE, "sh", sys.executable, "-c", IN_NAMESPACE, *options]
@@ -249,3 +266,91 @@ def test_server_in_a_namespace_without_ipv6_serves_ipv4(options: tuple[str, ...]
     assert done.stdout == "Hola Server!\nHola Server!\n[0, 0] 0\n", done.stderr
     assert " 127.0.0.1:" in done.stderr
     assert "::ffff:" not in done.stderr
+
+
+NAMES = """
+mount --bind "$1" /etc/hosts && shift && ip link set lo up && sysctl -qw net.ipv6.conf.all.disable_ipv6=1 && exec "$@"
+"""
+SERVE_NAME = """
+import asyncio, sys
+import echo_async
+from echo_async import sync
+from echo_async.testing import HostedServer
+
+async def serve(**options):
+    async with echo_async.serve(port=0, **options) as server:
+        print("asyncio", [host for host, _ in server.addresses])
+
+asyncio.run(serve(host="localhost"))
+asyncio.run(serve(host=["127.0.0.2", "localhost"], udp=True, engine="threads"))
+with sync.serve(host="localhost", port=0) as server:
+    print("sync", server.address[0], sync.echo("one", "localhost", server.port))
+with HostedServer(host="localhost", tls=True) as server:
+    print("hosted", server.address[0])
+for host in ("::1", "missing.test"):
+    try:
+        sync.serve(host=host, port=0)
+    except echo_async.StartError as error:
+        print(error)
+"""
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> list[str]:
+    """The beginning of a command that runs where ``localhost`` has an address that the machine does not have."""
+    hosts = tmp_path / "hosts"
+    names = {"localhost": ("127.0.0.1", "::1"), "missing.test": ("::2", "::3"), "both.test": ("127.0.0.1", "127.0.0.2")}
+    hosts.write_text("".join(f"{each} {name}\n" for name, addresses in names.items() for each in addresses))
+    return ["unshare", "-rnm", "sh", "-c", NAMES, "sh", str(hosts), sys.executable]
+
+
+@needs_namespace
+def test_name_is_served_on_the_addresses_that_exist(names: list[str]) -> None:
+    done = subprocess.run([*names, "-c", SERVE_NAME], capture_output=True, text=True, timeout=TIMEOUT)
+    *lines, given, missing = done.stdout.splitlines()
+    assert lines == [
+        "asyncio ['127.0.0.1']",
+        "asyncio ['127.0.0.2', '127.0.0.1']",
+        "sync 127.0.0.1 one",
+        "hosted 127.0.0.1",
+    ]
+    assert given.startswith("cannot listen on [::1]:"), "an address that is given as such is required"
+    assert missing.startswith("cannot listen on [::")
+    assert done.stderr == ""
+
+
+@needs_namespace
+@pytest.mark.parametrize("options", [["--host", "localhost", "--port", "0"], ["--listen", "localhost:0,udp"]])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_command_serves_a_name_and_logs_what_is_left_out(names: list[str], options: list[str], workers: str) -> None:
+    metrics = ["--metrics-address", "localhost", "--metrics-port", "0"]
+    command = [*names, "-m", "echo_async", "server", "--workers", workers, *options, *metrics]
+    with command_process(command) as server:
+        assert server.startup_line.startswith("listening on 127.0.0.1:")
+        wait_until(lambda: " metrics available at http://127.0.0.1:" in server.log)
+        code, log = server.stop()
+    assert code == 0
+    assert log.count("INFO [::1]:0 not served: this machine does not have the address\n") == 2
+
+
+METRICS_OF_NAME = """
+import sys
+from subprocess import PIPE, Popen
+from urllib.request import urlopen
+
+options = ["--port", "0", "--metrics-address", "both.test", "--metrics-port", "5739"]
+with Popen([sys.executable, "-m", "echo_async.server", *options], stdout=PIPE) as server:
+    try:
+        server.stdout.readline()
+        for host in ("127.0.0.1", "127.0.0.2"):
+            with urlopen(f"http://{host}:5739/healthz", timeout=10) as response:
+                print(response.read())
+    finally:
+        server.terminate()
+"""
+
+
+@needs_namespace
+def test_metrics_are_served_on_all_addresses_of_a_name(names: list[str]) -> None:
+    done = subprocess.run([*names, "-c", METRICS_OF_NAME], capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.stdout == "b'serving\\n'\n" * 2, done.stderr

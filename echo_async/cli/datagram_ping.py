@@ -46,7 +46,11 @@ async def _ping_address(
     endpoint: Endpoint, info: AddressInfo, size: int, count: int, interval: float, output: Output
 ) -> bool:
     tracker = DatagramTracker(DatagramFormat(size), endpoint.config.timeout)
-    with socket.socket(info[0], socket.SOCK_DGRAM) as connected:
+    try:
+        opened = socket.socket(info[0], socket.SOCK_DGRAM)
+    except OSError as error:  # the kernel does not support the address family
+        raise endpoint.connect_error(error, endpoint.config.connect_timeout) from error
+    with opened as connected:
         pinging = DatagramPing(endpoint, connected, tracker, output)
         try:
             await pinging.connect(info[4])

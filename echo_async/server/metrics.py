@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
-from socketserver import TCPServer, ThreadingMixIn
+from socketserver import BaseServer, ThreadingMixIn
 from typing import Any, TypeVar
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 from wsgiref.types import StartResponse, WSGIEnvironment
@@ -21,10 +21,11 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from .. import net
+from ..config import ServerConfig
 from ..datagrams import REFUSALS
 from ..errors import StartError, describe_error
 from ..logs import escape, log
-from ..net import format_address, replace_unspecified
 from ..stats import COUNTERS as STATS_COUNTERS
 from ..stats import COUNTERS_BY_KIND, Stats
 from .group import BaseGroup
@@ -32,6 +33,7 @@ from .group import BaseGroup
 T = TypeVar("T")
 
 STATS_TIMEOUT = 3.0  # seconds until the server must respond; longer than the supervisor's for its workers
+BACKLOG = 128  # HTTP connections not yet accepted
 REQUEST_TIMEOUT = 5.0  # seconds without input until an HTTP request is aborted
 MAX_CONNECTIONS = 8  # HTTP connections; a new one closes the oldest. They fit into the reserved descriptors
 ACCEPT_RETRY_DELAY = 0.1  # seconds after accept() failed
@@ -130,20 +132,20 @@ def _highest(previous: Mapping[str, int], current: Mapping[str, int]) -> dict[st
 class MetricsServer:
     """An HTTP server that listens from its creation and answers requests from :meth:`start` to :meth:`close`.
 
-    :exc:`~echo_async.StartError` if it cannot listen on ``address`` and ``port``.
+    It listens on every address of the name ``address``. :exc:`~echo_async.StartError` if it cannot.
     """
 
     def __init__(self, address: str, port: int) -> None:
+        config = ServerConfig(host=address, port=port, backlog=BACKLOG)
         try:
-            infos = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, *_, socket_address = replace_unspecified(infos)[0]
-            self._http = _HttpServer(family, socket_address)
-        except (OSError, ValueError) as error:
+            self._https = [_HttpServer(each) for each in net.bind(config, net.resolve(config))]
+        except StartError as error:
+            reason = describe_error(error.__cause__) if isinstance(error.__cause__, Exception) else error
             raise StartError(
-                f"cannot serve metrics on {format_address((escape(address), port))}: {describe_error(error)}; "
+                f"cannot serve metrics on {net.format_address((escape(address), port))}: {reason}; "
                 "choose another --metrics-port or --metrics-address"
             ) from error
-        self._thread = threading.Thread(target=self._http.serve_forever, name="echo-async metrics")
+        self._threads: list[threading.Thread] = []
 
     def start(self, server: BaseGroup[Any], labels: Mapping[str, str], names: Sequence[str]) -> None:
         """Serve the metrics of ``server``, which uses the running event loop, and of its listeners by ``names``.
@@ -153,20 +155,25 @@ class MetricsServer:
         loop = asyncio.get_running_loop()
         registry = CollectorRegistry()
         registry.register(StatsCollector(lambda: _run_in_loop(loop, server.fetch_stats()), labels, names))
-        self._http.set_app(_application(make_wsgi_app(registry), lambda: _run_in_loop(loop, server.is_healthy())))
-        try:
-            self._thread.start()
-        except RuntimeError as error:
-            raise StartError(f"cannot serve metrics: {describe_error(error)}; raise the thread limit") from error
-        log.info("metrics available at http://%s/metrics", format_address(self._http.server_address))
+        application = _application(make_wsgi_app(registry), lambda: _run_in_loop(loop, server.is_healthy()))
+        for http in self._https:
+            http.set_app(application)
+            thread = threading.Thread(target=http.serve_forever, name="echo-async metrics")
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise StartError(f"cannot serve metrics: {describe_error(error)}; raise the thread limit") from error
+            self._threads.append(thread)
+            log.info("metrics available at http://%s/metrics", net.format_address(http.server_address))
 
     def close(self) -> None:
-        if self._thread.is_alive():
+        for http, thread in zip(self._https, self._threads, strict=False):  # none, or some, were started
             with contextlib.suppress(OSError):
-                self._http.socket.shutdown(socket.SHUT_RDWR)  # otherwise shutdown takes up to 0.5 s
-            self._http.shutdown()
-            self._thread.join()
-        self._http.server_close()
+                http.socket.shutdown(socket.SHUT_RDWR)  # otherwise shutdown takes up to 0.5 s
+            http.shutdown()
+            thread.join()
+        for http in self._https:
+            http.server_close()
 
 
 def _run_in_loop(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -224,13 +231,14 @@ class _Handler(WSGIRequestHandler):
 
 class _HttpServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True  # a slow HTTP client does not delay the shutdown
-    request_queue_size = 128
 
-    def __init__(self, family: socket.AddressFamily, address: Any) -> None:
-        self.address_family = family
+    def __init__(self, listener: socket.socket) -> None:
         self._connections: dict[socket.socket, None] = {}  # in the order of their arrival
         self._lock = threading.Lock()
-        super().__init__(address, _Handler)
+        BaseServer.__init__(self, listener.getsockname(), _Handler)  # that of TCPServer opens a socket
+        self.socket = listener
+        self.server_name, self.server_port = listener.getsockname()[:2]
+        self.setup_environ()
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection. After an error, which the base class ignores, pause instead of a busy loop."""
@@ -255,15 +263,6 @@ class _HttpServer(ThreadingMixIn, WSGIServer):
         with self._lock:
             self._connections.pop(request, None)
         super().shutdown_request(request)
-
-    def server_bind(self) -> None:
-        """Bind without the host name lookup of the base class. ``::`` accepts IPv4 as well."""
-        if self.address_family == socket.AF_INET6:
-            is_ipv6_only = self.server_address[0] != "::"
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, is_ipv6_only)
-        TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
-        self.setup_environ()
 
     def handle_error(self, *args: object) -> None:
         """Do not log lost or timed out HTTP connections."""
