@@ -71,7 +71,7 @@ class ScriptedServer:
         self.address: tuple[str, int] = self._reserved.getsockname()
         self._listener = socket.create_server(self.address, backlog=512)
         self._peers: list[Peer] = []
-        self._threads = [threading.Thread(target=self._accept)]
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
 
     @property
@@ -84,7 +84,7 @@ class ScriptedServer:
             while True:
                 peer = Peer(self._listener.accept()[0], len(self._peers))
                 self._peers.append(peer)
-                self._threads.append(threading.Thread(target=self._run, args=[peer]))
+                self._threads.append(threading.Thread(target=self._run, args=[peer], daemon=True))
                 self._threads[-1].start()
 
     def _run(self, peer: Peer) -> None:
@@ -129,7 +129,7 @@ class ScriptedDatagrams:
         self._socket.bind((host, 0))
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
         self.received: list[bytes] = []
-        self._thread = threading.Thread(target=self._serve)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
     def _serve(self) -> None:

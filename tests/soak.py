@@ -27,6 +27,8 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from support import ChildProcess
+
 BACKENDS = {
     "protocol-uvloop": ["--engine", "protocol", "--loop", "uvloop"],
     "protocol-asyncio": ["--engine", "protocol", "--loop", "asyncio"],
@@ -41,10 +43,9 @@ SOURCES = [f"127.0.1.{number}" for number in range(1, 33)]  # one source address
 class Server:
     """A server process and its resource usage."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, process: ChildProcess, log: Path) -> None:
         self.process = process
         self._log = log
-        assert process.stdout is not None
         self.port = int(process.stdout.readline().rpartition(b":")[2])
 
     @property
@@ -86,8 +87,8 @@ def server(*args: str, nofile: int = 0, **popen: object) -> Iterator[Server]:
 
     command = [sys.executable, "-m", "echo_async.server", "--port", "0", "--no-access-log", *args]
     with TemporaryDirectory() as folder, open(Path(folder, "log"), "wb") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, preexec_fn=limit_descriptors, **popen)  # type: ignore[call-overload]
-        with process:
+        options = {"stdout": subprocess.PIPE, "stderr": log, "preexec_fn": limit_descriptors, **popen}
+        with ChildProcess(command, **options) as process:
             try:
                 yield Server(process, Path(folder, "log"))
             finally:

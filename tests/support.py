@@ -13,12 +13,14 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from subprocess import PIPE, CompletedProcess
 from time import monotonic
-from typing import Any, NamedTuple, Protocol, TypeVar, Unpack
+from types import TracebackType
+from typing import IO, Any, NamedTuple, Protocol, TypeVar, Unpack
 
 import pytest
 
@@ -65,7 +67,7 @@ class ServerThread:
         self._runner = asyncio.Runner(loop_factory=loop_factory(loop))
         self._options = options
         self._started = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self.loop_errors: list[str] = []
 
     def _run(self) -> None:
@@ -136,12 +138,46 @@ def single_error_line(stdout: str, stderr: str) -> str:
     return stderr
 
 
+class ChildProcess(subprocess.Popen[Any]):
+    """A process in a session of its own, which ends with the block: it exits within ``TIMEOUT``, or the test fails.
+
+    After a failure, a timeout of the test included, it is killed at once, and in any case its children with it.
+    """
+
+    stdin: IO[Any]
+    stdout: IO[Any]
+    stderr: IO[Any]
+
+    def __init__(self, command: Sequence[str | bytes | Path], **options: Any) -> None:
+        super().__init__(command, **{"start_new_session": True, **options})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                for stream in filter(None, (self.stdin, self.stdout, self.stderr)):
+                    stream.close()
+                self.wait(TIMEOUT)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            super().__exit__(kind, error, traceback)
+
+
+def run_process(command: Sequence[str | Path], input: str | None = None, **options: Any) -> CompletedProcess[str]:
+    """Run a command until it exits, within ``TIMEOUT``; return its exit code and its output."""
+    options |= {} if input is None else {"stdin": PIPE}
+    with ChildProcess(command, stdout=PIPE, stderr=PIPE, text=True, **options) as process:
+        out, err = process.communicate(input, TIMEOUT)
+    return CompletedProcess(command, process.returncode, out, err)
+
+
 class ServerProcess:
     """A running server command, reachable at ``address``."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: ChildProcess) -> None:
         self.process = process
-        assert process.stdout is not None
         self.startup_line = process.stdout.readline()
         self._stderr: list[str] = []
         # A daemon thread: a process that the server left behind keeps the pipe open and must not block the tests.
@@ -149,7 +185,6 @@ class ServerProcess:
         self._reader.start()
 
     def _read_stderr(self) -> None:
-        assert self.process.stderr is not None
         with self.process.stderr as lines:
             self._stderr.extend(map(without_slow_callbacks, lines))
 
@@ -223,23 +258,14 @@ def server_process(*args: str, env: dict[str, str] | None = None, **popen: Any) 
 @contextmanager
 def command_process(command: list[str], env: dict[str, str] | None = None, **popen: Any) -> Iterator[ServerProcess]:
     """Run ``command``, which starts a server, until the end of the block."""
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **(env or {})},
-        **popen,
-    )
-    server = ServerProcess(process)
-    try:
-        yield server
-    finally:
-        if process.poll() is None:
+    environment = {**os.environ, **(env or {})}
+    with ChildProcess(command, stdout=PIPE, stderr=PIPE, text=True, env=environment, **popen) as process:
+        server = ServerProcess(process)
+        try:
+            yield server
+        finally:
             process.kill()
-        server.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+            server.wait()
 
 
 @contextmanager

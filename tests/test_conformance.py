@@ -97,10 +97,10 @@ def test_message_sent_byte_by_byte_is_echoed(start_server: StartServer, mode: Mo
 def test_many_messages_in_one_send_are_all_answered(start_server: StartServer) -> None:
     messages = b"".join(b"%d\n" % number for number in range(10_000))
     with start_server(mode="stream") as server, connect(server) as client:
-        sender = threading.Thread(target=client.sendall, args=(messages,))
+        sender = threading.Thread(target=client.sendall, args=(messages,), daemon=True)
         sender.start()
         assert receive_exactly(client, len(messages)) == messages
-        sender.join()
+        sender.join(TIMEOUT)
     assert server.stats.messages == 10_000
 
 

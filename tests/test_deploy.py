@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import pytest
 import trustme
-from support import TIMEOUT, command_process, receive_line, server_process, wait_until
+from support import TIMEOUT, ChildProcess, command_process, receive_line, server_process, wait_until
 
 from echo_async import Identity
 from echo_async.cli.server import command
@@ -70,8 +70,8 @@ def test_log_behind_haproxy_shows_the_client_addresses(tmp_path: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             path.write_text(text.replace("bind :5500", f"bind fd@{listener.fileno()}"))
             command, address = ["haproxy", "-db", "-q", "-f", str(path)], listener.getsockname()
-            haproxy = subprocess.Popen(command, pass_fds=[listener.fileno()], stdout=subprocess.DEVNULL)
-        stack.callback(haproxy.wait, TIMEOUT)
+            haproxy = ChildProcess(command, pass_fds=[listener.fileno()], stdout=subprocess.DEVNULL)
+        stack.enter_context(haproxy)
         stack.callback(haproxy.terminate)
         wait_until(lambda: all(" 8 bytes: healthy" in server.log for server in (first, second)))
         client_addresses = set()
@@ -106,15 +106,14 @@ def test_identify_behind_haproxy_shows_what_haproxy_had(tmp_path: Path) -> None:
         text = text.replace("192.0.2.11:5500", "{}:{}".format(*server.address))
         (tmp_path / "haproxy.cfg").write_text(text)
         command = ["haproxy", "-db", "-f", str(tmp_path / "haproxy.cfg")]
-        haproxy = subprocess.Popen(command, pass_fds=[listener.fileno()], stdout=subprocess.PIPE, text=True)
-        stack.callback(haproxy.communicate, timeout=TIMEOUT)
+        haproxy = ChildProcess(command, pass_fds=[listener.fileno()], stdout=subprocess.PIPE, text=True)
+        stack.enter_context(haproxy)
         stack.callback(haproxy.terminate)
         plain = socket.create_connection(listener.getsockname(), TIMEOUT)
         with context.wrap_socket(plain, server_hostname="echo.example") as client:
             client.sendall(b"Hola Server!\n")
             identity = Identity.parse(receive_line(client))
             address = client.getsockname()
-        assert haproxy.stdout is not None
         while "facts " not in (line := haproxy.stdout.readline()):
             assert line, "haproxy ended"
     unique_id, host, port, version, cipher, name, common_name, verify = line.split("facts ")[1].split()
@@ -141,10 +140,9 @@ def documented_haproxy(name: str, directory: Path, *servers: tuple[str, int]) ->
     with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
         path.write_text(text.replace("bind 127.0.0.1:5500", f"bind fd@{listener.fileno()}"))
         command = ["haproxy", "-db", "-f", str(path)]
-        haproxy = subprocess.Popen(command, pass_fds=[listener.fileno()], stderr=subprocess.PIPE, text=True)
-        stack.callback(haproxy.communicate, timeout=TIMEOUT)
+        haproxy = ChildProcess(command, pass_fds=[listener.fileno()], stderr=subprocess.PIPE, text=True)
+        stack.enter_context(haproxy)
         stack.callback(haproxy.terminate)
-        assert haproxy.stderr is not None
         yield listener.getsockname(), haproxy.stderr
 
 

@@ -47,7 +47,7 @@ from typing import Any
 import click
 import pytest
 import trustme
-from support import TIMEOUT, run
+from support import TIMEOUT, ChildProcess, run
 
 import echo_async
 import echo_async.testing  # a pytest run inside of pytest removes the modules that it imported first
@@ -292,7 +292,7 @@ def start_given(names: tuple[str, ...], directory: Path, stack: ExitStack) -> in
 def run_session(script: str, directory: Path, environment: dict[str, str], lines: int) -> list[str]:
     """Run a script; interrupt it if it still runs after ``lines`` lines. Returns what it printed."""
     command = ["bash", "-c", script]
-    with subprocess.Popen(
+    with ChildProcess(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -301,7 +301,6 @@ def run_session(script: str, directory: Path, environment: dict[str, str], lines
         cwd=directory,
         env=environment,
     ) as process:
-        assert process.stdout is not None
         output = [line for _, line in zip(range(lines), process.stdout, strict=False)]
         if script.startswith("exec "):
             process.send_signal(signal.SIGINT)

@@ -22,6 +22,7 @@ from support import (
     command_process,
     receive_all,
     receive_line,
+    run_process,
     server_process,
     wait_until,
 )
@@ -123,7 +124,7 @@ def assert_reached(command: str, host: str, port: int) -> None:
     """Run a client command with a server at ``host`` and ``port``, which replies."""
     arguments = ["Hola Server!"] if command == "client" else ["load", *SHORT_LOAD]
     words = [sys.executable, "-m", f"echo_async.{command}", *arguments, "--host", host, "--port", str(port)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT)
+    done = run_process(words)
     assert done.returncode == 0, done.stderr
 
 
@@ -224,7 +225,7 @@ def test_commands_on_a_kernel_without_ipv6_reach_ipv4(command: list[str], option
     with server_process("--mode", "stream", *options) as server:
         arguments = [*command, *options, "--host", "::", "--port", str(server.address[1])]
         words = [sys.executable, "-c", OLD_KERNEL, *arguments]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT)
+        done = run_process(words)
     assert done.returncode == 0, done.stderr
 
 
@@ -262,7 +263,7 @@ needs_namespace = pytest.mark.skipif(not can_make_namespace(), reason="this user
 @pytest.mark.parametrize("options", [(), ("--engine", "threads"), ("--workers", "2"), ("--loop", "asyncio")])
 def test_server_in_a_namespace_without_ipv6_serves_ipv4(options: tuple[str, ...]) -> None:
     command = ["unshare", "-rn", "sh", "-c", NAMESPACE, "sh", sys.executable, "-c", IN_NAMESPACE, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    done = run_process(command)
     assert done.stdout == "Hola Server!\nHola Server!\n[0, 0] 0\n", done.stderr
     assert " 127.0.0.1:" in done.stderr
     assert "::ffff:" not in done.stderr
@@ -306,7 +307,7 @@ def names(tmp_path: Path) -> list[str]:
 
 @needs_namespace
 def test_name_is_served_on_the_addresses_that_exist(names: list[str]) -> None:
-    done = subprocess.run([*names, "-c", SERVE_NAME], capture_output=True, text=True, timeout=TIMEOUT)
+    done = run_process([*names, "-c", SERVE_NAME])
     *lines, given, missing = done.stdout.splitlines()
     assert lines == [
         "asyncio ['127.0.0.1']",
@@ -352,5 +353,5 @@ with Popen([sys.executable, "-m", "echo_async.server", *options], stdout=PIPE) a
 
 @needs_namespace
 def test_metrics_are_served_on_all_addresses_of_a_name(names: list[str]) -> None:
-    done = subprocess.run([*names, "-c", METRICS_OF_NAME], capture_output=True, text=True, timeout=TIMEOUT)
+    done = run_process([*names, "-c", METRICS_OF_NAME])
     assert done.stdout == "b'serving\\n'\n" * 2, done.stderr

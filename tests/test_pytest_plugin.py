@@ -235,10 +235,10 @@ def test_close_with_connected_clients_does_not_wait(sent: bytes, reserved_port: 
         if b"\n" in sent:
             assert receive_line(client) == b"one\n"
         client.settimeout(1)  # much less than the graceful shutdown timeout
-        closing = threading.Thread(target=server.close)
+        closing = threading.Thread(target=server.close, daemon=True)
         closing.start()
         assert receive_all(client) == b""
-        closing.join()
+        closing.join(TIMEOUT)
         server.close()
         with pytest.raises(ConnectionRefusedError):
             connect(server)

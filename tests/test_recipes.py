@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TIMEOUT
+from support import TIMEOUT, ChildProcess
 
 from echo_async.testing import HostedServer
 
@@ -63,7 +63,7 @@ def test_github_steps_print_every_reply(tmp_path: Path) -> None:
         variables = environment(reserved.getsockname()[1])
         script = 'for step; do bash -e -o pipefail -c "$step" || exit; done'
         command = ["bash", "-c", script, "runner", *steps]
-        with subprocess.Popen(
+        with ChildProcess(
             command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=variables, start_new_session=True
         ) as runner:
             try:

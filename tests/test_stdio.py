@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import TIMEOUT, server_process
+from support import TIMEOUT, ChildProcess, server_process
 
 BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
@@ -32,14 +32,13 @@ def test_server_exits_with_0_if_stderr_is_full(options: list[str]) -> None:
     """The log cannot be written, and the interpreter's last flush of it fails."""
     with (
         open("/dev/full", "wb") as full,
-        subprocess.Popen(
+        ChildProcess(
             [sys.executable, "-m", "echo_async.server", "--port", "0", *options],
             stdout=subprocess.PIPE,
             stderr=full,
             env=BUFFERED,
         ) as process,
     ):
-        assert process.stdout is not None
         assert process.stdout.readline().startswith(b"listening on ")
         process.terminate()
         assert process.wait(TIMEOUT) == 0

@@ -112,3 +112,34 @@ def test_all_is_declared_in_public_modules_only() -> None:
         if isinstance(node, ast.Assign | ast.AnnAssign) and "__all__" in ast.unparse(node).partition("=")[0]
     }
     assert declaring - {f"echo_async{name}" for name in public} == set()
+
+
+# The tests
+
+
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
+PROCESS_CALLS = {"run", "call", "check_call", "check_output"}
+
+
+def calls_without_limit(source: str) -> Iterator[str]:
+    """What can wait without an end, also after the timeout of a test has failed it."""
+    nodes = list(ast.walk(ast.parse(source)))
+    awaited = {id(node.value) for node in nodes if isinstance(node, ast.Await)}
+    for node in nodes:
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        owner, name = ast.unparse(node.func.value), node.func.attr
+        options = {each.arg for each in node.keywords}
+        is_endless = name in ("wait", "join", "communicate") and not node.args and not options
+        is_endless &= owner.rpartition(".")[2] not in ("self", "server")  # ``ServerProcess.wait`` has a limit
+        is_endless |= owner == "subprocess" and name in PROCESS_CALLS and "timeout" not in options
+        is_endless |= (owner, name) == ("subprocess", "Popen")
+        is_endless |= (owner, name) == ("threading", "Thread") and "daemon" not in options
+        if is_endless and id(node) not in awaited:
+            yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+def test_tests_wait_for_processes_and_threads_with_a_limit(path: Path) -> None:
+    """Processes are started with ``ChildProcess``, threads as daemons: none keeps the tests from their end."""
+    assert list(calls_without_limit(path.read_text())) == []

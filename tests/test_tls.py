@@ -246,7 +246,7 @@ def test_reload_during_handshakes_fails_none(
             server.reload_certificates()
 
     with start_server(mode="stream", ssl_certfile=str(served)) as server:
-        reloading = threading.Thread(target=reload_repeatedly)
+        reloading = threading.Thread(target=reload_repeatedly, daemon=True)
         reloading.start()
         try:
             for _ in range(60):
@@ -255,7 +255,7 @@ def test_reload_during_handshakes_fails_none(
                     assert receive_line(client) == b"one\n"
         finally:
             done.set()
-            reloading.join()
+            reloading.join(TIMEOUT)
 
 
 def test_reload_without_a_ca_rejects_its_clients(
@@ -290,6 +290,7 @@ def invalid_certificates(files: CertificateFiles) -> dict[str, list[str]]:
     subprocess.run(
         ["openssl", "pkey", "-in", folder / "server.key", "-aes256", "-passout", "pass:secret", "-out", encrypted],
         check=True,
+        timeout=TIMEOUT,
     )
     return {
         "missing": ["--ssl-certfile", str(folder / "missing.pem")],
@@ -362,9 +363,9 @@ def test_concurrent_tls_clients_all_get_their_reply(start_server: StartServer, f
                 client.sendall(b"%d\n" % number)
                 replies.append(receive_all(client))
 
-        threads = [threading.Thread(target=send_one, args=(number,)) for number in range(40)]
+        threads = [threading.Thread(target=send_one, args=(number,), daemon=True) for number in range(40)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(TIMEOUT)
     assert sorted(map(int, replies)) == list(range(40))

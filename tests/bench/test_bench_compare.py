@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TIMEOUT, wait_until
+from support import TIMEOUT, ChildProcess, wait_until
 
 from echo_async import StartError
 from echo_async.bench.server import ServerProcess
@@ -111,7 +111,7 @@ def test_compare_beside_idle_connections_reports_idle_cpu(capsys: pytest.Capture
 
 def test_compare_sigint_exits_130_without_output() -> None:
     command = [sys.executable, "-m", "echo_async.bench", "compare", "--engines", "protocol", "--duration", "60"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with ChildProcess(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_until(
             lambda: any("echo_async.bench.worker" in each and sockets >= 10 for each, sockets in children(process.pid))
         )

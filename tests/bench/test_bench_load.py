@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import trustme
 from scripted import Peer, Start
-from support import MAX_DELAY, TIMEOUT, ServerThread
+from support import MAX_DELAY, TIMEOUT, ChildProcess, ServerThread
 
 from echo_async import EchoServer
 from echo_async.cli.bench import main
@@ -66,7 +66,7 @@ def serving(factory: Callable[[], Echo]) -> Iterator[int]:
         await asyncio.sleep(0)  # the transports close
 
     listener = loop.run_until_complete(loop.create_server(make_protocol, "127.0.0.1", 0))
-    thread = threading.Thread(target=loop.run_forever)
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
         yield listener.sockets[0].getsockname()[1]
@@ -412,9 +412,10 @@ def test_load_closed_loop_table_suggests_rate(capsys: pytest.CaptureFixture[str]
 def test_load_progress_bar_is_on_stderr_of_a_terminal(port: str) -> None:
     controller, terminal = pty.openpty()
     with os.fdopen(controller, "rb", buffering=0) as screen:
-        process = subprocess.Popen([*LOAD, "--port", port, *SHORT, "--json"], stdout=subprocess.PIPE, stderr=terminal)
-        os.close(terminal)
-        out, _ = process.communicate(timeout=TIMEOUT)
+        command = [*LOAD, "--port", port, *SHORT, "--json"]
+        with ChildProcess(command, stdout=subprocess.PIPE, stderr=terminal) as process:
+            os.close(terminal)
+            out, _ = process.communicate(timeout=TIMEOUT)
         assert screen.read(65536).startswith(b"\x1b[?25l")
     assert process.returncode == 0
     check_replies(json.loads(out))
@@ -429,7 +430,7 @@ def test_load_sigint_reports_the_partial_result(serve: Serve) -> None:
             started.set()
 
     command = [*LOAD, "--port", str(serve(Signaling)), "--warmup", "0", "--duration", "60", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with ChildProcess(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert started.wait(TIMEOUT)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=TIMEOUT)
@@ -448,7 +449,7 @@ def test_load_killed_worker_is_an_error(serve: Serve) -> None:
             started.set()
 
     command = [*LOAD, "--port", str(serve(Signaling)), "--warmup", "0", "--duration", "60", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with ChildProcess(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert started.wait(TIMEOUT)
         [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(child), signal.SIGKILL)

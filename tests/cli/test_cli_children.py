@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import zipapp
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import click
 import pytest
-from support import TIMEOUT, single_error_line, without_slow_callbacks
+from support import run_process, single_error_line, without_slow_callbacks
 
 import echo_async
 from echo_async.cli import server
@@ -29,9 +29,8 @@ COMMANDS = {"run": ("run", "--", *PRINT_PORT), "workers": ("run", "--workers", "
 COMMANDS |= {"load": LOAD, "compare": COMPARE}
 
 
-def execute(*command: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **(env or {})}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=cwd, env=environment)
+def execute(*command: str, cwd: Path, env: dict[str, str] | None = None) -> CompletedProcess[str]:
+    done = run_process(command, cwd=cwd, env={**os.environ, **(env or {})})
     done.stderr = without_slow_callbacks(done.stderr)
     return done
 
@@ -46,7 +45,7 @@ def test_children_do_not_import_files_of_the_directory(name: str, tmp_path: Path
     for file in ("selectors", "json", "logging", "queue", "runpy", "echo_async/__init__"):
         (tmp_path / f"{file}.py").write_text("raise SystemExit(__file__)")
     script = Path(sys.executable).with_name("echo-async")
-    done = execute(str(script), *arguments_of(name, echo_server), cwd=tmp_path)
+    done = execute(sys.executable, "-W", "error", str(script), *arguments_of(name, echo_server), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -107,9 +106,8 @@ def test_children_that_cannot_start_are_one_error_line(
 @pytest.mark.parametrize("encoding", ["ascii", "utf-16"])
 def test_load_processes_report_in_any_encoding(encoding: str, tmp_path: Path, echo_server: HostedServer) -> None:
     command = [sys.executable, "-m", "echo_async", *arguments_of("load", echo_server)]
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    done = subprocess.run(command, capture_output=True, timeout=TIMEOUT, env=environment)
-    assert json.loads(done.stdout.decode(encoding))["messages"] > 0
+    done = run_process(command, env={**os.environ, "PYTHONIOENCODING": encoding}, encoding=encoding)
+    assert json.loads(done.stdout)["messages"] > 0
 
 
 def test_load_processes_ignore_ctrl_c_from_the_start(tmp_path: Path, echo_server: HostedServer) -> None:

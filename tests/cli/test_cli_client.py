@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from scripted import Peer, Serve, Start, echo_all, echo_one
-from support import TIMEOUT, sends_at_once, server_process, single_error_line, wait_until
+from support import TIMEOUT, ChildProcess, sends_at_once, server_process, single_error_line, wait_until
 
 from echo_async.cli.client import command, main
 from echo_async.config import ClientOptions
@@ -130,9 +130,7 @@ def test_stdin_with_many_lines_is_echoed_completely(mode: str, lines: int) -> No
 def test_replies_are_printed_before_stdin_ends(scripted_server: Start) -> None:
     server = scripted_server(echo_all)
     command = [*COMMAND, "--port", str(server.address[1]), "-"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
+    with ChildProcess(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         for line in (b"one\n", b"two\n", b"three\n", b"four\n"):
             process.stdin.write(line)
             process.stdin.flush()
@@ -463,12 +461,11 @@ def test_nonblocking_stdout_receives_all_replies(tmp_path: Path, format: list[st
         os.set_blocking(writing, False)
         words = [*COMMAND, "--port", str(server.address[1]), *format, "-"]
         env = with_env(PYTHONUNBUFFERED=unbuffered)
-        with subprocess.Popen(words, stdin=stdin, stdout=writing, stderr=subprocess.PIPE, env=env) as process:
+        with ChildProcess(words, stdin=stdin, stdout=writing, stderr=subprocess.PIPE, env=env) as process:
             os.close(writing)
             with open(reading, "rb") as replies:
                 wait_until(lambda: bytes_in_pipe(reading) > 30_000)  # the pipe is nearly full
                 received = replies.read()
-            assert process.stderr is not None
             assert (process.stderr.read(), process.wait(TIMEOUT)) == (b"", 0)
     assert received.count(b"\n") == 20_000
     assert format or received == lines
@@ -490,15 +487,12 @@ def test_stdin_unreadable_exits_with_1(scripted_server: Start) -> None:
 def test_ctrl_c_exits_with_130_and_no_output(faulty_server: MakeEchoServer, args: list[str]) -> None:
     server = faulty_server(fault="drop")
     command = [*COMMAND, "--port", str(server.address[1]), *args]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdin is not None
+    with ChildProcess(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdin.write(b"hola\n")  # and stdin stays open
         process.stdin.flush()
         wait_until(lambda: server.received == [b"hola\n"])
         process.send_signal(signal.SIGINT)
         assert process.wait(TIMEOUT) == 130
-        assert process.stderr is not None
-        assert process.stdout is not None
         assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
 
 
@@ -509,11 +503,9 @@ def test_ctrl_c_while_stdout_blocks_exits_with_130(scripted_server: Start) -> No
 
     command = [*COMMAND, "--port", str(scripted_server(serve).address[1]), "-"]
     with (
-        subprocess.Popen(["yes"], stdout=subprocess.PIPE) as lines,
-        subprocess.Popen(command, stdin=lines.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process,
+        ChildProcess(["yes"], stdout=subprocess.PIPE) as lines,
+        ChildProcess(command, stdin=lines.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process,
     ):
-        assert process.stdout is not None
-        assert process.stderr is not None
         unread = bytearray(4)
         while int.from_bytes(unread, sys.byteorder) < 60_000:  # the pipe is full
             fcntl.ioctl(process.stdout, termios.FIONREAD, unread)
@@ -525,9 +517,7 @@ def test_ctrl_c_while_stdout_blocks_exits_with_130(scripted_server: Start) -> No
 
 def test_ctrl_c_twice_at_once_prints_one_summary(scripted_server: Start) -> None:
     command = [*COMMAND, "--port", str(scripted_server(echo_all).address[1]), "--count", "0", "--interval", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    with ChildProcess(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
         for _ in range(2):
             process.send_signal(signal.SIGINT)
@@ -543,9 +533,7 @@ def test_server_gone_before_stdin_ends_exits_with_1(scripted_server: Start) -> N
 
     server = scripted_server(serve)
     command = [*COMMAND, "--port", str(server.address[1]), "-"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdin is not None
-        assert process.stderr is not None
+    with ChildProcess(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdin.write(b"one\ntwo\n")
         process.stdin.flush()
         assert process.wait(TIMEOUT) == 1
@@ -556,9 +544,7 @@ def test_server_gone_before_stdin_ends_exits_with_1(scripted_server: Start) -> N
 
 def test_retry_waits_until_the_server_listens(bound_socket: socket.socket) -> None:
     command = [*COMMAND, "--port", str(bound_socket.getsockname()[1]), "--retry", "10", "--verbose", "hola"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        assert process.stdout is not None
+    with ChildProcess(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert any(b"; retrying in " in line for line in process.stderr)
         bound_socket.listen()
         with bound_socket.accept()[0] as connected:
@@ -572,10 +558,9 @@ def test_client_connects_to_a_unix_socket(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        with subprocess.Popen([*COMMAND, "--uds", str(path), "hola"], stdout=subprocess.PIPE) as process:
+        with ChildProcess([*COMMAND, "--uds", str(path), "hola"], stdout=subprocess.PIPE) as process:
             with listener.accept()[0] as connected:
                 connected.sendall(connected.recv(100))
-            assert process.stdout is not None
             assert process.stdout.read() == b"hola\n"
 
 
@@ -630,9 +615,7 @@ def test_count_with_json_prints_objects(scripted_server: Start) -> None:
 def test_ctrl_c_during_count_prints_the_summary(scripted_server: Start) -> None:
     server = scripted_server(echo_all)
     command = [*COMMAND, "--port", str(server.address[1]), "--count", "0", "--interval", "0.01"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    with ChildProcess(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         for line in process.stdout:
             if b"seq=5 " in line:
                 process.send_signal(signal.SIGINT)
@@ -647,8 +630,7 @@ def test_ctrl_c_during_count_prints_the_summary(scripted_server: Start) -> None:
 def test_ctrl_c_before_the_first_reply_prints_the_summary(faulty_server: MakeEchoServer) -> None:
     server = faulty_server(fault="drop")
     command = [*COMMAND, "--port", str(server.address[1]), "--count", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
+    with ChildProcess(command, stdout=subprocess.PIPE) as process:
         wait_until(lambda: server.received != [])
         process.send_signal(signal.SIGINT)
         assert b"0 sent, 0 received, 0 lost (0%)" in process.stdout.read()

@@ -2,62 +2,56 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import signal
 import socket
-import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE, CompletedProcess
 from typing import Any
 
 import pytest
-from support import TIMEOUT, single_error_line, wait_until, without_slow_callbacks
+from support import TIMEOUT, ChildProcess, run_process, single_error_line, wait_until, without_slow_callbacks
 
 RUN = (sys.executable, "-W", "error", "-m", "echo_async", "run")
 CLIENT = (sys.executable, "-m", "echo_async", "client")
 PRINT_ADDRESS = 'echo "$ECHO_ASYNC_HOST" "$ECHO_ASYNC_PORT" "$ECHO_ASYNC_UDS"'
-# Reports that it runs, and every signal that it gets.
+# Reports that it runs, and every signal that it gets. They are blocked, so that none is lost before it is waited for.
 REPORT_SIGNALS = """
-import os, signal, sys, time
-def report(number, frame):
-    os.write(1, signal.Signals(number).name.encode() + bytes([10]))  # print could interrupt itself
-    if number == signal.SIGTERM:
-        sys.exit(5)
-for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-    signal.signal(each, report)
-print("started", flush=True)
-while True:
-    signal.pause()
+import signal, sys
+signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
+signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+name = "started"
+while name != "SIGTERM":
+    print(name, flush=True)
+    name = signal.Signals(signal.sigwait(signals)).name
+print(name)
+sys.exit(5)
 """
 
 
-def run(*arguments: str, env: dict[str, str] | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, env: dict[str, str] | None = None, **more: Any) -> CompletedProcess[str]:
     environment = {**os.environ, **(env or {})}
-    command = [*RUN, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, **more)
+    done = run_process([*RUN, *arguments], env=environment, **more)
     done.stderr = without_slow_callbacks(done.stderr)
     return done
 
 
 @contextmanager
-def running(*arguments: str, **popen: Any) -> Iterator[subprocess.Popen[str]]:
+def running(*arguments: str, **popen: Any) -> Iterator[ChildProcess]:
     """Run a command that prints ``started``, until the end of the block."""
-    with subprocess.Popen(
-        [*RUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
-    ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "started\n"
-            yield process
-        finally:
-            process.kill()
+    with ChildProcess([*RUN, *arguments], stdout=PIPE, stderr=PIPE, text=True, **popen) as process:
+        assert process.stdout.readline() == "started\n"
+        yield process
 
 
-def finish(process: subprocess.Popen[str], data: str | None = None) -> tuple[str, str]:
+def finish(process: ChildProcess, data: str | None = None) -> tuple[str, str]:
     """Wait until the process exits; return the rest of its output, and its errors."""
     out, err = process.communicate(data, timeout=TIMEOUT)
     return out, without_slow_callbacks(err)
@@ -69,7 +63,7 @@ def children(process: int) -> dict[int, str]:
     return {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in pids}
 
 
-def server_pid(process: subprocess.Popen[str]) -> int:
+def server_pid(process: ChildProcess) -> int:
     [pid] = [pid for pid, line in children(process.pid).items() if "echo_async.cli.run" in line]
     return pid
 
@@ -223,7 +217,6 @@ def test_run_command_that_cannot_start_is_one_line(command: str, code: int, reas
 
 def test_run_forwards_signals_to_the_command() -> None:
     with running("--", sys.executable, "-c", REPORT_SIGNALS) as process:
-        assert process.stdout is not None
         for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGINT"):
             process.send_signal(getattr(signal, name))
             assert process.stdout.readline() == f"{name}\n"
@@ -246,11 +239,12 @@ def test_run_ctrl_c_in_the_terminal_reaches_the_command_once() -> None:
     primary, secondary = pty.openpty()
     with (
         os.fdopen(primary, "r") as terminal,
-        subprocess.Popen(
-            ["setsid", "--ctty", "--wait", *RUN, "--", sys.executable, "-c", REPORT_SIGNALS],
+        ChildProcess(
+            [*RUN, "--", sys.executable, "-c", REPORT_SIGNALS],
             stdin=secondary,
             stdout=secondary,
             stderr=secondary,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the terminal of the new session
         ) as process,
     ):
         os.close(secondary)
@@ -298,9 +292,7 @@ def test_run_server_that_exits_at_the_start_exits_3(tmp_path: Path) -> None:
 
 def test_run_worker_that_is_killed_is_replaced() -> None:
     script = f"echo started; read line; {sys.executable} -m echo_async.client --retry 10 hola"
-    with running(
-        "--workers", "2", "--log-level", "critical", "--", "sh", "-c", script, stdin=subprocess.PIPE
-    ) as process:
+    with running("--workers", "2", "--log-level", "critical", "--", "sh", "-c", script, stdin=PIPE) as process:
         for worker in children(server_pid(process)):
             os.kill(worker, signal.SIGKILL)
         assert finish(process, "go\n") == ("hola\n", "")

@@ -15,7 +15,7 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
-from support import LOOPS, MAX_DELAY, TIMEOUT, receive_all, server_process, single_error_line, wait_until
+from support import LOOPS, MAX_DELAY, TIMEOUT, ChildProcess, receive_all, server_process, single_error_line, wait_until
 
 import echo_async
 from echo_async.cli.server import main
@@ -75,7 +75,6 @@ def test_server_prints_address_to_stdout_and_log_to_stderr() -> None:
         assert exchange((host, port), "¡Ñandú! 😀\n".encode()) == "¡Ñandú! 😀\n".encode()
         code, log = server.stop(signal.SIGINT)
         assert code == 0
-        assert server.process.stdout is not None
         assert server.process.stdout.read() == ""
     assert f" INFO 127.0.0.1:{client_port} 13 bytes: Hola Server!\n" in log
     assert re.search(r" INFO 127\.0\.0\.1:\d+ 16 bytes: ¡Ñandú! 😀\n", log)
@@ -287,8 +286,7 @@ def test_second_signal_aborts_connections(variant: tuple[str, str], second: sign
 
 @each_variant
 def test_signals_after_the_stop_keep_exit_code_0(variant: tuple[str, str]) -> None:
-    with subprocess.Popen([*SERVER, "--port", "0", *variant], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
+    with ChildProcess([*SERVER, "--port", "0", *variant], stderr=subprocess.PIPE, text=True) as process:
         assert " server started: " in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         log = process.stderr.readline()
@@ -459,10 +457,7 @@ def test_servers_started_together_on_a_unix_path_are_one(tmp_path: Path) -> None
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     for _ in range(3):  # the servers are killed, so that the socket is stale again
         with ExitStack() as stack:
-            servers = [
-                stack.enter_context(subprocess.Popen([*SERVER, "--uds", path], **options))  # type: ignore[call-overload]
-                for _ in range(2)
-            ]
+            servers = [stack.enter_context(ChildProcess([*SERVER, "--uds", path], **options)) for _ in range(2)]
             for each in servers:
                 stack.callback(each.kill)
             started, failed = sorted(servers, key=lambda server: server.stdout.readline(), reverse=True)
@@ -561,11 +556,8 @@ class Shell:
         self.errors = directory / "errors"
         command = 'exec "$@" ' + redirection
         with open(self.errors, "wb") as errors:
-            self.process = subprocess.Popen(
-                ["/bin/sh", "-c", command, "sh", *SERVER, "--uds", self.path],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-            )
+            words = ["/bin/sh", "-c", command, "sh", *SERVER, "--uds", self.path]
+            self.process = ChildProcess(words, stdout=subprocess.PIPE, stderr=errors)
 
     def exchange(self, message: bytes) -> bytes:
         """Wait for the server, send ``message``, return the reply."""
@@ -608,7 +600,6 @@ def test_server_without_stderr_serves(redirection: str, tmp_path: Path) -> None:
         assert server.exchange(b"one\n") == b"one\n"
         assert server.exchange(b"two\n") == b"two\n"
         assert server.stop() == (0, "")
-        assert server.process.stdout is not None
         assert server.process.stdout.read() in (b"", f"listening on {server.path}\n".encode())
 
 
@@ -618,7 +609,7 @@ def test_server_with_broken_pipe_serves(broken: str, tmp_path: Path) -> None:
     os.close(reader)
     path = str(tmp_path / "echo")
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, broken: writer}
-    with subprocess.Popen([*SERVER, "--uds", path], text=True, **streams) as process:  # type: ignore[call-overload]
+    with ChildProcess([*SERVER, "--uds", path], text=True, **streams) as process:
         os.close(writer)
         other = process.stderr if broken == "stdout" else process.stdout
         assert other.readline()  # the server has started
@@ -644,7 +635,7 @@ def test_error_without_stderr_is_not_printed_to_stdout() -> None:
 def test_help_to_broken_pipe_exits_with_0() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with subprocess.Popen([*SERVER, "--help"], stdout=writer, stderr=subprocess.PIPE) as process:
+    with ChildProcess([*SERVER, "--help"], stdout=writer, stderr=subprocess.PIPE) as process:
         os.close(writer)
         assert process.communicate(timeout=TIMEOUT)[1] == b""
     assert process.returncode == 0
@@ -671,8 +662,7 @@ def test_unix_socket_is_announced_served_and_removed(tmp_path: Path) -> None:
 def test_unix_socket_path_not_utf8_is_announced(tmp_path: Path) -> None:
     path = os.fsencode(tmp_path) + b"/\xff"
     env = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as in most locales
-    with subprocess.Popen([*SERVER, "--uds", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
-        assert process.stderr is not None
+    with ChildProcess([*SERVER, "--uds", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
         assert b"server started" in process.stderr.readline()
         process.send_signal(signal.SIGTERM)
         announced, log = process.communicate(timeout=TIMEOUT)
@@ -694,7 +684,6 @@ def test_ipv6_address_is_announced_in_brackets() -> None:
 def test_host_name_prints_a_line_per_address() -> None:
     with server_process("--host", "localhost") as server:
         _, log = server.stop()
-        assert server.process.stdout is not None
         announced = server.startup_line + server.process.stdout.read()
     addresses = {info[4][0] for info in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}
     assert announced.count("\n") == len(addresses)

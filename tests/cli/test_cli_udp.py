@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from scripted import Answer, ScriptedDatagrams, echo_datagram, resolve_to
-from support import LOOPS, TIMEOUT, run, without_slow_callbacks
+from support import LOOPS, TIMEOUT, ChildProcess, run, without_slow_callbacks
 
 from echo_async.cli.client import main
 from echo_async.cli.datagram_ping import ping
@@ -233,9 +233,7 @@ def test_size_without_udp_exits_with_2(capfd: Capture) -> None:
 
 def test_udp_ctrl_c_prints_the_summary(start: Any) -> None:
     command = [sys.executable, "-m", "echo_async.client", "--udp", "--port", str(start().address[1]), "--count", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
+    with ChildProcess(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.readline()
         assert "seq=1 " in process.stdout.readline()
         process.send_signal(signal.SIGINT)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from scripted import Peer, Start, disconnected, echo_all, echo_one, reply_with, resolve_to
-from support import MAX_DELAY, sends_at_once
+from support import MAX_DELAY, TIMEOUT, sends_at_once
 
 import echo_async
 from echo_async.client import connect, echo
@@ -296,7 +296,7 @@ def test_replies_received_before_failed_write_are_kept(on_loop: OnLoop, scripted
             assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
             replied = asyncio.create_task(client.echo("2"))
             await asyncio.sleep(0)
-            closed.wait()  # blocks the loop: the reply and the reset have arrived, neither is read
+            closed.wait(TIMEOUT)  # blocks the loop: the reply and the reset have arrived, neither is read
             lost = asyncio.create_task(client.echo("3"))
             assert await replied == "2"
             with pytest.raises(echo_async.ReplyLost):

@@ -125,7 +125,7 @@ def test_stream_is_bounded_while_server_is_slow(on_loop: OnLoop, scripted_server
         for number, message in enumerate(peer.messages()):
             if number == 2:
                 blocked.set()
-                resume.wait()
+                resume.wait(TIMEOUT)
             peer.send(message)
 
     server = scripted_server(serve)

@@ -55,7 +55,7 @@ def test_large_reply_being_sent_reports_unsent_bytes() -> None:
     size = 8 * 1024 * 1024
     config = echo_async.ServerConfig(chunk_size=65536, limit_message_size=size, no_access_log=True)
     connection = ThreadConnection(Registry(config), theirs, UNKNOWN)
-    thread = threading.Thread(target=connection.run)
+    thread = threading.Thread(target=connection.run, daemon=True)
     with ours, theirs:
         thread.start()
         ours.sendall(bytes(size - 1) + b"\n")

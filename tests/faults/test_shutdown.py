@@ -103,7 +103,7 @@ def test_close_with_buffered_replies_delivers_them(start_server: StartServer, mo
     set_constant(monkeypatch, "DRAIN_THRESHOLD", 2**40)
     messages = b"sixteen letters!\n" * 500_000
     with start_server(no_access_log=True, chunk_size=65536) as server, connect(server) as client:
-        sending = threading.Thread(target=client.sendall, args=[messages])
+        sending = threading.Thread(target=client.sendall, args=[messages], daemon=True)
         sending.start()
         if server.config.engine != "streams":  # the other engines continue to read when the client reads
             assert receive_exactly(client, len(messages)) == messages

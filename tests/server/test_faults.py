@@ -238,10 +238,10 @@ def test_half_close_still_reads(transport: Transport) -> None:
 @pytest.mark.parametrize("size", [50_000, 300_000])
 def test_reset_arrives_after_all_bytes_before_it(size: int, start_server: StartServer) -> None:
     with start_server(fault=f"reset={size}", mode="raw") as server, connect(server) as client:
-        sender = threading.Thread(target=_send, args=(client, bytes(size)))
+        sender = threading.Thread(target=_send, args=(client, bytes(size)), daemon=True)
         sender.start()
         received, end = receive_to_end(client)
-        sender.join()
+        sender.join(TIMEOUT)
     assert (len(received), end) == (size, "reset")
 
 

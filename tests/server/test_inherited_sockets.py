@@ -279,7 +279,7 @@ class ClientLoad:
         self._lock = threading.Lock()
         self.done = 0
         self.failures: list[str] = []
-        self._threads = [threading.Thread(target=self._work) for _ in range(4)]
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(4)]
 
     def __enter__(self) -> ClientLoad:
         for thread in self._threads:
@@ -290,7 +290,7 @@ class ClientLoad:
         with self._lock:
             self._remaining = min(self._remaining, 0 if exception[0] else self._remaining)
         for thread in self._threads:
-            thread.join()
+            thread.join(TIMEOUT)
 
     def _work(self) -> None:
         while True:

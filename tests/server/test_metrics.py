@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support import (
     MAX_DELAY,
     TIMEOUT,
+    ChildProcess,
     ServerProcess,
     command_process,
     connect_to,
@@ -90,12 +90,12 @@ def test_metrics_match_what_was_sent(engine: EngineName, workers: int) -> None:
             for number in range(100):
                 exchange(client, b"%d \xf1\n" % number)
 
-        senders = [threading.Thread(target=send, args=(client,)) for client in clients]
+        senders = [threading.Thread(target=send, args=(client,), daemon=True) for client in clients]
         for sender in senders:
             sender.start()
         for sender in senders:
             scrape(server)  # while messages are sent
-            sender.join()
+            sender.join(TIMEOUT)
         samples = scrape(server)
         size = 8 * sum(len(b"%d \xf1\n" % number) for number in range(100))
         assert samples["echo_async_messages_total"] == 800
@@ -178,7 +178,7 @@ def test_worker_exiting_during_a_stats_request_returns_false() -> None:
         assert await worker.run_until_exit(lambda: None) == 0
         assert await request is False
 
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+    with ChildProcess([sys.executable, "-c", ""]) as process:
         asyncio.run(main())
 
 
@@ -193,7 +193,7 @@ def test_commands_to_an_exited_worker_log_nothing(
             worker.send_command("stats")
         await worker.run_until_exit(lambda: None)
 
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+    with ChildProcess([sys.executable, "-c", ""]) as process:
         asyncio.run(main())
     assert not caplog.records
 
@@ -298,9 +298,9 @@ def test_blocked_or_closed_event_loop_raises_timeout_error(monkeypatch: pytest.M
     results: list[object] = []
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
-        thread = threading.Thread(target=call)
+        thread = threading.Thread(target=call, daemon=True)
         runner.run(block_loop_while_running(thread))
-        thread.join()
+        thread.join(TIMEOUT)
     with pytest.raises(TimeoutError):
         module._run_in_loop(loop, respond())  # the loop is closed
     assert [type(result) for result in results] == [TimeoutError]

@@ -27,6 +27,7 @@ import trustme
 from support import (
     MAX_DELAY,
     TIMEOUT,
+    ChildProcess,
     ServerProcess,
     child_processes,
     connect_to,
@@ -102,7 +103,7 @@ class Load:
     def __init__(self, server: ServerProcess, threads: int = 2) -> None:
         self._server = server
         self._end = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
         self.done = 0
         self.failed: list[tuple[float, Exception]] = []
 
@@ -153,7 +154,6 @@ def test_workers_print_one_address_and_add_up_counters(engine: EngineName) -> No
             assert exchange(client, message) == message
         clients.close()
         code, lines = server.stop()
-        assert server.process.stdout is not None
         assert server.process.stdout.read() == ""
     assert code == 0
     assert re.fullmatch(r"listening on 127\.0\.0\.1:\d+\n", server.startup_line)
@@ -472,9 +472,9 @@ def test_busy_worker_is_killed_later(monkeypatch: pytest.MonkeyPatch) -> None:
         return monotonic() - started_at
 
     channel, worker_channel = socket.socketpair()
-    with worker_channel:
-        process = subprocess.Popen([sys.executable, "-c", "while True: pass"], stdin=worker_channel.fileno())
-    assert run(lambda: main(process, channel)) > 5 * 0.2
+    with ChildProcess([sys.executable, "-c", "while True: pass"], stdin=worker_channel.fileno()) as process:
+        worker_channel.close()
+        assert run(lambda: main(process, channel)) > 5 * 0.2
 
 
 def test_ctrl_c_to_the_process_group_is_one_graceful_stop() -> None:
@@ -532,7 +532,7 @@ def test_worker_exits_if_the_supervisor_reads_no_report(engine: EngineName) -> N
         settings = {"listeners": listeners, "loop": "auto", "log_level": "info", "log_format": "text", "labels": {}}
         command = [sys.executable, "-m", "echo_async.server.worker", str(worker_channel.fileno())]
         inherited = (worker_channel.fileno(), listener.fileno())
-        with subprocess.Popen(command, pass_fds=inherited, stderr=subprocess.PIPE, text=True) as worker:
+        with ChildProcess(command, pass_fds=inherited, stderr=subprocess.PIPE, text=True) as worker:
             try:
                 worker_channel.close()
                 channel.sendall(json.dumps(settings).encode() + b"\n")

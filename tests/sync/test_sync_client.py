@@ -61,7 +61,7 @@ def running_server(engine: EngineName, mode: Mode) -> Iterator[tuple[str, int]]:
             ready.set()
             await server.wait_closed()
 
-    thread = threading.Thread(target=asyncio.run, args=[main()])
+    thread = threading.Thread(target=asyncio.run, args=[main()], daemon=True)
     thread.start()
     ready.wait(TIMEOUT)
     try:
@@ -464,7 +464,7 @@ def test_retry_waits_for_starting_server(bound_socket: socket.socket, caplog: py
 
     caplog.set_level("DEBUG", "echo_async.client")
     caplog.handler.addFilter(watch := Watch())
-    thread = threading.Thread(target=serve)
+    thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     try:
         assert sync.echo("Hola", *bound_socket.getsockname(), retry=TIMEOUT) == "Hola"

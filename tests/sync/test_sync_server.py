@@ -35,7 +35,7 @@ def exchange(address: Any, message: bytes) -> bytes:
 @contextmanager
 def thread(function: Any) -> Iterator[None]:
     """Run ``function`` in a thread and join it at the end of the block."""
-    running = threading.Thread(target=function)
+    running = threading.Thread(target=function, daemon=True)
     running.start()
     try:
         yield
