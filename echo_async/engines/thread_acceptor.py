@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from ..background import start_thread
 from ..compat import accepted_socket
 from ..errors import StartError, describe_error
 from ..listeners import Listeners
@@ -22,7 +23,6 @@ from .threads import ThreadConnection
 from .tls_socket import TlsSocket
 from .udp import Receiver, start_receiver
 
-STACK_SIZE = 256 * 1024  # bytes of address space of a connection's thread
 ACCEPT_BATCH = 16  # connections that are accepted between two checks of the clock
 JOIN_TIMEOUT = 5.0  # seconds for threads whose sockets were shut down to end
 
@@ -35,13 +35,10 @@ class Accepted(enum.Enum):
     FAILED = enum.auto()
 
 
-_stack_size_lock = threading.Lock()  # threading.stack_size is one for the whole process
-
-
 class ThreadAcceptor:
     """Serves ``listeners`` with one thread per connection; ``on_closed`` is called at the end, in the accept thread.
 
-    The threads are not daemons, which the interpreter would kill in the middle of a reply. So it has to be closed.
+    Its threads do not keep the program running: it is aborted when the interpreter exits.
     """
 
     def __init__(
@@ -62,7 +59,6 @@ class ThreadAcceptor:
         self._pending: set[socket.socket] = set()  # connections in a handshake
         self._is_stopping = self._is_aborting = False
         self._receiver: Receiver | None = None
-        self._thread = threading.Thread(target=self._run, name="echo-async accept")
 
     async def start(self) -> None:
         """The same as :meth:`start_thread`, which does not block."""
@@ -79,7 +75,7 @@ class ThreadAcceptor:
                 self._resources = on_failure.enter_context(self._open_resources())
                 self._receiver = start_receiver(self._admission, self._listeners.datagram_sockets)
                 on_failure.callback(self._stop_udp)
-                self._thread.start()
+                self._thread = start_thread(self._run, "echo-async accept", stop=self.abort)
             except (OSError, RuntimeError) as error:
                 raise StartError(
                     f"cannot serve on threads: {describe_error(error)}; raise the thread or descriptor limit"
@@ -209,17 +205,7 @@ class ThreadAcceptor:
         return FaultyThreadConnection(origin.plan, self._registry, connected, origin)
 
     def _start_thread(self, run: Callable[[], None]) -> None:
-        thread = threading.Thread(target=self._run_connection, args=(run,), name="echo-async client")
-        self._threads.add(thread)
-        with _stack_size_lock:
-            previous = threading.stack_size(STACK_SIZE)
-            try:
-                thread.start()
-            except BaseException:
-                self._threads.discard(thread)
-                raise
-            finally:
-                threading.stack_size(previous)
+        self._threads.add(start_thread(partial(self._run_connection, run), "echo-async client"))
 
     def _withdraw(self, connected: socket.socket) -> None:
         """Count a pending connection that has no thread as refused."""

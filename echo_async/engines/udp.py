@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import threading
 from collections.abc import Sequence
 from selectors import EVENT_READ
 
+from ..background import start_thread
 from ..compat import PollSelector
 from .admission import Admission
 from .datagram_responder import DatagramResponder
@@ -56,9 +56,8 @@ class ThreadReceiver:
         self._responder = responder
         self._is_stopping = False
         self._waker, self._wakened = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="echo-async UDP")
         try:
-            self._thread.start()
+            self._thread = start_thread(self._run, "echo-async UDP", stop=self.stop)
         except BaseException:
             self._close_waker()
             raise

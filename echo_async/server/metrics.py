@@ -158,7 +158,7 @@ class MetricsServer:
         application = _application(make_wsgi_app(registry), lambda: _run_in_loop(loop, server.is_healthy()))
         for http in self._https:
             http.set_app(application)
-            thread = threading.Thread(target=http.serve_forever, name="echo-async metrics")
+            thread = threading.Thread(target=http.serve_forever, name="echo-async metrics", daemon=True)
             try:
                 thread.start()
             except RuntimeError as error:

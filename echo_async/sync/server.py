@@ -1,6 +1,6 @@
 """The server object without an event loop: the ``threads`` engine, with the same names as :mod:`echo_async.server`.
 
-Its threads are not daemons, which the interpreter would kill in the middle of a reply. So it has to be closed.
+Its threads do not keep the program running: a server that is left open is aborted when the interpreter exits.
 """
 
 from __future__ import annotations

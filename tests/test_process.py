@@ -1,0 +1,157 @@
+"""The process that the library lives in: all its settings stay what they are, also for a moment."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import locale
+import logging
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import Backend, connect, is_echoed, run, wait_in_loop, wait_until
+
+import echo_async
+from echo_async import sync
+from echo_async.config import ServerOptions
+from echo_async.testing import HostedServer
+
+STACK_SIZE = 512 * 1024  # bytes, of the threads of this program
+ROUNDS = 20  # observations, at least
+
+
+def settings() -> dict[str, object]:
+    """Return the settings of the process that any part of a program can change for all others."""
+    loggers = [logging.getLogger(name) for name in (None, "asyncio", "echo_async", "echo_async.access")]
+    limits = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
+    return {
+        "asyncio": vars(asyncio.events).get("_event_loop_policy"),
+        "directory": os.getcwd(),
+        "environment": dict(os.environ),
+        "gc": (gc.isenabled(), gc.get_threshold(), gc.get_debug(), list(gc.callbacks)),
+        "limits": [resource.getrlimit(each) for each in limits],
+        "locale": locale.setlocale(locale.LC_ALL),
+        "logging": (logging.raiseExceptions, logging.lastResort, logging.getLogRecordFactory(), logging.root.disabled),
+        "loggers": [(each.level, each.propagate, list(each.handlers), list(each.filters)) for each in loggers],
+        "priority": (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)),
+        "random": random.getstate(),
+        "signals": [signal.getsignal(each) for each in signal.valid_signals()],
+        "socket": socket.getdefaulttimeout(),
+        "stack size": threading.stack_size(STACK_SIZE),  # which it was; without an argument it would be reset
+        "streams": [os.get_blocking(each) for each in range(3)],
+        "sys": (sys.getswitchinterval(), sys.getrecursionlimit(), list(sys.path), list(sys.meta_path)),
+        "sys hooks": (sys.excepthook, sys.unraisablehook, sys.displayhook, sys.breakpointhook),
+        "threading": (threading.excepthook, threading.gettrace(), threading.getprofile()),
+        "umask": [line for line in Path("/proc/self/status").read_text().splitlines() if "Umask" in line],
+        "warnings": (list(warnings.filters), warnings.showwarning),
+    }
+
+
+class Observer:
+    """A thread that compares the settings with those of the beginning, again and again."""
+
+    def __init__(self) -> None:
+        self.rounds = 0
+        self.changes: dict[str, object] = {}
+        self._before = settings()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._observe)
+
+    def _observe(self) -> None:
+        while not self._is_stopping:
+            self._compare()
+
+    def _compare(self) -> None:
+        self.changes |= {name: value for name, value in settings().items() if value != self._before[name]}
+        self.rounds += 1
+
+    def __enter__(self) -> Observer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._is_stopping = True
+        self._thread.join()
+        self._compare()
+
+
+@contextmanager
+def observed() -> Iterator[Observer]:
+    """Check that no setting of the process differs within the block, nor after it."""
+    with Observer() as observer:
+        yield observer
+    assert observer.changes == {}
+
+
+@pytest.fixture(autouse=True)
+def stack_size() -> Iterator[None]:
+    before = threading.stack_size(STACK_SIZE)
+    yield
+    threading.stack_size(before)
+
+
+def use(server: Any, observer: Observer) -> None:
+    """Let the server start and end connections while the settings are observed."""
+    rounds = observer.rounds + ROUNDS
+    while observer.rounds < rounds:
+        with connect(server) as client:
+            assert is_echoed(client)
+
+
+OPTIONS: list[ServerOptions] = [{}, {"udp": True, "proxy_protocol": "auto"}, {"fault": "delay=0"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_serve_and_connect_change_no_setting(backend: Backend, options: ServerOptions) -> None:
+    defaults: ServerOptions = {"engine": backend.engine, "port": 0, "mode": "stream"}
+    version = {"send_proxy": "v2"} if "proxy_protocol" in options else {}
+
+    async def main() -> None:
+        with observed() as observer:
+            async with echo_async.serve(**(defaults | options)) as server:
+                while observer.rounds < ROUNDS:
+                    async with echo_async.connect("localhost", server.port, **version) as client:  # type: ignore[arg-type]
+                        assert await client.echo("Hola!") == "Hola!"
+                        assert [reply async for reply in client.stream(["one", "two"])] == ["one", "two"]
+            rounds = observer.rounds + 1
+            await wait_in_loop(lambda: observer.rounds > rounds)
+
+    run(main, backend.loop)
+
+
+def test_sync_server_and_client_change_no_setting() -> None:
+    with observed() as observer:
+        with sync.serve(port=0, mode="stream") as server:
+            use(server, observer)
+            with sync.connect("localhost", server.port) as client:  # type: ignore[arg-type]
+                assert list(client.stream(["one", "two"])) == ["one", "two"]
+        rounds = observer.rounds + 1
+        wait_until(lambda: observer.rounds > rounds)
+
+
+def test_hosted_server_with_tls_changes_no_setting() -> None:
+    with observed() as observer, HostedServer(tls=True, udp=True) as server:
+        while observer.rounds < ROUNDS:
+            assert sync.echo("Hola!", *server.address, ssl=server.client_context) == "Hola!"
+
+
+@pytest.mark.parametrize("fixture", ["echo_server", "make_echo_server", "black_hole_address"])
+def test_fixture_changes_no_setting(fixture: str, request: pytest.FixtureRequest) -> None:
+    with observed() as observer:
+        value = request.getfixturevalue(fixture)
+        if fixture == "black_hole_address":
+            return
+        server = value() if fixture == "make_echo_server" else value
+        use(server, observer)
+        server.close()
