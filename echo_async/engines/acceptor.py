@@ -57,8 +57,7 @@ class AsyncioAcceptor:
         self._servers: list[asyncio.Server | HandshakeAcceptor] = []
         self._sweeper = Sweeper(self._registry)
         self._receiver: Receiver | None = None
-        self._shutdown: asyncio.Task[None] | None = None
-        self._is_aborting = False
+        self._is_stopping = self._is_aborting = False
 
     async def start(self) -> None:
         """Accept connections from now on. Once, after the acceptor is made."""
@@ -104,7 +103,8 @@ class AsyncioAcceptor:
         """Do nothing: nothing is left to wait for after ``on_closed``."""
 
     def _begin_shutdown(self) -> None:
-        if self._shutdown is None:
+        if not self._is_stopping:
+            self._is_stopping = True
             self._shutdown = self._loop.create_task(self._shut_down())
 
     async def _shut_down(self) -> None:

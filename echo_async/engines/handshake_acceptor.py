@@ -16,6 +16,7 @@ from ..net import format_address
 from ..tls import Certificates
 from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
 from .context import LINGER_TIMEOUT
+from .loop_internals import run_turns
 from .origin import Origin
 from .proxy_reader import read_header, wait_for_input
 
@@ -44,7 +45,8 @@ class HandshakeAcceptor:
         self._make_protocol = make_protocol
         self._certificates = certificates
         self._is_stopping = False
-        self._tasks = {loop.create_task(self._accept(listener))}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks.add(loop.create_task(self._accept(listener)))
 
     def stop(self) -> None:
         """Complete the current ``sock_accept``, and begin no other: to cancel one can lose a connection."""
@@ -74,19 +76,20 @@ class HandshakeAcceptor:
                 connection.close()
 
     def _begin(self, connection: socket.socket, origin: Origin) -> None:
-        task = self._loop.create_task(self._establish(connection, origin))
         self._admission.begin_handshake()
+        task = self._loop.create_task(self._establish(connection, origin))
         self._tasks.add(task)
         task.add_done_callback(partial(self._on_done, connection))
 
     def _on_done(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if task.cancelled():  # before it ran at all
+        if task.cancelled():  # before it began
             self._admission.end_handshake()
             connection.close()
 
     async def _establish(self, connection: socket.socket, origin: Origin) -> None:
         """Read the PROXY header, do the TLS handshake, whichever is configured; then serve the connection."""
+        await run_turns(1)  # its task is in _tasks then, also if the program starts tasks eagerly
         fail = self._admission.fail_header
         is_established = False
 

@@ -7,7 +7,7 @@ microsecond of Python per chunk, however small.
 import asyncio
 import socket
 from collections.abc import Callable, Iterator
-from typing import Unpack
+from typing import Unpack, cast
 
 from ..config import ServerConfig, ServerOptions
 from ..errors import ConfigError
@@ -139,12 +139,14 @@ class StreamConnection(Connection):
 
     def start(self) -> asyncio.Task[None]:
         """Serve the connection in a task, which is done when the connection is closed."""
-        # The attribute keeps the task alive: an event loop has a weak reference only.
-        self._task = asyncio.get_running_loop().create_task(self._run())
-        self._task.add_done_callback(self._on_done)
-        return self._task
+        task = asyncio.get_running_loop().create_task(self._run())
+        task.add_done_callback(self._on_done)
+        return task
 
     async def _run(self) -> None:
+        # Not in start: the program may start tasks eagerly. The attribute keeps the task alive: an event loop has a weak
+        # reference only.
+        self._task = cast(asyncio.Task[None], asyncio.current_task())
         try:
             if not self._is_stopping:
                 await self._echo()

@@ -1,0 +1,123 @@
+"""The library in a program that starts its tasks eagerly: a task runs before ``create_task`` returns."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import TIMEOUT, run
+
+import echo_async
+from echo_async.config import EngineName, ServerOptions
+from echo_async.testing import HostedServer
+
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 12), reason="asyncio.eager_task_factory is new in Python 3.12")
+
+HEADER = b"PROXY TCP4 192.0.2.7 192.0.2.8 4000 5000\r\n"
+OPTIONS: list[ServerOptions] = [{}, {"proxy_protocol": "auto"}, {"mode": "identify"}]
+FAULTS = ["delay=0.001,slice=2", "close=5", "stall=5"]
+
+
+def run_eagerly(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def main_with_factory() -> None:
+        asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009
+        async with asyncio.timeout(TIMEOUT):
+            await main()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run(main_with_factory)
+
+
+@pytest.fixture(params=["streams", "protocol", "threads"])
+def engine(request: pytest.FixtureRequest) -> EngineName:
+    engine: EngineName = request.param
+    return engine
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_eager_server_serves_early_and_later_clients(engine: EngineName, options: ServerOptions) -> None:
+    header = HEADER if "proxy_protocol" in options else b""
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as early:
+            early.connect(listener.getsockname())
+            early.setblocking(False)
+            early.sendall(header + b"early\n")
+            descriptor = os.dup(listener.fileno())
+            async with echo_async.serve(fd=descriptor, engine=engine, **options) as server:
+                for _ in range(3):
+                    reader, writer = await asyncio.open_connection(*listener.getsockname())
+                    writer.write(header + b"later\n")
+                    assert b"later" in await reader.readline()
+                    writer.close()
+                    await writer.wait_closed()
+                assert b"early" in await asyncio.get_running_loop().sock_recv(early, 4096)
+            assert (server.stats.accepted, server.stats.failed) == (4, 0)
+
+    run_eagerly(main)
+
+
+def test_eager_server_with_tls_serves(engine: EngineName, certificate: Path, client_context: ssl.SSLContext) -> None:
+    async def main() -> None:
+        async with (
+            echo_async.serve(port=0, engine=engine, ssl_certfile=str(certificate), mode="stream") as server,
+            echo_async.connect("localhost", server.address[1], ssl=client_context) as client,
+        ):
+            assert await client.echo("Hola!") == "Hola!"
+
+    run_eagerly(main)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_eager_server_with_faults_applies_them(engine: EngineName, fault: str) -> None:
+    async def main() -> None:
+        async with echo_async.serve(port=0, engine=engine, fault=fault, timeout_graceful_shutdown=0.1) as server:
+            reader, writer = await asyncio.open_connection(*server.address)
+            writer.write(b"Hola Server!\n")
+            received = await reader.readexactly(5 if "=5" in fault else 13)
+            assert b"Hola Server!\n".startswith(received)
+            writer.close()
+        assert server.stats.failed == 0
+
+    run_eagerly(main)
+
+
+def test_eager_server_closed_within_a_handshake_ends(engine: EngineName) -> None:
+    async def main() -> None:
+        async with echo_async.serve(port=0, engine=engine, proxy_protocol="auto") as server:
+            reader, writer = await asyncio.open_connection(*server.address)
+            server.close()
+            assert await reader.read() == b""
+            writer.close()
+
+    run_eagerly(main)
+
+
+def test_eager_client_streams_both_kinds_of_messages() -> None:
+    async def messages() -> AsyncIterator[str]:
+        for number in range(5):
+            yield str(number)
+
+    async def main() -> None:
+        with HostedServer() as server:
+            async with echo_async.connect(*server.address) as client:
+                expected = [str(number) for number in range(5)]
+                assert [each async for each in client.stream(messages())] == expected
+                assert [each async for each in client.stream(expected)] == expected
+
+    run_eagerly(main)
+
+
+def test_eager_handle_echo_serves() -> None:
+    async def main() -> None:
+        async with await asyncio.start_server(echo_async.handle_echo, "127.0.0.1", 0) as server:
+            assert await echo_async.echo("Hola!", *server.sockets[0].getsockname()) == "Hola!"
+
+    run_eagerly(main)
