@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from os import PathLike, fsdecode
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from .compat import DESCRIPTORS, UNIX_SOCKETS, require_feature
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from os import PathLike
     from ssl import SSLContext
 
 __all__ = [
@@ -37,6 +37,7 @@ PORT = 5500
 CONNECT_TIMEOUT = 10.0  # seconds
 REPLY_TIMEOUT = 10.0  # seconds
 
+StrPath = str | PathLike[str]
 Mode = Literal["message", "stream", "raw", "identify"]
 EngineName = Literal["streams", "protocol", "threads"]
 ProxyProtocol = Literal["off", "v1", "v2", "auto"]
@@ -63,7 +64,9 @@ OptionType = Literal[
 ADDRESS_OPTIONS = ("host", "port", "uds", "fd")
 """The fields of :class:`ServerConfig` that tell where to listen."""
 
-MAX_LABELS_SIZE = 1024  # characters of all labels, which each reply of identify mode contains
+INFO_LABELS = ("engine", "mode", "workers", "version")  # of the info metric itself
+LABEL_PATTERN = r"(?!__)[a-zA-Z_][a-zA-Z0-9_]*"  # Prometheus reserves __
+MAX_LABELS_SIZE = 1024  # bytes of all labels, which each reply of identify mode contains
 LOOPBACK = "127.0.0.1,::1"
 LOOPBACK_NETWORKS = "127.0.0.0/8,::1"
 MAX_INT = 2**31 - 1
@@ -76,7 +79,8 @@ _MODE_HELP = (
 _ENGINE_HELP = "streams: one coroutine per client. protocol: callbacks. threads: one thread per client."
 _LABEL_HELP = "KEY=VALUE to report in identify mode, the info metric and JSON logs. Can be given several times."
 _LABELS_REQUIREMENT = (
-    f"must be KEY=VALUE, with letters, digits and _ in the key, at most {MAX_LABELS_SIZE} characters in all"
+    f"must be KEY=VALUE in UTF-8, at most {MAX_LABELS_SIZE} bytes in all, with letters, digits and _ in the key, "
+    f"which is given once, does not begin with __ and is not {', '.join(INFO_LABELS[:-1])} or {INFO_LABELS[-1]}"
 )
 _FAULT_HELP = "Fault of every connection, such as delay=0.05..0.2,slice=1..3; p=0.1 for a share of them."
 _SEQUENCE_HELP = "Faults of the first connections, one each, separated by semicolons; none for a healthy one."
@@ -180,8 +184,12 @@ def _is_address(value: Any) -> bool:
 
 
 def parse_labels(texts: str | Sequence[str]) -> dict[str, str]:
-    """Parse one or more ``KEY=VALUE``. :exc:`ValueError` if there is no ``=``."""
-    return dict(each.split("=", 1) for each in ([texts] if isinstance(texts, str) else texts))
+    """Parse one or more ``KEY=VALUE``. :exc:`ValueError` if there is no ``=``, or two have the same key."""
+    pairs = [each.split("=", 1) for each in ([texts] if isinstance(texts, str) else texts)]
+    labels = dict(pairs)
+    if len(labels) < len(pairs):
+        raise ValueError("duplicate key")
+    return labels
 
 
 def _are_protocols(value: Any) -> bool:
@@ -191,11 +199,9 @@ def _are_protocols(value: Any) -> bool:
 def _are_labels(labels: Any) -> bool:
     """Return whether ``labels`` are a mapping, or texts of the form ``KEY=VALUE``."""
     try:
-        pairs = labels.items() if isinstance(labels, Mapping) else parse_labels(labels).items()
-        are_texts = all(
-            _matches_pattern(r"[a-zA-Z_][a-zA-Z0-9_]*", key) and isinstance(value, str) for key, value in pairs
-        )
-        return are_texts and sum(len(key) + len(value) for key, value in pairs) <= MAX_LABELS_SIZE
+        pairs = (labels if isinstance(labels, Mapping) else parse_labels(labels)).items()
+        are_valid = all(_matches_pattern(LABEL_PATTERN, key) and key not in INFO_LABELS for key, _ in pairs)
+        return are_valid and sum(len(key) + len(value.encode()) for key, value in pairs) <= MAX_LABELS_SIZE
     except (TypeError, ValueError, AttributeError):
         return False
 
@@ -234,8 +240,13 @@ def listener_options() -> dict[str, Option]:
 
 
 def _validate(config: ServerConfig | ClientConfig) -> None:
+    """Validate every option. A path can be any :class:`os.PathLike`; the field then has the text."""
     for name, option in options_of(type(config)).items():
-        option.validate(name, getattr(config, name))
+        value = getattr(config, name)
+        if option.type in ("path", "file") and isinstance(value, PathLike):
+            value = fsdecode(value)
+            object.__setattr__(config, name, value)  # as a frozen dataclass does it
+        option.validate(name, value)
 
 
 class ServerOptions(TypedDict, total=False):
@@ -243,7 +254,7 @@ class ServerOptions(TypedDict, total=False):
 
     host: str | Sequence[str]
     port: int
-    uds: str | None
+    uds: StrPath | None
     fd: int | None
     mode: Mode
     chunk_size: int
@@ -255,10 +266,10 @@ class ServerOptions(TypedDict, total=False):
     timeout_message: float
     timeout_write: float
     timeout_graceful_shutdown: float
-    ssl_certfile: str | None
-    ssl_keyfile: str | None
+    ssl_certfile: StrPath | None
+    ssl_keyfile: StrPath | None
     ssl_keyfile_password: str | None
-    ssl_ca_certs: str | None
+    ssl_ca_certs: StrPath | None
     ssl_alpn: str | None
     proxy_protocol: ProxyProtocol
     proxy_allow_from: str
@@ -283,7 +294,7 @@ class ServerConfig:
 
     host: str | Sequence[str] = _option(HOST, _HOST_HELP, "host", is_repeatable=True)
     port: int = _option(PORT, "Port to listen on; 0 selects a free port.", "integer", 0, 65535)
-    uds: str | None = _option(None, "Unix socket to listen on, instead of host and port.", "path")
+    uds: StrPath | None = _option(None, "Unix socket to listen on, instead of host and port.", "path")
     fd: int | None = _option(None, "Descriptor of an inherited listening socket, instead of host and port.", "integer")
     mode: Mode = _option("message", _MODE_HELP, "choice", choices=get_args(Mode))
     chunk_size: int = _option(20, "Bytes requested per read.", "integer", 1, 2**30)
@@ -297,10 +308,12 @@ class ServerConfig:
     timeout_message: float = _option(60.0, "Seconds to complete a message.", "seconds")
     timeout_write: float = _option(30.0, "Seconds until a connection whose peer does not read is closed.", "seconds")
     timeout_graceful_shutdown: float = _option(10.0, "Seconds to drain connections at a graceful shutdown.", "seconds")
-    ssl_certfile: str | None = _option(None, "Certificate chain (PEM); enables TLS. Reloaded on SIGHUP.", "file")
-    ssl_keyfile: str | None = _option(None, "Private key (PEM), unless the certificate file contains it.", "file")
+    ssl_certfile: StrPath | None = _option(None, "Certificate chain (PEM); enables TLS. Reloaded on SIGHUP.", "file")
+    ssl_keyfile: StrPath | None = _option(None, "Private key (PEM), unless the certificate file contains it.", "file")
     ssl_keyfile_password: str | None = _option(None, "Password of the private key.", repr=False)
-    ssl_ca_certs: str | None = _option(None, "CA certificates (PEM) that must have signed client certificates.", "file")
+    ssl_ca_certs: StrPath | None = _option(
+        None, "CA certificates (PEM) that must have signed client certificates.", "file"
+    )
     ssl_alpn: str | None = _option(None, "ALPN protocols to negotiate, preferred ones first: h2,echo.", "protocols")
     proxy_protocol: ProxyProtocol = _option("off", _PROXY_HELP, "choice", choices=get_args(ProxyProtocol))
     proxy_allow_from: str = _option(LOOPBACK, "Trusted proxies: addresses and networks, or * for all.", "networks")
@@ -359,7 +372,7 @@ class ServerConfig:
 class ClientOptions(TypedDict, total=False):
     """The keyword arguments of ``connect`` and ``echo``."""
 
-    uds: str | PathLike[str] | None
+    uds: StrPath | None
     timeout: float
     connect_timeout: float
     retry: float
@@ -379,7 +392,7 @@ class ClientConfig:
 
     host: str = _option(HOST, "Host name or address of the server.", "host")
     port: int = _option(PORT, "Port of the server.", "integer", 1, 65535)
-    uds: str | None = _option(None, "Unix socket of the server, instead of host and port.", "path")
+    uds: StrPath | None = _option(None, "Unix socket of the server, instead of host and port.", "path")
     timeout: float = _option(REPLY_TIMEOUT, "Seconds to wait for each reply.", "seconds")
     connect_timeout: float = _option(CONNECT_TIMEOUT, "Seconds to wait for each connection.", "seconds")
     retry: float = _option(0.0, "Seconds to keep retrying to connect.", "seconds", is_zero_allowed=True)

@@ -12,7 +12,7 @@ from time import monotonic, perf_counter
 from typing import Any, Unpack
 
 from .compat import set_reset_on_close
-from .config import HOST, PORT, ClientConfig, ClientOptions
+from .config import HOST, PORT, ClientConfig, ClientOptions, StrPath
 from .errors import ConfigError, ConnectError, ConnectTimeout, describe_error
 from .logs import escape
 from .net import AddressInfo, format_address
@@ -29,8 +29,6 @@ class Endpoint:
 
     def __init__(self, host: str = HOST, port: int = PORT, **options: Unpack[ClientOptions]) -> None:
         given: dict[str, Any] = {**options}
-        if isinstance(given.get("uds"), os.PathLike):
-            given["uds"] = os.fspath(given["uds"])
         self.config = config = ClientConfig(host=host, port=port, **given)
         self.ssl = create_default_context() if config.ssl is True else config.ssl or None
         self.server_hostname = tls_hostname(config.server_hostname, host, config.uds) if self.ssl else None
@@ -108,7 +106,7 @@ class RetrySchedule:
         return delay
 
 
-def tls_hostname(server_hostname: str | None, host: str, uds: str | None) -> str:
+def tls_hostname(server_hostname: str | None, host: str, uds: StrPath | None) -> str:
     """Return the name for SNI and for the verification of the certificate: without a zone, and without a final dot.
 
     The dot of a fully qualified name is for the resolver only (RFC 6066 section 3).

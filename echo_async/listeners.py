@@ -1,6 +1,7 @@
 """The listening sockets of one server, and the Unix socket path that it created."""
 
 import contextlib
+import os
 import socket
 from collections.abc import Sequence
 from itertools import chain
@@ -32,7 +33,8 @@ class Listeners:
         """Bind the addresses of ``config``, which are resolved here unless ``infos`` has them."""
         if config.fd is not None:
             return cls.adopt([config.fd], has_udp=config.udp)
-        self = cls(net.bind(config, net.resolve(config) if infos is None else infos), config.uds)
+        path = None if config.uds is None else os.fspath(config.uds)
+        self = cls(net.bind(config, net.resolve(config) if infos is None else infos), path)
         if not config.accepts:
             self._backlog_fillers = [net.fill_backlog(each) for each in self._sockets]
         elif config.uds is None:

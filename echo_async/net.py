@@ -117,7 +117,7 @@ def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.sock
     if config.fd is not None:
         return [adopt(config.fd)]
     if config.uds is not None:
-        return [_bind_unix(config.uds, backlog)]
+        return [_bind_unix(os.fspath(config.uds), backlog)]
     infos = _replace_unspecified(list(dict.fromkeys(infos)))
     attempts = PORT_ATTEMPTS if config.port == 0 else 1
     while True:

@@ -4,7 +4,7 @@ import contextlib
 import ssl
 from collections.abc import Iterator
 
-from .config import ServerConfig
+from .config import ServerConfig, StrPath
 from .errors import ConfigError, EchoError, StartError, describe_error
 
 
@@ -49,7 +49,9 @@ def _loading_errors(error_type: type[EchoError], files: str, advice: str) -> Ite
         raise error_type(f"cannot load {files}: {describe_error(error)}; {advice}") from error
 
 
-def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: str | None, password: str | None) -> None:
+def _load_certificate(
+    context: ssl.SSLContext, certfile: StrPath, keyfile: StrPath | None, password: str | None
+) -> None:
     _check_readable("ssl_certfile", certfile)
     if keyfile is not None:
         _check_readable("ssl_keyfile", keyfile)
@@ -59,20 +61,20 @@ def _load_certificate(context: ssl.SSLContext, certfile: str, keyfile: str | Non
         context.load_cert_chain(certfile, keyfile, lambda: password or "")
 
 
-def _require_client_certificates(context: ssl.SSLContext, ca_certs: str) -> None:
+def _require_client_certificates(context: ssl.SSLContext, ca_certs: StrPath) -> None:
     _check_readable("ssl_ca_certs", ca_certs)
     with _loading_errors(StartError, f"the CA certificates {ca_certs}", "they must be PEM"):
         context.load_verify_locations(ca_certs)
     context.verify_mode = ssl.CERT_REQUIRED
 
 
-def _check_readable(option: str, path: str) -> None:
+def _check_readable(option: str, path: StrPath) -> None:
     """Open the file: the errors of OpenSSL do not tell which file is unreadable."""
     with _loading_errors(StartError, f"{option} {path}", "check the path and its permissions"), open(path, "rb"):
         pass
 
 
-def _validate(server: ssl.SSLContext, certfile: str) -> None:
+def _validate(server: ssl.SSLContext, certfile: StrPath) -> None:
     """Check that the certificate is valid today, and for a server, by a handshake in memory."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False

@@ -50,8 +50,8 @@ def test_eager_server_serves_early_and_later_clients(engine: EngineName, options
             early.connect(listener.getsockname())
             early.setblocking(False)
             early.sendall(header + b"early\n")
-            descriptor = os.dup(listener.fileno())
-            async with echo_async.serve(fd=descriptor, engine=engine, **options) as server:
+            given: ServerOptions = {"fd": os.dup(listener.fileno()), "engine": engine}
+            async with echo_async.serve(**(given | options)) as server:
                 for _ in range(3):
                     reader, writer = await asyncio.open_connection(*listener.getsockname())
                     writer.write(header + b"later\n")

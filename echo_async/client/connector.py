@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import Sequence
 from ssl import SSL_ERROR_EOF, SSLEOFError
@@ -74,7 +75,7 @@ async def _create_connection(endpoint: Endpoint, connected: socket.socket) -> Co
 
 async def _connect(endpoint: Endpoint) -> socket.socket:
     if endpoint.config.uds is not None:
-        return await _connect_unix(endpoint.config.uds)
+        return await _connect_unix(os.fspath(endpoint.config.uds))
     infos = endpoint.numeric or await run_resolver(endpoint.resolve)
     return await _connect_tcp(infos[0]) if len(infos) == 1 else await _race_addresses(infos)
 

@@ -144,8 +144,7 @@ class StreamConnection(Connection):
         return task
 
     async def _run(self) -> None:
-        # Not in start: the program may start tasks eagerly. The attribute keeps the task alive: an event loop has a weak
-        # reference only.
+        # Set here: the program may start tasks eagerly. It keeps the task alive: an event loop has a weak reference.
         self._task = cast(asyncio.Task[None], asyncio.current_task())
         try:
             if not self._is_stopping:

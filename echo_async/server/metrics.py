@@ -195,26 +195,27 @@ def _application(metrics: Callable[..., Any], is_healthy: Callable[[], bool]) ->
     """Return the WSGI application that routes requests to ``metrics`` and the health check."""
 
     def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        method, allow = environ["REQUEST_METHOD"], []
+        method, headers = environ["REQUEST_METHOD"], [("Content-Type", "text/plain; charset=utf-8")]
         try:
             match environ["PATH_INFO"]:
                 case "/metrics" | "/healthz" if method not in METHODS:
-                    status, text = "405 Method Not Allowed", b"method not allowed; use GET or HEAD\n"
-                    allow = [("Allow", ", ".join(METHODS))]
+                    status, body = "405 Method Not Allowed", b"method not allowed; use GET or HEAD\n"
+                    headers.append(("Allow", ", ".join(METHODS)))
                 case "/metrics":
-                    response: Iterable[bytes] = metrics({**environ, "REQUEST_METHOD": "GET"}, start_response)
-                    return [] if method == "HEAD" else response
+                    started: list[Any] = []
+                    response = metrics({**environ, "REQUEST_METHOD": "GET"}, lambda *start: started.extend(start))
+                    body = b"".join(response)
+                    status, headers = started
                 case "/healthz" if is_healthy():
-                    status, text = "200 OK", b"serving\n"
+                    status, body = "200 OK", b"serving\n"
                 case "/healthz":
-                    status, text = "503 Service Unavailable", b"not serving\n"
+                    status, body = "503 Service Unavailable", b"not serving\n"
                 case _:
-                    status, text = "404 Not Found", b"not found; use /metrics or /healthz\n"
+                    status, body = "404 Not Found", b"not found; use /metrics or /healthz\n"
         except TimeoutError:
-            status, text = "503 Service Unavailable", b"server is not responding\n"
-        headers = [("Content-Type", "text/plain; charset=utf-8"), ("Content-Length", str(len(text)))]
-        start_response(status, headers + allow)
-        return [] if method == "HEAD" else [text]
+            status, body = "503 Service Unavailable", b"server is not responding\n"
+        start_response(status, [*headers, ("Content-Length", str(len(body)))])
+        return [] if method == "HEAD" else [body]
 
     return application
 

@@ -57,7 +57,7 @@ def _attempt_connection(endpoint: Endpoint, seconds: float) -> Connection:
 
 def _connect(endpoint: Endpoint, deadline: float) -> socket.socket:
     if endpoint.config.uds is not None:
-        return _connect_unix(endpoint.config.uds, deadline)
+        return _connect_unix(os.fspath(endpoint.config.uds), deadline)
     return _race_addresses(list(endpoint.numeric or endpoint.resolve()), deadline)
 
 

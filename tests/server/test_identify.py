@@ -255,7 +255,13 @@ def test_jq_reads_ten_thousand_replies(tmp_path: Path) -> None:
 # Options
 
 
-@pytest.mark.parametrize("labels", [{"": "x"}, {"1a": "x"}, {"a b": "x"}, {"a": 1}, ["a"], "a", {"a": 1024 * "x"}])
+INVALID_LABELS = [
+    *({"": "x"}, {"1a": "x"}, {"a b": "x"}, {"a": 1}, ["a"], "a", {"a": 1024 * "x"}),
+    *({"a": "\udcf1"}, {"\udcf1": "a"}, {"version": "v2"}, {"engine": "x"}, {"__name__": "x"}, ["a=1", "a=2"]),
+]
+
+
+@pytest.mark.parametrize("labels", INVALID_LABELS)
 def test_invalid_labels_are_reported(labels: Any) -> None:
     with pytest.raises(ConfigError, match=r"invalid labels: .*must be KEY=VALUE"):
         echo_async.ServerConfig(labels=labels)

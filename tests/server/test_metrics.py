@@ -223,6 +223,19 @@ def test_metrics_port_in_use_exits_with_code_3() -> None:
     )
 
 
+@pytest.mark.parametrize("label", ["zone=\udcf1", "version=v2", "__name__=x"])
+def test_label_that_no_scrape_can_show_exits_with_code_2(
+    label: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--port", "0", "--metrics-port", "0"]
+    assert main([*options, "--label", label]) == 2
+    monkeypatch.setenv("ECHO_ASYNC_LABEL", label)
+    assert main(options) == 2
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 2)
+    assert f"error: invalid --label: {label!r} (must be KEY=VALUE in UTF-8" in err
+
+
 def test_metrics_address_without_port_exits_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--port", "0", "--metrics-address", "0.0.0.0"]) == 2
     out, err = capsys.readouterr()
@@ -325,6 +338,9 @@ def test_head_request_has_the_headers_and_no_body(path: str) -> None:
         head = request(server, "HEAD", path)
     assert head[0] == status == (404 if path == "/" else 200)
     assert head[1]["Content-Type"] == headers["Content-Type"]
+    if path != "/metrics":  # whose body changes
+        assert head[1]["Content-Length"] == headers["Content-Length"] == str(len(body))
+    assert int(head[1]["Content-Length"]) > 0
     assert head[2] == b""
 
 
