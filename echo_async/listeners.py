@@ -16,13 +16,15 @@ from .errors import StartError
 class Listeners:
     """Listening sockets that are closed together; a Unix socket path that was bound here is removed then.
 
+    With ``is_owner``, no other process serves the sockets: they are shut down, before they are closed.
     ``datagram_sockets`` are those of ``sockets`` that receive datagrams. They have the addresses of the others.
     """
 
-    def __init__(self, sockets: Sequence[socket.socket], path: str | None = None) -> None:
+    def __init__(self, sockets: Sequence[socket.socket], path: str | None = None, *, is_owner: bool = False) -> None:
         self.datagram_sockets = [each for each in sockets if each.type == socket.SOCK_DGRAM]
         self._sockets = [each for each in sockets if each.type != socket.SOCK_DGRAM]
         self.addresses = [net.get_address(each) for each in self._sockets]
+        self._is_owner = is_owner
         self._backlog: int | None = None  # of TCP sockets that were bound here
         self._backlog_fillers: list[socket.socket] = []
         self._path = path
@@ -34,7 +36,7 @@ class Listeners:
         if config.fd is not None:
             return cls.adopt([config.fd], has_udp=config.udp)
         path = None if config.uds is None else os.fspath(config.uds)
-        self = cls(net.bind(config, net.resolve(config) if infos is None else infos), path)
+        self = cls(net.bind(config, net.resolve(config) if infos is None else infos), path, is_owner=True)
         if not config.accepts:
             self._backlog_fillers = [net.fill_backlog(each) for each in self._sockets]
         elif config.uds is None:
@@ -64,6 +66,7 @@ class Listeners:
         duplicates of UDP sockets, inherited sockets and Unix sockets, and of all sockets where the kernel does not:
         these have one queue for all processes. :exc:`~echo_async.StartError` for lack of descriptors.
         """
+        self._is_owner = False
         groups: list[list[socket.socket]] = [[] for _ in range(count - 1)]
         shared = self._sockets
         if self._backlog is not None and HAS_BALANCED_PORTS:
@@ -90,10 +93,23 @@ class Listeners:
         """Whether a connection waits to be accepted; False if the sockets are closed."""
         return is_readable(self._sockets)
 
+    def shut_down(self) -> None:
+        """Refuse connections, also where a child process has duplicates of the sockets, unless it serves them."""
+        for each in self._sockets if self._is_owner else ():
+            net.shut_down(each)
+
+    def close_udp(self) -> None:
+        for each in self.datagram_sockets:
+            if self._is_owner:
+                net.shut_down(each)
+            each.close()
+
     def close(self) -> None:
         if self._path is not None:
             net.remove_socket_file(self._path, self._file_id)
             self._path = None
-        for each in (*self._sockets, *self._backlog_fillers, *self.datagram_sockets):
+        self.shut_down()
+        self.close_udp()
+        for each in (*self._sockets, *self._backlog_fillers):
             each.close()
         self._sockets.clear()

@@ -192,12 +192,13 @@ def bind_udp(listeners: Sequence[socket.socket]) -> list[socket.socket]:
                 raise StartError(f"cannot receive datagrams on {format_address(address)}: not an IP address; omit udp")
             with _listen_errors(address, "/udp"):
                 receiver = stack.enter_context(socket.socket(listener.family, socket.SOCK_DGRAM))
-                if HAS_SHARED_PORTS:
-                    set_exclusive_address(receiver)
+                set_exclusive_address(receiver)
                 if listener.family == socket.AF_INET6:
                     is_ipv6_only = listener.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
                     receiver.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, is_ipv6_only)
                 receiver.bind(address)
+                if not HAS_SHARED_PORTS:  # another one can bind the address of a socket that was shut down only
+                    receiver.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
             receivers.append(_prepare_udp(receiver))
         stack.pop_all()
         return receivers
@@ -255,6 +256,20 @@ def _listen_beside(listener: socket.socket, backlog: int, on_failure: contextlib
     opened.setblocking(False)
     opened.listen(backlog)
     return opened
+
+
+def shut_down(opened: socket.socket) -> None:
+    """Shut down a socket that is about to be closed: a child process that was forked may have a duplicate of it.
+
+    A connection would not end, and a listener would establish others, as long as the child runs. A UDP socket cannot be
+    shut down. It is connected to itself, so that it receives nothing, and another one can bind its address.
+    """
+    with contextlib.suppress(OSError):  # it has ended, or is closed
+        if opened.type == socket.SOCK_DGRAM:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            opened.connect(opened.getsockname())
+        else:
+            opened.shutdown(socket.SHUT_RDWR)
 
 
 def fill_backlog(listener: socket.socket) -> socket.socket:

@@ -116,6 +116,7 @@ class AsyncioAcceptor:
             self._stop_udp()
             if self._servers:
                 await self._drain_backlog()
+            self._listeners.shut_down()
             for server in self._servers:
                 server.close()
             await run_turns(1)  # nothing waits for a listener when it is closed: select would fail
@@ -152,9 +153,11 @@ class AsyncioAcceptor:
         if self._receiver is not None:
             self._receiver.stop()
             self._receiver.wait_stopped()
+        self._listeners.close_udp()
 
     def _stop_listening(self) -> None:
         self._stop_udp()
+        self._listeners.shut_down()
         for server in self._servers:
             server.close()
         self._servers.clear()

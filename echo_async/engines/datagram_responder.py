@@ -148,15 +148,13 @@ class DatagramResponder:
         facts = {"client": peer, "listener": self.context.listener, "bytes": len(data), "text": text}
         access_log.info("%s datagram: %d bytes: %s", peer, len(data), text, extra={"facts": facts})
 
-    def close(self) -> None:
-        """Answer what has arrived without delays, then close the sockets. What arrives meanwhile is not waited for."""
+    def drain(self) -> None:
+        """Answer what has arrived without delays, before the sockets are closed. What arrives meanwhile may be lost."""
         for each in self.sockets:
             for _ in range(DRAIN_BATCHES):
                 if not self.receive(each):
                     break
         self.send_delayed()
-        for each in self.sockets:
-            each.close()
 
     def send_delayed(self) -> None:
         """Send delayed replies at once."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import cast
 
-from ..net import format_address
+from ..net import format_address, shut_down
 from ..tls import Certificates
 from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
 from .context import LINGER_TIMEOUT
@@ -85,7 +85,7 @@ class HandshakeAcceptor:
         self._tasks.discard(task)
         if task.cancelled():  # before it began
             self._admission.end_handshake()
-            connection.close()
+            _close(connection)
 
     async def _establish(self, connection: socket.socket, origin: Origin) -> None:
         """Read the PROXY header, do the TLS handshake, whichever is configured; then serve the connection."""
@@ -114,7 +114,7 @@ class HandshakeAcceptor:
         except (Exception, asyncio.CancelledError) as error:
             if not is_established:  # else the connection ends as its engine ends it; a shutdown drains it
                 fail(format_address(origin.peername), error if isinstance(error, Exception) else SHUTTING_DOWN)
-                connection.close()
+                _close(connection)
 
     async def _do_handshake(
         self, connection: socket.socket, protocol: asyncio.Protocol, context: ssl.SSLContext
@@ -132,3 +132,8 @@ class HandshakeAcceptor:
             )
         except ConnectionAbortedError:  # ssl_handshake_timeout
             raise TimeoutError from None
+
+
+def _close(connection: socket.socket) -> None:
+    shut_down(connection)
+    connection.close()

@@ -119,21 +119,29 @@ def read_buffered(reader: asyncio.StreamReader) -> bytes:
 def reset_transport(transport: asyncio.WriteTransport) -> None:
     """Abort ``transport`` with a reset."""
     set_reset_on_close(transport.get_extra_info("socket"))
-    abort_transport(transport)
+    with contextlib.suppress(AttributeError):
+        transport.abort()
 
 
 def shutdown_write(transport: asyncio.WriteTransport) -> None:
     """Close the sending side of a transport that has sent everything; input is still received.
 
-    A transport cannot do this over TLS, so the socket beneath is shut down, without a close_notify. uvloop offers
-    no such method for it (pseudosock.pyx): a duplicate of the descriptor has it.
+    A transport cannot do this over TLS, so the socket beneath is shut down, without a close_notify.
     """
     if transport.can_write_eof():
         transport.write_eof()
     else:
-        descriptor = transport.get_extra_info("socket").fileno()
-        with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as duplicate:
-            duplicate.shutdown(socket.SHUT_WR)
+        _shut_down_socket(transport, socket.SHUT_WR)
+
+
+def _shut_down_socket(transport: asyncio.WriteTransport, how: int) -> None:
+    """Shut down the socket beneath ``transport``, which is open.
+
+    uvloop offers no such method for it (pseudosock.pyx): a duplicate of the descriptor has it.
+    """
+    descriptor = transport.get_extra_info("socket").fileno()
+    with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as duplicate:
+        duplicate.shutdown(how)
 
 
 def write_buffer_size(transport: asyncio.WriteTransport) -> int:
@@ -149,10 +157,13 @@ def write_buffer_size(transport: asyncio.WriteTransport) -> int:
 
 
 def abort_transport(transport: asyncio.WriteTransport) -> None:
-    """Abort ``transport``, if it is not closed yet.
+    """Abort ``transport``, if it is not closed yet. Its socket is shut down first: see :func:`.net.shut_down`.
 
     A transport of asyncio that was closed with unsent data has no event loop once that is sent (selector_events.py,
     ``_write_ready`` calls ``_call_connection_lost``): aborting it raises AttributeError.
     """
+    if not transport.is_closing():
+        with contextlib.suppress(OSError):  # the client has reset the connection
+            _shut_down_socket(transport, socket.SHUT_RDWR)
     with contextlib.suppress(AttributeError):
         transport.abort()

@@ -7,6 +7,7 @@ It takes what the kernel has, whatever ``chunk_size`` is, and saves a coroutine'
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +16,7 @@ from typing import cast
 from ..compat import is_readable
 from .connection import Connection
 from .handshake_acceptor import OnEstablished
-from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS, write_buffer_size
+from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS, abort_transport, write_buffer_size
 from .origin import UNKNOWN, Origin
 from .registry import Registry
 
@@ -116,6 +117,9 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self.conversation.receive_eof()
+        if self._lingering_since is None and self._transport.can_write_eof():
+            with contextlib.suppress(*TRANSPORT_ERRORS):  # the client has reset the connection
+                self._transport.write_eof()  # closing is no end if a child process has a duplicate of the socket
         return False  # the transport sends what is left and closes
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -172,7 +176,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             self.finish()
 
     def abort(self) -> None:
-        self._transport.abort()
+        abort_transport(self._transport)
 
 
 class LoggedProtocolConnection(ProtocolConnection):

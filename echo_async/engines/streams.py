@@ -236,8 +236,8 @@ class StreamConnection(Connection):
 
     async def _linger(self) -> None:
         """Discard input until the client closes its side. The sweep limits the time."""
-        if not self._reader.at_eof() and self._transport.can_write_eof():
-            self._transport.write_eof()
+        if self._transport.can_write_eof():
+            self._transport.write_eof()  # closing is no end if a child process has a duplicate of the socket
             while chunk := await self._reader.read(DISCARD_SIZE):
                 self.conversation.receive(chunk)
 

@@ -13,7 +13,7 @@ from ..background import start_thread
 from ..compat import accepted_socket
 from ..errors import StartError, describe_error
 from ..listeners import Listeners
-from ..net import format_address
+from ..net import format_address, shut_down
 from ..tls import Certificates
 from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
 from .origin import Origin
@@ -98,14 +98,19 @@ class ThreadAcceptor:
     def close(self) -> None:
         """Begin the graceful shutdown. Returns at once; safe to call twice, from any thread or signal handler."""
         self._is_stopping = True
-        if self._receiver is not None:
-            self._receiver.stop()
-        self._wake()
+        if self.is_running():
+            if self._receiver is not None:
+                self._receiver.stop()
+            self._wake()
 
     def abort(self) -> None:
         """Shut down without waiting for any client."""
         self._is_aborting = True
         self.close()
+
+    def is_running(self) -> bool:
+        """Whether the accept thread runs: not in a child process that was forked, whose parent has the server."""
+        return self._thread.is_alive()
 
     def join(self) -> None:
         """Wait for the end of the accept thread, which is the last."""
@@ -115,6 +120,7 @@ class ThreadAcceptor:
         if self._receiver is not None:
             self._receiver.stop()
             self._receiver.wait_stopped()
+        self._listeners.close_udp()
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # it is awake, or closed
@@ -267,6 +273,7 @@ class ThreadAcceptor:
             was_aborted = connected not in self._pending
             self._pending.discard(connected)
             fail(format_address(origin.peername), SHUTTING_DOWN if was_aborted else error)
+            shut_down(connected)
             return connected.close()
         self._registry.add(connection)
         admission.end_handshake()

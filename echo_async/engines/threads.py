@@ -50,6 +50,8 @@ class ThreadConnection(Connection):
         """Serve the connection until it is closed, in a thread of its own."""
         try:
             self._echo()
+            if not self._is_write_closed:
+                self.abort()  # closing is no end if a child process has a duplicate of the socket
         except OSError as error:
             self.log_lost(error)
         except Exception as error:

@@ -36,14 +36,14 @@ class LoopReceiver:
             self._timer = self._loop.call_later(seconds, self._send_due)
 
     def stop(self) -> None:
-        """Answer what has arrived, and close. Does nothing the second time."""
+        """Answer what has arrived. Does nothing the second time."""
         responder, self._responder = self._responder, None
         if self._timer is not None:
             self._timer.cancel()
         if responder is not None:
             for each in responder.sockets:
                 self._loop.remove_reader(each)
-            responder.close()
+            responder.drain()
 
     def wait_stopped(self) -> None:
         """Do nothing: :meth:`stop` does not return earlier."""
@@ -70,7 +70,7 @@ class ThreadReceiver:
                 for key, _ in selector.select(self._responder.send_due()):
                     if key.fileobj is not self._wakened:
                         self._responder.receive(key.fileobj)  # type: ignore[arg-type]
-        self._responder.close()
+        self._responder.drain()
 
     def stop(self) -> None:
         """Begin to stop. Returns at once; safe to call twice, from any thread or signal handler."""
@@ -79,7 +79,7 @@ class ThreadReceiver:
             self._waker.send(b"\0")
 
     def wait_stopped(self) -> None:
-        """Wait until what has arrived is answered, and the sockets are closed."""
+        """Wait until what has arrived is answered."""
         self._thread.join()
         self._close_waker()
 

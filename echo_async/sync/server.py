@@ -56,7 +56,8 @@ class EchoServer(EngineServer[ThreadAcceptor]):
 
     def wait_closed(self) -> None:
         """Wait until no socket, connection or thread of the server is left. Always returns after :meth:`close`."""
-        self._closed.wait()  # not join alone: interrupted by Ctrl-C, it would take the thread for ended
+        if self._acceptor.is_running():
+            self._closed.wait()  # not join alone: interrupted by Ctrl-C, it would take the thread for ended
         self._acceptor.join()
 
     def serve_forever(self) -> None:
