@@ -291,7 +291,7 @@ def run_in_namespace(setup: str, *command: str) -> subprocess.CompletedProcess[s
     prefix = ["unshare", "-rnm", "sh", "-c", f'ip link set lo up && {setup} && exec "$@"', "sh"]
     if (
         not all(map(shutil.which, ("unshare", "ip")))
-        or subprocess.run([*prefix, "true"], capture_output=True).returncode
+        or subprocess.run([*prefix, "true"], capture_output=True, timeout=TIMEOUT).returncode
     ):
         pytest.skip("this user may not set up a network namespace")
     return subprocess.run([*prefix, *command], capture_output=True, text=True, timeout=TIMEOUT)

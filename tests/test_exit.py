@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Any, cast
 
 import pytest
-from support import BACKENDS, MAX_DELAY, TIMEOUT, is_echoed, receive_all, run
+from support import BACKENDS, MAX_DELAY, TIMEOUT, ChildProcess, is_echoed, receive_all, run
 
 import echo_async
 
@@ -73,7 +73,7 @@ class Program:
 
 @contextmanager
 def running(start: str, options: dict[str, Any], *, program: str = PROGRAM) -> Iterator[Program]:
-    with subprocess.Popen(
+    with ChildProcess(
         [sys.executable, "-c", program, start, repr(options)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import BACKENDS, TIMEOUT, connect, is_echoed, receive_all
+from support import BACKENDS, TIMEOUT, ChildProcess, connect, is_echoed, receive_all
 
 from echo_async import sync
 from echo_async.testing import HostedServer
@@ -82,7 +82,7 @@ class ForkingProgram:
 @contextmanager
 def forking(start: str, options: dict[str, Any]) -> Iterator[ForkingProgram]:
     command = [sys.executable, "-c", PROGRAM, start, repr(options)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with ChildProcess(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield ForkingProgram(process)
         finally:

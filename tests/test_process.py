@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Backend, connect, is_echoed, run, wait_in_loop, wait_until
+from support import TIMEOUT, Backend, connect, is_echoed, run, wait_in_loop, wait_until
 
 import echo_async
 from echo_async import sync
@@ -66,7 +66,7 @@ class Observer:
         self.changes: dict[str, object] = {}
         self._before = settings()
         self._is_stopping = False
-        self._thread = threading.Thread(target=self._observe)
+        self._thread = threading.Thread(target=self._observe, daemon=True)
 
     def _observe(self) -> None:
         while not self._is_stopping:
@@ -82,7 +82,7 @@ class Observer:
 
     def __exit__(self, *exception: object) -> None:
         self._is_stopping = True
-        self._thread.join()
+        self._thread.join(TIMEOUT)
         self._compare()
 
 

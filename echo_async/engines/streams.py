@@ -145,7 +145,7 @@ class StreamConnection(Connection):
 
     async def _run(self) -> None:
         # Set here: the program may start tasks eagerly. It keeps the task alive: an event loop has a weak reference.
-        self._task = cast(asyncio.Task[None], asyncio.current_task())
+        self._task = cast("asyncio.Task[None]", asyncio.current_task())
         try:
             if not self._is_stopping:
                 await self._echo()
