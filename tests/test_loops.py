@@ -73,7 +73,7 @@ def test_loop_of_any_module_is_created() -> None:
         ("missing_module:new_event_loop", "No module named 'missing_module'"),
         ("asyncio:missing", "module 'asyncio' has no attribute 'missing'"),
         ("asyncio:__all__", "'tuple' object is not callable"),
-        ("asyncio:AbstractEventLoopPolicy", "it returned <asyncio.events.AbstractEventLoopPolicy object at"),
+        ("asyncio:Event", "it returned <asyncio.locks.Event object at"),
         ("os:getcwd", "it returned '"),
         ("math:sqrt", "math.sqrt() takes exactly one argument (0 given)"),
     ],

@@ -1,4 +1,4 @@
-"""What relies on the internals of event loops: CPython 3.11 to 3.13, Lib/asyncio; uvloop 0.22 and 0.23."""
+"""What relies on the internals of event loops: CPython 3.11 to 3.15, Lib/asyncio; uvloop 0.22 and 0.23."""
 
 import asyncio
 import contextlib
@@ -12,8 +12,8 @@ ACCEPT_BATCH = 5
 """The backlog that an event loop's server is created with.
 
 asyncio accepts as many connections before it looks at any of them (selector_events.py, ``_accept_connection``:
-``for _ in range(backlog)``). A few turns' worth has to fit into the reserved descriptors, or connections that
-are refused use up the rest.
+``for _ in range(backlog)``; one more from 3.14 on). A few turns' worth has to fit into the reserved descriptors, or
+connections that are refused use up the rest.
 """
 
 TRANSPORT_ERRORS = (OSError, RuntimeError)
