@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic
@@ -45,20 +46,23 @@ class FailingAccept:
         self.error: Exception | None = None
         self.failures = 0
         self._max_failures = max_failures
+        self._lock = threading.Lock()  # an ``accept`` from before ``begin`` does not get what connects after it
         set_constant(monkeypatch, "ACCEPT_RETRY_DELAY", self.RETRY_DELAY)
         self._accept = socket.socket.accept
         monkeypatch.setattr(socket.socket, "accept", lambda listener: self(listener))
 
     def __call__(self, listener: socket.socket) -> tuple[socket.socket, Any]:
-        if self.error is not None and self.failures < self._max_failures:
-            self.failures += 1
-            raise self.error
-        return self._accept(listener)
+        with self._lock:
+            if self.error is not None and self.failures < self._max_failures:
+                self.failures += 1
+                raise self.error
+            return self._accept(listener)
 
     def begin(self, error: int | Exception) -> None:
         """Fail with an exception, or with the OSError of an error number."""
-        self.failures = 0
-        self.error = OSError(error, os.strerror(error)) if isinstance(error, int) else error
+        with self._lock:
+            self.failures = 0
+            self.error = OSError(error, os.strerror(error)) if isinstance(error, int) else error
 
     def end(self) -> None:
         self.error = None
