@@ -2,21 +2,16 @@
 
 Layout, in reading order:
 
-``conversation``  the wire protocol, without IO
-``engines``       move bytes and enforce timeouts: streams, protocol, threads
-``server``        the server, its workers, metrics and systemd notification
-``client``        the asyncio client
-``sync``          server and client without an event loop
-``cli``           the command ``echo-async`` and its subcommands
-``bench``         load generator for any echo server, and comparison of the engines
+``wire``      what bytes mean, without IO: the conversation, faults, identity, PROXY headers, datagrams
+``engines``   how bytes are carried: streams, protocol, threads
+``server``    who is accepted, counted and drained
+``service``   a process: workers, metrics, systemd, signals
+``client``    the asyncio client, and what both clients share
+``sync``      server and client without an event loop
+``cli``       the command ``echo-async`` and its subcommands
+``bench``     load generator for any echo server, and comparison of the engines
 ``testing`` ``pytest_plugin``   a server for tests, and its fixtures
-``config``        every option and its default
-``errors``        every error, as one tree
-``proxy`` ``tlv`` PROXY protocol headers and their fields, without IO
-``faults``        what is done to replies instead of just sending them, without IO
-``identity``      the replies in ``identify`` mode, without IO
-``compat``        what a platform may lack
-``verifier`` ``batching`` ``session`` ``endpoint``   what both clients share
+``config`` ``errors`` ``stats``   every option and its default, every error, the counters
 
 The library installs no signal handler, sets no event loop policy, configures no logging (logger
 ``echo_async``), and prints nothing. ``import echo_async`` imports no other module: each name imports its
@@ -28,7 +23,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import sync
-    from .client import EchoClient, connect, echo
+    from .client.client import EchoClient, connect, echo
     from .config import ServerConfig
     from .engines.streams import handle_echo
     from .errors import (
@@ -43,9 +38,9 @@ if TYPE_CHECKING:
         ReplyLost,
         StartError,
     )
-    from .identity import Identity
-    from .server import EchoServer, serve
+    from .server.server import EchoServer, serve
     from .stats import Stats
+    from .wire.identity import Identity
 
 __version__ = "0.1.0"
 
@@ -73,15 +68,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "EchoClient": ".client",
-    "EchoServer": ".server",
-    "Identity": ".identity",
+    "EchoClient": ".client.client",
+    "EchoServer": ".server.server",
+    "Identity": ".wire.identity",
     "ServerConfig": ".config",
     "Stats": ".stats",
-    "connect": ".client",
-    "echo": ".client",
+    "connect": ".client.client",
+    "echo": ".client.client",
     "handle_echo": ".engines.streams",
-    "serve": ".server",
+    "serve": ".server.server",
 }
 
 

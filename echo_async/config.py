@@ -164,7 +164,7 @@ def _matches_pattern(pattern: str, value: Any) -> bool:
 
 
 def _are_networks(value: Any) -> bool:
-    from .proxy import TrustedProxies  # only where the default is changed
+    from .wire.proxy import TrustedProxies  # only where the default is changed
 
     try:
         TrustedProxies(value)
@@ -174,7 +174,7 @@ def _are_networks(value: Any) -> bool:
 
 
 def _is_address(value: Any) -> bool:
-    from .proxy import parse_address
+    from .wire.proxy import parse_address
 
     try:
         parse_address(value)
@@ -209,7 +209,7 @@ def _are_labels(labels: Any) -> bool:
 def _fault_violation(value: Any, type: OptionType) -> str:
     if value is None:
         return ""
-    from .faults import parse_fault, parse_sequence
+    from .wire.faults import parse_fault, parse_sequence
 
     try:
         parse_fault(value) if type == "fault" else parse_sequence(value)

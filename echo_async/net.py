@@ -11,9 +11,9 @@ from typing import Any
 
 from .compat import HAS_SHARED_PORTS, enable_destination_info, mark_replies, set_exclusive_address, try_lock
 from .config import ServerConfig
-from .datagrams import REPLY_TRAFFIC_CLASS
 from .errors import StartError, describe_error
 from .logs import escape, log
+from .wire.datagrams import REPLY_TRAFFIC_CLASS
 
 Address = tuple[str, int] | str
 """Host and port, or the path of a Unix socket."""

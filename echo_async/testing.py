@@ -11,10 +11,10 @@ from functools import partial
 from typing import Self, Unpack
 
 from .config import Mode, ServerConfig, ServerOptions
-from .conversation import MODES, Conversation
 from .errors import ConfigError, StartError
 from .stats import Stats
 from .sync import EchoServer
+from .wire.conversation import MODES, Conversation
 
 __all__ = ["HostedServer"]
 

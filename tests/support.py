@@ -369,17 +369,17 @@ def receive_exactly(client: socket.socket, size: int) -> bytes:
     return bytes(received)
 
 
-# The modules of ``echo_async.engines`` that use a constant.
+# The modules of the package that use a constant.
 CONSTANTS = {
-    "ACCEPT_RETRY_DELAY": ("handshake_acceptor", "thread_acceptor"),
-    "DRAIN_THRESHOLD": ("streams",),
-    "HANDSHAKE_TIMEOUT": ("admission", "handshake_acceptor", "thread_acceptor"),
-    "LINGER_TIMEOUT_AT_STOP": ("registry",),
-    "MAX_WAIT_AT_END": ("faulty_connection",),
+    "ACCEPT_RETRY_DELAY": ("server.handshake_acceptor", "server.thread_acceptor"),
+    "DRAIN_THRESHOLD": ("engines.streams",),
+    "HANDSHAKE_TIMEOUT": ("server.admission", "server.handshake_acceptor", "server.thread_acceptor"),
+    "LINGER_TIMEOUT_AT_STOP": ("server.registry",),
+    "MAX_WAIT_AT_END": ("engines.faulty_connection",),
 }
 
 
 def set_constant(monkeypatch: pytest.MonkeyPatch, name: str, value: float) -> None:
     """Change a constant of the server in every module that uses it."""
     for module in CONSTANTS[name]:
-        monkeypatch.setattr(f"echo_async.engines.{module}.{name}", value)
+        monkeypatch.setattr(f"echo_async.{module}.{name}", value)

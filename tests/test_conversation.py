@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import echo_async.conversation
+import echo_async.wire.conversation
 from echo_async.config import Mode
-from echo_async.conversation import LARGE_CHUNK, Conversation, make_conversation
+from echo_async.wire.conversation import LARGE_CHUNK, Conversation, make_conversation
 
 MODES: tuple[Mode, ...] = ("message", "stream", "raw")
 LIMIT = 1_048_576
@@ -354,8 +354,8 @@ def test_any_chunk_kept_as_it_is_gives_the_same_outcome(
     if in_parts:
         conversation.write_parts_with(reply.extend)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(echo_async.conversation, "LARGE_CHUNK", large)
-        patch.setattr(echo_async.conversation, "LARGE_MESSAGE", large)
+        patch.setattr(echo_async.wire.conversation, "LARGE_CHUNK", large)
+        patch.setattr(echo_async.wire.conversation, "LARGE_MESSAGE", large)
         for chunk in split(sent, sizes):
             reply += conversation.receive(chunk)
             assert len(reply) == conversation.answered

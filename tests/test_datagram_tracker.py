@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import TIMEOUT
 
-from echo_async import datagram_tracker
-from echo_async.datagram_tracker import DatagramFormat, DatagramTracker, Reply
+from echo_async.client import datagram_tracker
+from echo_async.client.datagram_tracker import DatagramFormat, DatagramTracker, Reply
 
 SIZES = (0, 1, 2, 3, 4, 7, 8, 9, 64, 1472, 65_507, 65_527)
 

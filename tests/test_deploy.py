@@ -21,7 +21,7 @@ from support import TIMEOUT, ChildProcess, command_process, receive_line, server
 
 from echo_async import Identity
 from echo_async.cli.server import command
-from echo_async.server.metrics import StatsCollector
+from echo_async.service.metrics import StatsCollector
 from echo_async.stats import Stats
 from echo_async.testing import HostedServer
 

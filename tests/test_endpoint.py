@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from echo_async.endpoint import Endpoint
+from echo_async.client.endpoint import Endpoint
 
 
 def test_resolve_interleaves_address_families(monkeypatch: pytest.MonkeyPatch) -> None:

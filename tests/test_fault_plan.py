@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_async.faults import (
+from echo_async.wire.faults import (
     Action,
     End,
     FaultPlan,

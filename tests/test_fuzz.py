@@ -22,7 +22,7 @@ from support import BACKENDS, Backend, ServerThread, connect, is_echoed, receive
 
 import echo_async
 from echo_async.config import Mode
-from echo_async.conversation import Conversation, make_conversation
+from echo_async.wire.conversation import Conversation, make_conversation
 
 MODES: list[Mode] = ["message", "stream", "raw"]
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_async import ReplyDifferent
-from echo_async.identity import (
+from echo_async.wire.identity import (
     Address,
     ClientCertificate,
     Describer,
@@ -22,7 +22,7 @@ from echo_async.identity import (
     check_reply,
     max_reply_size,
 )
-from echo_async.proxy import ProxyHeader
+from echo_async.wire.proxy import ProxyHeader
 
 KEYS = ["bytes", "number", "server", "kubernetes", "client", "proxy", "tls"]
 

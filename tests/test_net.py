@@ -20,8 +20,8 @@ from support import TIMEOUT, receive_all, run
 
 import echo_async
 from echo_async import ServerConfig, StartError, net
-from echo_async.listeners import Listeners
 from echo_async.net import Address, AddressInfo, adopt, bind, format_address, get_address, resolve, resolve_literal
+from echo_async.server.listeners import Listeners
 
 
 def has_ipv6() -> bool:
@@ -363,7 +363,7 @@ def test_divided_port_without_descriptors_raises_start_error() -> None:
 
 
 def test_port_that_cannot_be_divided_has_one_backlog(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echo_async.listeners.HAS_BALANCED_PORTS", False)
+    monkeypatch.setattr("echo_async.server.listeners.HAS_BALANCED_PORTS", False)
     with listening(2) as [first, second], ExitStack() as clients:
         for _ in range(40):
             clients.enter_context(socket.create_connection(first.sockets[0].getsockname(), TIMEOUT))

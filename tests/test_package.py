@@ -43,7 +43,7 @@ def imported() -> set[str]:
     "name", ["click", "uvloop", "multiprocessing", "json", "importlib.metadata", "prometheus_client", "argparse"]
 )
 def test_package_import_does_not_import(name: str, imported: set[str]) -> None:
-    assert "echo_async.conversation" in imported
+    assert "echo_async.wire.conversation" in imported
     assert name not in imported
 
 
@@ -143,14 +143,14 @@ def test_module_has_docstring_and_valid_exports(module: str) -> None:
 
 
 def test_package_modules_are_found() -> None:
-    assert {"echo_async.conversation", "echo_async.engines.streams", "echo_async.cli.server"} <= set(MODULES)
+    assert {"echo_async.wire.conversation", "echo_async.engines.streams", "echo_async.cli.server"} <= set(MODULES)
 
 
 def test_conversation_imports_no_io_modules() -> None:
     code = f"""
 import runpy, sys
 before = set(sys.modules)
-names = runpy.run_path({str(ROOT / "conversation.py")!r})
+names = runpy.run_path({str(ROOT / "wire" / "conversation.py")!r})
 talk = names["make_conversation"]("stream", 100)
 assert talk.receive(b"one\\n") == b"one\\n"
 print(*set(sys.modules) - before)

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from support import TIMEOUT, StartServer, connect, receive_all, receive_line, reset, server_process, wait_until
 
 import echo_async
-from echo_async.engines.admission import Admission
-from echo_async.engines.handshake_acceptor import HandshakeAcceptor
-from echo_async.engines.proxy_reader import receive_header
-from echo_async.engines.registry import Registry
-from echo_async.proxy import ProxyHeader, ProxyHeaderError, Source, TrustedProxies
+from echo_async.server.admission import Admission
+from echo_async.server.handshake_acceptor import HandshakeAcceptor
+from echo_async.server.proxy_reader import receive_header
+from echo_async.server.registry import Registry
+from echo_async.wire.proxy import ProxyHeader, ProxyHeaderError, Source, TrustedProxies
 
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 CLIENT4, CLIENT6 = ("192.168.0.1", 56324), ("2001:db8::1", 65535)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from echo_async import ServerConfig, Stats
 from echo_async.config import Mode
-from echo_async.engines.admission import Admission
 from echo_async.engines.connection import Connection
 from echo_async.engines.context import LINGER_TIMEOUT, LINGER_TIMEOUT_AT_STOP
-from echo_async.engines.registry import Registry
+from echo_async.server.admission import Admission
+from echo_async.server.registry import Registry
 
 IDLE, MESSAGE, WRITE = 600.0, 60.0, 30.0
 

@@ -20,8 +20,8 @@ from proxyprotocol.result import ProxyResult
 from proxyprotocol.v1 import ProxyProtocolV1
 from proxyprotocol.v2 import ProxyProtocolV2
 
-from echo_async.proxy import ProxyHeader, ProxyHeaderError, Source
-from echo_async.tlv import crc32c, iterate_tlvs, parse_tlvs
+from echo_async.wire.proxy import ProxyHeader, ProxyHeaderError, Source
+from echo_async.wire.tlv import crc32c, iterate_tlvs, parse_tlvs
 
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 IPV4 = socket.inet_aton("192.0.2.1") + socket.inet_aton("192.0.2.9") + struct.pack("!HH", 4711, 443)

@@ -19,7 +19,7 @@ from ssl import SSLSocket, SSLWantReadError, SSLWantWriteError
 from time import perf_counter
 from typing import Any
 
-from ..endpoint import refuse_self_connection
+from ..client.endpoint import refuse_self_connection
 from ..errors import describe_error
 from .pattern import MAX_IO_SIZE, Batches, Pattern
 from .plan import LoadPlan

@@ -6,8 +6,8 @@ import socket
 from selectors import EVENT_READ
 from time import perf_counter
 
-from ..datagram_tracker import DatagramFormat, DatagramTracker
-from ..endpoint import refuse_self_connection
+from ..client.datagram_tracker import DatagramFormat, DatagramTracker
+from ..client.endpoint import refuse_self_connection
 from ..errors import describe_error
 from .connection import RECONNECT_DELAY, BaseConnection, ConnectionContext
 

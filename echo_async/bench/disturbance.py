@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 
+from ..client.endpoint import refuse_self_connection
 from ..compat import descriptor_limit, raise_descriptor_limit
-from ..endpoint import refuse_self_connection
 from ..errors import ConfigError, EchoError, describe_error
 from .connection import SocketFactory
 from .generator import CONNECT_BATCH

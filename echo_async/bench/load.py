@@ -16,8 +16,8 @@ from time import perf_counter
 from typing import Any
 
 from ..children import blocked_signals, start_child
-from ..datagram_tracker import DatagramFormat
-from ..endpoint import Endpoint, refuse_self_connection
+from ..client.datagram_tracker import DatagramFormat
+from ..client.endpoint import Endpoint, refuse_self_connection
 from ..errors import EchoError
 from .plan import LoadPlan
 from .recorder import LATE_THRESHOLD, ProcessResult, read_result

@@ -18,10 +18,10 @@ from ..bench.plan import LoadMode, LoadPlan, TLSOptions
 from ..bench.plot import SUFFIXES, draw
 from ..bench.report import load_json, print_comparison, print_load, progress_bar
 from ..bench.result import LoadResult
+from ..client.datagram_tracker import MAX_SIZE_IPV4
+from ..client.endpoint import tls_hostname
 from ..compat import DESCRIPTORS, require_feature
 from ..config import CONNECT_TIMEOUT, HOST, PORT, EngineName, Option
-from ..datagram_tracker import MAX_SIZE_IPV4
-from ..endpoint import tls_hostname
 from ..errors import ConfigError, EchoError, StartError, describe_error
 from ..loops import LOOP_CHOICES, LOOP_PATTERN, loop_factory
 from ..net import format_address

@@ -15,10 +15,10 @@ import click
 from click.core import ParameterSource
 
 from ..awaitable import AwaitableContextManager
+from ..client.endpoint import Endpoint, log
 from ..client.session import Session
 from ..client.stream import send_batches
 from ..config import ClientConfig, Option, options_of
-from ..endpoint import Endpoint, log
 from ..errors import ConfigError, ConnectError, EchoError
 from ..loops import loop_factory
 from ..stdio import discard_output
@@ -151,7 +151,7 @@ class IdentifySession(Session):
     line = b""
 
     async def exchange(self, data: bytes) -> float:
-        from ..identity import check_reply, max_reply_size
+        from ..wire.identity import check_reply, max_reply_size
 
         started = perf_counter()
         self.line = await self.receive_line(data, max_reply_size(data))

@@ -9,8 +9,8 @@ from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
-from ..datagram_tracker import MAX_SIZE, MAX_SIZE_IPV4, DatagramFormat, DatagramTracker, Reply
-from ..endpoint import Endpoint, log, refuse_self_connection
+from ..client.datagram_tracker import MAX_SIZE, MAX_SIZE_IPV4, DatagramFormat, DatagramTracker, Reply
+from ..client.endpoint import Endpoint, log, refuse_self_connection
 from ..errors import ConfigError, ConnectError, ReplyDifferent, ReplyLate
 from ..net import AddressInfo, format_address
 from ..resolver import run_resolver

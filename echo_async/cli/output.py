@@ -8,12 +8,12 @@ import select
 import sys
 from typing import TYPE_CHECKING
 
+from ..client.verifier import escape_bytes
 from ..errors import EchoError, describe_error, failure_kind
 from ..stdio import discard_output
-from ..verifier import escape_bytes
 
 if TYPE_CHECKING:
-    from ..datagram_tracker import Reply
+    from ..client.datagram_tracker import Reply
 
 
 def _datagram_marks(reply: "Reply") -> dict[str, bool]:

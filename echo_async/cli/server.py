@@ -21,14 +21,14 @@ from ..logs import LogFormat, LogLevel, configure, log
 from ..loops import LOOP_CHOICES, LOOP_PATTERN, log_loop_errors, loop_factory
 from ..net import Address, format_address
 from ..server.group import BaseGroup, ListenerConfig, ServerGroup
-from ..server.systemd import listen_descriptors, notify
+from ..service.signals import ServerSignals
+from ..service.systemd import listen_descriptors, notify
 from ..stdio import discard_output
 from .common import CONTEXT, ExitCode, options, run_command, version_option
 from .listen import LISTEN, as_list, parse_listeners
-from .signals import ServerSignals
 
 if TYPE_CHECKING:
-    from ..server.metrics import MetricsServer
+    from ..service.metrics import MetricsServer
 
 _LOOP_HELP = "Event loop; auto is uvloop if it is installed, else asyncio. MODULE:FACTORY is imported and called."
 
@@ -91,7 +91,7 @@ def command(context: click.Context, /, **values: Any) -> int:
     start: Callable[[], Awaitable[BaseGroup[Any]]] = partial(ServerGroup.start, listeners)
     if values["workers"] > 1:
         require_feature(DESCRIPTORS, f"use --workers {values['workers']}")
-        from ..server.supervisor import Supervisor, WorkerSettings
+        from ..service.supervisor import Supervisor, WorkerSettings
 
         settings = WorkerSettings(loop, values["log_level"], values["log_format"], labels)
         start = partial(Supervisor.start, listeners, values["workers"], settings)
@@ -157,7 +157,7 @@ def _metrics_server(address: str, port: int | None) -> contextlib.AbstractContex
     if port is None:
         return contextlib.nullcontext()
     try:
-        from ..server.metrics import MetricsServer
+        from ..service.metrics import MetricsServer
     except ImportError as error:
         raise StartError(f"cannot serve metrics: {error}; install it (pip install 'echo-async[metrics]')") from error
     return contextlib.closing(MetricsServer(address, port))

@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from ..batching import Batch
+from ..client.batching import Batch
 from ..errors import EchoError, describe_error
 
 READ_SIZE = 65_536  # bytes

@@ -1,5 +1,1 @@
-"""The asyncio client: ``connect``, ``echo`` and ``EchoClient``."""
-
-from .client import EchoClient, connect, echo
-
-__all__ = ["EchoClient", "connect", "echo"]
+"""The asyncio client, and what it shares with the blocking one: endpoint, verifier, batching, session."""

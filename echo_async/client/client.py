@@ -6,14 +6,14 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from typing import TYPE_CHECKING, Unpack
 
 from ..awaitable import AwaitableContextManager
-from ..batching import WINDOW_MESSAGES, M, check_stream, encode
 from ..config import HOST, PORT, ClientOptions
-from ..endpoint import Endpoint
+from .batching import WINDOW_MESSAGES, M, check_stream, encode
+from .endpoint import Endpoint
 from .session import Session
 from .stream import stream
 
 if TYPE_CHECKING:
-    from ..identity import Identity
+    from ..wire.identity import Identity
 
 
 class EchoClient:
@@ -105,7 +105,7 @@ class EchoClient:
             MessageError, ReplyLost, ReplyLate, ConnectError, EchoError: As for :meth:`echo`.
             ReplyDifferent: It is not a reply of ``identify`` mode, or reports another message.
         """
-        from ..identity import check_reply, max_reply_size  # which imports json
+        from ..wire.identity import check_reply, max_reply_size  # which imports json
 
         data = encode(message)
         return check_reply(await self._session.receive_line(data, max_reply_size(data)), data, self.name)

@@ -7,9 +7,9 @@ import socket
 from time import monotonic
 from typing import cast
 
-from ..endpoint import Endpoint, log
 from ..errors import describe_error
-from ..verifier import Exchange, LineExchange, ReplyVerifier
+from .endpoint import Endpoint, log
+from .verifier import Exchange, LineExchange, ReplyVerifier
 
 READ_SIZE = 65_536  # bytes of one read after the connection was lost
 STALL_THRESHOLD = 0.1  # seconds; a timer later than this shows that the event loop was blocked

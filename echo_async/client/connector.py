@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from ssl import SSL_ERROR_EOF, SSLEOFError
 from time import perf_counter
 
-from ..endpoint import (
+from ..errors import ConnectError
+from ..net import AddressInfo, get_host
+from ..resolver import run_resolver
+from .connection import Connection
+from .endpoint import (
     CONNECTION_ATTEMPT_DELAY,
     UNIX_RETRY_DELAY,
     Endpoint,
@@ -18,10 +22,6 @@ from ..endpoint import (
     new_socket,
     refuse_self_connection,
 )
-from ..errors import ConnectError
-from ..net import AddressInfo, get_host
-from ..resolver import run_resolver
-from .connection import Connection
 
 TLS_SHUTDOWN_TIMEOUT = 2.0  # seconds to wait for the close_notify of the server
 

@@ -4,11 +4,11 @@ import asyncio
 from time import perf_counter
 from typing import Self
 
-from ..endpoint import Endpoint
 from ..errors import ReplyLost
-from ..session import BaseSession
+from .base_session import BaseSession
 from .connection import Connection
 from .connector import open_connection
+from .endpoint import Endpoint
 
 
 class Session(BaseSession[Connection]):

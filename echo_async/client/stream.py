@@ -7,7 +7,8 @@ from contextlib import aclosing
 from time import perf_counter
 from typing import Protocol, cast
 
-from ..batching import (
+from ..errors import ReplyError
+from .batching import (
     WINDOW_BYTES,
     WINDOW_MESSAGES,
     Batch,
@@ -19,7 +20,6 @@ from ..batching import (
     Window,
     take_batch,
 )
-from ..errors import ReplyError
 from .session import Session
 
 

@@ -10,9 +10,9 @@ from typing import Literal
 from ..errors import describe_error
 from ..logs import access_log, excerpt, log
 from ..net import format_address
-from ..proxy import ProxyHeader
+from ..server.counters import Exchange
+from ..wire.proxy import ProxyHeader
 from .context import ConnectionContext
-from .counters import Exchange
 
 LINES_PER_TURN = 100  # access log lines of one connection before others get their turn
 NEW_CLIENT_GRACE = 0.5  # seconds that a new connection gets at a shutdown to begin its message

@@ -9,12 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..config import ServerConfig
-from ..conversation import MODES, Conversation
 from ..logs import access_log, log
-from .counters import Counters
+from ..server.counters import Counters
+from ..wire.conversation import MODES, Conversation
 
 if TYPE_CHECKING:
-    from ..faults import ReportFault
+    from ..wire.faults import ReportFault
 
 LINGER_TIMEOUT = 5.0  # seconds that input is discarded after the last reply, until the client closes its side
 LINGER_TIMEOUT_AT_STOP = 0.5  # the same during a shutdown

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..compat import is_closed_by_peer, unsent_in_kernel
-from ..faults import Action, End, FaultPlan, ReportFault, Wait
+from ..wire.faults import Action, End, FaultPlan, ReportFault, Wait
 from .connection import Connection, TimeoutKind
 
 SENT_CHECK_INTERVAL = 0.001  # seconds between two checks whether everything is on the wire
@@ -72,7 +72,7 @@ class FaultyConnection(Connection):
             yield Wait(SENT_CHECK_INTERVAL)
 
     def _make_describer(self) -> Callable[[bytes, int], bytes]:
-        from .description import describe_connection  # only for identify mode
+        from ..server.description import describe_connection  # only for identify mode
 
         return describe_connection(self.context.config, self._peername, self._header, self.get_extra_info).describe
 

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from ..faults import Action, End, FaultPlan, ReportFault, Send, Wait
+from ..server.handshake_acceptor import OnEstablished
+from ..server.origin import Origin
+from ..server.registry import Registry
+from ..wire.faults import Action, End, FaultPlan, ReportFault, Send, Wait
 from .faulty_connection import FaultyConnection
-from .handshake_acceptor import OnEstablished
 from .loop_internals import reset_transport, shutdown_write
-from .origin import Origin
 from .protocol import LARGE_READ, ProtocolConnection
-from .registry import Registry
 
 ACTIONS_PER_TURN = 50  # before other connections get their turn
 

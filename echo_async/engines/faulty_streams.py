@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, cast
 
-from ..faults import Action, End, FaultPlan, ReportFault, Send, Wait
+from ..server.handshake_acceptor import OnEstablished
+from ..server.origin import Origin
+from ..server.registry import Registry
+from ..wire.faults import Action, End, FaultPlan, ReportFault, Send, Wait
 from .connection import TimeoutKind
 from .faulty_connection import FaultyConnection
-from .handshake_acceptor import OnEstablished
 from .loop_internals import reset_transport, shutdown_write
-from .origin import Origin
-from .registry import Registry
 from .streams import CHUNKS_PER_TURN, DRAIN_THRESHOLD, Reader, StreamConnection
 from .streams import create_protocol as create_healthy_protocol
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..compat import set_reset_on_close
-from ..faults import Action, End, FaultPlan, ReportFault, Send, Wait
+from ..server.origin import Origin
+from ..server.registry import Registry
+from ..wire.faults import Action, End, FaultPlan, ReportFault, Send, Wait
 from .faulty_connection import FaultyConnection
-from .origin import Origin
-from .registry import Registry
 from .threads import ThreadConnection
 from .tls_socket import TlsSocket
 

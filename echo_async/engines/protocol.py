@@ -14,11 +14,11 @@ from functools import partial
 from typing import cast
 
 from ..compat import is_readable
+from ..server.handshake_acceptor import OnEstablished
+from ..server.origin import UNKNOWN, Origin
+from ..server.registry import Registry
 from .connection import Connection
-from .handshake_acceptor import OnEstablished
 from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS, abort_transport, write_buffer_size
-from .origin import UNKNOWN, Origin
-from .registry import Registry
 
 LARGE_READ = 200_000  # bytes; after a read of less, the kernel has no more: event loops read 256,000 at a time
 LARGE_READS_PER_TURN = 4  # without a reply, before other connections get their turn; one with a reply ends the turn

@@ -12,9 +12,12 @@ from typing import Unpack, cast
 from ..config import ServerConfig, ServerOptions
 from ..errors import ConfigError
 from ..net import format_address
+from ..server.handshake_acceptor import OnEstablished
+from ..server.origin import UNKNOWN, Origin
+from ..server.registry import Registry
+from ..server.sweeper import Sweeper
 from .chunk_reader import ChunkReader, take_over
 from .connection import Connection
-from .handshake_acceptor import OnEstablished
 from .loop_internals import (
     ACCEPT_BATCH,
     READ_AHEAD_TURNS,
@@ -23,9 +26,6 @@ from .loop_internals import (
     run_turns,
     write_buffer_size,
 )
-from .origin import UNKNOWN, Origin
-from .registry import Registry
-from .sweeper import Sweeper
 
 CHUNKS_PER_TURN = 50  # chunks of one connection before others get their turn
 DRAIN_THRESHOLD = 16 * 1024  # bytes of unsent replies above which no chunk is read

@@ -9,9 +9,9 @@ import socket
 import threading
 
 from ..compat import MSG_DONTWAIT
+from ..server.origin import Origin
+from ..server.registry import Registry
 from .connection import Connection
-from .origin import Origin
-from .registry import Registry
 from .tls_socket import TlsSocket
 
 SEND_SIZE = 64 * 1024  # bytes per send, which blocks until the kernel has taken all: small enough to show progress

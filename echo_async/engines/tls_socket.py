@@ -11,7 +11,7 @@ import ssl
 import time
 
 from ..compat import MSG_DONTWAIT
-from .proxy_reader import check_input
+from ..server.proxy_reader import check_input
 
 MAX_RECORD_SIZE = 16 * 1024  # bytes of data that one TLS record takes (RFC 8446 5.1)
 

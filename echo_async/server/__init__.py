@@ -1,5 +1,1 @@
-"""The server: ``serve`` and ``EchoServer`` for programs, ``python -m echo_async.server`` for people."""
-
-from .server import EchoServer, serve
-
-__all__ = ["EchoServer", "serve"]
+"""The server in a program: who is accepted, counted and drained. ``python -m echo_async.server`` for people."""

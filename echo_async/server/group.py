@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Generic, NamedTuple, Self, TypeVar
 
 from ..config import ServerConfig
-from ..engines.admission import max_connections
-from ..listeners import Listeners
 from ..net import Address, format_address
 from ..stats import Stats
+from .admission import max_connections
+from .listeners import Listeners
 from .server import BaseServer, EchoServer, bind
 
 S = TypeVar("S", bound=BaseServer)

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar, Unpack, cast
 from .. import net
 from ..awaitable import AwaitableContextManager
 from ..config import EngineName, ServerConfig, ServerOptions
-from ..engines.admission import Admission
 from ..engines.context import ConversationFactory
-from ..engines.registry import Registry
 from ..errors import StartError, describe_error
-from ..listeners import Listeners
 from ..resolver import run_resolver
 from ..stats import Stats
 from ..tls import Certificates
+from .admission import Admission
+from .listeners import Listeners
+from .registry import Registry
 
 if TYPE_CHECKING:
-    from ..engines.acceptor import AsyncioAcceptor
-    from ..engines.thread_acceptor import ThreadAcceptor
+    from .acceptor import AsyncioAcceptor
+    from .thread_acceptor import ThreadAcceptor
 
 A = TypeVar("A", bound="AsyncioAcceptor | ThreadAcceptor")
 
@@ -37,10 +37,10 @@ A = TypeVar("A", bound="AsyncioAcceptor | ThreadAcceptor")
 def acceptor_of(engine: EngineName) -> Callable[..., AsyncioAcceptor | ThreadAcceptor]:
     """Return what creates the acceptor of ``engine``; no other engine is imported."""
     if engine == "threads":
-        from ..engines.thread_acceptor import ThreadAcceptor
+        from .thread_acceptor import ThreadAcceptor
 
         return ThreadAcceptor
-    from ..engines.acceptor import AsyncioAcceptor
+    from .acceptor import AsyncioAcceptor
 
     return partial(AsyncioAcceptor, import_module(f"..engines.{engine}", __package__))
 

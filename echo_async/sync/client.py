@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Self, Unpack, cast
 
-from ..batching import WINDOW_MESSAGES, M, Messages, check_stream, encode
+from ..client.batching import WINDOW_MESSAGES, M, Messages, check_stream, encode
+from ..client.endpoint import Endpoint
 from ..config import HOST, PORT, ClientOptions
-from ..endpoint import Endpoint
 from .session import Session
 
 if TYPE_CHECKING:
-    from ..identity import Identity
+    from ..wire.identity import Identity
 
 
 class EchoClient:
@@ -98,7 +98,7 @@ class EchoClient:
             MessageError, ReplyLost, ReplyLate, ConnectError, EchoError: As for :meth:`echo`.
             ReplyDifferent: It is not a reply of ``identify`` mode, or reports another message.
         """
-        from ..identity import check_reply, max_reply_size  # which imports json
+        from ..wire.identity import check_reply, max_reply_size  # which imports json
 
         data = encode(message)
         return check_reply(self._session.receive_line(data, max_reply_size(data)), data, self._session.name)

@@ -7,10 +7,10 @@ from selectors import EVENT_READ, EVENT_WRITE
 from ssl import SSLSocket, SSLWantReadError, SSLWantWriteError
 from time import monotonic, perf_counter
 
+from ..client.endpoint import Endpoint, log
+from ..client.verifier import Exchange, LineExchange, ReplyVerifier
 from ..compat import PollSelector
-from ..endpoint import Endpoint, log
 from ..errors import describe_error
-from ..verifier import Exchange, LineExchange, ReplyVerifier
 
 READ_SIZE = 65_536  # bytes of one read
 MAX_WAIT = 3600.0  # seconds; poll takes milliseconds as a 32-bit integer

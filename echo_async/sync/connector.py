@@ -12,8 +12,7 @@ from ssl import SSLContext, SSLSocket, SSLWantReadError, SSLWantWriteError
 from time import monotonic, perf_counter, sleep
 from typing import cast
 
-from ..compat import CONNECT_IN_PROGRESS, PollSelector
-from ..endpoint import (
+from ..client.endpoint import (
     CONNECTION_ATTEMPT_DELAY,
     UNIX_RETRY_DELAY,
     Endpoint,
@@ -23,6 +22,7 @@ from ..endpoint import (
     new_socket,
     refuse_self_connection,
 )
+from ..compat import CONNECT_IN_PROGRESS, PollSelector
 from ..errors import ConnectError
 from ..net import AddressInfo
 from .connection import MAX_WAIT, Connection

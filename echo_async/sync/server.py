@@ -10,10 +10,10 @@ from typing import Self, Unpack
 
 from ..config import ServerConfig, ServerOptions
 from ..engines.context import ConversationFactory
-from ..engines.thread_acceptor import ThreadAcceptor
 from ..errors import ConfigError
-from ..listeners import Listeners
+from ..server.listeners import Listeners
 from ..server.server import EngineServer
+from ..server.thread_acceptor import ThreadAcceptor
 
 
 def serve(**options: Unpack[ServerOptions]) -> EchoServer:

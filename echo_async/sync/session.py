@@ -4,10 +4,10 @@ from collections.abc import Generator
 from time import monotonic
 from typing import cast
 
-from ..batching import Message, MessageBatch, Messages, Window
-from ..endpoint import Endpoint
+from ..client.base_session import BaseSession
+from ..client.batching import Message, MessageBatch, Messages, Window
+from ..client.endpoint import Endpoint
 from ..errors import ReplyLost
-from ..session import BaseSession
 from .connection import Connection
 from .connector import open_connection
 

@@ -19,7 +19,7 @@ from support import LOOPS, TIMEOUT, ChildProcess, run, without_slow_callbacks
 from echo_async.cli.client import main
 from echo_async.cli.datagram_ping import ping
 from echo_async.cli.output import Output
-from echo_async.endpoint import Endpoint
+from echo_async.client.endpoint import Endpoint
 from echo_async.loops import LoopName
 
 Capture = pytest.CaptureFixture[str]

@@ -13,7 +13,7 @@ import pytest
 from scripted import Peer, Start, disconnected, echo_all, echo_one
 
 import echo_async
-from echo_async.client import EchoClient, connect, echo
+from echo_async.client.client import EchoClient, connect, echo
 from echo_async.pytest_plugin import MakeEchoServer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

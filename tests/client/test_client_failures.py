@@ -16,7 +16,7 @@ from scripted import Peer, Start, disconnected, echo_all, echo_one, reply_with, 
 from support import MAX_DELAY, TIMEOUT, sends_at_once
 
 import echo_async
-from echo_async.client import connect, echo
+from echo_async.client.client import connect, echo
 from echo_async.engines.loop_internals import run_turns
 from echo_async.pytest_plugin import MakeEchoServer
 

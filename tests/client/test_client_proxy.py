@@ -14,7 +14,7 @@ import trustme
 
 import echo_async
 from echo_async import sync
-from echo_async.proxy import ProxyHeader, build_header, parse_address
+from echo_async.wire.proxy import ProxyHeader, build_header, parse_address
 
 Echo = Callable[..., str]
 

@@ -16,8 +16,8 @@ from scripted import Peer, Start, change_fifth, disconnected, echo_all
 from support import TIMEOUT, run, wait_in_loop
 
 import echo_async
-from echo_async.batching import WINDOW_BYTES
-from echo_async.client import EchoClient, connect
+from echo_async.client.batching import WINDOW_BYTES
+from echo_async.client.client import EchoClient, connect
 from echo_async.pytest_plugin import MakeEchoServer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")

@@ -17,7 +17,7 @@ from scripted import Peer, Serve, Start, echo_all, echo_one, over_tls
 from support import TIMEOUT
 
 import echo_async
-from echo_async.client import connect, echo
+from echo_async.client.client import connect, echo
 from echo_async.pytest_plugin import MakeEchoServer
 from echo_async.tls import client_context
 

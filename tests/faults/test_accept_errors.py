@@ -31,8 +31,8 @@ from support import (
 import echo_async
 from echo_async import sync
 from echo_async.config import EngineName
-from echo_async.conversation import StreamConversation
-from echo_async.engines.admission import Admission
+from echo_async.server.admission import Admission
+from echo_async.wire.conversation import StreamConversation
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

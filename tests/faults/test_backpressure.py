@@ -18,9 +18,9 @@ from support import (
 )
 
 import echo_async
-from echo_async.engines.origin import UNKNOWN
-from echo_async.engines.registry import Registry
 from echo_async.engines.threads import ThreadConnection
+from echo_async.server.origin import UNKNOWN
+from echo_async.server.registry import Registry
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -156,7 +156,7 @@ def test_sweep_of_many_connections_is_done_in_slices(
     engine: EngineName, loop: LoopName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All connections time out together. In one event loop iteration the sweep closes some of them."""
-    monkeypatch.setattr("echo_async.engines.sweeper.SLICE", 10)
+    monkeypatch.setattr("echo_async.server.sweeper.SLICE", 10)
 
     async def main() -> None:
         running = asyncio.get_running_loop()

@@ -16,7 +16,7 @@ from support import (
     wait_until,
 )
 
-from echo_async.conversation import StreamConversation
+from echo_async.wire.conversation import StreamConversation
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

@@ -38,10 +38,10 @@ from support import (
 import echo_async
 from echo_async.compat import is_readable
 from echo_async.config import ServerOptions
-from echo_async.conversation import StreamConversation
 from echo_async.engines.protocol import ProtocolConnection
-from echo_async.engines.registry import Registry
 from echo_async.loops import LoopName
+from echo_async.server.registry import Registry
+from echo_async.wire.conversation import StreamConversation
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 

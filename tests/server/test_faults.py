@@ -37,8 +37,8 @@ from support import (
 import echo_async
 from echo_async import sync
 from echo_async.config import ServerOptions
-from echo_async.faults import FaultSchedule
 from echo_async.testing import HostedServer
+from echo_async.wire.faults import FaultSchedule
 
 MESSAGE = b"Hola Server!\n"
 CORRUPTED = b"Hola!Server!\n"  # with SEED

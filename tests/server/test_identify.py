@@ -19,8 +19,8 @@ from support import TIMEOUT, StartServer, connect, is_echoed, receive_line, run,
 import echo_async
 from echo_async import ConfigError, Identity, ReplyDifferent, sync
 from echo_async.cli.client import main as client_main
-from echo_async.proxy import build_header
 from echo_async.testing import HostedServer
+from echo_async.wire.proxy import build_header
 
 
 def identify(client: Any, message: bytes) -> Identity:

@@ -37,9 +37,9 @@ import echo_async
 from echo_async import Stats
 from echo_async.cli.server import main
 from echo_async.config import EngineName
-from echo_async.server import metrics as module
-from echo_async.server.metrics import COUNTERS, TIMEOUTS, StatsCollector
-from echo_async.server.worker_process import Worker
+from echo_async.service import metrics as module
+from echo_async.service.metrics import COUNTERS, TIMEOUTS, StatsCollector
+from echo_async.service.worker_process import Worker
 from echo_async.stats import COUNTERS_BY_KIND
 
 # Engine and number of workers

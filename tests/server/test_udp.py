@@ -35,12 +35,12 @@ import echo_async
 from echo_async import ConfigError, StartError
 from echo_async.cli.client import main as client_main
 from echo_async.config import EngineName, ServerConfig, ServerOptions
-from echo_async.datagrams import REPLY_TRAFFIC_CLASS, Refusals
-from echo_async.engines.datagram_responder import BATCH
 from echo_async.loops import LoopName
 from echo_async.net import bind_udp
+from echo_async.server.datagram_responder import BATCH
 from echo_async.server.group import ListenerConfig, ServerGroup
 from echo_async.testing import HostedServer
+from echo_async.wire.datagrams import REPLY_TRAFFIC_CLASS, Refusals
 
 SIZES = [0, 1, 13, 1472, 65_507]
 RECEIVERS = [each for each in BACKENDS if each.engine != "protocol"]  # which receives as streams does
@@ -483,7 +483,7 @@ def test_udp_fault_delay_ends_at_a_stop(start_server: StartServer) -> None:
 
 
 def test_udp_fault_delay_holds_limited_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echo_async.engines.faulty_datagram_responder.MAX_DELAYED_SIZE", 2000)
+    monkeypatch.setattr("echo_async.server.faulty_datagram_responder.MAX_DELAYED_SIZE", 2000)
     with faulty_server(fault="delay=60") as server, udp_client() as client:
         for _ in range(5):
             client.sendto(bytes(100), server.address)

@@ -42,8 +42,8 @@ from support import (
 
 from echo_async.config import EngineName, ServerConfig, ServerOptions
 from echo_async.server.group import ListenerConfig
-from echo_async.server.supervisor import Supervisor, WorkerSettings
-from echo_async.server.worker_process import Worker
+from echo_async.service.supervisor import Supervisor, WorkerSettings
+from echo_async.service.worker_process import Worker
 
 each_acceptor = pytest.mark.parametrize("engine", ["protocol", "threads"])  # streams has that of protocol
 
@@ -228,7 +228,7 @@ def failing_workers(failing: Path, attempts: Path) -> str:
     """Return code that makes workers exit at startup while ``failing`` exists, and adds a byte to ``attempts``."""
     return f"""
 import os, sys
-if "echo_async.server.worker" in sys.orig_argv and os.path.exists({str(failing)!r}):
+if "echo_async.service.worker" in sys.orig_argv and os.path.exists({str(failing)!r}):
     with open({str(attempts)!r}, "a") as attempts:
         attempts.write(".")
     os.write(2, b"worker failed\\n")
@@ -252,7 +252,7 @@ def test_first_worker_failing_to_start_exits_with_code_3(tmp_path: Path) -> None
 def test_second_worker_failing_to_start_stops_the_first(tmp_path: Path) -> None:
     code = f"""
 import os, sys
-if "echo_async.server.worker" in sys.orig_argv:
+if "echo_async.service.worker" in sys.orig_argv:
     try:
         open({str(tmp_path / "first")!r}, "x").close()
     except FileExistsError:
@@ -417,7 +417,7 @@ def test_command_to_a_worker_that_has_finished_keeps_its_counters() -> None:
 def test_hung_worker_is_killed_at_a_stop(
     timeout: float, is_aborted: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("echo_async.server.supervisor.KILL_DELAY", 0.2)
+    monkeypatch.setattr("echo_async.service.supervisor.KILL_DELAY", 0.2)
 
     async def main() -> int:
         async with supervised(timeout_graceful_shutdown=timeout) as (supervisor, (hung, _)):
@@ -437,7 +437,7 @@ def test_hung_worker_leaves_its_queue_to_its_replacement(
     is_stopping: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """None of 40 connections is in the backlog of the hung worker once in 2**40 times."""
-    monkeypatch.setattr("echo_async.server.worker_process.HEARTBEAT_INTERVAL", 0.2)
+    monkeypatch.setattr("echo_async.service.worker_process.HEARTBEAT_INTERVAL", 0.2)
 
     async def main() -> int:
         with ExitStack() as clients:
@@ -462,8 +462,8 @@ def test_hung_worker_leaves_its_queue_to_its_replacement(
 
 def test_busy_worker_is_killed_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that does not report, and uses the CPU."""
-    monkeypatch.setattr("echo_async.server.worker_process.HEARTBEAT_INTERVAL", 0.2)
-    monkeypatch.setattr("echo_async.server.worker_process.MAX_MISSED_BUSY", 6)
+    monkeypatch.setattr("echo_async.service.worker_process.HEARTBEAT_INTERVAL", 0.2)
+    monkeypatch.setattr("echo_async.service.worker_process.MAX_MISSED_BUSY", 6)
 
     async def main(process: subprocess.Popen[bytes], channel: socket.socket) -> float:
         worker = Worker(process, *await asyncio.open_connection(sock=channel))
@@ -530,7 +530,7 @@ def test_worker_exits_if_the_supervisor_reads_no_report(engine: EngineName) -> N
         listener.setblocking(False)
         listeners = [({"engine": engine}, [listener.fileno()])]
         settings = {"listeners": listeners, "loop": "auto", "log_level": "info", "log_format": "text", "labels": {}}
-        command = [sys.executable, "-m", "echo_async.server.worker", str(worker_channel.fileno())]
+        command = [sys.executable, "-m", "echo_async.service.worker", str(worker_channel.fileno())]
         inherited = (worker_channel.fileno(), listener.fileno())
         with ChildProcess(command, pass_fds=inherited, stderr=subprocess.PIPE, text=True) as worker:
             try:
@@ -556,7 +556,7 @@ def failing_load(*arguments, **named):
     if os.path.exists({str(failing)!r}):
         raise OSError("file changed")
     return load(*arguments, **named)
-if "echo_async.server.worker" in sys.orig_argv:
+if "echo_async.service.worker" in sys.orig_argv:
     ssl.SSLContext.load_cert_chain = failing_load
 """
     with server_process("--workers", "2", "--ssl-certfile", str(served), env=sitecustomize(tmp_path, code)) as server:

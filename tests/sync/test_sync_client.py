@@ -37,9 +37,9 @@ from scripted import (
 from support import MAX_DELAY, TIMEOUT
 
 import echo_async
-from echo_async import client as asyncio_client
 from echo_async import sync
-from echo_async.batching import WINDOW_BYTES
+from echo_async.client import client as asyncio_client
+from echo_async.client.batching import WINDOW_BYTES
 from echo_async.config import EngineName, Mode
 from echo_async.pytest_plugin import MakeEchoServer
 from echo_async.tls import client_context

@@ -15,8 +15,8 @@ from ..children import blocked_signals, start_child
 from ..compat import HANGUP_SIGNALS, STOP_SIGNALS, read_cpu_time
 from ..errors import StartError
 from ..logs import log
+from ..server.group import ListenerConfig
 from ..stats import Stats
-from .group import ListenerConfig
 
 WORKER_START_TIMEOUT = 30.0  # seconds until a new worker must be ready
 STATS_TIMEOUT = 1.0  # seconds until a worker must report its counters; otherwise its last report is used
@@ -51,7 +51,7 @@ class Worker:
         """Start a worker, which inherits the descriptors of ``listeners`` under their numbers."""
         inherited = [number for each in listeners for number in each.descriptors]
         with blocked_signals(BLOCKED_SIGNALS):
-            process, channel = start_child("echo_async.server.worker", descriptors=inherited)
+            process, channel = start_child("echo_async.service.worker", descriptors=inherited)
         self = cls(process, *await asyncio.open_connection(sock=channel, limit=MAX_REPORT_SIZE))
         configs = [(asdict(config), descriptors) for config, descriptors in listeners]
         self._writer.write(json.dumps({"listeners": configs, **settings}).encode() + b"\n")

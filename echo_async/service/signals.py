@@ -9,7 +9,7 @@ from ..compat import HANGUP_SIGNALS, STOP_SIGNALS, add_signal_handler, remove_si
 from ..errors import StartError
 from ..logs import log
 from ..server.group import BaseGroup
-from ..server.systemd import notify
+from .systemd import notify
 
 HANDLED_SIGNALS = (*STOP_SIGNALS, *HANGUP_SIGNALS)
 

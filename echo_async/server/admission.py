@@ -15,12 +15,12 @@ from ..config import ServerConfig
 from ..errors import describe_error
 from ..logs import RateLimitedLog, log
 from ..net import format_address
-from ..proxy import ProxyHeader, ProxyHeaderError, TrustedProxies
+from ..wire.proxy import ProxyHeader, ProxyHeaderError, TrustedProxies
 from .proxy_reader import ClosedBeforeInput
 from .registry import Registry
 
 if TYPE_CHECKING:
-    from ..faults import FaultPlan, FaultSchedule
+    from ..wire.faults import FaultPlan, FaultSchedule
 
 HANDSHAKE_TIMEOUT = 10.0  # seconds for a TLS handshake
 ACCEPT_RETRY_DELAY = 0.1  # seconds after accept() failed for lack of descriptors or memory
@@ -69,7 +69,7 @@ class Admission:
         """Return the plan of the connection that was just admitted, None if its replies are plain echoes."""
         plan = None if self._schedule is None else self._schedule.next_plan()
         if plan is None and self.config.mode == "identify":
-            from ..faults import FaultPlan
+            from ..wire.faults import FaultPlan
 
             return FaultPlan()
         return plan
@@ -149,7 +149,7 @@ def _fault_schedule(config: ServerConfig) -> FaultSchedule | None:
 
 
 def _make_schedule(config: ServerConfig, seed: int | None, *, is_raw: bool) -> FaultSchedule:
-    from ..faults import FaultSchedule
+    from ..wire.faults import FaultSchedule
 
     return FaultSchedule(config.fault, config.fault_sequence, seed, is_raw=is_raw)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from .connection import Connection
+from ..engines.connection import Connection
 from .registry import Registry
 
 SLICE = 250  # connections that are checked in one turn of the event loop: at most some 0.5 ms

@@ -12,8 +12,8 @@ Servers are of two kinds, and a client detects which it is connected to:
 import enum
 from typing import Generic, TypeVar
 
+from ..errors import EchoError
 from .endpoint import Endpoint
-from .errors import EchoError
 from .verifier import ReplyVerifier
 
 C = TypeVar("C", bound=ReplyVerifier)

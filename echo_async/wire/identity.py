@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from types import UnionType
 from typing import Any
 
-from .errors import ReplyDifferent
+from ..errors import ReplyDifferent
 
 __all__ = ["Address", "ClientCertificate", "Identity", "Kubernetes", "Proxy", "Responder", "Tls"]
 
@@ -99,7 +99,7 @@ class Proxy:
 
     @classmethod
     def of(cls, peer: object, header: Any) -> Proxy:
-        """Describe a :class:`~echo_async.proxy.ProxyHeader`."""
+        """Describe a :class:`~echo_async.wire.proxy.ProxyHeader`."""
         source, destination = Address.of(header.source), Address.of(header.destination)
         return cls(header.version, Address.of(peer), source, destination, header.tlvs)
 

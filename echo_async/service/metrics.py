@@ -23,12 +23,12 @@ from prometheus_client.registry import Collector
 
 from .. import net
 from ..config import ServerConfig
-from ..datagrams import REFUSALS
 from ..errors import StartError, describe_error
 from ..logs import escape, log
+from ..server.group import BaseGroup
 from ..stats import COUNTERS as STATS_COUNTERS
 from ..stats import COUNTERS_BY_KIND, Stats
-from .group import BaseGroup
+from ..wire.datagrams import REFUSALS
 
 T = TypeVar("T")
 

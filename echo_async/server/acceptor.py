@@ -10,11 +10,11 @@ from importlib import import_module
 from typing import Protocol, cast
 
 from ..compat import is_readable
-from ..listeners import Listeners
+from ..engines.loop_internals import ABORT_TURNS, keep_freed_memory, run_turns, start_serving, stop_accepting
 from ..tls import Certificates
 from .admission import Admission
 from .handshake_acceptor import HandshakeAcceptor, OnEstablished
-from .loop_internals import ABORT_TURNS, keep_freed_memory, run_turns, start_serving, stop_accepting
+from .listeners import Listeners
 from .origin import Origin
 from .registry import DRAIN_INTERVAL, Registry
 from .sweeper import Sweeper
@@ -82,7 +82,9 @@ class AsyncioAcceptor:
     def _make_protocol(self, on_established: OnEstablished, origin: Origin) -> asyncio.Protocol:
         engine = self._engine
         if origin.plan is not None:
-            engine = cast(AsyncioEngine, import_module(f".faulty_{self._admission.config.engine}", __package__))
+            engine = cast(
+                AsyncioEngine, import_module(f"..engines.faulty_{self._admission.config.engine}", __package__)
+            )
         return engine.create_protocol(self._registry, on_established, origin)
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 
-from ..proxy import ProxyHeader, ProxyHeaderError
+from ..wire.proxy import ProxyHeader, ProxyHeaderError
 
 MAX_WAIT = 86_400.0  # seconds: socket timeouts are limited, options are not
 PEEK_SIZE = 4096  # bytes

@@ -1,6 +1,6 @@
 """A worker process: serves inherited listening sockets until the supervisor stops it or exits.
 
-Started only by :mod:`echo_async.server.worker_process`. The argument is the descriptor of the channel; the descriptors
+Started only by :mod:`echo_async.service.worker_process`. The argument is the descriptor of the channel; the descriptors
 of the listening sockets are in the settings that arrive on it.
 """
 
@@ -18,8 +18,8 @@ from ..config import ServerConfig
 from ..errors import StartError
 from ..logs import configure, log
 from ..loops import log_loop_errors, loop_factory
+from ..server.group import ListenerConfig, ServerGroup
 from ..stdio import print_error, standard_streams
-from .group import ListenerConfig, ServerGroup
 
 EXIT_START_FAILED = 3
 # Raised by writes to the channel after the supervisor was killed; uvloop raises RuntimeError.

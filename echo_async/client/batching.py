@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
-from .errors import ConfigError, MessageError, ReplyError
+from ..errors import ConfigError, MessageError, ReplyError
 from .verifier import Exchange
 
 WINDOW_MESSAGES = 1024  # messages in flight

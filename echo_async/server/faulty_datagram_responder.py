@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from heapq import heappop, heappush
 from itertools import count
 
-from ..faults import FaultSchedule, ReportFault, Send, Wait
 from ..net import format_address
+from ..wire.faults import FaultSchedule, ReportFault, Send, Wait
 from .admission import Admission
 from .datagram_responder import DatagramResponder, ReplyRoute
 

@@ -11,11 +11,11 @@ from ssl import SSLCertVerificationError, SSLError, SSLObject, SSLSocket, create
 from time import monotonic, perf_counter
 from typing import Any, Unpack
 
-from .compat import set_reset_on_close
-from .config import HOST, PORT, ClientConfig, ClientOptions, StrPath
-from .errors import ConfigError, ConnectError, ConnectTimeout, describe_error
-from .logs import escape
-from .net import AddressInfo, format_address
+from ..compat import set_reset_on_close
+from ..config import HOST, PORT, ClientConfig, ClientOptions, StrPath
+from ..errors import ConfigError, ConnectError, ConnectTimeout, describe_error
+from ..logs import escape
+from ..net import AddressInfo, format_address
 
 CONNECTION_ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well (RFC 8305)
 MIN_RETRY_DELAY, MAX_RETRY_DELAY = 0.02, 0.5  # seconds between attempts, doubled each time
@@ -55,7 +55,7 @@ class Endpoint:
         version, source = self.config.send_proxy, self.config.proxy_source
         if version is None:
             return
-        from .proxy import build_header, parse_address
+        from ..wire.proxy import build_header, parse_address
 
         addresses = [connected.getsockname(), connected.getpeername()]
         client, server = (each[:2] if isinstance(each, tuple) else None for each in addresses)

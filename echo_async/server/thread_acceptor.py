@@ -11,16 +11,16 @@ from functools import partial
 
 from ..background import start_thread
 from ..compat import accepted_socket
+from ..engines.threads import ThreadConnection
+from ..engines.tls_socket import TlsSocket
 from ..errors import StartError, describe_error
-from ..listeners import Listeners
 from ..net import format_address, shut_down
 from ..tls import Certificates
 from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
+from .listeners import Listeners
 from .origin import Origin
 from .proxy_reader import receive_header
 from .registry import DRAIN_INTERVAL
-from .threads import ThreadConnection
-from .tls_socket import TlsSocket
 from .udp import Receiver, start_receiver
 
 ACCEPT_BATCH = 16  # connections that are accepted between two checks of the clock
@@ -206,7 +206,7 @@ class ThreadAcceptor:
     def _make_connection(self, connected: socket.socket | TlsSocket, origin: Origin) -> ThreadConnection:
         if origin.plan is None:
             return ThreadConnection(self._registry, connected, origin)
-        from .faulty_threads import FaultyThreadConnection
+        from ..engines.faulty_threads import FaultyThreadConnection
 
         return FaultyThreadConnection(origin.plan, self._registry, connected, origin)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..faults import FaultPlan
-    from ..proxy import ProxyHeader
+    from ..wire.faults import FaultPlan
+    from ..wire.proxy import ProxyHeader
 
 
 @dataclass(frozen=True, slots=True)

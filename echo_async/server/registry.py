@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable, Sequence
 
 from ..config import ServerConfig
+from ..engines.connection import Connection
+from ..engines.context import LINGER_TIMEOUT_AT_STOP, ConnectionContext, ConversationFactory
 from ..stats import Stats
-from .connection import Connection
-from .context import LINGER_TIMEOUT_AT_STOP, ConnectionContext, ConversationFactory
 
 DRAIN_INTERVAL = 0.05  # seconds between two sweeps during a shutdown
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Self
 
-from . import net
-from .compat import HAS_BALANCED_PORTS, is_readable
-from .config import ServerConfig
-from .errors import StartError
+from .. import net
+from ..compat import HAS_BALANCED_PORTS, is_readable
+from ..config import ServerConfig
+from ..errors import StartError
 
 
 class Listeners:

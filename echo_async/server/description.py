@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ..config import ServerConfig
-from ..identity import Address, Describer, Kubernetes, Proxy, Responder, Tls
 from ..net import format_address, get_host
-from ..proxy import ProxyHeader
+from ..wire.identity import Address, Describer, Kubernetes, Proxy, Responder, Tls
+from ..wire.proxy import ProxyHeader
 
 
 def describe_connection(

@@ -15,7 +15,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Any
 
-from .logs import excerpt
+from ..logs import excerpt
 
 if TYPE_CHECKING:
     from ipaddress import IPv4Network, IPv6Network
@@ -49,7 +49,7 @@ class ProxyHeader:
         version: 1 or 2.
         source: The client's address.
         destination: The address that the client connected to.
-        tlvs: The fields of version 2: :func:`~echo_async.tlv.parse_tlvs`.
+        tlvs: The fields of version 2: :func:`~echo_async.wire.tlv.parse_tlvs`.
     """
 
     __slots__ = ("_buffer", "_size", "_versions", "destination", "finished", "received", "source", "tlvs", "version")

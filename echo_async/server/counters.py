@@ -3,9 +3,9 @@
 import threading
 from collections.abc import Collection
 
-from ..conversation import Conversation
-from ..datagrams import DatagramCounters
 from ..stats import COUNTERS, Stats
+from ..wire.conversation import Conversation
+from ..wire.datagrams import DatagramCounters
 
 Exchange = tuple[Conversation, int]
 """The conversation of a connection, and the bytes of replies that were sent."""

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..compat import ANCILLARY_SIZE, find_reply_source, format_reply_source, receive_message
-from ..datagrams import MAX_SIZE, REFUSALS, Refusals, SocketAddress, is_marked
 from ..errors import describe_error
 from ..logs import RateLimitedLog, access_log, excerpt, log
 from ..net import UNSPECIFIED, format_address
+from ..wire.datagrams import MAX_SIZE, REFUSALS, Refusals, SocketAddress, is_marked
 from .admission import Admission
 
 BATCH = 32  # datagrams of one socket before other events get their turn

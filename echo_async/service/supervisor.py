@@ -6,7 +6,7 @@ itself: it replaces workers that exit or hang, forwards a shutdown, and adds up 
 Each worker has sockets of its own, among which the kernel distributes the connections (SO_REUSEPORT). Workers that
 share a socket compete instead, and most connections go to the one that is idle. The supervisor keeps all sockets
 open: the connections in the backlogs of a worker that exits wait for its replacement, which inherits them. Sockets
-that cannot be divided are shared (see :meth:`~echo_async.listeners.Listeners.divide`).
+that cannot be divided are shared (see :meth:`~echo_async.server.listeners.Listeners.divide`).
 
 Supervisor and worker communicate over a socket pair, in lines of JSON. A worker exits when the supervisor closes its
 end, and is killed if it does not report its counters.
@@ -23,11 +23,11 @@ from itertools import zip_longest
 from typing import Self
 
 from ..errors import StartError
-from ..listeners import Listeners
 from ..logs import LogFormat, LogLevel, log
+from ..server.group import BaseGroup, ListenerConfig, listen
+from ..server.listeners import Listeners
+from ..server.server import BaseServer
 from ..stats import Stats
-from .group import BaseGroup, ListenerConfig, listen
-from .server import BaseServer
 from .worker_process import Worker
 
 MAX_RESTARTS = 5  # consecutive attempts to start a replacement before the server stops

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import cast
 
+from ..engines.context import LINGER_TIMEOUT
+from ..engines.loop_internals import run_turns
 from ..net import format_address, shut_down
 from ..tls import Certificates
 from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
-from .context import LINGER_TIMEOUT
-from .loop_internals import run_turns
 from .origin import Origin
 from .proxy_reader import read_header, wait_for_input
 

@@ -1,0 +1,1 @@
+"""What bytes mean: framing, limits, faults, identity, PROXY headers, datagrams. No module here does IO."""
