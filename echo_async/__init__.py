@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from . import sync
     from .client.client import EchoClient, connect, echo
     from .config import ServerConfig
-    from .engines.streams import handle_echo
     from .errors import (
         ConfigError,
         ConnectError,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
         ReplyLost,
         StartError,
     )
+    from .server.handler import handle_echo
     from .server.server import EchoServer, serve
     from .stats import Stats
     from .wire.identity import Identity
@@ -75,7 +75,7 @@ _HOMES = {
     "Stats": ".stats",
     "connect": ".client.client",
     "echo": ".client.client",
-    "handle_echo": ".engines.streams",
+    "handle_echo": ".server.handler",
     "serve": ".server.server",
 }
 

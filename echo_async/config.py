@@ -359,7 +359,7 @@ class ServerConfig:
         return self.fault is not None or self.fault_sequence is not None
 
     @property
-    def has_faults_or_identity(self) -> bool:
+    def has_scripts(self) -> bool:
         """Whether replies are more than echoes: connections can have a fault, or are identified."""
         return self.has_faults or self.mode == "identify"
 

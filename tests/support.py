@@ -375,7 +375,7 @@ CONSTANTS = {
     "DRAIN_THRESHOLD": ("engines.streams",),
     "HANDSHAKE_TIMEOUT": ("server.admission", "server.handshake_acceptor", "server.thread_acceptor"),
     "LINGER_TIMEOUT_AT_STOP": ("server.registry",),
-    "MAX_WAIT_AT_END": ("engines.faulty_connection",),
+    "MAX_WAIT_AT_END": ("engines.runner",),
 }
 
 

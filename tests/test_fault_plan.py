@@ -10,33 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from echo_async.wire.faults import (
-    Action,
-    End,
-    FaultPlan,
-    FaultSchedule,
-    ReportFault,
-    Send,
-    Wait,
-    parse_fault,
-    parse_sequence,
-)
+from echo_async.wire.faults import FaultSchedule, FaultScript, parse_fault, parse_sequence
+from echo_async.wire.script import Action, EchoScript, End, Report, Send, Wait
 
 MESSAGE = b"Hola Server!\n"
 
 
-def schedule(fault: str, seed: int = 1, *, is_raw: bool = False) -> FaultSchedule:
-    return FaultSchedule(fault, None, seed, is_raw=is_raw)
-
-
-def plan_of(fault: str, seed: int = 1, *, is_raw: bool = False) -> FaultPlan:
-    plan = schedule(fault, seed, is_raw=is_raw).next_plan()
+def script_of(fault: str, seed: int = 1, *, is_raw: bool = False) -> FaultScript:
+    plan = FaultSchedule(fault, None, seed).next_plan()
     assert plan is not None
-    return plan
+    return FaultScript(plan, EchoScript(is_raw=is_raw), is_raw=is_raw)
 
 
 def without_reports(actions: Iterator[Action]) -> list[Action]:
-    return [action for action in actions if not isinstance(action, ReportFault)]
+    return [action for action in actions if not isinstance(action, Report)]
 
 
 def sent(actions: list[Action]) -> bytes:
@@ -104,13 +91,13 @@ def test_sequence_is_a_text_or_a_list() -> None:
 
 
 def test_sequence_faults_the_first_connections_only() -> None:
-    faults = FaultSchedule(None, ["reset", None, "drop"], None, is_raw=False)
+    faults = FaultSchedule(None, ["reset", None, "drop"], None)
     plans = [faults.next_plan() for _ in range(6)]
     assert [plan is not None for plan in plans] == [True, False, True, False, False, False]
 
 
 def faulty(seed: int | None) -> set[int]:
-    faults = FaultSchedule("reset,p=0.1", None, seed, is_raw=False)
+    faults = FaultSchedule("reset,p=0.1", None, seed)
     return {number for number in range(1, 10_001) if faults.next_plan() is not None}
 
 
@@ -123,7 +110,7 @@ def test_seed_decides_which_connections_have_a_fault() -> None:
 
 @pytest.mark.parametrize(("share", "expected"), [("0", 0), ("1", 10), ("1e-9", 0)])
 def test_probability_may_be_0_or_1(share: str, expected: int) -> None:
-    faults = schedule(f"drop,p={share}")
+    faults = FaultSchedule(f"drop,p={share}", None, 1)
     assert sum(faults.next_plan() is not None for _ in range(10)) == expected
 
 
@@ -131,7 +118,7 @@ def test_probability_may_be_0_or_1(share: str, expected: int) -> None:
 def test_random_choices_do_not_depend_on_how_replies_are_grouped(groups: list[int]) -> None:
     messages = [b"%d\n" % number * (number % 3 + 1) for number in range(40)]
     messages = [line + b"\n" for message in messages for line in message.split(b"\n")[:-1]]
-    together, apart = (plan_of("delay=0..1,slice=1..9,corrupt") for _ in range(2))
+    together, apart = (script_of("delay=0..1,slice=1..9,corrupt") for _ in range(2))
     expected = list(together.reply(b"".join(messages)))
     actual = []
     for size in [*groups, len(messages)]:
@@ -167,59 +154,57 @@ def test_random_choices_do_not_depend_on_how_replies_are_grouped(groups: list[in
     ],
 )
 def test_reply_becomes_actions(spec: str, actions: list[Action]) -> None:
-    plan = plan_of(spec)
-    assert list(plan.start()) == []
-    assert without_reports(plan.reply(MESSAGE)) == actions
-    assert plan.sent == len(sent(actions))
+    script = script_of(spec)
+    assert list(script.start()) == []
+    assert without_reports(script.reply(MESSAGE)) == actions
 
 
 def test_stall_after_0_bytes_is_before_the_first_reply() -> None:
-    assert without_reports(plan_of("stall").start()) == [End.STALL]
+    assert without_reports(script_of("stall").start()) == [End.STALL]
 
 
 def test_end_counts_the_bytes_of_all_replies() -> None:
-    plan = plan_of("close=20")
-    assert without_reports(plan.reply(MESSAGE)) == [Send(MESSAGE)]
-    assert without_reports(plan.reply(2 * MESSAGE)) == [Send(MESSAGE[:7]), End.CLOSE]
-    assert list(plan.reply(MESSAGE)) == []
-    assert plan.sent == 20
+    script = script_of("close=20")
+    assert without_reports(script.reply(MESSAGE)) == [Send(MESSAGE)]
+    assert without_reports(script.reply(2 * MESSAGE)) == [Send(MESSAGE[:7]), End.CLOSE]
+    assert list(script.reply(MESSAGE)) == []
 
 
 def test_each_kind_is_reported_once_when_it_takes_effect() -> None:
-    plan = plan_of("delay=0,slice=20,reset=20")
-    assert [action for action in plan.reply(MESSAGE) if isinstance(action, ReportFault)] == [
-        ReportFault("delay", "delay=0"),
-        ReportFault("slice", "slice=20"),
+    script = script_of("delay=0,slice=20,reset=20")
+    assert [action for action in script.reply(MESSAGE) if isinstance(action, Report)] == [
+        Report("delay", "fault injected: delay=0"),
+        Report("slice", "fault injected: slice=20"),
     ]
-    assert [action for action in plan.reply(MESSAGE) if isinstance(action, ReportFault)] == [
-        ReportFault("reset", "reset=20")
+    assert [action for action in script.reply(MESSAGE) if isinstance(action, Report)] == [
+        Report("reset", "fault injected: reset=20")
     ]
 
 
 def test_each_of_several_messages_is_a_reply() -> None:
-    plan = plan_of("delay=1")
-    assert without_reports(plan.reply(b"one\ntwo\n")) == [Wait(1), Send(b"one\n"), Wait(1), Send(b"two\n")]
+    script = script_of("delay=1")
+    assert without_reports(script.reply(b"one\ntwo\n")) == [Wait(1), Send(b"one\n"), Wait(1), Send(b"two\n")]
 
 
 def test_reply_in_raw_mode_is_one_read() -> None:
-    plan = plan_of("delay=1", is_raw=True)
-    assert without_reports(plan.reply(b"one\ntwo")) == [Wait(1), Send(b"one\ntwo")]
+    script = script_of("delay=1", is_raw=True)
+    assert without_reports(script.reply(b"one\ntwo")) == [Wait(1), Send(b"one\ntwo")]
 
 
 @given(st.binary(min_size=1, max_size=30).map(lambda data: data.replace(b"\n", b"\r") + b"\n"), st.integers(0, 1000))
 def test_corrupt_flips_one_bit_and_keeps_the_framing(message: bytes, seed: int) -> None:
-    reply = sent(without_reports(plan_of("corrupt", seed).reply(message)))
+    reply = sent(without_reports(script_of("corrupt", seed).reply(message)))
     assert (reply.count(b"\n"), reply[-1:]) == (1, b"\n")
     assert differing_bits(message, reply) == 1
 
 
 @given(st.binary(min_size=1, max_size=30), st.integers(0, 1000))
 def test_corrupt_in_raw_mode_flips_any_bit(data: bytes, seed: int) -> None:
-    assert differing_bits(data, sent(without_reports(plan_of("corrupt", seed, is_raw=True).reply(data)))) == 1
+    assert differing_bits(data, sent(without_reports(script_of("corrupt", seed, is_raw=True).reply(data)))) == 1
 
 
 def test_corrupt_of_an_empty_message_flips_its_newline() -> None:
-    assert differing_bits(b"\n", sent(without_reports(plan_of("corrupt").reply(b"\n")))) == 1
+    assert differing_bits(b"\n", sent(without_reports(script_of("corrupt").reply(b"\n")))) == 1
 
 
 def differing_bits(one: bytes, other: bytes) -> int:
@@ -229,7 +214,7 @@ def differing_bits(one: bytes, other: bytes) -> int:
 
 @given(st.integers(1, 20), st.integers(0, 20), st.integers(0, 100))
 def test_slices_are_in_their_range_and_complete(low: int, more: int, seed: int) -> None:
-    actions = without_reports(plan_of(f"slice={low}..{low + more}", seed).reply(bytes(100) + b"\n"))
+    actions = without_reports(script_of(f"slice={low}..{low + more}", seed).reply(bytes(100) + b"\n"))
     sizes = [len(action.data) for action in actions if isinstance(action, Send)]
     assert sent(actions) == bytes(100) + b"\n"
     assert all(low <= size <= low + more for size in sizes[:-1])

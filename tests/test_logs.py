@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from echo_async import ServerConfig
 from echo_async.engines.connection import Connection
-from echo_async.engines.context import ConnectionContext
+from echo_async.engines.context import ConnectionContext, Slot
 from echo_async.logs import LogFormat, access_log, configure, escape, excerpt, log
 
 ESCAPED = [
@@ -123,7 +123,7 @@ Captured = pytest.CaptureFixture[str]
 def log_a_message(format: LogFormat, message: bytes) -> None:
     configure("info", format)
     context = ConnectionContext(ServerConfig(mode="raw"))
-    list(Connection(context, ("127.0.0.1", 40000)).log_reply(message))
+    list(Connection(context, Slot(("127.0.0.1", 40000))).log_reply(message))
 
 
 def test_text_format_has_time_level_peer_size_and_text(capsys: Captured) -> None:

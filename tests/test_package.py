@@ -47,7 +47,7 @@ def test_package_import_does_not_import(name: str, imported: set[str]) -> None:
     assert name not in imported
 
 
-@pytest.mark.parametrize(("options", "expected"), [({}, set()), ({"fault": "delay=0"}, {"faults", "faulty"})])
+@pytest.mark.parametrize(("options", "expected"), [({}, set()), ({"fault": "delay=0"}, {"faults", "scripts"})])
 def test_only_a_server_with_faults_imports_faults(options: dict[str, str], expected: set[str]) -> None:
     code = f"""
 import asyncio, sys
@@ -62,7 +62,7 @@ print(*sys.modules)
     result = python("-c", code)
     assert result.returncode == 0, result.stderr
     names = {part.partition("_")[0] for module in result.stdout.split() for part in module.split(".")}
-    assert names & {"faults", "faulty"} == expected
+    assert names & {"faults", "scripts"} == expected
 
 
 def test_package_import_has_no_side_effects() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from echo_async import ServerConfig, Stats
 from echo_async.config import Mode
 from echo_async.engines.connection import Connection
-from echo_async.engines.context import LINGER_TIMEOUT, LINGER_TIMEOUT_AT_STOP
+from echo_async.engines.context import LINGER_TIMEOUT, LINGER_TIMEOUT_AT_STOP, Slot
 from echo_async.server.admission import Admission
 from echo_async.server.registry import Registry
 
@@ -27,18 +27,20 @@ class FakeClockRegistry(Registry):
 
     def __init__(self, config: ServerConfig) -> None:
         super().__init__(config)
-        self.context.now = lambda: self.time
+        self.now = lambda: self.time
 
 
 class FakeConnection(Connection):
     """A connection without a socket. The test sets ``unsent_bytes``; ``calls`` records what the registry does."""
 
+    is_swept_briefly = True
+
     def __init__(self, registry: FakeClockRegistry) -> None:
-        super().__init__(registry.context, None)
+        super().__init__(registry, Slot())
         self.clock = registry
         self.unsent_bytes = 0
         self.calls: list[str] = []
-        registry.add(self)
+        self.establish()
 
     def unsent(self) -> int:
         return self.unsent_bytes
@@ -68,7 +70,9 @@ class FakeConnection(Connection):
 
     def check(self) -> str | None:
         """Check the timeouts as the sweep of the asyncio engines does."""
-        return None if self.is_still_idle(self.clock.time) else self.expired_timeout(self.clock.time)
+        if self.is_swept_briefly and self.timeouts.is_still_idle(self, self.clock.time):
+            return None
+        return self.timeouts.expired(self, self.clock.time)
 
     def receive_until_expired(self, data: bytes) -> tuple[str, float]:
         """Receive ``data`` every half second. Return the first timeout that expires, and the seconds until then."""
@@ -214,7 +218,7 @@ def test_linger_timeout_during_shutdown_is_shorter() -> None:
     done.receive(b"one\n")
     done.clock.stop()
     assert done.calls == ["stop"]
-    assert done.expired_timeout(done.clock.time) is None
+    assert done.timeouts.expired(done, done.clock.time) is None
     assert done.advance(LINGER_TIMEOUT_AT_STOP) == "linger"
 
 
@@ -237,7 +241,7 @@ MESSAGES = st.sampled_from([b"", b"one\n", b"begun", b"first\nsecond begun"])
 def test_check_of_idle_connections_equals_the_full_check(steps: list[tuple[bytes, int, float]]) -> None:
     options = ServerConfig(mode="stream", timeout_idle=10, timeout_message=6, timeout_write=5)
     swift, full = (FakeConnection(FakeClockRegistry(options)) for _ in range(2))
-    full.is_still_idle = lambda now: False  # type: ignore[method-assign]
+    full.is_swept_briefly = False
     for data, unsent, seconds in steps:
         for each in (swift, full):
             if data:
@@ -365,12 +369,12 @@ def test_refused_connections_are_counted_and_rate_limited(
     monkeypatch.setattr("echo_async.logs.time", SimpleNamespace(monotonic=lambda: seconds))
     registry = FakeClockRegistry(ServerConfig(limit_connections=2))
     admission = Admission(registry)
-    assert admission.admit()
+    assert admission.has_place()
     first = FakeConnection(registry)
-    assert admission.admit()
+    assert admission.has_place()
     FakeConnection(registry)
     for _ in range(1000):  # over 10 seconds
-        assert not admission.admit()
+        assert not admission.has_place()
         seconds += 0.01
     assert registry.stats.refused == 1000
     assert caplog.messages[0] == "connection limit reached (2), connection refused"
@@ -380,7 +384,7 @@ def test_refused_connections_are_counted_and_rate_limited(
         for line in caplog.messages[1:]
     )
     registry.remove(first)
-    assert admission.admit()
+    assert admission.has_place()
     assert registry.stats.refused == 1000
 
 

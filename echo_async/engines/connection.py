@@ -1,67 +1,66 @@
-"""The part of a connection that does not depend on its engine: timeouts, log lines, counters.
+"""The part of a connection that does not depend on its engine: log lines, and what the other parts are.
 
 Nothing here does IO. An engine's connection derives from :class:`Connection`, and adds how bytes are
 read and sent and how a connection is ended.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Protocol
 
 from ..errors import describe_error
 from ..logs import access_log, excerpt, log
 from ..net import format_address
-from ..server.counters import Exchange
-from ..wire.proxy import ProxyHeader
-from .context import ConnectionContext
+from ..wire.conversation import Conversation
+from ..wire.script import Wait
+from .context import ConnectionContext, Slot
+from .timeouts import TimeoutKind, Timeouts
 
 LINES_PER_TURN = 100  # access log lines of one connection before others get their turn
-NEW_CLIENT_GRACE = 0.5  # seconds that a new connection gets at a shutdown to begin its message
-
-TimeoutKind = Literal["idle", "message", "write", "linger"]
+TURN = Wait(0)
 TIMEOUT_DETAILS = {"idle": "", "message": ": incomplete message", "write": ": peer is not reading"}
+
+
+class RunningScript(Protocol):
+    """What a connection has to know of its :class:`~echo_async.engines.runner.Runner`."""
+
+    sent: int
+    is_busy: bool
+    is_stalled: bool
+
+    @property
+    def is_held_open(self) -> bool: ...
+    def end(self) -> None: ...
 
 
 class Connection:
     """One connection of any engine.
 
-    Timeouts need no timer per message: a periodic sweep calls :meth:`expired_timeout`, which compares the
-    conversation's counters with their previous values. So a timeout is late by one sweep at most.
+    Attributes:
+        context: What all connections of a server share.
+        conversation: What the bytes mean.
+        timeouts: Since when the connection waits, and for what.
+        slot: What is known of the client.
+        runner: What sends the replies instead of the engine, if the connection has a script.
     """
 
-    __slots__ = (
-        "_header",
-        "_idle_since",
-        "_is_idle",
-        "_lingering_since",
-        "_message_started_at",
-        "_messages",
-        "_peername",
-        "_received",
-        "_sent",
-        "_sent_at",
-        "context",
-        "conversation",
-    )
+    conversation: Conversation
+    timeouts: Timeouts
 
-    has_pending_reply = False
-    """Whether a fault delays replies."""
-    is_held_open = False
-    """Whether a fault leaves it to the client to close the connection."""
+    __slots__ = ("_peername", "context", "conversation", "runner", "slot", "timeouts")
 
-    def __init__(self, context: ConnectionContext, peername: object, header: ProxyHeader | None = None) -> None:
+    def __init__(self, context: ConnectionContext, slot: Slot) -> None:
         self.context = context
-        self.conversation = context.make_conversation()
-        self._peername = peername
-        self._header = header
-        now = context.now()
-        self._received = 0
-        self._idle_since = now
-        self._is_idle = False  # at the last check
-        self._sent = 0
-        self._sent_at = now
-        self._messages = 0
-        self._message_started_at: float | None = None
-        self._lingering_since: float | None = None
+        self.slot = slot
+        self.runner: RunningScript | None = None
+        self._peername = slot.peername
+
+    def establish(self) -> None:
+        """Begin the conversation, and count the connection as open."""
+        self.conversation = self.context.make_conversation()
+        self.timeouts = Timeouts(self.context.now())
+        self.context.add(self)
 
     @property
     def peer(self) -> str:
@@ -71,14 +70,28 @@ class Connection:
     @property
     def answered(self) -> int:
         """Bytes of replies, sent or in the write buffer."""
-        return self.conversation.answered
+        return self.conversation.answered if self.runner is None else self.runner.sent
 
     @property
-    def exchange(self) -> Exchange:
-        """What the counters add up."""
-        return self.conversation, self.answered
+    def is_delayed(self) -> bool:
+        """Whether a script delays replies."""
+        return self.runner is not None and self.runner.is_busy
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether a script neither reads nor sends."""
+        return self.runner is not None and self.runner.is_stalled
+
+    @property
+    def is_held_open(self) -> bool:
+        """Whether a script leaves it to the client to close the connection."""
+        return self.runner is not None and self.runner.is_held_open
 
     # Provided by the engine.
+
+    def get_extra_info(self, name: str) -> Any:
+        """Return ``sockname``, ``peername``, ``ssl_object`` or ``socket``, which is beneath TLS."""
+        raise NotImplementedError
 
     def unsent(self) -> int:
         """Return the bytes of replies that the operating system has not taken yet."""
@@ -101,54 +114,10 @@ class Connection:
 
     # Used by every engine.
 
-    def expired_timeout(self, now: float) -> TimeoutKind | None:
-        """Return the timeout that this connection has exceeded, if any."""
-        conversation, config = self.conversation, self.context.config
-        self._is_idle = False
-        unsent = self.unsent()
-        sent = self.answered - unsent
-        if not unsent or sent != self._sent:
-            self._sent, self._sent_at = sent, now
-        elif now - self._sent_at >= config.timeout_write:
-            return "write"
-        if unsent or self.has_pending_reply:  # the client has to read, or to wait: the other clocks stand still
-            self._idle_since = now
-            self._message_started_at = self._message_started_at and now
-            self._lingering_since = self._lingering_since and now
-        elif conversation.finished and not self.is_held_open:
-            if self._lingering_since is None:
-                self._lingering_since = now
-            elif now - self._lingering_since >= self.context.linger_timeout:
-                return "linger"
-        elif conversation.incomplete:
-            if self._message_started_at is None or conversation.messages != self._messages:
-                self._message_started_at, self._messages = now, conversation.messages
-            elif now - self._message_started_at >= config.timeout_message:
-                return "message"
-        else:
-            self._message_started_at = None
-            if conversation.received != self._received:
-                self._received, self._idle_since = conversation.received, now
-            elif now - self._idle_since >= config.timeout_idle:
-                return "idle"
-            self._is_idle = True
-        return None
-
-    def is_still_idle(self, now: float) -> bool:
-        """Whether nothing was received since :meth:`expired_timeout` found nothing to wait for but the next message.
-
-        Then that method would return None, and this takes a fraction of its time. The threads engine sends outside of
-        the event loop and does not use it.
-        """
-        conversation = self.conversation
-        if not self._is_idle or conversation.received != self._received or conversation.finished:
-            return False
-        self._sent_at = now
-        return now - self._idle_since < self.context.config.timeout_idle
-
-    def is_new(self, now: float) -> bool:
-        """Whether the connection is new and silent: its first message may be on its way."""
-        return not self.conversation.received and now - self._idle_since < NEW_CLIENT_GRACE
+    def end_script(self) -> None:
+        """End the waits of the script: the server is about to end the connection."""
+        if self.runner is not None:
+            self.runner.end()
 
     def fail(self, error: Exception) -> None:
         """End this connection alone after an internal error, which is counted and logged."""
@@ -164,7 +133,7 @@ class Connection:
     def log_chunk(self, chunk: bytes) -> None:
         log.debug("%s chunk received: %d bytes: %s", self.peer, len(chunk), excerpt(chunk))
 
-    def log_reply(self, reply: bytes) -> Iterator[None]:
+    def log_reply(self, reply: bytes) -> Iterator[Wait]:
         """Log a line for each message in ``reply``; yield every ``LINES_PER_TURN`` lines.
 
         A reply can hold many messages. The engine gives other connections their turn at each yield.
@@ -177,10 +146,10 @@ class Connection:
             _log_message(peer, listener, reply[start:end])
             start, lines = end, lines + 1
             if lines % LINES_PER_TURN == 0:
-                yield
+                yield TURN
         return None
 
-    def finish_log(self, lines: Iterator[None]) -> None:
+    def finish_log(self, lines: Iterator[Wait]) -> None:
         """Log the rest of a reply at once."""
         try:
             for _ in lines:

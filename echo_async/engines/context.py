@@ -1,4 +1,4 @@
-"""What all connections of one server share: options, counters, log settings, the clock."""
+"""What a server provides to its connections: options, clock, log settings, and what it does for them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import ServerConfig
 from ..logs import access_log, log
-from ..server.counters import Counters
 from ..wire.conversation import MODES, Conversation
 
 if TYPE_CHECKING:
-    from ..wire.faults import ReportFault
+    from ..wire.script import Report, Script
 
 LINGER_TIMEOUT = 5.0  # seconds that input is discarded after the last reply, until the client closes its side
 LINGER_TIMEOUT_AT_STOP = 0.5  # the same during a shutdown
@@ -23,25 +22,59 @@ ConversationFactory = Callable[[], Conversation]
 
 
 class ConnectionContext:
-    """``log_messages`` and ``log_chunks`` are decided once, so that a disabled log line costs nothing."""
+    """``log_messages`` and ``log_chunks`` are decided once, so that a disabled log line costs nothing.
+
+    The arguments of type Any are a :class:`~echo_async.engines.connection.Connection`, whose module imports this one.
+    """
 
     now = staticmethod(time.monotonic)
 
     def __init__(self, config: ServerConfig, make_conversation: ConversationFactory | None = None) -> None:
         self.config = config
         self.make_conversation = make_conversation or partial(MODES[config.mode], config.limit_message_size)
-        self.counters = Counters()
         self.listener: str | None = None  # the address of the server, as JSON log lines show it
         self.linger_timeout = LINGER_TIMEOUT
         self.log_messages = not config.no_access_log and access_log.isEnabledFor(logging.INFO)
         self.log_chunks = log.isEnabledFor(logging.DEBUG)
 
-    def report_fault(self, peer: str, fault: ReportFault) -> None:
-        """Count and log a fault that takes effect on a connection."""
-        self.counters.count_fault(fault.kind)
-        log.info("%s fault injected: %s", peer, fault.text)
+    def add(self, connection: Any) -> None:
+        """Count a connection as open, before it is served."""
+        raise NotImplementedError
+
+    def remove(self, connection: Any) -> None:
+        """Keep the counters of a connection that is closed. Does nothing the second time."""
+        raise NotImplementedError
+
+    def report(self, peer: str, report: Report) -> None:
+        """Count and log what a script does to a connection."""
+        raise NotImplementedError
 
     def fail(self, peer: str, error: Exception) -> None:
         """Count and log an internal error, which ends one connection."""
-        self.counters.increment("failed")
-        log.error("%s internal error, connection aborted: %r", peer, error)
+        raise NotImplementedError
+
+
+class Slot:
+    """The place of a connection, and what is known of its client before the engine serves it.
+
+    Attributes:
+        peername: The address of the client: of the peer, unless a PROXY header has another. None: its socket has it.
+        header: The PROXY header, if there was one.
+        make_script: Makes the script of the connection, if it has one.
+    """
+
+    __slots__ = ("header", "make_script", "peername")
+
+    def __init__(self, peername: object = None, make_script: Callable[[Any], Script] | None = None) -> None:
+        self.peername = peername
+        self.header: Any = None
+        self.make_script = make_script
+
+    def set_header(self, header: Any) -> None:
+        """Note the PROXY header, and the client that it states."""
+        self.header = header
+        self.peername = header.source or self.peername
+
+    def claim(self) -> bool:
+        """Whether the connection may be served. An engine calls this once it has the transport."""
+        return True

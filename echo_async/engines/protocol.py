@@ -9,79 +9,76 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from ..compat import is_readable
-from ..server.handshake_acceptor import OnEstablished
-from ..server.origin import UNKNOWN, Origin
-from ..server.registry import Registry
+from ..wire.script import Script, Wait
+from .asyncio_runner import AsyncioRunner
 from .connection import Connection
+from .context import ConnectionContext, Slot
 from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS, abort_transport, write_buffer_size
 
 LARGE_READ = 200_000  # bytes; after a read of less, the kernel has no more: event loops read 256,000 at a time
 LARGE_READS_PER_TURN = 4  # without a reply, before other connections get their turn; one with a reply ends the turn
 
 
-async def create_server(registry: Registry, on_established: OnEstablished, listener: socket.socket) -> asyncio.Server:
+async def create_server(context: ConnectionContext, slot: Slot, listener: socket.socket) -> asyncio.Server:
     return await asyncio.get_running_loop().create_server(
-        partial(_connection_class(registry), registry, on_established),
-        sock=listener,
-        backlog=ACCEPT_BATCH,
-        start_serving=False,
+        partial(ProtocolConnection, context, slot), sock=listener, backlog=ACCEPT_BATCH, start_serving=False
     )
 
 
-def create_protocol(registry: Registry, on_established: OnEstablished, origin: Origin) -> asyncio.Protocol:
-    return _connection_class(registry)(registry, on_established, origin)
-
-
-def _connection_class(registry: Registry) -> type[ProtocolConnection]:
-    is_logging = registry.context.log_messages or registry.context.log_chunks
-    return LoggedProtocolConnection if is_logging else ProtocolConnection
+def create_protocol(context: ConnectionContext, slot: Slot) -> asyncio.Protocol:
+    return ProtocolConnection(context, slot)
 
 
 class ProtocolConnection(Connection, asyncio.Protocol):
-    """One connection of the ``protocol`` engine."""
+    """One connection of the ``protocol`` engine.
+
+    While a task runs the actions of a script, or logs many messages in turns, nothing is read.
+    """
 
     __slots__ = (
         "_drain_target",
+        "_drained",
+        "_is_working",
         "_is_writing_paused",
         "_large_reads",
-        "_on_established",
-        "_registry",
+        "_lines",
+        "_task",
         "_transport",
         "_write",
     )
 
-    needs_whole_replies = False
-    """Whether the parts of a large reply are joined before they are written."""
-
     _transport: asyncio.Transport
     _write: Callable[[bytes], object]
+    runner: AsyncioRunner | None
 
-    def __init__(self, registry: Registry, on_established: OnEstablished, origin: Origin = UNKNOWN) -> None:
-        self.context = registry.context
-        self._peername = origin.peername
-        self._header = origin.header
-        self._registry = registry
-        self._on_established = on_established
+    def __init__(self, context: ConnectionContext, slot: Slot) -> None:
+        super().__init__(context, slot)
         self._is_writing_paused = False
         self._large_reads = 0
         self._drain_target: int | None = None  # bytes that may have been sent to us when the shutdown began
+        self._is_working = False
+        self._task: asyncio.Task[None] | None = None  # the last one; an event loop has a weak reference only
+        self._lines: Iterator[Wait] | None = None  # that the task has to log
+        self._drained: asyncio.Future[None] | None = None  # done when the write buffer has room again
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._write = self._transport.write
         try:
-            if self._on_established():
-                super().__init__(self.context, self._peername, self._header)
-                if not self.needs_whole_replies:
-                    self.conversation.write_parts_with(self._write)
-                self._registry.add(self)
+            if not self.slot.claim():
+                return self._transport.abort()
+            self.establish()
+            if self.slot.make_script is not None:
+                self._start_script(self.slot.make_script(self))
+            elif self.context.log_messages:
+                self._write = self._write_and_log
             else:
-                self._transport.abort()
+                self.conversation.write_parts_with(self._write)
         except Exception as error:  # an event loop would keep the connection open
             self.fail(error)
 
@@ -92,19 +89,29 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             self._peername = self._transport.get_extra_info("peername")
         return super().peer
 
+    def get_extra_info(self, name: str) -> Any:
+        return self._transport.get_extra_info(name)
+
     def data_received(self, data: bytes) -> None:
         conversation = self.conversation
         try:
+            if self.context.log_chunks:
+                self.log_chunk(data)
             reply = conversation.receive(data)
             if reply:
                 write = self._write  # a local: calling through a slot is slower in CPython
                 write(reply)
-            if conversation.finished and self._lingering_since is None:
-                self.finish()
+            if conversation.finished and self.timeouts.lingering_since is None:
+                self._finish_if_answered()
             elif len(data) > LARGE_READ:
                 self._count_large_read(reply)
         except Exception as error:
             self.fail(error)
+
+    def _finish_if_answered(self) -> None:
+        """Finish, unless a task still answers, or a script leaves it to the client to close the connection."""
+        if not self._is_working and not self.is_held_open:
+            self.finish()
 
     def _count_large_read(self, reply: bytes) -> None:
         """End the turn if it was long enough: libuv reads 32 times in a row (src/unix/stream.c, uv__read)."""
@@ -117,15 +124,21 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self.conversation.receive_eof()
-        if self._lingering_since is None and self._transport.can_write_eof():
+        if self.timeouts.lingering_since is None and self._transport.can_write_eof():
             with contextlib.suppress(*TRANSPORT_ERRORS):  # the client has reset the connection
                 self._transport.write_eof()  # closing is no end if a child process has a duplicate of the socket
         return False  # the transport sends what is left and closes
 
     def connection_lost(self, error: Exception | None) -> None:
+        """Count as open until the task has ended, and so all messages are logged."""
         if error is not None:
             self.log_lost(error)
-        self._registry.remove(self)
+        self.end_script()
+        self._wake_drain()
+        if self._is_working and self._task is not None:
+            self._task.add_done_callback(lambda _: self.context.remove(self))
+        else:
+            self.context.remove(self)
 
     def pause_writing(self) -> None:
         """Apply backpressure: the client does not read, so nothing is read from it."""
@@ -134,10 +147,11 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._is_writing_paused = False
+        self._wake_drain()
         self._resume_reading()
 
     def _can_read(self) -> bool:
-        return not self._is_writing_paused
+        return not self._is_writing_paused and not self._is_working
 
     def _kernel_buffered(self) -> int:
         """Return the most bytes that can wait in the kernel to be read: 0, or the size of its buffer."""
@@ -154,8 +168,9 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         return write_buffer_size(self._transport)
 
     def finish(self) -> None:
+        self.end_script()
         self.conversation.finish()
-        self._lingering_since = self.context.now()
+        self.timeouts.lingering_since = self.context.now()
         try:
             if self._transport.can_write_eof():
                 self._transport.write_eof()
@@ -165,6 +180,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             self._transport.abort()
 
     def stop(self) -> None:
+        self.end_script()
         conversation = self.conversation
         if self._drain_target is None:
             self._drain_target = conversation.received + self._kernel_buffered()
@@ -172,67 +188,66 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         if not self._can_read() or (conversation.received < self._drain_target and self._kernel_buffered()):
             return
         conversation.stop()
-        if conversation.finished and self._lingering_since is None:
+        if conversation.finished and self.timeouts.lingering_since is None:
             self.finish()
 
     def abort(self) -> None:
+        self.end_script()
+        if self._lines is not None:  # a shutdown does not wait longer
+            self.finish_log(self._lines)
         abort_transport(self._transport)
 
+    # A script, and access log lines in turns.
 
-class LoggedProtocolConnection(ProtocolConnection):
-    """The same with logging. The lines for one read are written in turns; nothing is read until they are."""
+    def _start_script(self, script: Script) -> None:
+        self.runner = AsyncioRunner(self, script, self._transport, self._drain)
+        self._write = self._submit
+        self._start_task(self.runner.run())
 
-    __slots__ = ("_lines", "_loop")
-
-    needs_whole_replies = True
-
-    def __init__(self, registry: Registry, on_established: OnEstablished, origin: Origin = UNKNOWN) -> None:
-        super().__init__(registry, on_established, origin)
-        self._loop = asyncio.get_running_loop()
-        self._lines: Iterator[None] | None = None  # still to be written
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        if self.context.log_messages:
-            self._write = self._write_and_log
-
-    def data_received(self, data: bytes) -> None:
-        if self.context.log_chunks:
-            self.log_chunk(data)
-        super().data_received(data)
+    def _submit(self, reply: bytes) -> None:
+        assert self.runner is not None
+        self.runner.submit(reply)
+        if not self._is_working:
+            self._start_task(self.runner.run())
 
     def _write_and_log(self, reply: bytes) -> None:
         self._transport.write(reply)
-        self._log(self.log_reply(reply))
-        if self._lines is not None:
-            self._transport.pause_reading()
+        lines = self.log_reply(reply)
+        if next(lines, None) is not None:
+            self._lines = lines
+            self._start_task(self._log_rest(lines))
 
-    def _log(self, lines: Iterator[None]) -> None:
+    async def _log_rest(self, lines: Iterator[Wait]) -> None:
+        for _ in lines:
+            await asyncio.sleep(0)
         self._lines = None
-        try:
-            for _ in lines:
-                self._lines = lines
-                self._loop.call_soon(self._log_more)
-                return
-        except Exception as error:  # of a logging filter, for instance
-            self.fail(error)
 
-    def _log_more(self) -> None:
-        assert self._lines is not None
-        self._log(self._lines)
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
+        self._is_working = True
+        self._transport.pause_reading()
+        self._task = asyncio.get_running_loop().create_task(self._work(work))
+
+    async def _work(self, work: Coroutine[Any, Any, None]) -> None:
+        self._transport.pause_reading()  # uvloop starts reading after connection_made, whatever that does
+        try:
+            await work
+        except TRANSPORT_ERRORS as error:  # the client has reset the connection
+            self.log_lost(error)
+            self.abort()
+        except Exception as error:
+            self.fail(error)
+        finally:
+            self._is_working = False
+        if self.conversation.finished and self.timeouts.lingering_since is None and not self._transport.is_closing():
+            self._finish_if_answered()
         self._resume_reading()
 
-    def connection_lost(self, error: Exception | None) -> None:
-        """Count as open until all messages are logged."""
-        if self._lines is None:
-            super().connection_lost(error)
-        else:
-            self._loop.call_soon(self.connection_lost, error)
+    async def _drain(self) -> None:
+        """Wait until the write buffer has room, or the connection is lost."""
+        if self._is_writing_paused and not self._transport.is_closing():
+            self._drained = asyncio.get_running_loop().create_future()
+            await self._drained
 
-    def abort(self) -> None:
-        if self._lines is not None:  # a shutdown does not wait longer
-            self.finish_log(self._lines)
-        super().abort()
-
-    def _can_read(self) -> bool:
-        return self._lines is None and super()._can_read()
+    def _wake_drain(self) -> None:
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)

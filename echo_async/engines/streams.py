@@ -7,17 +7,15 @@ microsecond of Python per chunk, however small.
 import asyncio
 import socket
 from collections.abc import Callable, Iterator
-from typing import Unpack, cast
+from typing import Any, cast
 
-from ..config import ServerConfig, ServerOptions
-from ..errors import ConfigError
+from ..config import ServerConfig
 from ..net import format_address
-from ..server.handshake_acceptor import OnEstablished
-from ..server.origin import UNKNOWN, Origin
-from ..server.registry import Registry
-from ..server.sweeper import Sweeper
-from .chunk_reader import ChunkReader, take_over
+from ..wire.script import Wait
+from .asyncio_runner import AsyncioRunner
+from .chunk_reader import ChunkReader
 from .connection import Connection
+from .context import ConnectionContext, Slot
 from .loop_internals import (
     ACCEPT_BATCH,
     READ_AHEAD_TURNS,
@@ -30,11 +28,9 @@ from .loop_internals import (
 CHUNKS_PER_TURN = 50  # chunks of one connection before others get their turn
 DRAIN_THRESHOLD = 16 * 1024  # bytes of unsent replies above which no chunk is read
 DISCARD_SIZE = 64 * 1024  # bytes per read of input that is discarded
-NO_LINES: Iterator[None] = iter(())
-
+NO_LINES: Iterator[Wait] = iter(())
 
 Reader = ChunkReader | asyncio.StreamReader
-ConnectionFactory = Callable[[Registry, Origin, Reader, asyncio.StreamWriter], "StreamConnection"]
 
 
 def read_ahead(config: ServerConfig) -> int:
@@ -42,100 +38,69 @@ def read_ahead(config: ServerConfig) -> int:
     return 2 * max(config.chunk_size, 16 * 1024)
 
 
-def handle_echo(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, **options: Unpack[ServerOptions]
-) -> asyncio.Task[None]:
-    """Echo to one client of your own server: ``asyncio.start_server(echo_async.handle_echo, ...)``.
-
-    It is not a coroutine function because Python 3.11 and 3.12 log a traceback for every handler of
-    ``start_server`` that is canceled with its event loop.
-
-    Args:
-        reader: The stream to read from. What it has buffered is echoed as well.
-        writer: The stream to write to. It is closed at the end.
-        **options: Those of :func:`echo_async.serve` that concern one connection: ``mode``, ``chunk_size`` and
-            ``limit_message_size`` (bytes), the timeouts (seconds), ``no_access_log``. Set them with
-            :func:`functools.partial`.
-
-    Returns:
-        A task that is done when the connection is closed. It raises nothing but :exc:`asyncio.CancelledError`.
-
-    Raises:
-        ConfigError: An option is invalid. The connection is aborted.
-    """
-    try:
-        config = ServerConfig(**options)
-        if config.has_faults_or_identity:
-            raise ConfigError("handle_echo has neither faults nor identify mode; use echo_async.serve")
-        registry = Registry(config)
-        chunks = take_over(reader, writer.transport, read_ahead(config), asyncio.get_running_loop())
-    except BaseException:
-        writer.transport.abort()
-        raise
-    task = _serve(registry, UNKNOWN, chunks, writer, StreamConnection)
-    sweeper = Sweeper(registry)
-    sweeper.start()
-    task.add_done_callback(sweeper.stop)
-    return task
+async def create_server(context: ConnectionContext, slot: Slot, listener: socket.socket) -> asyncio.Server:
+    return await asyncio.start_server(
+        _make_handler(context, slot), sock=listener, backlog=ACCEPT_BATCH, start_serving=False
+    )
 
 
-def _serve(
-    registry: Registry,
-    origin: Origin,
-    reader: Reader,
-    writer: asyncio.StreamWriter,
-    make_connection: ConnectionFactory,
-) -> asyncio.Task[None]:
-    connection = make_connection(registry, origin, reader, writer)
-    registry.add(connection)
-    return connection.start()
+def create_protocol(context: ConnectionContext, slot: Slot) -> asyncio.Protocol:
+    loop = asyncio.get_running_loop()
+    return asyncio.StreamReaderProtocol(asyncio.StreamReader(loop=loop), _make_handler(context, slot), loop)
 
 
 def _make_handler(
-    registry: Registry, on_established: OnEstablished, origin: Origin, make_connection: ConnectionFactory
+    context: ConnectionContext, slot: Slot
 ) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
     """Return what ``start_server`` calls. Not a coroutine: asyncio logs a traceback if its own task is canceled."""
     loop = asyncio.get_running_loop()
-    max_size = read_ahead(registry.context.config)
+    max_size = read_ahead(context.config)
 
     def handle(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            if on_established():
+            if slot.claim():
                 chunks = ChunkReader(writer.transport, max_size, loop)  # nothing is buffered yet
-                _serve(registry, origin, chunks, writer, make_connection)
+                serve_stream(context, slot, chunks, writer)
             else:
                 writer.transport.abort()
         except Exception as error:  # an event loop would keep the connection open
-            registry.context.fail(format_address(origin.peername or writer.get_extra_info("peername")), error)
+            context.fail(format_address(slot.peername or writer.get_extra_info("peername")), error)
             writer.transport.abort()
 
     return handle
 
 
-async def create_server(registry: Registry, on_established: OnEstablished, listener: socket.socket) -> asyncio.Server:
-    return await asyncio.start_server(
-        _make_handler(registry, on_established, UNKNOWN, StreamConnection),
-        sock=listener,
-        backlog=ACCEPT_BATCH,
-        start_serving=False,
-    )
+def serve_stream(
+    context: ConnectionContext, slot: Slot, reader: Reader, writer: asyncio.StreamWriter
+) -> asyncio.Task[None]:
+    """Serve a connection in a task, which is done when the connection is closed."""
+    connection = StreamConnection(context, slot, reader, writer)
+    connection.establish()
+    return connection.start()
 
 
 class StreamConnection(Connection):
     """One connection of the ``streams`` engine."""
 
-    __slots__ = ("_is_reading", "_is_stopping", "_lines", "_reader", "_registry", "_task", "_transport", "_writer")
+    __slots__ = ("_is_reading", "_is_stopping", "_lines", "_reader", "_task", "_transport", "_writer")
 
-    def __init__(self, registry: Registry, origin: Origin, reader: Reader, writer: asyncio.StreamWriter) -> None:
-        self._registry = registry
+    runner: AsyncioRunner | None
+
+    def __init__(self, context: ConnectionContext, slot: Slot, reader: Reader, writer: asyncio.StreamWriter) -> None:
+        super().__init__(context, slot)
         self._reader = reader
         self._writer = writer
         self._transport = writer.transport
-        peername = origin.peername or self._transport.get_extra_info("peername")
-        super().__init__(registry.context, peername, origin.header)
+        if self._peername is None:  # it is logged after the connection is lost
+            self._peername = self._transport.get_extra_info("peername")
         self._is_reading = False  # the task may be woken by a cancellation
         self._is_stopping = False
         self._lines = NO_LINES  # of the reply that is being logged
+
+        if slot.make_script is not None:
+            self.runner = AsyncioRunner(
+                self, slot.make_script(self), cast(asyncio.Transport, self._transport), self._drain_writes
+            )
 
     def start(self) -> asyncio.Task[None]:
         """Serve the connection in a task, which is done when the connection is closed."""
@@ -165,16 +130,18 @@ class StreamConnection(Connection):
     def _on_done(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():  # maybe before it ran
             abort_transport(self._transport)
-        self._registry.remove(self)
+        self.context.remove(self)
 
     async def _echo(self) -> None:
         """Read a chunk, send the replies it completes; until the conversation or the input ends, or :meth:`_wake`."""
         conversation, transport = self.conversation, self._transport
         read, write, size = self._reader.read, transport.write, self.context.config.chunk_size
-        log_messages, log_chunks = self.context.log_messages, self.context.log_chunks
+        log_messages, log_chunks, runner = self.context.log_messages, self.context.log_chunks, self.runner
         chunks = 0
-        self._is_reading = True
         try:
+            if runner is not None and not await self._run_script(runner):
+                return
+            self._is_reading = True
             while chunk := await read(size):
                 reply = conversation.receive(chunk)
                 if log_chunks:
@@ -182,12 +149,17 @@ class StreamConnection(Connection):
                 if reply:
                     if transport.is_closing():  # the client is gone; its input is still buffered
                         return
-                    write(reply)
-                    if log_messages:
-                        await self._log(reply)
-                    if transport.get_write_buffer_size() > DRAIN_THRESHOLD:
-                        await self._writer.drain()
-                if conversation.finished:
+                    if runner is not None:
+                        runner.submit(reply)
+                        if not await self._run_script(runner):
+                            return
+                    else:
+                        write(reply)
+                        if log_messages:
+                            await self._log(reply)
+                        if transport.get_write_buffer_size() > DRAIN_THRESHOLD:
+                            await self._writer.drain()
+                if conversation.finished and not self.is_held_open:
                     return
                 del chunk, reply  # an idle connection keeps no message
                 chunks += 1
@@ -200,6 +172,20 @@ class StreamConnection(Connection):
                 raise
         finally:
             self._is_reading = False
+
+    async def _run_script(self, runner: AsyncioRunner) -> bool:
+        """Run what was submitted, which :meth:`_wake` does not interrupt; return whether to read on."""
+        self._is_reading = False
+        try:
+            await runner.run()
+        finally:
+            self._is_reading = True
+        return not self._is_stopping and (not self.conversation.finished or self.is_held_open)
+
+    async def _drain_writes(self) -> None:
+        """Wait until the write buffer has room."""
+        if self.unsent() > DRAIN_THRESHOLD:
+            await self._writer.drain()
 
     async def _drain(self) -> None:
         """Shut down: answer what has arrived, and wait for the rest of an incomplete message."""
@@ -220,6 +206,9 @@ class StreamConnection(Connection):
             conversation.finish()
 
     async def _send(self, reply: bytes) -> None:
+        if self.runner is not None:
+            self.runner.submit(reply)
+            return await self.runner.run()
         self._transport.write(reply)
         if reply and self.context.log_messages:
             await self._log(reply)
@@ -241,18 +230,24 @@ class StreamConnection(Connection):
             while chunk := await self._reader.read(DISCARD_SIZE):
                 self.conversation.receive(chunk)
 
+    def get_extra_info(self, name: str) -> Any:
+        return self._transport.get_extra_info(name)
+
     def unsent(self) -> int:
         return write_buffer_size(self._transport)
 
     def finish(self) -> None:
+        self.end_script()
         self.conversation.finish()
         self._wake()
 
     def stop(self) -> None:
+        self.end_script()
         self._is_stopping = True
         self._wake()
 
     def abort(self) -> None:
+        self.end_script()
         self.conversation.finish()  # input that is buffered is not answered
         self.finish_log(self._lines)
         abort_transport(self._transport)
@@ -261,15 +256,3 @@ class StreamConnection(Connection):
         if self._is_reading:
             self._is_reading = False
             self._task.cancel()
-
-
-def create_protocol(
-    registry: Registry,
-    on_established: OnEstablished,
-    origin: Origin,
-    make_connection: ConnectionFactory = StreamConnection,
-) -> asyncio.Protocol:
-    loop = asyncio.get_running_loop()
-    reader = asyncio.StreamReader(loop=loop)
-    handler = _make_handler(registry, on_established, origin, make_connection)
-    return asyncio.StreamReaderProtocol(reader, handler, loop)

@@ -7,11 +7,12 @@ client closes its own, which ends the read; shutting down both sides ends it in 
 import contextlib
 import socket
 import threading
+from typing import Any
 
 from ..compat import MSG_DONTWAIT
-from ..server.origin import Origin
-from ..server.registry import Registry
 from .connection import Connection
+from .context import ConnectionContext, Slot
+from .thread_runner import ThreadRunner
 from .tls_socket import TlsSocket
 
 SEND_SIZE = 64 * 1024  # bytes per send, which blocks until the kernel has taken all: small enough to show progress
@@ -30,21 +31,23 @@ class ThreadConnection(Connection):
         "_finish_requested",
         "_io_lock",
         "_is_write_closed",
-        "_registry",
         "_socket",
         "_stop_requested",
         "_unsent",
     )
 
-    def __init__(self, registry: Registry, connected: socket.socket | TlsSocket, origin: Origin) -> None:
-        super().__init__(registry.context, origin.peername, origin.header)
-        self._registry = registry
+    runner: ThreadRunner | None
+
+    def __init__(self, context: ConnectionContext, slot: Slot, connected: socket.socket | TlsSocket) -> None:
+        super().__init__(context, slot)
         self._socket = connected
         self._io_lock = threading.Lock()
         self._stop_requested = False  # by a shutdown or a timeout
         self._finish_requested = False  # by a timeout
         self._is_write_closed = False
         self._unsent = 0
+        if slot.make_script is not None:
+            self.runner = ThreadRunner(self, slot.make_script(self), self._send_all, self._close_write)
 
     def run(self) -> None:
         """Serve the connection until it is closed, in a thread of its own."""
@@ -58,11 +61,16 @@ class ThreadConnection(Connection):
             self.fail(error)
         finally:
             self._socket.close()
-            self._registry.remove(self)
+            self.context.remove(self)
 
     def _echo(self) -> None:
         """Answer input until the conversation is finished; then discard it until the client closes its side."""
         conversation, receive = self.conversation, self._socket.recv
+        if self.runner is not None:
+            with self._io_lock:
+                self.runner.start()
+            if conversation.finished:
+                self._handle_stop_request()
         while not conversation.finished:
             if self._answer_input():
                 return conversation.receive_eof()
@@ -95,6 +103,8 @@ class ThreadConnection(Connection):
         return self.conversation.receive(chunk)
 
     def _send(self, reply: bytes) -> None:
+        if self.runner is not None:
+            return self.runner.send(reply)
         self._send_all(reply)
         if self.context.log_messages:
             for _ in self.log_reply(reply):
@@ -113,7 +123,9 @@ class ThreadConnection(Connection):
 
     def _handle_stop_request(self) -> None:
         """Close the sending side if nothing is left to answer. The owner of a taken lock does this after release."""
-        if self._is_write_closed or not self._io_lock.acquire(blocking=False):
+        if self._is_write_closed or (self.is_held_open and not self._stop_requested):
+            return
+        if not self._io_lock.acquire(blocking=False):
             return
         try:
             if self._finish_requested:
@@ -121,12 +133,15 @@ class ThreadConnection(Connection):
             elif self._stop_requested and not self._has_input():
                 self.conversation.stop()
             if self.conversation.finished:
-                self._is_write_closed = True
-                self._socket.shutdown(socket.SHUT_WR)
+                self._close_write()
         except OSError:  # the client has reset the connection
             self.abort()
         finally:
             self._io_lock.release()
+
+    def _close_write(self) -> None:
+        self._is_write_closed = True
+        self._socket.shutdown(socket.SHUT_WR)
 
     def _has_input(self) -> bool:
         """Whether input waits in the kernel."""
@@ -138,14 +153,24 @@ class ThreadConnection(Connection):
     def unsent(self) -> int:
         return self._unsent
 
+    def get_extra_info(self, name: str) -> Any:
+        if name == "ssl_object":
+            return self._socket.session if isinstance(self._socket, TlsSocket) else None
+        plain = self._socket.plain if isinstance(self._socket, TlsSocket) else self._socket
+        return {"socket": lambda: plain, "sockname": plain.getsockname, "peername": plain.getpeername}[name]()
+
     def finish(self) -> None:
-        self._finish_requested = self._stop_requested = True
-        self._handle_stop_request()
+        self._finish_requested = True
+        self.stop()
 
     def stop(self) -> None:
+        self.end_script()
         self._stop_requested = True
+        if self._is_write_closed and not self.conversation.finished:  # half-closed: there is no half left to close
+            return self.abort()
         self._handle_stop_request()
 
     def abort(self) -> None:
+        self.end_script()
         with contextlib.suppress(OSError):  # it is closed already
             self._socket.shutdown(socket.SHUT_RDWR)

@@ -6,17 +6,16 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
-from importlib import import_module
-from typing import Protocol, cast
+from typing import Protocol
 
 from ..compat import is_readable
+from ..engines.context import ConnectionContext, Slot
 from ..engines.loop_internals import ABORT_TURNS, keep_freed_memory, run_turns, start_serving, stop_accepting
 from ..tls import Certificates
-from .admission import Admission
-from .handshake_acceptor import HandshakeAcceptor, OnEstablished
+from .admission import Admission, NativeSlot
+from .handshake_acceptor import HandshakeAcceptor
 from .listeners import Listeners
-from .origin import Origin
-from .registry import DRAIN_INTERVAL, Registry
+from .registry import DRAIN_INTERVAL
 from .sweeper import Sweeper
 from .udp import Receiver, start_receiver
 
@@ -24,12 +23,10 @@ from .udp import Receiver, start_receiver
 class AsyncioEngine(Protocol):
     """What the modules ``streams`` and ``protocol`` provide."""
 
-    def create_protocol(self, registry: Registry, on_established: OnEstablished, origin: Origin) -> asyncio.Protocol:
+    def create_protocol(self, context: ConnectionContext, slot: Slot) -> asyncio.Protocol:
         """Return the protocol for one connection, whose transport is made by the caller."""
 
-    async def create_server(
-        self, registry: Registry, on_established: OnEstablished, listener: socket.socket
-    ) -> asyncio.Server:
+    async def create_server(self, context: ConnectionContext, slot: Slot, listener: socket.socket) -> asyncio.Server:
         """Return a server that makes such protocols, and does not serve yet."""
 
 
@@ -74,18 +71,12 @@ class AsyncioAcceptor:
 
     async def _serve(self, listener: socket.socket) -> asyncio.Server | HandshakeAcceptor:
         config = self._admission.config
-        if self._certificates is None and not self._admission.expects_header and not config.has_faults_or_identity:
-            server = await self._engine.create_server(self._registry, self._admission.admit, listener)
+        if self._certificates is None and not self._admission.expects_header and not config.has_scripts:
+            server = await self._engine.create_server(self._registry, NativeSlot(self._admission), listener)
             return await start_serving(server, listener, config.backlog)
-        return HandshakeAcceptor(self._admission, self._loop, listener, self._certificates, self._make_protocol)
-
-    def _make_protocol(self, on_established: OnEstablished, origin: Origin) -> asyncio.Protocol:
-        engine = self._engine
-        if origin.plan is not None:
-            engine = cast(
-                AsyncioEngine, import_module(f"..engines.faulty_{self._admission.config.engine}", __package__)
-            )
-        return engine.create_protocol(self._registry, on_established, origin)
+        return HandshakeAcceptor(
+            self._admission, self._loop, listener, self._certificates, self._engine.create_protocol
+        )
 
     def close(self) -> None:
         """Begin the graceful shutdown. Returns at once; safe to call twice, and from any thread."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import errno
 import socket
-import threading
 from typing import TYPE_CHECKING
 
 from ..compat import descriptor_limit, set_reset_on_close
 from ..config import ServerConfig
+from ..engines.context import Slot
 from ..errors import describe_error
 from ..logs import RateLimitedLog, log
 from ..net import format_address
@@ -20,7 +20,7 @@ from .proxy_reader import ClosedBeforeInput
 from .registry import Registry
 
 if TYPE_CHECKING:
-    from ..wire.faults import FaultPlan, FaultSchedule
+    from .scripts import Scripts
 
 HANDSHAKE_TIMEOUT = 10.0  # seconds for a TLS handshake
 ACCEPT_RETRY_DELAY = 0.1  # seconds after accept() failed for lack of descriptors or memory
@@ -34,57 +34,51 @@ class Admission:
 
     def __init__(self, registry: Registry) -> None:
         self.registry = registry
-        self.config = config = registry.context.config
+        self.config = config = registry.config
         self.limit = config.limit_connections or max_connections()
         self.expects_header = config.proxy_protocol != "off"
+        self.scripts = _make_scripts(config)
         self._trusted_proxies = TrustedProxies(config.proxy_allow_from) if self.expects_header else None
-        self._counters = registry.context.counters
-        self._lock = threading.Lock()
-        self._pending = 0
+        self._counters = registry.counters
         self._log_accept_error = RateLimitedLog(log.warning, f"accept failed: %s; retrying in {ACCEPT_RETRY_DELAY:g} s")
         self._log_handshake_failure = RateLimitedLog(log.warning, "%s TLS handshake failed: %s")
         self._log_header_failure = RateLimitedLog(log.warning, "%s %s")
-        self._schedule = _fault_schedule(config)
         self._log_refused = RateLimitedLog(log.warning, "connection limit reached (%d), connection refused")
 
     @property
     def is_idle(self) -> bool:
         """Whether there is no connection, established or pending."""
-        return not self.registry.connections and not self._pending
+        return not self.registry.connections and not self.registry.pending
 
-    def admit(self, peername: object = None) -> bool:
-        """Whether a new connection may be established. ``peername`` is needed where a PROXY header is expected."""
-        connections = len(self.registry.connections) + self._pending
-        if connections >= self.limit:
-            self._counters.increment("refused")
-            self._log_refused(connections)
-            return False
-        if self._trusted_proxies is not None and not self._trusted_proxies.is_trusted(peername):
-            self._counters.increment("proxy_failures")
-            self._log_header_failure(format_address(peername), "connection refused: not in proxy_allow_from")
-            return False
-        return True
+    def has_place(self) -> bool:
+        """Whether another connection may be established; count it as refused if not."""
+        connections = len(self.registry.connections) + len(self.registry.pending)
+        if connections < self.limit:
+            return True
+        self._counters.increment("refused")
+        self._log_refused(connections)
+        return False
 
-    def next_plan(self) -> FaultPlan | None:
-        """Return the plan of the connection that was just admitted, None if its replies are plain echoes."""
-        plan = None if self._schedule is None else self._schedule.next_plan()
-        if plan is None and self.config.mode == "identify":
-            from ..wire.faults import FaultPlan
-
-            return FaultPlan()
-        return plan
-
-    def datagram_schedule(self) -> FaultSchedule | None:
-        """Return a schedule with the same faults for datagrams, which are numbered apart; None if there are none."""
-        if self._schedule is None:
-            return None
-        return _make_schedule(self.config, self._schedule.seed, is_raw=True)
-
-    def reset(self, connected: socket.socket, peername: object, plan: FaultPlan) -> None:
-        """Reset an admitted connection, as its plan demands."""
-        self.registry.context.report_fault(format_address(peername), plan.refuse())
-        set_reset_on_close(connected)
+    def admit(self, connected: socket.socket, peername: object) -> PendingSlot | None:
+        """Return the slot of a connection that was accepted; None if it is refused, and closed."""
+        refusal = None
+        if self.has_place() and self._is_trusted(peername):
+            slot = PendingSlot(self.registry, connected, peername)
+            refusal = None if self.scripts is None else self.scripts.assign(slot)
+            if refusal is None:
+                self.registry.pending.add(slot)
+                return slot
+            self.registry.report(format_address(peername), refusal)
+            set_reset_on_close(connected)
         connected.close()
+        return None
+
+    def _is_trusted(self, peername: object) -> bool:
+        if self._trusted_proxies is None or self._trusted_proxies.is_trusted(peername):
+            return True
+        self._counters.increment("proxy_failures")
+        self._log_header_failure(format_address(peername), "connection refused: not in proxy_allow_from")
+        return False
 
     def on_accept_error(self, error: Exception) -> bool:
         """Log an error of ``accept``; return whether to pause, since it will occur again at once."""
@@ -97,19 +91,10 @@ class Admission:
         """Return the parser for the PROXY header of a new connection."""
         return ProxyHeader(self.config.proxy_protocol)
 
-    def begin_handshake(self) -> None:
-        """Count an accepted connection as pending."""
-        with self._lock:
-            self._pending += 1
-
-    def end_handshake(self) -> None:
-        """Count a pending connection no more: it is established, or closed."""
-        with self._lock:
-            self._pending -= 1
-
-    def fail_handshake(self, peer: str, error: Exception) -> None:
+    def fail_handshake(self, slot: PendingSlot, error: Exception) -> None:
         """End a pending connection whose TLS handshake failed."""
-        self.end_handshake()
+        peer = format_address(slot.peername)
+        slot.release()
         if isinstance(error, TimeoutError):
             self._counters.increment("timeouts_handshake")
             details = f"timed out after {HANDSHAKE_TIMEOUT:g} s"
@@ -120,9 +105,10 @@ class Admission:
             details = describe_error(error)
         self._log_handshake_failure(peer, details)
 
-    def fail_header(self, peer: str, error: Exception) -> None:
+    def fail_header(self, slot: PendingSlot, error: Exception) -> None:
         """End a pending connection that sent no valid PROXY header, or cannot be served. A shutdown is no failure."""
-        self.end_handshake()
+        peer = format_address(slot.peername)
+        slot.release()
         if isinstance(error, TimeoutError):
             self._counters.increment("timeouts_message")
             self._log_header_failure(peer, f"PROXY header timeout ({self.config.timeout_message:g} s)")
@@ -132,7 +118,7 @@ class Admission:
         elif isinstance(error, OSError):
             self._log_lost("%s connection lost before the PROXY header: %s", peer, error)
         else:
-            self.registry.context.fail(peer, error)
+            self.registry.fail(peer, error)
 
     def _log_lost(self, template: str, peer: str, error: OSError) -> None:
         if isinstance(error, ClosedBeforeInput):  # counted as it is where no handshake is expected
@@ -140,18 +126,51 @@ class Admission:
         log.debug(template, peer, describe_error(error))
 
 
-def _fault_schedule(config: ServerConfig) -> FaultSchedule | None:
-    if not config.has_faults:
+class PendingSlot(Slot):
+    """The place of an accepted connection that sends a PROXY header or completes a TLS handshake first.
+
+    It is taken at accept and released once: by the connection that claims it, or by whoever ends the handshake.
+    """
+
+    __slots__ = ("_pending", "connected", "is_aborted")
+
+    def __init__(self, registry: Registry, connected: socket.socket, peername: object) -> None:
+        super().__init__(peername)
+        self._pending = registry.pending
+        self.connected = connected
+        self.is_aborted = False  # by a shutdown
+
+    @property
+    def is_pending(self) -> bool:
+        return self in self._pending
+
+    def claim(self) -> bool:
+        self.release()
+        return True
+
+    def release(self) -> None:
+        self._pending.discard(self)
+
+
+class NativeSlot(Slot):
+    """The place of each connection that an event loop accepts itself: it is taken as soon as there is a transport."""
+
+    __slots__ = ("_admission",)
+
+    def __init__(self, admission: Admission) -> None:
+        super().__init__()
+        self._admission = admission
+
+    def claim(self) -> bool:
+        return self._admission.has_place()
+
+
+def _make_scripts(config: ServerConfig) -> Scripts | None:
+    if not config.has_scripts:
         return None
-    schedule = _make_schedule(config, config.fault_seed, is_raw=config.mode == "raw")
-    log.info("faults configured: %s, seed %d", config.fault or config.fault_sequence, schedule.seed)
-    return schedule
+    from .scripts import Scripts
 
-
-def _make_schedule(config: ServerConfig, seed: int | None, *, is_raw: bool) -> FaultSchedule:
-    from ..wire.faults import FaultSchedule
-
-    return FaultSchedule(config.fault, config.fault_sequence, seed, is_raw=is_raw)
+    return Scripts(config)
 
 
 def max_connections() -> int:

@@ -3,12 +3,9 @@
 import threading
 from collections.abc import Collection
 
+from ..engines.connection import Connection
 from ..stats import COUNTERS, Stats
-from ..wire.conversation import Conversation
 from ..wire.datagrams import DatagramCounters
-
-Exchange = tuple[Conversation, int]
-"""The conversation of a connection, and the bytes of replies that were sent."""
 
 
 class Counters:
@@ -30,22 +27,22 @@ class Counters:
         with self._lock:
             self._faults[kind] = self._faults.get(kind, 0) + 1
 
-    def add_closed(self, exchange: Exchange) -> None:
+    def add_closed(self, connection: Connection) -> None:
         """Add what was exchanged on a connection that is closed."""
-        conversation, _ = exchange
+        conversation = connection.conversation
         with self._lock:
-            _add(self._totals, exchange)
+            _add(self._totals, connection)
             if conversation.incomplete:
                 self._totals["too_long" if conversation.too_long else "lost"] += 1
 
-    def snapshot(self, active: Collection[Exchange]) -> Stats:
+    def snapshot(self, active: Collection[Connection]) -> Stats:
         """The totals, with what was exchanged on open connections added."""
         with self._lock:
             totals, faults = dict(self._totals), dict(self._faults)
         totals["active"] = len(active)
-        for exchange in active:
-            _add(totals, exchange)
-            totals["too_long"] += exchange[0].too_long
+        for connection in active:
+            _add(totals, connection)
+            totals["too_long"] += connection.conversation.too_long
         datagrams = self.datagrams
         totals["datagrams"] = datagrams.answered
         totals["bytes_in"] += datagrams.received
@@ -53,9 +50,9 @@ class Counters:
         return Stats(**totals, datagrams_refused=dict(datagrams.refused), faults=faults)
 
 
-def _add(totals: dict[str, int], exchange: Exchange) -> None:
-    conversation, sent = exchange
+def _add(totals: dict[str, int], connection: Connection) -> None:
+    conversation = connection.conversation
     totals["accepted"] += 1
     totals["messages"] += conversation.messages
     totals["bytes_in"] += conversation.received
-    totals["bytes_out"] += sent
+    totals["bytes_out"] += connection.answered

@@ -55,7 +55,7 @@ class DatagramResponder:
     def __init__(self, admission: Admission, sockets: Sequence[socket.socket]) -> None:
         config = admission.config
         self.sockets = sockets
-        self.context = admission.registry.context
+        self.context = admission.registry
         self._counters = self.context.counters.datagrams
         self._refusals = Refusals(config.udp_allow_from, [each.getsockname()[1] for each in sockets])
         self._identifies = config.mode == "identify"

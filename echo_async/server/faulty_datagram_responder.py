@@ -6,7 +6,8 @@ from heapq import heappop, heappush
 from itertools import count
 
 from ..net import format_address
-from ..wire.faults import FaultSchedule, ReportFault, Send, Wait
+from ..wire.faults import FaultSchedule, FaultScript
+from ..wire.script import EchoScript, Report, Send, Wait
 from .admission import Admission
 from .datagram_responder import DatagramResponder, ReplyRoute
 
@@ -31,10 +32,10 @@ class FaultyDatagramResponder(DatagramResponder):
         if plan is None:
             return super().send(reply, route)
         delay = 0.0
-        for action in plan.reply_datagram(reply):
+        for action in FaultScript(plan, EchoScript(is_raw=True), is_raw=True).reply_datagram(reply):
             match action:
-                case ReportFault():
-                    self.context.report_fault(format_address(route.peer), action)
+                case Report():
+                    self.context.report(format_address(route.peer), action)
                 case Wait(seconds):
                     delay = seconds
                 case Send(data) if delay:

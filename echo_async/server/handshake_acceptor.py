@@ -1,4 +1,4 @@
-"""Accepts connections that have to send a PROXY header or complete a TLS handshake first, or can have a fault.
+"""Accepts connections that have to send a PROXY header or complete a TLS handshake first, or can have a script.
 
 An event loop's own server reports no handshake that fails or does not end. So this one accepts, and counts a
 connection as pending until it is established. A TLS connection cannot be half-closed: at its end the transport
@@ -12,21 +12,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import cast
 
-from ..engines.context import LINGER_TIMEOUT
+from ..engines.context import LINGER_TIMEOUT, Slot
 from ..engines.loop_internals import run_turns
 from ..net import format_address, shut_down
 from ..tls import Certificates
-from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
-from .origin import Origin
+from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission, PendingSlot
 from .proxy_reader import read_header, wait_for_input
+from .registry import Registry
 
 MIN_TIMEOUT = 0.001  # seconds: a handshake whose time is up fails, but 0 is invalid
-
-OnEstablished = Callable[[], bool]
-"""Called once a connection has its transport. Returns whether to serve it."""
-
-ProtocolFactory = Callable[[OnEstablished, Origin], asyncio.Protocol]
-"""Makes the protocol of a connection, which calls the first argument."""
 
 
 class HandshakeAcceptor:
@@ -38,7 +32,7 @@ class HandshakeAcceptor:
         loop: asyncio.AbstractEventLoop,
         listener: socket.socket,
         certificates: Certificates | None,
-        make_protocol: ProtocolFactory,
+        make_protocol: Callable[[Registry, Slot], asyncio.Protocol],
     ) -> None:
         self._admission = admission
         self._loop = loop
@@ -65,56 +59,43 @@ class HandshakeAcceptor:
                 await asyncio.sleep(ACCEPT_RETRY_DELAY if self._admission.on_accept_error(error) else 0)
                 continue
             try:
-                if not self._admission.admit(peername):
-                    connection.close()
-                elif (plan := self._admission.next_plan()) is not None and plan.is_refused:
-                    self._admission.reset(connection, peername, plan)
-                else:
-                    self._begin(connection, Origin(peername, plan=plan))
+                if (slot := self._admission.admit(connection, peername)) is not None:
+                    self._begin(slot)
             except Exception as error:
-                self._admission.registry.context.fail(format_address(peername), error)
+                self._admission.registry.fail(format_address(peername), error)
                 connection.close()
 
-    def _begin(self, connection: socket.socket, origin: Origin) -> None:
-        self._admission.begin_handshake()
-        task = self._loop.create_task(self._establish(connection, origin))
+    def _begin(self, slot: PendingSlot) -> None:
+        task = self._loop.create_task(self._establish(slot))
         self._tasks.add(task)
-        task.add_done_callback(partial(self._on_done, connection))
+        task.add_done_callback(partial(self._on_done, slot))
 
-    def _on_done(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
+    def _on_done(self, slot: PendingSlot, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if task.cancelled():  # before it began
-            self._admission.end_handshake()
-            _close(connection)
+            slot.release()
+            _close(slot.connected)
 
-    async def _establish(self, connection: socket.socket, origin: Origin) -> None:
+    async def _establish(self, slot: PendingSlot) -> None:
         """Read the PROXY header, do the TLS handshake, whichever is configured; then serve the connection."""
         await run_turns(1)  # its task is in _tasks then, also if the program starts tasks eagerly
         fail = self._admission.fail_header
-        is_established = False
-
-        def on_established() -> bool:
-            nonlocal is_established
-            is_established = True
-            self._admission.end_handshake()
-            return True
-
         try:
             if self._admission.expects_header:
                 header = self._admission.new_header()
-                await read_header(self._loop, connection, header, self._admission.config.timeout_message)
-                origin = origin.proxied(header)
-            protocol = self._make_protocol(on_established, origin)
+                await read_header(self._loop, slot.connected, header, self._admission.config.timeout_message)
+                slot.set_header(header)
+            protocol = self._make_protocol(self._admission.registry, slot)
             if self._certificates is None:  # takes no time: a shutdown does not cancel it
                 self._tasks.discard(cast(asyncio.Task[None], asyncio.current_task()))
-                await self._loop.connect_accepted_socket(lambda: protocol, connection)
+                await self._loop.connect_accepted_socket(lambda: protocol, slot.connected)
             else:
                 fail = self._admission.fail_handshake
-                await self._do_handshake(connection, protocol, self._certificates.context)
+                await self._do_handshake(slot.connected, protocol, self._certificates.context)
         except (Exception, asyncio.CancelledError) as error:
-            if not is_established:  # else the connection ends as its engine ends it; a shutdown drains it
-                fail(format_address(origin.peername), error if isinstance(error, Exception) else SHUTTING_DOWN)
-                _close(connection)
+            if slot.is_pending:  # else the connection ends as its engine ends it; a shutdown drains it
+                fail(slot, error if isinstance(error, Exception) else SHUTTING_DOWN)
+                _close(slot.connected)
 
     async def _do_handshake(
         self, connection: socket.socket, protocol: asyncio.Protocol, context: ssl.SSLContext

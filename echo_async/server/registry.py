@@ -6,21 +6,29 @@ event loops, and safe to use from several threads.
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..config import ServerConfig
 from ..engines.connection import Connection
 from ..engines.context import LINGER_TIMEOUT_AT_STOP, ConnectionContext, ConversationFactory
+from ..logs import log
 from ..stats import Stats
+from .counters import Counters
+
+if TYPE_CHECKING:
+    from ..wire.script import Report
 
 DRAIN_INTERVAL = 0.05  # seconds between two sweeps during a shutdown
 
 
-class Registry:
-    """Every open connection of one server. ``on_empty`` is called when the last one is removed."""
+class Registry(ConnectionContext):
+    """Every open connection of one server, and what they share. ``on_empty`` is called when the last one is removed."""
 
     def __init__(self, config: ServerConfig, make_conversation: ConversationFactory | None = None) -> None:
-        self.context = ConnectionContext(config, make_conversation)
+        super().__init__(config, make_conversation)
+        self.counters = Counters()
         self.connections: set[Connection] = set()
+        self.pending: set[Any] = set()  # of connections that are accepted and not established yet
         self.on_empty: Callable[[], object] | None = None
         self._lock = threading.Lock()  # a connection is in the set, or in the totals
         self._is_stopping = False
@@ -31,18 +39,17 @@ class Registry:
 
     def add(self, connection: Connection) -> None:
         self.connections.add(connection)
-        if self.context.log_chunks:
+        if self.log_chunks:
             connection.log_established()
 
     def remove(self, connection: Connection) -> None:
-        """Remove a closed connection and keep its counters. Does nothing the second time."""
         with self._lock:
             if connection not in self.connections:
                 return
             self.connections.remove(connection)
             self._timed_out.discard(connection)
-            self.context.counters.add_closed(connection.exchange)
-        if connection.conversation.incomplete or self.context.log_chunks:
+            self.counters.add_closed(connection)
+        if connection.conversation.incomplete or self.log_chunks:
             connection.log_closed()
         if self.on_empty is not None and not self.connections:
             self.on_empty()
@@ -50,20 +57,28 @@ class Registry:
     def withdraw(self, connection: Connection) -> None:
         """Remove a connection that could not be served after all: it counts as refused."""
         self.connections.discard(connection)
-        self.context.counters.increment("refused")
+        self.counters.increment("refused")
+
+    def report(self, peer: str, report: "Report") -> None:
+        self.counters.count_fault(report.kind)
+        log.info("%s %s", peer, report.text)
+
+    def fail(self, peer: str, error: Exception) -> None:
+        self.counters.increment("failed")
+        log.error("%s internal error, connection aborted: %r", peer, error)
 
     @property
     def stats(self) -> Stats:
         """A snapshot: the totals and the open connections, added up."""
         with self._lock:
-            return self.context.counters.snapshot([each.exchange for each in list(self.connections)])
+            return self.counters.snapshot(list(self.connections))
 
     def sweep(self, some: Sequence[Connection] | None = None) -> None:
         """End every connection that has exceeded a timeout; during a shutdown, drain the others.
 
         Of ``some`` connections, those that are still open are checked; by default all.
         """
-        now = self.context.now()
+        now = self.now()
         for connection in list(self.connections) if some is None else some:
             try:
                 if connection in self.connections:
@@ -72,14 +87,14 @@ class Registry:
                 connection.fail(error)
 
     def _check(self, connection: Connection, now: float) -> None:
-        kind = connection.expired_timeout(now)
+        kind = connection.timeouts.expired(connection, now)
         if kind is None:
-            if self._is_stopping and not connection.is_new(now):
+            if self._is_stopping and not connection.timeouts.is_new(connection, now):
                 connection.stop()
             return
         if kind != "linger" and connection not in self._timed_out:
             self._timed_out.add(connection)
-            self.context.counters.increment(f"timeouts_{kind}")
+            self.counters.increment(f"timeouts_{kind}")
             connection.log_timeout(kind)
         if kind in ("idle", "message"):
             connection.finish()
@@ -88,7 +103,7 @@ class Registry:
 
     def stop(self) -> None:
         """Ask connections to end as soon as what was received is answered, in this sweep and all later ones."""
-        self.context.linger_timeout = LINGER_TIMEOUT_AT_STOP
+        self.linger_timeout = LINGER_TIMEOUT_AT_STOP
         self._is_stopping = True
         self.sweep()
 

@@ -159,7 +159,7 @@ class EngineServer(BaseServer, Generic[A]):
     ) -> None:
         super().__init__(config, listeners)
         self._registry = Registry(config, make_conversation)
-        self._registry.context.listener = net.format_address(listeners.addresses[0])
+        self._registry.listener = net.format_address(listeners.addresses[0])
         self._acceptor = make_acceptor(Admission(self._registry), listeners, self._certificates, on_closed)
 
     @property

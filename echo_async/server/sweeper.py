@@ -33,8 +33,8 @@ class Sweeper:
     def _sweep(self) -> None:
         if self._checked >= len(self._connections):
             self._connections, self._checked = list(self._registry.connections), 0
-        now = self._registry.context.now()
+        now = self._registry.now()
         some = self._connections[self._checked : self._checked + SLICE]
-        self._registry.sweep([each for each in some if not each.is_still_idle(now)])
+        self._registry.sweep([each for each in some if not each.timeouts.is_still_idle(each, now)])
         self._checked += SLICE
         self.start()

@@ -16,9 +16,8 @@ from ..engines.tls_socket import TlsSocket
 from ..errors import StartError, describe_error
 from ..net import format_address, shut_down
 from ..tls import Certificates
-from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission
+from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission, PendingSlot
 from .listeners import Listeners
-from .origin import Origin
 from .proxy_reader import receive_header
 from .registry import DRAIN_INTERVAL
 from .udp import Receiver, start_receiver
@@ -56,7 +55,6 @@ class ThreadAcceptor:
         self._accepting = listeners.sockets if admission.config.accepts else ()
         self._threads: set[threading.Thread] = set()
         self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
-        self._pending: set[socket.socket] = set()  # connections in a handshake
         self._is_stopping = self._is_aborting = False
         self._receiver: Receiver | None = None
 
@@ -146,7 +144,7 @@ class ThreadAcceptor:
             self._on_closed()
 
     def _accept_until_stopped(self) -> None:
-        now, interval = self._registry.context.now, self._registry.sweep_interval
+        now, interval = self._registry.now, self._registry.sweep_interval
         next_sweep = now() + interval
         while not self._is_stopping:
             for key, _ in self._listener_selector.select(max(0.0, next_sweep - now())):
@@ -172,60 +170,47 @@ class ThreadAcceptor:
                     return Accepted.FAILED
                 continue
             try:
-                if not self._admission.admit(peername):
-                    connection.close()
-                elif (plan := self._admission.next_plan()) is not None and plan.is_refused:
-                    self._admission.reset(connection, peername, plan)
-                else:
-                    self._serve(accepted_socket(connection), Origin(peername, plan=plan))
+                if (slot := self._admission.admit(connection, peername)) is not None:
+                    slot.connected = accepted_socket(connection)
+                    self._serve(slot)
             except Exception as error:
-                self._registry.context.fail(format_address(peername), error)
+                self._registry.fail(format_address(peername), error)
                 connection.close()
         return Accepted.MAYBE_MORE
 
-    def _serve(self, connected: socket.socket, origin: Origin) -> None:
+    def _serve(self, slot: PendingSlot) -> None:
         """Serve a connection in a thread of its own; close it if there is none."""
         run: Callable[[], None]
         withdraw: Callable[[], None]
         if self._certificates is None and not self._admission.expects_header:
-            connection = self._make_connection(connected, origin)
-            self._registry.add(connection)
+            connection = ThreadConnection(self._registry, slot, slot.connected)
+            connection.establish()
+            slot.claim()
             run, withdraw = connection.run, partial(self._registry.withdraw, connection)
         else:
-            self._admission.begin_handshake()
-            self._pending.add(connected)
-            run = partial(self._establish, connected, origin)
-            withdraw = partial(self._withdraw, connected)
+            run, withdraw = partial(self._establish, slot), partial(self._withdraw, slot)
         try:
             self._start_thread(run)
         except Exception as error:  # RuntimeError: "can't start new thread"
             self._admission.on_accept_error(error)
             withdraw()
-            connected.close()
-
-    def _make_connection(self, connected: socket.socket | TlsSocket, origin: Origin) -> ThreadConnection:
-        if origin.plan is None:
-            return ThreadConnection(self._registry, connected, origin)
-        from ..engines.faulty_threads import FaultyThreadConnection
-
-        return FaultyThreadConnection(origin.plan, self._registry, connected, origin)
+            slot.connected.close()
 
     def _start_thread(self, run: Callable[[], None]) -> None:
         self._threads.add(start_thread(partial(self._run_connection, run), "echo-async client"))
 
-    def _withdraw(self, connected: socket.socket) -> None:
+    def _withdraw(self, slot: PendingSlot) -> None:
         """Count a pending connection that has no thread as refused."""
-        self._pending.discard(connected)
-        self._admission.end_handshake()
-        self._registry.context.counters.increment("refused")
+        slot.release()
+        self._registry.counters.increment("refused")
 
     def _abort_pending(self) -> None:
         """End handshakes. A PROXY header that has arrived is still read; a TLS handshake is cut."""
         how = socket.SHUT_RD if self._certificates is None else socket.SHUT_RDWR
-        for connected in list(self._pending):
-            self._pending.discard(connected)
+        for slot in list(self._registry.pending):
+            slot.is_aborted = True
             with contextlib.suppress(OSError):  # it has ended
-                connected.shutdown(how)
+                slot.connected.shutdown(how)
 
     def _forget_finished(self) -> None:
         """Forget threads that have ended; waiting for one that is about to would delay the next connection."""
@@ -233,7 +218,7 @@ class ThreadAcceptor:
             self._threads.discard(self._finished.popleft())
 
     def _wait_for_connections(self, seconds: float, *, or_abort: bool = False) -> None:
-        now = self._registry.context.now
+        now = self._registry.now
         deadline = now() + seconds
         while self._threads and now() < deadline and not (or_abort and self._is_aborting):
             if self._finished:
@@ -253,29 +238,26 @@ class ThreadAcceptor:
             if self._is_stopping:
                 self._wake()
 
-    def _establish(self, connected: socket.socket, origin: Origin) -> None:
+    def _establish(self, slot: PendingSlot) -> None:
         """Read the PROXY header, do the TLS handshake, whichever is configured; then serve the connection."""
         admission = self._admission
-        fail: Callable[[str, Exception], None] = admission.fail_header
-        secured: socket.socket | TlsSocket = connected
+        fail: Callable[[PendingSlot, Exception], None] = admission.fail_header
+        secured: socket.socket | TlsSocket = slot.connected
         try:
             if admission.expects_header:
                 header = admission.new_header()
-                receive_header(connected, header, admission.config.timeout_message)
-                origin = origin.proxied(header)
+                receive_header(slot.connected, header, admission.config.timeout_message)
+                slot.set_header(header)
             if self._certificates is not None:
                 fail = admission.fail_handshake
-                secured = TlsSocket(connected, self._certificates.context)
+                secured = TlsSocket(slot.connected, self._certificates.context)
                 secured.handshake(HANDSHAKE_TIMEOUT)
                 fail = admission.fail_header
-            connection = self._make_connection(secured, origin)
+            connection = ThreadConnection(self._registry, slot, secured)
+            connection.establish()
         except Exception as error:
-            was_aborted = connected not in self._pending
-            self._pending.discard(connected)
-            fail(format_address(origin.peername), SHUTTING_DOWN if was_aborted else error)
-            shut_down(connected)
-            return connected.close()
-        self._registry.add(connection)
-        admission.end_handshake()
-        self._pending.discard(connected)
+            fail(slot, SHUTTING_DOWN if slot.is_aborted else error)
+            shut_down(slot.connected)
+            return slot.connected.close()
+        slot.claim()
         connection.run()

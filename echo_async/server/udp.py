@@ -103,7 +103,7 @@ def start_receiver(admission: Admission, sockets: Sequence[socket.socket]) -> Re
 
 
 def _make_responder(admission: Admission, sockets: Sequence[socket.socket]) -> DatagramResponder:
-    schedule = admission.datagram_schedule()
+    schedule = None if admission.scripts is None else admission.scripts.datagram_schedule()
     if schedule is None:
         return DatagramResponder(admission, sockets)
     from .faulty_datagram_responder import FaultyDatagramResponder

@@ -1,59 +1,27 @@
 """Faults, without IO: what a server does to its replies, or to a connection, instead of just replying.
 
 A specification such as ``delay=0.05..0.2,slice=1..3`` becomes a :class:`Fault`. A :class:`FaultSchedule` decides which
-connection has one, and gives it a :class:`FaultPlan`, which turns each reply into actions. An engine runs the actions.
+connection has one, as a :class:`FaultPlan`, and :class:`FaultScript` applies it to the replies of another script.
 Every random choice depends on the seed, the number of the connection and the number of the reply only: the same seed
 causes the same faults, whatever the timing.
 """
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
+
+from .script import Action, End, Report, Script, Send, Wait
 
 MAX_DELAY = 86_400.0  # seconds
 MAX_SIZE = 2**31 - 1  # bytes
 RATE_INTERVAL = 0.1  # seconds between two pieces that are sent at a limited rate
 SLICE_INTERVAL = 0.001  # seconds between two pieces: a peer that reads promptly receives each of them alone
-SHARED_RANDOM = Random()  # of plans that choose nothing
 NONE = "none"  # the specification of a connection without a fault
 
-
-class End(enum.Enum):
-    """The last action of a plan."""
-
-    CLOSE = "close"
-    RESET = "reset"
-    HALF_CLOSE = "half-close"
-    STALL = "stall"
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send ``data`` in a packet of its own."""
-
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Wait; 0 seconds are one turn of the event loop."""
-
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class ReportFault:
-    """Count and log a fault, which takes effect on this connection from now on."""
-
-    kind: str
-    text: str
-
-
-Action = Send | Wait | ReportFault | End
 Range = tuple[float, float]
 
 ENDS = {end.value: end for end in End}
@@ -83,6 +51,19 @@ class Fault:
     def end(self) -> str | None:
         """The kind that ends the replies or the connection, if there is one."""
         return next((kind for kind in FINAL_KINDS if kind in self.values), None)
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the connection is reset as soon as it is accepted."""
+        return self.end == REFUSE
+
+    def report_refusal(self) -> Report:
+        """Return the report that the connection is reset."""
+        return self.report(REFUSE)
+
+    def report(self, kind: str) -> Report:
+        """Return the report that ``kind`` takes effect."""
+        return Report(kind, f"fault injected: {self.texts[kind]}")
 
 
 def parse_fault(spec: str) -> Fault | None:
@@ -166,22 +147,26 @@ def _check_combination(kinds: list[str], has_probability: bool) -> None:
         raise ValueError(f"{NO_ACCEPT} applies to all connections and takes no probability (p)")
 
 
+class FaultPlan(NamedTuple):
+    """The fault of one connection, and where its random choices come from."""
+
+    fault: Fault
+    random: Random
+
+
 class FaultSchedule:
     """Which connections of a server have a fault. Used by one thread at a time.
 
-    ``fault`` is for every connection after those of the ``sequence``. In ``raw`` mode each read is a reply.
+    ``fault`` is for every connection after those of the ``sequence``.
 
     Attributes:
         seed: Where all random choices come from, a random number by default.
         connections: The number of the last connection.
     """
 
-    def __init__(
-        self, fault: str | None, sequence: str | Sequence[str | None] | None, seed: int | None, *, is_raw: bool
-    ) -> None:
+    def __init__(self, fault: str | None, sequence: str | Sequence[str | None] | None, seed: int | None) -> None:
         self._fault = None if fault is None else parse_fault(fault)
         self._sequence = [] if sequence is None else parse_sequence(sequence)
-        self._is_raw = is_raw
         self.seed = Random().getrandbits(32) if seed is None else seed
         self.connections = 0
 
@@ -193,56 +178,34 @@ class FaultSchedule:
         if fault is None:
             return None
         random = Random(f"{self.seed}:{number}")
-        return FaultPlan(fault, random, self._is_raw) if random.random() < fault.probability else None
+        return FaultPlan(fault, random) if random.random() < fault.probability else None
 
 
-NO_FAULT = Fault({}, {})
+class FaultScript:
+    """Applies the fault of a connection to the replies of another script.
 
-
-class FaultPlan:
-    """The faults of one connection, possibly none.
-
-    Attributes:
-        make_reply: Returns the reply to a message and its number, where it is not an echo.
-        sent: Bytes that the actions so far have sent.
-        is_refused: The connection is reset as soon as it is accepted.
-        is_silent: No reply is ever sent: the server does not close the connection by itself.
+    In ``raw`` mode replies have no newline that would have to stay.
     """
 
-    def __init__(self, fault: Fault = NO_FAULT, random: Random = SHARED_RANDOM, is_raw: bool = False) -> None:
-        self._fault = fault
-        self._random = random
+    def __init__(self, plan: FaultPlan, inner: Script, *, is_raw: bool = False) -> None:
+        self._fault, self._random = plan
+        self._inner = inner
         self._is_raw = is_raw
         self._reported: set[str] = set()
-        self._message_number = 0  # of the last message
-        self.make_reply: Callable[[bytes, int], bytes] | None = None
-        self.sent = 0
-        self.is_refused = fault.end == REFUSE
-        self.is_silent = DROP in fault.values
-        self._end_action = ENDS.get(fault.end or "")
-        self._limit = math.inf if self._end_action is None else self._value(self._end_action.value)
-
-    def refuse(self) -> ReportFault:
-        """Return the report of a refused connection."""
-        return self._report(REFUSE)
+        self._sent = 0  # bytes of replies
+        self.is_silent = DROP in self._fault.values
+        self._end = ENDS.get(self._fault.end or "")
+        self._limit = math.inf if self._end is None else self._value(self._end.value)
 
     def start(self) -> Iterator[Action]:
         """Yield the actions before the first reply: a connection that stalls after 0 bytes stalls at once."""
-        if self._end_action is End.STALL and self._limit == 0:
+        if self._end is End.STALL and self._limit == 0:
             yield from self._finish()
+        else:
+            yield from self._apply(self._inner.start())
 
     def reply(self, data: bytes) -> Iterator[Action]:
-        """Yield the actions that take the place of sending ``data``, one or more messages, as an echo."""
-        start = 0
-        while start < len(data) and not self._is_finished:
-            end = 0 if self._is_raw else data.find(b"\n", start) + 1
-            end = end or len(data)
-            self._message_number += 1
-            message = data[start:end]
-            yield from self._reply(
-                message if self.make_reply is None else self.make_reply(message, self._message_number)
-            )
-            start = end
+        return self._apply(self._inner.reply(data))
 
     def reply_datagram(self, data: bytes) -> Iterator[Action]:
         """Yield the actions that take the place of sending ``data`` as a datagram. Only ``DATAGRAM_KINDS`` apply."""
@@ -257,10 +220,14 @@ class FaultPlan:
         if "duplicate" in self._fault.values:
             yield Send(data)
 
-    @property
-    def _is_finished(self) -> bool:
-        """Whether nothing more is sent."""
-        return self._end_action is not None and self._end_action.value in self._reported
+    def _apply(self, actions: Iterator[Action]) -> Iterator[Action]:
+        for action in actions:
+            if self._end is not None and self._end.value in self._reported:
+                return  # nothing more is sent
+            if isinstance(action, Send):
+                yield from self._reply(action.data)
+            else:
+                yield action
 
     def _reply(self, reply: bytes) -> Iterator[Action]:
         yield from self._report_new(DROP, "delay", "corrupt", "duplicate")
@@ -272,8 +239,8 @@ class FaultPlan:
             reply = self._flip_bit(reply)
         if "duplicate" in self._fault.values:
             reply += reply
-        yield from self._send(reply[: int(min(self._limit - self.sent, len(reply)))])
-        if self.sent >= self._limit:
+        yield from self._send(reply[: int(min(self._limit - self._sent, len(reply)))])
+        if self._sent >= self._limit:
             yield from self._finish()
 
     def _send(self, data: bytes) -> Iterator[Action]:
@@ -291,7 +258,7 @@ class FaultPlan:
             elif start:
                 yield Wait(SLICE_INTERVAL)
             start += len(piece)
-            self.sent += len(piece)
+            self._sent += len(piece)
             yield Send(piece)
 
     def _next_size(self, rate: float) -> Callable[[], int]:
@@ -306,14 +273,14 @@ class FaultPlan:
             if kind in self._fault.values and kind not in self._reported:
                 yield self._report(kind)
 
-    def _report(self, kind: str) -> ReportFault:
+    def _report(self, kind: str) -> Report:
         self._reported.add(kind)
-        return ReportFault(kind, self._fault.texts[kind])
+        return self._fault.report(kind)
 
     def _finish(self) -> Iterator[Action]:
-        assert self._end_action is not None
-        yield self._report(self._end_action.value)
-        yield self._end_action
+        assert self._end is not None
+        yield self._report(self._end.value)
+        yield self._end
 
     def _value(self, kind: str) -> float:
         """Draw a value of ``kind`` from its range."""

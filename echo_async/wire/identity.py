@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import builtins
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import UnionType
 from typing import Any
 
 from ..errors import ReplyDifferent
+from .script import Action, Send, split_messages
 
 __all__ = ["Address", "ClientCertificate", "Identity", "Kubernetes", "Proxy", "Responder", "Tls"]
 
@@ -293,6 +294,31 @@ class Describer:
         except UnicodeDecodeError:
             text = b'"message_base64": "%s"' % b64encode(content)
         return b'{%s, "bytes": %d, "number": %d, %s' % (text, len(message), number, self._details)
+
+
+class IdentifyScript:
+    """Replies to each message with a line that describes the connection and the message.
+
+    A message of one byte has a reply of up to 16 KiB. That is why it is a script: replies are made one at a time,
+    as fast as the client reads them.
+    """
+
+    is_silent = False
+
+    def __init__(self, make_describer: Callable[[], Describer]) -> None:
+        self._make_describer = make_describer
+        self._describer: Describer | None = None  # made for the first reply
+        self._number = 0  # of the last message
+
+    def start(self) -> Iterator[Action]:
+        return iter(())
+
+    def reply(self, data: bytes) -> Iterator[Action]:
+        if self._describer is None:
+            self._describer = self._make_describer()
+        for message in split_messages(data):
+            self._number += 1
+            yield Send(self._describer.describe(message, self._number))
 
 
 def _to_json(value: object) -> bytes:

@@ -203,7 +203,7 @@ def fail_once(function: Callable[..., Any], error: Exception) -> Callable[..., A
 
 @each_step
 @pytest.mark.parametrize(
-    ("owner", "name"), [(Admission, "admit"), (StreamConversation, "__init__")], ids=["admission", "conversation"]
+    ("owner", "name"), [(Admission, "has_place"), (StreamConversation, "__init__")], ids=["admission", "conversation"]
 )
 def test_new_connection_raising_ends_only_itself(
     start_server: StartServer,

@@ -18,8 +18,8 @@ from support import (
 )
 
 import echo_async
+from echo_async.engines.context import Slot
 from echo_async.engines.threads import ThreadConnection
-from echo_async.server.origin import UNKNOWN
 from echo_async.server.registry import Registry
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -54,7 +54,8 @@ def test_large_reply_being_sent_reports_unsent_bytes() -> None:
     ours, theirs = socket.socketpair()
     size = 8 * 1024 * 1024
     config = echo_async.ServerConfig(chunk_size=65536, limit_message_size=size, no_access_log=True)
-    connection = ThreadConnection(Registry(config), theirs, UNKNOWN)
+    connection = ThreadConnection(Registry(config), Slot(), theirs)
+    connection.establish()
     thread = threading.Thread(target=connection.run, daemon=True)
     with ours, theirs:
         thread.start()

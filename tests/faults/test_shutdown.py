@@ -38,6 +38,7 @@ from support import (
 import echo_async
 from echo_async.compat import is_readable
 from echo_async.config import ServerOptions
+from echo_async.engines.context import Slot
 from echo_async.engines.protocol import ProtocolConnection
 from echo_async.loops import LoopName
 from echo_async.server.registry import Registry
@@ -149,7 +150,7 @@ def test_shutdown_during_flood_echoes_what_the_kernel_has_buffered(
         ours, theirs = socket.socketpair()
         connecting = asyncio.create_task(
             asyncio.get_running_loop().connect_accepted_socket(
-                partial(ProtocolConnection, registry, lambda: True), theirs, ssl=context if tls else None
+                partial(ProtocolConnection, registry, Slot()), theirs, ssl=context if tls else None
             )
         )
         reader, writer = await asyncio.open_connection(

@@ -29,9 +29,9 @@ from support import (
 )
 
 import echo_async
+from echo_async.engines.context import Slot
 from echo_async.engines.threads import ThreadConnection
 from echo_async.engines.tls_socket import TlsSocket
-from echo_async.server.origin import Origin
 from echo_async.server.registry import Registry
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -242,7 +242,8 @@ def test_tls_finish_with_full_buffers_does_not_block(certificate: Path, client_c
         secured.handshake(TIMEOUT)
         handshaking.join(TIMEOUT)
         registry = Registry(echo_async.ServerConfig(mode="stream"))
-        connection = ThreadConnection(registry, secured, Origin("client"))
+        connection = ThreadConnection(registry, Slot("client"), secured)
+        connection.establish()
         with suppress(BlockingIOError):
             while True:
                 ours.send(bytes(4096), socket.MSG_DONTWAIT)
@@ -287,8 +288,8 @@ def test_tls_shutdown_and_read_never_overlap(certificate: Path, client_context: 
         secured.handshake(TIMEOUT)
         handshaking.join(TIMEOUT)
         registry = Registry(echo_async.ServerConfig(mode="stream", no_access_log=True))
-        connection = ThreadConnection(registry, secured, Origin("client"))
-        registry.add(connection)
+        connection = ThreadConnection(registry, Slot("client"), secured)
+        connection.establish()
         serving = threading.Thread(target=connection.run, daemon=True)
         serving.start()
         theirs.sendall(client.record(b"in time\n"))

@@ -300,7 +300,7 @@ def test_retry_succeeds_at_the_third_connection(start_server: StartServer) -> No
 
 @pytest.mark.parametrize("seed", [7, 8])
 def test_seed_gives_the_same_faults_on_every_backend(seed: int, start_server: StartServer) -> None:
-    expected = FaultSchedule("close,p=0.1", None, seed, is_raw=False)
+    expected = FaultSchedule("close,p=0.1", None, seed)
     with start_server(fault="close,p=0.1", fault_seed=seed) as server:
         for number in range(1, 201):
             with connect(server) as client:

@@ -1,0 +1,114 @@
+"""Runs the actions of a script in a coroutine, for both asyncio engines."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+
+from ..compat import is_closed_by_peer
+from ..wire.script import Action, End, Report, Script, Send, Wait
+from .connection import Connection
+from .loop_internals import reset_transport, shutdown_write
+from .runner import Runner
+
+ACTIONS_PER_TURN = 50  # before other connections get their turn
+LOST_CHECK_INTERVAL = 1.0  # seconds of a wait between two checks whether the client is gone
+
+
+class AsyncioRunner(Runner):
+    """Runs actions on a transport; ``drain`` waits until its write buffer has room."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        script: Script,
+        transport: asyncio.Transport,
+        drain: Callable[[], Awaitable[None]],
+    ) -> None:
+        super().__init__(connection, script)
+        self._transport = transport
+        self._drain = drain
+        self._queue: deque[Iterator[Action]] = deque([script.start()])
+        self._wake = asyncio.Event()  # ends the current wait
+        self._steps = 0
+
+    def submit(self, reply: bytes) -> None:
+        """Let :meth:`run` do what takes the place of sending ``reply``."""
+        self._queue.append(self._actions(reply))
+
+    async def run(self) -> None:
+        """Run what was submitted."""
+        self.is_busy = True
+        self._due = self._context.now()
+        try:
+            while self._queue:
+                for action in self._queue.popleft():
+                    await self._run(action)
+                    if self._transport.is_closing():
+                        return
+        finally:
+            self.is_busy = False
+
+    async def _run(self, action: Action) -> None:
+        match action:
+            case Send():
+                self.sent += len(action.data)
+                self._transport.write(action.data)
+                await self._drain()
+            case Wait():
+                return await self._wait(action.seconds)
+            case Report():
+                self._report(action)
+            case End():
+                await self._apply_end(action)
+        self._steps += 1
+        if self._steps % ACTIONS_PER_TURN == 0:
+            await asyncio.sleep(0)
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait, at most until :meth:`end` is called or the connection is lost."""
+        left = self._next_wait(seconds)
+        if not left:
+            await asyncio.sleep(0)
+        self._wake.clear()
+        while left > 0 and not self._wake.is_set() and not self._transport.is_closing():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(left, LOST_CHECK_INTERVAL)):
+                    await self._wake.wait()
+            if self._is_tls_closed():
+                return self._connection.abort()
+            left = self._due - self._context.now()
+
+    def _is_tls_closed(self) -> bool:
+        """Whether a TLS client is gone. No transport sends anything then, and none tells while reading is paused."""
+        if self._transport.is_closing():
+            return False
+        info = self._transport.get_extra_info
+        return info("ssl_object") is not None and is_closed_by_peer(info("socket"))
+
+    async def _apply_end(self, end: End) -> None:
+        match end:
+            case End.CLOSE:
+                self._connection.conversation.finish()
+            case End.RESET:
+                reset_transport(self._transport)
+                raise ConnectionResetError("reset by the script")
+            case End.HALF_CLOSE:
+                shutdown_write(self._transport)
+            case End.STALL:
+                await self._stall()
+
+    async def _stall(self) -> None:
+        self._begin_stall()
+        self._transport.pause_reading()
+        while not self.is_ending:
+            self._wake.clear()
+            await self._wake.wait()
+        self._end_stall()
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def end(self) -> None:
+        """End the waits: the server is about to end the connection."""
+        self.is_ending = True
+        self._wake.set()

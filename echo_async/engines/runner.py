@@ -1,0 +1,89 @@
+"""Runs the actions of a script, one after another: what does not depend on who waits.
+
+A connection that has a script gives its replies to a runner instead of its transport. The connection reads nothing
+until all actions are done, so a slow script applies backpressure. Waits end when the server stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..compat import unsent_in_kernel
+from ..wire.script import Action, End, Report, Script, Wait
+from .connection import Connection
+
+SENT_CHECK_INTERVAL = 0.001  # seconds between two checks whether everything is on the wire
+MAX_WAIT_AT_END = 0.001  # seconds that an action waits during a shutdown
+MIN_WAIT = 0.75  # of the length of a wait, if the previous one took too long
+
+
+class Runner:
+    """The state of a script that runs.
+
+    Attributes:
+        sent: Bytes that the actions so far have sent.
+        is_busy: Actions are left: replies are delayed.
+        is_stalled: Nothing more is read or sent.
+        is_ending: The server is about to end the connection.
+    """
+
+    def __init__(self, connection: Connection, script: Script) -> None:
+        self.sent = 0
+        self.is_busy = False
+        self.is_stalled = False
+        self.is_ending = False
+        self._connection = connection
+        self._context = connection.context
+        self._script = script
+        self._due = 0.0  # when the last wait ended, or should have ended
+
+    @property
+    def is_held_open(self) -> bool:
+        """Whether it is left to the client to close the connection."""
+        return self._script.is_silent and not self.is_ending
+
+    def _actions(self, reply: bytes) -> Iterator[Action]:
+        """Yield what to do instead of sending ``reply``."""
+        if self._context.log_messages and (lines := self._connection.log_reply(reply)) is not None:
+            yield from lines
+        for action in self._script.reply(reply):
+            if self.sent and action in (End.RESET, End.HALF_CLOSE):
+                yield from self._wait_until_sent()
+            yield action
+
+    def _wait_until_sent(self) -> Iterator[Wait]:
+        """Wait until what was sent is on the wire: a reset discards the rest.
+
+        What is buffered between TLS and its socket reaches the kernel before the second check.
+        """
+        connection, context = self._connection, self._context
+        deadline = context.now() + context.config.timeout_write
+        checks = 2
+        while checks and context.now() < deadline:
+            is_sent = not connection.unsent() and not unsent_in_kernel(connection.get_extra_info("socket"))
+            checks = checks - 1 if is_sent else 2
+            yield Wait(SENT_CHECK_INTERVAL)
+
+    def _next_wait(self, seconds: float) -> float:
+        """Return the seconds of a wait, 0 or more. A wait that took too long shortens the next."""
+        now = self._context.now()
+        if self.is_ending:
+            self._due = now + min(seconds, MAX_WAIT_AT_END)
+        else:
+            self._due = max(self._due + seconds, now + MIN_WAIT * seconds)
+        return max(0.0, self._due - now)
+
+    def _report(self, report: Report) -> None:
+        self._context.report(self._connection.peer, report)
+
+    def _begin_stall(self) -> None:
+        self.is_stalled = True
+        self._connection.timeouts.restart_idle(self._context.now())
+
+    def _end_stall(self) -> None:
+        self.is_stalled = False
+        self._connection.conversation.finish()
+
+    def end(self) -> None:
+        """End the waits: the server is about to end the connection. Provided by each runner."""
+        raise NotImplementedError

@@ -1,0 +1,54 @@
+"""Which connections of a server have a script: faults, and the replies in ``identify`` mode."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ..config import ServerConfig
+from ..engines.connection import Connection
+from ..engines.context import Slot
+from ..logs import log
+from ..wire.faults import FaultPlan, FaultSchedule, FaultScript
+from ..wire.script import EchoScript, Report, Script
+
+
+class Scripts:
+    """Used by one thread at a time."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+        self._is_raw = config.mode == "raw"
+        self._schedule: FaultSchedule | None = None
+        if config.has_faults:
+            self._schedule = FaultSchedule(config.fault, config.fault_sequence, config.fault_seed)
+            log.info("faults configured: %s, seed %d", config.fault or config.fault_sequence, self._schedule.seed)
+
+    def assign(self, slot: Slot) -> Report | None:
+        """Give the next connection its script, if it has one; return the report if it is to be reset instead."""
+        plan = None if self._schedule is None else self._schedule.next_plan()
+        if plan is not None and plan.fault.is_refusal:
+            return plan.fault.report_refusal()
+        if plan is not None or self._config.mode == "identify":
+            slot.make_script = partial(self._make_script, plan)
+        return None
+
+    def datagram_schedule(self) -> FaultSchedule | None:
+        """Return a schedule with the same faults for datagrams, which are numbered apart; None if there are none."""
+        if self._schedule is None:
+            return None
+        return FaultSchedule(self._config.fault, self._config.fault_sequence, self._schedule.seed)
+
+    def _make_script(self, plan: FaultPlan | None, connection: Connection) -> Script:
+        script = self._make_replies(connection)
+        return script if plan is None else FaultScript(plan, script, is_raw=self._is_raw)
+
+    def _make_replies(self, connection: Connection) -> Script:
+        if self._config.mode != "identify":
+            return EchoScript(is_raw=self._is_raw)
+        from ..wire.identity import IdentifyScript
+        from .description import describe_connection
+
+        slot = connection.slot
+        return IdentifyScript(
+            partial(describe_connection, self._config, slot.peername, slot.header, connection.get_extra_info)
+        )
