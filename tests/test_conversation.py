@@ -140,13 +140,12 @@ def test_stream_after_a_split_message_returns_without_a_copy() -> None:
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
-def test_large_message_is_written_in_parts_without_a_copy(mode: Mode) -> None:
+def test_large_message_is_returned_in_parts_without_a_copy(mode: Mode) -> None:
     chunks = [b"a" * LARGE_CHUNK, b"b" * LARGE_CHUNK, b"c\n"]
     conversation = make_conversation(mode, LIMIT)
-    written: list[bytes] = []
-    conversation.write_parts_with(written.append)
+    conversation.has_parts = True
     assert [conversation.receive(chunk) for chunk in chunks] == [b"", b"", b"c\n"]
-    assert [id(part) for part in written] == [id(chunk) for chunk in chunks[:2]]
+    assert [id(part) for part in conversation.parts] == [id(chunk) for chunk in chunks[:2]]
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
@@ -239,7 +238,7 @@ def test_message_too_long_is_counted_the_same_in_any_split(mode: Mode) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_input_after_finish_is_discarded(mode: Mode) -> None:
     conversation = make_conversation(mode, LIMIT)
-    conversation.finish()
+    conversation.end_input()
     assert conversation.receive(b"never\n") == b""
     assert conversation.receive(b"never") == b""
     assert conversation.received == conversation.discarded == 11
@@ -250,7 +249,7 @@ def test_input_after_finish_is_discarded(mode: Mode) -> None:
 def test_eof_within_a_message_keeps_the_incomplete_size(mode: Mode) -> None:
     conversation = make_conversation(mode, LIMIT)
     feed(conversation, [b"no newline"])
-    conversation.receive_eof()
+    conversation.end_input()
     assert Outcome.of(conversation, b"") == Outcome(reply=b"", messages=0, incomplete=10, finished=True)
 
 
@@ -258,8 +257,8 @@ def test_eof_within_a_message_keeps_the_incomplete_size(mode: Mode) -> None:
 def test_eof_between_messages_leaves_nothing_incomplete(mode: Mode) -> None:
     conversation = make_conversation(mode, LIMIT)
     feed(conversation, [b"whole\n"])
-    conversation.receive_eof()
-    conversation.receive_eof()
+    conversation.end_input()
+    conversation.end_input()
     assert conversation.finished
     assert conversation.incomplete == 0
 
@@ -267,7 +266,7 @@ def test_eof_between_messages_leaves_nothing_incomplete(mode: Mode) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_stop_before_the_first_byte_finishes_at_once(mode: Mode) -> None:
     conversation = make_conversation(mode, LIMIT)
-    conversation.stop()
+    conversation.drain()
     assert conversation.finished
     assert feed(conversation, [b"late\n"]) == b""
     assert conversation.discarded == 5
@@ -276,7 +275,7 @@ def test_stop_before_the_first_byte_finishes_at_once(mode: Mode) -> None:
 def test_stop_between_messages_finishes_at_once() -> None:
     conversation = make_conversation("stream", LIMIT)
     feed(conversation, [b"beg", b"un\n"])
-    conversation.stop()
+    conversation.drain()
     assert Outcome.of(conversation, b"") == Outcome(reply=b"", messages=1, finished=True)
 
 
@@ -285,7 +284,7 @@ def test_stop_between_messages_finishes_at_once() -> None:
 def test_stop_within_a_message_answers_it_and_no_other(mode: Mode, size: int) -> None:
     conversation = make_conversation(mode, LIMIT)
     assert conversation.receive(b"first ") == b""
-    conversation.stop()
+    conversation.drain()
     assert not conversation.finished
     reply = b"".join(conversation.receive(chunk) for chunk in split_evenly(b"part\nno\nmore", size))
     assert Outcome.of(conversation, reply) == Outcome(reply=b"first part\n", messages=1, discarded=7, finished=True)
@@ -294,7 +293,7 @@ def test_stop_within_a_message_answers_it_and_no_other(mode: Mode, size: int) ->
 def test_message_after_stop_can_be_too_long() -> None:
     conversation = make_conversation("stream", 20)
     feed(conversation, [b"first"])
-    conversation.stop()
+    conversation.drain()
     assert conversation.receive(b"x" * 20) == b""
     assert conversation.finished
     assert conversation.too_long
@@ -351,13 +350,14 @@ def test_any_chunk_kept_as_it_is_gives_the_same_outcome(
 ) -> None:
     """``large`` bytes take the place of the sizes from which on a chunk is kept, and newlines are found one by one."""
     conversation, reply = make_conversation(mode, limit), bytearray()
-    if in_parts:
-        conversation.write_parts_with(reply.extend)
+    conversation.has_parts = in_parts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(echo_async.wire.conversation, "LARGE_CHUNK", large)
         patch.setattr(echo_async.wire.conversation, "LARGE_MESSAGE", large)
         for chunk in split(sent, sizes):
-            reply += conversation.receive(chunk)
+            last = conversation.receive(chunk)
+            reply += b"".join([*conversation.parts, last])
+            conversation.parts = []
             assert len(reply) == conversation.answered
     assert Outcome.of(conversation, bytes(reply)) == run_conversation(mode, [sent] if sent else [], limit)
 
@@ -370,7 +370,7 @@ def test_stop_before_any_split_gives_the_same_outcome(
     def run_stopped(chunks: Iterable[bytes]) -> Outcome:
         conversation = make_conversation(mode, limit)
         reply = feed(conversation, [before])
-        conversation.stop()
+        conversation.drain()
         return Outcome.of(conversation, reply + b"".join(map(conversation.receive, chunks)))
 
     assert run_stopped(split(after, sizes)) == run_stopped([after] if after else [])

@@ -73,13 +73,13 @@ class AnyConversation(RuleBasedStateMachine):
     def end(self, enabled: bool) -> None:
         if not enabled:
             return
-        self.conversation.receive_eof()
+        self.conversation.end_input()
         self.ended = True
         assert self.conversation.finished
 
     @rule()
     def stop(self) -> None:
-        self.conversation.stop()
+        self.conversation.drain()
         if self.stopped_at is None:
             self.stopped_at = len(self.sent)
 
@@ -87,7 +87,7 @@ class AnyConversation(RuleBasedStateMachine):
     def finish(self, enabled: bool) -> None:
         if not enabled:
             return
-        self.conversation.finish()
+        self.conversation.end_input()
         self.ended = True
 
     def expected(self) -> bytes:

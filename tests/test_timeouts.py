@@ -45,13 +45,13 @@ class FakeConnection(Connection):
     def unsent(self) -> int:
         return self.unsent_bytes
 
-    def finish(self) -> None:
-        self.conversation.finish()
-        self.calls.append("finish")
+    def linger(self) -> None:
+        self.conversation.end_input()
+        self.calls.append("linger")
 
-    def stop(self) -> None:
-        self.conversation.stop()
-        self.calls.append("stop")
+    def drain(self) -> None:
+        self.conversation.drain()
+        self.calls.append("drain")
 
     def abort(self) -> None:
         self.calls.append("abort")
@@ -186,7 +186,7 @@ def test_write_timeout_suspends_the_other_timeouts() -> None:
     for each in (slow, incomplete, finished):
         each.receive(b"one\n")
     incomplete.receive(b"begun")
-    finished.conversation.receive_eof()
+    finished.conversation.end_input()
     for each in (slow, incomplete, finished):
         each.advance(1)
         each.unsent_bytes = 4
@@ -216,8 +216,8 @@ def test_linger_timeout_ignores_discarded_input() -> None:
 def test_linger_timeout_during_shutdown_is_shorter() -> None:
     done = connection("message")
     done.receive(b"one\n")
-    done.clock.stop()
-    assert done.calls == ["stop"]
+    done.clock.drain()
+    assert done.calls == ["drain"]
     assert done.timeouts.expired(done, done.clock.time) is None
     assert done.advance(LINGER_TIMEOUT_AT_STOP) == "linger"
 
@@ -261,7 +261,7 @@ def test_sweep_closes_and_counts_expired_connections(caplog: pytest.LogCaptureFi
         registry.time += 1
         active.receive(b"one\n")
         registry.sweep()
-    assert (idle.calls, incomplete.calls, stalled.calls, active.calls) == (["finish"], ["finish"], ["abort"], [])
+    assert (idle.calls, incomplete.calls, stalled.calls, active.calls) == (["linger"], ["linger"], ["abort"], [])
     stats = registry.stats
     assert (stats.timeouts_idle, stats.timeouts_message, stats.timeouts_write) == (1, 1, 1)
     for _ in range(int(LINGER_TIMEOUT) + 2):
@@ -269,7 +269,7 @@ def test_sweep_closes_and_counts_expired_connections(caplog: pytest.LogCaptureFi
         active.receive(b"one\n")
         registry.sweep()
     assert registry.connections == {active}
-    assert (idle.calls, incomplete.calls) == (["finish", "abort"], ["finish", "abort"])
+    assert (idle.calls, incomplete.calls) == (["linger", "abort"], ["linger", "abort"])
     assert registry.stats.timeouts_idle == 1
     lines = [record.getMessage() for record in caplog.records]
     assert sorted(line for line in lines if " timeout (" in line) == [
@@ -294,7 +294,7 @@ def test_sweep_with_a_failing_connection_aborts_only_it(caplog: pytest.LogCaptur
     clients = [FakeConnection(registry), Broken(registry), FakeConnection(registry)]
     registry.time += IDLE
     registry.sweep()
-    assert [client.calls for client in clients] == [["finish"], ["abort"], ["finish"]]
+    assert [client.calls for client in clients] == [["linger"], ["abort"], ["linger"]]
     assert registry.stats.failed == 1
     assert "broken" in caplog.text
 

@@ -16,18 +16,18 @@ LOST_CHECK_INTERVAL = 1.0  # seconds of a wait between two checks whether the cl
 
 
 class AsyncioRunner(Runner):
-    """Runs actions on a transport; ``drain`` waits until its write buffer has room."""
+    """Runs actions on a transport; ``wait_writable`` waits until its write buffer has room."""
 
     def __init__(
         self,
         connection: Connection,
         script: Script,
         transport: asyncio.Transport,
-        drain: Callable[[], Awaitable[None]],
+        wait_writable: Callable[[], Awaitable[None]],
     ) -> None:
         super().__init__(connection, script)
         self._transport = transport
-        self._drain = drain
+        self._wait_writable = wait_writable
         self._queue: deque[Iterator[Action]] = deque([script.start()])
         self._wake = asyncio.Event()  # ends the current wait
         self._steps = 0
@@ -54,7 +54,7 @@ class AsyncioRunner(Runner):
             case Send():
                 self.sent += len(action.data)
                 self._transport.write(action.data)
-                await self._drain()
+                await self._wait_writable()
             case Wait():
                 return await self._wait(action.seconds)
             case Report():
@@ -89,7 +89,7 @@ class AsyncioRunner(Runner):
     async def _apply_end(self, end: End) -> None:
         match end:
             case End.CLOSE:
-                self._connection.conversation.finish()
+                self._connection.conversation.end_input()
             case End.RESET:
                 reset_transport(self._transport)
                 raise ConnectionResetError("reset by the script")

@@ -97,15 +97,15 @@ class Connection:
         """Return the bytes of replies that the operating system has not taken yet."""
         raise NotImplementedError
 
-    def finish(self) -> None:
+    def linger(self) -> None:
         """Answer nothing more: flush replies, close the sending side, discard input until the client closes its side.
 
         Closing with unread input would send a reset, which can overtake the last reply (RFC 1122 section 4.2.2.13).
         """
         raise NotImplementedError
 
-    def stop(self) -> None:
-        """Answer what was received, wait for the rest of an incomplete message, then :meth:`finish`."""
+    def drain(self) -> None:
+        """Answer what was received, wait for the rest of an incomplete message, then :meth:`linger`."""
         raise NotImplementedError
 
     def abort(self) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, cast
 
 from ..compat import is_readable
+from ..wire.conversation import Conversation
 from ..wire.script import Script, Wait
 from .asyncio_runner import AsyncioRunner
 from .connection import Connection
@@ -42,13 +43,13 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     __slots__ = (
         "_drain_target",
-        "_drained",
         "_is_working",
         "_is_writing_paused",
         "_large_reads",
         "_lines",
         "_task",
         "_transport",
+        "_writable",
         "_write",
     )
 
@@ -64,7 +65,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         self._is_working = False
         self._task: asyncio.Task[None] | None = None  # the last one; an event loop has a weak reference only
         self._lines: Iterator[Wait] | None = None  # that the task has to log
-        self._drained: asyncio.Future[None] | None = None  # done when the write buffer has room again
+        self._writable: asyncio.Future[None] | None = None  # done when the write buffer has room again
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -78,7 +79,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             elif self.context.log_messages:
                 self._write = self._write_and_log
             else:
-                self.conversation.write_parts_with(self._write)
+                self.conversation.has_parts = True
         except Exception as error:  # an event loop would keep the connection open
             self.fail(error)
 
@@ -99,19 +100,26 @@ class ProtocolConnection(Connection, asyncio.Protocol):
                 self.log_chunk(data)
             reply = conversation.receive(data)
             if reply:
+                if conversation.parts:
+                    self._write_parts(conversation)
                 write = self._write  # a local: calling through a slot is slower in CPython
                 write(reply)
             if conversation.finished and self.timeouts.lingering_since is None:
-                self._finish_if_answered()
+                self._linger_if_answered()
             elif len(data) > LARGE_READ:
                 self._count_large_read(reply)
         except Exception as error:
             self.fail(error)
 
-    def _finish_if_answered(self) -> None:
-        """Finish, unless a task still answers, or a script leaves it to the client to close the connection."""
+    def _write_parts(self, conversation: Conversation) -> None:
+        for part in conversation.parts:
+            self._write(part)
+        conversation.parts = []
+
+    def _linger_if_answered(self) -> None:
+        """Linger, unless a task still answers, or a script leaves it to the client to close the connection."""
         if not self._is_working and not self.is_held_open:
-            self.finish()
+            self.linger()
 
     def _count_large_read(self, reply: bytes) -> None:
         """End the turn if it was long enough: libuv reads 32 times in a row (src/unix/stream.c, uv__read)."""
@@ -123,7 +131,8 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._resume_reading)
 
     def eof_received(self) -> bool:
-        self.conversation.receive_eof()
+        if not self.conversation.finished:
+            self.conversation.end_input()
         if self.timeouts.lingering_since is None and self._transport.can_write_eof():
             with contextlib.suppress(*TRANSPORT_ERRORS):  # the client has reset the connection
                 self._transport.write_eof()  # closing is no end if a child process has a duplicate of the socket
@@ -133,9 +142,9 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         """Count as open until the task has ended, and so all messages are logged."""
         if error is not None:
             self.log_lost(error)
-        self.end_script()
-        self._wake_drain()
         if self._is_working and self._task is not None:
+            self.end_script()
+            self._wake_writer()
             self._task.add_done_callback(lambda _: self.context.remove(self))
         else:
             self.context.remove(self)
@@ -147,7 +156,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._is_writing_paused = False
-        self._wake_drain()
+        self._wake_writer()
         self._resume_reading()
 
     def _can_read(self) -> bool:
@@ -167,9 +176,10 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     def unsent(self) -> int:
         return write_buffer_size(self._transport)
 
-    def finish(self) -> None:
+    def linger(self) -> None:
         self.end_script()
-        self.conversation.finish()
+        if not self.conversation.finished:
+            self.conversation.end_input()
         self.timeouts.lingering_since = self.context.now()
         try:
             if self._transport.can_write_eof():
@@ -179,7 +189,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         except TRANSPORT_ERRORS:  # the client has reset the connection
             self._transport.abort()
 
-    def stop(self) -> None:
+    def drain(self) -> None:
         self.end_script()
         conversation = self.conversation
         if self._drain_target is None:
@@ -187,9 +197,9 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         # Later sweeps call this again until all of that is read. What arrives after it is not answered.
         if not self._can_read() or (conversation.received < self._drain_target and self._kernel_buffered()):
             return
-        conversation.stop()
+        conversation.drain()
         if conversation.finished and self.timeouts.lingering_since is None:
-            self.finish()
+            self.linger()
 
     def abort(self) -> None:
         self.end_script()
@@ -200,7 +210,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     # A script, and access log lines in turns.
 
     def _start_script(self, script: Script) -> None:
-        self.runner = AsyncioRunner(self, script, self._transport, self._drain)
+        self.runner = AsyncioRunner(self, script, self._transport, self._wait_writable)
         self._write = self._submit
         self._start_task(self.runner.run())
 
@@ -239,15 +249,15 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         finally:
             self._is_working = False
         if self.conversation.finished and self.timeouts.lingering_since is None and not self._transport.is_closing():
-            self._finish_if_answered()
+            self._linger_if_answered()
         self._resume_reading()
 
-    async def _drain(self) -> None:
+    async def _wait_writable(self) -> None:
         """Wait until the write buffer has room, or the connection is lost."""
         if self._is_writing_paused and not self._transport.is_closing():
-            self._drained = asyncio.get_running_loop().create_future()
-            await self._drained
+            self._writable = asyncio.get_running_loop().create_future()
+            await self._writable
 
-    def _wake_drain(self) -> None:
-        if self._drained is not None and not self._drained.done():
-            self._drained.set_result(None)
+    def _wake_writer(self) -> None:
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)

@@ -82,7 +82,7 @@ class Runner:
 
     def _end_stall(self) -> None:
         self.is_stalled = False
-        self._connection.conversation.finish()
+        self._connection.conversation.end_input()
 
     def end(self) -> None:
         """End the waits: the server is about to end the connection. Provided by each runner."""

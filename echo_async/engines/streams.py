@@ -82,7 +82,7 @@ def serve_stream(
 class StreamConnection(Connection):
     """One connection of the ``streams`` engine."""
 
-    __slots__ = ("_is_reading", "_is_stopping", "_lines", "_reader", "_task", "_transport", "_writer")
+    __slots__ = ("_is_draining", "_is_reading", "_lines", "_reader", "_task", "_transport", "_writer")
 
     runner: AsyncioRunner | None
 
@@ -94,12 +94,12 @@ class StreamConnection(Connection):
         if self._peername is None:  # it is logged after the connection is lost
             self._peername = self._transport.get_extra_info("peername")
         self._is_reading = False  # the task may be woken by a cancellation
-        self._is_stopping = False
+        self._is_draining = False
         self._lines = NO_LINES  # of the reply that is being logged
 
         if slot.make_script is not None:
             self.runner = AsyncioRunner(
-                self, slot.make_script(self), cast(asyncio.Transport, self._transport), self._drain_writes
+                self, slot.make_script(self), cast(asyncio.Transport, self._transport), self._wait_writable
             )
 
     def start(self) -> asyncio.Task[None]:
@@ -112,11 +112,11 @@ class StreamConnection(Connection):
         # Set here: the program may start tasks eagerly. It keeps the task alive: an event loop has a weak reference.
         self._task = cast("asyncio.Task[None]", asyncio.current_task())
         try:
-            if not self._is_stopping:
+            if not self._is_draining:
                 await self._echo()
-            if self._is_stopping:
-                await self._drain()
-            await self._linger()
+            if self._is_draining:
+                await self._drain_input()
+            await self._discard_input()
             is_sent = self._transport.can_write_eof() and not self.unsent()  # TLS has its close_notify to send
             self._transport.close()
             if not is_sent:
@@ -166,7 +166,7 @@ class StreamConnection(Connection):
                 if chunks == CHUNKS_PER_TURN:
                     chunks = 0
                     await asyncio.sleep(0)
-            conversation.receive_eof()
+            conversation.end_input()
         except asyncio.CancelledError:
             if self._is_reading or self._task.uncancel():  # not canceled by _wake, or not by it alone
                 raise
@@ -180,14 +180,14 @@ class StreamConnection(Connection):
             await runner.run()
         finally:
             self._is_reading = True
-        return not self._is_stopping and (not self.conversation.finished or self.is_held_open)
+        return not self._is_draining and (not self.conversation.finished or self.is_held_open)
 
-    async def _drain_writes(self) -> None:
+    async def _wait_writable(self) -> None:
         """Wait until the write buffer has room."""
         if self.unsent() > DRAIN_THRESHOLD:
             await self._writer.drain()
 
-    async def _drain(self) -> None:
+    async def _drain_input(self) -> None:
         """Shut down: answer what has arrived, and wait for the rest of an incomplete message."""
         conversation = self.conversation
         try:
@@ -196,14 +196,14 @@ class StreamConnection(Connection):
                 async with asyncio.timeout(None if conversation.incomplete else 0):
                     chunk = await self._reader.read(DISCARD_SIZE)
                 if not chunk:
-                    return conversation.receive_eof()
+                    return conversation.end_input()
                 reply = conversation.receive(chunk)
                 if self._transport.is_closing():
                     return
                 await self._send(reply)
                 await self._writer.drain()
         except TimeoutError:
-            conversation.finish()
+            conversation.end_input()
 
     async def _send(self, reply: bytes) -> None:
         if self.runner is not None:
@@ -223,7 +223,7 @@ class StreamConnection(Connection):
             self.finish_log(self._lines)
             self._lines = NO_LINES  # an idle connection keeps no message
 
-    async def _linger(self) -> None:
+    async def _discard_input(self) -> None:
         """Discard input until the client closes its side. The sweep limits the time."""
         if self._transport.can_write_eof():
             self._transport.write_eof()  # closing is no end if a child process has a duplicate of the socket
@@ -236,19 +236,19 @@ class StreamConnection(Connection):
     def unsent(self) -> int:
         return write_buffer_size(self._transport)
 
-    def finish(self) -> None:
+    def linger(self) -> None:
         self.end_script()
-        self.conversation.finish()
+        self.conversation.end_input()
         self._wake()
 
-    def stop(self) -> None:
+    def drain(self) -> None:
         self.end_script()
-        self._is_stopping = True
+        self._is_draining = True
         self._wake()
 
     def abort(self) -> None:
         self.end_script()
-        self.conversation.finish()  # input that is buffered is not answered
+        self.conversation.end_input()  # input that is buffered is not answered
         self.finish_log(self._lines)
         abort_transport(self._transport)
 

@@ -61,7 +61,7 @@ class ThreadRunner(Runner):
     def _apply_end(self, end: End) -> None:
         match end:
             case End.CLOSE:
-                self._connection.conversation.finish()
+                self._connection.conversation.end_input()
             case End.RESET:
                 connected: socket.socket = self._connection.get_extra_info("socket")
                 set_reset_on_close(connected)

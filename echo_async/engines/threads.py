@@ -28,11 +28,11 @@ class ThreadConnection(Connection):
     """
 
     __slots__ = (
-        "_finish_requested",
+        "_drain_requested",
         "_io_lock",
         "_is_write_closed",
+        "_linger_requested",
         "_socket",
-        "_stop_requested",
         "_unsent",
     )
 
@@ -42,8 +42,8 @@ class ThreadConnection(Connection):
         super().__init__(context, slot)
         self._socket = connected
         self._io_lock = threading.Lock()
-        self._stop_requested = False  # by a shutdown or a timeout
-        self._finish_requested = False  # by a timeout
+        self._drain_requested = False  # by a shutdown or a timeout
+        self._linger_requested = False  # by a timeout
         self._is_write_closed = False
         self._unsent = 0
         if slot.make_script is not None:
@@ -70,12 +70,12 @@ class ThreadConnection(Connection):
             with self._io_lock:
                 self.runner.start()
             if conversation.finished:
-                self._handle_stop_request()
+                self._handle_end_request()
         while not conversation.finished:
             if self._answer_input():
-                return conversation.receive_eof()
-            if self._stop_requested or conversation.finished:
-                self._handle_stop_request()
+                return conversation.end_input()
+            if self._drain_requested or conversation.finished:
+                self._handle_end_request()
             if not conversation.finished:
                 receive(1, socket.MSG_PEEK)  # wait
         with self._io_lock:  # another thread may be closing the sending side, and TLS allows one at a time
@@ -92,7 +92,7 @@ class ThreadConnection(Connection):
                 while chunk := receive(size, MSG_DONTWAIT):
                     if reply := answer(chunk):
                         self._send(reply)
-                    if len(chunk) < size or self._stop_requested or conversation.finished:
+                    if len(chunk) < size or self._drain_requested or conversation.finished:
                         return False  # less than requested: there was no more
             except BlockingIOError:
                 return False
@@ -121,17 +121,17 @@ class ThreadConnection(Connection):
                 rest = rest[self._socket.send(rest[:SEND_SIZE]) :]
                 self._unsent = len(rest)
 
-    def _handle_stop_request(self) -> None:
+    def _handle_end_request(self) -> None:
         """Close the sending side if nothing is left to answer. The owner of a taken lock does this after release."""
-        if self._is_write_closed or (self.is_held_open and not self._stop_requested):
+        if self._is_write_closed or (self.is_held_open and not self._drain_requested):
             return
         if not self._io_lock.acquire(blocking=False):
             return
         try:
-            if self._finish_requested:
-                self.conversation.finish()
-            elif self._stop_requested and not self._has_input():
-                self.conversation.stop()
+            if self._linger_requested:
+                self.conversation.end_input()
+            elif self._drain_requested and not self._has_input():
+                self.conversation.drain()
             if self.conversation.finished:
                 self._close_write()
         except OSError:  # the client has reset the connection
@@ -159,16 +159,16 @@ class ThreadConnection(Connection):
         plain = self._socket.plain if isinstance(self._socket, TlsSocket) else self._socket
         return {"socket": lambda: plain, "sockname": plain.getsockname, "peername": plain.getpeername}[name]()
 
-    def finish(self) -> None:
-        self._finish_requested = True
-        self.stop()
+    def linger(self) -> None:
+        self._linger_requested = True
+        self.drain()
 
-    def stop(self) -> None:
+    def drain(self) -> None:
         self.end_script()
-        self._stop_requested = True
+        self._drain_requested = True
         if self._is_write_closed and not self.conversation.finished:  # half-closed: there is no half left to close
             return self.abort()
-        self._handle_stop_request()
+        self._handle_end_request()
 
     def abort(self) -> None:
         self.end_script()

@@ -114,7 +114,7 @@ class AsyncioAcceptor:
                 server.close()
             await run_turns(1)  # nothing waits for a listener when it is closed: select would fail
             self._stop_listening()
-            registry.stop()
+            registry.drain()
             while not self._admission.is_idle and not self._is_aborting and self._loop.time() < deadline:
                 emptied.clear()  # it may have been empty before: connections still came from the backlog
                 with contextlib.suppress(TimeoutError):

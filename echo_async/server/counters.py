@@ -9,36 +9,37 @@ from ..wire.datagrams import DatagramCounters
 
 
 class Counters:
-    """Totals of events and of closed connections. Safe to use from several threads."""
+    """Totals of events and of closed connections. Safe to use from several threads.
+
+    ``lock`` is held while they change. With it held, a connection is open or in the totals.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._totals = dict.fromkeys(COUNTERS, 0)
         self._faults: dict[str, int] = {}
         self.datagrams = DatagramCounters()
 
     def increment(self, name: str) -> None:
         """Count one event. ``name`` is a field of :class:`~echo_async.Stats`."""
-        with self._lock:
+        with self.lock:
             self._totals[name] += 1
 
     def count_fault(self, kind: str) -> None:
         """Count a connection or datagram on which a fault took effect."""
-        with self._lock:
+        with self.lock:
             self._faults[kind] = self._faults.get(kind, 0) + 1
 
     def add_closed(self, connection: Connection) -> None:
-        """Add what was exchanged on a connection that is closed."""
+        """Add what was exchanged on a connection that is closed. ``lock`` is held."""
+        _add(self._totals, connection)
         conversation = connection.conversation
-        with self._lock:
-            _add(self._totals, connection)
-            if conversation.incomplete:
-                self._totals["too_long" if conversation.too_long else "lost"] += 1
+        if conversation.incomplete:
+            self._totals["too_long" if conversation.too_long else "lost"] += 1
 
     def snapshot(self, active: Collection[Connection]) -> Stats:
-        """The totals, with what was exchanged on open connections added."""
-        with self._lock:
-            totals, faults = dict(self._totals), dict(self._faults)
+        """The totals, with what was exchanged on open connections added. ``lock`` is held."""
+        totals, faults = dict(self._totals), dict(self._faults)
         totals["active"] = len(active)
         for connection in active:
             _add(totals, connection)

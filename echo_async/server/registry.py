@@ -4,7 +4,6 @@ An engine adds a connection before it serves it, and removes it when its socket 
 event loops, and safe to use from several threads.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +29,7 @@ class Registry(ConnectionContext):
         self.connections: set[Connection] = set()
         self.pending: set[Any] = set()  # of connections that are accepted and not established yet
         self.on_empty: Callable[[], object] | None = None
-        self._lock = threading.Lock()  # a connection is in the set, or in the totals
-        self._is_stopping = False
+        self._is_draining = False
         self._timed_out: set[Connection] = set()  # counted, and not closed yet
         shortest_timeout = min(config.timeout_idle, config.timeout_message, config.timeout_write)
         self.sweep_interval = min(1.0, shortest_timeout / 20)
@@ -43,7 +41,7 @@ class Registry(ConnectionContext):
             connection.log_established()
 
     def remove(self, connection: Connection) -> None:
-        with self._lock:
+        with self.counters.lock:
             if connection not in self.connections:
                 return
             self.connections.remove(connection)
@@ -70,7 +68,7 @@ class Registry(ConnectionContext):
     @property
     def stats(self) -> Stats:
         """A snapshot: the totals and the open connections, added up."""
-        with self._lock:
+        with self.counters.lock:
             return self.counters.snapshot(list(self.connections))
 
     def sweep(self, some: Sequence[Connection] | None = None) -> None:
@@ -89,22 +87,22 @@ class Registry(ConnectionContext):
     def _check(self, connection: Connection, now: float) -> None:
         kind = connection.timeouts.expired(connection, now)
         if kind is None:
-            if self._is_stopping and not connection.timeouts.is_new(connection, now):
-                connection.stop()
+            if self._is_draining and not connection.timeouts.is_new(connection, now):
+                connection.drain()
             return
         if kind != "linger" and connection not in self._timed_out:
             self._timed_out.add(connection)
             self.counters.increment(f"timeouts_{kind}")
             connection.log_timeout(kind)
         if kind in ("idle", "message"):
-            connection.finish()
+            connection.linger()
         else:
             connection.abort()
 
-    def stop(self) -> None:
+    def drain(self) -> None:
         """Ask connections to end as soon as what was received is answered, in this sweep and all later ones."""
         self.linger_timeout = LINGER_TIMEOUT_AT_STOP
-        self._is_stopping = True
+        self._is_draining = True
         self.sweep()
 
     def abort(self) -> None:

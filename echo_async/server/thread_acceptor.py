@@ -132,7 +132,7 @@ class ThreadAcceptor:
             self._stop_udp()
             self._listeners.close()
             self._abort_pending()
-            self._registry.stop()
+            self._registry.drain()
             self._wait_for_connections(self._admission.config.timeout_graceful_shutdown, or_abort=True)
         finally:
             self._stop_udp()

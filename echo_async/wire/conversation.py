@@ -7,10 +7,9 @@ classes, so all engines give the same replies.
 Performance: each byte is searched for a newline once, with ``find``, ``rfind`` or ``replace``, which use
 ``memchr``. An incomplete message is collected in a ``BytesIO``, which appends and returns its content without
 copying it. A chunk that consists of complete messages is returned as it is, without a copy, and so is a large chunk of
-an incomplete message if the engine can write a reply in parts.
+an incomplete message if the engine takes a reply in parts.
 """
 
-from collections.abc import Callable
 from io import BytesIO
 
 NEWLINE = 10  # ord("\n"), to compare with data[-1]; bytes also search for an integer faster than for bytes
@@ -29,19 +28,22 @@ class Conversation:
         received: Bytes received.
         discarded: Received bytes that are never answered.
         messages: Complete messages that were answered.
+        has_parts: Whether a large reply is returned in parts, which takes less time than to join them. False at first.
+        parts: The parts of a reply before the one that ``receive`` returned, if there are any.
     """
 
     __slots__ = (
         "_collected",
         "_is_at_boundary",
-        "_is_stopping",
+        "_is_draining",
         "_parts",
-        "_write_part",
         "discarded",
         "finished",
+        "has_parts",
         "incomplete",
         "max_message_size",
         "messages",
+        "parts",
         "received",
         "too_long",
     )
@@ -55,10 +57,11 @@ class Conversation:
         self.finished = False
         self.too_long = False
         self._is_at_boundary = True  # no message is incomplete: the next byte starts one
-        self._is_stopping = False  # finish after the incomplete message
+        self._is_draining = False  # finish after the incomplete message
         self._parts: list[bytes] | None = None  # the incomplete message, up to its last large chunk
         self._collected: BytesIO | None = None  # the rest of it
-        self._write_part: Callable[[bytes], object] | None = None
+        self.has_parts = False
+        self.parts: list[bytes] = []
 
     @property
     def answered(self) -> int:
@@ -69,22 +72,14 @@ class Conversation:
         """Process one chunk of at least one byte; return the bytes to send now, possibly none."""
         raise NotImplementedError
 
-    def write_parts_with(self, write: Callable[[bytes], object]) -> None:
-        """Call ``write`` with each part of a large reply but the last, which ``receive`` returns: it is not joined."""
-        self._write_part = write
-
-    def receive_eof(self) -> None:
-        """Process the end of input: an incomplete message is not answered."""
-        self.finish()
-
-    def stop(self) -> None:
+    def drain(self) -> None:
         """Finish after the incomplete message, or at once if there is none."""
         if self.incomplete:
-            self._is_stopping = True
+            self._is_draining = True
         else:
-            self.finish()
+            self.end_input()
 
-    def finish(self) -> None:
+    def end_input(self) -> None:
         """Answer no further input. ``incomplete`` keeps the size of a message that was cut off."""
         self.finished = True
         self._is_at_boundary = False
@@ -95,7 +90,7 @@ class Conversation:
         self.discarded += self.incomplete - self.max_message_size
         self.incomplete = self.max_message_size
         self.too_long = True
-        self.finish()
+        self.end_input()
 
     def _discard(self, data: bytes) -> bytes:
         self.received += len(data)
@@ -108,7 +103,7 @@ class Conversation:
         self.incomplete += size
         if self.incomplete >= self.max_message_size:  # the newline is still missing, and counts
             self._reject_too_long()
-        elif size >= LARGE_CHUNK and self._write_part is not None:
+        elif size >= LARGE_CHUNK and self.has_parts:
             self._is_at_boundary = False
             self._parts = self._take_parts()
             self._parts.append(data)
@@ -127,14 +122,13 @@ class Conversation:
         return parts
 
     def _complete_partial(self, end: bytes) -> bytes:
-        """Return the incomplete message with ``end`` appended, or only its last part if the others can be written."""
+        """Return the incomplete message with ``end`` appended, or only ``end`` if the rest is in ``parts``."""
         if self._is_at_boundary:
             return end
         self._is_at_boundary = True
         self.incomplete = 0
-        if self._write_part is not None and (self._parts or len(end) >= LARGE_CHUNK):
-            for part in self._take_parts():
-                self._write_part(part)
+        if self.has_parts and (self._parts or len(end) >= LARGE_CHUNK):
+            self.parts = self._take_parts()
             return end
         collected = self._collected
         assert collected is not None
@@ -158,7 +152,7 @@ class Conversation:
         self.messages += 1
         self.discarded += len(data) - end
         reply = self._complete_partial(data if end == len(data) else data[:end])
-        self.finish()
+        self.end_input()
         return reply
 
 
@@ -182,7 +176,7 @@ class StreamConversation(Conversation):
 
     def _receive_split(self, data: bytes) -> bytes:
         """Process a chunk that starts or ends within a message, or may hold one that is too long."""
-        if self.finished or self._is_stopping:
+        if self.finished or self._is_draining:
             return self._receive_single(data)
         self.received += len(data)
         if NEWLINE not in data:

@@ -162,7 +162,7 @@ def test_shutdown_during_flood_echoes_what_the_kernel_has_buffered(
                 writer.write(b"one\n")
                 assert await reader.readline() == b"one\n"
                 writer.write(messages)  # sends immediately
-                registry.stop()
+                registry.drain()
                 received = await reader.readexactly(len(messages))
                 while not reader.at_eof():
                     if not writer.is_closing():

@@ -247,7 +247,7 @@ def test_tls_finish_with_full_buffers_does_not_block(certificate: Path, client_c
         with suppress(BlockingIOError):
             while True:
                 ours.send(bytes(4096), socket.MSG_DONTWAIT)
-        finishing = threading.Thread(target=connection.finish, daemon=True)
+        finishing = threading.Thread(target=connection.linger, daemon=True)
         finishing.start()
         finishing.join(MAX_DELAY)
         is_blocked = finishing.is_alive()
@@ -294,7 +294,7 @@ def test_tls_shutdown_and_read_never_overlap(certificate: Path, client_context: 
         serving.start()
         theirs.sendall(client.record(b"in time\n"))
         wait_until(lambda: registry.stats.messages == 1 and waiting.is_set())  # the thread waits for input
-        connection.stop()
+        connection.drain()
         theirs.shutdown(socket.SHUT_WR)
         serving.join(TIMEOUT)
         assert not serving.is_alive()
