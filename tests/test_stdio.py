@@ -73,7 +73,7 @@ def test_server_address_is_escaped_if_stdout_lacks_it(tmp_path: Path) -> None:
 
 def test_bench_table_is_escaped_if_stdout_lacks_it() -> None:
     command = [sys.executable, "-m", "echo_async.bench", "compare", "--engines", "protocol", "--loops", "asyncio"]
-    command += ["--sizes", "64", "--rounds", "1", "--warmup", "0", "--duration", "0.05"]
+    command += ["--sizes", "64", "--rounds", "1", "--warmup", "0", "--duration", "1"]
     environment = {**BUFFERED, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT)
     assert (done.returncode, done.stderr) == (0, "")

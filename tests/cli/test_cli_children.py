@@ -19,7 +19,7 @@ import echo_async
 from echo_async.cli import server
 from echo_async.testing import HostedServer
 
-SHORT = ("--duration", "0.1", "--warmup", "0", "--json")
+SHORT = ("--duration", "1", "--warmup", "0", "--json")
 LOAD = ("bench", "load", "--mode", "stream", "--processes", "2", "--connections", "2", *SHORT)
 COMPARE = ("bench", "compare", "--engines", "protocol", "--loops", "asyncio", "--sizes", "64", "--rounds", "1", *SHORT)
 # The interpreter without the package; in a virtual environment, its children find the package anyway.
