@@ -101,7 +101,7 @@ def wrap(client: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
 def test_listeners_differ_and_one_signal_drains_all(
     variant: tuple[str, ...], certificate: Path, client_context: ssl.SSLContext
 ) -> None:
-    specs = ("0", "0,tls", "0,mode=raw,fault=slice=1")
+    specs = ("0", "0,tls,mode=stream", "0,mode=raw,fault=slice=1")
     with listening(*specs, options=(*variant, "--ssl-certfile", str(certificate))) as listeners, ExitStack() as stack:
         with listeners.connect(0) as client:
             client.sendall(b"Hola\nmore")
@@ -116,6 +116,8 @@ def test_listeners_differ_and_one_signal_drains_all(
         secure = stack.enter_context(wrap(listeners.connect(1), client_context))
         raw.sendall(b"bytes")
         assert receive_exactly(raw, 5) == b"bytes"
+        secure.sendall(b"one\n")
+        assert receive_line(secure) == b"one\n"  # the handshake is complete: a shutdown ends those in progress
         for client in (plain, secure):
             client.sendall(b"first ")
         listeners.server.process.send_signal(signal.SIGTERM)
@@ -127,11 +129,11 @@ def test_listeners_differ_and_one_signal_drains_all(
     assert code == 0
     parts = [counters(log, f"listener {name} stopped: ") for name in listeners.names]
     assert [part["accepted"] for part in parts] == [2, 2, 2]
-    assert [part.get("messages") for part in parts] == [2, 2, None]
+    assert [part.get("messages") for part in parts] == [2, 3, None]
     assert [part.get("fault_slice") for part in parts] == [None, None, 2]
     assert parts[2]["bytes_out"] == 14
     assert counters(log, " server stopped: ") == add(parts)
-    assert re.search(r"listener \S+ started: mode message\n.*\n?.*listener \S+ started: mode message, TLS\n", log)
+    assert re.search(r"listener \S+ started: mode message\n.*\n?.*listener \S+ started: mode stream, TLS\n", log)
     assert "server started: 3 listeners, engine " in log
 
 
