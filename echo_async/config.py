@@ -164,10 +164,10 @@ def _matches_pattern(pattern: str, value: Any) -> bool:
 
 
 def _are_networks(value: Any) -> bool:
-    from .wire.proxy import TrustedProxies  # only where the default is changed
+    from .wire.networks import Networks  # only where the default is changed
 
     try:
-        TrustedProxies(value)
+        Networks(value)
     except (ValueError, AttributeError):
         return False
     return True

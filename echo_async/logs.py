@@ -1,4 +1,4 @@
-"""Loggers, formatters, and the escaping of text from the network, so that no client can forge log lines.
+"""Loggers and formatters.
 
 The library only writes to the loggers below ``echo_async``. Only the commands call :func:`configure`.
 """
@@ -19,44 +19,6 @@ access_log = logging.getLogger("echo_async.access")
 
 TEXT_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s"
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
-MAX_EXCERPT = 80  # characters of a message in a log line
-JOINERS = "\u200c\u200d"  # zero-width joiners: emoji and several scripts need them, and they are harmless
-
-
-def escape(text: str) -> str:
-    r"""Escape every character that could control a terminal or forge a log line.
-
-    Control characters (C0, C1, DEL), newlines, ANSI sequences, bidirectional overrides, lone surrogates and
-    all others that are not :meth:`str.isprintable` become ``\xNN`` or ``\uNNNN``. A backslash is doubled, so
-    that the result is unambiguous.
-    """
-    if text.isprintable() and "\\" not in text:
-        return text
-    return "".join(map(_escape_character, text))
-
-
-def _escape_character(character: str) -> str:
-    if character == "\\":
-        return "\\\\"
-    if character.isprintable() or character in JOINERS:
-        return character
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
-
-
-def excerpt(message: bytes) -> str:
-    """Return the text of a message for a log line: without newline, escaped, truncated to 80 characters.
-
-    Bytes that are not valid UTF-8 become ``\\xNN``. Only the part of the message that fits is processed.
-    """
-    head = message[: 4 * MAX_EXCERPT + 4]  # UTF-8 has at most 4 bytes per character
-    text = ""
-    for character in head.removesuffix(b"\n").decode("utf-8", "surrogateescape"):
-        is_invalid_byte = "\udc80" <= character <= "\udcff"  # by surrogateescape
-        character = f"\\x{ord(character) - 0xDC00:02x}" if is_invalid_byte else _escape_character(character)
-        if len(text) + len(character) > MAX_EXCERPT:
-            return text + "..."
-        text += character
-    return text
 
 
 class RateLimitedLog:

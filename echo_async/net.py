@@ -12,8 +12,9 @@ from typing import Any
 from .compat import HAS_SHARED_PORTS, enable_destination_info, mark_replies, set_exclusive_address, try_lock
 from .config import ServerConfig
 from .errors import StartError, describe_error
-from .logs import escape, log
+from .logs import log
 from .wire.datagrams import REPLY_TRAFFIC_CLASS
+from .wire.text import escape
 
 Address = tuple[str, int] | str
 """Host and port, or the path of a Unix socket."""

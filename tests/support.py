@@ -371,9 +371,9 @@ def receive_exactly(client: socket.socket, size: int) -> bytes:
 
 # The modules of the package that use a constant.
 CONSTANTS = {
-    "ACCEPT_RETRY_DELAY": ("server.handshake_acceptor", "server.thread_acceptor"),
+    "ACCEPT_RETRY_DELAY": ("server.accept_loop", "server.thread_acceptor"),
     "DRAIN_THRESHOLD": ("engines.streams",),
-    "HANDSHAKE_TIMEOUT": ("server.admission", "server.handshake_acceptor", "server.thread_acceptor"),
+    "HANDSHAKE_TIMEOUT": ("server.admission", "server.accept_loop", "server.thread_acceptor"),
     "LINGER_TIMEOUT_AT_STOP": ("server.registry",),
     "MAX_WAIT_AT_END": ("engines.runner",),
 }

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from echo_async import ServerConfig
 from echo_async.engines.connection import Connection
-from echo_async.engines.context import ConnectionContext, Slot
-from echo_async.logs import LogFormat, access_log, configure, escape, excerpt, log
+from echo_async.engines.context import ServerContext, Slot
+from echo_async.logs import LogFormat, access_log, configure, log
+from echo_async.wire.text import escape, excerpt
 
 ESCAPED = [
     ("\0", r"\x00"),
@@ -122,7 +123,7 @@ Captured = pytest.CaptureFixture[str]
 
 def log_a_message(format: LogFormat, message: bytes) -> None:
     configure("info", format)
-    context = ConnectionContext(ServerConfig(mode="raw"))
+    context = ServerContext(ServerConfig(mode="raw"))
     list(Connection(context, Slot(("127.0.0.1", 40000))).log_reply(message))
 
 

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from support import TIMEOUT, StartServer, connect, receive_all, receive_line, reset, server_process, wait_until
 
 import echo_async
+from echo_async.server.accept_loop import AcceptLoop
 from echo_async.server.admission import Admission
-from echo_async.server.handshake_acceptor import HandshakeAcceptor
 from echo_async.server.proxy_reader import receive_header
 from echo_async.server.registry import Registry
-from echo_async.wire.proxy import ProxyHeader, ProxyHeaderError, Source, TrustedProxies
+from echo_async.wire.networks import Networks
+from echo_async.wire.proxy import ProxyHeader, ProxyHeaderError, Source
 
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 CLIENT4, CLIENT6 = ("192.168.0.1", 56324), ("2001:db8::1", 65535)
@@ -213,7 +214,7 @@ def test_header_of_another_version_is_rejected(versions: str, other: bytes) -> N
     ],
 )
 def test_trusted_proxies_match_addresses_and_networks(trusted: str, peername: object, expected: bool) -> None:
-    assert TrustedProxies(trusted).is_trusted(peername) is expected
+    assert (peername in Networks(trusted)) is expected
 
 
 # Servers
@@ -416,7 +417,7 @@ def test_close_at_the_moment_of_accept_closes_the_connection() -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, SingleAcceptLoop)
         loop.clients = [accepted]
-        loop.on_next_accept = HandshakeAcceptor(
+        loop.on_next_accept = AcceptLoop(
             admission, loop, accepted, None, lambda establish, origin: asyncio.Protocol()
         ).close
         await asyncio.sleep(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -81,6 +82,58 @@ def test_sync_modules_never_import_the_asyncio_client() -> None:
     assert set(FILES) > ASYNCIO_CLIENT
     for module in sync:
         assert not imported_names(module) & ASYNCIO_CLIENT, module
+
+
+# What the pure modules may import, besides each other: nothing that reads, writes, waits or logs.
+PURE_IMPORTS = {
+    *("__future__", "base64", "builtins", "collections.abc", "contextlib", "dataclasses", "enum", "io", "ipaddress"),
+    *("json", "math", "random", "re", "struct", "sys", "types", "typing"),
+    "echo_async.errors",
+}
+CONVERSIONS = {"AF_INET", "AF_INET6", "inet_ntop", "inet_pton"}  # of the socket module: they do no IO
+
+
+def test_wire_modules_import_nothing_that_does_io() -> None:
+    wire = [module for module in FILES if module.startswith("echo_async.wire")]
+    assert len(wire) >= 9
+    for module in wire:
+        names = {name for name in imported_names(module) if not name.startswith("echo_async.wire")} - PURE_IMPORTS
+        assert names <= {"socket"}, module
+        sockets = [
+            node for node in ast.walk(tree(module)) if isinstance(node, ast.ImportFrom) and node.module == "socket"
+        ]
+        assert {alias.name for node in sockets for alias in node.names} <= CONVERSIONS, module
+        assert bool(sockets) is ("socket" in names), module
+
+
+# Each folder may import those to the left of it, and modules at the top.
+LAYERS = ("wire", "engines", "server", "service")
+
+
+@pytest.mark.parametrize("number", range(len(LAYERS)), ids=LAYERS)
+def test_folder_imports_no_folder_above_it(number: int) -> None:
+    above = tuple(f"echo_async.{each}" for each in (*LAYERS[number + 1 :], "client", "sync", "cli", "bench"))
+    for module in FILES:
+        if module.startswith(f"echo_async.{LAYERS[number]}") and not module.endswith("__main__"):
+            assert not [name for name in imported_names(module) if name.startswith(above)], module
+
+
+def test_engines_know_neither_faults_nor_identify() -> None:
+    for path in (ROOT / "engines").glob("*.py"):
+        assert re.findall(r"(?i)\w*(?:fault|identif)\w*", path.read_text()) in ([], ["default"]), path.name
+
+
+def test_engines_have_one_connection_class_each() -> None:
+    classes = {
+        node.name: [ast.unparse(base) for base in node.bases]
+        for module in FILES
+        if module.startswith("echo_async.engines")
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.ClassDef) and "Connection" in node.name and node.name != "ServerContext"
+    }
+    assert classes.pop("Connection") == []
+    assert sorted(classes) == ["ProtocolConnection", "StreamConnection", "ThreadConnection"]
+    assert {bases[0] for bases in classes.values()} == {"Connection"}
 
 
 def test_click_is_imported_in_cli_only() -> None:

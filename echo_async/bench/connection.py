@@ -57,7 +57,7 @@ class SocketFactory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConnectionContext:
+class LoadContext:
     """What all connections of a process share."""
 
     plan: LoadPlan
@@ -70,12 +70,12 @@ class ConnectionContext:
     poller: Poller
     wrap_tls: Callable[..., SSLSocket] | None
     call_later: Callable[[float, Callable[[], None]], None]
-    on_usable: Callable[[BaseConnection], None]
-    on_replies: Callable[[BaseConnection, int, float], None]
+    on_usable: Callable[[LoadConnection], None]
+    on_replies: Callable[[LoadConnection, int, float], None]
     """Called with the number of complete replies and the time."""
 
 
-class BaseConnection:
+class LoadConnection:
     """What the generator and its schedule know of a connection, or of a UDP socket."""
 
     in_flight: Collection[Any]
@@ -105,10 +105,10 @@ class BaseConnection:
         raise NotImplementedError
 
 
-class Connection(BaseConnection):
+class TcpConnection(LoadConnection):
     """Connection ``number`` of the load, counted over all processes."""
 
-    def __init__(self, context: ConnectionContext, number: int) -> None:
+    def __init__(self, context: LoadContext, number: int) -> None:
         super().__init__(number)
         plan = context.plan
         self.in_flight: deque[tuple[float, float, int]] = deque()

@@ -9,18 +9,18 @@ from time import perf_counter
 from ..client.datagram_tracker import DatagramFormat, DatagramTracker
 from ..client.endpoint import refuse_self_connection
 from ..errors import describe_error
-from .connection import RECONNECT_DELAY, BaseConnection, ConnectionContext
+from .connection import RECONNECT_DELAY, LoadConnection, LoadContext
 
 READ_SIZE = 65_536  # bytes: no datagram is larger
 
 
-class DatagramConnection(BaseConnection):
+class DatagramConnection(LoadConnection):
     """Socket ``number`` of the load, counted over all processes. Replies to other sockets do not match its datagrams.
 
     Sending waits while the send buffer is full. Without a reply within the timeout of the plan, a datagram is lost.
     """
 
-    def __init__(self, context: ConnectionContext, number: int) -> None:
+    def __init__(self, context: LoadContext, number: int) -> None:
         super().__init__(number)
         self.in_flight: dict[int, float] = {}
         """Time due of the unanswered datagrams, by their numbers."""

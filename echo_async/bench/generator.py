@@ -12,7 +12,7 @@ from itertools import count
 from selectors import EVENT_READ
 from time import perf_counter
 
-from .connection import BaseConnection, Connection, ConnectionContext, SocketFactory
+from .connection import LoadConnection, LoadContext, SocketFactory, TcpConnection
 from .datagram_connection import DatagramConnection
 from .pattern import MAX_IO_SIZE, Batches, Pattern
 from .plan import LoadPlan
@@ -38,7 +38,7 @@ class LoadGenerator:
             else OpenLoop(plan.max_in_flight, plan.rate, self._recorder)
         )
         pattern = Pattern(plan.size)
-        context = ConnectionContext(
+        context = LoadContext(
             plan=plan,
             pattern=pattern,
             batches=Batches(pattern.view, plan.size * plan.pipeline),
@@ -51,7 +51,7 @@ class LoadGenerator:
             on_usable=self._schedule.on_usable,
             on_replies=self._schedule.on_replies,
         )
-        create: Callable[[ConnectionContext, int], BaseConnection] = DatagramConnection if plan.udp else Connection
+        create: Callable[[LoadContext, int], LoadConnection] = DatagramConnection if plan.udp else TcpConnection
         self._connections = [create(context, first + number) for number in range(plan.connections)]
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._timer_numbers = count()
@@ -136,5 +136,5 @@ class LoadGenerator:
             )
 
 
-def _all_usable(connections: Sequence[BaseConnection]) -> Callable[[], bool]:
+def _all_usable(connections: Sequence[LoadConnection]) -> Callable[[], bool]:
     return lambda: all(each.is_usable for each in connections)

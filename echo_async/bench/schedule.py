@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
 
-from .connection import BaseConnection
+from .connection import LoadConnection
 from .recorder import LATE_THRESHOLD, Recorder
 
 ROUNDING_TOLERANCE = 1e-3  # of a message
@@ -25,9 +25,9 @@ class ClosedLoop:
         self._pause = pause
         self._call_later = call_later
         self._is_running = False
-        self._connections: Sequence[BaseConnection] = ()
+        self._connections: Sequence[LoadConnection] = ()
 
-    def start(self, connections: Sequence[BaseConnection], start: float, end: float) -> None:
+    def start(self, connections: Sequence[LoadConnection], start: float, end: float) -> None:
         """Send messages on ``connections`` from ``start`` until ``end``."""
         self._is_running = True
         self._connections = connections
@@ -40,17 +40,17 @@ class ClosedLoop:
         """Send the messages that are due; return the time of the next one."""
         return math.inf
 
-    def on_usable(self, connection: BaseConnection) -> None:
+    def on_usable(self, connection: LoadConnection) -> None:
         """``connection`` is established, for the first time or again."""
         self._send(connection, self._pipeline)
 
-    def on_replies(self, connection: BaseConnection, count: int, now: float) -> None:
+    def on_replies(self, connection: LoadConnection, count: int, now: float) -> None:
         if self._pause:
             self._call_later(self._pause, partial(self._send, connection, count))
         elif self._is_running:
             connection.send(now, now, count)
 
-    def _send(self, connection: BaseConnection, count: int) -> None:
+    def _send(self, connection: LoadConnection, count: int) -> None:
         if self._is_running and connection.is_usable:
             now = perf_counter()
             connection.send(now, now, count)
@@ -67,14 +67,14 @@ class OpenLoop:
     """Sends ``rate`` messages per second, round-robin over the connections, each with up to ``pipeline`` in flight."""
 
     def __init__(self, pipeline: int, rate: float, recorder: Recorder) -> None:
-        self._connections: Sequence[BaseConnection] = ()
+        self._connections: Sequence[LoadConnection] = ()
         self._pipeline = pipeline
         self._rate = rate
         self._recorder = recorder
         self._start = self._end = math.inf
         self._dispatched = 0
 
-    def start(self, connections: Sequence[BaseConnection], start: float, end: float) -> None:
+    def start(self, connections: Sequence[LoadConnection], start: float, end: float) -> None:
         self._connections = connections
         self._start, self._end = start, end
 
@@ -93,7 +93,7 @@ class OpenLoop:
             self.on_usable(connection)
         return now
 
-    def on_usable(self, connection: BaseConnection) -> None:
+    def on_usable(self, connection: LoadConnection) -> None:
         if not connection.is_usable or not connection.queued:
             return
         room = self._pipeline - len(connection.in_flight)  # each entry is one message here
@@ -103,7 +103,7 @@ class OpenLoop:
         for _ in range(min(room, len(connection.queued))):
             connection.send(connection.queued.popleft(), now, 1)
 
-    def on_replies(self, connection: BaseConnection, count: int, now: float) -> None:
+    def on_replies(self, connection: LoadConnection, count: int, now: float) -> None:
         self.on_usable(connection)
 
     def stop(self) -> int:

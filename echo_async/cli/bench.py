@@ -18,7 +18,7 @@ from ..bench.plan import LoadMode, LoadPlan, TLSOptions
 from ..bench.plot import SUFFIXES, draw
 from ..bench.report import load_json, print_comparison, print_load, progress_bar
 from ..bench.result import LoadResult
-from ..client.datagram_tracker import MAX_SIZE_IPV4
+from ..client.datagram_tracker import MAX_PAYLOAD_IPV4
 from ..client.endpoint import tls_hostname
 from ..compat import DESCRIPTORS, require_feature
 from ..config import CONNECT_TIMEOUT, HOST, PORT, EngineName, Option
@@ -302,8 +302,8 @@ def _check_udp_options(values: dict[str, Any]) -> None:
             raise ConfigError(f"--udp conflicts with --{name.replace('_', '-')}")
     if values["rate"] is not None and values["pipeline"] > 1:
         raise ConfigError("--udp --rate conflicts with --pipeline: datagrams are sent when they are due")
-    if values["size"] > MAX_SIZE_IPV4:
-        raise ConfigError(f"invalid --size: {values['size']} (must be at most {MAX_SIZE_IPV4} with --udp)")
+    if values["size"] > MAX_PAYLOAD_IPV4:
+        raise ConfigError(f"invalid --size: {values['size']} (must be at most {MAX_PAYLOAD_IPV4} with --udp)")
 
 
 def _tls_options(values: dict[str, Any]) -> TLSOptions | None:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
-from ..client.datagram_tracker import MAX_SIZE, MAX_SIZE_IPV4, DatagramFormat, DatagramTracker, Reply
+from ..client.datagram_tracker import MAX_PAYLOAD, MAX_PAYLOAD_IPV4, DatagramFormat, DatagramTracker, Reply
 from ..client.endpoint import Endpoint, log, refuse_self_connection
 from ..errors import ConfigError, ConnectError, ReplyDifferent, ReplyLate
 from ..net import AddressInfo, format_address
@@ -167,7 +167,7 @@ class DatagramPing(asyncio.DatagramProtocol):
     def _handle_error(self, error: OSError) -> None:
         """Raise if this is the first result; else a datagram is lost: the oldest, because errors do not name it."""
         if error.errno == errno.EMSGSIZE:
-            limit = f"a datagram has at most {MAX_SIZE_IPV4} bytes over IPv4, {MAX_SIZE} over IPv6"
+            limit = f"a datagram has at most {MAX_PAYLOAD_IPV4} bytes over IPv4, {MAX_PAYLOAD} over IPv6"
             where = f"{self._tracker.size} bytes to {self._endpoint.name}"
             raise ConfigError(f"cannot send {where}: message too long; {limit}")
         number = self._tracker.give_up_oldest()

@@ -11,8 +11,8 @@ from zlib import crc32
 
 NUMBER_SIZE = 4  # bytes
 HEADER_SIZE = 8  # bytes of number and CRC-32
-MAX_SIZE = 65_527  # bytes: 65,535 of the IPv6 payload less the UDP header (RFC 768, RFC 8200)
-MAX_SIZE_IPV4 = 65_507  # bytes: 65,535 of the packet less the IP and UDP headers (RFC 768, RFC 791)
+MAX_PAYLOAD = 65_527  # bytes: 65,535 of the IPv6 payload less the UDP header (RFC 768, RFC 8200)
+MAX_PAYLOAD_IPV4 = 65_507  # bytes: 65,535 of the packet less the IP and UDP headers (RFC 768, RFC 791)
 
 MAX_IN_FLIGHT = 64  # datagrams; with the limit in bytes, they fit into the receive buffers of all systems
 MAX_BYTES_IN_FLIGHT = 32_768
@@ -22,7 +22,7 @@ _TEXT = bytes(range(33, 127))
 
 
 class DatagramFormat:
-    """Datagrams of ``size`` bytes, from 0 to MAX_SIZE. ``salt`` is where the CRC begins; others do not match."""
+    """Datagrams of ``size`` bytes, from 0 to MAX_PAYLOAD. ``salt`` is where the CRC begins; others do not match."""
 
     def __init__(self, size: int, salt: int = 0) -> None:
         self.size = size

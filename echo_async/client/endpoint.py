@@ -14,8 +14,8 @@ from typing import Any, Unpack
 from ..compat import set_reset_on_close
 from ..config import HOST, PORT, ClientConfig, ClientOptions, StrPath
 from ..errors import ConfigError, ConnectError, ConnectTimeout, describe_error
-from ..logs import escape
 from ..net import AddressInfo, format_address
+from ..wire.text import escape
 
 CONNECTION_ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well (RFC 8305)
 MIN_RETRY_DELAY, MAX_RETRY_DELAY = 0.02, 0.5  # seconds between attempts, doubled each time

@@ -8,7 +8,7 @@ from collections import deque
 from time import monotonic
 
 from ..errors import ReplyDifferent, ReplyError, ReplyLate, ReplyLost
-from ..logs import escape
+from ..wire.text import escape
 
 LARGE_MESSAGE = 65_536  # bytes; above it, the error of a lost reply mentions the limit of the server
 MAX_QUOTED = 40  # bytes of a reply that an error quotes

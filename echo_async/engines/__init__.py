@@ -4,7 +4,23 @@
 ``protocol``  callbacks on asyncio's transports: no task per connection, one write per read, for throughput
 ``threads``   one thread per connection, blocking reads of ``chunk_size`` bytes: the project's first model
 
-Each has a class of its own derived from :class:`~echo_async.engines.connection.Connection`. ``acceptor`` accepts
-and ends connections for the first two, ``thread_acceptor`` for the third. What does not depend on the engine:
-``context`` (what connections share), ``registry`` (which are open), ``admission`` (which are established).
+Each has one class derived from :class:`~echo_async.engines.connection.Connection`. What else a connection has are
+objects that it holds: its conversation, its timeouts, and a runner if it has a script.
+
+How each of them ends, by the same names everywhere::
+
+    name                      called by                      answered               sent      the peer sees
+    Conversation.end_input    engine, at the end of input,   nothing more           -         -
+                              or after the last message
+    Conversation.drain        Connection.drain               the message that has   -         -
+                                                             begun
+    Connection.linger         engine, after the last reply;  nothing more           all       FIN, later a close
+                              sweep, at a timeout
+    Connection.drain          sweep, during a shutdown       all that was received  all       FIN, later a close
+    Connection.abort          sweep, after a write timeout   nothing more           nothing   RST, or FIN if nothing
+                              or a lingering one; shutdown,                         more      was left to send
+                              after its timeout
+
+``linger`` discards input until the client closes its side: closing with unread input would send a reset, which can
+overtake the last reply (RFC 1122 section 4.2.2.13). ``drain`` ends in ``linger``.
 """

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from ..errors import describe_error
-from ..logs import access_log, excerpt, log
+from ..logs import access_log, log
 from ..net import format_address
 from ..wire.conversation import Conversation
 from ..wire.script import Wait
-from .context import ConnectionContext, Slot
+from ..wire.text import excerpt
+from .context import ServerContext, Slot
 from .timeouts import TimeoutKind, Timeouts
 
 LINES_PER_TURN = 100  # access log lines of one connection before others get their turn
@@ -50,7 +51,7 @@ class Connection:
 
     __slots__ = ("_peername", "context", "conversation", "runner", "slot", "timeouts")
 
-    def __init__(self, context: ConnectionContext, slot: Slot) -> None:
+    def __init__(self, context: ServerContext, slot: Slot) -> None:
         self.context = context
         self.slot = slot
         self.runner: RunningScript | None = None
@@ -98,10 +99,7 @@ class Connection:
         raise NotImplementedError
 
     def linger(self) -> None:
-        """Answer nothing more: flush replies, close the sending side, discard input until the client closes its side.
-
-        Closing with unread input would send a reset, which can overtake the last reply (RFC 1122 section 4.2.2.13).
-        """
+        """Answer nothing more: send replies, close the sending side, discard input until the client closes its side."""
         raise NotImplementedError
 
     def drain(self) -> None:

@@ -21,7 +21,7 @@ LINGER_TIMEOUT_AT_STOP = 0.5  # the same during a shutdown
 ConversationFactory = Callable[[], Conversation]
 
 
-class ConnectionContext:
+class ServerContext:
     """``log_messages`` and ``log_chunks`` are decided once, so that a disabled log line costs nothing.
 
     The arguments of type Any are a :class:`~echo_async.engines.connection.Connection`, whose module imports this one.

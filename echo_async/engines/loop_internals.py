@@ -44,7 +44,7 @@ KEPT_MEMORY = 6 * 1024 * 1024
 
 uvloop allocates the bytes of a read, up to 256,000 (loop.pxd, ``UV_STREAM_RECV_BUF_SIZE``), asyncio 256 KiB
 (selector_events.py, ``max_size``). glibc keeps some 500 KB: it would return the memory of a large message to the
-kernel and request it again for the next one, 256 page faults for 1 MiB, which take longer than to read and send it.
+kernel and request it again for the next one, 256 pages for 1 MiB, which take longer to map than to read and send it.
 """
 
 

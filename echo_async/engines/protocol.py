@@ -18,20 +18,20 @@ from ..wire.conversation import Conversation
 from ..wire.script import Script, Wait
 from .asyncio_runner import AsyncioRunner
 from .connection import Connection
-from .context import ConnectionContext, Slot
+from .context import ServerContext, Slot
 from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS, abort_transport, write_buffer_size
 
 LARGE_READ = 200_000  # bytes; after a read of less, the kernel has no more: event loops read 256,000 at a time
 LARGE_READS_PER_TURN = 4  # without a reply, before other connections get their turn; one with a reply ends the turn
 
 
-async def create_server(context: ConnectionContext, slot: Slot, listener: socket.socket) -> asyncio.Server:
+async def create_server(context: ServerContext, slot: Slot, listener: socket.socket) -> asyncio.Server:
     return await asyncio.get_running_loop().create_server(
         partial(ProtocolConnection, context, slot), sock=listener, backlog=ACCEPT_BATCH, start_serving=False
     )
 
 
-def create_protocol(context: ConnectionContext, slot: Slot) -> asyncio.Protocol:
+def create_protocol(context: ServerContext, slot: Slot) -> asyncio.Protocol:
     return ProtocolConnection(context, slot)
 
 
@@ -57,7 +57,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     _write: Callable[[bytes], object]
     runner: AsyncioRunner | None
 
-    def __init__(self, context: ConnectionContext, slot: Slot) -> None:
+    def __init__(self, context: ServerContext, slot: Slot) -> None:
         super().__init__(context, slot)
         self._is_writing_paused = False
         self._large_reads = 0

@@ -15,7 +15,7 @@ from ..wire.script import Wait
 from .asyncio_runner import AsyncioRunner
 from .chunk_reader import ChunkReader
 from .connection import Connection
-from .context import ConnectionContext, Slot
+from .context import ServerContext, Slot
 from .loop_internals import (
     ACCEPT_BATCH,
     READ_AHEAD_TURNS,
@@ -38,20 +38,18 @@ def read_ahead(config: ServerConfig) -> int:
     return 2 * max(config.chunk_size, 16 * 1024)
 
 
-async def create_server(context: ConnectionContext, slot: Slot, listener: socket.socket) -> asyncio.Server:
+async def create_server(context: ServerContext, slot: Slot, listener: socket.socket) -> asyncio.Server:
     return await asyncio.start_server(
         _make_handler(context, slot), sock=listener, backlog=ACCEPT_BATCH, start_serving=False
     )
 
 
-def create_protocol(context: ConnectionContext, slot: Slot) -> asyncio.Protocol:
+def create_protocol(context: ServerContext, slot: Slot) -> asyncio.Protocol:
     loop = asyncio.get_running_loop()
     return asyncio.StreamReaderProtocol(asyncio.StreamReader(loop=loop), _make_handler(context, slot), loop)
 
 
-def _make_handler(
-    context: ConnectionContext, slot: Slot
-) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
+def _make_handler(context: ServerContext, slot: Slot) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
     """Return what ``start_server`` calls. Not a coroutine: asyncio logs a traceback if its own task is canceled."""
     loop = asyncio.get_running_loop()
     max_size = read_ahead(context.config)
@@ -71,7 +69,7 @@ def _make_handler(
 
 
 def serve_stream(
-    context: ConnectionContext, slot: Slot, reader: Reader, writer: asyncio.StreamWriter
+    context: ServerContext, slot: Slot, reader: Reader, writer: asyncio.StreamWriter
 ) -> asyncio.Task[None]:
     """Serve a connection in a task, which is done when the connection is closed."""
     connection = StreamConnection(context, slot, reader, writer)
@@ -86,7 +84,7 @@ class StreamConnection(Connection):
 
     runner: AsyncioRunner | None
 
-    def __init__(self, context: ConnectionContext, slot: Slot, reader: Reader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, context: ServerContext, slot: Slot, reader: Reader, writer: asyncio.StreamWriter) -> None:
         super().__init__(context, slot)
         self._reader = reader
         self._writer = writer

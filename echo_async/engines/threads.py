@@ -11,7 +11,7 @@ from typing import Any
 
 from ..compat import MSG_DONTWAIT
 from .connection import Connection
-from .context import ConnectionContext, Slot
+from .context import ServerContext, Slot
 from .thread_runner import ThreadRunner
 from .tls_socket import TlsSocket
 
@@ -38,7 +38,7 @@ class ThreadConnection(Connection):
 
     runner: ThreadRunner | None
 
-    def __init__(self, context: ConnectionContext, slot: Slot, connected: socket.socket | TlsSocket) -> None:
+    def __init__(self, context: ServerContext, slot: Slot, connected: socket.socket | TlsSocket) -> None:
         super().__init__(context, slot)
         self._socket = connected
         self._io_lock = threading.Lock()

@@ -7,7 +7,7 @@ conversation with their previous values. So a timeout is late by one sweep at mo
 from typing import Literal, Protocol
 
 from ..wire.conversation import Conversation
-from .context import ConnectionContext
+from .context import ServerContext
 
 NEW_CLIENT_GRACE = 0.5  # seconds that a new connection gets at a shutdown to begin its message
 
@@ -17,7 +17,7 @@ TimeoutKind = Literal["idle", "message", "write", "linger"]
 class Observed(Protocol):
     """What the clocks look at: a :class:`~echo_async.engines.connection.Connection`."""
 
-    context: ConnectionContext
+    context: ServerContext
     conversation: Conversation
 
     @property

@@ -11,7 +11,6 @@ import ssl
 import time
 
 from ..compat import MSG_DONTWAIT
-from ..server.proxy_reader import check_input
 
 MAX_RECORD_SIZE = 16 * 1024  # bytes of data that one TLS record takes (RFC 8446 5.1)
 
@@ -27,14 +26,9 @@ class TlsSocket:
         self._ended = False  # the client has ended its side, as far as it was read
 
     def handshake(self, seconds: float) -> None:
-        """:exc:`OSError` (of which :exc:`ssl.SSLError` is one) if it fails, :exc:`TimeoutError` if it takes longer.
-
-        :exc:`ClosedBeforeInput` if the client has sent nothing.
-        """
+        """:exc:`OSError` (of which :exc:`ssl.SSLError` is one) if it fails, :exc:`TimeoutError` if it takes longer."""
         deadline = time.monotonic() + seconds
         try:
-            self.plain.settimeout(seconds)
-            check_input(self.plain)
             while True:
                 try:
                     self.session.do_handshake()

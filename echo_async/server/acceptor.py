@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ..compat import is_readable
-from ..engines.context import ConnectionContext, Slot
+from ..engines.context import ServerContext, Slot
 from ..engines.loop_internals import ABORT_TURNS, keep_freed_memory, run_turns, start_serving, stop_accepting
 from ..tls import Certificates
+from .accept_loop import AcceptLoop
 from .admission import Admission, NativeSlot
-from .handshake_acceptor import HandshakeAcceptor
 from .listeners import Listeners
 from .registry import DRAIN_INTERVAL
 from .sweeper import Sweeper
@@ -23,10 +23,10 @@ from .udp import Receiver, start_receiver
 class AsyncioEngine(Protocol):
     """What the modules ``streams`` and ``protocol`` provide."""
 
-    def create_protocol(self, context: ConnectionContext, slot: Slot) -> asyncio.Protocol:
+    def create_protocol(self, context: ServerContext, slot: Slot) -> asyncio.Protocol:
         """Return the protocol for one connection, whose transport is made by the caller."""
 
-    async def create_server(self, context: ConnectionContext, slot: Slot, listener: socket.socket) -> asyncio.Server:
+    async def create_server(self, context: ServerContext, slot: Slot, listener: socket.socket) -> asyncio.Server:
         """Return a server that makes such protocols, and does not serve yet."""
 
 
@@ -51,7 +51,7 @@ class AsyncioAcceptor:
         self._certificates = certificates
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
-        self._servers: list[asyncio.Server | HandshakeAcceptor] = []
+        self._servers: list[asyncio.Server | AcceptLoop] = []
         self._sweeper = Sweeper(self._registry)
         self._receiver: Receiver | None = None
         self._is_stopping = self._is_aborting = False
@@ -69,14 +69,12 @@ class AsyncioAcceptor:
             raise
         self._sweeper.start()
 
-    async def _serve(self, listener: socket.socket) -> asyncio.Server | HandshakeAcceptor:
+    async def _serve(self, listener: socket.socket) -> asyncio.Server | AcceptLoop:
         config = self._admission.config
         if self._certificates is None and not self._admission.expects_header and not config.has_scripts:
             server = await self._engine.create_server(self._registry, NativeSlot(self._admission), listener)
             return await start_serving(server, listener, config.backlog)
-        return HandshakeAcceptor(
-            self._admission, self._loop, listener, self._certificates, self._engine.create_protocol
-        )
+        return AcceptLoop(self._admission, self._loop, listener, self._certificates, self._engine.create_protocol)
 
     def close(self) -> None:
         """Begin the graceful shutdown. Returns at once; safe to call twice, and from any thread."""
@@ -138,7 +136,7 @@ class AsyncioAcceptor:
             turns -= 1
             await run_turns(1)
         for server in self._servers:
-            if isinstance(server, HandshakeAcceptor):
+            if isinstance(server, AcceptLoop):
                 server.stop()
         await stop_accepting(self._loop, listeners)
 

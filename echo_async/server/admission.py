@@ -15,7 +15,8 @@ from ..engines.context import Slot
 from ..errors import describe_error
 from ..logs import RateLimitedLog, log
 from ..net import format_address
-from ..wire.proxy import ProxyHeader, ProxyHeaderError, TrustedProxies
+from ..wire.networks import Networks
+from ..wire.proxy import ProxyHeader, ProxyHeaderError
 from .proxy_reader import ClosedBeforeInput
 from .registry import Registry
 
@@ -38,7 +39,7 @@ class Admission:
         self.limit = config.limit_connections or max_connections()
         self.expects_header = config.proxy_protocol != "off"
         self.scripts = _make_scripts(config)
-        self._trusted_proxies = TrustedProxies(config.proxy_allow_from) if self.expects_header else None
+        self._trusted_proxies = Networks(config.proxy_allow_from) if self.expects_header else None
         self._counters = registry.counters
         self._log_accept_error = RateLimitedLog(log.warning, f"accept failed: %s; retrying in {ACCEPT_RETRY_DELAY:g} s")
         self._log_handshake_failure = RateLimitedLog(log.warning, "%s TLS handshake failed: %s")
@@ -74,7 +75,7 @@ class Admission:
         return None
 
     def _is_trusted(self, peername: object) -> bool:
-        if self._trusted_proxies is None or self._trusted_proxies.is_trusted(peername):
+        if self._trusted_proxies is None or peername in self._trusted_proxies:
             return True
         self._counters.increment("proxy_failures")
         self._log_header_failure(format_address(peername), "connection refused: not in proxy_allow_from")

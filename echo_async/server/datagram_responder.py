@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from ..compat import ANCILLARY_SIZE, find_reply_source, format_reply_source, receive_message
 from ..errors import describe_error
-from ..logs import RateLimitedLog, access_log, excerpt, log
+from ..logs import RateLimitedLog, access_log, log
 from ..net import UNSPECIFIED, format_address
-from ..wire.datagrams import MAX_SIZE, REFUSALS, Refusals, SocketAddress, is_marked
+from ..wire.datagrams import RECEIVE_SIZE, REFUSALS, Refusals, SocketAddress, is_marked
+from ..wire.text import excerpt
 from .admission import Admission
 
 BATCH = 32  # datagrams of one socket before other events get their turn
@@ -74,7 +75,7 @@ class DatagramResponder:
         counters, refusals, is_plain, received = self._counters, self._refusals, self._is_plain, 0
         while received < self._expected:
             try:
-                data, ancillary, _, source = receive_message(receiver, MAX_SIZE, ANCILLARY_SIZE)
+                data, ancillary, _, source = receive_message(receiver, RECEIVE_SIZE, ANCILLARY_SIZE)
             except BlockingIOError:
                 self._expected = max(1, received)
                 return False

@@ -79,10 +79,19 @@ async def wait_for_input(loop: asyncio.AbstractEventLoop, connected: socket.sock
             await ready.wait()
         finally:
             loop.remove_reader(connected)
-        check_input(connected)
+        _check_input(connected)
 
 
-def check_input(connected: socket.socket) -> None:
+def receive_first_byte(connected: socket.socket, seconds: float) -> None:
+    """The same for a socket that blocks, within ``seconds``. :exc:`TimeoutError`, :exc:`ClosedBeforeInput`."""
+    connected.settimeout(seconds)
+    try:
+        _check_input(connected)
+    finally:
+        connected.settimeout(None)
+
+
+def _check_input(connected: socket.socket) -> None:
     """Receive the first byte, which stays in the kernel. :exc:`ClosedBeforeInput` if there is none."""
     with _peer_errors():
         if not connected.recv(1, socket.MSG_PEEK):

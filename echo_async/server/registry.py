@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import ServerConfig
 from ..engines.connection import Connection
-from ..engines.context import LINGER_TIMEOUT_AT_STOP, ConnectionContext, ConversationFactory
+from ..engines.context import LINGER_TIMEOUT_AT_STOP, ConversationFactory, ServerContext
 from ..logs import log
 from ..stats import Stats
 from .counters import Counters
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DRAIN_INTERVAL = 0.05  # seconds between two sweeps during a shutdown
 
 
-class Registry(ConnectionContext):
+class Registry(ServerContext):
     """Every open connection of one server, and what they share. ``on_empty`` is called when the last one is removed."""
 
     def __init__(self, config: ServerConfig, make_conversation: ConversationFactory | None = None) -> None:

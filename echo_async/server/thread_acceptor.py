@@ -18,7 +18,7 @@ from ..net import format_address, shut_down
 from ..tls import Certificates
 from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission, PendingSlot
 from .listeners import Listeners
-from .proxy_reader import receive_header
+from .proxy_reader import receive_first_byte, receive_header
 from .registry import DRAIN_INTERVAL
 from .udp import Receiver, start_receiver
 
@@ -250,8 +250,10 @@ class ThreadAcceptor:
                 slot.set_header(header)
             if self._certificates is not None:
                 fail = admission.fail_handshake
+                deadline = self._registry.now() + HANDSHAKE_TIMEOUT
+                receive_first_byte(slot.connected, HANDSHAKE_TIMEOUT)
                 secured = TlsSocket(slot.connected, self._certificates.context)
-                secured.handshake(HANDSHAKE_TIMEOUT)
+                secured.handshake(deadline - self._registry.now())
                 fail = admission.fail_header
             connection = ThreadConnection(self._registry, slot, secured)
             connection.establish()

@@ -24,11 +24,12 @@ from prometheus_client.registry import Collector
 from .. import net
 from ..config import ServerConfig
 from ..errors import StartError, describe_error
-from ..logs import escape, log
+from ..logs import log
 from ..server.group import BaseGroup
 from ..stats import COUNTERS as STATS_COUNTERS
 from ..stats import COUNTERS_BY_KIND, Stats
 from ..wire.datagrams import REFUSALS
+from ..wire.text import escape
 
 T = TypeVar("T")
 

@@ -11,12 +11,12 @@ import sys
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from .proxy import TrustedProxies
+from .networks import Networks
 
 SocketAddress = tuple[Any, ...]
 """Host and port; for IPv6 also flow information and scope."""
 
-MAX_SIZE = 65_535  # bytes of a datagram, headers included (RFC 791 section 3.1)
+RECEIVE_SIZE = 65_535  # bytes of a datagram, headers included (RFC 791 section 3.1)
 MIN_SOURCE_PORT = 1024  # below are services such as chargen and DNS, and no clients (RFC 6335 section 6)
 MAX_CACHED_SOURCES = 1024  # of which it is remembered whether they are answered
 
@@ -57,7 +57,7 @@ class Refusals(dict[SocketAddress, "str | None"]):
 
     def __init__(self, allow_from: str, ports: Collection[int]) -> None:
         super().__init__()
-        self._networks = TrustedProxies(allow_from)
+        self._networks = Networks(allow_from)
         self._ports = frozenset(ports)
 
     def __missing__(self, source: SocketAddress) -> str | None:
@@ -67,7 +67,7 @@ class Refusals(dict[SocketAddress, "str | None"]):
         return reason
 
     def _find_refusal(self, source: SocketAddress) -> str | None:
-        if not self._networks.is_trusted(source):
+        if source not in self._networks:
             return "address"
         if source[1] < MIN_SOURCE_PORT:
             return "port"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from .script import Action, End, Report, Script, Send, Wait
 
 MAX_DELAY = 86_400.0  # seconds
-MAX_SIZE = 2**31 - 1  # bytes
+MAX_REPLY_BYTES = 2**31 - 1  # bytes
 RATE_INTERVAL = 0.1  # seconds between two pieces that are sent at a limited rate
 SLICE_INTERVAL = 0.001  # seconds between two pieces: a peer that reads promptly receives each of them alone
 NONE = "none"  # the specification of a connection without a fault
@@ -123,7 +123,7 @@ def _parse_value(kind: str, text: str | None) -> Range:
     except ValueError:
         numbers = []
     low = 1 if kind in ("rate", "slice") else 0
-    high = {"delay": MAX_DELAY, "p": 1.0}.get(kind, MAX_SIZE)
+    high = {"delay": MAX_DELAY, "p": 1.0}.get(kind, MAX_REPLY_BYTES)
     if len(numbers) not in (1, 2) or not low <= numbers[0] <= numbers[-1] <= high:
         raise ValueError(f"{kind} requires {VALUES[kind]}")
     return numbers[0], numbers[-1]
@@ -265,7 +265,7 @@ class FaultScript:
         """Return what returns the size of the next piece."""
         if "slice" in self._fault.values:
             return lambda: int(self._value("slice"))
-        size = MAX_SIZE if rate == math.inf else max(1, int(rate * RATE_INTERVAL))
+        size = MAX_REPLY_BYTES if rate == math.inf else max(1, int(rate * RATE_INTERVAL))
         return lambda: size
 
     def _report_new(self, *kinds: str) -> Iterator[Action]:

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
 import struct
-from typing import TYPE_CHECKING, Any
+from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
+from typing import Any
 
-from ..logs import excerpt
-
-if TYPE_CHECKING:
-    from ipaddress import IPv4Network, IPv6Network
+from .text import excerpt
 
 Source = tuple[str, int] | str | None
 """The client's host and port, or Unix socket path. None: the header has no address, the peer is the client."""
@@ -137,24 +134,24 @@ def _parse_v1(line: bytes) -> tuple[Source, Source]:
         return None, None
     match = V1_ADDRESSES.fullmatch(line)
     if match and max(int(match[4]), int(match[5])) <= 65535:
-        family = socket.AF_INET if match[1] == b"TCP4" else socket.AF_INET6
+        family = AF_INET if match[1] == b"TCP4" else AF_INET6
         with contextlib.suppress(OSError):
             source, destination = (_normalize(family, address.decode("ascii")) for address in (match[2], match[3]))
             return (source, int(match[4])), (destination, int(match[5]))
     raise ProxyHeaderError(f"malformed line: {excerpt(line)}")
 
 
-def _normalize(family: socket.AddressFamily, address: str) -> str:
+def _normalize(family: int, address: str) -> str:
     """Return the canonical text form of ``address``. :exc:`OSError` if it is invalid or has leading zeros."""
-    return socket.inet_ntop(family, socket.inet_pton(family, address))
+    return inet_ntop(family, inet_pton(family, address))
 
 
 def _parse_v2(header: bytes) -> tuple[Source, Source]:
     _, command, family, _ = V2_FIXED_PART.unpack_from(header)
     addresses = header[V2_FIXED_PART.size :]
     if command == PROXY and family in (TCP4, TCP6):
-        kind, size = (socket.AF_INET, 4) if family == TCP4 else (socket.AF_INET6, 16)
-        source, destination = (socket.inet_ntop(kind, addresses[start : start + size]) for start in (0, size))
+        kind, size = (AF_INET, 4) if family == TCP4 else (AF_INET6, 16)
+        source, destination = (inet_ntop(kind, addresses[start : start + size]) for start in (0, size))
         ports = struct.unpack_from("!HH", addresses, 2 * size)
         return (source, ports[0]), (destination, ports[1])
     if command == PROXY and family == UNIX:
@@ -216,29 +213,3 @@ def build_header(version: str, source: tuple[str, int] | None, destination: tupl
         return f"PROXY TCP{family} {hosts} {source[1]} {destination[1]}\r\n".encode()
     rest = b"".join(address.packed for address in addresses) + struct.pack("!HH", source[1], destination[1])
     return V2_FIXED_PART.pack(V2_SIGNATURE, PROXY, TCP4 if family == 4 else TCP6, len(rest)) + rest
-
-
-class TrustedProxies:
-    """The peers that may send a PROXY header, since a header can spoof the client address.
-
-    ``text`` lists addresses and networks, separated by commas; ``*`` is every address. :exc:`ValueError` if an
-    entry is invalid.
-    """
-
-    def __init__(self, text: str) -> None:
-        from ipaddress import ip_network  # imported only if PROXY headers are used
-
-        entries = [entry.strip() for entry in text.split(",")]
-        self._trusts_all = "*" in entries
-        self._networks: list[IPv4Network | IPv6Network] = [ip_network(entry) for entry in entries if entry != "*"]
-
-    def is_trusted(self, peername: object) -> bool:
-        """Return whether ``peername`` is listed. Unix peers always are: the file permissions protect the socket."""
-        from ipaddress import IPv6Address, ip_address
-
-        if self._trusts_all or not isinstance(peername, tuple):
-            return True
-        address = ip_address(peername[0].partition("%")[0])
-        if isinstance(address, IPv6Address) and address.ipv4_mapped:  # an IPv4 peer of a dual-stack socket
-            address = address.ipv4_mapped
-        return any(address in network for network in self._networks)

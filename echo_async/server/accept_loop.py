@@ -23,7 +23,7 @@ from .registry import Registry
 MIN_TIMEOUT = 0.001  # seconds: a handshake whose time is up fails, but 0 is invalid
 
 
-class HandshakeAcceptor:
+class AcceptLoop:
     """Accepts connections on ``listener`` until it is closed."""
 
     def __init__(
