@@ -49,7 +49,7 @@ class HostedServer:
             config = ServerConfig(**given)
             self.received: list[bytes] = []
             make_conversation = partial(_recording(config.mode, self.received), config.limit_message_size)
-            self._server = EchoServer.start(config, make_conversation)
+            self._server = EchoServer(config, make_conversation)
 
     @property
     def address(self) -> tuple[str, int]:

@@ -589,7 +589,7 @@ def test_bind_of_a_path_with_nul_raises_echo_error(tmp_path: Path) -> None:
 
 def test_server_on_given_sockets_serves_and_closes_them() -> None:
     async def serve(listener: socket.socket) -> None:
-        server = echo_async.EchoServer(ServerConfig(port=0), Listeners([listener]))
+        server = echo_async.EchoServer([(ServerConfig(port=0), Listeners([listener]))])
         await server.start()
         assert server.address == ("127.0.0.1", listener.getsockname()[1])
         server.close()

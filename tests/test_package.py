@@ -109,6 +109,20 @@ def test_package_import_loads_submodules_lazily() -> None:
         echo_async.missing  # noqa: B018
 
 
+def test_blocking_api_in_use_imports_no_asyncio() -> None:
+    code = """
+import sys
+from echo_async import sync
+with sync.serve(port=0, udp=True, proxy_protocol="v1") as server:
+    pass
+with sync.serve(port=0, fault="delay=0.001", mode="stream") as server, sync.connect(*server.address) as client:
+    assert list(client.stream(["one", "two"])) == ["one", "two"]
+assert "asyncio" not in sys.modules
+"""
+    result = python("-c", code)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_errors_are_exported_and_form_one_tree() -> None:
     errors = importlib.import_module("echo_async.errors")
     assert set(errors.__all__) <= set(echo_async.__all__)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import ADDRESS_OPTIONS, Option, ServerConfig, listener_options, options_of, parse_labels
 from ..errors import ConfigError
-from ..server.group import ListenerConfig
+from ..server.listeners import ListenerConfig
 from .common import parse_value
 
 LISTEN = Option(

@@ -20,9 +20,12 @@ from ..errors import ConfigError, StartError
 from ..logs import LogFormat, LogLevel, configure, log
 from ..loops import LOOP_CHOICES, LOOP_PATTERN, log_loop_errors, loop_factory
 from ..net import Address, format_address
-from ..server.group import BaseGroup, ListenerConfig, ServerGroup
+from ..server.listeners import ListenerConfig
+from ..server.server import start_server
+from ..service import Service
 from ..service.signals import ServerSignals
 from ..service.systemd import listen_descriptors, notify
+from ..stats import Stats
 from ..stdio import discard_output
 from .common import CONTEXT, ExitCode, options, run_command, version_option
 from .listen import LISTEN, as_list, parse_listeners
@@ -88,7 +91,7 @@ def command(context: click.Context, /, **values: Any) -> int:
     configure(values["log_level"], values["log_format"], labels)
     loop = "asyncio" if engine == "threads" else values["loop"]
     factory = loop_factory(loop)
-    start: Callable[[], Awaitable[BaseGroup[Any]]] = partial(ServerGroup.start, listeners)
+    start: Callable[[], Awaitable[Service]] = partial(start_server, listeners)
     if values["workers"] > 1:
         require_feature(DESCRIPTORS, f"use --workers {values['workers']}")
         from ..service.supervisor import Supervisor, WorkerSettings
@@ -105,7 +108,11 @@ def command(context: click.Context, /, **values: Any) -> int:
     }
     metrics_server = _metrics_server(values["metrics_address"], values["metrics_port"])
     with asyncio.Runner(loop_factory=factory) as runner, metrics_server as metrics:
-        runner.run(_serve(start, context.obj or _print_addresses, metrics, facts, has_names=bool(values["listen"])))
+        configs = [each.config for each in listeners]
+        serving = _serve(
+            start, configs, context.obj or _print_addresses, metrics, facts, has_names=bool(values["listen"])
+        )
+        runner.run(serving)
     return ExitCode.SUCCESS
 
 
@@ -164,7 +171,8 @@ def _metrics_server(address: str, port: int | None) -> contextlib.AbstractContex
 
 
 async def _serve(
-    start: Callable[[], Awaitable[BaseGroup[Any]]],
+    start: Callable[[], Awaitable[Service]],
+    configs: Sequence[ServerConfig],
     announce: Callable[[Sequence[Address]], object],
     metrics: MetricsServer | None,
     facts: dict[str, str],
@@ -189,13 +197,13 @@ async def _serve(
     signals.attach(server)
     if server.is_serving():
         announce(server.addresses)
-        _log_start(server)
+        _log_start(server.listener_names, configs)
     await server.wait_closed()
     signals.ignore()
-    names = server.listener_names
-    for name, stats in zip(names, server.listener_stats, strict=True) if len(names) > 1 else ():
+    counters = await server.fetch_stats()
+    for name, stats in zip(server.listener_names, counters, strict=True) if len(counters) > 1 else ():
         log.info("listener %s stopped: %s", name, stats)
-    log.info("server stopped: %s", server.stats)
+    log.info("server stopped: %s", sum(counters, Stats()))
 
 
 def _print_addresses(addresses: Sequence[Address]) -> None:
@@ -207,13 +215,12 @@ def _print_addresses(addresses: Sequence[Address]) -> None:
             discard_output(sys.stdout)
 
 
-def _log_start(server: BaseGroup[Any]) -> None:
+def _log_start(names: Sequence[str], configs: Sequence[ServerConfig]) -> None:
     """Report that the server is reachable: to the service manager and in the log."""
     notify("READY=1")
-    configs = [each.config for each in server.servers]
     udp = ", UDP" if configs[0].udp else ""
     details = f"mode {configs[0].mode}{udp}" if len(configs) == 1 else f"{len(configs)} listeners"
-    for name, config in zip(server.listener_names, configs, strict=True) if len(configs) > 1 else ():
+    for name, config in zip(names, configs, strict=True) if len(configs) > 1 else ():
         tls, udp = ", TLS" if config.ssl_certfile is not None else "", ", UDP" if config.udp else ""
         log.info("listener %s started: mode %s%s%s", name, config.mode, tls, udp)
     log.info("server started: %s, engine %s", details, configs[0].engine)

@@ -1,16 +1,23 @@
-"""The listening sockets of one server, and the Unix socket path that it created."""
+"""The listening sockets of one listener, and the Unix socket path that it created."""
 
 import contextlib
 import os
 import socket
 from collections.abc import Sequence
 from itertools import chain
-from typing import Self
+from typing import NamedTuple, Self
 
 from .. import net
 from ..compat import HAS_BALANCED_PORTS, is_readable
 from ..config import ServerConfig
 from ..errors import StartError
+
+
+class ListenerConfig(NamedTuple):
+    """The configuration of one listener, and the inherited sockets that it serves instead of its own address."""
+
+    config: ServerConfig
+    descriptors: Sequence[int] = ()
 
 
 class Listeners:
@@ -78,6 +85,11 @@ class Listeners:
             duplicates = net.duplicate([*shared, *self.datagram_sockets], count - 1)
             on_failure.pop_all()
         return [self, *(Listeners([*own, *others]) for own, others in zip(groups, duplicates, strict=True))]
+
+    @property
+    def name(self) -> str:
+        """The first address, formatted."""
+        return net.format_address(self.addresses[0])
 
     @property
     def sockets(self) -> tuple[socket.socket, ...]:

@@ -3,13 +3,18 @@
 The header is peeked at first, and then consumed. What follows it stays in the kernel, for an engine or TLS.
 """
 
-import asyncio
+from __future__ import annotations
+
 import contextlib
 import socket
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from ..wire.proxy import ProxyHeader, ProxyHeaderError
+
+if TYPE_CHECKING:
+    import asyncio
 
 MAX_WAIT = 86_400.0  # seconds: socket timeouts are limited, options are not
 PEEK_SIZE = 4096  # bytes
@@ -26,8 +31,10 @@ async def read_header(
 
     :exc:`ProxyHeaderError` if it is invalid, :exc:`TimeoutError`, :exc:`ClosedBeforeInput`.
     """
+    from asyncio import timeout  # a server on threads imports no asyncio
+
     with _peer_errors(header):
-        async with asyncio.timeout(seconds):
+        async with timeout(seconds):
             while not header.finished:
                 try:
                     _feed_header(connected, header)
@@ -72,7 +79,9 @@ def _peer_errors(header: ProxyHeader | None = None) -> Iterator[None]:
 
 async def wait_for_input(loop: asyncio.AbstractEventLoop, connected: socket.socket) -> None:
     """Wait until a socket that does not block has input. :exc:`ClosedBeforeInput` if it ends without any."""
-    ready = asyncio.Event()
+    from asyncio import Event
+
+    ready = Event()
     with contextlib.suppress(NotImplementedError):  # the Proactor loop of Windows cannot wait without receiving
         loop.add_reader(connected, ready.set)
         try:

@@ -1,4 +1,4 @@
-"""The server objects: what they have in common, and the one on an event loop.
+"""The server on an event loop.
 
 :class:`EchoServer` differs from :class:`asyncio.Server` at the end. ``close`` also ends the connections (asyncio
 leaves them open), and ``wait_closed`` returns within ``timeout_graceful_shutdown`` on every Python and event loop
@@ -9,40 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Generic, Self, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Self, Unpack
 
 from .. import net
 from ..awaitable import AwaitableContextManager
 from ..config import EngineName, ServerConfig, ServerOptions
-from ..engines.context import ConversationFactory
 from ..errors import StartError, describe_error
 from ..resolver import run_resolver
 from ..stats import Stats
-from ..tls import Certificates
-from .admission import Admission
-from .listeners import Listeners
-from .registry import Registry
+from .admission import max_connections
+from .base_server import BaseServer, Listener
+from .listeners import ListenerConfig, Listeners
 
 if TYPE_CHECKING:
     from .acceptor import AsyncioAcceptor
     from .thread_acceptor import ThreadAcceptor
 
-A = TypeVar("A", bound="AsyncioAcceptor | ThreadAcceptor")
+LISTENER_DESCRIPTORS = 8  # of a listener besides its connections: sockets, and selectors of the threads engine
 
-
-def acceptor_of(engine: EngineName) -> Callable[..., AsyncioAcceptor | ThreadAcceptor]:
-    """Return what creates the acceptor of ``engine``; no other engine is imported."""
-    if engine == "threads":
-        from .thread_acceptor import ThreadAcceptor
-
-        return ThreadAcceptor
-    from .acceptor import AsyncioAcceptor
-
-    return partial(AsyncioAcceptor, import_module(f"..engines.{engine}", __package__))
+UDP_DESCRIPTORS = 4  # of a listener that answers datagrams as well
 
 
 def serve(**options: Unpack[ServerOptions]) -> AwaitableContextManager[EchoServer]:
@@ -61,17 +50,30 @@ def serve(**options: Unpack[ServerOptions]) -> AwaitableContextManager[EchoServe
         StartError: The address cannot be bound, or a certificate is invalid (when awaited or entered).
     """
     config = ServerConfig(**options)
-    return AwaitableContextManager(lambda: start_server(config))
+    return AwaitableContextManager(lambda: start_server([ListenerConfig(config)]))
 
 
-async def start_server(config: ServerConfig) -> EchoServer:
-    """Serve on the addresses of ``config``."""
-    server = EchoServer(config, await bind(config))
-    await server.start()
-    return server
+async def start_server(listeners: Sequence[ListenerConfig]) -> EchoServer:
+    """Serve all of ``listeners``, or none: :exc:`~echo_async.StartError` if one cannot be served."""
+    async with listen(listeners) as bound:
+        server = EchoServer(zip(divide_limit(listeners), bound, strict=True))
+        await server.start()
+        return server
 
 
-async def bind(config: ServerConfig) -> Listeners:
+@contextlib.asynccontextmanager
+async def listen(listeners: Sequence[ListenerConfig]) -> AsyncIterator[list[Listeners]]:
+    """Bind the addresses of all ``listeners``, or of none. They are closed if the block fails."""
+    with contextlib.ExitStack() as on_failure:
+        bound = []
+        for config, descriptors in listeners:
+            bound.append(Listeners.adopt(descriptors, has_udp=config.udp) if descriptors else await _bind(config))
+            on_failure.callback(bound[-1].close)
+        yield bound
+        on_failure.pop_all()
+
+
+async def _bind(config: ServerConfig) -> Listeners:
     """Listen on the addresses of ``config``. A host name is resolved without blocking the event loop."""
     infos = net.resolve_literal(config)
     if infos is None:
@@ -82,121 +84,73 @@ async def bind(config: ServerConfig) -> Listeners:
     return Listeners.bind(config, infos)
 
 
-class BaseServer:
-    """Addresses, certificates and state: the common part of every server object."""
-
-    def __init__(self, config: ServerConfig, listeners: Listeners) -> None:
-        self.config = config
-        self._listeners = listeners
-        self._is_stopping = False
-        try:
-            self._certificates = None if config.ssl_certfile is None else Certificates(config)
-        except StartError:
-            listeners.close()
-            raise
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port of the first listening socket, also after it is closed.
-
-        For a Unix socket it is the path instead, which only ``addresses`` has in its type.
-        """
-        return cast(tuple[str, int], self._listeners.addresses[0])
-
-    @property
-    def addresses(self) -> list[net.Address]:
-        """Host and port, or Unix socket path, of every listening socket."""
-        return list(self._listeners.addresses)
-
-    @property
-    def port(self) -> int | None:
-        """The port of the first address; None for a Unix socket."""
-        first = self._listeners.addresses[0]
-        return None if isinstance(first, str) else first[1]
-
-    @property
-    def sockets(self) -> tuple[socket.socket, ...]:
-        """The listening sockets; empty once they are closed."""
-        return self._listeners.sockets
-
-    @property
-    def stats(self) -> Stats:
-        """A snapshot of the counters."""
-        raise NotImplementedError
-
-    def is_serving(self) -> bool:
-        """Whether connections are accepted."""
-        return bool(self.sockets) and not self._is_stopping
-
-    def reload_certificates(self) -> None:
-        """Read the certificate files again, for new connections. No connection is closed.
-
-        Raises:
-            StartError: A file is invalid. The previous certificates stay in use.
-        """
-        if self._certificates is not None:
-            self._certificates.reload()
-
-    def close(self) -> None:
-        """Begin the graceful shutdown. Returns at once."""
-        raise NotImplementedError
-
-    def abort(self) -> None:
-        """Shut down without waiting for any client."""
-        raise NotImplementedError
+def divide_limit(listeners: Sequence[ListenerConfig]) -> Iterator[ServerConfig]:
+    """Divide the connections that the descriptor limit has room for among the listeners without a limit."""
+    configs = [each.config for each in listeners]
+    limits = [each.limit_connections for each in configs]
+    reserved = sum(
+        LISTENER_DESCRIPTORS + UDP_DESCRIPTORS * each.udp + (each.limit_connections or 0) for each in configs
+    )
+    for config, limit in zip(configs, limits, strict=True):
+        is_shared = limit is None and len(limits) > 1
+        share = max(1, (max_connections() - reserved) // limits.count(None)) if is_shared else limit
+        yield replace(config, limit_connections=share)
 
 
-class EngineServer(BaseServer, Generic[A]):
-    """A server that serves connections in this process, with the acceptor of an engine."""
+def acceptor_of(engine: EngineName) -> Callable[..., AsyncioAcceptor | ThreadAcceptor]:
+    """Return what creates the acceptor of ``engine``; no other engine is imported."""
+    if engine == "threads":
+        from .thread_acceptor import ThreadAcceptor
 
-    def __init__(
-        self,
-        config: ServerConfig,
-        listeners: Listeners,
-        make_acceptor: Callable[..., A],
-        on_closed: Callable[[], object],
-        make_conversation: ConversationFactory | None = None,
-    ) -> None:
-        super().__init__(config, listeners)
-        self._registry = Registry(config, make_conversation)
-        self._registry.listener = net.format_address(listeners.addresses[0])
-        self._acceptor = make_acceptor(Admission(self._registry), listeners, self._certificates, on_closed)
+        return ThreadAcceptor
+    from .acceptor import AsyncioAcceptor
 
-    @property
-    def stats(self) -> Stats:
-        return self._registry.stats
-
-    def close(self) -> None:
-        """Begin the graceful shutdown. Returns at once; safe to call twice, and from any thread.
-
-        No connection is accepted from now on, what was received is answered, connections are closed. Those that
-        are open after ``timeout_graceful_shutdown`` seconds are aborted.
-        """
-        self._is_stopping = True
-        self._acceptor.close()
-
-    def abort(self) -> None:
-        """Shut down without waiting for any client. In an event loop, call it there."""
-        self._is_stopping = True
-        self._acceptor.abort()
+    return partial(AsyncioAcceptor, import_module(f"..engines.{engine}", __package__))
 
 
-class EchoServer(EngineServer["AsyncioAcceptor | ThreadAcceptor"]):
+class EchoServer(BaseServer["AsyncioAcceptor | ThreadAcceptor"]):
     """A running echo server; :func:`serve` creates one."""
 
-    def __init__(self, config: ServerConfig, listeners: Listeners) -> None:
-        super().__init__(config, listeners, acceptor_of(config.engine), self._on_closed)
+    def __init__(self, bound: Iterable[tuple[ServerConfig, Listeners]]) -> None:
+        super().__init__(
+            [Listener(config, sockets, acceptor_of(config.engine), self._on_closed) for config, sockets in bound]
+        )
         self._loop = asyncio.get_running_loop()
+        self._serving = 0  # listeners that were started and are not closed
         self._closed = asyncio.Event()
 
     async def start(self) -> None:
-        """Accept connections from now on. Once, after the server is made."""
+        """Accept connections from now on. If a listener cannot, the others are aborted. Once, after the server is made.
+
+        The caller closes the sockets then.
+        """
         try:
-            await self._acceptor.start()
-        except (OSError, NotImplementedError) as error:
+            for each in self._listeners:
+                await each.acceptor.start()
+                self._serving += 1
+        except BaseException as error:
+            del self._listeners[self._serving :]
+            if self._listeners:
+                self.abort()
+                await self.wait_closed()
+            if not isinstance(error, OSError | NotImplementedError):
+                raise
             loop = type(self._loop)
             name, reason = f"{loop.__module__}.{loop.__name__}", describe_error(error)
             raise StartError(f"cannot serve on {name}: {reason}; use asyncio or uvloop") from error
+
+    @property
+    def listener_names(self) -> list[str]:
+        """The first address of each listener, formatted."""
+        return [each.sockets.name for each in self._listeners]
+
+    async def fetch_stats(self) -> list[Stats]:
+        """Return the counters of each listener."""
+        return [each.registry.stats for each in self._listeners]
+
+    async def is_healthy(self) -> bool:
+        """Return whether connections are accepted."""
+        return self.is_serving()
 
     async def wait_closed(self) -> None:
         """Wait until no socket, connection, thread or task of the server is left. Always returns after :meth:`close`.
@@ -212,7 +166,8 @@ class EchoServer(EngineServer["AsyncioAcceptor | ThreadAcceptor"]):
             raise
         finally:
             if self._closed.is_set():
-                self._acceptor.join()
+                for each in self._listeners:
+                    each.acceptor.join()
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed; close it if this is canceled."""
@@ -230,5 +185,11 @@ class EchoServer(EngineServer["AsyncioAcceptor | ThreadAcceptor"]):
         await self.wait_closed()
 
     def _on_closed(self) -> None:
+        """A listener is closed; called in its thread."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, and nothing waits
-            self._loop.call_soon_threadsafe(self._closed.set)
+            self._loop.call_soon_threadsafe(self._count_closed)
+
+    def _count_closed(self) -> None:
+        self._serving -= 1
+        if not self._serving:
+            self._closed.set()

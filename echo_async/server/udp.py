@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import socket
 from collections.abc import Sequence
 from selectors import EVENT_READ
+from typing import TYPE_CHECKING
 
 from ..background import start_thread
 from ..compat import PollSelector
 from .admission import Admission
 from .datagram_responder import DatagramResponder
 
+if TYPE_CHECKING:
+    import asyncio
+
 
 class LoopReceiver:
     """Calls a responder in the running event loop. :exc:`NotImplementedError` if the loop does not watch sockets."""
 
     def __init__(self, responder: DatagramResponder) -> None:
-        self._loop = asyncio.get_running_loop()
+        from asyncio import get_running_loop  # a server on threads imports no asyncio
+
+        self._loop = get_running_loop()
         self._responder: DatagramResponder | None = responder
         self._timer: asyncio.TimerHandle | None = None
         for each in responder.sockets:

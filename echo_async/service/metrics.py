@@ -25,11 +25,11 @@ from .. import net
 from ..config import ServerConfig
 from ..errors import StartError, describe_error
 from ..logs import log
-from ..server.group import BaseGroup
 from ..stats import COUNTERS as STATS_COUNTERS
 from ..stats import COUNTERS_BY_KIND, Stats
 from ..wire.datagrams import REFUSALS
 from ..wire.text import escape
+from . import Service
 
 T = TypeVar("T")
 
@@ -148,7 +148,7 @@ class MetricsServer:
             ) from error
         self._threads: list[threading.Thread] = []
 
-    def start(self, server: BaseGroup[Any], labels: Mapping[str, str], names: Sequence[str]) -> None:
+    def start(self, server: Service, labels: Mapping[str, str], names: Sequence[str]) -> None:
         """Serve the metrics of ``server``, which uses the running event loop, and of its listeners by ``names``.
 
         :exc:`~echo_async.StartError` for lack of threads.

@@ -3,12 +3,11 @@
 import asyncio
 import os
 import signal
-from typing import Any
 
 from ..compat import HANGUP_SIGNALS, STOP_SIGNALS, add_signal_handler, remove_signal_handler
 from ..errors import StartError
 from ..logs import log
-from ..server.group import BaseGroup
+from . import Service
 from .systemd import notify
 
 HANDLED_SIGNALS = (*STOP_SIGNALS, *HANGUP_SIGNALS)
@@ -22,7 +21,7 @@ class ServerSignals:
     """
 
     def __init__(self) -> None:
-        self._server: BaseGroup[Any] | None = None
+        self._server: Service | None = None
         self._stop_requests = 0
         is_hangup_ignored = all(signal.getsignal(number) is signal.SIG_IGN for number in HANGUP_SIGNALS)
         self._stops_on_hangup = not is_hangup_ignored and _has_terminal()
@@ -32,7 +31,7 @@ class ServerSignals:
         for number in HANGUP_SIGNALS:
             add_signal_handler(loop, number, self._hang_up)
 
-    def attach(self, server: BaseGroup[Any]) -> None:
+    def attach(self, server: Service) -> None:
         """Apply the signals to ``server``. It is closed if one arrived before."""
         self._server = server
         if self._stop_requests:
@@ -61,11 +60,9 @@ class ServerSignals:
     def _hang_up(self) -> None:
         if self._stops_on_hangup and not _has_terminal():
             return self._stop(signal.SIGHUP)
-        if self._server is None or not self._server.has_certificates:
-            return log.info("SIGHUP received: nothing to reload")
         try:
-            self._server.reload_certificates()
-            log.info("SIGHUP received: certificates reloaded")
+            is_reloaded = self._server is not None and self._server.reload_certificates()
+            log.info("SIGHUP received: %s", "certificates reloaded" if is_reloaded else "nothing to reload")
         except StartError as error:
             log.error("SIGHUP received: reload failed, keeping the previous certificates: %s", error)
 

@@ -24,10 +24,10 @@ from typing import Self
 
 from ..errors import StartError
 from ..logs import LogFormat, LogLevel, log
-from ..server.group import BaseGroup, ListenerConfig, listen
-from ..server.listeners import Listeners
-from ..server.server import BaseServer
+from ..server.listeners import ListenerConfig, Listeners
+from ..server.server import listen
 from ..stats import Stats
+from ..tls import Certificates
 from .worker_process import Worker
 
 MAX_RESTARTS = 5  # consecutive attempts to start a replacement before the server stops
@@ -63,13 +63,16 @@ class Slot:
             each.close()
 
 
-class Supervisor(BaseGroup[BaseServer]):
-    """The parent process of the workers, with the methods of a server. ``limit_connections`` applies per worker."""
+class Supervisor:
+    """The parent process of the workers. ``limit_connections`` applies per worker."""
 
     def __init__(
         self, listeners: Sequence[ListenerConfig], workers: int, settings: WorkerSettings, bound: Sequence[Listeners]
     ) -> None:
-        super().__init__([BaseServer(each.config, sockets) for each, sockets in zip(listeners, bound, strict=True)])
+        self._configs = [each.config for each in listeners]
+        self._certificates = [Certificates(each) for each in self._configs if each.ssl_certfile is not None]
+        self.addresses = [address for each in bound for address in each.addresses]
+        self.listener_names = [each.name for each in bound]
         self._slots = list(map(Slot, zip(*(each.divide(workers) for each in bound), strict=True)))
         self._settings = asdict(settings)
         self._loop = asyncio.get_running_loop()
@@ -105,15 +108,10 @@ class Supervisor(BaseGroup[BaseServer]):
         ]
         return self
 
-    @property
-    def listener_stats(self) -> list[Stats]:
-        """The sums of the counters that the workers reported last."""
-        return _add_stats(self._exited_stats, *(worker.stats for worker in self._workers))
-
     async def fetch_stats(self) -> list[Stats]:
-        """Return the current counters of all workers; for those that do not respond, the last reported."""
+        """Return the counters of each listener, over all workers; of those that do not respond, the last reported."""
         await self._request_stats()
-        return self.listener_stats
+        return _add_stats(self._exited_stats, *(worker.stats for worker in self._workers))
 
     async def is_healthy(self) -> bool:
         """Return whether connections are accepted and at least one worker responds."""
@@ -124,29 +122,35 @@ class Supervisor(BaseGroup[BaseServer]):
         return await asyncio.gather(*(worker.fetch_stats() for worker in self._workers if worker.is_ready))
 
     def is_serving(self) -> bool:
+        """Whether connections are accepted."""
         return not self._is_stopping
 
     def close(self) -> None:
+        """Begin the graceful shutdown. Returns at once."""
         if self._is_stopping:
             return
         self._is_stopping = True
-        timeout = max(each.config.timeout_graceful_shutdown for each in self.servers)
+        timeout = max(each.timeout_graceful_shutdown for each in self._configs)
         self._schedule_kill(timeout + KILL_DELAY)
         for worker in self._workers:
             if worker.is_ready:
                 worker.request_stats()  # it is stopped when it has responded
 
     def abort(self) -> None:
+        """Shut down without waiting for any client."""
         self.close()
         self._schedule_kill(KILL_DELAY)
         self._close_slots()
         for worker in self._workers:
             worker.send_command("abort")
 
-    def reload_certificates(self) -> None:
-        super().reload_certificates()  # raises StartError before any worker reads the files
+    def reload_certificates(self) -> bool:
+        """The same as that of a server. :exc:`~echo_async.StartError` before any worker reads the files."""
+        for each in self._certificates:
+            each.reload()
         for worker in self._workers:
             worker.send_command("reload")
+        return bool(self._certificates)
 
     async def wait_closed(self) -> None:
         """Wait until all workers have exited. :exc:`~echo_async.StartError` if a replacement could not start."""
@@ -159,9 +163,8 @@ class Supervisor(BaseGroup[BaseServer]):
     async def _start_worker(self, slot: Slot) -> Worker:
         if self._is_stopping and not slot.has_queue():
             raise StartError("server is shutting down")
-        configs = [each.config for each in self.servers]
         descriptors = [each.descriptors for each in slot.listeners]
-        worker = await Worker.start(list(map(ListenerConfig, configs, descriptors)), self._settings)
+        worker = await Worker.start(list(map(ListenerConfig, self._configs, descriptors)), self._settings)
         self._workers.add(worker)
         try:
             await worker.wait_ready()

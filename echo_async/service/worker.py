@@ -18,7 +18,8 @@ from ..config import ServerConfig
 from ..errors import StartError
 from ..logs import configure, log
 from ..loops import log_loop_errors, loop_factory
-from ..server.group import ListenerConfig, ServerGroup
+from ..server.listeners import ListenerConfig
+from ..server.server import EchoServer, start_server
 from ..stdio import print_error, standard_streams
 
 EXIT_START_FAILED = 3
@@ -46,7 +47,7 @@ def main() -> int:
 
 async def _serve(listeners: list[ListenerConfig], channel: socket.socket) -> None:
     log_loop_errors(asyncio.get_running_loop())
-    server = await ServerGroup.start(listeners)
+    server = await start_server(listeners)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked by the supervisor
     reader, writer = await asyncio.open_connection(sock=channel)
@@ -56,21 +57,21 @@ async def _serve(listeners: list[ListenerConfig], channel: socket.socket) -> Non
     command_task.cancel()
     await asyncio.wait([command_task])
     with contextlib.suppress(*CHANNEL_CLOSED_ERRORS):
-        writer.write(_encode_report(stats=[asdict(each) for each in server.listener_stats]))
+        writer.write(_encode_report(stats=[asdict(each) for each in await server.fetch_stats()]))
         writer.write_eof()
         await reader.read()  # the supervisor closes first: a command sent to a closed channel loses the report
         writer.close()
         await writer.wait_closed()
 
 
-async def _handle_commands(server: ServerGroup, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _handle_commands(server: EchoServer, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Handle the supervisor's commands; abort when it exits."""
     try:
         with contextlib.suppress(*CHANNEL_CLOSED_ERRORS):
             while line := await reader.readline():
                 match json.loads(line)["command"]:
                     case "stats":
-                        writer.write(_encode_report(stats=[asdict(each) for each in server.listener_stats]))
+                        writer.write(_encode_report(stats=[asdict(each) for each in await server.fetch_stats()]))
                     case "stop":
                         server.close()
                     case "abort":
@@ -81,7 +82,7 @@ async def _handle_commands(server: ServerGroup, reader: asyncio.StreamReader, wr
         server.abort()
 
 
-def _reload(server: ServerGroup) -> None:
+def _reload(server: EchoServer) -> None:
     try:
         server.reload_certificates()
     except StartError as error:  # the files have changed since the supervisor validated them

@@ -15,7 +15,7 @@ from ..children import blocked_signals, start_child
 from ..compat import HANGUP_SIGNALS, STOP_SIGNALS, read_cpu_time
 from ..errors import StartError
 from ..logs import log
-from ..server.group import ListenerConfig
+from ..server.listeners import ListenerConfig
 from ..stats import Stats
 
 WORKER_START_TIMEOUT = 30.0  # seconds until a new worker must be ready

@@ -11,8 +11,8 @@ from typing import Self, Unpack
 from ..config import ServerConfig, ServerOptions
 from ..engines.context import ConversationFactory
 from ..errors import ConfigError
+from ..server.base_server import BaseServer, Listener
 from ..server.listeners import Listeners
-from ..server.server import EngineServer
 from ..server.thread_acceptor import ThreadAcceptor
 
 
@@ -35,24 +35,18 @@ def serve(**options: Unpack[ServerOptions]) -> EchoServer:
         raise ConfigError(
             f"engine {options['engine']!r} requires an event loop; use echo_async.serve or engine 'threads'"
         )
-    return EchoServer.start(ServerConfig(**options))
+    return EchoServer(ServerConfig(**options))
 
 
-class EchoServer(EngineServer[ThreadAcceptor]):
+class EchoServer(BaseServer[ThreadAcceptor]):
     """A running echo server on threads; :func:`serve` creates one. ``close`` is safe in a signal handler too."""
 
-    def __init__(
-        self, config: ServerConfig, listeners: Listeners, make_conversation: ConversationFactory | None = None
-    ) -> None:
+    def __init__(self, config: ServerConfig, make_conversation: ConversationFactory | None = None) -> None:
         self._closed = threading.Event()
-        super().__init__(config, listeners, ThreadAcceptor, self._closed.set, make_conversation)
-
-    @classmethod
-    def start(cls, config: ServerConfig, make_conversation: ConversationFactory | None = None) -> Self:
-        """Serve on the addresses of ``config``."""
-        self = cls(config, Listeners.bind(config), make_conversation)
+        listener = Listener(config, Listeners.bind(config), ThreadAcceptor, self._closed.set, make_conversation)
+        super().__init__([listener])
+        self._acceptor = listener.acceptor
         self._acceptor.start_thread()
-        return self
 
     def wait_closed(self) -> None:
         """Wait until no socket, connection or thread of the server is left. Always returns after :meth:`close`."""

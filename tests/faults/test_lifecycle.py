@@ -26,6 +26,7 @@ from support import (
 import echo_async
 from echo_async import sync
 from echo_async.loops import loop_factory
+from echo_async.server.listeners import ListenerConfig
 from echo_async.server.server import start_server as start_in_loop
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -55,7 +56,8 @@ def test_start_canceled_leaves_no_descriptor(backend: Backend) -> None:
             await server.wait_closed()
         before = sorted(os.listdir("/proc/self/fd"))
         for turns in range(6):
-            starting = asyncio.ensure_future(start_in_loop(echo_async.ServerConfig(engine=backend.engine, port=0)))
+            listener = ListenerConfig(echo_async.ServerConfig(engine=backend.engine, port=0))
+            starting = asyncio.ensure_future(start_in_loop([listener]))
             for _ in range(turns):
                 await asyncio.sleep(0)
             starting.cancel()

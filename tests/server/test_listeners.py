@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -33,7 +34,10 @@ from support import (
 
 from echo_async import ServerConfig, StartError
 from echo_async.cli.server import main
-from echo_async.server.group import ListenerConfig, ServerGroup
+from echo_async.server.acceptor import AsyncioAcceptor
+from echo_async.server.listeners import ListenerConfig
+from echo_async.server.server import start_server
+from echo_async.server.thread_acceptor import ThreadAcceptor
 
 SERVER = (sys.executable, "-m", "echo_async.server")
 
@@ -233,7 +237,7 @@ def test_group_with_an_address_in_use_starts_nothing(
 
     async def start() -> None:
         with pytest.raises(StartError, match=f"^cannot listen on 127.0.0.1:{closed_port}: address already in use"):
-            await ServerGroup.start([ListenerConfig(each) for each in configs])
+            await start_server([ListenerConfig(each) for each in configs])
 
     run(start, backend.loop)
     assert not path.exists()
@@ -247,20 +251,17 @@ def test_group_that_fails_at_the_last_server_starts_nothing(
     configs = [ServerConfig(engine=backend.engine, uds=str(path)), ServerConfig(engine=backend.engine, port=0)]
 
     async def start() -> None:
-        group = await ServerGroup.start([ListenerConfig(each) for each in configs])
-        acceptor = type(group.servers[1]._acceptor)
-        group.close()
-        await group.wait_closed()
+        acceptor: Any = ThreadAcceptor if backend.engine == "threads" else AsyncioAcceptor
         starts, original = iter([True, False]), acceptor.start
 
         async def failing_start(self: object) -> None:
             if not next(starts):
                 raise OSError(24, "too many open files")
-            await original(self)  # type: ignore[arg-type]
+            await original(self)
 
         monkeypatch.setattr(acceptor, "start", failing_start)
         with pytest.raises(StartError, match="too many open files"):
-            await ServerGroup.start([ListenerConfig(each) for each in configs])
+            await start_server([ListenerConfig(each) for each in configs])
 
     run(start, backend.loop)
     assert not path.exists()

@@ -38,7 +38,8 @@ from echo_async.config import EngineName, ServerConfig, ServerOptions
 from echo_async.loops import LoopName
 from echo_async.net import bind_udp
 from echo_async.server.datagram_responder import BATCH
-from echo_async.server.group import ListenerConfig, ServerGroup
+from echo_async.server.listeners import ListenerConfig
+from echo_async.server.server import start_server
 from echo_async.testing import HostedServer
 from echo_async.wire.datagrams import REPLY_TRAFFIC_CLASS, Refusals
 
@@ -365,7 +366,7 @@ def test_udp_reply_that_cannot_be_sent_is_counted(backend: Backend, caplog: pyte
             receiver.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_DONTFRAG, 1)
             client.connect(receiver.getsockname())
             config = ServerConfig(udp=True, engine=backend.engine)
-            server = await ServerGroup.start([ListenerConfig(config, descriptors)])
+            server = await start_server([ListenerConfig(config, descriptors)])
             client.send(bytes(65_527))
             client.send(b"still there")
             assert await asyncio.to_thread(client.recv, 100) == b"still there"
@@ -389,7 +390,7 @@ def test_udp_error_of_an_earlier_reply_is_counted(engine: EngineName) -> None:
                 client.sendto(b"gone", receiver.getsockname())
                 receiver.connect(source)
             config = ServerConfig(udp=True, engine=engine)
-            server = await ServerGroup.start([ListenerConfig(config, descriptors)])
+            server = await start_server([ListenerConfig(config, descriptors)])
             await wait_in_loop(lambda: server.stats.datagrams_refused == {"send": 1})
             with udp_client(source=source) as client:
                 client.sendto(b"back", receiver.getsockname())

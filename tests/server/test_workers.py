@@ -20,7 +20,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from logging import WARNING
 from pathlib import Path
 from time import monotonic
-from typing import Unpack
+from typing import Unpack, cast
 
 import pytest
 import trustme
@@ -41,7 +41,7 @@ from support import (
 )
 
 from echo_async.config import EngineName, ServerConfig, ServerOptions
-from echo_async.server.group import ListenerConfig
+from echo_async.server.listeners import ListenerConfig
 from echo_async.service.supervisor import Supervisor, WorkerSettings
 from echo_async.service.worker_process import Worker
 
@@ -388,6 +388,10 @@ async def supervised(**options: Unpack[ServerOptions]) -> AsyncIterator[tuple[Su
     assert child_processes(os.getpid()) == others
 
 
+def address_of(supervisor: Supervisor) -> tuple[str, int]:
+    return cast(tuple[str, int], supervisor.addresses[0])
+
+
 def events_of(worker: int, caplog: pytest.LogCaptureFixture) -> list[str]:
     prefix = f"worker {worker} "
     return [line.removeprefix(prefix) for line in log_lines(caplog, WARNING) if line.startswith(prefix)]
@@ -399,7 +403,7 @@ def test_command_to_a_worker_that_has_finished_keeps_its_counters() -> None:
     async def main() -> int:
         with ExitStack() as stack:
             async with supervised(mode="stream") as (supervisor, workers):
-                address = supervisor.servers[0].address
+                address = address_of(supervisor)
                 clients = [stack.enter_context(socket.create_connection(address, TIMEOUT)) for _ in range(4)]
                 for client in clients:
                     assert exchange(client, b"one\nnever finished") == b"one\n"
@@ -408,7 +412,7 @@ def test_command_to_a_worker_that_has_finished_keeps_its_counters() -> None:
                 wait_until(lambda: not any(map(is_running, workers)))
                 supervisor.abort()
                 await supervisor.wait_closed()
-        return sum(each.lost for each in supervisor.listener_stats)
+        return sum(each.lost for each in await supervisor.fetch_stats())
 
     assert run(main) == 4
 
@@ -444,8 +448,7 @@ def test_hung_worker_leaves_its_queue_to_its_replacement(
             async with supervised() as (supervisor, (hung, _)):
                 os.kill(hung, signal.SIGSTOP)
                 queued = [
-                    clients.enter_context(socket.create_connection(supervisor.servers[0].address, TIMEOUT))
-                    for _ in range(40)
+                    clients.enter_context(socket.create_connection(address_of(supervisor), TIMEOUT)) for _ in range(40)
                 ]
                 for client in queued:
                     client.sendall(b"hello\n")
