@@ -1,4 +1,4 @@
-"""The structure of the package, read from its source: imports, exports, length of functions."""
+"""The structure of the package, read from its source: imports and exports."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 import echo_async
 
 ROOT = Path(echo_async.__file__).parent
-MAX_FUNCTION_LINES = 40
 
 
 def module_name(path: Path) -> str:
@@ -140,13 +137,6 @@ def test_click_is_imported_in_cli_only() -> None:
     users = {module for module in FILES if any(f"{name}.".startswith("click.") for name in imported_names(module))}
     assert users
     assert [module for module in users if not module.startswith("echo_async.cli.")] == []
-
-
-@pytest.mark.parametrize("module", FILES)
-def test_functions_have_at_most_40_lines(module: str) -> None:
-    functions = [n for n in ast.walk(tree(module)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    lengths = [(each.name, (each.end_lineno or each.lineno) - each.lineno + 1) for each in functions]
-    assert [(name, length) for name, length in lengths if length > MAX_FUNCTION_LINES] == []
 
 
 def test_all_is_declared_in_public_modules_only() -> None:
