@@ -188,7 +188,7 @@ async def _serve(
         raise
     if metrics is not None:
         try:
-            metrics.start(server, facts, server.listener_names if has_names else ())
+            await metrics.start(server, facts, server.listener_names if has_names else ())
         except StartError:
             server.close()
             await server.wait_closed()

@@ -1,21 +1,15 @@
-"""Prometheus metrics at ``/metrics`` and a health check at ``/healthz``, over HTTP.
+"""Prometheus metrics at ``/metrics`` and a health check at ``/healthz``, over HTTP, in the server's event loop.
 
-A scrape runs in a thread and requests the counters that the server keeps anyway, in the server's event loop. A scrape
-therefore includes every message answered before it, by all workers, and a server that does not respond is unhealthy.
-Only this module requires prometheus-client (extra ``metrics``).
+A scrape requests the counters that the server keeps anyway, from all workers. It therefore includes every message
+answered before it. Only this module requires prometheus-client (extra ``metrics``).
 """
 
 import asyncio
 import contextlib
-import socket
-import threading
-import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError
-from socketserver import BaseServer, ThreadingMixIn
-from typing import Any, TypeVar
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
-from wsgiref.types import StartResponse, WSGIEnvironment
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from email.utils import formatdate
+from typing import Any
+from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -23,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from .. import net
 from ..config import ServerConfig
+from ..engines.loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS, start_serving
 from ..errors import StartError, describe_error
 from ..logs import log
 from ..stats import COUNTERS as STATS_COUNTERS
@@ -31,13 +26,14 @@ from ..wire.datagrams import REFUSALS
 from ..wire.text import escape
 from . import Service
 
-T = TypeVar("T")
-
-STATS_TIMEOUT = 3.0  # seconds until the server must respond; longer than the supervisor's for its workers
 BACKLOG = 128  # HTTP connections not yet accepted
-REQUEST_TIMEOUT = 5.0  # seconds without input until an HTTP request is aborted
-MAX_CONNECTIONS = 8  # HTTP connections; a new one closes the oldest. They fit into the reserved descriptors
-ACCEPT_RETRY_DELAY = 0.1  # seconds after accept() failed
+REQUEST_TIMEOUT = 5.0  # seconds from accepting an HTTP connection until the response is sent
+MAX_CONNECTIONS = 8  # HTTP connections. They fit into the reserved descriptors
+MAX_LINE, MAX_HEADERS = 8192, 100  # bytes of the request line, or of a header; number of headers
+METHODS = ("GET", "HEAD")
+
+Response = tuple[str, Sequence[tuple[str, str]], bytes]
+"""Status, headers and body."""
 
 # Metric name, without prefix and suffix: field of Stats, help text
 COUNTERS = {
@@ -70,16 +66,14 @@ class StatsCollector(Collector):
         self._labels = dict(labels)
         self._names = names
         self._highest: Sequence[Stats] = ()
-        self._lock = threading.Lock()
 
     def describe(self) -> Iterable[Metric]:
         return self._metrics([Stats()] * max(1, len(self._names)))
 
     def collect(self) -> Iterable[Metric]:
         stats = self._read()
-        with self._lock:
-            stats = self._highest = list(map(_keep_monotonic, self._highest or [Stats()] * len(stats), stats))
-        return self._metrics(stats)
+        self._highest = list(map(_keep_monotonic, self._highest or [Stats()] * len(stats), stats))
+        return self._metrics(self._highest)
 
     def _metrics(self, stats: Sequence[Stats]) -> Iterable[Metric]:
         yield InfoMetricFamily("echo_async", "Configuration and version of the server.", self._labels)
@@ -139,132 +133,123 @@ class MetricsServer:
     def __init__(self, address: str, port: int) -> None:
         config = ServerConfig(host=address, port=port, backlog=BACKLOG)
         try:
-            self._https = [_HttpServer(each) for each in net.bind(config, net.resolve(config))]
+            self._sockets = net.bind(config, net.resolve(config))
         except StartError as error:
             reason = describe_error(error.__cause__) if isinstance(error.__cause__, Exception) else error
             raise StartError(
                 f"cannot serve metrics on {net.format_address((escape(address), port))}: {reason}; "
                 "choose another --metrics-port or --metrics-address"
             ) from error
-        self._threads: list[threading.Thread] = []
+        self._servers: list[asyncio.Server] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.StreamWriter, bool] = {}  # in the order of their arrival; whether idle
+        self._stats: list[Stats] = []
 
-    def start(self, server: Service, labels: Mapping[str, str], names: Sequence[str]) -> None:
-        """Serve the metrics of ``server``, which uses the running event loop, and of its listeners by ``names``.
-
-        :exc:`~echo_async.StartError` for lack of threads.
-        """
-        loop = asyncio.get_running_loop()
+    async def start(self, service: Service, labels: Mapping[str, str], names: Sequence[str]) -> None:
+        """Serve the metrics of ``service``, and of its listeners by ``names``, in the running event loop."""
+        self._service = service
         registry = CollectorRegistry()
-        registry.register(StatsCollector(lambda: _run_in_loop(loop, server.fetch_stats()), labels, names))
-        application = _application(make_wsgi_app(registry), lambda: _run_in_loop(loop, server.is_healthy()))
-        for http in self._https:
-            http.set_app(application)
-            thread = threading.Thread(target=http.serve_forever, name="echo-async metrics", daemon=True)
+        registry.register(StatsCollector(lambda: self._stats, labels, names))
+        self._metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
+        for each in self._sockets:
             try:
-                thread.start()
-            except RuntimeError as error:
-                raise StartError(f"cannot serve metrics: {describe_error(error)}; raise the thread limit") from error
-            self._threads.append(thread)
-            log.info("metrics available at http://%s/metrics", net.format_address(http.server_address))
+                server = await asyncio.start_server(
+                    self._accept, sock=each, backlog=ACCEPT_BATCH, limit=MAX_LINE, start_serving=False
+                )
+                self._servers.append(await start_serving(server, each, BACKLOG))
+            except (OSError, NotImplementedError) as error:
+                raise StartError(f"cannot serve metrics: {describe_error(error)}; use another --loop") from error
+            log.info("metrics available at http://%s/metrics", net.format_address(each.getsockname()))
 
     def close(self) -> None:
-        for http, thread in zip(self._https, self._threads, strict=False):  # none, or some, were started
-            with contextlib.suppress(OSError):
-                http.socket.shutdown(socket.SHUT_RDWR)  # otherwise shutdown takes up to 0.5 s
-            http.shutdown()
-            thread.join()
-        for http in self._https:
-            http.server_close()
+        """Stop listening and end all requests. The event loop may run no more, but is not closed."""
+        for server in self._servers:
+            server.close()
+        for each in self._sockets:
+            each.close()
+        for task in self._tasks:
+            task.cancel()
 
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve a connection. Beyond the limit, abort the one that is idle for longest: they block no scrape."""
+        self._connections[writer] = True
+        if len(self._connections) > MAX_CONNECTIONS:
+            oldest = next(each for each, is_idle in self._connections.items() if is_idle)
+            del self._connections[oldest]
+            oldest.transport.abort()
+        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-def _run_in_loop(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
-    """Run ``coroutine`` in the ``loop`` of another thread. :exc:`TimeoutError` if the loop is blocked or closed."""
-    try:
-        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
-    except RuntimeError:  # the loop is closed
-        coroutine.close()
-        raise TimeoutError from None
-    try:
-        return future.result(STATS_TIMEOUT)
-    except CancelledError:  # the loop is about to be closed
-        raise TimeoutError from None
-    finally:
-        future.cancel()
-
-
-def _application(metrics: Callable[..., Any], is_healthy: Callable[[], bool]) -> Callable[..., Iterable[bytes]]:
-    """Return the WSGI application that routes requests to ``metrics`` and the health check."""
-
-    def application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        method, headers = environ["REQUEST_METHOD"], [("Content-Type", "text/plain; charset=utf-8")]
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer one request, and close the connection."""
         try:
-            match environ["PATH_INFO"]:
-                case "/metrics" | "/healthz" if method not in METHODS:
-                    status, body = "405 Method Not Allowed", b"method not allowed; use GET or HEAD\n"
-                    headers.append(("Allow", ", ".join(METHODS)))
-                case "/metrics":
-                    started: list[Any] = []
-                    response = metrics({**environ, "REQUEST_METHOD": "GET"}, lambda *start: started.extend(start))
-                    body = b"".join(response)
-                    status, headers = started
-                case "/healthz" if is_healthy():
-                    status, body = "200 OK", b"serving\n"
-                case "/healthz":
-                    status, body = "503 Service Unavailable", b"not serving\n"
-                case _:
-                    status, body = "404 Not Found", b"not found; use /metrics or /healthz\n"
-        except TimeoutError:
-            status, body = "503 Service Unavailable", b"server is not responding\n"
-        start_response(status, [*headers, ("Content-Length", str(len(body)))])
-        return [] if method == "HEAD" else [body]
+            with contextlib.suppress(*TRANSPORT_ERRORS, EOFError):  # lost, timed out, or ended within the request
+                async with asyncio.timeout(REQUEST_TIMEOUT):
+                    try:
+                        request = await _read_request(reader)
+                    except (ValueError, asyncio.LimitOverrunError):
+                        request = {}
+                    self._connections[writer] = False
+                    writer.write(
+                        _encode(*await self._respond(request), has_body=request.get("REQUEST_METHOD") != "HEAD")
+                    )
+                    writer.close()
+                    await writer.wait_closed()
+        finally:
+            self._connections.pop(writer, None)
+            writer.transport.abort()
 
-    return application
+    async def _respond(self, request: dict[str, str]) -> Response:
+        match request.get("PATH_INFO"):
+            case None:
+                return _text("400 Bad Request", "invalid request")
+            case "/metrics" | "/healthz" if request["REQUEST_METHOD"] not in METHODS:
+                allowed = ("Allow", ", ".join(METHODS))
+                return _text("405 Method Not Allowed", "method not allowed; use GET or HEAD", allowed)
+            case "/metrics":
+                self._stats = await self._service.fetch_stats()
+                return self._expose({**request, "REQUEST_METHOD": "GET"})
+            case "/healthz" if await self._service.is_healthy():
+                return _text("200 OK", "serving")
+            case "/healthz":
+                return _text("503 Service Unavailable", "not serving")
+        return _text("404 Not Found", "not found; use /metrics or /healthz")
 
-
-METHODS = ("GET", "HEAD")
-
-
-class _Handler(WSGIRequestHandler):
-    timeout = REQUEST_TIMEOUT
-
-    def log_message(self, *args: object) -> None:
-        """Do not log requests."""
-
-
-class _HttpServer(ThreadingMixIn, WSGIServer):
-    daemon_threads = True  # a slow HTTP client does not delay the shutdown
-
-    def __init__(self, listener: socket.socket) -> None:
-        self._connections: dict[socket.socket, None] = {}  # in the order of their arrival
-        self._lock = threading.Lock()
-        BaseServer.__init__(self, listener.getsockname(), _Handler)  # that of TCPServer opens a socket
-        self.socket = listener
-        self.server_name, self.server_port = listener.getsockname()[:2]
-        self.setup_environ()
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection. After an error, which the base class ignores, pause instead of a busy loop."""
+    def _expose(self, request: dict[str, str]) -> Response:
+        """Return the metrics in the format that ``request`` accepts; in the default one if its header is invalid."""
+        start: list[Any] = []
         try:
-            return super().get_request()
-        except OSError:
-            time.sleep(ACCEPT_RETRY_DELAY)
-            raise
+            body = self._metrics(request, lambda *values: start.extend(values))
+        except (TypeError, ValueError):  # prometheus_client/exposition.py, choose_encoder: a version that is no number
+            body = self._metrics({**request, "HTTP_ACCEPT": ""}, lambda *values: start.extend(values))
+        status, headers = start
+        return status, headers, b"".join(body)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread. Beyond the limit, close the oldest: idle connections block no scrape."""
-        with self._lock:
-            self._connections[request] = None
-            oldest = next(iter(self._connections)) if len(self._connections) > MAX_CONNECTIONS else None
-            if oldest is not None:
-                del self._connections[oldest]
-                with contextlib.suppress(OSError):
-                    oldest.shutdown(socket.SHUT_RDWR)
-        super().process_request(request, client_address)
 
-    def shutdown_request(self, request: Any) -> None:
-        with self._lock:
-            self._connections.pop(request, None)
-        super().shutdown_request(request)
+async def _read_request(reader: asyncio.StreamReader) -> dict[str, str]:
+    """Read a request without a body (RFC 9112); return it as a WSGI environment (PEP 3333)."""
+    method, target, _ = (await _read_line(reader)).split(" ")
+    url = urlsplit(target)
+    request = {"REQUEST_METHOD": method, "PATH_INFO": url.path, "QUERY_STRING": url.query}
+    for _ in range(MAX_HEADERS + 1):
+        line = await _read_line(reader)
+        if not line:
+            return request
+        name, _, value = line.partition(":")
+        request[f"HTTP_{name.upper().replace('-', '_')}"] = value.strip()
+    raise ValueError("too many headers")
 
-    def handle_error(self, *args: object) -> None:
-        """Do not log lost or timed out HTTP connections."""
+
+async def _read_line(reader: asyncio.StreamReader) -> str:
+    return (await reader.readuntil(b"\n")).decode("latin-1").rstrip("\r\n")
+
+
+def _text(status: str, text: str, *headers: tuple[str, str]) -> Response:
+    return status, [("Content-Type", "text/plain; charset=utf-8"), *headers], f"{text}\n".encode()
+
+
+def _encode(status: str, headers: Sequence[tuple[str, str]], body: bytes, *, has_body: bool) -> bytes:
+    headers = [("Date", formatdate(usegmt=True)), *headers, ("Content-Length", str(len(body)))]
+    lines = [f"HTTP/1.0 {status}", *(f"{name}: {value}" for name, value in headers), "", ""]
+    return "\r\n".join(lines).encode("latin-1") + (body if has_body else b"")

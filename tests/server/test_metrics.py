@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import os
 import re
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import fields
 from http.client import HTTPConnection
 from itertools import product
@@ -38,7 +39,7 @@ from echo_async import Stats
 from echo_async.cli.server import main
 from echo_async.config import EngineName
 from echo_async.service import metrics as module
-from echo_async.service.metrics import COUNTERS, TIMEOUTS, StatsCollector
+from echo_async.service.metrics import COUNTERS, MAX_CONNECTIONS, TIMEOUTS, MetricsServer, StatsCollector
 from echo_async.service.worker_process import Worker
 from echo_async.stats import COUNTERS_BY_KIND
 
@@ -56,12 +57,16 @@ def server_with_metrics(engine: EngineName, workers: int, *args: str) -> Iterato
         yield server
 
 
-def get(server: ServerProcess, path: str) -> tuple[int, str]:
-    match = re.search(r" metrics available at http://(127\.0\.0\.1):(\d+)/metrics\n", server.log)
+def address_of(log: str) -> tuple[str, int]:
+    match = re.search(r" metrics available at http://(127\.0\.0\.1):(\d+)/metrics\n", log)
     assert match is not None
-    connection = HTTPConnection(match[1], int(match[2]), timeout=TIMEOUT)
+    return match[1], int(match[2])
+
+
+def get(server: ServerProcess, path: str, **headers: str) -> tuple[int, str]:
+    connection = HTTPConnection(*address_of(server.log), timeout=TIMEOUT)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers=headers)
         response = connection.getresponse()
         return response.status, response.read().decode()
     finally:
@@ -200,10 +205,8 @@ def test_commands_to_an_exited_worker_log_nothing(
 
 def test_invalid_http_requests_log_nothing() -> None:
     with server_with_metrics("streams", 1) as server:
-        match = re.search(r"metrics available at http://127\.0\.0\.1:(\d+)/", server.log)
-        assert match is not None
         for request in (b"", b"\n", b"GET /metrics", b"\0\xff\r\n\r\n", b"GET /metrics HTTP/1.1\r\n\r\n"):
-            with socket.create_connection(("127.0.0.1", int(match[1])), TIMEOUT) as client:
+            with socket.create_connection(address_of(server.log), TIMEOUT) as client:
                 client.sendall(request)
         assert scrape(server)["echo_async_connections_accepted_total"] == 0
         code, lines = server.stop()
@@ -290,44 +293,17 @@ def test_counters_never_decrease() -> None:
         assert samples["echo_async_lost_total"] == lost
 
 
-def test_blocked_or_closed_event_loop_raises_timeout_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STATS_TIMEOUT", 0.05)
-    release = threading.Event()
-
-    async def respond() -> bool:
-        return True
-
-    async def block_loop_while_running(thread: threading.Thread) -> None:
-        thread.start()
-        release.wait(TIMEOUT)  # blocks the event loop
-
-    def call() -> None:
-        try:
-            results.append(module._run_in_loop(loop, respond()))
-        except TimeoutError as error:
-            results.append(error)
-        release.set()
-
-    results: list[object] = []
-    with asyncio.Runner() as runner:
-        loop = runner.get_loop()
-        thread = threading.Thread(target=call, daemon=True)
-        runner.run(block_loop_while_running(thread))
-        thread.join(TIMEOUT)
-    with pytest.raises(TimeoutError):
-        module._run_in_loop(loop, respond())  # the loop is closed
-    assert [type(result) for result in results] == [TimeoutError]
-
-
-def request(server: ServerProcess, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
+def send(address: tuple[str, int], request: bytes) -> tuple[int, dict[str, str], bytes]:
     """Send a request; return the status, the headers, and every byte that follows them."""
-    match = re.search(r" metrics available at http://127\.0\.0\.1:(\d+)/metrics\n", server.log)
-    assert match is not None
-    with socket.create_connection(("127.0.0.1", int(match[1])), TIMEOUT) as client:
-        client.sendall(f"{method} {path} HTTP/1.0\r\n\r\n".encode())
+    with socket.create_connection(address, TIMEOUT) as client:
+        client.sendall(request)
         head, _, body = receive_all(client).partition(b"\r\n\r\n")
     status, *lines = head.decode().split("\r\n")
     return int(status.split()[1]), dict(line.split(": ", 1) for line in lines), body
+
+
+def request(server: ServerProcess, method: str, path: str, headers: str = "") -> tuple[int, dict[str, str], bytes]:
+    return send(address_of(server.log), f"{method} {path} HTTP/1.0\r\n{headers}\r\n".encode())
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/metrics", "/"])
@@ -362,11 +338,8 @@ def test_idle_http_connections_delay_no_scrape(descriptors: int) -> None:
     command = [sys.executable, "-c", code, *options]
     with command_process(command) as server, ExitStack() as stack:
         wait_until(lambda: " server started: mode stream, " in server.log)
-        match = re.search(r" metrics available at http://127\.0\.0\.1:(\d+)/metrics\n", server.log)
-        assert match is not None
-        address = ("127.0.0.1", int(match[1]))
         for _ in range(100):
-            stack.enter_context(socket.create_connection(address, TIMEOUT))
+            stack.enter_context(socket.create_connection(address_of(server.log), TIMEOUT))
         start = monotonic()
         assert get(server, "/healthz") == (200, "serving\n")
         assert monotonic() - start < MAX_DELAY
@@ -375,3 +348,96 @@ def test_idle_http_connections_delay_no_scrape(descriptors: int) -> None:
             exchange(client, b"served\n")
         assert scrape(server)["echo_async_connections_active"] == 20
         assert len(os.listdir(f"/proc/{server.process.pid}/fd")) < 64
+
+
+def test_metrics_have_the_format_that_is_accepted() -> None:
+    default = "text/plain; version=0.0.4; charset=utf-8"
+    expected = {
+        "": default,
+        "Accept: application/openmetrics-text; version=1.0.0\r\n": "application/openmetrics-text; version=1.0.0",
+        "Accept: text/plain; version=abc\r\n": default,
+        "ACCEPT:application/openmetrics-text;version=;;=,\r\n": "application/openmetrics-text; ",
+    }
+    with server_with_metrics("protocol", 1) as server:
+        for headers, content_type in expected.items():
+            status, fields, body = request(server, "GET", "/metrics", headers)
+            assert (status, int(fields["Content-Length"])) == (200, len(body))
+            assert fields["Content-Type"].startswith(content_type), headers
+            assert b"\necho_async_messages_total 0.0\n" in body
+        fields, body = request(server, "GET", "/metrics", "Accept-Encoding: gzip\r\n")[1:]
+        assert (fields["Content-Encoding"], int(fields["Content-Length"])) == ("gzip", len(body))
+        assert b"\necho_async_messages_total 0.0\n" in gzip.decompress(body)
+        assert len(server.log.splitlines()) == 2, server.log
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (b"GET /healthz\r\n\r\n", 400),
+        (b"\x16\x03\x01\r\n\r\n", 400),
+        (b"GET http://[/ HTTP/1.1\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\n" + 101 * b"A: 1\r\n" + b"\r\n", 400),
+        (b"GET /" + bytes(20_000) + b" HTTP/1.1\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\n" + 100 * b"A: 1\r\n" + b"\r\n", 200),
+        (b"GET http://example.org/healthz?a=b HTTP/1.1\n\n", 200),
+    ],
+)
+def test_http_request_forms_and_limits(data: bytes, status: int) -> None:
+    with server_with_metrics("protocol", 1) as server:
+        assert send(address_of(server.log), data)[0] == status
+
+
+@asynccontextmanager
+async def metrics_in_loop(caplog: pytest.LogCaptureFixture) -> AsyncIterator[tuple[str, int]]:
+    """Serve metrics in the running event loop."""
+    async with echo_async.serve(port=0) as server:
+        with closing(MetricsServer("127.0.0.1", 0)) as metrics:
+            caplog.set_level("INFO", "echo_async")
+            await metrics.start(server, {}, ())
+            yield address_of(caplog.text)
+
+
+def test_new_http_connections_close_idle_ones_only(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A scrape that waits for the counters is answered, however many connections come meanwhile."""
+
+    async def main() -> None:
+        arrived, release = asyncio.Semaphore(0), asyncio.Event()
+
+        async def fetch_stats(self: echo_async.EchoServer) -> list[Stats]:
+            arrived.release()
+            await release.wait()
+            return [self.stats]
+
+        monkeypatch.setattr(echo_async.EchoServer, "fetch_stats", fetch_stats)
+        async with metrics_in_loop(caplog) as address:
+            scrapes = [await asyncio.open_connection(*address) for _ in range(MAX_CONNECTIONS)]
+            for _, writer in scrapes:
+                writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
+                await arrived.acquire()
+            others = [await asyncio.open_connection(*address) for _ in range(20)]
+            assert [await reader.read() for reader, _ in others] == [b""] * 20
+            release.set()
+            for reader, _ in scrapes:
+                assert (await reader.read()).startswith(b"HTTP/1.0 200 OK\r\n")
+            for _, writer in (*scrapes, *others):
+                writer.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /metrics HTTP/1.1\r\nHost: a"])
+def test_incomplete_http_request_times_out(
+    sent: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "REQUEST_TIMEOUT", 0.05)
+
+    async def main() -> None:
+        async with metrics_in_loop(caplog) as address:
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(sent)
+            assert await reader.read() == b""
+            writer.close()
+
+    asyncio.run(main())
