@@ -221,7 +221,7 @@ def test_dashboard_queries_exactly_the_existing_metrics() -> None:
     dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     queried = {name for query in queries for name in re.findall(r"echo_async_\w+", query)}
-    described = StatsCollector(lambda: [Stats()], {}, []).describe()
+    described = StatsCollector(lambda: [Stats()], {}, []).collect()
     # The name of an InfoMetricFamily lacks the suffix of its sample.
     existing = {sample.name for metric in described for sample in metric.samples} | {"echo_async_timeouts_total"}
     assert queried == existing

@@ -181,19 +181,14 @@ async def _serve(
 ) -> None:
     log_loop_errors(asyncio.get_running_loop())
     signals = ServerSignals()
-    try:
+    async with contextlib.AsyncExitStack() as on_failure:
+        on_failure.callback(signals.restore)
         server = await start()
-    except StartError:
-        signals.restore()
-        raise
-    if metrics is not None:
-        try:
+        on_failure.push_async_callback(server.wait_closed)
+        on_failure.callback(server.close)
+        if metrics is not None:
             await metrics.start(server, facts, server.listener_names if has_names else ())
-        except StartError:
-            server.close()
-            await server.wait_closed()
-            signals.restore()
-            raise
+        on_failure.pop_all()
     signals.attach(server)
     if server.is_serving():
         announce(server.addresses)

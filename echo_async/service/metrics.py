@@ -67,15 +67,9 @@ class StatsCollector(Collector):
         self._names = names
         self._highest: Sequence[Stats] = ()
 
-    def describe(self) -> Iterable[Metric]:
-        return self._metrics([Stats()] * max(1, len(self._names)))
-
     def collect(self) -> Iterable[Metric]:
         stats = self._read()
-        self._highest = list(map(_keep_monotonic, self._highest or [Stats()] * len(stats), stats))
-        return self._metrics(self._highest)
-
-    def _metrics(self, stats: Sequence[Stats]) -> Iterable[Metric]:
+        stats = self._highest = list(map(_keep_monotonic, self._highest or [Stats()] * len(stats), stats))
         yield InfoMetricFamily("echo_async", "Configuration and version of the server.", self._labels)
         yield from _families("echo_async", [], [([], sum(stats, Stats()))])
         if self._names:
@@ -143,12 +137,12 @@ class MetricsServer:
         self._servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._connections: dict[asyncio.StreamWriter, bool] = {}  # in the order of their arrival; whether idle
-        self._stats: list[Stats] = []
 
     async def start(self, service: Service, labels: Mapping[str, str], names: Sequence[str]) -> None:
         """Serve the metrics of ``service``, and of its listeners by ``names``, in the running event loop."""
         self._service = service
-        registry = CollectorRegistry()
+        self._stats = [Stats() for _ in service.listener_names]
+        registry = CollectorRegistry(auto_describe=True)
         registry.register(StatsCollector(lambda: self._stats, labels, names))
         self._metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
         for each in self._sockets:

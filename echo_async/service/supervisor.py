@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Self
 
 from ..errors import StartError
@@ -36,6 +36,9 @@ INITIAL_RESTART_DELAY = 0.1  # seconds; doubled after each failure
 MAX_RESTART_DELAY = 2.0  # seconds; connections wait in the backlogs meanwhile
 KILL_DELAY = 2.0  # seconds after the graceful shutdown timeout, or after an abort, until a worker is killed
 
+WorkerSockets = Sequence[Listeners]
+"""The listening sockets of one worker and of all its replacements, for each listener."""
+
 
 @dataclass(frozen=True)
 class WorkerSettings:
@@ -45,22 +48,6 @@ class WorkerSettings:
     log_level: LogLevel
     log_format: LogFormat
     labels: Mapping[str, str]
-
-
-class Slot:
-    """The listening sockets of one worker and of all its replacements, for each listener."""
-
-    def __init__(self, listeners: Sequence[Listeners]) -> None:
-        self.listeners = listeners
-
-    def has_queue(self) -> bool:
-        """Whether a connection waits to be accepted; False once the sockets are closed."""
-        return any(each.has_queue() for each in self.listeners)
-
-    def close(self) -> None:
-        """Close the sockets in the supervisor."""
-        for each in self.listeners:
-            each.close()
 
 
 class Supervisor:
@@ -73,7 +60,7 @@ class Supervisor:
         self._certificates = [Certificates(each) for each in self._configs if each.ssl_certfile is not None]
         self.addresses = [address for each in bound for address in each.addresses]
         self.listener_names = [each.name for each in bound]
-        self._slots = list(map(Slot, zip(*(each.divide(workers) for each in bound), strict=True)))
+        self._sockets: list[WorkerSockets] = list(zip(*(each.divide(workers) for each in bound), strict=True))
         self._settings = asdict(settings)
         self._loop = asyncio.get_running_loop()
         self._is_stopping = False
@@ -95,7 +82,7 @@ class Supervisor:
         """
         async with listen(listeners) as bound:
             self = cls(listeners, workers, settings, bound)
-            first, *others = self._slots
+            first, *others = self._sockets
             try:
                 started = [await self._start_worker(first)]  # on its own, so that an error is printed once
                 started += await asyncio.gather(*map(self._start_worker, others))
@@ -104,7 +91,7 @@ class Supervisor:
                 await self._wait_for_workers()
                 raise
         self._supervise_tasks = [
-            asyncio.create_task(self._supervise(*each)) for each in zip(self._slots, started, strict=True)
+            asyncio.create_task(self._supervise(*each)) for each in zip(self._sockets, started, strict=True)
         ]
         return self
 
@@ -140,7 +127,7 @@ class Supervisor:
         """Shut down without waiting for any client."""
         self.close()
         self._schedule_kill(KILL_DELAY)
-        self._close_slots()
+        _close(chain.from_iterable(self._sockets))
         for worker in self._workers:
             worker.send_command("abort")
 
@@ -160,10 +147,10 @@ class Supervisor:
             self.close()
             await self._wait_for_workers()
 
-    async def _start_worker(self, slot: Slot) -> Worker:
-        if self._is_stopping and not slot.has_queue():
+    async def _start_worker(self, sockets: WorkerSockets) -> Worker:
+        if self._is_stopping and not _has_queue(sockets):
             raise StartError("server is shutting down")
-        descriptors = [each.descriptors for each in slot.listeners]
+        descriptors = [each.descriptors for each in sockets]
         worker = await Worker.start(list(map(ListenerConfig, self._configs, descriptors)), self._settings)
         self._workers.add(worker)
         try:
@@ -171,19 +158,19 @@ class Supervisor:
         except StartError:
             self._workers.discard(worker)
             raise
-        self._stop_responding(slot, worker)
+        self._stop_responding(sockets, worker)
         return worker
 
-    def _stop_responding(self, slot: Slot, worker: Worker) -> None:
+    def _stop_responding(self, sockets: WorkerSockets, worker: Worker) -> None:
         """If the server stops, stop ``worker``, which has just responded: it accepts the connections in its backlogs.
 
         The sockets are closed here before, so that the kernel establishes no connection after the worker's are closed.
         """
         if self._is_stopping:
-            slot.close()
+            _close(sockets)
             worker.send_command("stop")
 
-    async def _supervise(self, slot: Slot, worker: Worker) -> None:
+    async def _supervise(self, sockets: WorkerSockets, worker: Worker) -> None:
         """Replace ``worker``, and each replacement, when it exits, until the server stops.
 
         A worker that exits before it is stopped is replaced even then, if connections are in its backlogs.
@@ -192,10 +179,10 @@ class Supervisor:
         try:
             while True:
                 started_at = self._loop.time()
-                code = await worker.run_until_exit(partial(self._stop_responding, slot, worker))
+                code = await worker.run_until_exit(partial(self._stop_responding, sockets, worker))
                 self._workers.discard(worker)
                 self._exited_stats = _add_stats(self._exited_stats, [replace(each, active=0) for each in worker.stats])
-                if self._is_stopping and not slot.has_queue():
+                if self._is_stopping and not _has_queue(sockets):
                     return
                 log.error("worker %d exited with code %d, restarting", worker.pid, code)
                 if self._loop.time() - started_at < MIN_UPTIME:
@@ -203,23 +190,19 @@ class Supervisor:
                     early_exits += 1
                 else:
                     early_exits = 0
-                worker = await self._start_replacement(slot)
+                worker = await self._start_replacement(sockets)
         except StartError:
             if not self._is_stopping:
                 raise
         finally:
-            slot.close()
+            _close(sockets)
 
-    async def _start_replacement(self, slot: Slot) -> Worker:
+    async def _start_replacement(self, sockets: WorkerSockets) -> Worker:
         for failures in range(MAX_RESTARTS - 1):
             with contextlib.suppress(StartError):
-                return await self._start_worker(slot)
+                return await self._start_worker(sockets)
             await _delay_restart(failures)
-        return await self._start_worker(slot)
-
-    def _close_slots(self) -> None:
-        for slot in self._slots:
-            slot.close()
+        return await self._start_worker(sockets)
 
     def _schedule_kill(self, seconds: float) -> None:
         if self._kill_timer is not None:
@@ -227,7 +210,7 @@ class Supervisor:
         self._kill_timer = self._loop.call_later(seconds, self._kill_workers)
 
     def _kill_workers(self) -> None:
-        self._close_slots()  # nobody is replaced
+        _close(chain.from_iterable(self._sockets))  # nobody is replaced
         for worker in self._workers:
             log.error("worker %d did not stop in time, killed", worker.pid)
             worker.kill()
@@ -237,6 +220,16 @@ class Supervisor:
         await asyncio.gather(*(worker.wait_exited() for worker in self._workers))
         if self._kill_timer is not None:
             self._kill_timer.cancel()
+
+
+def _has_queue(sockets: WorkerSockets) -> bool:
+    """Whether a connection waits to be accepted; False once the sockets are closed."""
+    return any(each.has_queue() for each in sockets)
+
+
+def _close(listeners: Iterable[Listeners]) -> None:
+    for each in listeners:
+        each.close()
 
 
 def _add_stats(*reports: Sequence[Stats]) -> list[Stats]:

@@ -272,7 +272,7 @@ def test_every_stats_field_is_a_metric() -> None:
 
 
 def test_metric_names_and_help_follow_the_conventions() -> None:
-    for metric in StatsCollector(lambda: [Stats()], {}, ["127.0.0.1:5500"]).describe():
+    for metric in StatsCollector(lambda: [Stats()], {}, ["127.0.0.1:5500"]).collect():
         assert re.fullmatch(r"echo_async(_[a-z]+)*", metric.name)
         assert metric.documentation.endswith(".")
         for sample in metric.samples:
