@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 import echo_async
 
 ROOT = Path(echo_async.__file__).parent
