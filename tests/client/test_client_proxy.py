@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import ssl
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
+from clients import Echo
 
 import echo_async
 from echo_async import sync
 from echo_async.wire.proxy import ProxyHeader, build_header, parse_address
 
-Echo = Callable[..., str]
-
-
-def echo_on_loop(message: str, *address: Any, **options: Any) -> str:
-    return asyncio.run(echo_async.echo(message, *address, **options))
-
-
-each_client = pytest.mark.parametrize("echo", [echo_on_loop, sync.echo])
 each_version = pytest.mark.parametrize("version", ["v1", "v2"])
 
 
-@each_client
 @each_version
 @pytest.mark.parametrize("source", ["192.0.2.1:40000", "[2001:db8::1]:7"])
 def test_client_sends_the_proxy_source(echo: Echo, version: Any, source: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -37,7 +27,6 @@ def test_client_sends_the_proxy_source(echo: Echo, version: Any, source: str, ca
     assert caplog.messages == [f"{source} 13 bytes: Hola Server!"]
 
 
-@each_client
 @each_version
 def test_client_sends_its_own_address_by_default(echo: Echo, version: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "echo_async.access")
@@ -46,7 +35,6 @@ def test_client_sends_its_own_address_by_default(echo: Echo, version: Any, caplo
     assert caplog.messages[0].startswith("127.0.0.1:")
 
 
-@each_client
 @each_version
 def test_client_sends_the_header_before_tls(echo: Echo, version: Any, tmp_path: Path) -> None:
     authority, certificate = trustme.CA(), tmp_path / "server.pem"
@@ -56,7 +44,6 @@ def test_client_sends_the_header_before_tls(echo: Echo, version: Any, tmp_path: 
         assert echo("secret", *server.address, ssl=context, send_proxy=version) == "secret"
 
 
-@each_client
 @each_version
 def test_client_of_a_unix_socket_sends_a_header(echo: Echo, version: Any, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trustme
+from clients import Connect, Echo
 from scripted import Peer, Serve, Start, echo_all, echo_one, over_tls
 from support import TIMEOUT
 
 import echo_async
-from echo_async.client.client import connect, echo
 from echo_async.pytest_plugin import MakeEchoServer
 from echo_async.tls import client_context
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-OnLoop = Callable[[Callable[[], Any]], Any]
-
 
 COMMAND = [sys.executable, "-W", "error", "-m", "echo_async.client"]
 
@@ -52,22 +46,26 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return Files(tmp_path_factory.mktemp("tls"))
 
 
+@pytest.fixture
+def context(files: Files) -> ssl.SSLContext:
+    return client_context(ca_certs=files.ca_certs)
+
+
 @pytest.mark.parametrize("serve", [echo_one, echo_all])
-def test_echo_returns_every_message(on_loop: OnLoop, scripted_server: Start, files: Files, serve: Serve) -> None:
+def test_echo_returns_every_message(
+    connect: Connect, scripted_server: Start, files: Files, context: ssl.SSLContext, serve: Serve
+) -> None:
     server = scripted_server(over_tls(files.server_context(), serve))
-
-    async def main() -> None:
-        context = client_context(ca_certs=files.ca_certs)
-        async with connect(*server.address, ssl=context) as client:
-            for message in ("a", "", "ñ 🎉", "b"):
-                assert await client.echo(message) == message
-            messages = [str(number) for number in range(10)]
-            assert [reply async for reply in client.stream(messages)] == messages
-
-    on_loop(main)
+    with connect(*server.address, ssl=context) as client:
+        for message in ("a", "", "ñ 🎉", "x" * 3_000_000):
+            assert client.echo(message) == message
+        messages = [*map(str, range(10)), "x" * 1_048_575, "x" * 1_048_575]
+        assert list(client.stream(messages)) == messages
 
 
-def test_close_during_reset_completes(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
+def test_close_during_reset_completes(
+    connect: Connect, scripted_server: Start, files: Files, context: ssl.SSLContext
+) -> None:
     closed = threading.Event()
 
     def serve(peer: Peer) -> None:
@@ -76,98 +74,61 @@ def test_close_during_reset_completes(on_loop: OnLoop, scripted_server: Start, f
         peer.reset()
 
     server = scripted_server(over_tls(files.server_context(), serve))
-
-    async def main() -> None:
-        client = await connect(*server.address, ssl=client_context(ca_certs=files.ca_certs))
-        assert await client.echo("a") == "a"
+    with connect(*server.address, ssl=context) as client:
+        assert client.echo("a") == "a"
         client.close()
         client.close()
         closed.set()
-        async with asyncio.timeout(TIMEOUT):
-            await client.wait_closed()
-
-    on_loop(main)
 
 
-def test_echo_returns_one_mebibyte(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
+def test_connect_untrusted_certificate_raises(echo: Echo, scripted_server: Start, files: Files) -> None:
     server = scripted_server(over_tls(files.server_context()))
-
-    async def main() -> None:
-        context = client_context(ca_certs=files.ca_certs)
-        async with connect(*server.address, ssl=context) as client:
-            message = "x" * 1_048_575
-            assert await asyncio.gather(*[client.echo(message)] * 3) == [message] * 3
-
-    on_loop(main)
+    with pytest.raises(echo_async.ConnectError, match="TLS: certificate verify failed: "):
+        echo("Hola", *server.address, ssl=True, retry=5)  # not retried
 
 
-def test_connect_untrusted_certificate_raises(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
-    server = scripted_server(over_tls(files.server_context()))
-
-    async def main() -> None:
-        with pytest.raises(echo_async.ConnectError, match="TLS: certificate verify failed: "):
-            await echo("Hola", *server.address, ssl=True, retry=5)  # not retried
-
-    on_loop(main)
-
-
-def test_connect_raises_on_hostname_mismatch(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
-    server = scripted_server(over_tls(files.server_context()))
-
-    async def main() -> None:
-        context = client_context(ca_certs=files.ca_certs)
-        with pytest.raises(echo_async.ConnectError, match=r"'other\.example'"):
-            await echo("Hola", *server.address, ssl=context, server_hostname="other.example")
-        assert await echo("Hola", *server.address, ssl=context, server_hostname="localhost") == "Hola"
-
-    on_loop(main)
-
-
-def test_connect_without_verification_accepts_any_certificate(
-    on_loop: OnLoop, scripted_server: Start, files: Files
+def test_connect_raises_on_hostname_mismatch(
+    echo: Echo, scripted_server: Start, files: Files, context: ssl.SSLContext
 ) -> None:
     server = scripted_server(over_tls(files.server_context()))
-
-    async def main() -> None:
-        assert await echo("Hola", *server.address, ssl=client_context(verify=False)) == "Hola"
-
-    on_loop(main)
+    with pytest.raises(echo_async.ConnectError, match=r"'other\.example'"):
+        echo("Hola", *server.address, ssl=context, server_hostname="other.example")
+    assert echo("Hola", *server.address, ssl=context, server_hostname="localhost") == "Hola"
 
 
-def test_connect_client_certificate_is_sent(on_loop: OnLoop, scripted_server: Start, files: Files) -> None:
+def test_connect_without_verification_accepts_any_certificate(echo: Echo, scripted_server: Start, files: Files) -> None:
+    server = scripted_server(over_tls(files.server_context()))
+    assert echo("Hola", *server.address, ssl=client_context(verify=False)) == "Hola"
+
+
+def test_connect_client_certificate_is_sent(
+    echo: Echo, scripted_server: Start, files: Files, context: ssl.SSLContext
+) -> None:
     context_with_client_ca = files.server_context()
     context_with_client_ca.verify_mode = ssl.CERT_REQUIRED
     context_with_client_ca.load_verify_locations(files.ca_certs)
     server = scripted_server(over_tls(context_with_client_ca))
-
-    async def main() -> None:
-        context = client_context(ca_certs=files.ca_certs, certfile=files.client)
-        assert await echo("Hola", *server.address, ssl=context) == "Hola"
-        # Either can be received first.
-        with pytest.raises(echo_async.ReplyLost, match=r"certificate required|connection reset by peer"):
-            await echo("Hola", *server.address, ssl=client_context(ca_certs=files.ca_certs))
-
-    on_loop(main)
+    with_certificate = client_context(ca_certs=files.ca_certs, certfile=files.client)
+    assert echo("Hola", *server.address, ssl=with_certificate) == "Hola"
+    # Either can be received first.
+    with pytest.raises(echo_async.ReplyLost, match=r"certificate required|connection reset by peer|broken pipe"):
+        echo("Hola", *server.address, ssl=context)
 
 
-def test_connect_server_without_tls_raises(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(lambda peer: peer.send(b"Hola\n"))
+def test_connect_server_without_tls_raises(echo: Echo, scripted_server: Start) -> None:
+    def greet(peer: Peer) -> None:
+        peer.send(b"220 mail.example ESMTP\r\n")
+        peer.message()
 
-    async def main() -> None:
-        with pytest.raises(echo_async.ConnectError, match=r"cannot connect to .*: "):
-            await echo("Hola", *server.address, ssl=True)
-
-    on_loop(main)
+    server = scripted_server(greet)
+    with pytest.raises(echo_async.ConnectError, match=r"cannot connect to .*: TLS: "):
+        echo("Hola", *server.address, ssl=True)
 
 
-def test_connect_stalled_handshake_times_out(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+def test_connect_stalled_handshake_times_out(echo: Echo, faulty_server: MakeEchoServer) -> None:
     server = faulty_server(fault="stall")
-
-    async def main() -> None:
-        with pytest.raises(echo_async.ConnectTimeout):
-            await echo("Hola", *server.address, ssl=True, connect_timeout=0.1)
-
-    on_loop(main)
+    with pytest.raises(echo_async.ConnectTimeout):
+        echo("Hola", *server.address, ssl=True, connect_timeout=0.1)
 
 
 def test_command_tls_options(scripted_server: Start, files: Files) -> None:

@@ -1,0 +1,418 @@
+"""What only the asyncio client has: tasks that use it concurrently, cancellation, asynchronous messages."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+from clients import one_by_one
+from scripted import Peer, Start, disconnected, echo_all, echo_one
+from support import MAX_DELAY, TIMEOUT, sends_at_once, wait_in_loop
+
+import echo_async
+from echo_async.client.batching import WINDOW_BYTES
+from echo_async.client.client import EchoClient, connect, echo
+from echo_async.engines.loop_internals import run_turns
+from echo_async.pytest_plugin import MakeEchoServer
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+OnLoop = Callable[[Callable[[], Any]], Any]
+
+
+async def collect(replies: Any) -> list[Any]:
+    return [reply async for reply in replies]
+
+
+# Concurrent tasks
+
+
+@pytest.mark.parametrize(("mode", "number"), [("message", 20), ("stream", 200)])
+def test_echo_concurrent_on_one_client(on_loop: OnLoop, mode: Any, number: int) -> None:
+    async def main() -> None:
+        async with echo_async.serve(port=0, mode=mode) as server, connect(*server.address) as client:
+            messages = list(map(str, range(number)))
+            assert await asyncio.gather(*map(client.echo, messages)) == messages
+
+    on_loop(main)
+
+
+def test_echo_concurrent_clients(on_loop: OnLoop) -> None:
+    async def main() -> None:
+        async with echo_async.serve(port=0) as server:
+            messages = [str(number) for number in range(50)]
+            assert await asyncio.gather(*(echo(message, *server.address) for message in messages)) == messages
+
+    on_loop(main)
+
+
+def test_echo_canceled_does_not_affect_others(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(echo_all)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            for first in range(0, 9, 3):  # in the first round, the behavior of the server is unknown
+                tasks = [asyncio.create_task(client.echo(str(first + number))) for number in range(3)]
+                await asyncio.sleep(0)
+                tasks[0].cancel()
+                results = await asyncio.gather(*tasks, return_exceptions=True)
+                assert isinstance(results[0], asyncio.CancelledError)
+                assert results[1:] == [str(first + 1), str(first + 2)]
+
+    on_loop(main)
+
+
+def test_close_with_message_in_flight_raises_reply_lost(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="drop")
+
+    async def main() -> None:
+        client = await connect(*server.address)
+        waiting = asyncio.create_task(client.echo("one"))
+        await asyncio.sleep(0)
+        client.close()
+        with pytest.raises(echo_async.ReplyLost, match="lost before the reply: closed by this client"):
+            await waiting
+        await client.wait_closed()
+
+    on_loop(main)
+
+
+def test_close_while_reconnecting_raises(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(echo_one)
+
+    async def main() -> None:
+        client = await connect(*server.address)
+        for message in ("one", "two"):
+            await client.echo(message)
+        waiting = asyncio.create_task(client.echo("three"))
+        await asyncio.sleep(0)
+        client.close()
+        with pytest.raises(echo_async.EchoError, match="is closed"):
+            await waiting
+        await client.wait_closed()
+
+    on_loop(main)
+
+
+@sends_at_once
+def test_replies_received_before_failed_write_are_kept(on_loop: OnLoop, scripted_server: Start) -> None:
+    closed = threading.Event()
+
+    def serve(peer: Peer) -> None:
+        for _ in range(3):
+            peer.send(peer.message())
+        peer.reset()
+        peer.close()
+        closed.set()
+
+    server = scripted_server(serve)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
+            replied = asyncio.create_task(client.echo("2"))
+            await asyncio.sleep(0)
+            closed.wait(TIMEOUT)  # blocks the loop: the reply and the reset have arrived, neither is read
+            lost = asyncio.create_task(client.echo("3"))
+            assert await replied == "2"
+            with pytest.raises(echo_async.ReplyLost):
+                await lost
+
+    on_loop(main)
+
+
+def test_replies_before_lost_reply_are_returned(on_loop: OnLoop, scripted_server: Start) -> None:
+    def serve(peer: Peer) -> None:
+        for _ in range(4):
+            peer.send(peer.message())
+        peer.message()
+
+    server = scripted_server(serve)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
+            two, three, lost = await asyncio.gather(*map(client.echo, "234"), return_exceptions=True)
+            assert (two, three) == ("2", "3")
+            assert isinstance(lost, echo_async.ReplyLost)
+
+    on_loop(main)
+
+
+def test_replies_after_late_reply_are_lost(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="stall=4")
+
+    async def main() -> None:
+        async with connect(*server.address, timeout=0.5) as client:
+            assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
+            late, *behind = await asyncio.gather(*map(client.echo, "234"), return_exceptions=True)
+            assert isinstance(late, echo_async.ReplyLate)
+            assert [str(error).partition(" lost ")[2] for error in behind] == [
+                "before the reply: an earlier reply timed out"
+            ] * 2
+
+    on_loop(main)
+
+
+def test_replies_after_mismatch_are_lost(on_loop: OnLoop, scripted_server: Start) -> None:
+    def serve(peer: Peer) -> None:
+        for message in peer.messages():
+            peer.send(message.replace(b"bad", b"BAD"))
+
+    server = scripted_server(serve)
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
+            good, bad, behind = await asyncio.gather(*map(client.echo, ("2", "bad", "3")), return_exceptions=True)
+            assert good == "2"
+            assert isinstance(bad, echo_async.ReplyDifferent)
+            assert isinstance(behind, echo_async.ReplyLost)
+            assert await client.echo("4") == "4"
+
+    on_loop(main)
+
+
+def test_blocked_event_loop_does_not_cause_timeout(on_loop: OnLoop, scripted_server: Start) -> None:
+    replied, never = threading.Event(), threading.Event()
+
+    def echo_late(peer: Peer) -> None:
+        echo_one(peer)
+        replied.set()
+        peer.message()
+
+    server = scripted_server(echo_late)
+
+    async def main() -> None:
+        async with connect(*server.address, timeout=0.1) as client:
+            waiting = asyncio.create_task(client.echo("Hola"))
+            await run_turns(2)  # uvloop before 0.23 sends at the end of a turn
+            assert replied.wait(MAX_DELAY)
+            never.wait(0.2)  # blocks the event loop until the timeout has passed
+            assert await waiting == "Hola"
+
+    on_loop(main)
+
+
+# Connecting
+
+
+def test_connect_resolver_blocked_times_out(on_loop: OnLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+    resume, resolve = threading.Event(), socket.getaddrinfo
+
+    def block(*args: Any, **options: Any) -> Any:
+        if options.get("flags"):
+            return resolve(*args, **options)
+        resume.wait(10)
+        raise socket.gaierror(socket.EAI_AGAIN, "too late")
+
+    monkeypatch.setattr(socket, "getaddrinfo", block)
+
+    async def main() -> None:
+        with pytest.raises(echo_async.ConnectTimeout):
+            await connect("slow.example", connect_timeout=0.05)
+
+    started = time.monotonic()
+    on_loop(main)
+    assert time.monotonic() - started < MAX_DELAY  # the resolver is not waited for
+    resume.set()
+
+
+def test_connect_can_be_canceled(on_loop: OnLoop, black_hole_address: tuple[str, int]) -> None:
+    async def main() -> None:
+        with pytest.raises(TimeoutError) as caught:
+            async with asyncio.timeout(0.05):
+                await connect(*black_hole_address)
+        assert not isinstance(caught.value, echo_async.EchoError)
+
+    on_loop(main)
+
+
+# Streams
+
+
+def test_stream_and_echo_concurrent(on_loop: OnLoop) -> None:
+    async def main() -> None:
+        async with echo_async.serve(port=0, mode="stream") as server, connect(*server.address) as client:
+            messages = [str(number) for number in range(100)]
+
+            async def echo_each(client: EchoClient) -> list[str]:
+                return [await client.echo(message) for message in messages]
+
+            tasks = (collect(client.stream(messages)), echo_each(client))
+            assert await asyncio.gather(*tasks) == [messages] * 2
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_stream_is_bounded_while_server_is_slow(on_loop: OnLoop, scripted_server: Start, asynchronous: bool) -> None:
+    blocked, resume = threading.Event(), threading.Event()
+
+    def serve(peer: Peer) -> None:
+        for number, message in enumerate(peer.messages()):
+            if number == 2:
+                blocked.set()
+                resume.wait(TIMEOUT)
+            peer.send(message)
+
+    server = scripted_server(serve)
+    taken = 0
+
+    def messages() -> Iterator[bytes]:
+        nonlocal taken
+        for _ in range(2000):
+            taken += 1
+            yield b"x" * 999
+
+    async def async_messages() -> AsyncIterator[bytes]:
+        for message in messages():
+            yield message
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            task = asyncio.create_task(collect(client.stream(async_messages() if asynchronous else messages())))
+            await asyncio.to_thread(blocked.wait)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            limit = 3 * WINDOW_BYTES if asynchronous else 2 * WINDOW_BYTES
+            assert taken * 1000 < limit
+            resume.set()
+            assert len(await task) == 2000
+
+    on_loop(main)
+
+
+def test_stream_yields_replies_while_source_waits(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(echo_all)
+
+    async def main() -> None:
+        queue: asyncio.Queue[str] = asyncio.Queue()
+
+        async def messages() -> AsyncIterator[str]:
+            while (message := await queue.get()) != "end":
+                yield message
+
+        async with connect(*server.address) as client, aclosing(client.stream(messages())) as replies:
+            for number in range(5):
+                queue.put_nowait(str(number))
+                assert await anext(replies) == str(number)
+            queue.put_nowait("end")
+            assert [reply async for reply in replies] == []
+
+    on_loop(main)
+
+
+def test_stream_closed_early_stops_source_that_ignores_cancel(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(echo_all)
+
+    async def main() -> None:
+        asked = asyncio.Event()
+
+        async def messages() -> AsyncIterator[str]:
+            yield "first"
+            while True:
+                asked.set()
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:  # as asyncio.wait_for can in Python 3.11
+                    yield "another"
+
+        async with connect(*server.address) as client, asyncio.timeout(TIMEOUT):
+            async with aclosing(client.stream(messages())) as replies:
+                assert await anext(replies) == "first"
+                await asked.wait()
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    on_loop(main)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_stream_canceled_leaves_no_task(on_loop: OnLoop, faulty_server: MakeEchoServer, asynchronous: bool) -> None:
+    server = faulty_server(fault="stall=10")
+
+    async def main() -> None:
+        messages = [str(number) for number in range(1000)]
+        async with connect(*server.address) as client:
+            task = asyncio.create_task(collect(client.stream(one_by_one(messages) if asynchronous else messages)))
+            await wait_in_loop(lambda: server.stats.faults == {"stall": 1})
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    on_loop(main)
+
+
+def test_stream_canceled_source_raises_canceled_error(on_loop: OnLoop, scripted_server: Start) -> None:
+    server = scripted_server(echo_all)
+
+    async def messages() -> AsyncIterator[str]:
+        yield "0"
+        raise asyncio.CancelledError
+
+    async def main() -> None:
+        async with connect(*server.address) as client:
+            with pytest.raises(asyncio.CancelledError):
+                await collect(client.stream(messages()))
+
+    on_loop(main)
+
+
+def test_stream_reconnects_after_close_between_messages(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="close=4")
+
+    async def main() -> None:
+        queue: asyncio.Queue[str] = asyncio.Queue()
+
+        async def messages() -> AsyncIterator[str]:
+            while True:
+                yield await queue.get()
+
+        async with connect(*server.address) as client, aclosing(client.stream(messages())) as replies:
+            for number in range(6):
+                if number and number % 2 == 0:
+                    await disconnected(client)
+                queue.put_nowait(str(number))
+                assert await anext(replies) == str(number)
+
+    on_loop(main)
+    assert server.received == [b"%d\n" % number for number in range(6)]
+    assert server.stats.accepted == 3
+
+
+def test_unexpected_bytes_fail_next_reply_of_stream(on_loop: OnLoop, scripted_server: Start) -> None:
+    def serve(peer: Peer) -> None:
+        for message in peer.messages():
+            peer.send(message)
+            if message == b"1\n":
+                resume.wait(TIMEOUT)
+                peer.send(b"extra")
+
+    server = scripted_server(serve)
+    resume = threading.Event()
+
+    async def main() -> None:
+        queue: asyncio.Queue[str] = asyncio.Queue()
+
+        async def messages() -> AsyncIterator[str]:
+            while True:
+                yield await queue.get()
+
+        async with connect(*server.address) as client, aclosing(client.stream(messages())) as replies:
+            for message in ("0", "1"):
+                queue.put_nowait(message)
+                assert await anext(replies) == message
+            resume.set()
+            await disconnected(client)
+            queue.put_nowait("2")
+            with pytest.raises(echo_async.ReplyDifferent, match='received 5 unexpected bytes "extra"'):
+                await anext(replies)
+
+    on_loop(main)
