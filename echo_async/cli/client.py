@@ -15,8 +15,8 @@ import click
 from click.core import ParameterSource
 
 from ..awaitable import AwaitableContextManager
+from ..client.asyncio_session import AsyncioSession
 from ..client.endpoint import Endpoint, log
-from ..client.session import Session
 from ..client.stream import send_batches
 from ..config import ClientConfig, Option, options_of
 from ..errors import ConfigError, ConnectError, EchoError
@@ -137,14 +137,14 @@ def _encode_message(message: str) -> bytes:
     return data if data.endswith(b"\n") else data + b"\n"
 
 
-def _connect(values: dict[str, Any], output: Output) -> AwaitableContextManager[Session]:
+def _connect(values: dict[str, Any], output: Output) -> AwaitableContextManager[AsyncioSession]:
     arguments = {name: values[name] for name in options_of(ClientConfig)}
     endpoint = Endpoint(**{**arguments, "ssl": _ssl_context(values, output)})
-    session = IdentifySession if values["identify"] else Session
+    session = IdentifySession if values["identify"] else AsyncioSession
     return AwaitableContextManager(lambda: session.open(endpoint))
 
 
-class IdentifySession(Session):
+class IdentifySession(AsyncioSession):
     """Exchanges messages with a server in ``identify`` mode, one at a time. ``line`` is the last reply."""
 
     keeps_open = False
@@ -159,7 +159,9 @@ class IdentifySession(Session):
         return perf_counter() - started
 
 
-async def _send_messages(connecting: AwaitableContextManager[Session], messages: LineSource, output: Output) -> bool:
+async def _send_messages(
+    connecting: AwaitableContextManager[AsyncioSession], messages: LineSource, output: Output
+) -> bool:
     """Send ``messages`` and print the replies; return whether all of them matched.
 
     :exc:`ConnectError` if the server cannot be reached and no reply was lost before.

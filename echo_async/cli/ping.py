@@ -7,7 +7,7 @@ from array import array
 from time import perf_counter
 
 from ..awaitable import AwaitableContextManager
-from ..client.session import Session
+from ..client.asyncio_session import AsyncioSession
 from ..errors import ConnectError, ReplyError
 from .output import Output
 
@@ -56,7 +56,7 @@ class RoundTrips:
 
 
 async def ping(
-    connecting: AwaitableContextManager[Session], message: bytes, count: int, interval: float, output: Output
+    connecting: AwaitableContextManager[AsyncioSession], message: bytes, count: int, interval: float, output: Output
 ) -> bool:
     """Send ``message`` ``count`` times (0: until interrupted), ``interval`` seconds apart, and print the times.
 
@@ -76,7 +76,7 @@ async def ping(
 
 
 async def _ping(
-    client: Session, message: bytes, count: int, interval: float, output: Output, trips: RoundTrips
+    client: AsyncioSession, message: bytes, count: int, interval: float, output: Output, trips: RoundTrips
 ) -> None:
     loop = asyncio.get_running_loop()
     next_send = loop.time()

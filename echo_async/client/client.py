@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Unpack
 
 from ..awaitable import AwaitableContextManager
 from ..config import HOST, PORT, ClientOptions
+from .asyncio_session import AsyncioSession
 from .batching import WINDOW_MESSAGES, M, check_stream, encode
 from .endpoint import Endpoint
-from .session import Session
 from .stream import stream
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class EchoClient:
     was lost, the next message opens a new one.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: AsyncioSession) -> None:
         self._session = session
 
     @property
@@ -145,7 +145,7 @@ def connect(
     endpoint = Endpoint(host, port, **options)
 
     async def open() -> EchoClient:
-        return EchoClient(await Session.open(endpoint))
+        return EchoClient(await AsyncioSession.open(endpoint))
 
     return AwaitableContextManager(open)
 

@@ -48,7 +48,7 @@ class _Identification(LineExchange):
     on_progress = _Echo.on_progress
 
 
-class Connection(ReplyVerifier, asyncio.Protocol):
+class ClientConnection(ReplyVerifier, asyncio.Protocol):
     """Send messages and verify their replies. ``closed`` is done when the socket is closed."""
 
     _transport: asyncio.Transport

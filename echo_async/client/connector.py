@@ -11,7 +11,7 @@ from time import perf_counter
 from ..errors import ConnectError
 from ..net import AddressInfo, get_host
 from ..resolver import run_resolver
-from .connection import Connection
+from .connection import ClientConnection
 from .endpoint import (
     CONNECTION_ATTEMPT_DELAY,
     UNIX_RETRY_DELAY,
@@ -26,7 +26,7 @@ from .endpoint import (
 TLS_SHUTDOWN_TIMEOUT = 2.0  # seconds to wait for the close_notify of the server
 
 
-async def open_connection(endpoint: Endpoint) -> Connection:
+async def open_connection(endpoint: Endpoint) -> ClientConnection:
     """Connect, with retries."""
     schedule = RetrySchedule(endpoint)
     while True:
@@ -39,7 +39,7 @@ async def open_connection(endpoint: Endpoint) -> Connection:
         await asyncio.sleep(delay)
 
 
-async def _attempt_connection(endpoint: Endpoint, seconds: float) -> Connection:
+async def _attempt_connection(endpoint: Endpoint, seconds: float) -> ClientConnection:
     started = perf_counter()
     log.debug("connecting to %s", endpoint.name)
     try:
@@ -52,13 +52,13 @@ async def _attempt_connection(endpoint: Endpoint, seconds: float) -> Connection:
         raise endpoint.connect_error(error, seconds) from error
 
 
-async def _create_connection(endpoint: Endpoint, connected: socket.socket) -> Connection:
+async def _create_connection(endpoint: Endpoint, connected: socket.socket) -> ClientConnection:
     """Create the transport, which owns the socket from then on, also when this is canceled."""
     loop, started = asyncio.get_running_loop(), perf_counter()
     create = loop.create_connection if endpoint.config.uds is None else loop.create_unix_connection
     try:
         transport, connection = await create(
-            lambda: Connection(endpoint),
+            lambda: ClientConnection(endpoint),
             sock=connected,
             ssl=endpoint.ssl,
             server_hostname=endpoint.server_hostname,

@@ -1,87 +1,72 @@
-"""The connections of one client: which one a message is sent on, and when a new one is opened."""
+"""The choice of the connection for a message, and when a message may be sent again; without IO.
 
-import asyncio
-from time import perf_counter
-from typing import Self
+Servers are of two kinds, and a client detects which it is connected to:
 
-from ..errors import ReplyLost
-from .base_session import BaseSession
-from .connection import Connection
-from .connector import open_connection
+- A server that closes after each reply: the connection ends before any byte of its second reply. That message is
+  sent again on a new connection, which is safe, because an echo has no side effects. From then on, each message
+  is sent on a connection of its own.
+- A server that keeps connections open: it replied twice on one connection. From then on messages are pipelined,
+  and a connection that ends with a message in flight raises :exc:`~echo_async.ReplyLost`.
+"""
+
+import enum
+from typing import Generic, TypeVar
+
+from ..errors import EchoError
 from .endpoint import Endpoint
+from .verifier import ReplyVerifier
+
+C = TypeVar("C", bound=ReplyVerifier)
 
 
-class Session(BaseSession[Connection]):
-    """Exchange messages with one server, reconnecting where necessary."""
+class ServerBehavior(enum.Enum):
+    """What the client knows about the server."""
+
+    UNKNOWN = enum.auto()
+    CLOSES_AFTER_REPLY = enum.auto()
+    KEEPS_OPEN = enum.auto()
+
+
+class Session(Generic[C]):
+    """The state of one client: its current connection, and the behavior of its server."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint)
-        self._connections: set[Connection] = set()  # those whose sockets are not closed yet
-        self._lock = asyncio.Lock()  # held while connecting, and while only one message may be in flight
+        self.endpoint = endpoint
+        self.connection: C | None = None
+        self.is_closed = False
+        self._server_behavior = ServerBehavior.UNKNOWN
 
-    @classmethod
-    async def open(cls, endpoint: Endpoint) -> Self:
-        session = cls(endpoint)
-        await session.connect()
-        return session
+    @property
+    def name(self) -> str:
+        return self.endpoint.name
 
-    def pipelined_connection(self) -> Connection | None:
-        """Return the connection on which a message can be sent immediately, if there is one."""
+    @property
+    def keeps_open(self) -> bool:
+        """Whether the server is known to reply to several messages on one connection."""
+        return self._server_behavior is ServerBehavior.KEEPS_OPEN
+
+    def usable_connection(self) -> C | None:
+        """Return the current connection if it is open; raise if it received unexpected bytes, or is closed."""
         connection = self.connection
-        return connection if connection is not None and connection.is_open and self.keeps_open else None
+        if connection is not None and connection.unexpected is not None:
+            error, connection.unexpected = connection.unexpected, None
+            raise error
+        if connection is not None and connection.is_open:
+            return connection
+        if self.is_closed:
+            raise EchoError(f"cannot send to {self.name}: the client is closed; connect again")
+        return None
 
-    async def connect(self) -> Connection:
-        """Return an open connection, a new one if necessary."""
-        async with self._lock:
-            return await self._connect()
+    def can_resend(self, connection: C) -> bool:
+        """Return whether the message lost on ``connection`` may be sent again, on a new one."""
+        if self.keeps_open or connection.replies != 1 or connection.is_partial or self.is_closed:
+            return False
+        self._server_behavior = ServerBehavior.CLOSES_AFTER_REPLY
+        return True
 
-    async def exchange(self, data: bytes) -> float:
-        """Send one encoded message; return the round-trip time in seconds."""
-        async with self._lock:
-            connection = await self._connect()
-            if not self.keeps_open:
-                return await self._exchange_alone(connection, data)
-        return await _measure_round_trip(connection, data)
-
-    async def receive_line(self, data: bytes, max_size: int) -> bytes:
-        """Send one encoded message; return its reply, a line of at most ``max_size`` bytes."""
-        async with self._lock:
-            return await (await self._connect()).receive_line(data, max_size)
-
-    async def _exchange_alone(self, connection: Connection, data: bytes) -> float:
-        try:
-            seconds = await _measure_round_trip(connection, data)
-        except ReplyLost:
-            if not self.can_resend(connection):
-                raise
-            connection = await self._connect()
-            seconds = await _measure_round_trip(connection, data)
-        self.record_reply(connection)
-        return seconds
-
-    async def _connect(self) -> Connection:
-        connection = self.usable_connection()
-        if connection is None:
-            connection = await open_connection(self.endpoint)
-            self._connections.add(connection)
-            connection.closed.add_done_callback(lambda _: self._connections.discard(connection))
-            self.connection = connection
-            if self.is_closed:  # closed while connecting
-                self.close()
-                self.usable_connection()
-        return connection
-
-    def close(self) -> None:
-        self.is_closed = True
-        for connection in self._connections:
+    def record_reply(self, connection: C) -> None:
+        """Learn from a reply on ``connection``; close it if the server will not reply again."""
+        if self._server_behavior is ServerBehavior.CLOSES_AFTER_REPLY:
             connection.close()
-
-    async def wait_closed(self) -> None:
-        if self._connections:
-            await asyncio.wait([connection.closed for connection in self._connections])
-
-
-async def _measure_round_trip(connection: Connection, data: bytes) -> float:
-    started = perf_counter()
-    await connection.echo(data)
-    return perf_counter() - started
+        elif connection.replies > 1:
+            self._server_behavior = ServerBehavior.KEEPS_OPEN

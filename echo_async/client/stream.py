@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Protocol, cast
 
 from ..errors import ReplyError
+from .asyncio_session import AsyncioSession
 from .batching import (
     WINDOW_BYTES,
     WINDOW_MESSAGES,
@@ -20,7 +21,8 @@ from .batching import (
     Window,
     take_batch,
 )
-from .session import Session
+
+Results = AsyncGenerator[Result, None]
 
 
 class Source(Protocol):
@@ -41,7 +43,7 @@ class Source(Protocol):
         """Return the next batch of at most ``count`` messages; None if none is ready."""
 
 
-async def send_batches(session: Session, source: Source, window: int = WINDOW_MESSAGES) -> AsyncGenerator[Result, None]:
+async def send_batches(session: AsyncioSession, source: Source, window: int = WINDOW_MESSAGES) -> Results:
     """Send the batches of ``source`` and yield their results in order.
 
     A failed reply is a result too. The messages in flight after it are sent again on a new connection.
@@ -82,7 +84,7 @@ async def send_batches(session: Session, source: Source, window: int = WINDOW_ME
         raise source.failure
 
 
-async def _send(session: Session, batch: Batch, notify: Callable[[], None]) -> None:
+async def _send(session: AsyncioSession, batch: Batch, notify: Callable[[], None]) -> None:
     batch.notify = notify
     try:
         connection = await session.connect()
@@ -94,7 +96,7 @@ async def _send(session: Session, batch: Batch, notify: Callable[[], None]) -> N
         connection.send(batch)
 
 
-async def _exchange(session: Session, batch: Batch) -> Result:
+async def _exchange(session: AsyncioSession, batch: Batch) -> Result:
     """Send a batch of one message, with no other in flight."""
     started = perf_counter()
     try:
@@ -104,7 +106,9 @@ async def _exchange(session: Session, batch: Batch) -> Result:
     return Result(batch, 0, len(batch.data), seconds, None)
 
 
-async def stream(session: Session, messages: Iterable[M] | AsyncIterable[M], window: int) -> AsyncGenerator[M, None]:
+async def stream(
+    session: AsyncioSession, messages: Iterable[M] | AsyncIterable[M], window: int
+) -> AsyncGenerator[M, None]:
     """Yield the replies to ``messages`` in order; raise the error of the first that fails."""
     source = _AsyncMessages(messages, window) if isinstance(messages, AsyncIterable) else _IterableSource(messages)
     async with aclosing(send_batches(session, source, window)) as results:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self, Unpack, cast
 from ..client.batching import WINDOW_MESSAGES, M, Messages, check_stream, encode
 from ..client.endpoint import Endpoint
 from ..config import HOST, PORT, ClientOptions
-from .session import Session
+from .session import BlockingSession
 
 if TYPE_CHECKING:
     from ..wire.identity import Identity
@@ -23,7 +23,7 @@ class EchoClient:
     A client is not thread-safe: use one per thread. After a connection was lost, the next message opens a new one.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: BlockingSession) -> None:
         self._session = session
 
     @property
@@ -136,7 +136,7 @@ def connect(host: str = HOST, port: int = PORT, **options: Unpack[ClientOptions]
         ConnectError: The connection failed.
         ConnectTimeout: The connection was not established in time.
     """
-    return EchoClient(Session(Endpoint(host, port, **options)))
+    return EchoClient(BlockingSession(Endpoint(host, port, **options)))
 
 
 def echo(message: M, host: str = HOST, port: int = PORT, **options: Unpack[ClientOptions]) -> M:

@@ -16,7 +16,7 @@ READ_SIZE = 65_536  # bytes of one read
 MAX_WAIT = 3600.0  # seconds; poll takes milliseconds as a 32-bit integer
 
 
-class Connection(ReplyVerifier):
+class BlockingConnection(ReplyVerifier):
     """Send messages and verify their replies. Both are done while waiting: neither can block the other."""
 
     def __init__(self, endpoint: Endpoint, connected: socket.socket) -> None:

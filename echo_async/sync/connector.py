@@ -25,10 +25,10 @@ from ..client.endpoint import (
 from ..compat import CONNECT_IN_PROGRESS, PollSelector
 from ..errors import ConnectError
 from ..net import AddressInfo
-from .connection import MAX_WAIT, Connection
+from .connection import MAX_WAIT, BlockingConnection
 
 
-def open_connection(endpoint: Endpoint) -> Connection:
+def open_connection(endpoint: Endpoint) -> BlockingConnection:
     """Connect, with retries."""
     schedule = RetrySchedule(endpoint)
     while True:
@@ -41,7 +41,7 @@ def open_connection(endpoint: Endpoint) -> Connection:
         sleep(delay)
 
 
-def _attempt_connection(endpoint: Endpoint, seconds: float) -> Connection:
+def _attempt_connection(endpoint: Endpoint, seconds: float) -> BlockingConnection:
     started, deadline = perf_counter(), monotonic() + seconds
     log.debug("connecting to %s", endpoint.name)
     try:
@@ -50,7 +50,7 @@ def _attempt_connection(endpoint: Endpoint, seconds: float) -> Connection:
         log.debug("connected to %s in %.3f ms", endpoint.name, 1e3 * (perf_counter() - started))
         if endpoint.ssl is not None:
             connected = _start_tls(endpoint, endpoint.ssl, connected, deadline)
-        return Connection(endpoint, connected)
+        return BlockingConnection(endpoint, connected)
     except (OSError, UnicodeError) as error:
         raise endpoint.connect_error(error, seconds) from error
 

@@ -4,24 +4,24 @@ from collections.abc import Generator
 from time import monotonic
 from typing import cast
 
-from ..client.base_session import BaseSession
 from ..client.batching import Message, MessageBatch, Messages, Window
 from ..client.endpoint import Endpoint
+from ..client.session import Session
 from ..errors import ReplyLost
-from .connection import Connection
+from .connection import BlockingConnection
 from .connector import open_connection
 
 IMMEDIATE = 0.005  # seconds within which taking messages and returning replies counts as not waiting
 
 
-class Session(BaseSession[Connection]):
+class BlockingSession(Session[BlockingConnection]):
     """Exchange messages with one server, reconnecting where necessary."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         super().__init__(endpoint)
         self.connect()
 
-    def connect(self) -> Connection:
+    def connect(self) -> BlockingConnection:
         """Return an open connection, a new one if necessary."""
         if self.connection is not None:
             self.connection.receive_pending()
