@@ -1,6 +1,8 @@
 """The public API of the blocking client.
 
-Its names, options and errors are those of :mod:`echo_async.client`.
+Arguments, results and errors are those of the functions and methods of the same names in
+:mod:`echo_async.client.client`; the docstrings here say what differs. ``connect`` returns a connected client, so it
+is what raises :exc:`~echo_async.ConnectError`.
 """
 
 from __future__ import annotations
@@ -32,72 +34,25 @@ class EchoClient:
         return self._session.name
 
     def echo(self, message: M) -> M:
-        r"""Send a message and return its reply.
-
-        Args:
-            message: One line. A newline at its end is optional: if there is none, it is added for sending and
-                removed from the reply.
-
-        Returns:
-            The reply, verified byte by byte, in the type of ``message``.
-
-        Raises:
-            MessageError: The message has a newline before its end, or is not valid Unicode. Nothing was sent.
-            ReplyLost, ReplyLate, ReplyDifferent: The reply was not received completely, not within ``timeout``
-                seconds, or does not match the message.
-            ConnectError: The connection had been lost, and a new one failed.
-            EchoError: The client is closed.
-        """
+        """Send a message and return its reply, as :meth:`echo_async.EchoClient.echo` does."""
         self._session.exchange(encode(message))
         return message  # equal to the reply: every byte was compared
 
     def stream(self, messages: Iterable[M], *, window: int = WINDOW_MESSAGES) -> Generator[M, None, None]:
-        """Send many messages and yield their replies in order.
+        """Send many messages and yield their replies in order, as :meth:`echo_async.EchoClient.stream` does.
 
-        Messages are pipelined if the server keeps connections open, and sent one at a time otherwise. Both a slow
-        server and a slow consumer of the replies delay taking more messages. While ``messages`` blocks, no replies
-        are received; with ``window=1``, each reply is yielded before the next message is taken.
-
-        Args:
-            messages: An iterable of messages, each as for :meth:`echo`.
-            window: Maximum number of messages in flight, 1 or more. At most 256 KiB are in flight as well; only the
-                last message can exceed that.
-
-        Returns:
-            A generator of the replies, each in the type of its message.
-
-        Raises:
-            ConfigError: ``window`` is less than 1.
-            MessageError, ReplyLost, ReplyLate, ReplyDifferent, ConnectError, EchoError: As for :meth:`echo`; raised
-                by the generator after the replies before the failed one. So is an exception of ``messages``.
+        ``messages`` is an iterable. While it blocks, no replies are received; with ``window=1``, each reply is yielded
+        before the next message is taken.
         """
         check_stream(messages, window)
         return cast(Generator[M, None, None], self._session.stream(Messages(messages), window))
 
     def ping(self) -> float:
-        """Send a message of 5 bytes and measure its round trip.
-
-        Returns:
-            The round-trip time in seconds, without the time for connecting.
-
-        Raises:
-            ReplyLost, ReplyLate, ReplyDifferent, ConnectError, EchoError: As for :meth:`echo`.
-        """
+        """Return the seconds of a round trip, as :meth:`echo_async.EchoClient.ping` does."""
         return self._session.exchange(b"ping\n")
 
     def identify(self, message: str | bytes) -> Identity:
-        """Send a message to a server in ``identify`` mode.
-
-        Args:
-            message: As for :meth:`echo`.
-
-        Returns:
-            What the server reports of itself, the connection and the message, which was compared with ``message``.
-
-        Raises:
-            MessageError, ReplyLost, ReplyLate, ConnectError, EchoError: As for :meth:`echo`.
-            ReplyDifferent: It is not a reply of ``identify`` mode, or reports another message.
-        """
+        """Return what a server in ``identify`` mode reports, as :meth:`echo_async.EchoClient.identify` does."""
         from ..wire.identity import check_reply, max_reply_size  # which imports json
 
         data = encode(message)
@@ -117,41 +72,12 @@ class EchoClient:
 def connect(host: str = HOST, port: int = PORT, **options: Unpack[ClientOptions]) -> EchoClient:
     """Connect to an echo server: ``with connect() as client``, or ``client = connect()``.
 
-    Args:
-        host: Host name or address of the server.
-        port: TCP port of the server, 1 to 65535.
-        uds: Path of a Unix socket, instead of ``host`` and ``port``.
-        timeout: Seconds for each reply, greater than 0 (default 10).
-        connect_timeout: Seconds for each connection including TLS, greater than 0 (default 10).
-            The system resolver has a timeout of its own.
-        retry: Seconds during which a failed connection is tried again, 0 or more (default 0).
-        ssl: A context, or True for TLS with the certificate authorities of the system.
-        server_hostname: Name in the certificate of the server, if it is not ``host``. Requires ``ssl``.
-
-    Returns:
-        A connected client.
-
-    Raises:
-        ConfigError: An argument is invalid.
-        ConnectError: The connection failed.
-        ConnectTimeout: The connection was not established in time.
+    ``connect_timeout`` does not limit the system resolver, which has a timeout of its own.
     """
     return EchoClient(BlockingSession(Endpoint(host, port, **options)))
 
 
 def echo(message: M, host: str = HOST, port: int = PORT, **options: Unpack[ClientOptions]) -> M:
-    """Send one message on a connection of its own and return its reply.
-
-    Args:
-        message: As for :meth:`EchoClient.echo`.
-        host, port, options: As for :func:`connect`.
-
-    Returns:
-        The reply, in the type of ``message``.
-
-    Raises:
-        ConfigError, ConnectError, ConnectTimeout: As for :func:`connect`.
-        MessageError, ReplyLost, ReplyLate, ReplyDifferent: As for :meth:`EchoClient.echo`.
-    """
+    """Send one message on a connection of its own and return its reply."""
     with connect(host, port, **options) as client:
         return client.echo(message)
