@@ -39,13 +39,14 @@ class _Echo(Exchange):
 class _Identification(LineExchange):
     """The same, of a reply that is any line."""
 
-    __slots__ = ("future",)
+    __slots__ = ("done",)
 
-    def __init__(self, data: bytes, max_size: int, future: asyncio.Future[None]) -> None:
+    def __init__(self, data: bytes, max_size: int, done: asyncio.Event) -> None:
         super().__init__(data, max_size)
-        self.future = future
+        self.done = done
 
-    on_progress = _Echo.on_progress
+    def on_progress(self) -> None:
+        self.done.set()
 
 
 class ClientConnection(ReplyVerifier, asyncio.Protocol):
@@ -73,10 +74,10 @@ class ClientConnection(ReplyVerifier, asyncio.Protocol):
 
     async def receive_line(self, data: bytes, max_size: int) -> bytes:
         """Send one message; return its reply, a line of at most ``max_size`` bytes."""
-        exchange = _Identification(data, max_size, self._loop.create_future())
+        exchange = _Identification(data, max_size, asyncio.Event())
         self.send(exchange)
-        await exchange.future
-        return bytes(exchange.line) or data
+        await exchange.done.wait()
+        return exchange.result()
 
     def send(self, exchange: Exchange) -> None:
         in_flight = self._in_flight

@@ -17,7 +17,6 @@ from .endpoint import (
     UNIX_RETRY_DELAY,
     Endpoint,
     RetrySchedule,
-    log,
     log_tls,
     new_socket,
     refuse_self_connection,
@@ -34,22 +33,16 @@ async def open_connection(endpoint: Endpoint) -> ClientConnection:
             return await _attempt_connection(endpoint, schedule.timeout)
         except ConnectError as error:
             delay = schedule.next_delay(error)
-            if delay is None:
-                raise
         await asyncio.sleep(delay)
 
 
 async def _attempt_connection(endpoint: Endpoint, seconds: float) -> ClientConnection:
-    started = perf_counter()
-    log.debug("connecting to %s", endpoint.name)
-    try:
+    with endpoint.attempt(seconds):
         async with asyncio.timeout(seconds):
+            started = perf_counter()
             connected = await _connect(endpoint)
-            endpoint.send_proxy_header(connected)
-            log.debug("connected to %s in %.3f ms", endpoint.name, 1e3 * (perf_counter() - started))
+            endpoint.start(connected, started)
             return await _create_connection(endpoint, connected)
-    except (OSError, UnicodeError) as error:
-        raise endpoint.connect_error(error, seconds) from error
 
 
 async def _create_connection(endpoint: Endpoint, connected: socket.socket) -> ClientConnection:

@@ -4,8 +4,8 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from ssl import SSLCertVerificationError, SSLError, SSLObject, SSLSocket, create_default_context
 from time import monotonic, perf_counter
@@ -50,8 +50,18 @@ class Endpoint:
                 families.setdefault(info[0], {})[info] = None
         return [info for turn in zip_longest(*families.values()) for info in turn if info is not None]
 
-    def send_proxy_header(self, connected: socket.socket) -> None:
-        """Send the PROXY header, if one is configured, on a new connection, whose buffer has room for it."""
+    @contextmanager
+    def attempt(self, seconds: float) -> Iterator[None]:
+        """Log an attempt to connect that has ``seconds``, and translate its error."""
+        log.debug("connecting to %s", self.name)
+        try:
+            yield
+        except (OSError, UnicodeError) as error:
+            raise self.connect_error(error, seconds) from error
+
+    def start(self, connected: socket.socket, started: float) -> None:
+        """Log a new connection and send the PROXY header, if one is configured: the buffer has room for it."""
+        log.debug("connected to %s in %.3f ms", self.name, 1e3 * (perf_counter() - started))
         version, source = self.config.send_proxy, self.config.proxy_source
         if version is None:
             return
@@ -94,11 +104,11 @@ class RetrySchedule:
         self._deadline = monotonic() + endpoint.config.retry
         self._retry_delay = MIN_RETRY_DELAY
 
-    def next_delay(self, error: ConnectError) -> float | None:
-        """Return the seconds until the next attempt; None if ``error`` is final."""
+    def next_delay(self, error: ConnectError) -> float:
+        """Return the seconds until the next attempt; raise ``error`` if it is final."""
         left = self._deadline - monotonic()
         if left <= 0 or isinstance(error.__cause__, SSLCertVerificationError):
-            return None
+            raise error
         delay = min(self._retry_delay, left)
         self._retry_delay = min(2 * self._retry_delay, MAX_RETRY_DELAY)
         self.timeout = min(self._connect_timeout, max(left - delay, MIN_RETRY_DELAY))

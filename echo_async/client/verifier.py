@@ -54,6 +54,12 @@ class LineExchange(Exchange):
             self.received = len(self.data)
         return end or len(data)
 
+    def result(self) -> bytes:
+        """Return the line, or raise the error. A connection that compares before it collects stores no echo."""
+        if self.error is not None:
+            raise self.error
+        return bytes(self.line) or self.data
+
 
 class ReplyVerifier:
     """The receiving side of a connection that must return the bytes that were sent, in order, and no others.

@@ -13,7 +13,7 @@ from ..compat import PollSelector
 from ..errors import describe_error
 
 READ_SIZE = 65_536  # bytes of one read
-MAX_WAIT = 3600.0  # seconds; poll takes milliseconds as a 32-bit integer
+MAX_WAIT = 2_000_000.0  # seconds; poll takes milliseconds as a 32-bit integer
 
 
 class BlockingConnection(ReplyVerifier):
@@ -40,7 +40,7 @@ class BlockingConnection(ReplyVerifier):
         """Send one message; return its reply, a line of at most ``max_size`` bytes."""
         exchange = LineExchange(data, max_size)
         self._wait_for_reply(exchange)
-        return bytes(exchange.line)
+        return exchange.result()
 
     def _wait_for_reply(self, exchange: Exchange) -> None:
         self.send(exchange)

@@ -7,8 +7,8 @@ import errno
 import os
 import socket
 from contextlib import ExitStack
-from selectors import EVENT_READ, EVENT_WRITE, BaseSelector
-from ssl import SSLContext, SSLSocket, SSLWantReadError, SSLWantWriteError
+from selectors import EVENT_WRITE
+from ssl import SSLContext, SSLSocket
 from time import monotonic, perf_counter, sleep
 from typing import cast
 
@@ -17,7 +17,6 @@ from ..client.endpoint import (
     UNIX_RETRY_DELAY,
     Endpoint,
     RetrySchedule,
-    log,
     log_tls,
     new_socket,
     refuse_self_connection,
@@ -36,23 +35,17 @@ def open_connection(endpoint: Endpoint) -> BlockingConnection:
             return _attempt_connection(endpoint, schedule.timeout)
         except ConnectError as error:
             delay = schedule.next_delay(error)
-            if delay is None:
-                raise
         sleep(delay)
 
 
 def _attempt_connection(endpoint: Endpoint, seconds: float) -> BlockingConnection:
-    started, deadline = perf_counter(), monotonic() + seconds
-    log.debug("connecting to %s", endpoint.name)
-    try:
+    with endpoint.attempt(seconds):
+        started, deadline = perf_counter(), monotonic() + seconds
         connected = _connect(endpoint, deadline)
-        endpoint.send_proxy_header(connected)
-        log.debug("connected to %s in %.3f ms", endpoint.name, 1e3 * (perf_counter() - started))
+        endpoint.start(connected, started)
         if endpoint.ssl is not None:
             connected = _start_tls(endpoint, endpoint.ssl, connected, deadline)
         return BlockingConnection(endpoint, connected)
-    except (OSError, UnicodeError) as error:
-        raise endpoint.connect_error(error, seconds) from error
 
 
 def _connect(endpoint: Endpoint, deadline: float) -> socket.socket:
@@ -66,9 +59,7 @@ def _connect_unix(path: str, deadline: float) -> socket.socket:
         connecting = on_error.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         connecting.setblocking(False)
         while (code := connecting.connect_ex(path)) == errno.EAGAIN:  # the backlog is full
-            if monotonic() >= deadline:
-                raise TimeoutError
-            sleep(UNIX_RETRY_DELAY)
+            sleep(min(UNIX_RETRY_DELAY, _seconds_left(deadline)))
         if code:
             raise OSError(code, os.strerror(code))
         on_error.pop_all()
@@ -90,7 +81,9 @@ def _race_addresses(waiting: list[AddressInfo], deadline: float) -> socket.socke
                     continue
                 running.add(connecting)
                 selector.register(connecting, EVENT_WRITE)
-            for connecting in _wait(selector, deadline, CONNECTION_ATTEMPT_DELAY if waiting else MAX_WAIT):
+            left = _seconds_left(deadline)
+            for key, _ in selector.select(min(left, CONNECTION_ATTEMPT_DELAY) if waiting else left):
+                connecting = cast(socket.socket, key.fileobj)
                 selector.unregister(connecting)
                 running.remove(connecting)
                 try:
@@ -123,35 +116,23 @@ def _finish_connecting(connecting: socket.socket) -> None:
 
 
 def _start_tls(endpoint: Endpoint, context: SSLContext, connected: socket.socket, deadline: float) -> SSLSocket:
-    started, selector = perf_counter(), PollSelector()
+    started = perf_counter()
     with ExitStack() as on_error:
         on_error.enter_context(connected)
         name = endpoint.server_hostname
         secured = context.wrap_socket(connected, server_hostname=name, do_handshake_on_connect=False)
         on_error.enter_context(secured)
-        while (event := _continue_handshake(secured)) is not None:
-            selector.register(secured, event)
-            _wait(selector, deadline, MAX_WAIT)
-            selector.unregister(secured)
+        secured.settimeout(_seconds_left(deadline))  # of the whole handshake (docs of SSLSocket)
+        secured.do_handshake()
+        secured.setblocking(False)
         on_error.pop_all()
     log_tls(secured, started)
     return secured
 
 
-def _continue_handshake(secured: SSLSocket) -> int | None:
-    """Return the event that the handshake waits for; None if it is complete."""
-    try:
-        secured.do_handshake()
-    except SSLWantReadError:
-        return EVENT_READ
-    except SSLWantWriteError:
-        return EVENT_WRITE
-    return None
-
-
-def _wait(selector: BaseSelector, deadline: float, seconds: float) -> list[socket.socket]:
-    """Return the sockets that are ready, waiting at most ``seconds``; raise TimeoutError at the deadline."""
+def _seconds_left(deadline: float) -> float:
+    """Return the seconds until the deadline, at most MAX_WAIT; raise TimeoutError if it has passed."""
     left = deadline - monotonic()
     if left <= 0:
         raise TimeoutError
-    return [cast(socket.socket, key.fileobj) for key, _ in selector.select(min(left, seconds))]
+    return min(left, MAX_WAIT)
