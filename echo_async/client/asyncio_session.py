@@ -15,7 +15,8 @@ class AsyncioSession(Session[ClientConnection]):
     """Exchange messages with one server, reconnecting where necessary."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint)
+        super().__init__(endpoint.name)
+        self._endpoint = endpoint
         self._connections: set[ClientConnection] = set()  # those whose sockets are not closed yet
         self._lock = asyncio.Lock()  # held while connecting, and while only one message may be in flight
 
@@ -62,7 +63,7 @@ class AsyncioSession(Session[ClientConnection]):
     async def _connect(self) -> ClientConnection:
         connection = self.usable_connection()
         if connection is None:
-            connection = await open_connection(self.endpoint)
+            connection = await open_connection(self._endpoint)
             self._connections.add(connection)
             connection.closed.add_done_callback(lambda _: self._connections.discard(connection))
             self.connection = connection

@@ -13,7 +13,6 @@ import enum
 from typing import Generic, TypeVar
 
 from ..errors import EchoError
-from .endpoint import Endpoint
 from .verifier import ReplyVerifier
 
 C = TypeVar("C", bound=ReplyVerifier)
@@ -28,17 +27,13 @@ class ServerBehavior(enum.Enum):
 
 
 class Session(Generic[C]):
-    """The state of one client: its current connection, and the behavior of its server."""
+    """The state of one client: its current connection, and the behavior of its server, which has a ``name``."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.connection: C | None = None
         self.is_closed = False
         self._server_behavior = ServerBehavior.UNKNOWN
-
-    @property
-    def name(self) -> str:
-        return self.endpoint.name
 
     @property
     def keeps_open(self) -> bool:

@@ -18,7 +18,8 @@ class BlockingSession(Session[BlockingConnection]):
     """Exchange messages with one server, reconnecting where necessary."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint)
+        super().__init__(endpoint.name)
+        self._endpoint = endpoint
         self.connect()
 
     def connect(self) -> BlockingConnection:
@@ -27,7 +28,7 @@ class BlockingSession(Session[BlockingConnection]):
             self.connection.receive_pending()
         connection = self.usable_connection()
         if connection is None:
-            connection = self.connection = open_connection(self.endpoint)
+            connection = self.connection = open_connection(self._endpoint)
         return connection
 
     def exchange(self, data: bytes) -> float:
