@@ -42,7 +42,8 @@ class ClientInterrupt:
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous_handler)
+            # After a Ctrl-C the process is about to exit, and KeyboardInterrupt would print a traceback.
+            signal.signal(signal.SIGINT, previous_handler if self._interrupted_at is None else signal.SIG_DFL)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._output.interrupt()  # raises if a write to stdout blocks the event loop

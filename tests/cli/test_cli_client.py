@@ -18,7 +18,15 @@ from typing import Any
 
 import pytest
 from scripted import Peer, Serve, Start, echo_all, echo_one
-from support import TIMEOUT, ChildProcess, sends_at_once, server_process, single_error_line, wait_until
+from support import (
+    TIMEOUT,
+    ChildProcess,
+    run_process,
+    sends_at_once,
+    server_process,
+    single_error_line,
+    wait_until,
+)
 
 from echo_async.cli.client import command, main
 from echo_async.config import ClientOptions
@@ -523,7 +531,28 @@ def test_ctrl_c_twice_at_once_prints_one_summary(scripted_server: Start) -> None
             process.send_signal(signal.SIGINT)
         assert b"0 lost (0%)" in process.stdout.read()
         assert process.stderr.read() == b""
-    assert process.returncode in (0, -signal.SIGINT)  # the interpreter removes the handler before it exits
+    assert process.returncode in (0, -signal.SIGINT)  # the second ends a process that is about to exit
+
+
+def test_ctrl_c_after_the_first_ends_the_exiting_process() -> None:
+    """It prints no traceback, wherever the process is on its way out."""
+    code = """
+import asyncio, signal
+from echo_async.cli.interrupt import ClientInterrupt
+from echo_async.cli.output import Output
+interrupt = ClientInterrupt(Output(quiet=True, verbose=False))
+async def main():
+    signal.raise_signal(signal.SIGINT)
+    try:
+        await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        return
+with interrupt.installed(), asyncio.Runner() as runner:
+    runner.run(interrupt.cancel_on_interrupt(main()))
+signal.raise_signal(signal.SIGINT)
+"""
+    done = run_process([sys.executable, "-c", code])
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
 def test_server_gone_before_stdin_ends_exits_with_1(scripted_server: Start) -> None:
