@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import http.client
 import logging
 import select
 import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any, NamedTuple, Unpack
 
 import pytest
 from support import (
+    BACKENDS,
     TIMEOUT,
     Backend,
     StartServer,
@@ -36,13 +36,14 @@ from support import (
 
 import echo_async
 from echo_async import sync
-from echo_async.config import ServerOptions
+from echo_async.config import Mode, ServerOptions
 from echo_async.testing import HostedServer
 from echo_async.wire.faults import FaultSchedule
 
 MESSAGE = b"Hola Server!\n"
 CORRUPTED = b"Hola!Server!\n"  # with SEED
 SEED = 1
+MODES: tuple[Mode, ...] = ("message", "stream", "raw")
 DATA_SEGMENTS = slice(152, 156)  # tcpi_data_segs_in of struct tcp_info: include/uapi/linux/tcp.h
 
 
@@ -111,7 +112,19 @@ class Transport:
             yield connected if self._context is None else TlsClient(connected, self._context)
 
 
-@pytest.fixture(params=["tcp", "tls", "unix"])
+# Every backend over TCP; TLS where a transport and where a thread sends the records; a Unix socket, which has no reset.
+TRANSPORTS = [
+    *((backend, "tcp") for backend in BACKENDS),
+    (BACKENDS[0], "tls"),
+    (BACKENDS[-1], "tls"),
+    (BACKENDS[0], "unix"),
+]
+each_transport = pytest.mark.parametrize(
+    ("backend", "transport"), TRANSPORTS, ids=[f"{'-'.join(each)}-{name}" for each, name in TRANSPORTS], indirect=True
+)
+
+
+@pytest.fixture
 def transport(
     request: pytest.FixtureRequest, start_server: StartServer, tmp_path: Path, client_context: ssl.SSLContext
 ) -> Transport:
@@ -170,25 +183,31 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.fault)
-def test_fault_is_observed_by_a_client(case: Case, transport: Transport) -> None:
-    with transport.serve(fault=case.fault, mode="message") as server:
-        with transport.connect(server) as client:
-            started = monotonic()
-            client.sendall(MESSAGE)
-            received, end = receive_to_end(client)
-            seconds = monotonic() - started
-        assert received == case.received
-        if end != case.end:  # a Unix socket has no reset (unix(7)): it is just closed
-            assert (end, case.end, transport.name) == ("closed", "reset", "unix")
-        assert seconds >= case.seconds
-        kinds = [part.partition("=")[0] for part in case.fault.split(",") if part not in ("none", "close=14")]
-        wait_until(lambda: server.stats.active == 0)
-        assert server.stats.faults == dict.fromkeys(kinds, 1)
-        assert (server.stats.accepted, server.stats.messages) == (1, 1)
-        assert (server.stats.bytes_in, server.stats.bytes_out) == (len(MESSAGE), len(received))
+@each_transport
+def test_fault_is_observed_by_a_client(transport: Transport) -> None:
+    for case in CASES:
+        with transport.serve(fault=case.fault, mode="message") as server:
+            assert_observed(case, transport, server)
 
 
+def assert_observed(case: Case, transport: Transport, server: echo_async.EchoServer) -> None:
+    with transport.connect(server) as client:
+        started = monotonic()
+        client.sendall(MESSAGE)
+        received, end = receive_to_end(client)
+        seconds = monotonic() - started
+    assert received == case.received
+    if end != case.end:  # a Unix socket has no reset (unix(7)): it is just closed
+        assert (end, case.end, transport.name) == ("closed", "reset", "unix")
+    assert seconds >= case.seconds
+    kinds = [part.partition("=")[0] for part in case.fault.split(",") if part not in ("none", "close=14")]
+    wait_until(lambda: server.stats.active == 0)
+    assert server.stats.faults == dict.fromkeys(kinds, 1)
+    assert (server.stats.accepted, server.stats.messages) == (1, 1)
+    assert (server.stats.bytes_in, server.stats.bytes_out) == (len(MESSAGE), len(received))
+
+
+@each_transport
 def test_refuse_resets_before_anything_is_read(transport: Transport) -> None:
     with transport.serve(fault="refuse") as server:
         for _ in range(3):
@@ -197,20 +216,18 @@ def test_refuse_resets_before_anything_is_read(transport: Transport) -> None:
         assert (server.stats.accepted, server.stats.active, server.stats.refused) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("mode", ["message", "stream", "raw"])
-def test_drop_reads_messages_and_answers_none(mode: Any, transport: Transport) -> None:
-    with transport.serve(fault="drop", mode=mode) as server, transport.connect(server) as client:
-        client.sendall(MESSAGE)
-        wait_until(lambda: server.stats.bytes_in == len(MESSAGE))
-        client.sendall(100 * MESSAGE)
-        wait_until(lambda: server.stats.bytes_in == 101 * len(MESSAGE))
-        assert (server.stats.active, server.stats.bytes_out, server.stats.faults) == (1, 0, {"drop": 1})
-        client.shutdown(socket.SHUT_WR)
-        assert receive_to_end(client) == (b"", "closed")
+@each_transport
+def test_drop_reads_messages_and_answers_none(transport: Transport) -> None:
+    for mode in MODES:
+        with transport.serve(fault="drop", mode=mode) as server, transport.connect(server) as client:
+            client.sendall(101 * MESSAGE)
+            wait_until(lambda server=server: server.stats.bytes_in == 101 * len(MESSAGE))  # type: ignore[misc]
+            assert (server.stats.active, server.stats.bytes_out, server.stats.faults) == (1, 0, {"drop": 1})
+            client.shutdown(socket.SHUT_WR)
+            assert receive_to_end(client) == (b"", "closed")
 
 
-@pytest.mark.parametrize("mode", ["message", "stream", "raw"])
-@pytest.mark.parametrize("size", [0, 5])
+@pytest.mark.parametrize(("size", "mode"), [(0, "message"), (5, "stream"), (5, "raw")])
 def test_stall_sends_and_reads_nothing_more(size: int, mode: Any, start_server: StartServer) -> None:
     with start_server(fault=f"stall={size}", mode=mode) as server, connect(server) as client:
         if size:
@@ -226,6 +243,7 @@ def test_stall_sends_and_reads_nothing_more(size: int, mode: Any, start_server: 
             client.recv(1)
 
 
+@each_transport
 def test_half_close_still_reads(transport: Transport) -> None:
     with transport.serve(fault="half-close=5") as server, transport.connect(server) as client:
         client.sendall(MESSAGE)
@@ -329,7 +347,7 @@ def test_workers_have_faults_each() -> None:
 # no-accept
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::", ["127.0.0.1", "127.0.0.2", "::1"]], ids=str)
+@pytest.mark.parametrize("host", ["::", ["127.0.0.1", "127.0.0.2", "::1"]], ids=str)
 def test_no_accept_lets_no_connection_complete(host: Any, backend: Backend, no_leaks: None) -> None:
     async def connect(address: tuple[str, int]) -> None:
         await asyncio.open_connection(*address)
@@ -426,13 +444,19 @@ def test_answered_messages_are_logged(start_server: StartServer, caplog: pytest.
     assert [line.partition(" ")[2] for line in caplog.messages] == ["4 bytes: one", "4 bytes: two"]
 
 
-@pytest.mark.parametrize("fault", ["stall", "stall=5", "drop", "half-close"])
-def test_idle_timeout_ends_a_silent_connection(fault: str, start_server: StartServer) -> None:
-    with start_server(fault=fault, mode="stream", timeout_idle=0.3) as server, connect(server) as client:
-        client.sendall(MESSAGE)
-        assert receive_to_end(client)[0] == (MESSAGE[:5] if fault == "stall=5" else b"")
-        wait_until(lambda: server.stats.timeouts_idle == 1)
-        client.close()
+def test_idle_timeout_ends_a_silent_connection(start_server: StartServer) -> None:
+    faults = {"stall": b"", "stall=5": MESSAGE[:5], "drop": b"", "half-close": b""}
+    with (
+        start_server(fault_sequence=list(faults), mode="stream", timeout_idle=0.3) as server,
+        ExitStack() as stack,
+    ):
+        clients = [stack.enter_context(connect(server)) for _ in faults]
+        for client in clients:
+            client.sendall(MESSAGE)
+        assert sorted(receive_to_end(client)[0] for client in clients) == sorted(faults.values())
+        wait_until(lambda: server.stats.timeouts_idle == len(faults))
+        for client in clients:
+            client.close()
         wait_until(lambda: server.stats.active == 0)
 
 
@@ -448,11 +472,13 @@ def test_delay_longer_than_the_timeouts_does_not_time_out(start_server: StartSer
     assert (stats.timeouts_idle, stats.timeouts_message, stats.timeouts_write) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("fault", ["slice=30000", "duplicate", "rate=100000000"])
-def test_write_timeout_ends_a_peer_that_does_not_read(fault: str, start_server: StartServer) -> None:
-    with start_server(fault=fault, mode="stream", timeout_write=0.2) as server, connect(server) as client:
-        _send(client, bytes(100_000) + b"\n", repeat=True)
-        assert server.stats.timeouts_write == 1
+def test_write_timeout_ends_a_peer_that_does_not_read(start_server: StartServer) -> None:
+    faults = ["slice=30000", "duplicate", "rate=100000000"]
+    with start_server(fault_sequence=faults, mode="stream", timeout_write=0.2) as server:
+        for number in range(1, len(faults) + 1):
+            with connect(server) as client:
+                _send(client, bytes(100_000) + b"\n", repeat=True)
+                assert server.stats.timeouts_write == number
         wait_until(lambda: server.stats.active == 0)
 
 
@@ -474,12 +500,14 @@ def test_stalled_connections_count_towards_the_limit(start_server: StartServer) 
         assert server.stats.refused == 1
 
 
-@pytest.mark.parametrize("fault", ["delay=0.05", "delay=0.05,close", "delay=0.05,half-close", "delay=0.05,reset"])
-def test_client_reset_during_a_delay_is_no_error(fault: str, start_server: StartServer) -> None:
-    with start_server(fault=fault, mode="stream") as server, connect(server) as client:
-        client.sendall(MESSAGE)
-        wait_until(lambda: "delay" in server.stats.faults)
-        reset(client)
+def test_client_reset_during_a_delay_is_no_error(start_server: StartServer) -> None:
+    faults = ["delay=0.05", "delay=0.05,close", "delay=0.05,half-close", "delay=0.05,reset"]
+    with start_server(fault_sequence=faults, mode="stream") as server:
+        for number in range(1, len(faults) + 1):
+            client = connect(server)
+            client.sendall(MESSAGE)
+            wait_until(lambda number=number: server.stats.faults.get("delay") == number)  # type: ignore[misc]
+            reset(client)
         wait_until(lambda: server.stats.active == 0)
         assert server.stats.failed == 0
 
@@ -523,19 +551,19 @@ def test_message_too_long_ends_the_connection(start_server: StartServer) -> None
 # Shutdown
 
 
-@pytest.mark.parametrize(
-    ("fault", "reply"),
-    [("delay=3600", MESSAGE), ("rate=1", MESSAGE), ("stall", b""), ("stall=5", MESSAGE[:5]), ("drop", b"")],
-)
-def test_stop_ends_waits(fault: str, reply: bytes, transport: Transport) -> None:
+@each_transport
+def test_stop_ends_waits(transport: Transport) -> None:
     """A delayed reply is sent at once; a silent connection is closed."""
-    with transport.serve(fault=fault) as server, transport.connect(server) as client:
-        client.sendall(MESSAGE)
-        kind = fault.partition("=")[0]
-        wait_until(lambda: server.stats.faults == {kind: 1})
+    faults = {"delay=3600": MESSAGE, "rate=1": MESSAGE, "stall": b"", "stall=5": MESSAGE[:5], "drop": b""}
+    with transport.serve(fault_sequence=list(faults)) as server, ExitStack() as stack:
+        clients = []
+        for number in range(1, len(faults) + 1):  # in this order
+            clients.append(stack.enter_context(transport.connect(server)))
+            clients[-1].sendall(MESSAGE)
+            wait_until(lambda number=number: sum(server.stats.faults.values()) == number)  # type: ignore[misc]
         started = monotonic()
         server.close()
-        assert receive_to_end(client) == (reply, "closed")
+        assert [receive_to_end(client) for client in clients] == [(reply, "closed") for reply in faults.values()]
         assert monotonic() - started < 5, "the graceful shutdown takes 10 s"
 
 
@@ -549,15 +577,13 @@ def test_stop_ends_a_half_closed_connection(start_server: StartServer) -> None:
         assert monotonic() - started < 5, "the graceful shutdown takes 10 s"
 
 
-@pytest.mark.parametrize("fault", ["stall", "delay=3600", "rate=1"])
-def test_faulty_connections_delay_neither_others_nor_the_stop(fault: str, backend: Backend, no_leaks: None) -> None:
+def test_faulty_connections_delay_neither_others_nor_the_stop(backend: Backend, no_leaks: None) -> None:
     async def main() -> None:
-        async with serve_in_loop(backend, fault_sequence=50 * [fault]) as server:
-            faulty = [await asyncio.open_connection(*server.address) for _ in range(50)]
+        async with serve_in_loop(backend, fault_sequence=20 * ["stall", "delay=3600", "rate=1"]) as server:
+            faulty = [await asyncio.open_connection(*server.address) for _ in range(60)]
             for _, writer in faulty:
                 writer.write(b"Hola\n")
-            kind = fault.partition("=")[0]
-            await wait_in_loop(lambda: server.stats.faults == {kind: 50})
+            await wait_in_loop(lambda: server.stats.faults == {"stall": 20, "delay": 20, "rate": 20})
             async with echo_async.connect(*server.address, timeout=2) as client:
                 for number in range(50):
                     assert await client.echo(f"{number}") == f"{number}"
@@ -566,12 +592,13 @@ def test_faulty_connections_delay_neither_others_nor_the_stop(fault: str, backen
             for _, writer in faulty:
                 writer.close()
             await server.wait_closed()
-            assert set(received) == {b"" if fault == "stall" else b"Hola\n"}
+            assert sorted(received) == 20 * [b""] + 40 * [b"Hola\n"]
             assert server.stats.bytes_out == sum(map(len, received)) + sum(len(f"{number}\n") for number in range(50))
 
     run(main, backend.loop)
 
 
+@each_transport
 def test_abort_ends_every_fault_at_once(transport: Transport) -> None:
     with transport.serve(fault_sequence=["stall", "delay=3600", "rate=1", "drop"]) as server, ExitStack() as stack:
         clients = [stack.enter_context(transport.connect(server)) for _ in range(4)]
@@ -628,54 +655,6 @@ def test_asyncio_client_raises_the_documented_error(fault: str, error: type[Exce
 
     with HostedServer(fault=fault) as server, pytest.raises(error):
         asyncio.run(main(server.address))
-
-
-@pytest.mark.parametrize(
-    ("fault", "error"),
-    [
-        ("close", http.client.RemoteDisconnected),
-        ("half-close", http.client.RemoteDisconnected),
-        ("reset", ConnectionResetError),
-        ("refuse", ConnectionResetError),
-        ("stall", TimeoutError),
-        ("drop", TimeoutError),
-    ],
-)
-def test_http_client_raises_the_documented_error(fault: str, error: type[Exception]) -> None:
-    timeout = 0.1 if error is TimeoutError else TIMEOUT
-
-    def request(address: tuple[str, int]) -> None:
-        with closing(http.client.HTTPConnection(*address, timeout=timeout)) as client:
-            client.request("GET", "/")
-            client.getresponse()
-
-    with HostedServer(fault=fault) as server, pytest.raises(error):
-        request(server.address)
-
-
-@pytest.mark.parametrize(
-    ("fault", "error"),
-    [
-        ("close", "ConnectionError"),
-        ("half-close", "ConnectionError"),
-        ("reset", "ConnectionError"),
-        ("refuse", "ConnectionError"),
-        ("corrupt", "ConnectionError"),
-        ("duplicate", "ConnectionError"),
-        ("stall", "ReadTimeout"),
-        ("drop", "ReadTimeout"),
-        ("delay=3600", "ReadTimeout"),
-        ("no-accept", "ConnectTimeout"),
-    ],
-)
-def test_requests_raises_the_documented_error(fault: str, error: str) -> None:
-    requests = pytest.importorskip("requests", reason="requests is not installed")
-    timeout = 0.1 if error.endswith("Timeout") else TIMEOUT
-    with HostedServer(fault=fault) as server, requests.Session() as session:
-        session.trust_env = False  # no proxy
-        with pytest.raises(requests.RequestException) as caught:
-            session.get("http://{}:{}/".format(*server.address), timeout=timeout)
-    assert type(caught.value).__name__ == error
 
 
 @pytest.mark.parametrize(
