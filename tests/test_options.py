@@ -6,7 +6,6 @@ import importlib.util
 import inspect
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_type_hints
 
 import click
@@ -23,21 +22,6 @@ COMMAND_OPTIONS = [
     *((server.command, name, option) for name, option in server.OPTIONS.items()),
     *((client.command, name, option) for name, option in client.OPTIONS.items()),
 ]
-each_command_option = pytest.mark.parametrize(
-    ("command", "name", "definition"), COMMAND_OPTIONS, ids=lambda value: value if isinstance(value, str) else None
-)
-
-
-@pytest.fixture(scope="module")
-def generator() -> ModuleType:
-    """The script that ``make docs`` runs."""
-    spec = importlib.util.spec_from_file_location("generator", DOCS / "options.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 # The library
 
@@ -73,22 +57,18 @@ def parameter(command: click.Command, name: str) -> click.Option:
     return found
 
 
-@each_command_option
-def test_command_line_option_matches_its_definition(command: click.Command, name: str, definition: Option) -> None:
-    assert parameter(command, name).opts == ["--" + (definition.flag or name).replace("_", "-")]
-    values = command.make_context("command", [], **command.context_settings).params
-    default = () if definition.is_repeatable and definition.default is None else definition.default
-    assert values[name] == (bool(default) if definition.type == "flag" else default)
-
-
-@each_command_option
-def test_command_help_shows_environment_variable(command: click.Command, name: str, definition: Option) -> None:
-    context = click.Context(command, **command.context_settings)
-    record = parameter(command, name).get_help_record(context)
-    assert record is not None
-    text = " ".join(record[1].split())
-    assert definition.help in text
-    assert f"env var: ECHO_ASYNC_{(definition.flag or name).upper()}" in text
+def test_command_line_options_match_their_definitions() -> None:
+    for command, name, definition in COMMAND_OPTIONS:
+        option = parameter(command, name)
+        assert option.opts == ["--" + (definition.flag or name).replace("_", "-")]
+        context = command.make_context("command", [], **command.context_settings)
+        default = () if definition.is_repeatable and definition.default is None else definition.default
+        assert context.params[name] == (bool(default) if definition.type == "flag" else default)
+        record = option.get_help_record(context)
+        assert record is not None
+        text = " ".join(record[1].split())
+        assert definition.help in text
+        assert f"env var: ECHO_ASYNC_{(definition.flag or name).upper()}" in text
 
 
 @pytest.mark.parametrize(("command", "options"), [(server.command, server.OPTIONS), (client.command, client.OPTIONS)])
@@ -108,12 +88,12 @@ def test_default_is_valid(name: str) -> None:
 # The documentation
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
-def test_docs_tables_are_up_to_date(path: Path, generator: ModuleType) -> None:
+def test_docs_tables_are_up_to_date() -> None:
     """Run ``make docs`` if this fails."""
-    assert generator.update(path.read_text()) == path.read_text()
-
-
-@pytest.mark.parametrize("name", ["server", "client"])
-def test_docs_have_a_table_per_command(name: str) -> None:
-    assert f"<!-- options: {name} -->" in (DOCS / f"{name}.md").read_text()
+    spec = importlib.util.spec_from_file_location("generator", DOCS / "options.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    for path in DOCS.glob("*.md"):
+        assert generator.update(path.read_text()) == path.read_text(), path
