@@ -11,7 +11,7 @@ from pathlib import Path
 
 from echo_async.cli.client import OPTIONS as CLIENT_OPTIONS
 from echo_async.cli.server import OPTIONS as SERVER_OPTIONS
-from echo_async.config import Option
+from echo_async.config import FLAG, Option
 
 COMMANDS = {"server": SERVER_OPTIONS, "client": CLIENT_OPTIONS}
 TABLE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- /options -->)", re.S)
@@ -29,9 +29,8 @@ def table(options: Mapping[str, Option]) -> str:
 
 
 def row(name: str, option: Option) -> str:
-    value = {"flag": "", "choice": "|".join(option.choices)}.get(option.type, option.type.upper())
-    usage = f"--{(option.flag or name).replace('_', '-')} {value}".strip()
-    has_default = option.type != "flag" and option.default is not None
+    usage = f"--{(option.flag or name).replace('_', '-')} {option.kind.metavar}".strip()
+    has_default = option.kind is not FLAG and option.default is not None
     number_or_text = f"{option.default:g}" if isinstance(option.default, float) else option.default
     default = f"`{number_or_text}`" if has_default else option.default_text
     cells = [f"`{usage}`", default, option.help.rstrip(".")]

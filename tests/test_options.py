@@ -62,8 +62,7 @@ def test_command_line_options_match_their_definitions() -> None:
         option = parameter(command, name)
         assert option.opts == ["--" + (definition.flag or name).replace("_", "-")]
         context = command.make_context("command", [], **command.context_settings)
-        default = () if definition.is_repeatable and definition.default is None else definition.default
-        assert context.params[name] == (bool(default) if definition.type == "flag" else default)
+        assert context.params[name] == definition.default
         record = option.get_help_record(context)
         assert record is not None
         text = " ".join(record[1].split())

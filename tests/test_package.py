@@ -141,10 +141,6 @@ def test_module_has_docstring_and_valid_exports() -> None:
         assert missing == [], f"{module} exports {missing}, which do not exist"
 
 
-def test_package_is_typed() -> None:
-    assert (ROOT / "py.typed").exists()
-
-
 @pytest.mark.parametrize("command", ["server", "client"])
 def test_command_help_prints_nothing_to_stderr(command: str) -> None:
     result = python("-m", f"echo_async.{command}", "--help")

@@ -21,12 +21,13 @@ from ..bench.result import LoadResult
 from ..client.datagram_tracker import MAX_PAYLOAD_IPV4
 from ..client.endpoint import tls_hostname
 from ..compat import DESCRIPTORS, require_feature
-from ..config import CONNECT_TIMEOUT, HOST, PORT, EngineName, Option
+from ..config import CONNECT_TIMEOUT, FILE, FLAG, SECONDS, SECONDS_OR_ZERO, EngineName, Kind, Option, choice, integer
 from ..errors import ConfigError, EchoError, StartError, describe_error
 from ..loops import LOOP_CHOICES, LOOP_PATTERN, loop_factory
 from ..net import format_address
 from ..stdio import ignore_broken_pipe, print_error
-from .common import CONTEXT, ExitCode, options, run_command, version_option
+from .client import OPTIONS as CLIENT_OPTIONS
+from .common import CONTEXT, ExitCode, options, refuse_conflicts, run_command, version_option
 
 MAX_MESSAGE_SIZE = 2**26  # bytes
 CONNECTIONS = 10
@@ -51,13 +52,12 @@ def _option(name: str, help: str, **attributes: Any) -> Callable[[Any], Any]:
     return click.option(name, help=help, show_envvar=True, **attributes)
 
 
-def _list_option(name: str, default: str, help: str, *details: Any, **limits: Any) -> Callable[[Any], Any]:
-    """Return an option for integers or choices. Duplicates are removed."""
-    definition = Option(default, f"{help}, separated by commas.", *details, **limits)
+def _list_option(name: str, default: str, help: str, kind: Kind) -> Callable[[Any], Any]:
+    """Return an option for several values. Duplicates are removed."""
+    definition = Option(None, f"{help}, separated by commas.", kind)
 
     def parse(context: click.Context, option: click.Parameter, text: str) -> list[Any]:
-        items = [item.strip() for item in text.split(",")]
-        values = [int(item) if definition.type == "integer" and item.isdecimal() else item for item in items]
+        values = [kind.parse([item.strip()]) for item in text.split(",")]
         for each in values:
             definition.validate(name, each)
         return list(dict.fromkeys(values))
@@ -67,40 +67,35 @@ def _list_option(name: str, default: str, help: str, *details: Any, **limits: An
 
 def _workload_options(mode: Option, *, duration: float, warmup: float) -> dict[str, Option]:
     return {
-        "connections": Option(CONNECTIONS, "Number of concurrent connections.", "integer", 1, 1_000_000),
-        "pipeline": Option(1, "Messages in flight on each connection.", "integer", 1, 1_000_000),
+        "connections": Option(CONNECTIONS, "Number of concurrent connections.", integer(1, 1_000_000)),
+        "pipeline": Option(1, "Messages in flight on each connection.", integer(1, 1_000_000)),
         "mode": mode,
-        "duration": Option(duration, "Seconds of each measurement.", "seconds"),
-        "warmup": Option(warmup, "Seconds of load before each measurement.", "seconds", is_zero_allowed=True),
-        "json": Option(False, "Print JSON instead of a table.", "flag"),
+        "duration": Option(duration, "Seconds of each measurement.", SECONDS),
+        "warmup": Option(warmup, "Seconds of load before each measurement.", SECONDS_OR_ZERO),
+        "json": Option(False, "Print JSON instead of a table.", FLAG),
     }
 
 
 MODE = Option(
     None,
     "message: one connection per message. stream: many messages on each connection.",
-    "choice",
-    choices=get_args(LoadMode),
+    choice(get_args(LoadMode)),
     default_text="message; stream with --pipeline",
 )
+TLS_OPTIONS = ("ssl", "ssl_ca_certs", "ssl_no_verify", "server_hostname")
 LOAD_OPTIONS = {
-    "host": Option(HOST, "Host name or address of the server.", "host"),
-    "port": Option(PORT, "Port of the server.", "integer", 1, 65535),
-    "uds": Option(None, "Path of the server's Unix socket, instead of a host and port.", "path"),
-    "size": Option(1024, "Bytes per message, including the newline.", "integer", 1, MAX_MESSAGE_SIZE),
+    **{name: CLIENT_OPTIONS[name] for name in ("host", "port", "uds")},
+    "size": Option(1024, "Bytes per message, including the newline.", integer(1, MAX_MESSAGE_SIZE)),
     **_workload_options(MODE, duration=10.0, warmup=1.0),
-    "processes": Option(1, "Number of load generator processes.", "integer", 1, 1024),
+    "processes": Option(1, "Number of load generator processes.", integer(1, 1024)),
     "timeout": Option(
         None,
         "Seconds to wait for connecting and for late replies, or for the reply to a datagram.",
-        "seconds",
+        SECONDS,
         default_text=f"{CONNECT_TIMEOUT:g}; {UDP_TIMEOUT:g} with --udp",
     ),
-    "udp": Option(False, "Send datagrams, and report the share of them that is lost.", "flag"),
-    "ssl": Option(False, "Use TLS. Implied by the options below.", "flag"),
-    "ssl_ca_certs": Option(None, "CA certificates (PEM) to trust instead of those of the system.", "file"),
-    "ssl_no_verify": Option(False, "Do not verify the server certificate (insecure).", "flag"),
-    "server_hostname": Option(None, "Host name in the server certificate.", "host", default_text="the host"),
+    "udp": Option(False, "Send datagrams, and report the share of them that is lost.", FLAG),
+    **{name: CLIENT_OPTIONS[name] for name in TLS_OPTIONS},
 }
 SHARED_COMPARE_OPTIONS = _workload_options(replace(MODE, default="stream", default_text=""), duration=1.0, warmup=0.25)
 COMPARE_OPTIONS = {
@@ -108,9 +103,9 @@ COMPARE_OPTIONS = {
     "connections": replace(
         SHARED_COMPARE_OPTIONS["connections"], default=None, default_text=f"{CONNECTIONS}; 1 with --disturb"
     ),
-    "rounds": Option(5, "Number of measurements of each server.", "integer", 1, 1000),
-    "save": Option(None, "Also write the JSON to this file.", "file"),
-    "plot": Option(None, "Draw a picture to this .svg, .png or .pdf file.", "file"),
+    "rounds": Option(5, "Number of measurements of each server.", integer(1, 1000)),
+    "save": Option(None, "Also write the JSON to this file.", FILE),
+    "plot": Option(None, "Draw a picture to this .svg, .png or .pdf file.", FILE),
 }
 
 
@@ -198,17 +193,15 @@ package is missing.
 
 
 @command.command("compare", help=COMPARE_HELP, context_settings=CONTEXT)
-@_list_option("--engines", "threads,streams,protocol", "Engines", "choice", choices=get_args(EngineName))
+@_list_option("--engines", "threads,streams,protocol", "Engines", choice(get_args(EngineName)))
 @_list_option(
     "--loops",
     "auto",
     "Event loops (auto: asyncio, and uvloop if it is installed)",
-    "choice",
-    choices=LOOP_CHOICES,
-    pattern=LOOP_PATTERN,
+    choice(LOOP_CHOICES, LOOP_PATTERN),
 )
-@_list_option("--chunk-sizes", "20,256,4096,65536", "Bytes per read", "integer", 1, 2**30)
-@_list_option("--sizes", "1024", "Bytes per message, including the newline", "integer", 1, MAX_MESSAGE_SIZE)
+@_list_option("--chunk-sizes", "20,256,4096,65536", "Bytes per read", integer(1, 2**30))
+@_list_option("--sizes", "1024", "Bytes per message, including the newline", integer(1, MAX_MESSAGE_SIZE))
 @_option(
     "--disturb",
     "Measure round trips beside one client that floods the server, or beside N idle connections.",
@@ -297,9 +290,7 @@ def _make_plan(values: dict[str, Any]) -> LoadPlan:
 
 
 def _check_udp_options(values: dict[str, Any]) -> None:
-    for name in ("uds", "mode", "ssl", "ssl_ca_certs", "ssl_no_verify", "server_hostname"):
-        if values[name]:
-            raise ConfigError(f"--udp conflicts with --{name.replace('_', '-')}")
+    refuse_conflicts(values, "udp", ("uds", "mode", *TLS_OPTIONS))
     if values["rate"] is not None and values["pipeline"] > 1:
         raise ConfigError("--udp --rate conflicts with --pipeline: datagrams are sent when they are due")
     if values["size"] > MAX_PAYLOAD_IPV4:
@@ -307,7 +298,7 @@ def _check_udp_options(values: dict[str, Any]) -> None:
 
 
 def _tls_options(values: dict[str, Any]) -> TLSOptions | None:
-    if not any(values[name] for name in ("ssl", "ssl_ca_certs", "ssl_no_verify", "server_hostname")):
+    if not any(values[name] for name in TLS_OPTIONS):
         return None
     name = tls_hostname(values["server_hostname"], values["host"], values["uds"])
     return {"ca_certs": values["ssl_ca_certs"], "verify": not values["ssl_no_verify"], "server_hostname": name}

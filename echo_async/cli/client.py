@@ -18,11 +18,11 @@ from ..awaitable import AwaitableContextManager
 from ..client.asyncio_session import AsyncioSession
 from ..client.endpoint import Endpoint, log
 from ..client.stream import send_batches
-from ..config import ClientConfig, Option, options_of
+from ..config import FILE, FLAG, SECONDS_OR_ZERO, ClientConfig, Option, integer, options_of
 from ..errors import ConfigError, ConnectError, EchoError
 from ..loops import loop_factory
 from ..stdio import discard_output
-from .common import CONTEXT, ExitCode, options, run_command, version_option
+from .common import CONTEXT, ExitCode, options, refuse_conflicts, run_command, version_option
 from .interrupt import ClientInterrupt
 from .output import JsonOutput, Output, OutputClosed, OutputInterrupted
 from .stdin import LineSource, has_stdin_lines
@@ -31,18 +31,18 @@ DEFAULT_MESSAGE = "Hola Server!"
 
 OPTIONS = {
     **options_of(ClientConfig),
-    "ssl_ca_certs": Option(None, "CA certificates (PEM) to trust instead of those of the system.", "file"),
-    "ssl_certfile": Option(None, "Client certificate (PEM).", "file"),
-    "ssl_keyfile": Option(None, "Private key (PEM), unless the certificate file contains it.", "file"),
-    "ssl_no_verify": Option(False, "Do not verify the server certificate (insecure).", "flag"),
-    "count": Option(1, "Send the message this many times, like ping; 0: until Ctrl-C.", "integer"),
-    "interval": Option(1.0, "Seconds between two messages, with --count.", "seconds", is_zero_allowed=True),
-    "udp": Option(False, "Send numbered datagrams, and report which were lost, late or corrupted.", "flag"),
-    "size": Option(64, "Bytes per datagram, with --udp; at most 65507 over IPv4.", "integer", 0, 65_527),
-    "identify": Option(False, "Print what a server in identify mode reports, and compare its message.", "flag"),
-    "json": Option(False, "Print a JSON object per reply.", "flag"),
-    "quiet": Option(False, "Print no errors; with --count, print only the summary.", "flag"),
-    "verbose": Option(False, "Print every step to stderr.", "flag"),
+    "ssl_ca_certs": Option(None, "CA certificates (PEM) to trust instead of those of the system.", FILE),
+    "ssl_certfile": Option(None, "Client certificate (PEM).", FILE),
+    "ssl_keyfile": Option(None, "Private key (PEM), unless the certificate file contains it.", FILE),
+    "ssl_no_verify": Option(False, "Do not verify the server certificate (insecure).", FLAG),
+    "count": Option(1, "Send the message this many times, like ping; 0: until Ctrl-C.", integer()),
+    "interval": Option(1.0, "Seconds between two messages, with --count.", SECONDS_OR_ZERO),
+    "udp": Option(False, "Send numbered datagrams, and report which were lost, late or corrupted.", FLAG),
+    "size": Option(64, "Bytes per datagram, with --udp; at most 65507 over IPv4.", integer(0, 65_527)),
+    "identify": Option(False, "Print what a server in identify mode reports, and compare its message.", FLAG),
+    "json": Option(False, "Print a JSON object per reply.", FLAG),
+    "quiet": Option(False, "Print no errors; with --count, print only the summary.", FLAG),
+    "verbose": Option(False, "Print every step to stderr.", FLAG),
 }
 CONNECTION_OPTIONS = ("uds", "retry", "send_proxy", "proxy_source", "identify")  # for which UDP has no equivalent
 TLS_OPTIONS = ("ssl", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_no_verify", "server_hostname")
@@ -105,9 +105,7 @@ def _make_main(
 
 
 def _ping_datagrams(messages: Sequence[str], values: dict[str, Any], output: Output) -> Coroutine[Any, Any, bool]:
-    for name in (*CONNECTION_OPTIONS, *TLS_OPTIONS):
-        if values[name]:
-            raise ConfigError(f"--udp conflicts with --{name.replace('_', '-')}")
+    refuse_conflicts(values, "udp", (*CONNECTION_OPTIONS, *TLS_OPTIONS))
     if messages:
         raise ConfigError("--udp conflicts with MESSAGE: datagrams are generated; use --size")
     from .datagram_ping import ping

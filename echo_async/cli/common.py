@@ -5,14 +5,14 @@ import enum
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from .. import __version__
-from ..config import MAX_INT, Option
+from ..config import FLAG, Kind, Option
 from ..errors import ConfigError, ConnectError, EchoError, StartError, describe_error
 from ..stdio import discard_output, print_error, standard_streams
 
@@ -39,18 +39,19 @@ class ExitCode(enum.IntEnum):
 
 
 class ConfigOption(click.Option):
-    """A click option that is made from an :class:`~echo_async.config.Option`, which validates its value."""
+    """A click option that is made from an :class:`~echo_async.config.Option`, which parses and checks its value."""
 
     def __init__(self, names: Sequence[str], definition: Option) -> None:
         self.definition = definition
-        default, is_flag, is_repeatable = definition.default, definition.type == "flag", definition.is_repeatable
+        default, kind, is_flag = definition.default, definition.kind, definition.kind is FLAG
+        is_repeatable = kind.split is not None
         super().__init__(
             names,
-            type=_click_type(definition),
+            type=_click_type(kind),
             is_flag=is_flag,
             multiple=is_repeatable,
             default=bool(default) if is_flag else [default] if is_repeatable and default is not None else default,
-            metavar=None if is_flag or definition.choices else definition.type.upper(),
+            metavar=None if is_flag or kind.choices else kind.metavar,
             show_default=definition.default_text or True,
             envvar=f"{CONTEXT['auto_envvar_prefix']}_{definition.flag}".upper() if definition.flag else None,
             show_envvar=True,
@@ -61,7 +62,7 @@ class ConfigOption(click.Option):
         """Ignore a variable that Kubernetes has set for a Service, also if the command line overrides it."""
         name = self._variable(ctx)
         value = os.environ.get(name, "")
-        if self.definition.type == "integer" and value.startswith(SERVICE_LINKS) and not ctx.resilient_parsing:
+        if name.endswith("_PORT") and value.startswith(SERVICE_LINKS) and not ctx.resilient_parsing:
             print_error(f"ignoring {name}={value}: set by Kubernetes for a Service (enableServiceLinks)", "warning")
             del os.environ[name]
         return super().consume_value(ctx, opts)
@@ -70,46 +71,35 @@ class ConfigOption(click.Option):
         return f"{ctx.auto_envvar_prefix}_{self.definition.flag or self.name}".upper()
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
-        """Commas or spaces separate several values; spaces alone where a value can contain commas."""
-        text = self.resolve_envvar_value(ctx)
-        if not text or not self.multiple:
-            return super().value_from_envvar(ctx)
-        return (text if self.definition.type == "spec" else text.replace(",", " ")).split()
+        text, split = self.resolve_envvar_value(ctx), self.definition.kind.split
+        return split(text) if text and split is not None else super().value_from_envvar(ctx)
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        converted = value
-        with contextlib.suppress(click.BadParameter):
-            converted = super().type_cast_value(ctx, value)
-        if self.multiple and len(converted) == 1:
-            (converted,) = (value,) = converted
-        if requirement := self.definition.violation(converted):
+        texts = list(value) if isinstance(value, list | tuple) else [value]
+        if not texts or not isinstance(texts[0], str):  # not given, or a flag without a value
+            return super().type_cast_value(ctx, value) or self.definition.default
+        parsed = self.definition.kind.parse(texts)
+        if requirement := self.definition.violation(parsed):
             is_from_environment = ctx.get_parameter_source(self.name or "") is ParameterSource.ENVIRONMENT
             name = self._variable(ctx) if is_from_environment else self.opts[0]
-            raise ConfigError(f"invalid {name}: {value!r} ({requirement})")
-        return converted
+            raise ConfigError(f"invalid {name}: {texts[0] if len(texts) == 1 else value!r} ({requirement})")
+        return parsed
 
 
-def _click_type(definition: Option) -> "click.ParamType[Any]":  # no generic type before click 8.4
-    match definition.type:
-        case "choice":
-            return click.Choice(definition.choices)
-        case "integer":
-            return click.IntRange(definition.low, None if definition.high == MAX_INT else definition.high)
-        case "path" | "file":
-            return click.Path()
-        case "seconds":
-            return click.FLOAT
-        case "flag":
-            return click.BOOL
-        case _:
-            return click.STRING
+def _click_type(kind: Kind) -> "click.ParamType[Any] | None":  # no generic type before click 8.4
+    """Return the type that completes a value and shows the limits in the help text."""
+    if kind.choices:
+        return click.Choice(kind.choices)
+    if kind.limits is not None:
+        return click.IntRange(*kind.limits)
+    return click.Path() if kind.is_path else None
 
 
-def parse_value(definition: Option, text: str) -> Any:
-    """Convert a text to a value of an option; if that is not possible, return it for :meth:`Option.violation`."""
-    with contextlib.suppress(click.BadParameter):
-        return _click_type(definition).convert(text, None, None)
-    return text
+def refuse_conflicts(values: dict[str, Any], option: str, others: Iterable[str]) -> None:
+    """Raise :exc:`~echo_async.ConfigError` if one of ``others`` is given, with which ``option`` conflicts."""
+    for name in others:
+        if values[name]:
+            raise ConfigError(f"--{option} conflicts with --{name.replace('_', '-')}")
 
 
 def options(definitions: dict[str, Option]) -> Callable[[Any], Any]:

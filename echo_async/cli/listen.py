@@ -6,22 +6,19 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import ADDRESS_OPTIONS, Option, ServerConfig, listener_options, options_of, parse_labels
+from ..config import ADDRESS_OPTIONS, FLAG, Kind, Option, ServerConfig, lacks_required, listener_options, options_of
 from ..errors import ConfigError
 from ..server.listeners import ListenerConfig
-from .common import parse_value
 
 LISTEN = Option(
     None,
     "Address of a listener and its own options, such as 5501,tls or [::]:5502,mode=raw. Can be given several times.",
-    "spec",
-    is_repeatable=True,
+    Kind("SPEC", combine=list, split=str.split),
 )
-OPTIONS = {"tls": Option(False, "Use TLS, with the files of the --ssl options.", "flag"), **listener_options()}
+OPTIONS = {"tls": Option(False, "Use TLS, with the files of the --ssl options.", FLAG), **listener_options()}
 NAMES = {(option.flag or name).replace("_", "-"): name for name, option in OPTIONS.items()}
-PORT = options_of(ServerConfig)["port"]
-DEFAULTS = {name: option.default for name, option in options_of(ServerConfig).items()}
-LISTS = ("fault", "faults", "networks")  # types of options that can be given several times: commas join their items
+SERVER_OPTIONS = options_of(ServerConfig)
+DEFAULTS = {name: option.default for name, option in SERVER_OPTIONS.items()}
 FAULTS = {"fault", "fault_sequence"}  # mutually exclusive
 
 ADDRESS = re.compile(r"unix:(?P<uds>.+)|fd:(?P<fd>.+)|((\[(?P<ipv6>[^]]+)\]|(?P<host>[^][:]+)):)?(?P<port>[0-9]+)")
@@ -57,11 +54,6 @@ def parse_listeners(
     return listeners
 
 
-def as_list(value: str | Sequence[str]) -> list[str]:
-    """Return the specs in the value of the option, which is a single one or several."""
-    return [value] if isinstance(value, str) else list(value)
-
-
 def inherited_descriptors(specs: Sequence[str]) -> list[int]:
     """Return the descriptors that ``specs`` have by number."""
     found = (re.match(r"fd:([0-9]+)(,|$)", each) for each in specs)
@@ -87,7 +79,7 @@ def _parse_address(text: str, inherited: Mapping[int, str]) -> tuple[dict[str, A
         return {**location, "uds": found["uds"]}, []
     if found["port"]:
         port = int(found["port"])
-        if requirement := PORT.violation(port):
+        if requirement := SERVER_OPTIONS["port"].violation(port):
             raise ConfigError(f"port: {requirement}")
         return {**location, "host": found["ipv6"] or found["host"] or location["host"], "port": port}, []
     name = found["fd"]
@@ -106,14 +98,13 @@ def _parse_options(items: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"unknown option {key!r}; choose from {', '.join(NAMES)}")
         texts.setdefault(key, []).append(text if has_value else "true")
     given = {}
-    for key, (text, *more) in texts.items():
+    for key, values in texts.items():
         option = OPTIONS[NAMES[key]]
-        if more and not option.is_repeatable and option.type not in LISTS:
+        if len(values) > 1 and option.kind.combine is None:
             raise ConfigError(f"{key} is given twice")
-        value = [text, *more] if option.is_repeatable else parse_value(option, ",".join([text, *more]))
+        value = given[NAMES[key]] = option.kind.parse(values)
         if requirement := option.violation(value):
             raise ConfigError(f"{key}: {requirement}")
-        given[NAMES[key]] = parse_labels(value) if option.type == "labels" else value
     return given
 
 
@@ -122,20 +113,14 @@ def _merge(values: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     merged = {**values, **given}
     if values["labels"] and merged["labels"]:
         merged["labels"] = {**values["labels"], **merged["labels"]}
-    unused = set()
+    unused = FAULTS - given.keys() if given.keys() & FAULTS else set()
     if not merged.pop("tls", False):
-        unused |= {name for name in values if name.startswith("ssl_")}
+        unused.add("ssl_certfile")
     elif merged["ssl_certfile"] is None:
         raise ConfigError("tls requires --ssl-certfile")
-    if given.keys() & FAULTS:
-        unused |= FAULTS
-    if not any(merged[name] for name in FAULTS):
-        unused.add("fault_seed")
-    if merged["proxy_protocol"] == "off":
-        unused.add("proxy_allow_from")
-    if not merged["udp"]:
-        unused.add("udp_allow_from")
-    return {**merged, **{name: DEFAULTS[name] for name in unused - given.keys()}}
+    merged |= {name: DEFAULTS[name] for name in unused}
+    lacking = {name for name, option in SERVER_OPTIONS.items() if lacks_required(option, SERVER_OPTIONS, merged)}
+    return {**merged, **{name: DEFAULTS[name] for name in lacking - given.keys()}}
 
 
 def _is_same_address(one: ListenerConfig, other: ListenerConfig) -> bool:

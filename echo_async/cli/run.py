@@ -32,7 +32,7 @@ from ..net import Address
 from ..stdio import print_error
 from . import server
 from .common import CONTEXT, ExitCode, options, run_command, version_option
-from .listen import as_list, inherited_descriptors
+from .listen import inherited_descriptors
 
 KILL_DELAY = 10.0  # seconds until a command that ignores SIGTERM is killed
 TERMINAL_SIGNALS = ("SIGINT", "SIGQUIT")  # which the terminal sends to every process in the foreground
@@ -81,7 +81,7 @@ def command(context: click.Context, /, arguments: Sequence[str], **values: Any) 
         raise ConfigError("missing COMMAND (usage: echo-async run [OPTIONS] -- COMMAND [ARG]...)")
     server_arguments = context.obj[:-1] if context.obj[-1:] == ["--"] else context.obj
     environment = dict(os.environ)
-    specs = as_list(values["listen"])
+    specs = values["listen"] or []
     for name in DEFAULTS:
         if context.get_parameter_source(name) is ParameterSource.DEFAULT and not (name == "port" and specs):
             environment[f"ECHO_ASYNC_{name}".upper()] = str(values[name])

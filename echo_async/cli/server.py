@@ -15,7 +15,7 @@ from click.core import ParameterSource
 
 from .. import __version__
 from ..compat import DESCRIPTORS, require_feature
-from ..config import ADDRESS_OPTIONS, Option, ServerConfig, options_of, parse_labels
+from ..config import ADDRESS_OPTIONS, FLAG, HOST_NAME, Option, ServerConfig, choice, integer, options_of
 from ..errors import ConfigError, StartError
 from ..logs import LogFormat, LogLevel, configure, log
 from ..loops import LOOP_CHOICES, LOOP_PATTERN, log_loop_errors, loop_factory
@@ -28,7 +28,7 @@ from ..service.systemd import listen_descriptors, notify
 from ..stats import Stats
 from ..stdio import discard_output
 from .common import CONTEXT, ExitCode, options, run_command, version_option
-from .listen import LISTEN, as_list, parse_listeners
+from .listen import LISTEN, parse_listeners
 
 if TYPE_CHECKING:
     from ..service.metrics import MetricsServer
@@ -38,17 +38,17 @@ _LOOP_HELP = "Event loop; auto is uvloop if it is installed, else asyncio. MODUL
 OPTIONS = {
     **options_of(ServerConfig),
     "listen": LISTEN,
-    "threaded": Option(False, "The same as --engine threads.", "flag"),
-    "loop": Option("auto", _LOOP_HELP, "choice", choices=LOOP_CHOICES, pattern=LOOP_PATTERN),
+    "threaded": Option(False, "The same as --engine threads.", FLAG),
+    "loop": Option("auto", _LOOP_HELP, choice(LOOP_CHOICES, LOOP_PATTERN)),
     "workers": Option(
-        1, "Processes that serve the same addresses; limits and timeouts apply to each.", "integer", 1, 1024
+        1, "Processes that serve the same addresses; limits and timeouts apply to each.", integer(1, 1024)
     ),
     "metrics_port": Option(
-        None, "Port to serve /metrics (Prometheus) and /healthz on; 0 selects a free port.", "integer", 0, 65535
+        None, "Port to serve /metrics (Prometheus) and /healthz on; 0 selects a free port.", integer(0, 65535)
     ),
-    "metrics_address": Option("127.0.0.1", "Host name or address to serve the metrics on; :: for all.", "host"),
-    "log_level": Option("info", "Lowest level that is logged.", "choice", choices=get_args(LogLevel)),
-    "log_format": Option("text", "Format of a log line.", "choice", choices=get_args(LogFormat)),
+    "metrics_address": Option("127.0.0.1", "Host name or address to serve the metrics on; :: for all.", HOST_NAME),
+    "log_level": Option("info", "Lowest level that is logged.", choice(get_args(LogLevel))),
+    "log_format": Option("text", "Format of a log line.", choice(get_args(LogFormat))),
 }
 
 
@@ -87,7 +87,7 @@ class ServerCommand(click.Command):
 def command(context: click.Context, /, **values: Any) -> int:
     listeners = _listeners(context)
     engine, modes = listeners[0].config.engine, dict.fromkeys(each.config.mode for each in listeners)
-    labels = parse_labels(values["labels"] or [])
+    labels = values["labels"] or {}
     configure(values["log_level"], values["log_format"], labels)
     loop = "asyncio" if engine == "threads" else values["loop"]
     factory = loop_factory(loop)
@@ -132,7 +132,7 @@ def _listeners(context: click.Context) -> list[ListenerConfig]:
         return [ListenerConfig(config, list(inherited))]
     if len(given) > 1 and is_typed:  # in the environment, an image or a service link may have set the others
         raise ConfigError(f"{labels[0]} and {labels[1]} are mutually exclusive")
-    return parse_listeners(labels[0], as_list(context.params["listen"]), values, inherited)
+    return parse_listeners(labels[0], context.params["listen"], values, inherited)
 
 
 def _config_values(context: click.Context) -> dict[str, Any]:
@@ -140,7 +140,6 @@ def _config_values(context: click.Context) -> dict[str, Any]:
     values = {name: context.params[name] for name in options_of(ServerConfig)}
     sources = {name: context.get_parameter_source(name) for name in context.params}
     typed = {name for name, source in sources.items() if source is ParameterSource.COMMANDLINE}
-    values["labels"] = parse_labels(values["labels"] or []) or None
     if context.params["threaded"]:
         if {"threaded", "engine"} <= typed and values["engine"] != "threads":
             raise ConfigError(f"--threaded conflicts with --engine {values['engine']}")
