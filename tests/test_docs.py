@@ -474,12 +474,15 @@ def test_docs_log_event_counters_and_metrics_exist() -> None:
 # Layout
 
 
-def test_docs_package_layout_matches_the_source() -> None:
+def test_docs_package_layout_names_every_file_once() -> None:
     layout = (ROOT / "docs" / "architecture.md").read_text().partition("\necho_async/\n")[2].partition("```")[0]
-    documented = {name for line in layout.splitlines() for name in re.findall(r"\w+(?:\.py|/)(?= |$)", line)}
+    documented, folder = [], ""
+    for line in layout.splitlines():
+        name = line.split()[0]
+        if name.endswith("/"):
+            folder = name
+        else:
+            documented.append(f"{folder}{name}" if line.startswith("    ") else name)
     package = ROOT / "echo_async"
-    existing = {each.name for each in package.rglob("*.py")} | {
-        f"{each.parent.name}/" for each in package.glob("*/*.py")
-    }
-    assert documented <= existing
-    assert {f"{each.parent.name}/" for each in package.glob("*/__init__.py")} <= documented
+    existing = [str(each.relative_to(package)) for each in package.rglob("*.py") if not each.name.startswith("__")]
+    assert sorted(documented) == sorted(existing)
