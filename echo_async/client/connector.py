@@ -17,6 +17,7 @@ from .endpoint import (
     UNIX_RETRY_DELAY,
     Endpoint,
     RetrySchedule,
+    closed_on_error,
     log_tls,
     new_socket,
     refuse_self_connection,
@@ -74,16 +75,13 @@ async def _connect(endpoint: Endpoint) -> socket.socket:
 
 
 async def _connect_tcp(info: AddressInfo) -> socket.socket:
-    loop, connecting, address = asyncio.get_running_loop(), new_socket(info), info[4]
+    loop, address = asyncio.get_running_loop(), info[4]
     if not isinstance(loop, asyncio.BaseEventLoop):  # uvloop drops the scope ID (loop.pyx, sock_connect)
         address = get_host(address), address[1]
-    try:
+    with closed_on_error(new_socket(info)) as connecting:
         await loop.sock_connect(connecting, address)
         refuse_self_connection(connecting)
-    except BaseException:
-        connecting.close()
-        raise
-    return connecting
+        return connecting
 
 
 async def _race_addresses(infos: Sequence[AddressInfo]) -> socket.socket:
@@ -114,14 +112,10 @@ async def _race_addresses(infos: Sequence[AddressInfo]) -> socket.socket:
 
 
 async def _connect_unix(path: str) -> socket.socket:
-    connecting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
+    with closed_on_error(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as connecting:
         connecting.setblocking(False)
         while True:
             with contextlib.suppress(BlockingIOError):  # the backlog is full
                 connecting.connect(path)
                 return connecting
             await asyncio.sleep(UNIX_RETRY_DELAY)
-    except BaseException:
-        connecting.close()
-        raise

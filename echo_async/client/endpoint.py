@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from ssl import SSLCertVerificationError, SSLError, SSLObject, SSLSocket, create_default_context
 from time import monotonic, perf_counter
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 from ..compat import set_reset_on_close
 from ..config import HOST, PORT, ClientConfig, ClientOptions, StrPath
@@ -20,6 +20,8 @@ from ..wire.text import escape
 CONNECTION_ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well (RFC 8305)
 MIN_RETRY_DELAY, MAX_RETRY_DELAY = 0.02, 0.5  # seconds between attempts, doubled each time
 UNIX_RETRY_DELAY = 0.005  # seconds until a Unix socket with a full backlog is tried again
+
+SocketT = TypeVar("SocketT", bound=socket.socket)
 
 log = logging.getLogger("echo_async.client")
 
@@ -60,17 +62,21 @@ class Endpoint:
             raise self.connect_error(error, seconds) from error
 
     def start(self, connected: socket.socket, started: float) -> None:
-        """Log a new connection and send the PROXY header, if one is configured: the buffer has room for it."""
+        """Log a new connection and send the PROXY header, if one is configured."""
         log.debug("connected to %s in %.3f ms", self.name, 1e3 * (perf_counter() - started))
-        version, source = self.config.send_proxy, self.config.proxy_source
-        if version is None:
-            return
+        if self.config.send_proxy is not None:
+            with closed_on_error(connected):
+                self._send_proxy_header(connected, self.config.send_proxy)
+
+    def _send_proxy_header(self, connected: socket.socket, version: str) -> None:
         from ..wire.proxy import build_header, parse_address
 
+        source = self.config.proxy_source
         addresses = [connected.getsockname(), connected.getpeername()]
         client, server = (each[:2] if isinstance(each, tuple) else None for each in addresses)
         client = client if source is None else parse_address(source)
-        connected.send(build_header(version, client, server or (client[0], 0) if client else ("", 0)))
+        header = build_header(version, client, server or (client[0], 0) if client else ("", 0))
+        connected.send(header)  # the buffer of a new connection has room for it
 
     def connect_error(self, error: OSError | UnicodeError, seconds: float) -> ConnectError:
         """Translate the ``error`` of an attempt to connect that had ``seconds``."""
@@ -128,6 +134,16 @@ def tls_hostname(server_hostname: str | None, host: str, uds: StrPath | None) ->
             raise ConfigError(f"invalid server_hostname: {server_hostname!r} (must be a host name)") from error
     name = server_hostname or ("localhost" if uds is not None else host.partition("%")[0])
     return name.removesuffix(".")
+
+
+@contextmanager
+def closed_on_error(connecting: SocketT) -> Iterator[SocketT]:
+    """Close the socket if the block raises."""
+    try:
+        yield connecting
+    except BaseException:
+        connecting.close()
+        raise
 
 
 def new_socket(info: AddressInfo) -> socket.socket:

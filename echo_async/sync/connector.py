@@ -6,7 +6,6 @@ Every wait has a deadline, except that of the resolver, which has its own.
 import errno
 import os
 import socket
-from contextlib import ExitStack
 from selectors import EVENT_WRITE
 from ssl import SSLContext, SSLSocket
 from time import monotonic, perf_counter, sleep
@@ -17,6 +16,7 @@ from ..client.endpoint import (
     UNIX_RETRY_DELAY,
     Endpoint,
     RetrySchedule,
+    closed_on_error,
     log_tls,
     new_socket,
     refuse_self_connection,
@@ -55,14 +55,12 @@ def _connect(endpoint: Endpoint, deadline: float) -> socket.socket:
 
 
 def _connect_unix(path: str, deadline: float) -> socket.socket:
-    with ExitStack() as on_error:
-        connecting = on_error.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    with closed_on_error(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as connecting:
         connecting.setblocking(False)
         while (code := connecting.connect_ex(path)) == errno.EAGAIN:  # the backlog is full
             sleep(min(UNIX_RETRY_DELAY, _seconds_left(deadline)))
         if code:
             raise OSError(code, os.strerror(code))
-        on_error.pop_all()
         return connecting
 
 
@@ -100,12 +98,10 @@ def _race_addresses(waiting: list[AddressInfo], deadline: float) -> socket.socke
 
 
 def _start_connecting(info: AddressInfo) -> socket.socket:
-    with ExitStack() as on_error:
-        connecting = on_error.enter_context(new_socket(info))
+    with closed_on_error(new_socket(info)) as connecting:
         code = connecting.connect_ex(info[4])
         if code not in CONNECT_IN_PROGRESS:
             raise OSError(code, os.strerror(code))
-        on_error.pop_all()
         return connecting
 
 
@@ -116,16 +112,13 @@ def _finish_connecting(connecting: socket.socket) -> None:
 
 
 def _start_tls(endpoint: Endpoint, context: SSLContext, connected: socket.socket, deadline: float) -> SSLSocket:
-    started = perf_counter()
-    with ExitStack() as on_error:
-        on_error.enter_context(connected)
-        name = endpoint.server_hostname
+    started, name = perf_counter(), endpoint.server_hostname
+    with closed_on_error(connected):
         secured = context.wrap_socket(connected, server_hostname=name, do_handshake_on_connect=False)
-        on_error.enter_context(secured)
+    with closed_on_error(secured):
         secured.settimeout(_seconds_left(deadline))  # of the whole handshake (docs of SSLSocket)
         secured.do_handshake()
         secured.setblocking(False)
-        on_error.pop_all()
     log_tls(secured, started)
     return secured
 

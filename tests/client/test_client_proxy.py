@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import logging
 import ssl
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
-from clients import Echo
+from clients import Connect, Echo
+from scripted import Peer, Start
+from support import TIMEOUT
 
 import echo_async
 from echo_async import sync
 from echo_async.wire.proxy import ProxyHeader, build_header, parse_address
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 each_version = pytest.mark.parametrize("version", ["v1", "v2"])
 
@@ -50,6 +55,31 @@ def test_client_of_a_unix_socket_sends_a_header(echo: Echo, version: Any, tmp_pa
     with sync.serve(uds=path, proxy_protocol=version):
         assert echo("hola", uds=path, send_proxy=version) == "hola"
         assert echo("hola", uds=path, send_proxy=version, proxy_source="192.0.2.1:1") == "hola"
+
+
+def test_connection_reset_before_the_header_is_closed(
+    connect: Connect, scripted_server: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    reset = threading.Event()
+
+    def serve(peer: Peer) -> None:
+        peer.reset()
+        reset.set()
+
+    class Pause:
+        """Delay the log line before the header until the reset has arrived."""
+
+        def filter(self, record: logging.LogRecord) -> bool:
+            return not record.getMessage().startswith("connected to ") or reset.wait(TIMEOUT)
+
+    server = scripted_server(serve)
+    caplog.set_level(logging.DEBUG, "echo_async.client")
+    caplog.handler.addFilter(pause := Pause())
+    try:
+        with pytest.raises(echo_async.ConnectError, match="cannot connect to"):
+            connect(*server.address, send_proxy="v1")
+    finally:
+        caplog.handler.removeFilter(pause)
 
 
 @each_version
