@@ -253,16 +253,6 @@ def options_of(config: type[ServerConfig] | type[ClientConfig]) -> dict[str, Opt
     return {each.name: each.metadata["option"] for each in fields(config)}
 
 
-def listener_options() -> dict[str, Option]:
-    """Return the options in which the listeners of one process can differ, by field name, besides address and TLS."""
-    shared = {*ADDRESS_OPTIONS, "engine", "backlog"}
-    return {
-        name: option
-        for name, option in options_of(ServerConfig).items()
-        if name not in shared and not name.startswith("ssl_")
-    }
-
-
 def lacks_required(option: Option, options: Mapping[str, Option], values: Mapping[str, Any]) -> bool:
     """Return whether ``option`` requires another one, which is not set in ``values``."""
     names = option.requires.split(" or ") if option.requires else ()

@@ -2,8 +2,9 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
@@ -34,35 +35,19 @@ CONNECTIONS = 10
 UDP_TIMEOUT = 1.0  # seconds
 
 
-def _parse_rate(context: click.Context, option: click.Parameter, text: str | None) -> float | None:
-    if text is None:
-        return None
-    with contextlib.suppress(ValueError):
-        rate = float(text)
-        if 0 < rate <= 1e9:
-            return rate
-    raise ConfigError(f"invalid --rate: {text!r} (must be a number of messages per second greater than 0)")
+RATE = Kind(
+    "RATE", "must be a number of messages per second greater than 0", lambda value: 0 < value <= 1e9, convert=float
+)
 
 
-def _parse_disturbance(context: click.Context, option: click.Parameter, text: str | None) -> Disturbance | None:
-    return None if text is None else Disturbance.parse(text)
-
-
-def _option(name: str, help: str, **attributes: Any) -> Callable[[Any], Any]:
-    return click.option(name, help=help, show_envvar=True, **attributes)
-
-
-def _list_option(name: str, default: str, help: str, kind: Kind) -> Callable[[Any], Any]:
-    """Return an option for several values. Duplicates are removed."""
-    definition = Option(None, f"{help}, separated by commas.", kind)
-
-    def parse(context: click.Context, option: click.Parameter, text: str) -> list[Any]:
-        values = [kind.parse([item.strip()]) for item in text.split(",")]
-        for each in values:
-            definition.validate(name, each)
-        return list(dict.fromkeys(values))
-
-    return _option(name, definition.help, default=default, callback=parse, metavar="LIST")
+def _list(kind: Kind) -> Kind:
+    """Return the kind of several values, separated by commas. Duplicates are removed."""
+    return Kind(
+        "LIST",
+        kind.requirement,
+        lambda values: not any(map(kind.violation, values)),
+        convert=lambda text: list(dict.fromkeys(kind.convert(item.strip()) for item in text.split(","))),
+    )
 
 
 def _workload_options(mode: Option, *, duration: float, warmup: float) -> dict[str, Option]:
@@ -96,9 +81,33 @@ LOAD_OPTIONS = {
     ),
     "udp": Option(False, "Send datagrams, and report the share of them that is lost.", FLAG),
     **{name: CLIENT_OPTIONS[name] for name in TLS_OPTIONS},
+    "rate": Option(None, "Messages per second, sent by the clock (open loop).", RATE, default_text="closed loop"),
+    "expect": Option(
+        None,
+        "Condition that the result has to meet, such as 'p99<5ms' or 'rate>1000'. Repeatable.",
+        Kind("TEXT", combine=list, split=str.split),
+    ),
 }
 SHARED_COMPARE_OPTIONS = _workload_options(replace(MODE, default="stream", default_text=""), duration=1.0, warmup=0.25)
 COMPARE_OPTIONS = {
+    "engines": Option("threads,streams,protocol", "Engines, separated by commas.", _list(choice(get_args(EngineName)))),
+    "loops": Option(
+        "auto",
+        "Event loops (auto: asyncio, and uvloop if it is installed), separated by commas.",
+        _list(choice(LOOP_CHOICES, LOOP_PATTERN)),
+    ),
+    "chunk_sizes": Option("20,256,4096,65536", "Bytes per read, separated by commas.", _list(integer(1, 2**30))),
+    "sizes": Option(
+        "1024",
+        "Bytes per message, including the newline, separated by commas.",
+        _list(integer(1, MAX_MESSAGE_SIZE)),
+    ),
+    "disturb": Option(
+        None,
+        "Measure round trips beside one client that floods the server, or beside N idle connections.",
+        Kind("flood|idle=N"),
+        default_text="no disturbance",
+    ),
     **SHARED_COMPARE_OPTIONS,
     "connections": replace(
         SHARED_COMPARE_OPTIONS["connections"], default=None, default_text=f"{CONNECTIONS}; 1 with --disturb"
@@ -147,22 +156,9 @@ Exit codes:
 
 @command.command(help=LOAD_HELP, context_settings=CONTEXT)
 @options(LOAD_OPTIONS)
-@_option(
-    "--rate",
-    "Messages per second, sent by the clock (open loop).",
-    callback=_parse_rate,
-    metavar="RATE",
-    show_default="closed loop",
-)
-@_option(
-    "--expect",
-    "Condition that the result has to meet, such as 'p99<5ms' or 'rate>1000'. Repeatable.",
-    multiple=True,
-    metavar="TEXT",
-)
 @version_option()
-def load(expect: Sequence[str], **values: Any) -> ExitCode:
-    expectations = [Expectation.parse(text) for text in expect]
+def load(**values: Any) -> ExitCode:
+    expectations = [Expectation.parse(text) for text in values["expect"] or ()]
     _require_packages("numpy", *(() if values["json"] else ("rich",)))
     plan = _make_plan(values)
     with progress_bar("load", plan.warmup + plan.duration) as progress:
@@ -193,22 +189,6 @@ package is missing.
 
 
 @command.command("compare", help=COMPARE_HELP, context_settings=CONTEXT)
-@_list_option("--engines", "threads,streams,protocol", "Engines", choice(get_args(EngineName)))
-@_list_option(
-    "--loops",
-    "auto",
-    "Event loops (auto: asyncio, and uvloop if it is installed)",
-    choice(LOOP_CHOICES, LOOP_PATTERN),
-)
-@_list_option("--chunk-sizes", "20,256,4096,65536", "Bytes per read", integer(1, 2**30))
-@_list_option("--sizes", "1024", "Bytes per message, including the newline", integer(1, MAX_MESSAGE_SIZE))
-@_option(
-    "--disturb",
-    "Measure round trips beside one client that floods the server, or beside N idle connections.",
-    callback=_parse_disturbance,
-    metavar="flood|idle=N",
-    show_default="no disturbance",
-)
 @options(COMPARE_OPTIONS)
 @version_option()
 def compare_command(**values: Any) -> ExitCode:
@@ -256,7 +236,7 @@ def _check_output_files(values: dict[str, Any]) -> None:
 
 
 def _compare(values: dict[str, Any]) -> Comparison:
-    disturbance: Disturbance | None = values["disturb"]
+    disturbance = None if values["disturb"] is None else Disturbance.parse(values["disturb"])
     if disturbance is not None and values["mode"] != "stream":
         raise ConfigError("--disturb requires --mode stream")
     names = ("pipeline", "mode", "duration", "warmup")
@@ -319,6 +299,4 @@ def _report_load(result: LoadResult, expectations: Sequence[Expectation], as_jso
     return ExitCode.SUCCESS if result.is_complete and not unmet else ExitCode.FAILURE
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with ``argv`` (default: the arguments of the process) and return its exit code."""
-    return run_command(command, argv)
+main = partial(run_command, command)

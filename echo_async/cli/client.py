@@ -228,6 +228,4 @@ def _run(main: Coroutine[Any, Any, bool], output: Output) -> ExitCode:
         return ExitCode.OUTPUT_CLOSED
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with ``argv`` (default: the arguments of the process) and return its exit code."""
-    return run_command(command, argv)
+main = partial(run_command, command)

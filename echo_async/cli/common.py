@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import click
@@ -115,8 +116,7 @@ def options(definitions: dict[str, Option]) -> Callable[[Any], Any]:
     return decorate
 
 
-def version_option() -> Callable[[Any], Any]:
-    return click.version_option(__version__, prog_name="echo-async")
+version_option = partial(click.version_option, __version__, prog_name="echo-async")
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ def _fast_exit(is_process: bool) -> Iterator[None]:
         gc.freeze()
 
 
-def run_command(command: click.Command, argv: Sequence[str] | None, obj: Any = None) -> int:
+def run_command(command: click.Command, argv: Sequence[str] | None = None, obj: Any = None) -> int:
     """Run ``command`` with ``argv`` (default: the arguments of the process) and return its exit code.
 
     ``obj`` is that of its context.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import ADDRESS_OPTIONS, FLAG, Kind, Option, ServerConfig, lacks_required, listener_options, options_of
+from ..config import ADDRESS_OPTIONS, FLAG, Kind, Option, ServerConfig, lacks_required, options_of
 from ..errors import ConfigError
 from ..server.listeners import ListenerConfig
 
@@ -15,9 +15,13 @@ LISTEN = Option(
     "Address of a listener and its own options, such as 5501,tls or [::]:5502,mode=raw. Can be given several times.",
     Kind("SPEC", combine=list, split=str.split),
 )
-OPTIONS = {"tls": Option(False, "Use TLS, with the files of the --ssl options.", FLAG), **listener_options()}
-NAMES = {(option.flag or name).replace("_", "-"): name for name, option in OPTIONS.items()}
 SERVER_OPTIONS = options_of(ServerConfig)
+SHARED = {*ADDRESS_OPTIONS, "engine", "backlog", *(name for name in SERVER_OPTIONS if name.startswith("ssl_"))}
+OPTIONS = {
+    "tls": Option(False, "Use TLS, with the files of the --ssl options.", FLAG),
+    **{name: option for name, option in SERVER_OPTIONS.items() if name not in SHARED},
+}
+NAMES = {(option.flag or name).replace("_", "-"): name for name, option in OPTIONS.items()}
 DEFAULTS = {name: option.default for name, option in SERVER_OPTIONS.items()}
 FAULTS = {"fault", "fault_sequence"}  # mutually exclusive
 

@@ -1,6 +1,6 @@
 """``echo-async`` and ``python -m echo_async``: the commands as subcommands, each imported when it is run."""
 
-from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 
 import click
@@ -38,6 +38,4 @@ def command() -> None:
     """Run a subcommand."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with ``argv`` (default: the arguments of the process) and return its exit code."""
-    return run_command(command, argv)
+main = partial(run_command, command)

@@ -187,9 +187,7 @@ def _is_in_foreground() -> bool:
     return False
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with ``argv`` (default: the arguments of the process) and return its exit code."""
-    return run_command(command, argv)
+main = partial(run_command, command)
 
 
 # The child

@@ -220,6 +220,4 @@ def _log_start(names: Sequence[str], configs: Sequence[ServerConfig]) -> None:
     log.info("server started: %s, engine %s", details, configs[0].engine)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with ``argv`` (default: the arguments of the process) and return its exit code."""
-    return run_command(command, argv)
+main = partial(run_command, command)

@@ -15,9 +15,9 @@ import pytest
 from support import TIMEOUT, command_process, single_error_line, without_slow_callbacks
 
 from echo_async import ConfigError
-from echo_async.cli.listen import parse_listeners
+from echo_async.cli.listen import NAMES, parse_listeners
 from echo_async.cli.server import main
-from echo_async.config import ADDRESS_OPTIONS, ServerConfig, listener_options, options_of
+from echo_async.config import ServerConfig, options_of
 
 DEFAULTS = {name: option.default for name, option in options_of(ServerConfig).items()}
 SERVER = (sys.executable, "-m", "echo_async.server")
@@ -117,13 +117,6 @@ def test_listen_ignores_options_that_it_cannot_use() -> None:
     assert parse("1,proxy-protocol=off", proxy_protocol="v1", proxy_allow_from="*") == [ServerConfig(port=1)]
 
 
-def test_listen_options_are_those_of_a_connection() -> None:
-    """Every option of the server but its address, its engine and the files of TLS."""
-    shared = {"engine", "backlog", *ADDRESS_OPTIONS}
-    shared |= {name for name in DEFAULTS if name.startswith("ssl_")}
-    assert set(listener_options()) == set(DEFAULTS) - shared
-
-
 def test_listen_name_has_all_sockets_of_that_name() -> None:
     inherited = {3: "plain", 4: "secure", 5: "plain"}
     specs = ("fd:plain", "fd:secure,mode=raw")
@@ -138,7 +131,7 @@ def test_listen_name_has_all_sockets_of_that_name() -> None:
 # Errors
 
 ADDRESS_FORMS = "the address must be PORT, HOST:PORT, [ADDRESS]:PORT, unix:PATH, fd:NAME or fd:NUMBER"
-OPTIONS = ", ".join(["tls", *((each.flag or name).replace("_", "-") for name, each in listener_options().items())])
+OPTIONS = ", ".join(NAMES)
 INVALID = [
     ("5500,colour=red", f"unknown option 'colour'; choose from {OPTIONS}"),
     ("5500,engine=threads", f"unknown option 'engine'; choose from {OPTIONS}"),
