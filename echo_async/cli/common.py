@@ -44,6 +44,7 @@ class ConfigOption(click.Option):
 
     def __init__(self, names: Sequence[str], definition: Option) -> None:
         self.definition = definition
+        self.variable = f"{CONTEXT['auto_envvar_prefix']}_{definition.flag or names[-1]}".upper()
         default, kind, is_flag = definition.default, definition.kind, definition.kind is FLAG
         is_repeatable = kind.split is not None
         super().__init__(
@@ -54,22 +55,18 @@ class ConfigOption(click.Option):
             default=bool(default) if is_flag else [default] if is_repeatable and default is not None else default,
             metavar=None if is_flag or kind.choices else kind.metavar,
             show_default=definition.default_text or True,
-            envvar=f"{CONTEXT['auto_envvar_prefix']}_{definition.flag}".upper() if definition.flag else None,
+            envvar=self.variable,
             show_envvar=True,
             help=definition.help,
         )
 
     def consume_value(self, ctx: click.Context, opts: Any) -> Any:
         """Ignore a variable that Kubernetes has set for a Service, also if the command line overrides it."""
-        name = self._variable(ctx)
-        value = os.environ.get(name, "")
+        name, value = self.variable, os.environ.get(self.variable, "")
         if name.endswith("_PORT") and value.startswith(SERVICE_LINKS) and not ctx.resilient_parsing:
             print_error(f"ignoring {name}={value}: set by Kubernetes for a Service (enableServiceLinks)", "warning")
             del os.environ[name]
         return super().consume_value(ctx, opts)
-
-    def _variable(self, ctx: click.Context) -> str:
-        return f"{ctx.auto_envvar_prefix}_{self.definition.flag or self.name}".upper()
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
         text, split = self.resolve_envvar_value(ctx), self.definition.kind.split
@@ -82,7 +79,7 @@ class ConfigOption(click.Option):
         parsed = self.definition.kind.parse(texts)
         if requirement := self.definition.violation(parsed):
             is_from_environment = ctx.get_parameter_source(self.name or "") is ParameterSource.ENVIRONMENT
-            name = self._variable(ctx) if is_from_environment else self.opts[0]
+            name = self.variable if is_from_environment else self.opts[0]
             raise ConfigError(f"invalid {name}: {texts[0] if len(texts) == 1 else value!r} ({requirement})")
         return parsed
 
