@@ -167,7 +167,3 @@ def test_errors_derive_from_builtin_exceptions() -> None:
     assert issubclass(echo_async.ReplyLost, ConnectionError)
     assert issubclass(echo_async.ReplyLate, TimeoutError)
     assert not issubclass(echo_async.StartError, ConnectionError)
-
-
-def test_package_is_typed() -> None:
-    assert (ROOT / "py.typed").exists()
