@@ -21,7 +21,7 @@ from support import TIMEOUT, receive_all, run
 import echo_async
 from echo_async import ServerConfig, StartError, net
 from echo_async.net import Address, AddressInfo, adopt, bind, format_address, get_address, resolve, resolve_literal
-from echo_async.server.listeners import Listeners
+from echo_async.server.listeners import ListeningSockets
 
 
 def has_ipv6() -> bool:
@@ -302,10 +302,10 @@ def test_address_taken_before_listen_raises_start_error() -> None:
 
 
 @contextmanager
-def listening(count: int = 1, **options: Any) -> Iterator[list[Listeners]]:
+def listening(count: int = 1, **options: Any) -> Iterator[list[ListeningSockets]]:
     """Bind the listeners of ``count`` processes."""
     with ExitStack() as stack:
-        first = Listeners.bind(ServerConfig(**{"port": 0, **options}))
+        first = ListeningSockets.bind(ServerConfig(**{"port": 0, **options}))
         stack.callback(first.close)
         groups = first.divide(count)
         for each in groups[1:]:
@@ -313,7 +313,7 @@ def listening(count: int = 1, **options: Any) -> Iterator[list[Listeners]]:
         yield groups
 
 
-def count_accepted(listeners: Listeners) -> int:
+def count_accepted(listeners: ListeningSockets) -> int:
     accepted = 0
     with suppress(BlockingIOError):
         while True:
@@ -335,14 +335,14 @@ def test_servers_that_divide_a_port_at_once_are_one() -> None:
     def start(port: int) -> bool:
         barrier.wait(TIMEOUT)
         with suppress(StartError):
-            groups.extend(Listeners.bind(ServerConfig(host="127.0.0.3", port=port)).divide(2))
+            groups.extend(ListeningSockets.bind(ServerConfig(host="127.0.0.3", port=port)).divide(2))
             return True
         return False
 
     barrier = threading.Barrier(4)
     with ThreadPoolExecutor(4) as threads:
         for _ in range(20):
-            groups: list[Listeners] = []
+            groups: list[ListeningSockets] = []
             with bound(host="127.0.0.3") as [free]:
                 port = free.getsockname()[1]
             assert sum(threads.map(start, [port] * 4)) == 1
@@ -589,7 +589,7 @@ def test_bind_of_a_path_with_nul_raises_echo_error(tmp_path: Path) -> None:
 
 def test_server_on_given_sockets_serves_and_closes_them() -> None:
     async def serve(listener: socket.socket) -> None:
-        server = echo_async.EchoServer([(ServerConfig(port=0), Listeners([listener]))])
+        server = echo_async.EchoServer([(ServerConfig(port=0), ListeningSockets([listener]))])
         await server.start()
         assert server.address == ("127.0.0.1", listener.getsockname()[1])
         server.close()

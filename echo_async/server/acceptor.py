@@ -14,7 +14,7 @@ from ..engines.loop_internals import ABORT_TURNS, keep_freed_memory, run_turns, 
 from ..tls import Certificates
 from .accept_loop import AcceptLoop
 from .admission import Admission, NativeSlot
-from .listeners import Listeners
+from .listeners import ListeningSockets
 from .registry import DRAIN_INTERVAL
 from .sweeper import Sweeper
 from .udp import Receiver, start_receiver
@@ -40,7 +40,7 @@ class AsyncioAcceptor:
         self,
         engine: AsyncioEngine,
         admission: Admission,
-        listeners: Listeners,
+        listeners: ListeningSockets,
         certificates: Certificates | None,
         on_closed: Callable[[], object],
     ) -> None:

@@ -13,7 +13,7 @@ from ..net import Address
 from ..stats import Stats
 from ..tls import Certificates
 from .admission import Admission
-from .listeners import Listeners
+from .listeners import ListeningSockets
 from .registry import Registry
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Listener(Generic[A]):
     def __init__(
         self,
         config: ServerConfig,
-        sockets: Listeners,
+        sockets: ListeningSockets,
         make_acceptor: Callable[..., A],
         on_closed: Callable[[], object],
         make_conversation: ConversationFactory | None = None,

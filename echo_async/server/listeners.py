@@ -20,7 +20,7 @@ class ListenerConfig(NamedTuple):
     descriptors: Sequence[int] = ()
 
 
-class Listeners:
+class ListeningSockets:
     """Listening sockets that are closed together; a Unix socket path that was bound here is removed then.
 
     With ``is_owner``, no other process serves the sockets: they are shut down, before they are closed.
@@ -66,7 +66,7 @@ class Listeners:
             on_failure.pop_all()
             return cls(sockets)
 
-    def divide(self, count: int) -> list["Listeners"]:
+    def divide(self, count: int) -> list["ListeningSockets"]:
         """Return the listeners of each of ``count`` processes; the first are these.
 
         Each has TCP sockets of its own where the kernel distributes the connections among them. The others have
@@ -84,7 +84,7 @@ class Listeners:
                 on_failure.enter_context(each)
             duplicates = net.duplicate([*shared, *self.datagram_sockets], count - 1)
             on_failure.pop_all()
-        return [self, *(Listeners([*own, *others]) for own, others in zip(groups, duplicates, strict=True))]
+        return [self, *(ListeningSockets([*own, *others]) for own, others in zip(groups, duplicates, strict=True))]
 
     @property
     def name(self) -> str:

@@ -23,7 +23,7 @@ from ..resolver import run_resolver
 from ..stats import Stats
 from .admission import max_connections
 from .base_server import BaseServer, Listener
-from .listeners import ListenerConfig, Listeners
+from .listeners import ListenerConfig, ListeningSockets
 
 if TYPE_CHECKING:
     from .acceptor import AsyncioAcceptor
@@ -62,26 +62,28 @@ async def start_server(listeners: Sequence[ListenerConfig]) -> EchoServer:
 
 
 @contextlib.asynccontextmanager
-async def listen(listeners: Sequence[ListenerConfig]) -> AsyncIterator[list[Listeners]]:
+async def listen(listeners: Sequence[ListenerConfig]) -> AsyncIterator[list[ListeningSockets]]:
     """Bind the addresses of all ``listeners``, or of none. They are closed if the block fails."""
     with contextlib.ExitStack() as on_failure:
         bound = []
-        for config, descriptors in listeners:
-            bound.append(Listeners.adopt(descriptors, has_udp=config.udp) if descriptors else await _bind(config))
+        for each in listeners:
+            bound.append(await _bind(*each))
             on_failure.callback(bound[-1].close)
         yield bound
         on_failure.pop_all()
 
 
-async def _bind(config: ServerConfig) -> Listeners:
-    """Listen on the addresses of ``config``. A host name is resolved without blocking the event loop."""
+async def _bind(config: ServerConfig, descriptors: Sequence[int]) -> ListeningSockets:
+    """Listen on one listener's addresses. A host name is resolved without blocking the event loop."""
+    if descriptors:
+        return ListeningSockets.adopt(descriptors, has_udp=config.udp)
     infos = net.resolve_literal(config)
     if infos is None:
         try:
             infos = await run_resolver(partial(net.resolve, config))
         except OSError as error:
             raise StartError(f"cannot listen on host {config.host!r}: {describe_error(error)}") from error
-    return Listeners.bind(config, infos)
+    return ListeningSockets.bind(config, infos)
 
 
 def divide_limit(listeners: Sequence[ListenerConfig]) -> Iterator[ServerConfig]:
@@ -111,7 +113,7 @@ def acceptor_of(engine: EngineName) -> Callable[..., AsyncioAcceptor | ThreadAcc
 class EchoServer(BaseServer["AsyncioAcceptor | ThreadAcceptor"]):
     """A running echo server; :func:`serve` creates one."""
 
-    def __init__(self, bound: Iterable[tuple[ServerConfig, Listeners]]) -> None:
+    def __init__(self, bound: Iterable[tuple[ServerConfig, ListeningSockets]]) -> None:
         super().__init__(
             [Listener(config, sockets, acceptor_of(config.engine), self._on_closed) for config, sockets in bound]
         )

@@ -17,7 +17,7 @@ from ..errors import StartError, describe_error
 from ..net import format_address, shut_down
 from ..tls import Certificates
 from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission, PendingSlot
-from .listeners import Listeners
+from .listeners import ListeningSockets
 from .proxy_reader import receive_first_byte, receive_header
 from .registry import DRAIN_INTERVAL
 from .udp import Receiver, start_receiver
@@ -43,7 +43,7 @@ class ThreadAcceptor:
     def __init__(
         self,
         admission: Admission,
-        listeners: Listeners,
+        listeners: ListeningSockets,
         certificates: Certificates | None,
         on_closed: Callable[[], object],
     ) -> None:

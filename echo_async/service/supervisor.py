@@ -6,7 +6,7 @@ itself: it replaces workers that exit or hang, forwards a shutdown, and adds up 
 Each worker has sockets of its own, among which the kernel distributes the connections (SO_REUSEPORT). Workers that
 share a socket compete instead, and most connections go to the one that is idle. The supervisor keeps all sockets
 open: the connections in the backlogs of a worker that exits wait for its replacement, which inherits them. Sockets
-that cannot be divided are shared (see :meth:`~echo_async.server.listeners.Listeners.divide`).
+that cannot be divided are shared (see :meth:`~echo_async.server.listeners.ListeningSockets.divide`).
 
 Supervisor and worker communicate over a socket pair, in lines of JSON. A worker exits when the supervisor closes its
 end, and is killed if it does not report its counters.
@@ -24,7 +24,7 @@ from typing import Self
 
 from ..errors import StartError
 from ..logs import LogFormat, LogLevel, log
-from ..server.listeners import ListenerConfig, Listeners
+from ..server.listeners import ListenerConfig, ListeningSockets
 from ..server.server import listen
 from ..stats import Stats
 from ..tls import Certificates
@@ -36,7 +36,7 @@ INITIAL_RESTART_DELAY = 0.1  # seconds; doubled after each failure
 MAX_RESTART_DELAY = 2.0  # seconds; connections wait in the backlogs meanwhile
 KILL_DELAY = 2.0  # seconds after the graceful shutdown timeout, or after an abort, until a worker is killed
 
-WorkerSockets = Sequence[Listeners]
+WorkerSockets = Sequence[ListeningSockets]
 """The listening sockets of one worker and of all its replacements, for each listener."""
 
 
@@ -54,7 +54,11 @@ class Supervisor:
     """The parent process of the workers. ``limit_connections`` applies per worker."""
 
     def __init__(
-        self, listeners: Sequence[ListenerConfig], workers: int, settings: WorkerSettings, bound: Sequence[Listeners]
+        self,
+        listeners: Sequence[ListenerConfig],
+        workers: int,
+        settings: WorkerSettings,
+        bound: Sequence[ListeningSockets],
     ) -> None:
         self._configs = [each.config for each in listeners]
         self._certificates = [Certificates(each) for each in self._configs if each.ssl_certfile is not None]
@@ -227,7 +231,7 @@ def _has_queue(sockets: WorkerSockets) -> bool:
     return any(each.has_queue() for each in sockets)
 
 
-def _close(listeners: Iterable[Listeners]) -> None:
+def _close(listeners: Iterable[ListeningSockets]) -> None:
     for each in listeners:
         each.close()
 

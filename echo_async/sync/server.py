@@ -12,7 +12,7 @@ from ..config import ServerConfig, ServerOptions
 from ..engines.context import ConversationFactory
 from ..errors import ConfigError
 from ..server.base_server import BaseServer, Listener
-from ..server.listeners import Listeners
+from ..server.listeners import ListeningSockets
 from ..server.thread_acceptor import ThreadAcceptor
 
 
@@ -43,7 +43,7 @@ class EchoServer(BaseServer[ThreadAcceptor]):
 
     def __init__(self, config: ServerConfig, make_conversation: ConversationFactory | None = None) -> None:
         self._closed = threading.Event()
-        listener = Listener(config, Listeners.bind(config), ThreadAcceptor, self._closed.set, make_conversation)
+        listener = Listener(config, ListeningSockets.bind(config), ThreadAcceptor, self._closed.set, make_conversation)
         super().__init__([listener])
         self._acceptor = listener.acceptor
         self._acceptor.start_thread()
