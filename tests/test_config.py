@@ -1,54 +1,17 @@
-"""The configuration of a server: defaults, ranges, combinations."""
+"""The configuration of a server: ranges and combinations."""
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
 
 from echo_async import ConfigError, ServerConfig, serve, sync
-from echo_async.config import CONNECT_TIMEOUT, REPLY_TIMEOUT
-
-DEFAULTS = {
-    "host": "127.0.0.1",
-    "port": 5500,
-    "uds": None,
-    "fd": None,
-    "mode": "message",
-    "chunk_size": 20,
-    "engine": "streams",
-    "backlog": 512,
-    "limit_connections": None,
-    "limit_message_size": 1_048_576,
-    "timeout_idle": 600,
-    "timeout_message": 60,
-    "timeout_write": 30,
-    "timeout_graceful_shutdown": 10,
-    "ssl_certfile": None,
-    "ssl_keyfile": None,
-    "ssl_keyfile_password": None,
-    "ssl_ca_certs": None,
-    "ssl_alpn": None,
-    "proxy_protocol": "off",
-    "proxy_allow_from": "127.0.0.1,::1",
-    "udp": False,
-    "udp_allow_from": "127.0.0.0/8,::1",
-    "labels": None,
-    "fault": None,
-    "fault_sequence": None,
-    "fault_seed": None,
-    "no_access_log": False,
-}
 
 TIMEOUTS = ["timeout_idle", "timeout_message", "timeout_write", "timeout_graceful_shutdown"]
-
-
-def test_defaults_are_the_documented_ones() -> None:
-    assert {field.name: field.default for field in fields(ServerConfig)} == DEFAULTS
-    assert (CONNECT_TIMEOUT, REPLY_TIMEOUT) == (10, 10)
 
 
 INVALID: list[tuple[str, Any]] = [
@@ -68,13 +31,13 @@ INVALID: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), INVALID)
-def test_invalid_value_is_reported_with_name_and_value(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError) as raised:
-        ServerConfig(**{name: value})
-    text = str(raised.value)
-    assert text.startswith(f"invalid {name}: {value!r} (")
-    assert re.search(r"\((must be|choose from) .*\)$", text)
+def test_invalid_value_is_reported_with_name_and_value() -> None:
+    for name, value in INVALID:
+        with pytest.raises(ConfigError) as raised:
+            ServerConfig(**{name: value})
+        text = str(raised.value)
+        assert text.startswith(f"invalid {name}: {value!r} (")
+        assert re.search(r"\((must be|choose from) .*\)$", text)
 
 
 def test_empty_host_is_invalid() -> None:

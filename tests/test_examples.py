@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from support import TIMEOUT, ServerProcess, command_process, receive_all, receive_line
 
-import echo_async
 from echo_async import sync
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -83,13 +82,3 @@ def test_example_reset_ends_that_client_only(server: ServerProcess) -> None:
         client.sendall(b"begun")
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert sync.echo("next", *server.address, timeout=TIMEOUT) == "next"
-
-
-@pytest.mark.parametrize("name", SERVERS)
-def test_example_default_port_is_the_package_default(name: str) -> None:
-    assert f"else {echo_async.config.PORT})" in (EXAMPLES / f"{name}.py").read_text()
-
-
-@pytest.mark.parametrize("name", SERVERS)
-def test_example_has_at_most_50_lines(name: str) -> None:
-    assert 30 <= len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 50

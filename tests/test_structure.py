@@ -131,26 +131,6 @@ def test_click_is_imported_in_cli_only() -> None:
     assert [module for module in users if not module.startswith("echo_async.cli.")] == []
 
 
-def test_all_is_declared_in_public_modules_only() -> None:
-    public = {
-        "",
-        ".sync",
-        ".config",
-        ".errors",
-        ".stats",
-        ".testing",
-        ".pytest_plugin",
-        ".wire.identity",
-    }
-    declaring = {
-        module
-        for module in FILES
-        for node in tree(module).body
-        if isinstance(node, ast.Assign | ast.AnnAssign) and "__all__" in ast.unparse(node).partition("=")[0]
-    }
-    assert declaring - {f"echo_async{name}" for name in public} == set()
-
-
 # The tests
 
 

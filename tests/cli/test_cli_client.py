@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import os
 import pty
@@ -48,13 +47,6 @@ def client(server: Any, *args: Any, **more: Any) -> subprocess.CompletedProcess[
 
 def with_env(**values: str) -> dict[str, str]:
     return {**os.environ, **values}
-
-
-def is_installed() -> bool:
-    try:
-        return bool(importlib.metadata.version("echo-async"))
-    except importlib.metadata.PackageNotFoundError:
-        return False
 
 
 # Messages and replies
@@ -405,16 +397,6 @@ def test_client_help_shows_examples_and_options(capfd: pytest.CaptureFixture[str
     assert "Examples:" in text
     for name in ("--host", "--port", "--count", "ECHO_ASYNC_RETRY"):
         assert name in text
-
-
-@pytest.mark.skipif(not is_installed(), reason="the version is that of the installed package")
-def test_client_version_is_that_of_the_package(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
-    assert re.fullmatch(r"echo-async, version \d+\.\d+\.\d+.*\n", capfd.readouterr().out)
-
-
-def test_client_help_prints_nothing_to_stderr() -> None:
-    assert subprocess.run([*COMMAND, "--help"], capture_output=True, timeout=TIMEOUT, check=True).stderr == b""
 
 
 def run_in_pipeline(*args: str, tail: str, server: Any) -> subprocess.CompletedProcess[bytes]:

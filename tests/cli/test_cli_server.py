@@ -308,33 +308,23 @@ def error_line(done: subprocess.CompletedProcess[str]) -> str:
     return single_error_line(done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize(("option", "value"), [("--port", "65536"), ("--host", "")])
-def test_invalid_option_exits_with_2_and_one_line(option: str, value: str) -> None:
-    # The port is in use, so that a server with an accepted option exits as well.
-    with port_in_use() as port:
-        done = run_server(f"{option}={value}", env={"ECHO_ASYNC_PORT": port})
-    assert done.returncode == 2
-    assert error_line(done).startswith(f"error: invalid {option}: {value!r} (")
-
-
+# Values that the command line converts, one of each type; tests/test_config.py has the ranges.
 BAD_OPTIONS = [
-    *(("--port", value) for value in ["-1", "65536", "abc", "", "1.5"]),
-    *(("--mode", value) for value in ["echo", ""]),
-    *(("--engine", value) for value in ["gevent"]),
-    *(("--loop", value) for value in ["trio"]),
-    *(("--chunk-size", value) for value in ["-20", "0", "x"]),
-    *(("--workers", value) for value in ["0", "-1", "many"]),
-    *(("--backlog", value) for value in ["0", "-1"]),
-    *(("--limit-connections", value) for value in ["0"]),
-    *(("--limit-message-size", value) for value in ["0", "1M"]),
-    *(("--timeout-idle", value) for value in ["0", "-1", "nan", "inf", "soon", ""]),
-    *((f"--timeout-{name}", "-0.5") for name in ["message", "write", "graceful-shutdown"]),
-    *(("--log-level", value) for value in ["loud"]),
-    *(("--log-format", value) for value in ["xml"]),
-    *((name, "") for name in ["--host", "--uds"]),
-    *(("--fault", value) for value in ["", "dely=1", "delay", "reset,close", "drop,p=2", "no-accept,p=1"]),
-    *(("--fault-sequence", value) for value in ["", "reset;", "reset;no-accept"]),
-    *(("--fault-seed", value) for value in ["-1", "x"]),
+    ("--port", "abc"),
+    ("--port", ""),
+    ("--mode", "echo"),
+    ("--loop", "trio"),
+    ("--workers", "0"),
+    ("--limit-message-size", "1M"),
+    ("--timeout-idle", "nan"),
+    ("--timeout-idle", "soon"),
+    ("--timeout-graceful-shutdown", "-0.5"),
+    ("--log-level", "loud"),
+    ("--host", ""),
+    ("--uds", ""),
+    ("--fault", "delay=0.1,rate=fast"),
+    ("--fault-sequence", "reset;no-accept"),
+    ("--fault-seed", "x"),
 ]
 
 
@@ -346,28 +336,6 @@ def test_invalid_value_is_reported_with_its_option(
         monkeypatch.setenv("ECHO_ASYNC_PORT", port)
         assert main([f"{option}={value}"]) == 2
     assert single_error_line(*capsys.readouterr()).startswith(f"error: invalid {option}: {value!r} (")
-
-
-def test_invalid_fault_names_the_part_and_what_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--fault", "delay=0.1,rate=fast"]) == 2
-    assert single_error_line(*capsys.readouterr()) == (
-        "error: invalid --fault: 'delay=0.1,rate=fast' (rate requires bytes per second, an integer from 1)\n"
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (["--fault", "drop", "--fault-sequence", "drop"], "fault and fault_sequence are mutually exclusive"),
-        (["--fault-seed", "1"], "fault_seed requires fault or fault_sequence"),
-        (["--fault", "drop", "--fd", "3"], "fault and fault_sequence conflict with fd"),
-    ],
-)
-def test_conflicting_fault_options_exit_with_2(
-    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments) == 2
-    assert error in single_error_line(*capsys.readouterr())
 
 
 def test_fault_on_the_command_line_overrides_the_environment() -> None:
@@ -423,13 +391,6 @@ def test_unknown_host_exits_with_3_and_one_line(host: str | bytes) -> None:
 
 
 @pytest.mark.usefixtures("restore_loggers")
-@pytest.mark.parametrize("host", ["999.1.1.1", "a..b", "x" * 64])
-def test_malformed_host_exits_with_3_and_one_line(host: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--port", "0", "--host", host]) == 3
-    assert host in single_error_line(*capsys.readouterr())
-
-
-@pytest.mark.usefixtures("restore_loggers")
 @pytest.mark.parametrize("loop", LOOPS)
 def test_failed_start_restores_signal_handlers(loop: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -442,12 +403,6 @@ def test_port_in_use_exits_with_3_and_names_the_address() -> None:
         done = run_server("--port", port)
     assert done.returncode == 3
     assert f" 127.0.0.1:{port}: address already in use" in error_line(done)
-
-
-def test_non_local_address_exits_with_3_and_one_line() -> None:
-    done = run_server("--port", "0", "--host", "192.0.2.1")
-    assert done.returncode == 3
-    assert "192.0.2.1" in error_line(done)
 
 
 def test_servers_started_together_on_a_unix_path_are_one(tmp_path: Path) -> None:
@@ -468,15 +423,6 @@ def test_servers_started_together_on_a_unix_path_are_one(tmp_path: Path) -> None
             with socket.socket(socket.AF_UNIX) as client:
                 client.connect(path)
     assert os.listdir(tmp_path) == ["socket"]
-
-
-def test_uds_path_of_a_file_exits_with_3_and_keeps_it(tmp_path: Path) -> None:
-    path = tmp_path / "notes"
-    path.write_text("a note")
-    done = run_server("--uds", str(path))
-    assert done.returncode == 3
-    assert str(path) in error_line(done)
-    assert path.read_text() == "a note"
 
 
 def test_loop_uvloop_not_installed_exits_with_3(tmp_path: Path) -> None:
@@ -594,7 +540,7 @@ def test_server_without_stdout_or_stdin_serves(redirection: str, tmp_path: Path)
     assert_printable(log)
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("redirection", ["2>/dev/full", "<&- >&- 2>&-"])
 def test_server_without_stderr_serves(redirection: str, tmp_path: Path) -> None:
     with server_with_redirection(redirection, tmp_path) as server:
         assert server.exchange(b"one\n") == b"one\n"
@@ -694,42 +640,12 @@ def test_host_name_prints_a_line_per_address() -> None:
 # Help and version
 
 
-def test_help_shows_defaults_and_environment_variables() -> None:
+def test_help_fits_100_columns_and_has_the_exit_codes() -> None:
     done = run_server("--help", env={"PYTHONWARNINGS": "error"})
     assert (done.returncode, done.stderr) == (0, "")
     text = " ".join(done.stdout.split())
-    for option, default in {
-        "--host": "127.0.0.1",
-        "--port": "5500",
-        "--uds": None,
-        "--mode": "message",
-        "--chunk-size": "20",
-        "--engine": "streams",
-        "--threaded": None,
-        "--loop": "auto",
-        "--workers": "1",
-        "--backlog": "512",
-        "--limit-connections": "(fits the descriptor limit)",
-        "--limit-message-size": "1048576",
-        "--timeout-idle": "600",
-        "--timeout-message": "60",
-        "--timeout-write": "30",
-        "--timeout-graceful-shutdown": "10",
-        "--proxy-protocol": "off",
-        "--proxy-allow-from": "127.0.0.1,::1",
-        "--metrics-port": None,
-        "--metrics-address": "127.0.0.1",
-        "--log-level": "info",
-        "--log-format": "text",
-        "--no-access-log": None,
-    }.items():
-        assert f"{option} " in text
-        variable = "ECHO_ASYNC_" + option.removeprefix("--").replace("-", "_").upper()
-        _, found, rest = text.partition(f"[env var: {variable}")
-        assert found, option
-        if default is not None:
-            assert f"default: {default}" in rest[: rest.index("]")], option
-    assert "--version" in text
+    assert "[env var: ECHO_ASYNC_PORT; default: 5500;" in text
+    assert "default: (fits the descriptor limit)" in text
     assert "Exit codes: 0 " in text
     assert max(map(len, done.stdout.splitlines())) <= 100
 
