@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echo_async import ReplyDifferent
@@ -94,6 +94,7 @@ def test_details_are_bounded_whatever_the_header_and_the_certificate_are() -> No
 texts = st.text(max_size=400) | st.sampled_from(["\0", "\\", '"', "\udcff", "ñ", "x"]).map(lambda each: each * 400)
 
 
+@settings(max_examples=40)
 @given(texts, st.lists(texts, max_size=20), st.dictionaries(st.text(max_size=10), texts | st.lists(texts), max_size=30))
 def test_details_of_any_texts_are_bounded(text: str, names: list[str], tlvs: dict[str, Any]) -> None:
     """Every text that a client, a proxy or the environment chooses, at its worst in JSON."""
