@@ -79,7 +79,6 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
             "cannot listen on host 'localhost': cannot resolve the host name: {}; use an address",
         ),
         (("server", "--port", "0", "--engine", "threads"), 3, "cannot serve on threads: {}; raise the thread"),
-        (("server", "--port", "0", "--metrics-port", "0"), 3, "cannot serve metrics: {}; raise the thread limit"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
