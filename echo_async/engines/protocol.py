@@ -90,6 +90,11 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             self._peername = self._transport.get_extra_info("peername")
         return super().peer
 
+    @property
+    def is_delayed(self) -> bool:
+        """Whether a task still answers or logs. It ends the connection then, if that is finished."""
+        return self._is_working
+
     def get_extra_info(self, name: str) -> Any:
         return self._transport.get_extra_info(name)
 
@@ -238,8 +243,8 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         self._task = asyncio.get_running_loop().create_task(self._work(work))
 
     async def _work(self, work: Coroutine[Any, Any, None]) -> None:
-        self._transport.pause_reading()  # uvloop starts reading after connection_made, whatever that does
         try:
+            self._transport.pause_reading()  # uvloop starts reading after connection_made, whatever that does
             await work
         except TRANSPORT_ERRORS as error:  # the client has reset the connection
             self.log_lost(error)

@@ -169,11 +169,14 @@ class ThreadAcceptor:
                 if self._admission.on_accept_error(error):
                     return Accepted.FAILED
                 continue
+            slot = None
             try:
                 if (slot := self._admission.admit(connection, peername)) is not None:
                     slot.connected = accepted_socket(connection)
                     self._serve(slot)
             except Exception as error:
+                if slot is not None:
+                    slot.release()
                 self._registry.fail(format_address(peername), error)
                 connection.close()
         return Accepted.MAYBE_MORE

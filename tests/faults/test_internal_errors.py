@@ -6,6 +6,7 @@ import logging
 import re
 import ssl
 from contextlib import suppress
+from time import monotonic, sleep
 
 import pytest
 from support import (
@@ -13,9 +14,11 @@ from support import (
     connect,
     is_echoed,
     log_lines,
+    receive_all,
     wait_until,
 )
 
+from echo_async.engines.context import LINGER_TIMEOUT
 from echo_async.wire.conversation import StreamConversation
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -79,3 +82,33 @@ def test_logging_error_aborts_only_its_connection(
         wait_until(lambda: server.stats.active == 1)
         assert server.stats.failed == 1
         assert is_echoed(healthy)
+
+
+def test_connection_that_cannot_begin_frees_its_place(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: StreamConversation, max_message_size: int) -> None:
+        raise ValueError("a bug")
+
+    with start_server(limit_connections=1) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(StreamConversation, "__init__", fail)
+            with connect(server) as failing, suppress(ConnectionError):
+                assert failing.recv(100) == b""
+            wait_until(lambda: server.stats.failed == 1)
+        with connect(server) as client:
+            assert is_echoed(client)
+
+
+def test_log_in_turns_delays_no_end_after_a_sweep(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A sweep finds a connection whose conversation is finished, and whose messages are not all logged."""
+    monkeypatch.setattr("echo_async.engines.connection.LINES_PER_TURN", 1)
+    monkeypatch.setattr(logging.getLogger("echo_async.access"), "filters", [lambda _: sleep(0.001) is None])
+    caplog.set_level(logging.INFO, "echo_async.access")
+    with start_server(mode="stream", timeout_idle=0.2, limit_message_size=100) as server, connect(server) as client:
+        client.sendall(100 * b"a\n" + 200 * b"x")
+        started = monotonic()
+        assert receive_all(client) == 100 * b"a\n"
+        assert monotonic() - started < LINGER_TIMEOUT / 2
