@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TIMEOUT, run
+from support import LOOPS, TIMEOUT, fill, run, wait_in_loop
 
 import echo_async
 from echo_async.config import EngineName, ServerOptions
@@ -121,3 +121,26 @@ def test_eager_handle_echo_serves() -> None:
             assert await echo_async.echo("Hola!", *server.sockets[0].getsockname()) == "Hola!"
 
     run_eagerly(main)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("engine", ["streams", "protocol"])
+def test_eager_server_reads_nothing_while_it_stalls(engine: EngineName, loop: str) -> None:
+    """uvloop starts to read after ``connection_made``, in which the eager task of the connection stalls."""
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_task_factory(start_eagerly)
+        async with (
+            asyncio.timeout(TIMEOUT),
+            echo_async.serve(port=0, engine=engine, fault="stall", timeout_graceful_shutdown=0.1) as server,
+        ):
+            with socket.create_connection(server.address) as client:
+                await wait_in_loop(lambda: server.stats.faults == {"stall": 1})
+                await asyncio.to_thread(fill, client)  # which ends when the server reads no more
+
+    run(main, loop)
+
+
+def start_eagerly(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+    """Do the same as ``eager_task_factory``, which not every Python accepts on uvloop."""
+    return asyncio.Task(coroutine, loop=loop, **(options | {"eager_start": True}))

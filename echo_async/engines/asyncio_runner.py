@@ -72,12 +72,15 @@ class AsyncioRunner(Runner):
             await asyncio.sleep(0)
         self._wake.clear()
         while left > 0 and not self._wake.is_set() and not self._transport.is_closing():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(left, LOST_CHECK_INTERVAL)):
-                    await self._wake.wait()
+            await self._sleep(min(left, LOST_CHECK_INTERVAL))
             if self._is_tls_closed():
                 return self._connection.abort()
             left = self._due - self._context.now()
+
+    async def _sleep(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
 
     def _is_tls_closed(self) -> bool:
         """Whether a TLS client is gone. No transport sends anything then, and none tells while reading is paused."""
@@ -100,11 +103,12 @@ class AsyncioRunner(Runner):
 
     async def _stall(self) -> None:
         self._begin_stall()
-        self._transport.pause_reading()
-        while not self.is_ending:
-            self._wake.clear()
-            await self._wake.wait()
-        self._end_stall()
+        await asyncio.sleep(0)  # uvloop starts reading after connection_made, in which an eager task runs
+        if not self._transport.is_closing():
+            self._transport.pause_reading()
+        while not self.is_ending and not self._transport.is_closing():
+            await self._sleep(LOST_CHECK_INTERVAL)
+        self.is_stalled = False
         if not self._transport.is_closing():
             self._transport.resume_reading()
 

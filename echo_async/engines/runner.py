@@ -78,11 +78,8 @@ class Runner:
 
     def _begin_stall(self) -> None:
         self.is_stalled = True
-        self._connection.timeouts.restart_idle(self._context.now())
-
-    def _end_stall(self) -> None:
-        self.is_stalled = False
         self._connection.conversation.end_input()
+        self._connection.timeouts.restart_idle(self._context.now())
 
     def end(self) -> None:
         """End the waits: the server is about to end the connection. Provided by each runner."""

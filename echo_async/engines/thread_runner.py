@@ -71,7 +71,7 @@ class ThreadRunner(Runner):
             case End.STALL:
                 self._begin_stall()
                 self._ending.wait()
-                self._end_stall()
+                self.is_stalled = False
 
     def end(self) -> None:
         self.is_ending = True
