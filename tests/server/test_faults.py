@@ -19,6 +19,7 @@ from support import (
     BACKENDS,
     TIMEOUT,
     Backend,
+    ServerThread,
     StartServer,
     connect,
     fill,
@@ -704,3 +705,21 @@ def test_refuse_on_a_unix_socket_is_seen_as_documented(is_sending: bool, tmp_pat
                 client.sendall(MESSAGE)
         else:
             assert client.recv(100) == b""
+
+
+def test_stalled_connection_that_is_lost_ends(backend: Backend, tmp_path: Path) -> None:
+    """What the kernel has no room for tells the transport that the client is gone."""
+    if backend.engine == "threads":
+        pytest.skip("a thread has sent everything before it stalls")
+    path = str(tmp_path / "echo.sock")
+    size = 25_000  # of a message: a transport accepts another one below 64 KiB
+    options: ServerOptions = {"engine": backend.engine, "uds": path, "fault": f"stall={10 * size}", "mode": "stream"}
+    with (
+        ServerThread(backend.loop, options) as server,
+        socket.socket(socket.AF_UNIX) as client,
+    ):
+        client.connect(path)
+        client.sendall(10 * (b"a" * (size - 1) + b"\n"))
+        wait_until(lambda: server.stats.faults == {"stall": 1})
+        client.close()
+        wait_until(lambda: server.stats.active == 0)
