@@ -317,7 +317,7 @@ def test_any_chunk_kept_as_it_is_gives_the_same_outcome(
         for chunk in split(sent, sizes):
             last = conversation.receive(chunk)
             reply += b"".join([*conversation.parts, last])
-            conversation.parts = []
+            conversation.parts = ()
             assert len(reply) == conversation.answered
     assert Outcome.of(conversation, bytes(reply)) == run_conversation(mode, [sent] if sent else [], limit)
 

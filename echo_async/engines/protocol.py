@@ -119,7 +119,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     def _write_parts(self, conversation: Conversation) -> None:
         for part in conversation.parts:
             self._write(part)
-        conversation.parts = []
+        conversation.parts = ()
 
     def _linger_if_answered(self) -> None:
         """Linger, unless a task still answers, or a script leaves it to the client to close the connection."""

@@ -10,6 +10,7 @@ copying it. A chunk that consists of complete messages is returned as it is, wit
 an incomplete message if the engine takes a reply in parts.
 """
 
+from collections.abc import Sequence
 from io import BytesIO
 
 NEWLINE = 10  # ord("\n"), to compare with data[-1]; bytes also search for an integer faster than for bytes
@@ -61,7 +62,7 @@ class Conversation:
         self._parts: list[bytes] | None = None  # the incomplete message, up to its last large chunk
         self._collected: BytesIO | None = None  # the rest of it
         self.has_parts = False
-        self.parts: list[bytes] = []
+        self.parts: Sequence[bytes] = ()
 
     @property
     def answered(self) -> int:
