@@ -4,7 +4,7 @@ Layout, in reading order:
 
 ``wire``      what bytes mean, without IO: the conversation, faults, identity, PROXY headers, datagrams
 ``engines``   how bytes are carried: streams, protocol, threads
-``server``    who is accepted, counted and drained
+``server``    accepts, counts and drains connections
 ``service``   a process: workers, metrics, systemd, signals
 ``client``    the asyncio client, and what both clients share
 ``sync``      server and client without an event loop

@@ -1,4 +1,4 @@
-"""Runs the actions of a script, one after another: what does not depend on who waits.
+"""Runs the actions of a script, one after another: what a coroutine and a thread have in common.
 
 A connection that has a script gives its replies to a runner instead of its transport. The connection reads nothing
 until all actions are done, so a slow script applies backpressure. Waits end when the server stops.

@@ -1,1 +1,1 @@
-"""The server in a program: who is accepted, counted and drained. ``python -m echo_async.server`` for people."""
+"""The server: accepts, counts and drains connections. ``python -m echo_async.server`` runs it as a process."""

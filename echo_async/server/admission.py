@@ -130,7 +130,7 @@ class Admission:
 class PendingSlot(Slot):
     """The place of an accepted connection that sends a PROXY header or completes a TLS handshake first.
 
-    It is taken at accept and released once: by the connection that claims it, or by whoever ends the handshake.
+    It is taken at accept and released once: by the connection that claims it, or by the acceptor if that fails.
     """
 
     __slots__ = ("_pending", "connected", "is_aborted")
