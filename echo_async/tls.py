@@ -79,10 +79,10 @@ def _validate(server: ssl.SSLContext, certfile: StrPath) -> None:
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-    client.load_verify_locations(certfile)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    peers = [client.wrap_bio(to_client, to_server), server.wrap_bio(to_server, to_client, server_side=True)]
     with _loading_errors(StartError, f"the certificate {certfile}", "use a valid server certificate"):
+        client.load_verify_locations(certfile)  # the file may have changed since it was loaded
+        peers = [client.wrap_bio(to_client, to_server), server.wrap_bio(to_server, to_client, server_side=True)]
         for peer in (*peers, *peers):  # a handshake takes two rounds
             with contextlib.suppress(ssl.SSLWantReadError):
                 peer.do_handshake()

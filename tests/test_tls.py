@@ -14,6 +14,7 @@ import threading
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -31,6 +32,7 @@ from support import (
 import echo_async
 from echo_async.cli.server import main
 from echo_async.config import Mode
+from echo_async.tls import Certificates
 
 
 class CertificateFiles:
@@ -351,6 +353,23 @@ def test_sighup_reloads_certificates(kind: list[str], files: CertificateFiles, t
             old.sendall(b"still open\n")
             assert receive_line(old) == b"still open\n"
         assert server.stop()[0] == 0
+
+
+def test_certificate_replaced_while_it_is_loaded_is_a_start_error(
+    files: CertificateFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker ends on any other error, and with it all of its connections."""
+    served = tmp_path / "served.pem"
+    shutil.copy(files.server, served)
+    load = ssl.SSLContext.load_cert_chain
+
+    def load_and_replace(*args: Any) -> None:
+        load(*args)
+        served.write_text("invalid")
+
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", load_and_replace)
+    with pytest.raises(echo_async.StartError, match=r"cannot load the certificate .*served\.pem"):
+        Certificates(echo_async.ServerConfig(ssl_certfile=served))
 
 
 def test_concurrent_tls_clients_all_get_their_reply(start_server: StartServer, files: CertificateFiles) -> None:
