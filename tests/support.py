@@ -25,8 +25,9 @@ from typing import IO, Any, NamedTuple, Protocol, TypeVar, Unpack
 import pytest
 
 import echo_async
-from echo_async.config import EngineName, ServerOptions
+from echo_async.config import EngineName, Mode, ServerOptions
 from echo_async.loops import LoopName, loop_factory
+from echo_async.wire.conversation import MODES, Conversation
 
 T = TypeVar("T")
 
@@ -342,6 +343,11 @@ async def wait_in_loop(condition: Callable[[], bool]) -> None:
     while not condition():
         assert monotonic() < deadline, f"condition not met within {TIMEOUT} s"
         await asyncio.sleep(0)
+
+
+def make_conversation(mode: Mode, limit: int) -> Conversation:
+    """Create a conversation whose messages have at most ``limit`` bytes."""
+    return MODES[mode](limit)
 
 
 def log_lines(caplog: pytest.LogCaptureFixture, level: int) -> list[str]:

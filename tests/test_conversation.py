@@ -14,10 +14,11 @@ from itertools import product
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import make_conversation
 
 import echo_async.wire.conversation
 from echo_async.config import Mode
-from echo_async.wire.conversation import LARGE_CHUNK, Conversation, make_conversation
+from echo_async.wire.conversation import LARGE_CHUNK, Conversation
 
 MODES: tuple[Mode, ...] = ("message", "stream", "raw")
 LIMIT = 1_048_576

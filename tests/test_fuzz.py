@@ -18,11 +18,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from support import BACKENDS, Backend, ServerThread, connect, is_echoed, receive_all, reset, wait_until
+from support import (
+    BACKENDS,
+    Backend,
+    ServerThread,
+    connect,
+    is_echoed,
+    make_conversation,
+    receive_all,
+    reset,
+    wait_until,
+)
 
 import echo_async
 from echo_async.config import Mode
-from echo_async.wire.conversation import Conversation, make_conversation
+from echo_async.wire.conversation import Conversation
 
 MODES: list[Mode] = ["message", "stream", "raw"]
 

@@ -20,7 +20,9 @@ LARGE_CHUNK = 64 * 1024  # bytes; from this size on, a write of its own takes le
 
 
 class Conversation:
-    """The state of one connection's message exchange. Use :func:`make_conversation` to create one.
+    """The state of one connection's message exchange. ``MODES`` has the class of each mode.
+
+    A message has at most ``max_message_size`` bytes, including its newline.
 
     Attributes:
         finished: No further input is answered. Send the replies so far, close the sending side, discard input.
@@ -242,8 +244,3 @@ MODES: dict[str, type[Conversation]] = {
     "raw": RawConversation,
     "identify": StreamConversation,  # what each reply consists of is not a matter of the conversation
 }
-
-
-def make_conversation(mode: str, limit: int) -> Conversation:
-    """Create a conversation in ``mode``; a message has at most ``max_message_size`` bytes, including its newline."""
-    return MODES[mode](limit)
