@@ -226,6 +226,7 @@ def test_fuzz_any_actions_of_clients_get_correct_replies(
     caplog.clear()
 
 
+@pytest.mark.usefixtures("warm_up_loops")
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     backend=st.sampled_from(BACKENDS),
