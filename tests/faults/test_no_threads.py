@@ -131,7 +131,8 @@ def run_in_subinterpreter(call: str) -> str:
     """Evaluate ``call`` in an isolated subinterpreter of a new process; return its result, or its ``EchoError``."""
     command = [sys.executable, "-c", SUBINTERPRETER, CALL.replace("{}", call)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    assert done.returncode == 0, done.stderr
+    if sys.version_info[:2] != (3, 12):  # which crashes at exit if a subinterpreter has imported ssl, whatever it did
+        assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     return done.stdout
 
