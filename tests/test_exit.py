@@ -155,7 +155,7 @@ def test_leaves_a_server_open():
 
 
 THREAD_PROGRAM = """
-import sys, threading
+import sys, threading, time
 from echo_async import sync
 
 def fail_later():
@@ -165,6 +165,8 @@ def fail_later():
 server = sync.serve(port=0, mode="stream")
 print(server.port, flush=True)
 threading.Thread(target=fail_later).start()
+while not server.stats.messages:  # Python 3.12 starts no thread once the main thread has ended
+    time.sleep(0.01)
 """
 
 
