@@ -2,58 +2,69 @@
 
 import threading
 from collections.abc import Collection
+from copy import copy
 
 from ..engines.connection import Connection
 from ..stats import COUNTERS, Stats
+from ..wire.conversation import Conversation
 from ..wire.datagrams import DatagramCounters
+
+
+class Exchanged:
+    """What was exchanged on connections. Attributes and one call, since this is done for each connection."""
+
+    __slots__ = ("accepted", "bytes_in", "bytes_out", "messages")
+
+    def __init__(self) -> None:
+        self.accepted = self.messages = self.bytes_in = self.bytes_out = 0
+
+    def add(self, connection: Connection) -> None:
+        """Add what was exchanged on ``connection`` so far."""
+        conversation, runner = connection.conversation, connection.runner
+        self.accepted += 1
+        self.messages += conversation.messages
+        self.bytes_in += conversation.received
+        self.bytes_out += conversation.answered if runner is None else runner.sent
 
 
 class Counters:
     """Totals of events and of closed connections. Safe to use from several threads.
 
-    ``lock`` is held while they change. With it held, a connection is open or in the totals.
+    ``lock`` is held while they change. With it held, a connection is open, or added to ``closed``.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self._totals = dict.fromkeys(COUNTERS, 0)
+        self.closed = Exchanged()
+        self._events = dict.fromkeys(COUNTERS, 0)
         self._faults: dict[str, int] = {}
         self.datagrams = DatagramCounters()
 
     def increment(self, name: str) -> None:
         """Count one event. ``name`` is a field of :class:`~echo_async.Stats`."""
         with self.lock:
-            self._totals[name] += 1
+            self._events[name] += 1
 
     def count_fault(self, kind: str) -> None:
         """Count a connection or datagram on which a fault took effect."""
         with self.lock:
             self._faults[kind] = self._faults.get(kind, 0) + 1
 
-    def add_closed(self, connection: Connection) -> None:
-        """Add what was exchanged on a connection that is closed. ``lock`` is held."""
-        _add(self._totals, connection)
-        conversation = connection.conversation
-        if conversation.incomplete:
-            self._totals["too_long" if conversation.too_long else "lost"] += 1
+    def add_unanswered(self, conversation: Conversation) -> None:
+        """Count the message that a connection was closed with. ``lock`` is held."""
+        self._events["too_long" if conversation.too_long else "lost"] += 1
 
     def snapshot(self, active: Collection[Connection]) -> Stats:
         """The totals, with what was exchanged on open connections added. ``lock`` is held."""
-        totals, faults = dict(self._totals), dict(self._faults)
-        totals["active"] = len(active)
+        exchanged, totals = copy(self.closed), dict(self._events)
         for connection in active:
-            _add(totals, connection)
+            exchanged.add(connection)
             totals["too_long"] += connection.conversation.too_long
         datagrams = self.datagrams
+        totals["active"] = len(active)
+        totals["accepted"] += exchanged.accepted
+        totals["messages"] = exchanged.messages
         totals["datagrams"] = datagrams.answered
-        totals["bytes_in"] += datagrams.received
-        totals["bytes_out"] += datagrams.sent
-        return Stats(**totals, datagrams_refused=dict(datagrams.refused), faults=faults)
-
-
-def _add(totals: dict[str, int], connection: Connection) -> None:
-    conversation = connection.conversation
-    totals["accepted"] += 1
-    totals["messages"] += conversation.messages
-    totals["bytes_in"] += conversation.received
-    totals["bytes_out"] += connection.answered
+        totals["bytes_in"] = exchanged.bytes_in + datagrams.received
+        totals["bytes_out"] = exchanged.bytes_out + datagrams.sent
+        return Stats(**totals, datagrams_refused=dict(datagrams.refused), faults=dict(self._faults))

@@ -41,15 +41,20 @@ class Registry(ServerContext):
             connection.log_established()
 
     def remove(self, connection: Connection) -> None:
-        with self.counters.lock:
-            if connection not in self.connections:
+        connections, counters = self.connections, self.counters
+        with counters.lock:
+            if connection not in connections:
                 return
-            self.connections.remove(connection)
-            self._timed_out.discard(connection)
-            self.counters.add_closed(connection)
-        if connection.conversation.incomplete or self.log_chunks:
+            connections.remove(connection)
+            conversation = connection.conversation
+            counters.closed.add(connection)
+            if self._timed_out:
+                self._timed_out.discard(connection)
+            if conversation.incomplete:
+                counters.add_unanswered(conversation)
+        if conversation.incomplete or self.log_chunks:
             connection.log_closed()
-        if self.on_empty is not None and not self.connections:
+        if self.on_empty is not None and not connections:
             self.on_empty()
 
     def withdraw(self, connection: Connection) -> None:

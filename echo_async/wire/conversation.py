@@ -143,18 +143,23 @@ class Conversation:
         """Answer one message, then finish."""
         if self.finished:
             return self._discard(data)
-        self.received += len(data)
-        if NEWLINE not in data:
+        size, end = len(data), data.find(b"\n") + 1
+        self.received += size
+        if end == size <= self.max_message_size and self._is_at_boundary:  # the whole message, as usual
+            self.messages += 1
+            self.finished = True
+            self._is_at_boundary = False
+            return data
+        if not end:
             self._store_partial(data)
             return b""
-        end = data.find(b"\n") + 1
         if self.incomplete + end > self.max_message_size:
-            self.incomplete += len(data)
+            self.incomplete += size
             self._reject_too_long()
             return b""
         self.messages += 1
-        self.discarded += len(data) - end
-        reply = self._complete_partial(data if end == len(data) else data[:end])
+        self.discarded += size - end
+        reply = self._complete_partial(data[:end])
         self.end_input()
         return reply
 
