@@ -6,18 +6,20 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable
-from typing import Protocol
+from importlib import import_module
+from typing import Protocol, cast
 
 from ..compat import is_readable
+from ..config import ServerConfig
 from ..engines.context import ServerContext, Slot
 from ..engines.loop_internals import ABORT_TURNS, keep_freed_memory, run_turns, start_serving, stop_accepting
-from ..tls import Certificates
 from .accept_loop import AcceptLoop
-from .admission import Admission, NativeSlot
+from .admission import NativeSlot
+from .base_server import Acceptor
 from .listeners import ListeningSockets
 from .registry import DRAIN_INTERVAL
 from .sweeper import Sweeper
-from .udp import Receiver, start_receiver
+from .udp import start_receiver
 
 
 class AsyncioEngine(Protocol):
@@ -30,54 +32,35 @@ class AsyncioEngine(Protocol):
         """Return a server that makes such protocols, and does not serve yet."""
 
 
-class AsyncioAcceptor:
-    """Serves ``listeners`` with ``engine`` in the running event loop; ``on_closed`` is called at the end.
+class AsyncioAcceptor(Acceptor):
+    """Serves connections in the running event loop, and sweeps them for timeouts meanwhile."""
 
-    It sweeps the connections for timeouts meanwhile.
-    """
-
-    def __init__(
-        self,
-        engine: AsyncioEngine,
-        admission: Admission,
-        listeners: ListeningSockets,
-        certificates: Certificates | None,
-        on_closed: Callable[[], object],
-    ) -> None:
-        self._engine = engine
-        self._admission = admission
-        self._registry = admission.registry
-        self._listeners = listeners
-        self._certificates = certificates
-        self._on_closed = on_closed
+    def __init__(self, config: ServerConfig, sockets: ListeningSockets, on_closed: Callable[[], object]) -> None:
+        super().__init__(config, sockets, on_closed)
+        self._engine = cast(AsyncioEngine, import_module(f"..engines.{config.engine}", __package__))
         self._loop = asyncio.get_running_loop()
         self._servers: list[asyncio.Server | AcceptLoop] = []
-        self._sweeper = Sweeper(self._registry)
-        self._receiver: Receiver | None = None
-        self._is_stopping = self._is_aborting = False
+        self._sweeper = Sweeper(self.registry)
 
     async def start(self) -> None:
-        """Accept connections from now on. Once, after the acceptor is made."""
         keep_freed_memory()
         try:
-            for listener in self._listeners.sockets if self._admission.config.accepts else ():
+            for listener in self.sockets.sockets if self.config.accepts else ():
                 self._servers.append(await self._serve(listener))
-            self._receiver = start_receiver(self._admission, self._listeners.datagram_sockets)
+            self._receiver = start_receiver(self._admission, self.sockets.datagram_sockets)
         except BaseException:  # canceled
             self._stop_listening()
-            self._registry.abort()
+            self.registry.abort()
             raise
         self._sweeper.start()
 
     async def _serve(self, listener: socket.socket) -> asyncio.Server | AcceptLoop:
-        config = self._admission.config
-        if self._certificates is None and not self._admission.expects_header and not config.has_scripts:
-            server = await self._engine.create_server(self._registry, NativeSlot(self._admission), listener)
-            return await start_serving(server, listener, config.backlog)
-        return AcceptLoop(self._admission, self._loop, listener, self._certificates, self._engine.create_protocol)
+        if self.certificates is None and not self._admission.expects_header and not self.config.has_scripts:
+            server = await self._engine.create_server(self.registry, NativeSlot(self._admission), listener)
+            return await start_serving(server, listener, self.config.backlog)
+        return AcceptLoop(self._admission, self._loop, listener, self.certificates, self._engine.create_protocol)
 
     def close(self) -> None:
-        """Begin the graceful shutdown. Returns at once; safe to call twice, and from any thread."""
         if _is_running(self._loop):
             self._begin_shutdown()
         else:
@@ -85,13 +68,9 @@ class AsyncioAcceptor:
                 self._loop.call_soon_threadsafe(self._begin_shutdown)
 
     def abort(self) -> None:
-        """Shut down without waiting for any client. Call it in the event loop."""
         self._is_aborting = True
         self.close()
-        self._registry.abort()
-
-    def join(self) -> None:
-        """Do nothing: nothing is left to wait for after ``on_closed``."""
+        self.registry.abort()
 
     def _begin_shutdown(self) -> None:
         if not self._is_stopping:
@@ -99,15 +78,15 @@ class AsyncioAcceptor:
             self._shutdown = self._loop.create_task(self._shut_down())
 
     async def _shut_down(self) -> None:
-        registry = self._registry
+        registry = self.registry
         emptied = asyncio.Event()
         registry.on_empty = emptied.set
-        deadline = self._loop.time() + self._admission.config.timeout_graceful_shutdown
+        deadline = self._loop.time() + self.config.timeout_graceful_shutdown
         try:
             self._stop_udp()
             if self._servers:
                 await self._drain_backlog()
-            self._listeners.shut_down()
+            self.sockets.shut_down()
             for server in self._servers:
                 server.close()
             await run_turns(1)  # nothing waits for a listener when it is closed: select would fail
@@ -130,8 +109,8 @@ class AsyncioAcceptor:
 
     async def _drain_backlog(self) -> None:
         """Accept what waits in the backlogs: closing a listener resets it, whatever it has sent."""
-        listeners = self._listeners.sockets
-        turns = len(listeners) * self._admission.config.backlog  # connections that arrive now do not extend this
+        listeners = self.sockets.sockets
+        turns = len(listeners) * self.config.backlog  # connections that arrive now do not extend this
         while turns and is_readable(listeners) and not self._is_aborting:
             turns -= 1
             await run_turns(1)
@@ -140,19 +119,13 @@ class AsyncioAcceptor:
                 server.stop()
         await stop_accepting(self._loop, listeners)
 
-    def _stop_udp(self) -> None:
-        if self._receiver is not None:
-            self._receiver.stop()
-            self._receiver.wait_stopped()
-        self._listeners.close_udp()
-
     def _stop_listening(self) -> None:
         self._stop_udp()
-        self._listeners.shut_down()
+        self.sockets.shut_down()
         for server in self._servers:
             server.close()
         self._servers.clear()
-        self._listeners.close()
+        self.sockets.close()
 
 
 def _is_running(loop: asyncio.AbstractEventLoop) -> bool:

@@ -1,10 +1,10 @@
-"""The listeners of a server, and what its servers on an event loop and on threads have in common."""
+"""What the servers on an event loop and on threads have in common: a server is a list of listeners."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import cast
 
 from ..config import ServerConfig
 from ..engines.context import ConversationFactory
@@ -15,22 +15,19 @@ from ..tls import Certificates
 from .admission import Admission
 from .listeners import ListeningSockets
 from .registry import Registry
-
-if TYPE_CHECKING:
-    from .acceptor import AsyncioAcceptor
-    from .thread_acceptor import ThreadAcceptor
-
-A = TypeVar("A", bound="AsyncioAcceptor | ThreadAcceptor")
+from .udp import Receiver
 
 
-class Listener(Generic[A]):
-    """What serves the connections to one set of addresses, and counts them."""
+class Acceptor:
+    """What serves the connections to the addresses of one listener, and counts them.
+
+    ``on_closed`` is called once no socket, connection or task of it is left.
+    """
 
     def __init__(
         self,
         config: ServerConfig,
         sockets: ListeningSockets,
-        make_acceptor: Callable[..., A],
         on_closed: Callable[[], object],
         make_conversation: ConversationFactory | None = None,
     ) -> None:
@@ -43,20 +40,44 @@ class Listener(Generic[A]):
             raise
         self.registry = Registry(config, make_conversation)
         self.registry.listener = sockets.name
-        self.acceptor = make_acceptor(Admission(self.registry), sockets, self.certificates, on_closed)
+        self._admission = Admission(self.registry)
+        self._on_closed = on_closed
+        self._receiver: Receiver | None = None  # of datagrams
+        self._is_stopping = self._is_aborting = False
+
+    async def start(self) -> None:
+        """Accept connections from now on. Once, after the acceptor is made."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Begin the graceful shutdown. Returns at once; safe to call twice, and from any thread."""
+        raise NotImplementedError
+
+    def abort(self) -> None:
+        """Shut down without waiting for any client. In an event loop, call it there."""
+        raise NotImplementedError
+
+    def join(self) -> None:
+        """Wait for what is left after ``on_closed``: the thread that called it."""
+
+    def _stop_udp(self) -> None:
+        if self._receiver is not None:
+            self._receiver.stop()
+            self._receiver.wait_stopped()
+        self.sockets.close_udp()
 
 
-class BaseServer(Generic[A]):
+class BaseServer:
     """A server that has one listener, or several that are started and closed together."""
 
-    def __init__(self, listeners: Sequence[Listener[A]]) -> None:
-        self._listeners = list(listeners)
+    def __init__(self, acceptors: Sequence[Acceptor]) -> None:
+        self._acceptors = list(acceptors)
         self._is_stopping = False
 
     @property
     def config(self) -> ServerConfig:
         """The configuration; of several listeners that of the first."""
-        return self._listeners[0].config
+        return self._acceptors[0].config
 
     @property
     def address(self) -> tuple[str, int]:
@@ -69,7 +90,7 @@ class BaseServer(Generic[A]):
     @property
     def addresses(self) -> list[Address]:
         """Host and port, or Unix socket path, of every listening socket."""
-        return [address for each in self._listeners for address in each.sockets.addresses]
+        return [address for each in self._acceptors for address in each.sockets.addresses]
 
     @property
     def port(self) -> int | None:
@@ -80,16 +101,16 @@ class BaseServer(Generic[A]):
     @property
     def sockets(self) -> tuple[socket.socket, ...]:
         """The listening sockets; empty once they are closed."""
-        return tuple(each for listener in self._listeners for each in listener.sockets.sockets)
+        return tuple(each for acceptor in self._acceptors for each in acceptor.sockets.sockets)
 
     @property
     def stats(self) -> Stats:
         """A snapshot of the counters, summed over the listeners."""
-        return sum((each.registry.stats for each in self._listeners), Stats())
+        return sum((each.registry.stats for each in self._acceptors), Stats())
 
     def is_serving(self) -> bool:
         """Whether connections are accepted, on every listener."""
-        return not self._is_stopping and all(each.sockets.sockets for each in self._listeners)
+        return not self._is_stopping and all(each.sockets.sockets for each in self._acceptors)
 
     def reload_certificates(self) -> bool:
         """Read the certificate files again, for new connections. No connection is closed.
@@ -100,7 +121,7 @@ class BaseServer(Generic[A]):
         Raises:
             StartError: A file is invalid. The previous certificates stay in use.
         """
-        certificates = [each.certificates for each in self._listeners if each.certificates is not None]
+        certificates = [each.certificates for each in self._acceptors if each.certificates is not None]
         for each in certificates:
             each.reload()
         return bool(certificates)
@@ -112,11 +133,11 @@ class BaseServer(Generic[A]):
         are open after ``timeout_graceful_shutdown`` seconds are aborted.
         """
         self._is_stopping = True
-        for each in self._listeners:
-            each.acceptor.close()
+        for each in self._acceptors:
+            each.close()
 
     def abort(self) -> None:
         """Shut down without waiting for any client. In an event loop, call it there."""
         self._is_stopping = True
-        for each in self._listeners:
-            each.acceptor.abort()
+        for each in self._acceptors:
+            each.abort()

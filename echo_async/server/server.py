@@ -12,8 +12,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import Self, Unpack
 
 from .. import net
 from ..awaitable import AwaitableContextManager
@@ -22,12 +21,8 @@ from ..errors import StartError, describe_error
 from ..resolver import run_resolver
 from ..stats import Stats
 from .admission import max_connections
-from .base_server import BaseServer, Listener
+from .base_server import Acceptor, BaseServer
 from .listeners import ListenerConfig, ListeningSockets
-
-if TYPE_CHECKING:
-    from .acceptor import AsyncioAcceptor
-    from .thread_acceptor import ThreadAcceptor
 
 LISTENER_DESCRIPTORS = 8  # of a listener besides its connections: sockets, and selectors of the threads engine
 
@@ -99,24 +94,22 @@ def divide_limit(listeners: Sequence[ListenerConfig]) -> Iterator[ServerConfig]:
         yield replace(config, limit_connections=share)
 
 
-def acceptor_of(engine: EngineName) -> Callable[..., AsyncioAcceptor | ThreadAcceptor]:
-    """Return what creates the acceptor of ``engine``; no other engine is imported."""
+def acceptor_of(engine: EngineName) -> Callable[..., Acceptor]:
+    """Return the class that serves a listener with ``engine``; nothing of another engine is imported."""
     if engine == "threads":
         from .thread_acceptor import ThreadAcceptor
 
         return ThreadAcceptor
     from .acceptor import AsyncioAcceptor
 
-    return partial(AsyncioAcceptor, import_module(f"..engines.{engine}", __package__))
+    return AsyncioAcceptor
 
 
-class EchoServer(BaseServer["AsyncioAcceptor | ThreadAcceptor"]):
+class EchoServer(BaseServer):
     """A running echo server; :func:`serve` creates one."""
 
     def __init__(self, bound: Iterable[tuple[ServerConfig, ListeningSockets]]) -> None:
-        super().__init__(
-            [Listener(config, sockets, acceptor_of(config.engine), self._on_closed) for config, sockets in bound]
-        )
+        super().__init__([acceptor_of(config.engine)(config, sockets, self._on_closed) for config, sockets in bound])
         self._loop = asyncio.get_running_loop()
         self._serving = 0  # listeners that were started and are not closed
         self._closed = asyncio.Event()
@@ -127,12 +120,12 @@ class EchoServer(BaseServer["AsyncioAcceptor | ThreadAcceptor"]):
         The caller closes the sockets then.
         """
         try:
-            for each in self._listeners:
-                await each.acceptor.start()
+            for each in self._acceptors:
+                await each.start()
                 self._serving += 1
         except BaseException as error:
-            del self._listeners[self._serving :]
-            if self._listeners:
+            del self._acceptors[self._serving :]
+            if self._acceptors:
                 self.abort()
                 await self.wait_closed()
             if not isinstance(error, OSError | NotImplementedError):
@@ -144,11 +137,11 @@ class EchoServer(BaseServer["AsyncioAcceptor | ThreadAcceptor"]):
     @property
     def listener_names(self) -> list[str]:
         """The first address of each listener, formatted."""
-        return [each.sockets.name for each in self._listeners]
+        return [each.sockets.name for each in self._acceptors]
 
     async def fetch_stats(self) -> list[Stats]:
         """Return the counters of each listener."""
-        return [each.registry.stats for each in self._listeners]
+        return [each.registry.stats for each in self._acceptors]
 
     async def is_healthy(self) -> bool:
         """Return whether connections are accepted."""
@@ -168,8 +161,8 @@ class EchoServer(BaseServer["AsyncioAcceptor | ThreadAcceptor"]):
             raise
         finally:
             if self._closed.is_set():
-                for each in self._listeners:
-                    each.acceptor.join()
+                for each in self._acceptors:
+                    each.join()
 
     async def serve_forever(self) -> None:
         """Wait until the server is closed; close it if this is canceled."""

@@ -11,16 +11,18 @@ from functools import partial
 
 from ..background import start_thread
 from ..compat import accepted_socket
+from ..config import ServerConfig
+from ..engines.context import ConversationFactory
 from ..engines.threads import ThreadConnection
 from ..engines.tls_socket import TlsSocket
 from ..errors import StartError, describe_error
 from ..net import format_address, shut_down
-from ..tls import Certificates
-from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission, PendingSlot
+from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, PendingSlot
+from .base_server import Acceptor
 from .listeners import ListeningSockets
 from .proxy_reader import receive_first_byte, receive_header
 from .registry import DRAIN_INTERVAL
-from .udp import Receiver, start_receiver
+from .udp import start_receiver
 
 ACCEPT_BATCH = 16  # connections that are accepted between two checks of the clock
 JOIN_TIMEOUT = 5.0  # seconds for threads whose sockets were shut down to end
@@ -34,29 +36,23 @@ class Accepted(enum.Enum):
     FAILED = enum.auto()
 
 
-class ThreadAcceptor:
-    """Serves ``listeners`` with one thread per connection; ``on_closed`` is called at the end, in the accept thread.
+class ThreadAcceptor(Acceptor):
+    """Serves connections with one thread each; ``on_closed`` is called in the accept thread.
 
     Its threads do not keep the program running: it is aborted when the interpreter exits.
     """
 
     def __init__(
         self,
-        admission: Admission,
-        listeners: ListeningSockets,
-        certificates: Certificates | None,
+        config: ServerConfig,
+        sockets: ListeningSockets,
         on_closed: Callable[[], object],
+        make_conversation: ConversationFactory | None = None,
     ) -> None:
-        self._admission = admission
-        self._registry = admission.registry
-        self._listeners = listeners
-        self._certificates = certificates
-        self._on_closed = on_closed
-        self._accepting = listeners.sockets if admission.config.accepts else ()
+        super().__init__(config, sockets, on_closed, make_conversation)
+        self._accepting = self.sockets.sockets if self.config.accepts else ()
         self._threads: set[threading.Thread] = set()
         self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
-        self._is_stopping = self._is_aborting = False
-        self._receiver: Receiver | None = None
 
     async def start(self) -> None:
         """The same as :meth:`start_thread`, which does not block."""
@@ -68,10 +64,10 @@ class ThreadAcceptor:
         :exc:`~echo_async.StartError` for lack of descriptors or threads; then the listeners are closed.
         """
         with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self._listeners.close)
+            on_failure.callback(self.sockets.close)
             try:
                 self._resources = on_failure.enter_context(self._open_resources())
-                self._receiver = start_receiver(self._admission, self._listeners.datagram_sockets)
+                self._receiver = start_receiver(self._admission, self.sockets.datagram_sockets)
                 on_failure.callback(self._stop_udp)
                 self._thread = start_thread(self._run, "echo-async accept", stop=self.abort)
             except (OSError, RuntimeError) as error:
@@ -102,7 +98,6 @@ class ThreadAcceptor:
             self._wake()
 
     def abort(self) -> None:
-        """Shut down without waiting for any client."""
         self._is_aborting = True
         self.close()
 
@@ -114,12 +109,6 @@ class ThreadAcceptor:
         """Wait for the end of the accept thread, which is the last."""
         self._thread.join()
 
-    def _stop_udp(self) -> None:
-        if self._receiver is not None:
-            self._receiver.stop()
-            self._receiver.wait_stopped()
-        self._listeners.close_udp()
-
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # it is awake, or closed
             self._waker.send(b"\0")
@@ -130,21 +119,21 @@ class ThreadAcceptor:
         try:
             self._accept_until_stopped()
             self._stop_udp()
-            self._listeners.close()
+            self.sockets.close()
             self._abort_pending()
-            self._registry.drain()
-            self._wait_for_connections(self._admission.config.timeout_graceful_shutdown, or_abort=True)
+            self.registry.drain()
+            self._wait_for_connections(self.config.timeout_graceful_shutdown, or_abort=True)
         finally:
             self._stop_udp()
-            self._listeners.close()
+            self.sockets.close()
             self._abort_pending()
-            self._registry.abort()
+            self.registry.abort()
             self._wait_for_connections(JOIN_TIMEOUT)
             self._resources.close()
             self._on_closed()
 
     def _accept_until_stopped(self) -> None:
-        now, interval = self._registry.now, self._registry.sweep_interval
+        now, interval = self.registry.now, self.registry.sweep_interval
         next_sweep = now() + interval
         while not self._is_stopping:
             for key, _ in self._listener_selector.select(max(0.0, next_sweep - now())):
@@ -152,7 +141,7 @@ class ThreadAcceptor:
                     self._waker_selector.select(ACCEPT_RETRY_DELAY)
             self._forget_finished()
             if now() >= next_sweep:
-                self._registry.sweep()
+                self.registry.sweep()
                 next_sweep = now() + interval
         for listener in self._accepting:  # closing resets the connections in its backlog
             while self._accept(listener) is Accepted.MAYBE_MORE:
@@ -177,7 +166,7 @@ class ThreadAcceptor:
             except Exception as error:
                 if slot is not None:
                     slot.release()
-                self._registry.fail(format_address(peername), error)
+                self.registry.fail(format_address(peername), error)
                 connection.close()
         return Accepted.MAYBE_MORE
 
@@ -185,11 +174,11 @@ class ThreadAcceptor:
         """Serve a connection in a thread of its own; close it if there is none."""
         run: Callable[[], None]
         withdraw: Callable[[], None]
-        if self._certificates is None and not self._admission.expects_header:
-            connection = ThreadConnection(self._registry, slot, slot.connected)
+        if self.certificates is None and not self._admission.expects_header:
+            connection = ThreadConnection(self.registry, slot, slot.connected)
             connection.establish()
             slot.claim()
-            run, withdraw = connection.run, partial(self._registry.withdraw, connection)
+            run, withdraw = connection.run, partial(self.registry.withdraw, connection)
         else:
             run, withdraw = partial(self._establish, slot), partial(self._withdraw, slot)
         try:
@@ -205,12 +194,12 @@ class ThreadAcceptor:
     def _withdraw(self, slot: PendingSlot) -> None:
         """Count a pending connection that has no thread as refused."""
         slot.release()
-        self._registry.counters.increment("refused")
+        self.registry.counters.increment("refused")
 
     def _abort_pending(self) -> None:
         """End handshakes. A PROXY header that has arrived is still read; a TLS handshake is cut."""
-        how = socket.SHUT_RD if self._certificates is None else socket.SHUT_RDWR
-        for slot in list(self._registry.pending):
+        how = socket.SHUT_RD if self.certificates is None else socket.SHUT_RDWR
+        for slot in list(self.registry.pending):
             slot.is_aborted = True
             with contextlib.suppress(OSError):  # it has ended
                 slot.connected.shutdown(how)
@@ -221,7 +210,7 @@ class ThreadAcceptor:
             self._threads.discard(self._finished.popleft())
 
     def _wait_for_connections(self, seconds: float, *, or_abort: bool = False) -> None:
-        now = self._registry.now
+        now = self.registry.now
         deadline = now() + seconds
         while self._threads and now() < deadline and not (or_abort and self._is_aborting):
             if self._finished:
@@ -229,7 +218,7 @@ class ThreadAcceptor:
             elif self._waker_selector.select(DRAIN_INTERVAL):
                 self._wakened.recv(4096)
             self._forget_finished()
-            self._registry.sweep()
+            self.registry.sweep()
 
     # A connection's thread.
 
@@ -249,16 +238,16 @@ class ThreadAcceptor:
         try:
             if admission.expects_header:
                 header = admission.new_header()
-                receive_header(slot.connected, header, admission.config.timeout_message)
+                receive_header(slot.connected, header, self.config.timeout_message)
                 slot.set_header(header)
-            if self._certificates is not None:
+            if self.certificates is not None:
                 fail = admission.fail_handshake
-                deadline = self._registry.now() + HANDSHAKE_TIMEOUT
+                deadline = self.registry.now() + HANDSHAKE_TIMEOUT
                 receive_first_byte(slot.connected, HANDSHAKE_TIMEOUT)
-                secured = TlsSocket(slot.connected, self._certificates.context)
-                secured.handshake(deadline - self._registry.now())
+                secured = TlsSocket(slot.connected, self.certificates.context)
+                secured.handshake(deadline - self.registry.now())
                 fail = admission.fail_header
-            connection = ThreadConnection(self._registry, slot, secured)
+            connection = ThreadConnection(self.registry, slot, secured)
             connection.establish()
         except Exception as error:
             fail(slot, SHUTTING_DOWN if slot.is_aborted else error)

@@ -11,7 +11,7 @@ from typing import Self, Unpack
 from ..config import ServerConfig, ServerOptions
 from ..engines.context import ConversationFactory
 from ..errors import ConfigError
-from ..server.base_server import BaseServer, Listener
+from ..server.base_server import BaseServer
 from ..server.listeners import ListeningSockets
 from ..server.thread_acceptor import ThreadAcceptor
 
@@ -38,14 +38,13 @@ def serve(**options: Unpack[ServerOptions]) -> EchoServer:
     return EchoServer(ServerConfig(**options))
 
 
-class EchoServer(BaseServer[ThreadAcceptor]):
+class EchoServer(BaseServer):
     """A running echo server on threads; :func:`serve` creates one. ``close`` is safe in a signal handler too."""
 
     def __init__(self, config: ServerConfig, make_conversation: ConversationFactory | None = None) -> None:
         self._closed = threading.Event()
-        listener = Listener(config, ListeningSockets.bind(config), ThreadAcceptor, self._closed.set, make_conversation)
-        super().__init__([listener])
-        self._acceptor = listener.acceptor
+        self._acceptor = ThreadAcceptor(config, ListeningSockets.bind(config), self._closed.set, make_conversation)
+        super().__init__([self._acceptor])
         self._acceptor.start_thread()
 
     def wait_closed(self) -> None:
