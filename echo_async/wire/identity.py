@@ -9,9 +9,10 @@ from __future__ import annotations
 import builtins
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import cache
 from types import UnionType
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ..errors import ReplyDifferent
 from .script import Action, Send, split_messages
@@ -30,6 +31,7 @@ SHORT_NAMES = {  # RFC 4514 section 3
     "organizationalUnitName": "OU",
     "stateOrProvinceName": "ST",
 }
+JSON_TYPES: dict[Any, type] = {Mapping: dict, Sequence: list}
 KUBERNETES_VARIABLES = {
     "pod": ("POD_NAME",),
     "namespace": ("POD_NAMESPACE", "NAMESPACE"),
@@ -183,7 +185,7 @@ class Identity:
         import json
 
         try:
-            identity = _identity_from_json(json.loads(line))
+            identity: Identity = _from_json(cls, "reply", json.loads(line))
             _content_of(identity)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"not an identify reply: {error}") from error
@@ -220,53 +222,25 @@ def _content_of(identity: Identity) -> bytes:
     return b64decode(identity.message_base64, validate=True)
 
 
-def _check_types(values: object, **types: type | UnionType) -> dict[str, Any]:
-    """Return the values of these names and types. :exc:`ValueError` if one has another type."""
-    if not isinstance(values, dict):
-        raise ValueError(f"expected a JSON object, received {values!r:.40}")
-    selected = {name: values.get(name) for name in types}
-    for name, value in selected.items():
-        if not isinstance(value, types[name]) or isinstance(value, bool):
-            raise ValueError(f"invalid {name}: {value!r:.40}")
-    return selected
+def _from_json(kind: Any, name: str, value: Any) -> Any:
+    """Convert a JSON value to the type ``kind`` of the field ``name``. :exc:`ValueError` if it is of another type."""
+    if isinstance(kind, type) and is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"invalid {name}: expected a JSON object, received {value!r:.40}")
+        return kind(**{each: _from_json(type, each, value.get(each)) for each, type in _field_types(kind).items()})
+    if isinstance(kind, UnionType):  # with None
+        return None if value is None else _from_json(get_args(kind)[0], name, value)
+    if isinstance(value, bool) or not isinstance(value, JSON_TYPES.get(get_origin(kind), kind)):
+        raise ValueError(f"invalid {name}: {value!r:.40}")
+    if get_args(kind)[1:] == (str,):
+        for key, text in value.items():
+            _from_json(str, key, text)
+    return value
 
 
-def _identity_from_json(values: object) -> Identity:
-    sections = _check_types(values, server=dict, kubernetes=dict, client=dict, proxy=dict | None, tls=dict | None)
-    server = _check_types(
-        sections["server"],
-        **dict.fromkeys(("hostname", "address", "version", "engine"), str | None),
-        pid=int | None,
-        labels=dict,
-    )
-    _check_types(server["labels"], **dict.fromkeys(server["labels"], str))
-    return Identity(
-        **_check_types(values, message=str | None, message_base64=str | None, bytes=int, number=int),
-        server=Responder(**server),
-        kubernetes=Kubernetes(
-            **_check_types(sections["kubernetes"], **dict.fromkeys(KUBERNETES_VARIABLES, str | None))
-        ),
-        client=_address_from_json(sections["client"]),
-        proxy=None if sections["proxy"] is None else _proxy_from_json(sections["proxy"]),
-        tls=None if sections["tls"] is None else _tls_from_json(sections["tls"]),
-    )
-
-
-def _address_from_json(values: object) -> Address:
-    return Address(**_check_types(values, address=str | None, port=int | None))
-
-
-def _proxy_from_json(values: dict[str, Any]) -> Proxy:
-    peer, source, destination = (_address_from_json(values.get(name)) for name in ("peer", "source", "destination"))
-    return Proxy(peer=peer, source=source, destination=destination, **_check_types(values, version=int, tlvs=dict))
-
-
-def _tls_from_json(values: dict[str, Any]) -> Tls:
-    texts = _check_types(values, **dict.fromkeys(("version", "cipher", "sni", "alpn"), str | None))
-    certificate = values.get("client_certificate")
-    if certificate is not None:
-        certificate = ClientCertificate(**_check_types(certificate, subject=str | None, sans=list, serial=str | None))
-    return Tls(**texts, client_certificate=certificate)
+@cache
+def _field_types(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 class Describer:
