@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from heapq import heappop, heappush
+from itertools import count
 from typing import Any, NamedTuple
 
 from ..compat import ANCILLARY_SIZE, find_reply_source, format_reply_source, receive_message
@@ -15,12 +17,15 @@ from ..errors import describe_error
 from ..logs import RateLimitedLog, access_log, log
 from ..net import UNSPECIFIED, format_address
 from ..wire.datagrams import RECEIVE_SIZE, REFUSALS, Refusals, SocketAddress, is_marked
+from ..wire.script import EchoScript, Report, Send, Wait
 from ..wire.text import excerpt
 from .admission import Admission
 
 BATCH = 32  # datagrams of one socket before other events get their turn
 GROWTH_INTERVAL = 4  # calls that answer one datagram each until one looks for a second
 DRAIN_BATCHES = 256  # of each socket at a stop: more than a receive buffer holds
+MAX_DELAYED_SIZE = 2**24  # bytes of memory for delayed replies
+DELAYED_OVERHEAD = 640  # bytes of memory of a delayed reply, besides its own
 
 
 class ReplyRoute(NamedTuple):
@@ -48,10 +53,10 @@ class ReplyRoute(NamedTuple):
 
 
 class DatagramResponder:
-    """Answers the datagrams of one server. Used by one thread at a time."""
+    """Answers the datagrams of one server, each with a fault plan of its own if there are any. Used by one thread.
 
-    has_faults = False
-    """Whether replies can be delayed."""
+    ``has_faults`` is whether replies can be delayed.
+    """
 
     def __init__(self, admission: Admission, sockets: Sequence[socket.socket]) -> None:
         config = admission.config
@@ -59,6 +64,11 @@ class DatagramResponder:
         self.context = admission.registry
         self._counters = self.context.counters.datagrams
         self._refusals = Refusals(config.udp_allow_from, [each.getsockname()[1] for each in sockets])
+        self._schedule = None if admission.scripts is None else admission.scripts.datagram_schedule()
+        self.has_faults = self._schedule is not None
+        self._delayed: list[tuple[float, int, bytes, ReplyRoute]] = []  # a heap, by time and number
+        self._delayed_size = 0
+        self._numbers = count()
         self._identifies = config.mode == "identify"
         is_on_all_addresses = any(each.getsockname()[0] in UNSPECIFIED for each in sockets)
         is_changed = self._identifies or self.has_faults
@@ -114,9 +124,24 @@ class DatagramResponder:
         self._counters.received += len(data)
         if self.context.log_messages:
             self._log(data, source)
-        self.send(reply, route)
+        plan = None if self._schedule is None else self._schedule.next_plan()
+        if plan is None:
+            return self._send(reply, route)
+        from ..wire.faults import FaultScript  # only for a server with faults
 
-    def send(self, reply: bytes, route: ReplyRoute) -> None:
+        delay = 0.0
+        for action in FaultScript(plan, EchoScript(is_raw=True), is_raw=True).reply_datagram(reply):
+            match action:
+                case Report():
+                    self.context.report(format_address(route.peer), action)
+                case Wait(seconds):
+                    delay = seconds
+                case Send(data) if delay:
+                    self._delay(delay, data, route)
+                case Send(data):
+                    self._send(data, route)
+
+    def _send(self, reply: bytes, route: ReplyRoute) -> None:
         self._counters.sent += len(reply)  # before it arrives: its receiver finds it counted
         try:
             route.send(reply)
@@ -135,9 +160,29 @@ class DatagramResponder:
         describer = describe_connection(self.context.config, None, None, route.get_extra_info)
         return describer.describe(data[: data.find(b"\n") + 1] or data + b"\n", self._counters.answered + 1)
 
+    def _delay(self, seconds: float, reply: bytes, route: ReplyRoute) -> None:
+        size = len(reply) + DELAYED_OVERHEAD
+        if self._delayed_size + size > MAX_DELAYED_SIZE:
+            return self.refuse(route.peer, "limit")
+        self._delayed_size += size
+        heappush(self._delayed, (self.context.now() + seconds, next(self._numbers), reply, route))
+
     def send_due(self) -> float | None:
         """Send the delayed replies that are due; return the seconds until the next is, None if there is none."""
+        while self._delayed:
+            seconds = self._delayed[0][0] - self.context.now()
+            if seconds > 0:
+                return seconds
+            self._send_next()
         return None
+
+    def _send_next(self) -> None:
+        _, _, reply, route = heappop(self._delayed)
+        self._delayed_size -= len(reply) + DELAYED_OVERHEAD
+        try:
+            self._send(reply, route)
+        except Exception as error:  # the others have to be sent too
+            self.context.fail(format_address(route.peer), error)
 
     def refuse(self, source: SocketAddress | None, reason: str, error: OSError | None = None) -> None:
         self._counters.refuse(reason)
@@ -155,7 +200,5 @@ class DatagramResponder:
             for _ in range(DRAIN_BATCHES):
                 if not self.receive(each):
                     break
-        self.send_delayed()
-
-    def send_delayed(self) -> None:
-        """Send delayed replies at once."""
+        while self._delayed:
+            self._send_next()

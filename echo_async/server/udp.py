@@ -100,17 +100,8 @@ def start_receiver(admission: Admission, sockets: Sequence[socket.socket]) -> Re
     """Answer the datagrams of ``sockets`` in the event loop, or in a thread of the engine ``threads``."""
     if not sockets:
         return None
-    responder = _make_responder(admission, sockets)
+    responder = DatagramResponder(admission, sockets)
     if admission.config.engine != "threads":
         with contextlib.suppress(NotImplementedError):  # asyncio.ProactorEventLoop
             return LoopReceiver(responder)
     return ThreadReceiver(responder)
-
-
-def _make_responder(admission: Admission, sockets: Sequence[socket.socket]) -> DatagramResponder:
-    schedule = None if admission.scripts is None else admission.scripts.datagram_schedule()
-    if schedule is None:
-        return DatagramResponder(admission, sockets)
-    from .faulty_datagram_responder import FaultyDatagramResponder
-
-    return FaultyDatagramResponder(schedule, admission, sockets)

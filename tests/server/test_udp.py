@@ -484,7 +484,7 @@ def test_udp_fault_delay_ends_at_a_stop(start_server: StartServer) -> None:
 
 
 def test_udp_fault_delay_holds_limited_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echo_async.server.faulty_datagram_responder.MAX_DELAYED_SIZE", 2000)
+    monkeypatch.setattr("echo_async.server.datagram_responder.MAX_DELAYED_SIZE", 2000)
     with faulty_server(fault="delay=60") as server, udp_client() as client:
         for _ in range(5):
             client.sendto(bytes(100), server.address)
