@@ -20,20 +20,6 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     from ssl import SSLContext
 
-__all__ = [
-    "CONNECT_TIMEOUT",
-    "HOST",
-    "PORT",
-    "REPLY_TIMEOUT",
-    "ClientConfig",
-    "ClientOptions",
-    "EngineName",
-    "Mode",
-    "ProxyProtocol",
-    "ServerConfig",
-    "ServerOptions",
-]
-
 HOST = "127.0.0.1"
 PORT = 5500
 CONNECT_TIMEOUT = 10.0  # seconds

@@ -65,19 +65,8 @@ def get_address(listener: socket.socket) -> Address:
     return name if isinstance(name, str) else name.decode("utf-8", "surrogateescape")
 
 
-def resolve_literal(config: ServerConfig) -> Sequence[AddressInfo] | None:
-    """Return the addresses of hosts that are IP addresses, without asking a resolver; None if one is a name."""
-    with contextlib.suppress(StartError):
-        return _resolve(config, socket.AI_NUMERICHOST)
-    return None
-
-
-def resolve(config: ServerConfig) -> Sequence[AddressInfo]:
-    """Return all addresses of the configured hosts. Blocks."""
-    return _resolve(config, 0)
-
-
-def _resolve(config: ServerConfig, flags: int) -> Sequence[AddressInfo]:
+def resolve(config: ServerConfig, flags: int = 0) -> Sequence[AddressInfo]:
+    """Return all addresses of the configured hosts. Blocks, unless ``flags`` has AI_NUMERICHOST."""
     if config.uds is not None or config.fd is not None:
         return []
     infos: list[AddressInfo] = []

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from operator import add
 from typing import Any
-
-__all__ = ["Stats"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +56,7 @@ class Stats:
     """Connections and datagrams on which a fault took effect, by kind; only kinds that occurred."""
 
     def __add__(self, other: Stats) -> Stats:
-        counts = {name: getattr(self, name) + getattr(other, name) for name in COUNTERS}
-        maps: dict[str, Any] = {name: _add(getattr(self, name), getattr(other, name)) for name in COUNTERS_BY_KIND}
-        return Stats(**counts, **maps)
+        return combine(self, other, add)
 
     def __str__(self) -> str:
         refused = [f"datagrams_refused_{reason}={count}" for reason, count in self.datagrams_refused.items()]
@@ -67,8 +64,13 @@ class Stats:
         return " ".join([f"{name}={getattr(self, name)}" for name in COUNTERS] + refused + faults)
 
 
-def _add(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    return {kind: one.get(kind, 0) + other.get(kind, 0) for kind in {**one, **other}}
+def combine(one: Stats, other: Stats, function: Callable[[int, int], int]) -> Stats:
+    """Return what ``function`` makes of each pair of counters."""
+    values: dict[str, Any] = {name: function(getattr(one, name), getattr(other, name)) for name in COUNTERS}
+    for name in COUNTERS_BY_KIND:
+        first, second = getattr(one, name), getattr(other, name)
+        values[name] = {kind: function(first.get(kind, 0), second.get(kind, 0)) for kind in {**first, **second}}
+    return Stats(**values)
 
 
 COUNTERS_BY_KIND = ("datagrams_refused", "faults")

@@ -20,7 +20,7 @@ from support import TIMEOUT, receive_all, run
 
 import echo_async
 from echo_async import ServerConfig, StartError, net
-from echo_async.net import Address, AddressInfo, adopt, bind, format_address, get_address, resolve, resolve_literal
+from echo_async.net import Address, AddressInfo, adopt, bind, format_address, get_address, resolve
 from echo_async.server.listeners import ListeningSockets
 
 
@@ -47,7 +47,7 @@ def _no_descriptor_is_left_open() -> Iterator[None]:
 def bound(**options: Any) -> Iterator[list[socket.socket]]:
     """Bind the listening sockets of these options, by default on any free port."""
     config = ServerConfig(**{"port": 0, **options})
-    infos: Any = [] if config.uds else resolve_literal(config) or resolve(config)
+    infos: Any = resolve(config)
     with ExitStack() as stack:
         sockets = bind(config, infos)
         for each in sockets:
@@ -232,14 +232,14 @@ def test_bind_of_ipv6_address_with_zone_is_supported() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1", "::"])
-def test_resolve_literal_with_an_ip_address_returns_it(host: str) -> None:
-    infos = resolve_literal(ServerConfig(host=host, port=0))
-    assert infos is not None
+def test_numeric_resolve_with_an_ip_address_returns_it(host: str) -> None:
+    infos = resolve(ServerConfig(host=host, port=0), socket.AI_NUMERICHOST)
     assert [info[4][0] for info in infos] == [host]
 
 
-def test_resolve_literal_with_a_host_name_returns_none() -> None:
-    assert resolve_literal(ServerConfig(host="localhost")) is None
+def test_numeric_resolve_with_a_host_name_is_an_error() -> None:
+    with pytest.raises(StartError):
+        resolve(ServerConfig(host="localhost"), socket.AI_NUMERICHOST)
     assert {info[4][0] for info in resolve(ServerConfig(host="localhost"))} <= {"127.0.0.1", "::1"}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -72,8 +73,9 @@ async def _bind(config: ServerConfig, descriptors: Sequence[int]) -> ListeningSo
     """Listen on one listener's addresses. A host name is resolved without blocking the event loop."""
     if descriptors:
         return ListeningSockets.adopt(descriptors, has_udp=config.udp)
-    infos = net.resolve_literal(config)
-    if infos is None:
+    try:
+        infos = net.resolve(config, socket.AI_NUMERICHOST)
+    except StartError:  # it is a name
         try:
             infos = await run_resolver(partial(net.resolve, config))
         except OSError as error:

@@ -7,6 +7,7 @@ answered before it. Only this module requires prometheus-client (extra ``metrics
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from email.utils import formatdate
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ from ..engines.loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS, start_servi
 from ..errors import StartError, describe_error
 from ..logs import log
 from ..stats import COUNTERS as STATS_COUNTERS
-from ..stats import COUNTERS_BY_KIND, Stats
+from ..stats import Stats, combine
 from ..wire.datagrams import REFUSALS
 from ..wire.text import escape
 from . import Service
@@ -107,15 +108,7 @@ def _families(prefix: str, labels: list[str], samples: Sequence[tuple[list[str],
 
 def _keep_monotonic(previous: Stats, current: Stats) -> Stats:
     """Never lower a counter: the fields are read while threads change them, and a decrease means a restart."""
-    counts = {name: max(getattr(previous, name), getattr(current, name)) for name in STATS_COUNTERS}
-    maps: dict[str, Any] = {
-        name: _highest(getattr(previous, name), getattr(current, name)) for name in COUNTERS_BY_KIND
-    }
-    return Stats(**{**counts, "active": current.active}, **maps)
-
-
-def _highest(previous: Mapping[str, int], current: Mapping[str, int]) -> dict[str, int]:
-    return {**current, **{kind: max(count, current.get(kind, 0)) for kind, count in previous.items()}}
+    return replace(combine(previous, current, max), active=current.active)
 
 
 class MetricsServer:
