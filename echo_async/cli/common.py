@@ -124,14 +124,11 @@ def _fast_exit(is_process: bool) -> Iterator[None]:
         gc.freeze()
 
 
-def run_command(command: click.Command, argv: Sequence[str] | None = None, obj: Any = None) -> int:
-    """Run ``command`` with ``argv`` (default: the arguments of the process) and return its exit code.
-
-    ``obj`` is that of its context.
-    """
+def run_command(command: click.Command, argv: Sequence[str] | None = None) -> int:
+    """Run ``command`` with ``argv`` (default: the arguments of the process) and return its exit code."""
     with standard_streams(), _fast_exit(argv is None):
         try:
-            return int(command.main(None if argv is None else list(argv), standalone_mode=False, obj=obj) or 0)
+            return int(command.main(None if argv is None else list(argv), standalone_mode=False) or 0)
         except click.exceptions.Exit as stop:
             return stop.exit_code
         except click.Abort:

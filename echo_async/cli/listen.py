@@ -58,12 +58,6 @@ def parse_listeners(
     return listeners
 
 
-def inherited_descriptors(specs: Sequence[str]) -> list[int]:
-    """Return the descriptors that ``specs`` have by number."""
-    found = (re.match(r"fd:([0-9]+)(,|$)", each) for each in specs)
-    return [int(each[1]) for each in found if each]
-
-
 def _parse(spec: str, values: Mapping[str, Any], inherited: Mapping[int, str]) -> ListenerConfig:
     address, *items = spec.split(",")
     location, descriptors = _parse_address(address, inherited)

@@ -1,38 +1,28 @@
-"""``echo-async run``: a server for the duration of another command.
-
-The server is a child process in a session of its own, so that Ctrl-C in the terminal does not reach it. It sends its
-address on the channel to this process. When the channel ends, whatever the reason, the server shuts down.
-``python -m echo_async.cli.run`` is this child.
-"""
+"""``echo-async run``: a server for the duration of another command."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
-import socket
 import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import click
-from click.core import ParameterSource
 
-from ..children import start_child
-from ..compat import add_signal_handler
+from ..background import start_thread
+from ..compat import add_signal_handler, remove_signal_handler
 from ..config import ADDRESS_OPTIONS
-from ..errors import ConfigError, StartError, describe_error
+from ..errors import ConfigError, describe_error
 from ..net import Address
+from ..service import Service
 from ..stdio import print_error
 from . import server
 from .common import CONTEXT, ExitCode, options, run_command, version_option
-from .listen import inherited_descriptors
 
 KILL_DELAY = 10.0  # seconds until a command that ignores SIGTERM is killed
 TERMINAL_SIGNALS = ("SIGINT", "SIGQUIT")  # which the terminal sends to every process in the foreground
@@ -42,16 +32,6 @@ LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}  # to connect to a server
 
 DEFAULTS = {"port": 0, "log_level": "warning"}
 OPTIONS = {name: replace(option, default=DEFAULTS.get(name, option.default)) for name, option in server.OPTIONS.items()}
-
-
-class RunCommand(server.ServerCommand):
-    """Keeps the arguments, of which those of the server are passed on unchanged."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        arguments = list(args)
-        rest = super().parse_args(ctx, args)
-        ctx.obj = arguments[: len(arguments) - len(ctx.params["arguments"])]
-        return rest
 
 
 HELP = """Run COMMAND with an echo server, and exit with its exit code.
@@ -71,7 +51,7 @@ Exit codes:
 """
 
 
-@click.command(cls=RunCommand, help=HELP, context_settings={**CONTEXT, "allow_interspersed_args": False})
+@click.command(cls=server.ServerCommand, help=HELP, context_settings={**CONTEXT, "allow_interspersed_args": False})
 @click.argument("arguments", metavar="-- COMMAND [ARG]...", nargs=-1, type=click.UNPROCESSED)
 @options(OPTIONS)
 @version_option()
@@ -79,87 +59,81 @@ Exit codes:
 def command(context: click.Context, /, arguments: Sequence[str], **values: Any) -> int:
     if not arguments:
         raise ConfigError("missing COMMAND (usage: echo-async run [OPTIONS] -- COMMAND [ARG]...)")
-    server_arguments = context.obj[:-1] if context.obj[-1:] == ["--"] else context.obj
-    environment = dict(os.environ)
-    specs = values["listen"] or []
-    for name in DEFAULTS:
-        if context.get_parameter_source(name) is ParameterSource.DEFAULT and not (name == "port" and specs):
-            environment[f"ECHO_ASYNC_{name}".upper()] = str(values[name])
-    descriptors = inherited_descriptors(specs) + ([] if values["fd"] is None else [values["fd"]])
-    with _server(server_arguments, environment, descriptors) as (process, channel):
-        return asyncio.run(Run(process, channel, arguments).run())
-
-
-@contextlib.contextmanager
-def _server(
-    arguments: Sequence[str], environment: dict[str, str], descriptors: Sequence[int]
-) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
-    process, channel = start_child(
-        __name__, *arguments, descriptors=descriptors, env=environment, start_new_session=True
-    )
-    with process, channel:  # closes the channel and waits for the exit
-        yield process, channel
+    run = Run(arguments)
+    try:
+        server.serve(context, run.handle_signals, run.start_command)
+    finally:
+        run.stop_command()
+    return run.exit_code
 
 
 class Run:
-    """A server that starts, and the command that is run when it is reachable."""
+    """A command, which is started when the server is reachable, and the signals that are forwarded to it."""
 
-    def __init__(self, server: subprocess.Popen[bytes], channel: socket.socket, arguments: Sequence[str]) -> None:
-        self._server = server
-        self._channel = channel
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.exit_code: int = ExitCode.SUCCESS
         self._arguments = arguments
         self._command: subprocess.Popen[bytes] | None = None
-        self._received: int | None = None  # the signal that came before the command
+        self._server: Service | None = None
+        self._forwarded: list[signal.Signals] = []
 
-    async def run(self) -> int:
-        """Return the exit code; :exc:`~echo_async.StartError` if the server exits before the command."""
-        loop = asyncio.get_running_loop()
+    def handle_signals(self) -> Self:
+        """Forward signals from now on, as :class:`ServerSignals` handles those of a server."""
         for number in signal.valid_signals():
             is_ignored = signal.getsignal(number) is signal.SIG_IGN  # as by nohup
             if isinstance(number, signal.Signals) and number.name in FORWARDED_SIGNALS and not is_ignored:
-                add_signal_handler(loop, number, self._forward, number)
-        with self._channel.makefile("rb") as lines:
-            line = await asyncio.to_thread(lines.readline)
-        if self._received is not None:
-            return 128 + self._received
-        if not line:
-            return await self._explain_exit()
+                add_signal_handler(asyncio.get_running_loop(), number, self._forward, number)
+                self._forwarded.append(number)
+        return self
+
+    def attach(self, server: Service) -> None:
+        self._server = server
+        if self.exit_code:  # a signal came before
+            server.close()
+
+    def ignore(self) -> None:
+        """Change nothing: a signal that comes after the command ends nothing."""
+
+    def restore(self) -> None:
+        for number in self._forwarded:
+            remove_signal_handler(asyncio.get_running_loop(), number)
+
+    def start_command(self, addresses: Sequence[Address]) -> None:
+        """Start the command with the address of the server, which is closed when the command exits."""
+        assert self._server is not None
         try:
-            environment = _environment(json.loads(line))
-            self._command = subprocess.Popen(self._arguments, env=environment)  # noqa: ASYNC220
+            self._command = subprocess.Popen(self._arguments, env=_environment(addresses[0]))
         except (OSError, ValueError) as error:
-            self._server.terminate()
             print_error(f"cannot run {self._arguments[0]}: {describe_error(error)}; check the command")
-            return ExitCode.NOT_FOUND if isinstance(error, FileNotFoundError) else ExitCode.NOT_EXECUTABLE
-        return await self._wait(self._command)
+            is_missing = isinstance(error, FileNotFoundError)
+            self.exit_code = ExitCode.NOT_FOUND if is_missing else ExitCode.NOT_EXECUTABLE
+            self._server.close()
+        else:
+            close = partial(asyncio.get_running_loop().call_soon_threadsafe, self._server.close)
+            start_thread(partial(self._wait, self._command, close), "echo-async run")
 
-    async def _explain_exit(self) -> int:
-        """Return the exit code of a server that has printed why it could not start."""
-        code = await asyncio.to_thread(self._server.wait)
-        if code not in (ExitCode.INVALID_OPTION, ExitCode.UNAVAILABLE):
-            raise StartError(f"server exited with code {code} before it was reachable")
-        return code
+    def _wait(self, command: subprocess.Popen[bytes], close_server: Callable[[], object]) -> None:
+        code = command.wait()
+        self.exit_code = code if code >= 0 else 128 - code
+        with contextlib.suppress(RuntimeError):  # the event loop is closed: the server failed before
+            close_server()
 
-    async def _wait(self, command: subprocess.Popen[bytes]) -> int:
-        exits = [asyncio.create_task(asyncio.to_thread(each.wait)) for each in (command, self._server)]
-        await asyncio.wait(exits, return_when=asyncio.FIRST_COMPLETED)
-        has_server_exited = exits[1].done()
-        if has_server_exited:
-            command.terminate()
-            await asyncio.wait(exits, timeout=KILL_DELAY)
-            command.kill()
-        self._server.terminate()
-        code, server_code = await asyncio.gather(*exits)
-        if has_server_exited or server_code:
-            raise StartError(f"server exited with code {server_code} before the command, which was terminated")
-        return code if code >= 0 else 128 - code
+    def stop_command(self) -> None:
+        """End the command of a server that failed; do nothing if it has exited."""
+        if self._command is not None and self._command.poll() is None:
+            self._command.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._command.wait(KILL_DELAY)
+            self._command.kill()
 
     def _forward(self, number: signal.Signals) -> None:
-        if self._command is None or self._command.poll() is not None:
-            self._received = number
-            self._server.terminate()  # a second time while it drains: it aborts its connections
-        elif number.name not in TERMINAL_SIGNALS or not _is_in_foreground():
-            self._command.send_signal(number)
+        if self._command is not None and self._command.poll() is None:
+            if number.name not in TERMINAL_SIGNALS or not _is_in_foreground():
+                self._command.send_signal(number)
+        elif self._server is not None:  # which drains its connections
+            self._server.abort()
+        else:
+            self.exit_code = 128 + number
 
 
 def _environment(address: Any) -> dict[str, str]:
@@ -190,25 +164,4 @@ def _is_in_foreground() -> bool:
 main = partial(run_command, command)
 
 
-# The child
-
-
-def _serve() -> int:
-    channel = int(sys.argv.pop(1))
-    threading.Thread(target=_stop_with_parent, args=[channel], daemon=True).start()
-    return run_command(server.command, None, obj=partial(_report, channel))
-
-
-def _stop_with_parent(channel: int) -> None:
-    with contextlib.suppress(ConnectionError):
-        os.read(channel, 1)  # returns at the end of input
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _report(channel: int, addresses: Sequence[Address]) -> None:
-    with contextlib.suppress(ConnectionError):  # the parent has exited
-        os.write(channel, json.dumps(addresses[0]).encode() + b"\n")
-
-
-if __name__ == "__main__":
-    sys.exit(_serve())
+main = partial(run_command, command)

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import click
 from click.core import ParameterSource
@@ -80,12 +80,31 @@ class ServerCommand(click.Command):
         return super().parse_args(ctx, args)
 
 
+class Signals(Protocol):
+    """What handles the signals of a server; see :class:`ServerSignals`."""
+
+    def attach(self, server: Service) -> None: ...
+    def ignore(self) -> None: ...
+    def restore(self) -> None: ...
+
+
 @click.command(cls=ServerCommand, help=HELP, context_settings=CONTEXT)
 @options(OPTIONS)
 @version_option()
 @click.pass_context
 def command(context: click.Context, /, **values: Any) -> int:
-    listeners = _listeners(context)
+    serve(context, ServerSignals, _print_addresses)
+    return ExitCode.SUCCESS
+
+
+def serve(
+    context: click.Context, handle_signals: Callable[[], Signals], announce: Callable[[Sequence[Address]], object]
+) -> None:
+    """Run the server that the options of ``context`` configure until it is closed.
+
+    ``handle_signals`` is called in the event loop before the start, ``announce`` when the server is reachable.
+    """
+    values, listeners = context.params, _listeners(context)
     engine, modes = listeners[0].config.engine, dict.fromkeys(each.config.mode for each in listeners)
     labels = values["labels"] or {}
     configure(values["log_level"], values["log_format"], labels)
@@ -109,11 +128,8 @@ def command(context: click.Context, /, **values: Any) -> int:
     metrics_server = _metrics_server(values["metrics_address"], values["metrics_port"])
     with asyncio.Runner(loop_factory=factory) as runner, metrics_server as metrics:
         configs = [each.config for each in listeners]
-        serving = _serve(
-            start, configs, context.obj or _print_addresses, metrics, facts, has_names=bool(values["listen"])
-        )
-        runner.run(serving)
-    return ExitCode.SUCCESS
+        has_names = bool(values["listen"])
+        runner.run(_serve(start, configs, handle_signals, announce, metrics, facts, has_names=has_names))
 
 
 def _listeners(context: click.Context) -> list[ListenerConfig]:
@@ -172,6 +188,7 @@ def _metrics_server(address: str, port: int | None) -> contextlib.AbstractContex
 async def _serve(
     start: Callable[[], Awaitable[Service]],
     configs: Sequence[ServerConfig],
+    handle_signals: Callable[[], Signals],
     announce: Callable[[Sequence[Address]], object],
     metrics: MetricsServer | None,
     facts: dict[str, str],
@@ -179,7 +196,7 @@ async def _serve(
     has_names: bool,
 ) -> None:
     log_loop_errors(asyncio.get_running_loop())
-    signals = ServerSignals()
+    signals = handle_signals()
     async with contextlib.AsyncExitStack() as on_failure:
         on_failure.callback(signals.restore)
         server = await start()

@@ -63,9 +63,8 @@ def children(process: int) -> dict[int, str]:
     return {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in pids}
 
 
-def server_pid(process: ChildProcess) -> int:
-    [pid] = [pid for pid, line in children(process.pid).items() if "echo_async.cli.run" in line]
-    return pid
+def worker_pids(process: ChildProcess) -> list[int]:
+    return [pid for pid, line in children(process.pid).items() if "echo_async.service.worker" in line]
 
 
 def has_exited(pid: int) -> bool:
@@ -270,43 +269,36 @@ def test_run_signal_ignored_by_nohup_stays_ignored() -> None:
 # The server
 
 
-def test_run_server_that_is_killed_exits_3() -> None:
-    with running("--", "sh", "-c", "echo started; exec sleep 60") as process:
+def test_run_server_that_fails_ends_the_command(tmp_path: Path) -> None:
+    module = tmp_path / "failing.py"
+    module.write_text("from asyncio import new_event_loop")
+    options = ("--workers", "2", "--loop", "failing:new_event_loop", "--log-level", "critical")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with running(*options, "--", "sh", "-c", "echo started; exec sleep 60", env=env) as process:
         pids = list(children(process.pid))
-        os.kill(server_pid(process), signal.SIGKILL)
-        out, err = finish(process)
+        module.unlink()
+        os.kill(worker_pids(process)[0], signal.SIGKILL)
+        _, err = finish(process)
     assert process.returncode == 3
-    assert single_error_line(out, err) == (
-        "error: server exited with code -9 before the command, which was terminated\n"
-    )
+    assert err.endswith("error: cannot start a worker: it exited or timed out; see the error above\n")
     assert all(map(has_exited, pids))
-
-
-def test_run_server_that_exits_at_the_start_exits_3(tmp_path: Path) -> None:
-    (tmp_path / "exiting.py").write_text("import os\ndef new_event_loop(): os._exit(7)\n")
-    done = run("--loop", "exiting:new_event_loop", "--", "true", env={"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == 3
-    reason = "error: server exited with code 7 before it was reachable\n"
-    assert single_error_line(done.stdout, done.stderr) == reason
 
 
 def test_run_worker_that_is_killed_is_replaced() -> None:
     script = f"echo started; read line; {sys.executable} -m echo_async.client --retry 10 hola"
     with running("--workers", "2", "--log-level", "critical", "--", "sh", "-c", script, stdin=PIPE) as process:
-        for worker in children(server_pid(process)):
+        for worker in worker_pids(process):
             os.kill(worker, signal.SIGKILL)
         assert finish(process, "go\n") == ("hola\n", "")
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("options", [[], ["--workers", "2"], ["--threaded"]])
-def test_run_killed_leaves_no_server(options: list[str]) -> None:
-    with running(*options, "--", sys.executable, "-c", REPORT_SIGNALS) as process:
-        server = server_pid(process)
-        [command] = set(children(process.pid)) - {server}
-        pids = [server, *children(server)]
+def test_run_killed_leaves_no_worker() -> None:
+    with running("--workers", "2", "--", sys.executable, "-c", REPORT_SIGNALS) as process:
+        workers = worker_pids(process)
+        [command] = set(children(process.pid)) - {*workers}
         process.kill()
-        wait_until(lambda: all(map(has_exited, pids)))
+        wait_until(lambda: all(map(has_exited, workers)))
         os.kill(command, signal.SIGTERM)
 
 
