@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_async.wire.faults import FaultSchedule, FaultScript, parse_fault, parse_sequence
-from echo_async.wire.script import Action, EchoScript, End, Report, Send, Wait
+from echo_async.wire.script import Action, EchoScript, End, Report, Send, Timer, Wait
 
 MESSAGE = b"Hola Server!\n"
 
@@ -71,6 +71,28 @@ def sent(actions: list[Action]) -> bytes:
         ("drop,p=-0.1", "p requires a share of the connections from 0 to 1"),
         ("drop,p", "p requires a share of the connections from 0 to 1"),
         ("no-accept,p=0.5", "no-accept applies to all connections and takes no probability (p)"),
+        ("reset=2ms", "reset requires bytes of replies, an integer from 0, or a time such as 2s"),
+        ("close=-1s", "close requires bytes of replies, an integer from 0, or a time such as 2s"),
+        ("stall=86401s", "stall requires bytes of replies"),
+        ("half-close=s", "half-close requires bytes of replies"),
+        ("reset=infs", "reset requires bytes of replies"),
+        ("reset=1s,close=2s", "reset and close are mutually exclusive"),
+        ("garbage", "garbage requires bytes, an integer from 1 to 1048576"),
+        ("garbage=0", "garbage requires bytes"),
+        ("garbage=1048577", "garbage requires bytes"),
+        ("garbage=1,drop", "drop and garbage are mutually exclusive"),
+        ("repeat=2", "repeat requires a kind"),
+        ("delay=1,repeat=2", "repeat requires duplicate"),
+        ("duplicate,repeat=101", "repeat requires copies of each reply, an integer from 1 to 100"),
+        ("interval=1", "interval requires a kind; choose from delay, rate,"),
+        ("delay=1,interval=1", "interval requires slice"),
+        ("slice=1,interval=-1", "interval requires seconds from 0 to 86400"),
+        ("slice=1,interval=1,rate=1", "interval and rate are mutually exclusive"),
+        ("after=1", "after requires a kind; choose from delay, rate,"),
+        ("drop,after", "after requires messages, an integer from 0"),
+        ("drop,after=0.5", "after requires messages, an integer from 0"),
+        ("reset=2s,after=1", "after and a time are mutually exclusive"),
+        ("refuse,after=1", "after and refuse are mutually exclusive"),
         ("none,reset", "none stands alone, for no fault"),
         ("reset,none", "none stands alone, for no fault"),
     ],
@@ -140,8 +162,15 @@ def test_random_choices_do_not_depend_on_how_replies_are_grouped(groups: list[in
         ("rate=1000000", [Wait(13 / 1000000), Send(MESSAGE)]),
         ("slice=5", [Send(b"Hola "), Wait(0.001), Send(b"Serve"), Wait(0.001), Send(b"r!\n")]),
         ("slice=13", [Send(MESSAGE)]),
+        ("slice=8,interval=0.5", [Send(MESSAGE[:8]), Wait(0.5), Send(MESSAGE[8:])]),
         ("drop", []),
         ("duplicate", [Send(2 * MESSAGE)]),
+        ("duplicate,repeat=3", [Send(3 * MESSAGE)]),
+        ("duplicate,repeat=1", [Send(MESSAGE)]),
+        ("garbage=1", [Send(b"\n")]),
+        ("close,after=1", [Send(MESSAGE)]),
+        ("drop,after=0", []),
+        ("stall,after=1", [Send(MESSAGE), End.STALL]),
         ("delay=1,duplicate", [Wait(1), Send(2 * MESSAGE)]),
         ("close", [End.CLOSE]),
         ("close=5", [Send(b"Hola "), End.CLOSE]),
@@ -161,6 +190,38 @@ def test_reply_becomes_actions(spec: str, actions: list[Action]) -> None:
 
 def test_stall_after_0_bytes_is_before_the_first_reply() -> None:
     assert without_reports(script_of("stall").start()) == [End.STALL]
+
+
+@pytest.mark.parametrize("end", End)
+def test_end_at_a_time_is_a_timer_whatever_was_sent(end: End) -> None:
+    script = script_of(f"{end.value}=1.5s,delay=2")
+    [timer] = script.start()
+    assert isinstance(timer, Timer)
+    assert timer.seconds == 1.5
+    assert without_reports(script.reply(MESSAGE)) == [Wait(2), Send(MESSAGE)]
+    assert list(timer.then()) == [Report(end.value, f"fault injected: {end.value}=1.5s"), end]
+    assert list(script.reply(MESSAGE)) == []
+
+
+def test_after_spares_messages_and_their_bytes() -> None:
+    script = script_of("close=5,delay=1,after=2")
+    assert list(script.start()) == []
+    assert list(script.reply(MESSAGE)) == [Send(MESSAGE)]
+    assert without_reports(script.reply(2 * MESSAGE)) == [Send(MESSAGE), Wait(1), Send(MESSAGE[:5]), End.CLOSE]
+
+
+def test_drop_after_messages_is_silent_from_then_on() -> None:
+    script = script_of("drop,after=1")
+    assert not script.is_silent
+    assert without_reports(script.reply(2 * MESSAGE)) == [Send(MESSAGE)]
+    assert script.is_silent
+
+
+@given(st.integers(1, 300), st.integers(0, 1000))
+def test_garbage_has_one_newline_at_its_end(size: int, seed: int) -> None:
+    first, again = (sent(without_reports(script_of(f"garbage={size}", seed).reply(MESSAGE))) for _ in range(2))
+    assert first == again
+    assert (len(first), first.find(b"\n")) == (size, size - 1)
 
 
 def test_end_counts_the_bytes_of_all_replies() -> None:

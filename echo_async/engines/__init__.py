@@ -20,6 +20,8 @@ How each of them ends, by the same names everywhere::
     Connection.abort          sweep, after a write timeout   nothing more           nothing   RST, or FIN if nothing
                               or a lingering one; shutdown,                         more      was left to send
                               after its timeout
+    Connection.reset          script; disconnect             nothing more           nothing   RST
+                                                                                    more
 
 ``linger`` discards input until the client closes its side: closing with unread input would send a reset, which can
 overtake the last reply (RFC 1122 section 4.2.2.13). ``drain`` ends in ``linger``.

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 
 from ..compat import is_closed_by_peer
-from ..wire.script import Action, End, Report, Script, Send, Wait
+from ..wire.script import Action, End, Hold, Report, Script, Send, Timer, Wait
 from .connection import Connection
 from .loop_internals import reset_transport, shutdown_write
 from .runner import Runner
@@ -30,6 +30,7 @@ class AsyncioRunner(Runner):
         self._wait_writable = wait_writable
         self._queue: deque[Iterator[Action]] = deque([script.start()])
         self._wake = asyncio.Event()  # ends the current wait
+        self._timer: asyncio.TimerHandle | None = None
         self._steps = 0
 
     def submit(self, reply: bytes) -> None:
@@ -41,11 +42,15 @@ class AsyncioRunner(Runner):
         self.is_busy = True
         self._due = self._context.now()
         try:
-            while self._queue:
+            while self._queue and not self.is_cut:
                 for action in self._queue.popleft():
                     await self._run(action)
                     if self._transport.is_closing():
                         return
+                    if self.is_cut:
+                        break
+            while self.is_stalled and not self._transport.is_closing():
+                await self._sleep(LOST_CHECK_INTERVAL)
         finally:
             self.is_busy = False
 
@@ -59,6 +64,10 @@ class AsyncioRunner(Runner):
                 return await self._wait(action.seconds)
             case Report():
                 self._report(action)
+            case Hold():
+                return await self._hold(action)
+            case Timer():
+                self._timer = asyncio.get_running_loop().call_later(action.seconds, self._expire, action)
             case End():
                 await self._apply_end(action)
         self._steps += 1
@@ -70,17 +79,28 @@ class AsyncioRunner(Runner):
         left = self._next_wait(seconds)
         if not left:
             await asyncio.sleep(0)
-        self._wake.clear()
-        while left > 0 and not self._wake.is_set() and not self._transport.is_closing():
-            await self._sleep(min(left, LOST_CHECK_INTERVAL))
-            if self._is_tls_closed():
-                return self._connection.abort()
+        while left > 0 and await self._wait_on(left):
             left = self._due - self._context.now()
 
-    async def _sleep(self, seconds: float) -> None:
+    async def _hold(self, hold: Hold) -> None:
+        while not hold.is_released() and await self._wait_on(LOST_CHECK_INTERVAL):
+            pass
+
+    async def _wait_on(self, seconds: float) -> bool:
+        """Sleep; return whether to wait on. Abort the connection if the client is gone."""
+        is_woken = await self._sleep(min(seconds, LOST_CHECK_INTERVAL))
+        if self._is_tls_closed():
+            self._connection.abort()
+        return not (self.is_cut or self._transport.is_closing() or (is_woken and self.is_ending))
+
+    async def _sleep(self, seconds: float) -> bool:
+        """Sleep, at most until :meth:`wake` is called; return whether it was."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
+        is_woken = self._wake.is_set()
+        self._wake.clear()
+        return is_woken
 
     def _is_tls_closed(self) -> bool:
         """Whether a TLS client is gone. No transport sends anything then, and none tells while reading is paused."""
@@ -102,17 +122,26 @@ class AsyncioRunner(Runner):
                 await self._stall()
 
     async def _stall(self) -> None:
-        self._begin_stall()
         await asyncio.sleep(0)  # uvloop starts reading after connection_made, in which an eager task runs
-        if not self._transport.is_closing():
-            self._transport.pause_reading()
-        while not self.is_ending and not self._transport.is_closing():
-            await self._sleep(LOST_CHECK_INTERVAL)
-        self.is_stalled = False
-        if not self._transport.is_closing():
-            self._transport.resume_reading()
+        if not self._transport.is_closing() and not self.is_ending:
+            self._begin_stall()
+
+    def _begin_stall(self) -> None:
+        super()._begin_stall()
+        self._transport.pause_reading()
+
+    def _half_close(self) -> None:
+        shutdown_write(self._transport)
+
+    def wake(self) -> None:
+        self._wake.set()
 
     def end(self) -> None:
-        """End the waits: the server is about to end the connection."""
         self.is_ending = True
-        self._wake.set()
+        if self._timer is not None:
+            self._timer.cancel()
+        self.wake()
+        if self.is_stalled:
+            self.is_stalled = False
+            if not self._transport.is_closing():
+                self._transport.resume_reading()

@@ -110,6 +110,10 @@ class Connection:
         """Close at once; what is not sent yet is lost."""
         raise NotImplementedError
 
+    def reset(self) -> None:
+        """Close at once with a reset; what is not sent yet is lost."""
+        raise NotImplementedError
+
     # Used by every engine.
 
     def end_script(self) -> None:

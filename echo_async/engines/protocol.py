@@ -19,7 +19,7 @@ from ..wire.script import Script, Wait
 from .asyncio_runner import AsyncioRunner
 from .connection import Connection
 from .context import ServerContext, Slot
-from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS, abort_transport, write_buffer_size
+from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS, abort_transport, reset_transport, write_buffer_size
 
 LARGE_READ = 200_000  # bytes; after a read of less, the kernel has no more: event loops read 256,000 at a time
 LARGE_READS_PER_TURN = 4  # without a reply, before other connections get their turn; one with a reply ends the turn
@@ -147,8 +147,8 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         """Count as open until the task has ended, and so all messages are logged."""
         if error is not None:
             self.log_lost(error)
+        self.end_script()
         if self._is_working and self._task is not None:
-            self.end_script()
             self._wake_writer()
             self._task.add_done_callback(lambda _: self.context.remove(self))
         else:
@@ -165,7 +165,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         self._resume_reading()
 
     def _can_read(self) -> bool:
-        return not self._is_writing_paused and not self._is_working
+        return not self._is_writing_paused and not self._is_working and not self.is_stalled
 
     def _kernel_buffered(self) -> int:
         """Return the most bytes that can wait in the kernel to be read: 0, or the size of its buffer."""
@@ -211,6 +211,10 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         if self._lines is not None:  # a shutdown does not wait longer
             self.finish_log(self._lines)
         abort_transport(self._transport)
+
+    def reset(self) -> None:
+        self.end_script()
+        reset_transport(self._transport)
 
     # A script, and access log lines in turns.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..compat import unsent_in_kernel
-from ..wire.script import Action, End, Report, Script, Wait
+from ..wire.script import Action, End, Report, Script, Timer, Wait
 from .connection import Connection
 
 SENT_CHECK_INTERVAL = 0.001  # seconds between two checks whether everything is on the wire
@@ -25,6 +25,7 @@ class Runner:
         is_busy: Actions are left: replies are delayed.
         is_stalled: Nothing more is read or sent.
         is_ending: The server is about to end the connection.
+        is_cut: The time of the script is up: the actions that are left are not run.
     """
 
     def __init__(self, connection: Connection, script: Script) -> None:
@@ -32,6 +33,7 @@ class Runner:
         self.is_busy = False
         self.is_stalled = False
         self.is_ending = False
+        self.is_cut = False
         self._connection = connection
         self._context = connection.context
         self._script = script
@@ -40,7 +42,7 @@ class Runner:
     @property
     def is_held_open(self) -> bool:
         """Whether it is left to the client to close the connection."""
-        return self._script.is_silent and not self.is_ending
+        return (self._script.is_silent or self.is_stalled) and not self.is_ending
 
     def _actions(self, reply: bytes) -> Iterator[Action]:
         """Yield what to do instead of sending ``reply``."""
@@ -81,6 +83,35 @@ class Runner:
         self._connection.conversation.end_input()
         self._connection.timeouts.restart_idle(self._context.now())
 
+    def _expire(self, timer: Timer) -> None:
+        """The time of the script is up. Cut its actions, and end the connection as it demands."""
+        if self.is_ending:
+            return
+        self.is_cut = True
+        for action in timer.then():
+            match action:
+                case Report():
+                    self._report(action)
+                case End.CLOSE:
+                    self._connection.linger()
+                case End.RESET:
+                    self._connection.reset()
+                case End.HALF_CLOSE:
+                    self._half_close()
+                case End.STALL:
+                    self._begin_stall()
+        self.wake()
+
+    # Provided by each runner.
+
+    def _half_close(self) -> None:
+        """Close the sending side, while the connection may be in use."""
+        raise NotImplementedError
+
+    def wake(self) -> None:
+        """Let the current action check again what it waits for. Safe to call from any thread that may end it."""
+        raise NotImplementedError
+
     def end(self) -> None:
-        """End the waits: the server is about to end the connection. Provided by each runner."""
+        """End the waits: the server is about to end the connection."""
         raise NotImplementedError

@@ -21,6 +21,7 @@ from .loop_internals import (
     READ_AHEAD_TURNS,
     TRANSPORT_ERRORS,
     abort_transport,
+    reset_transport,
     run_turns,
     write_buffer_size,
 )
@@ -128,6 +129,7 @@ class StreamConnection(Connection):
     def _on_done(self, task: asyncio.Task[None]) -> None:
         if task.cancelled():  # maybe before it ran
             abort_transport(self._transport)
+        self.end_script()
         self.context.remove(self)
 
     async def _echo(self) -> None:
@@ -157,7 +159,7 @@ class StreamConnection(Connection):
                             await self._log(reply)
                         if transport.get_write_buffer_size() > DRAIN_THRESHOLD:
                             await self._writer.drain()
-                if conversation.finished and not self.is_held_open:
+                if conversation.finished and (not self.is_held_open or not await self._wait_stalled()):
                     return
                 del chunk, reply  # an idle connection keeps no message
                 chunks += 1
@@ -179,6 +181,10 @@ class StreamConnection(Connection):
         finally:
             self._is_reading = True
         return not self._is_draining and (not self.conversation.finished or self.is_held_open)
+
+    async def _wait_stalled(self) -> bool:
+        """Wait while the script has stalled the connection; return whether to read on."""
+        return self.runner is None or await self._run_script(self.runner)
 
     async def _wait_writable(self) -> None:
         """Wait until the write buffer has room."""
@@ -249,6 +255,11 @@ class StreamConnection(Connection):
         self.conversation.end_input()  # input that is buffered is not answered
         self.finish_log(self._lines)
         abort_transport(self._transport)
+
+    def reset(self) -> None:
+        self.end_script()
+        self.conversation.end_input()
+        reset_transport(self._transport)
 
     def _wake(self) -> None:
         if self._is_reading:

@@ -2,17 +2,21 @@
 
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
+from ..background import start_thread
 from ..compat import set_reset_on_close
-from ..wire.script import Action, End, Report, Script, Send, Wait
+from ..wire.script import Action, End, Hold, Report, Script, Send, Timer, Wait
 from .connection import Connection
 from .runner import Runner
 
 
 class ThreadRunner(Runner):
-    """Runs actions with what its connection provides: ``send_all``, and ``close_write`` for the sending side."""
+    """Runs actions with what its connection provides: ``send_all``, and ``close_write`` for the sending side.
+
+    ``half_close`` closes that side from another thread.
+    """
 
     def __init__(
         self,
@@ -20,11 +24,15 @@ class ThreadRunner(Runner):
         script: Script,
         send_all: Callable[[bytes], None],
         close_write: Callable[[], None],
+        half_close: Callable[[], None],
     ) -> None:
         super().__init__(connection, script)
         self._send_all = send_all
         self._close_write = close_write
-        self._ending = threading.Event()  # ends the waits
+        self._half_close_now = half_close
+        self._wake = threading.Event()  # ends the current wait
+        self._ended = threading.Event()  # ends the timer
+        self._timer: threading.Thread | None = None
 
     def start(self) -> None:
         """Do what happens before the first message."""
@@ -38,25 +46,46 @@ class ThreadRunner(Runner):
         self.is_busy = True
         self._due = self._context.now()
         for action in actions:
+            if self.is_cut:
+                break
             match action:
                 case Send():
                     self.sent += len(action.data)
                     self._send_all(action.data)
                 case Wait():
                     self._wait(action.seconds)
+                case Hold():
+                    while not action.is_released() and self._wait_on():
+                        pass
                 case Report():
                     self._report(action)
+                case Timer():
+                    self._timer = start_thread(partial(self._expire_at, action), "echo-async timer")
                 case End():
                     self._apply_end(action)
+        self.wait_stalled()
         self.is_busy = False
 
     def _wait(self, seconds: float) -> None:
         """Wait, at most until the server stops."""
-        seconds = self._next_wait(seconds)
-        if not seconds or self.is_ending:
-            time.sleep(seconds)
-        else:
-            self._ending.wait(seconds)
+        left = self._next_wait(seconds)
+        while self._wait_on(left) and left > 0:
+            left = self._due - self._context.now()
+
+    def _wait_on(self, seconds: float | None = None) -> bool:
+        """Sleep, at most until :meth:`wake` is called; return whether to wait on."""
+        is_woken = self._wake.wait(seconds)
+        self._wake.clear()
+        return not (self.is_cut or (is_woken and self.is_ending))
+
+    def wait_stalled(self) -> None:
+        """Wait while the script has stalled the connection."""
+        while self.is_stalled:
+            self._wait_on()
+
+    def _expire_at(self, timer: Timer) -> None:
+        if not self._ended.wait(timer.seconds):
+            self._expire(timer)
 
     def _apply_end(self, end: End) -> None:
         match end:
@@ -70,9 +99,22 @@ class ThreadRunner(Runner):
                 self._close_write()
             case End.STALL:
                 self._begin_stall()
-                self._ending.wait()
-                self.is_stalled = False
+
+    def _half_close(self) -> None:
+        self.wake()  # the thread of the connection holds its lock during an action
+        self._half_close_now()
+
+    def wake(self) -> None:
+        self._wake.set()
 
     def end(self) -> None:
         self.is_ending = True
-        self._ending.set()
+        self.is_stalled = False
+        self._ended.set()
+        self.wake()
+
+    def close(self) -> None:
+        """The connection is closed: leave no thread."""
+        self.end()
+        if self._timer is not None:
+            self._timer.join()

@@ -9,7 +9,7 @@ import socket
 import threading
 from typing import Any
 
-from ..compat import MSG_DONTWAIT
+from ..compat import MSG_DONTWAIT, set_reset_on_close
 from .connection import Connection
 from .context import ServerContext, Slot
 from .thread_runner import ThreadRunner
@@ -30,6 +30,7 @@ class ThreadConnection(Connection):
     __slots__ = (
         "_drain_requested",
         "_io_lock",
+        "_is_resetting",
         "_is_write_closed",
         "_linger_requested",
         "_socket",
@@ -45,9 +46,12 @@ class ThreadConnection(Connection):
         self._drain_requested = False  # by a shutdown or a timeout
         self._linger_requested = False  # by a timeout
         self._is_write_closed = False
+        self._is_resetting = False  # nothing is sent but the reset
         self._unsent = 0
         if slot.make_script is not None:
-            self.runner = ThreadRunner(self, slot.make_script(self), self._send_all, self._close_write)
+            self.runner = ThreadRunner(
+                self, slot.make_script(self), self._send_all, self._close_write, self._half_close
+            )
 
     def run(self) -> None:
         """Serve the connection until it is closed, in a thread of its own."""
@@ -61,6 +65,8 @@ class ThreadConnection(Connection):
             self.fail(error)
         finally:
             self._socket.close()
+            if self.runner is not None:
+                self.runner.close()
             self.context.remove(self)
 
     def _echo(self) -> None:
@@ -78,6 +84,8 @@ class ThreadConnection(Connection):
                 self._handle_end_request()
             if not conversation.finished:
                 receive(1, socket.MSG_PEEK)  # wait
+        if self.runner is not None:
+            self.runner.wait_stalled()
         with self._io_lock:  # another thread may be closing the sending side, and TLS allows one at a time
             pass
         while chunk := receive(DISCARD_SIZE):
@@ -141,7 +149,13 @@ class ThreadConnection(Connection):
 
     def _close_write(self) -> None:
         self._is_write_closed = True
-        self._socket.shutdown(socket.SHUT_WR)
+        if not self._is_resetting:
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def _half_close(self) -> None:
+        """Close the sending side from another thread than the connection's own."""
+        with contextlib.suppress(OSError), self._io_lock:
+            self._close_write()
 
     def _has_input(self) -> bool:
         """Whether input waits in the kernel."""
@@ -174,3 +188,13 @@ class ThreadConnection(Connection):
         self.end_script()
         with contextlib.suppress(OSError):  # it is closed already
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def reset(self) -> None:
+        self._is_resetting = True
+        connected = self.get_extra_info("socket")
+        with contextlib.suppress(OSError):  # it is closed already
+            set_reset_on_close(connected)
+            self.linger()
+            # Its thread wakes and closes the socket. If it can send nothing because the client does not read, the end
+            # of the sending side wakes it, which is behind what it could not send.
+            connected.shutdown(socket.SHUT_RDWR if self._unsent else socket.SHUT_RD)

@@ -7,7 +7,7 @@ compose: one that changes replies wraps the one that makes them. A connection wi
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,7 +43,22 @@ class Report:
     text: str
 
 
-Action = Send | Wait | Report | End
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Wait until ``is_released()``, which is asked again each time that the runner is woken."""
+
+    is_released: Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Timer:
+    """Cut all other actions after ``seconds``, whatever is done by then, and do those of ``then()``: an end."""
+
+    seconds: float
+    then: Callable[[], Iterator[Action]]
+
+
+Action = Send | Wait | Hold | Timer | Report | End
 
 
 class Script(Protocol):

@@ -39,10 +39,11 @@ import echo_async
 from echo_async import sync
 from echo_async.config import Mode, ServerOptions
 from echo_async.testing import HostedServer
-from echo_async.wire.faults import FaultSchedule
+from echo_async.wire.faults import KINDS, FaultSchedule
 
 MESSAGE = b"Hola Server!\n"
 CORRUPTED = b"Hola!Server!\n"  # with SEED
+GARBAGE = b")\xb2\xcc\n"  # with SEED
 SEED = 1
 MODES: tuple[Mode, ...] = ("message", "stream", "raw")
 DATA_SEGMENTS = slice(152, 156)  # tcpi_data_segs_in of struct tcp_info: include/uapi/linux/tcp.h
@@ -171,6 +172,9 @@ CASES = [
     Case("slice=2..5,rate=1000", seconds=0.008),
     Case("corrupt", CORRUPTED),
     Case("duplicate", 2 * MESSAGE),
+    Case("slice=5,interval=0.03", seconds=0.055),
+    Case("duplicate,repeat=3", 3 * MESSAGE),
+    Case("garbage=4", GARBAGE),
     Case("close", b""),
     Case("close=5", MESSAGE[:5]),
     Case("close=13"),
@@ -201,7 +205,8 @@ def assert_observed(case: Case, transport: Transport, server: echo_async.EchoSer
     if end != case.end:  # a Unix socket has no reset (unix(7)): it is just closed
         assert (end, case.end, transport.name) == ("closed", "reset", "unix")
     assert seconds >= case.seconds
-    kinds = [part.partition("=")[0] for part in case.fault.split(",") if part not in ("none", "close=14")]
+    parts = [part.partition("=")[0] for part in case.fault.split(",") if part not in ("none", "close=14")]
+    kinds = [kind for kind in parts if kind in KINDS]
     wait_until(lambda: server.stats.active == 0)
     assert server.stats.faults == dict.fromkeys(kinds, 1)
     assert (server.stats.accepted, server.stats.messages) == (1, 1)
@@ -252,6 +257,92 @@ def test_half_close_still_reads(transport: Transport) -> None:
         client.sendall(100 * MESSAGE)
         wait_until(lambda: server.stats.bytes_in == 101 * len(MESSAGE))
         assert (server.stats.active, server.stats.messages, server.stats.bytes_out) == (1, 101, 5)
+
+
+@each_transport
+def test_after_messages_the_fault_begins(transport: Transport) -> None:
+    cases = {"reset": (b"", "reset"), "close=5": (MESSAGE[:5], "closed"), "duplicate,close=26": (2 * MESSAGE, "closed")}
+    for fault, (received, end) in cases.items():
+        with transport.serve(fault=f"{fault},after=3") as server, transport.connect(server) as client:
+            client.sendall(5 * MESSAGE)
+            expected = end if transport.name != "unix" else "closed"
+            assert receive_to_end(client) == (3 * MESSAGE + received, expected)
+
+
+def test_stall_after_messages_reads_nothing_more(start_server: StartServer) -> None:
+    with start_server(fault="stall,after=3", mode="stream") as server, connect(server) as client:
+        client.sendall(3 * MESSAGE)
+        assert receive_exactly(client, 3 * len(MESSAGE)) == 3 * MESSAGE
+        wait_until(lambda: server.stats.faults == {"stall": 1})
+        fill(client)
+        assert (server.stats.active, server.stats.messages, server.stats.bytes_out) == (1, 3, 3 * len(MESSAGE))
+
+
+@each_transport
+@pytest.mark.parametrize(
+    ("fault", "received", "end"),
+    [
+        ("close=0.1s", MESSAGE, "closed"),
+        ("reset=0.1s", MESSAGE, "reset"),
+        ("half-close=0.1s", MESSAGE, "closed"),
+        ("close=0.1s,delay=3600", b"", "closed"),
+        ("reset=0.1s,delay=3600", b"", "reset"),
+        ("half-close=0.1s,rate=1", None, "closed"),
+    ],
+)
+def test_end_at_a_time_is_after_the_acceptance(
+    fault: str, received: bytes | None, end: str, transport: Transport
+) -> None:
+    started = monotonic()
+    with transport.serve(fault=fault) as server, transport.connect(server) as client:
+        client.sendall(MESSAGE)
+        seen, seen_end = receive_to_end(client)
+        assert monotonic() - started >= 0.095
+        assert seen == received or (received is None and MESSAGE.startswith(seen))
+        assert seen_end == ("closed" if transport.name == "unix" else end)
+        kind = fault.partition("=")[0]
+        wait_until(lambda: server.stats.faults[kind] == 1)
+        if kind == "half-close":
+            client.sendall(100 * MESSAGE)
+            wait_until(lambda: server.stats.bytes_in == 101 * len(MESSAGE))
+            assert (server.stats.active, server.stats.bytes_out) == (1, len(seen))
+    assert server.stats.active == 0
+
+
+@each_transport
+@pytest.mark.parametrize("more", ["", ",delay=3600"])
+def test_stall_at_a_time_reads_nothing_more(more: str, transport: Transport) -> None:
+    with transport.serve(fault=f"stall=0.1s{more}", timeout_idle=0.5) as server, transport.connect(server) as client:
+        client.sendall(MESSAGE)
+        wait_until(lambda: server.stats.faults.get("stall") == 1)
+        with suppress(ConnectionError):
+            client.sendall(100 * MESSAGE)
+        assert server.stats.bytes_in == len(MESSAGE)
+        assert receive_to_end(client)[0] == (b"" if more else MESSAGE)
+        wait_until(lambda: server.stats.timeouts_idle == 1)
+
+
+def test_reset_at_a_time_ends_a_peer_that_does_not_read(start_server: StartServer) -> None:
+    with start_server(fault="reset=0.3s", mode="raw", chunk_size=65536) as server, connect(server) as client:
+        _send(client, bytes(100_000), repeat=True)
+        wait_until(lambda: server.stats.active == 0)
+        assert server.stats.failed == 0
+
+
+def test_connection_that_ends_before_its_time_leaves_nothing(backend: Backend, no_leaks: None) -> None:
+    async def main() -> None:
+        async with serve_in_loop(backend, fault="reset=3600s") as server:
+            for _ in range(3):
+                assert await echo_async.echo("Hola", *server.address) == "Hola"
+            await wait_in_loop(lambda: server.stats.active == 0)
+            loop: Any = asyncio.get_running_loop()
+            timers = [each for each in getattr(loop, "_scheduled", []) if not each.cancelled()]
+            assert len(timers) <= 2  # the sweep
+            assert not [each for each in threading.enumerate() if each.name == "echo-async timer"]
+            server.close()
+            await server.wait_closed()
+
+    run(main, backend.loop)
 
 
 @pytest.mark.parametrize("size", [50_000, 300_000])
