@@ -33,7 +33,6 @@ LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}  # to connect to a server
 DEFAULTS = {"port": 0, "log_level": "warning"}
 OPTIONS = {name: replace(option, default=DEFAULTS.get(name, option.default)) for name, option in server.OPTIONS.items()}
 
-
 HELP = """Run COMMAND with an echo server, and exit with its exit code.
 
 The server starts first. COMMAND finds its address in ECHO_ASYNC_HOST and ECHO_ASYNC_PORT, or in ECHO_ASYNC_UDS.
@@ -159,9 +158,6 @@ def _is_in_foreground() -> bool:
             if os.tcgetpgrp(descriptor) == os.getpgrp():
                 return True
     return False
-
-
-main = partial(run_command, command)
 
 
 main = partial(run_command, command)
