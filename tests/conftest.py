@@ -68,7 +68,7 @@ def no_leaks(warm_up_loops: None) -> Iterator[None]:
     wait_until(lambda: all(now <= then for now, then in zip(count_resources(), before, strict=True)))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def restore_loggers() -> Iterator[None]:
     """Undo the logging configuration of a command that runs in this process."""
     package = logging.getLogger("echo_async")

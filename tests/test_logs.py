@@ -117,8 +117,6 @@ def test_excerpt_of_any_bytes_is_one_short_printable_line(message: bytes) -> Non
     assert len(shown) <= 83
 
 
-pytestmark = pytest.mark.usefixtures("restore_loggers")
-
 Captured = pytest.CaptureFixture[str]
 
 

@@ -307,7 +307,6 @@ def invalid_certificates(files: CertificateFiles) -> dict[str, list[str]]:
     }
 
 
-@pytest.mark.usefixtures("restore_loggers")
 def test_invalid_certificate_is_one_error_line_with_the_path(
     files: CertificateFiles, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -390,7 +390,6 @@ def test_unknown_host_exits_with_3_and_one_line(host: str | bytes) -> None:
     assert ascii(os.fsdecode(host))[1:-1] in error_line(done)
 
 
-@pytest.mark.usefixtures("restore_loggers")
 @pytest.mark.parametrize("loop", LOOPS)
 def test_failed_start_restores_signal_handlers(loop: str, capsys: pytest.CaptureFixture[str]) -> None:
     previous = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of a program that measures coverage

@@ -86,7 +86,6 @@ def test_inherited_unix_socket_file_is_not_removed(tmp_path: Path) -> None:
         assert path.exists()
 
 
-@pytest.mark.usefixtures("restore_loggers")
 @pytest.mark.parametrize("variant", [[], ["--workers", "2"]], ids=" ".join)
 def test_fd_that_is_not_listening_exits_with_code_3(
     variant: list[str], listener: socket.socket, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -267,7 +267,6 @@ def test_group_that_fails_at_the_last_server_starts_nothing(
     assert not path.exists()
 
 
-@pytest.mark.usefixtures("restore_loggers")
 @pytest.mark.parametrize("variant", [(), ("--workers", "2")], ids=["one process", "workers"])
 @pytest.mark.parametrize("invalid", ["{port}", "0,tls"])
 def test_listener_that_cannot_start_exits_with_3(
