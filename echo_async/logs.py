@@ -6,6 +6,7 @@ The library only writes to the loggers below ``echo_async``. Only the commands c
 import logging
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -20,23 +21,44 @@ access_log = logging.getLogger("echo_async.access")
 TEXT_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s"
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 
+LOG_INTERVAL = 1.0  # seconds between two lines about events of the same kind
+
 
 class RateLimitedLog:
-    """Logs at most one line per second, with the number of events since the previous line."""
+    """Logs at most one line per second, with the number of events since the previous line. Safe to use from threads.
+
+    The owner calls :meth:`write_pending` from time to time and at its end, so that the lines account for every event.
+    """
 
     def __init__(self, write: Callable[..., object], template: str) -> None:
         self._write = write
         self._template = template
+        self._lock = threading.Lock()
         self._written_at = -math.inf
         self._unwritten = 0
+        self._arguments: tuple[object, ...] = ()  # of the last event
 
-    def __call__(self, *args: object) -> None:
-        self._unwritten += 1
+    def __call__(self, *arguments: object) -> None:
+        with self._lock:
+            self._unwritten += 1
+            self._arguments = arguments
+        self.write_pending()
+
+    @property
+    def pending(self) -> int:
+        """The events that no line accounts for yet."""
+        return self._unwritten
+
+    def write_pending(self, *, at_once: bool = False) -> None:
+        """Log the events that no line accounts for, if there was no line within a second or ``at_once``."""
         now = time.monotonic()
-        if now - self._written_at >= 1:
-            suffix = f" (repeated {self._unwritten} times)" if self._unwritten > 1 else ""
+        with self._lock:
+            events, arguments = self._unwritten, self._arguments
+            if not events or (now - self._written_at < LOG_INTERVAL and not at_once):
+                return
             self._written_at, self._unwritten = now, 0
-            self._write(self._template + suffix, *args)
+        suffix = f" (repeated {events} times)" if events > 1 else ""
+        self._write(self._template + suffix, *arguments)
 
 
 class JsonFormatter(logging.Formatter):

@@ -1,12 +1,13 @@
 """Event loops by name, as factories for :class:`asyncio.Runner`. No event loop policy is set."""
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from importlib import import_module
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import StartError
-from .logs import RateLimitedLog, log
+from .logs import LOG_INTERVAL, RateLimitedLog, log
 
 LoopName = Literal["auto", "asyncio", "uvloop"]
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
@@ -52,11 +53,22 @@ def _import_factory(name: str) -> LoopFactory:
     return factory
 
 
-def log_loop_errors(loop: asyncio.AbstractEventLoop) -> None:
-    """Log an error inside ``loop`` as one line, at most once per second.
+@contextlib.contextmanager
+def logged_loop_errors(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Log an error inside ``loop`` during this block as one line, at most once per second.
 
     By default asyncio logs a traceback for each. Without free descriptors, ``accept`` fails up to ``backlog``
     times per second.
     """
-    log_error = RateLimitedLog(log.error, "event loop error: %s: %r")
-    loop.set_exception_handler(lambda _, context: log_error(context["message"], context.get("exception")))
+    limited = RateLimitedLog(log.error, "event loop error: %s: %r")
+
+    def handle(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        limited(context["message"], context.get("exception"))
+        if limited.pending == 1:  # the first since the last line
+            loop.call_later(LOG_INTERVAL, limited.write_pending)
+
+    loop.set_exception_handler(handle)
+    try:
+        yield
+    finally:
+        limited.write_pending(at_once=True)

@@ -323,6 +323,12 @@ def reset(client: socket.socket) -> None:
     client.close()
 
 
+def count_events(line: str) -> int:
+    """Return how many events a line of a rate limited log stands for."""
+    repeated = re.search(r" \(repeated (\d+) times\)$", line)
+    return int(repeated[1]) if repeated else 1
+
+
 def is_echoed(client: socket.socket, message: bytes = b"still there\n") -> bool:
     """Send a message and compare the reply with it."""
     client.sendall(message)

@@ -18,7 +18,7 @@ from ..compat import DESCRIPTORS, require_feature
 from ..config import ADDRESS_OPTIONS, FLAG, HOST_NAME, Option, ServerConfig, choice, integer, options_of
 from ..errors import ConfigError, StartError
 from ..logs import LogFormat, LogLevel, configure, log
-from ..loops import LOOP_CHOICES, LOOP_PATTERN, log_loop_errors, loop_factory
+from ..loops import LOOP_CHOICES, LOOP_PATTERN, logged_loop_errors, loop_factory
 from ..net import Address, format_address
 from ..server.listeners import ListenerConfig
 from ..server.server import start_server
@@ -126,7 +126,11 @@ def serve(
         **labels,
     }
     metrics_server = _metrics_server(values["metrics_address"], values["metrics_port"])
-    with asyncio.Runner(loop_factory=factory) as runner, metrics_server as metrics:
+    with (
+        asyncio.Runner(loop_factory=factory) as runner,
+        metrics_server as metrics,
+        logged_loop_errors(runner.get_loop()),
+    ):
         configs = [each.config for each in listeners]
         has_names = bool(values["listen"])
         runner.run(_serve(start, configs, handle_signals, announce, metrics, facts, has_names=has_names))
@@ -195,7 +199,6 @@ async def _serve(
     *,
     has_names: bool,
 ) -> None:
-    log_loop_errors(asyncio.get_running_loop())
     signals = handle_signals()
     async with contextlib.AsyncExitStack() as on_failure:
         on_failure.callback(signals.restore)

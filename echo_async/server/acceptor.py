@@ -105,6 +105,7 @@ class AsyncioAcceptor(Acceptor):
             for _ in range(ABORT_TURNS):
                 if not self._admission.is_idle:
                     await run_turns(1)
+            self.registry.write_pending_logs(at_once=True)
             self._on_closed()
 
     async def _drain_backlog(self) -> None:

@@ -13,7 +13,7 @@ from ..compat import descriptor_limit, set_reset_on_close
 from ..config import ServerConfig
 from ..engines.context import Slot
 from ..errors import describe_error
-from ..logs import RateLimitedLog, log
+from ..logs import log
 from ..net import format_address
 from ..wire.networks import Networks
 from ..wire.proxy import ProxyHeader, ProxyHeaderError
@@ -41,10 +41,10 @@ class Admission:
         self.scripts = _make_scripts(config)
         self._trusted_proxies = Networks(config.proxy_allow_from) if self.expects_header else None
         self._counters = registry.counters
-        self._log_accept_error = RateLimitedLog(log.warning, f"accept failed: %s; retrying in {ACCEPT_RETRY_DELAY:g} s")
-        self._log_handshake_failure = RateLimitedLog(log.warning, "%s TLS handshake failed: %s")
-        self._log_header_failure = RateLimitedLog(log.warning, "%s %s")
-        self._log_refused = RateLimitedLog(log.warning, "connection limit reached (%d), connection refused")
+        self._log_accept_error = registry.limit_log(f"accept failed: %s; retrying in {ACCEPT_RETRY_DELAY:g} s")
+        self._log_handshake_failure = registry.limit_log("%s TLS handshake failed: %s")
+        self._log_header_failure = registry.limit_log("%s %s")
+        self._log_refused = registry.limit_log("connection limit reached (%d), connection refused")
 
     @property
     def is_idle(self) -> bool:

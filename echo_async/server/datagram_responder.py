@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..compat import ANCILLARY_SIZE, find_reply_source, format_reply_source, receive_message
 from ..errors import describe_error
-from ..logs import RateLimitedLog, access_log, log
+from ..logs import access_log
 from ..net import UNSPECIFIED, format_address
 from ..wire.datagrams import RECEIVE_SIZE, REFUSALS, Refusals, SocketAddress, is_marked
 from ..wire.script import EchoScript, Report, Send, Wait
@@ -75,7 +75,7 @@ class DatagramResponder:
         self._is_plain = not (is_changed or is_on_all_addresses or self.context.log_messages)
         self._expected = 1  # datagrams that one call answers
         self._full_calls = 0  # that answered as many as expected
-        self._log_refused = RateLimitedLog(log.warning, "%s datagram refused: %s")
+        self._log_refused = self.context.limit_log("%s datagram refused: %s")
 
     def receive(self, receiver: socket.socket) -> bool:
         """Answer what has arrived, at most ``BATCH`` datagrams; return whether there may be more.

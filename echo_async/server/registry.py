@@ -4,13 +4,14 @@ An engine adds a connection before it serves it, and removes it when its socket 
 event loops, and safe to use from several threads.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..config import ServerConfig
 from ..engines.connection import Connection
 from ..engines.context import LINGER_TIMEOUT_AT_STOP, ConversationFactory, ServerContext
-from ..logs import log
+from ..logs import RateLimitedLog, log
 from ..stats import Stats
 from .counters import Counters
 
@@ -29,11 +30,22 @@ class Registry(ServerContext):
         self.connections: set[Connection] = set()
         self.pending: set[Any] = set()  # of connections that are accepted and not established yet
         self.on_empty: Callable[[], object] | None = None
+        self._limited_logs: list[RateLimitedLog] = []
         self._is_draining = False
         self._timed_out: set[Connection] = set()  # counted, and not closed yet
         shortest_timeout = min(config.timeout_idle, config.timeout_message, config.timeout_write)
         self.sweep_interval = min(1.0, shortest_timeout / 20)
         """Seconds between two sweeps: how late a timeout can be."""
+
+    def limit_log(self, template: str) -> RateLimitedLog:
+        """Return a log for warnings whose events are all accounted for by the sweeps, and at the end."""
+        self._limited_logs.append(RateLimitedLog(log.warning, template))
+        return self._limited_logs[-1]
+
+    def write_pending_logs(self, *, at_once: bool = False) -> None:
+        for each in self._limited_logs:
+            with contextlib.suppress(Exception):  # of a logging filter, for instance
+                each.write_pending(at_once=at_once)
 
     def add(self, connection: Connection) -> None:
         self.connections.add(connection)
@@ -88,6 +100,7 @@ class Registry(ServerContext):
                     self._check(connection, now)
             except Exception as error:  # the others have to be checked too
                 connection.fail(error)
+        self.write_pending_logs()
 
     def _check(self, connection: Connection, now: float) -> None:
         kind = connection.timeouts.expired(connection, now)

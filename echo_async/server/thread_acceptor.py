@@ -129,6 +129,7 @@ class ThreadAcceptor(Acceptor):
             self._abort_pending()
             self.registry.abort()
             self._wait_for_connections(JOIN_TIMEOUT)
+            self.registry.write_pending_logs(at_once=True)
             self._resources.close()
             self._on_closed()
 

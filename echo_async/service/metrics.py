@@ -178,9 +178,13 @@ class MetricsServer:
                     except (ValueError, asyncio.LimitOverrunError):
                         request = {}
                     self._connections[writer] = False
-                    writer.write(
-                        _encode(*await self._respond(request), has_body=request.get("REQUEST_METHOD") != "HEAD")
-                    )
+                    try:
+                        response = await self._respond(request)
+                    except Exception as error:
+                        report = {"message": "metrics request failed", "exception": error}
+                        asyncio.get_running_loop().call_exception_handler(report)
+                        response = _text("500 Internal Server Error", "internal error")
+                    writer.write(_encode(*response, has_body=request.get("REQUEST_METHOD") != "HEAD"))
                     writer.close()
                     await writer.wait_closed()
         finally:

@@ -17,7 +17,7 @@ from typing import Any
 from ..config import ServerConfig
 from ..errors import StartError
 from ..logs import configure, log
-from ..loops import log_loop_errors, loop_factory
+from ..loops import logged_loop_errors, loop_factory
 from ..server.listeners import ListenerConfig
 from ..server.server import EchoServer, start_server
 from ..stdio import print_error, standard_streams
@@ -37,7 +37,10 @@ def main() -> int:
     configure(settings["log_level"], settings["log_format"], settings["labels"])
     listeners = [ListenerConfig(ServerConfig(**config), numbers) for config, numbers in settings["listeners"]]
     try:
-        with asyncio.Runner(loop_factory=loop_factory(settings["loop"])) as runner:
+        with (
+            asyncio.Runner(loop_factory=loop_factory(settings["loop"])) as runner,
+            logged_loop_errors(runner.get_loop()),
+        ):
             runner.run(_serve(listeners, channel))
     except StartError as error:
         print_error(str(error))
@@ -46,7 +49,6 @@ def main() -> int:
 
 
 async def _serve(listeners: list[ListenerConfig], channel: socket.socket) -> None:
-    log_loop_errors(asyncio.get_running_loop())
     server = await start_server(listeners)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.close)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked by the supervisor

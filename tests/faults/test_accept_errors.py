@@ -22,6 +22,7 @@ from support import (
     ServerThread,
     StartServer,
     connect,
+    count_events,
     is_echoed,
     log_lines,
     set_constant,
@@ -257,3 +258,23 @@ def test_accept_error_during_shutdown_does_not_delay_it(
             wait_until(lambda: not server.sockets)
             assert accept.failures <= 4 + (monotonic() - start) / accept.RETRY_DELAY
             assert monotonic() - start < MAX_DELAY
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["running", "stopped"])
+def test_log_lines_account_for_every_refusal(
+    start_server: StartServer, is_stopped: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Within a second or so, and at a stop, no event waits for the next one to be logged."""
+
+    def logged() -> int:
+        return sum(count_events(line) for line in log_lines(caplog, logging.WARNING) if "connection refused" in line)
+
+    with start_server(limit_connections=1) as server, connect(server) as client:
+        assert is_echoed(client)
+        for _ in range(20):
+            with connect(server) as refused, suppress(ConnectionError):
+                assert refused.recv(1) == b""
+        assert server.stats.refused == 20
+        if not is_stopped:
+            wait_until(lambda: logged() == 20)
+    assert logged() == server.stats.refused == 20

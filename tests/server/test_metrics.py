@@ -27,6 +27,7 @@ from support import (
     ServerProcess,
     command_process,
     connect_to,
+    count_events,
     paused_processes,
     receive_all,
     receive_line,
@@ -38,6 +39,7 @@ import echo_async
 from echo_async import Stats
 from echo_async.cli.server import main
 from echo_async.config import EngineName
+from echo_async.loops import logged_loop_errors
 from echo_async.service import metrics as module
 from echo_async.service.metrics import COUNTERS, MAX_CONNECTIONS, TIMEOUTS, MetricsServer, StatsCollector
 from echo_async.service.worker_process import Worker
@@ -425,6 +427,28 @@ def test_new_http_connections_close_idle_ones_only(
                 writer.close()
 
     asyncio.run(main())
+
+
+def test_metrics_request_that_fails_is_a_500_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def fetch_stats(self: echo_async.EchoServer) -> list[Stats]:
+        raise MemoryError
+
+    monkeypatch.setattr(echo_async.EchoServer, "fetch_stats", fetch_stats)
+    with asyncio.Runner() as runner, logged_loop_errors(runner.get_loop()):
+
+        async def main() -> None:
+            async with metrics_in_loop(caplog) as address:
+                for _ in range(10):
+                    reply = await asyncio.to_thread(send, address, b"GET /metrics HTTP/1.1\r\n\r\n")
+                    assert (reply[0], reply[2]) == (500, b"internal error\n")
+                assert (await asyncio.to_thread(send, address, b"GET /healthz HTTP/1.1\r\n\r\n"))[0] == 200
+
+        runner.run(main())
+    lines = [line for line in caplog.messages if "metrics request failed" in line]
+    assert lines[0] == "event loop error: metrics request failed: MemoryError()"
+    assert sum(count_events(line) for line in lines) == 10
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /metrics HTTP/1.1\r\nHost: a"])
