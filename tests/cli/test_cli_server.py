@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 from support import LOOPS, MAX_DELAY, TIMEOUT, ChildProcess, receive_all, server_process, single_error_line, wait_until
@@ -83,42 +84,18 @@ def test_server_prints_address_to_stdout_and_log_to_stderr() -> None:
     assert "messages=2 bytes_in=29 bytes_out=29 " in log
 
 
-def test_json_log_has_one_object_per_line() -> None:
-    with server_process("--log-format", "json") as server:
-        exchange(server.address, "¡Ñandú!\n".encode())
-        code, log = server.stop()
-    assert code == 0
-    entries = [json.loads(line) for line in log.splitlines()]
-    assert all({"time", "level", "logger", "message"} <= set(entry) for entry in entries)
-    (message,) = (entry for entry in entries if entry["logger"] == "echo_async.access")
-    assert (message["bytes"], message["text"], message["level"]) == (11, "¡Ñandú!", "info")
-    assert re.fullmatch(r"127\.0\.0\.1:\d+", message["client"])
-
-
-def test_no_access_log_disables_message_lines() -> None:
-    with server_process("--no-access-log") as server:
-        assert exchange(server.address, b"Hola Server!\n") == b"Hola Server!\n"
-        code, log = server.stop()
-    assert code == 0
-    assert "Hola" not in log
-    assert "messages=1 " in log
-
-
 def test_debug_log_shows_connections_and_chunks() -> None:
     with server_process("--log-level", "debug", "--loop", "asyncio") as server:
         exchange(server.address, b"a message of more than twenty bytes\n")
+        for message in CONTROL_CHARACTERS[:-1]:
+            exchange(server.address, message)
         _, log = server.stop()
+    assert_printable(log)
     chunks = re.findall(r" DEBUG 127\.0\.0\.1:\d+ chunk received: (\d+) bytes: (.*)\n", log)
-    assert chunks == [("20", "a message of more th"), ("16", "an twenty bytes")]
-    assert len(re.findall(r" DEBUG 127\.0\.0\.1:\d+ connection established\n", log)) == 1
-    assert (
-        len(
-            re.findall(
-                r" DEBUG 127\.0\.0\.1:\d+ connection closed: 1 messages, 36 bytes received, 36 bytes sent\n", log
-            )
-        )
-        == 1
-    )
+    assert chunks[:2] == [("20", "a message of more th"), ("16", "an twenty bytes")]
+    name = r"\n\S+ \S+ DEBUG 127\.0\.0\.1:\d+ "
+    assert len(re.findall(name + "connection established", log)) == len(CONTROL_CHARACTERS)
+    assert re.search(name + "connection closed: 1 messages, 36 bytes received, 36 bytes sent\n", log)
 
 
 def test_log_level_warning_without_problem_logs_nothing() -> None:
@@ -147,18 +124,14 @@ def test_control_characters_are_echoed_and_escaped_in_log(format: str) -> None:
         code, log = server.stop()
     assert code == 0
     assert_printable(log)
-    message_lines = [line for line in log.splitlines() if re.search(r"127\.0\.0\.1:\d+ \d+ bytes: ", line)]
-    assert len(message_lines) == len(CONTROL_CHARACTERS)
-
-
-def test_control_characters_are_escaped_in_debug_log() -> None:
-    with server_process("--log-level", "debug", "--mode", "raw") as server:
-        with server.connect() as client:
-            client.sendall(b"".join(CONTROL_CHARACTERS[:-1]))
-            client.shutdown(socket.SHUT_WR)
-            assert receive_all(client) == b"".join(CONTROL_CHARACTERS[:-1])
-        _, log = server.stop()
-    assert_printable(log)
+    lines = [line for line in log.splitlines() if re.search(r"127\.0\.0\.1:\d+ \d+ bytes: ", line)]
+    assert len(lines) == len(CONTROL_CHARACTERS)
+    if format == "json":
+        entries = [json.loads(line) for line in log.splitlines()]
+        assert all({"time", "level", "logger", "message"} <= set(entry) for entry in entries)
+        [message] = (entry for entry in entries if entry.get("bytes") == 16)
+        assert (message["text"], message["level"]) == (r"%s %d {} \\x1b \\", "info")
+        assert re.fullmatch(r"127\.0\.0\.1:\d+", message["client"])
 
 
 def test_unix_peer_path_is_escaped_in_the_log(tmp_path: Path) -> None:
@@ -177,18 +150,6 @@ def test_unix_peer_path_is_escaped_in_the_log(tmp_path: Path) -> None:
     assert len(re.findall(r" INFO .*evil.* 9 bytes: number \d\n", log)) == 2
 
 
-def test_incomplete_message_is_logged_with_its_size() -> None:
-    with server_process() as server:
-        with server.connect() as client:
-            client.sendall(b"no newline")
-            client.shutdown(socket.SHUT_WR)
-            assert receive_all(client) == b""
-        _, log = server.stop()
-    assert re.search(
-        r" WARNING 127\.0\.0\.1:\d+ incomplete message: connection closed after 10 bytes without a newline\n", log
-    )
-
-
 def test_message_too_long_is_logged_and_not_answered() -> None:
     with server_process("--limit-message-size", "100", "--mode", "stream") as server:
         assert exchange(server.address, b"one\n" + b"x" * 1000 + b"\ntwo\n") == b"one\n"
@@ -201,45 +162,27 @@ def test_message_too_long_is_logged_and_not_answered() -> None:
 
 
 @each_variant
-def test_first_signal_closes_a_hundred_idle_connections(variant: tuple[str, str]) -> None:
+def test_first_signal_closes_idle_connections_and_answers_others(variant: tuple[str, str]) -> None:
+    messages = b"".join(b"%d\n" % number for number in range(1000))
     with server_process(*variant, "--mode", "stream") as server, ExitStack() as clients:
-        connected = [clients.enter_context(server.connect()) for _ in range(100)]
-        connected[-1].sendall(b"one\n")
-        assert connected[-1].recv(100) == b"one\n"  # the others were accepted before it
+        *idle, busy, last = [clients.enter_context(server.connect()) for _ in range(100)]
+        last.sendall(b"one\n")
+        assert last.recv(100) == b"one\n"  # the others were accepted before it
+        busy.sendall(b"first half, ")
+        last.sendall(messages)
         started = monotonic()
-        code, log = server.stop(signal.SIGINT)
+        server.process.send_signal(signal.SIGINT)
+        assert [client.recv(1) for client in idle] == [b""] * 98
+        busy.sendall(b"second half\n")
+        assert receive_all(busy) == b"first half, second half\n"
+        assert receive_all(last) == messages
+        code, log = server.wait()
         assert monotonic() - started < MAX_DELAY
-        assert code == 0
-        assert [client.recv(1) for client in connected] == [b""] * 100
+    assert code == 0
     assert_printable(log)
     assert " INFO SIGINT received: shutting down\n" in log
     assert "accepted=100 active=0 " in log
     assert not re.search("error|exception|never retrieved|destroyed", log, re.IGNORECASE)
-
-
-@each_variant
-def test_signal_after_messages_answers_all_of_them(variant: tuple[str, str]) -> None:
-    with server_process(*variant, "--mode", "stream") as server:
-        messages = b"".join(b"%d\n" % number for number in range(1000))
-        with server.connect() as client:
-            client.sendall(messages)
-            server.process.send_signal(signal.SIGTERM)
-            assert receive_all(client) == messages
-        code, log = server.wait()
-    assert code == 0
-    assert_printable(log)
-
-
-@each_variant
-def test_signal_within_a_message_lets_it_complete(variant: tuple[str, str]) -> None:
-    with server_process(*variant) as server:
-        with server.connect() as client, server.connect() as idle:
-            client.sendall(b"first half, ")
-            server.process.send_signal(signal.SIGTERM)
-            assert receive_all(idle) == b""  # the shutdown has begun
-            client.sendall(b"second half\n")
-            assert receive_all(client) == b"first half, second half\n"
-        assert server.wait()[0] == 0
 
 
 @each_variant
@@ -257,18 +200,15 @@ def test_incomplete_message_delays_exit_until_shutdown_timeout(variant: tuple[st
         assert 0.4 < monotonic() - started < MAX_DELAY
     assert code == 0
     assert_printable(log)
-    assert "incomplete message: connection closed after 14 bytes" in log
+    assert re.search(
+        r" WARNING 127\.0\.0\.1:\d+ incomplete message: connection closed after 14 bytes without a newline\n", log
+    )
 
 
 @pytest.mark.parametrize(
     ("variant", "second"),
-    [
-        (VARIANTS[0], signal.SIGINT),
-        (VARIANTS[1], signal.SIGTERM),
-        (VARIANTS[2], signal.SIGINT),
-        (VARIANTS[2], signal.SIGTERM),
-    ],
-    ids=["asyncio-2", "uvloop-15", "threads-2", "threads-15"],
+    [*zip(VARIANTS, (signal.SIGINT, signal.SIGTERM, signal.SIGINT), strict=True)],
+    ids=["asyncio", "uvloop", "threads"],
 )
 def test_second_signal_aborts_connections(variant: tuple[str, str], second: signal.Signals) -> None:
     with server_process(*variant) as server, server.connect() as client, server.connect() as idle:
@@ -345,42 +285,28 @@ def test_fault_on_the_command_line_overrides_the_environment() -> None:
         assert " faults configured: duplicate, seed 7\n" in server.stop()[1]
 
 
-def test_unknown_option_suggests_a_similar_one() -> None:
-    done = run_server("--prot", "80")
-    assert done.returncode == 2
-    assert "--prot" in error_line(done)
-    assert "--port" in error_line(done)
-
-
-@pytest.mark.parametrize("options", [("--threaded", "--engine", "protocol"), ("--threaded", "--loop", "uvloop")])
-def test_conflicting_options_are_both_reported(options: tuple[str, ...]) -> None:
-    done = run_server("--port", "0", *options)
-    assert done.returncode == 2
-    assert f"{options[-2]} {options[-1]}" in error_line(done)
-    assert "conflicts with" in error_line(done)
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("--prot 80", "--port"),
+        ("--threaded --engine protocol", "--threaded conflicts with --engine protocol"),
+        ("--threaded --loop uvloop", "--loop uvloop"),
+        ("5500", "5500"),
+    ],
+)
+def test_invalid_arguments_are_one_line(arguments: str, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--port", "0", *arguments.split()]) == 2
+    assert reason in single_error_line(*capsys.readouterr())
 
 
 def test_command_line_overrides_conflicting_environment(tmp_path: Path) -> None:
     env = {"ECHO_ASYNC_THREADED": "1", "ECHO_ASYNC_FD": "9", "ECHO_ASYNC_UDS": str(tmp_path / "echo")}
-    with server_process("--engine", "protocol", env=env) as server:
-        assert exchange(server.address, b"one\n") == b"one\n"
-        code, log = server.stop()
-    assert code == 0
-    assert "engine protocol" in log
-
-
-def test_threaded_selects_the_threads_engine() -> None:
-    with server_process("--threaded") as server:
-        assert exchange(server.address, b"one\n") == b"one\n"
-        code, log = server.stop()
-    assert code == 0
-    assert "engine threads" in log
-
-
-def test_unexpected_argument_is_reported() -> None:
-    done = run_server("5500")
-    assert done.returncode == 2
-    assert "5500" in error_line(done)
+    for options, engine in (("--engine", "protocol"), "protocol"), (("--port", "0"), "threads"):
+        with server_process(*options, env=env) as server:
+            assert exchange(server.address, b"one\n") == b"one\n"
+            code, log = server.stop()
+        assert code == 0
+        assert f"engine {engine}" in log
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", b"\xff\xfe"], ids=ascii)
@@ -401,33 +327,6 @@ def test_failed_start_restores_signal_handlers(loop: str, capsys: pytest.Capture
         signal.signal(signal.SIGTERM, previous)
 
 
-def test_port_in_use_exits_with_3_and_names_the_address() -> None:
-    with port_in_use() as port:
-        done = run_server("--port", port)
-    assert done.returncode == 3
-    assert f" 127.0.0.1:{port}: address already in use" in error_line(done)
-
-
-def test_servers_started_together_on_a_unix_path_are_one(tmp_path: Path) -> None:
-    path = str(tmp_path / "socket")
-    with socket.socket(socket.AF_UNIX) as stale:
-        stale.bind(path)
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    for _ in range(3):  # the servers are killed, so that the socket is stale again
-        with ExitStack() as stack:
-            servers = [stack.enter_context(ChildProcess([*SERVER, "--uds", path], **options)) for _ in range(2)]
-            for each in servers:
-                stack.callback(each.kill)
-            started, failed = sorted(servers, key=lambda server: server.stdout.readline(), reverse=True)
-            assert failed.wait(TIMEOUT) == 3
-            assert failed.stderr.read().startswith(f"error: cannot listen on {path}: address already in use; ")
-            assert failed.stderr.read() == ""
-            assert started.poll() is None
-            with socket.socket(socket.AF_UNIX) as client:
-                client.connect(path)
-    assert os.listdir(tmp_path) == ["socket"]
-
-
 def test_loop_uvloop_not_installed_exits_with_3(tmp_path: Path) -> None:
     (tmp_path / "uvloop.py").write_text("raise ImportError('No module named uvloop')")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
@@ -446,7 +345,7 @@ def test_environment_is_used_and_command_line_overrides_it() -> None:
         env = {"ECHO_ASYNC_PORT": port, "ECHO_ASYNC_MODE": "stream", "ECHO_ASYNC_LOG_FORMAT": "json"}
         done = run_server(env=env)
         assert done.returncode == 3
-        assert f":{port}: " in error_line(done)
+        assert f" 127.0.0.1:{port}: address already in use" in error_line(done)
         with server_process("--log-format", "text", env=env) as server:  # with --port 0
             with server.connect() as client:
                 client.sendall(b"one\n")
@@ -497,81 +396,28 @@ def test_c_locale_error_line_is_ascii() -> None:
 # Closed and full output
 
 
-class Shell:
-    """A server on a Unix socket, started by a shell with a redirection."""
-
-    def __init__(self, redirection: str, directory: Path) -> None:
-        self.path = str(directory / "echo")
-        self.errors = directory / "errors"
-        command = 'exec "$@" ' + redirection
-        with open(self.errors, "wb") as errors:
-            words = ["/bin/sh", "-c", command, "sh", *SERVER, "--uds", self.path]
-            self.process = ChildProcess(words, stdout=subprocess.PIPE, stderr=errors)
-
-    def exchange(self, message: bytes) -> bytes:
-        """Wait for the server, send ``message``, return the reply."""
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(TIMEOUT)
-            wait_until(lambda: client.connect_ex(self.path) == 0 or self.process.poll() is not None)
-            assert self.process.poll() is None, self.errors.read_text()
-            client.sendall(message)
-            return receive_all(client)
-
-    def stop(self) -> tuple[int, str]:
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(TIMEOUT)
-        return code, self.errors.read_text()
-
-
-@contextmanager
-def server_with_redirection(redirection: str, directory: Path) -> Iterator[Shell]:
-    shell = Shell(redirection, directory)
-    with shell.process:
-        try:
-            yield shell
-        finally:
-            shell.process.kill()
-
-
-@pytest.mark.parametrize("redirection", [">&-", ">/dev/full", "<&-"])
-def test_server_without_stdout_or_stdin_serves(redirection: str, tmp_path: Path) -> None:
-    with server_with_redirection(redirection, tmp_path) as server:
-        assert server.exchange(b"one\n") == b"one\n"
-        code, log = server.stop()
-    assert code == 0
-    assert " 4 bytes: one\n" in log
-    assert_printable(log)
-
-
-@pytest.mark.parametrize("redirection", ["2>/dev/full", "<&- >&- 2>&-"])
-def test_server_without_stderr_serves(redirection: str, tmp_path: Path) -> None:
-    with server_with_redirection(redirection, tmp_path) as server:
-        assert server.exchange(b"one\n") == b"one\n"
-        assert server.exchange(b"two\n") == b"two\n"
-        assert server.stop() == (0, "")
-        assert server.process.stdout.read() in (b"", f"listening on {server.path}\n".encode())
-
-
-@pytest.mark.parametrize("broken", ["stdout", "stderr"])
-def test_server_with_broken_pipe_serves(broken: str, tmp_path: Path) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    path = str(tmp_path / "echo")
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, broken: writer}
-    with ChildProcess([*SERVER, "--uds", path], text=True, **streams) as process:
-        os.close(writer)
-        other = process.stderr if broken == "stdout" else process.stdout
-        assert other.readline()  # the server has started
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(TIMEOUT)
-            client.connect(path)
-            client.sendall(b"one\n")
-            assert receive_all(client) == b"one\n"
-        process.send_signal(signal.SIGTERM)
-        rest = other.read()
-        assert process.wait(TIMEOUT) == 0
-    assert "Traceback" not in rest
-    assert "Exception ignored" not in rest
+@pytest.mark.parametrize(
+    "redirection", ["<&-", ">&-", ">/dev/full", ">&PIPE", "2>/dev/full", "2>&PIPE", "<&- >&- 2>&-"]
+)
+def test_server_without_a_standard_stream_serves(redirection: str, tmp_path: Path) -> None:
+    """It is closed, a full device, or a pipe without a reader."""
+    path, errors = str(tmp_path / "echo"), tmp_path / "errors"
+    reading, writing = os.pipe()
+    os.close(reading)
+    shell = ["bash", "-c", f'exec "$@" {redirection.replace("PIPE", str(writing))}', "sh"]
+    options: Any = {"stdout": subprocess.DEVNULL, "pass_fds": [writing]}
+    with errors.open("wb") as log, ChildProcess([*shell, *SERVER, "--uds", path], stderr=log, **options) as process:
+        os.close(writing)
+        for message in (b"one\n", b"two\n"):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(TIMEOUT)
+                wait_until(lambda client=client: client.connect_ex(path) == 0 or process.poll() is not None)  # type: ignore[misc]
+                client.sendall(message)
+                assert receive_all(client) == message
+        process.terminate()
+    assert process.returncode == 0
+    assert_printable(errors.read_text())
+    assert errors.read_text().count(" 4 bytes: ") == (0 if "2>" in redirection else 2)
 
 
 def test_error_without_stderr_is_not_printed_to_stdout() -> None:
@@ -591,21 +437,6 @@ def test_help_to_broken_pipe_exits_with_0() -> None:
 
 
 # Addresses
-
-
-def test_unix_socket_is_announced_served_and_removed(tmp_path: Path) -> None:
-    path = str(tmp_path / "echo")
-    with server_process("--uds", path) as server:
-        assert server.startup_line == f"listening on {path}\n"
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(TIMEOUT)
-            client.connect(path)
-            client.sendall(b"one\n")
-            assert receive_all(client) == b"one\n"
-        code, log = server.stop()
-    assert code == 0
-    assert " INFO unix client 4 bytes: one\n" in log
-    assert not os.path.exists(path)
 
 
 def test_unix_socket_path_not_utf8_is_announced(tmp_path: Path) -> None:
