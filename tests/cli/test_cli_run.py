@@ -197,11 +197,10 @@ def test_run_invalid_option_exits_2(options: list[str], reason: str, capfd: pyte
     ("command", "code", "reason"),
     [("/missing/command", 127, "no such file or directory"), ("/dev/null", 126, "permission denied")],
 )
-def test_run_command_that_cannot_start_is_one_line(
-    command: str, code: int, reason: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["run", "--", command]) == code
-    assert single_error_line(*capfd.readouterr()) == f"error: cannot run {command}: {reason}; check the command\n"
+def test_run_command_that_cannot_start_is_one_line(command: str, code: int, reason: str) -> None:
+    done = run("--", command)
+    assert done.returncode == code
+    assert single_error_line(done.stdout, done.stderr) == f"error: cannot run {command}: {reason}; check the command\n"
 
 
 # Signals
