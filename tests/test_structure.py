@@ -81,7 +81,9 @@ PURE_IMPORTS = {
     "echo_async.errors",
 }
 CONVERSIONS = {"AF_INET", "AF_INET6", "inet_ntop", "inet_pton"}  # of the socket module: they do no IO
-PURE_CLIENT = {f"echo_async.client.{name}" for name in ("batching", "datagram_tracker", "session", "verifier")}
+PURE_CLIENT = {
+    f"echo_async.client.{name}" for name in ("batching", "datagram_tracker", "session", "stream", "verifier")
+}
 
 
 def test_pure_modules_import_nothing_that_does_io() -> None:

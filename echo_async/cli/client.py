@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from ..awaitable import AwaitableContextManager
 from ..client.asyncio_session import AsyncioSession
+from ..client.batching import WINDOW_MESSAGES
 from ..client.endpoint import Endpoint, log
 from ..client.stream import send_batches
 from ..config import FILE, FLAG, SECONDS_OR_ZERO, ClientConfig, Option, integer, options_of
@@ -165,7 +166,10 @@ async def _send_messages(
     :exc:`ConnectError` if the server cannot be reached and no reply was lost before.
     """
     all_matched = True
-    async with connecting as session, aclosing(send_batches(session, messages)) as results:
+    async with (
+        connecting as session,
+        aclosing(send_batches(session, messages, WINDOW_MESSAGES, asyncio.Event())) as results,
+    ):
         try:
             async for batch, start, end, seconds, error in results:
                 replies = batch.data[start:end]

@@ -11,10 +11,9 @@ import select
 import stat
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 
-from ..client.batching import Batch
+from ..client.batching import Batch, Source
 from ..errors import EchoError, describe_error
 
 READ_SIZE = 65_536  # bytes
@@ -31,27 +30,22 @@ def has_stdin_lines() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
-class LineSource:
+class LineSource(Source[bytes]):
     """A source of batches: each of ``parts`` is a number of complete lines, or None for the lines of stdin.
 
     Without any line, ``default`` is sent, if there is one.
     """
 
     def __init__(self, parts: Sequence[bytes | None], default: bytes = b"") -> None:
+        super().__init__()
         self._parts = parts
         self._default = default
         self._has_lines = False
-        self._blocks: deque[bytes] = deque()
         self._offset = 0  # in the first block
-        self._is_complete = self._is_stopped = False
+        self._is_stopped = False
         self._free_blocks = threading.Semaphore(MAX_QUEUED_BLOCKS)
-        self.failure: BaseException | None = None
 
-    @property
-    def is_exhausted(self) -> bool:
-        return self._is_complete and not self._blocks
-
-    def start(self, notify: Callable[[], None]) -> None:
+    def start(self, notify: Callable[[], object]) -> None:
         self._notify = notify
         if None in self._parts:
             self._loop = asyncio.get_running_loop()
@@ -60,8 +54,8 @@ class LineSource:
             except RuntimeError as error:  # "can't start new thread"
                 self._end_input(_stdin_error(error))
         else:
-            self._blocks.extend(part for part in self._parts if part)
-            self._is_complete = True
+            self.waiting.extend(part for part in self._parts if part)
+            self.is_done = True
 
     async def stop(self) -> None:
         self._is_stopped = True
@@ -69,13 +63,13 @@ class LineSource:
 
     def take(self, count: int) -> Batch | None:
         """Return one line if ``count`` is 1, else the rest of a block."""
-        if not self._blocks:
+        if not self.waiting:
             return None
-        block, start = self._blocks[0], self._offset
+        block, start = self.waiting[0], self._offset
         end = block.find(b"\n", start) + 1 if count == 1 else len(block)
         self._offset = end
         if end == len(block):
-            self._blocks.popleft()
+            self.waiting.popleft()
             self._free_blocks.release()
             self._offset = 0
         return Batch(block[start:end])
@@ -130,11 +124,11 @@ class LineSource:
 
     def _receive(self, block: bytes) -> None:
         if block:
-            self._blocks.append(block)
+            self.waiting.append(block)
             self._notify()
 
     def _end_input(self, failure: Exception | None) -> None:
-        self._is_complete, self.failure = True, failure
+        self.is_done, self.failure = True, failure
         self._notify()
 
 

@@ -1,24 +1,37 @@
-"""The connections of one client: which one a message is sent on, and when a new one is opened."""
+"""A session whose connections are those of an event loop, and how these are opened."""
 
 import asyncio
+import os
+import socket
+from collections.abc import Sequence
+from ssl import SSL_ERROR_EOF, SSLEOFError
 from time import perf_counter
 from typing import Self
 
-from ..errors import ReplyLost
+from ..net import AddressInfo, get_host
+from ..resolver import run_resolver
 from .connection import ClientConnection
-from .connector import open_connection
-from .endpoint import Endpoint
+from .endpoint import (
+    CONNECTION_ATTEMPT_DELAY,
+    Endpoint,
+    closed_on_error,
+    connect_unix,
+    log_tls,
+    new_socket,
+    refuse_self_connection,
+)
 from .session import Session
+
+TLS_SHUTDOWN_TIMEOUT = 2.0  # seconds to wait for the close_notify of the server
 
 
 class AsyncioSession(Session[ClientConnection]):
-    """Exchange messages with one server, reconnecting where necessary."""
+    """A session in the running event loop; several tasks can use it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint.name)
+        super().__init__(endpoint.name, asyncio.Lock())
         self._endpoint = endpoint
         self._connections: set[ClientConnection] = set()  # those whose sockets are not closed yet
-        self._lock = asyncio.Lock()  # held while connecting, and while only one message may be in flight
 
     @classmethod
     async def open(cls, endpoint: Endpoint) -> Self:
@@ -26,63 +39,84 @@ class AsyncioSession(Session[ClientConnection]):
         await session.connect()
         return session
 
-    def pipelined_connection(self) -> ClientConnection | None:
-        """Return the connection on which a message can be sent immediately, if there is one."""
-        connection = self.connection
-        return connection if connection is not None and connection.is_open and self.keeps_open else None
-
-    async def connect(self) -> ClientConnection:
-        """Return an open connection, a new one if necessary."""
-        async with self._lock:
-            return await self._connect()
-
-    async def exchange(self, data: bytes) -> float:
-        """Send one encoded message; return the round-trip time in seconds."""
-        async with self._lock:
-            connection = await self._connect()
-            if not self.keeps_open:
-                return await self._exchange_alone(connection, data)
-        return await _measure_round_trip(connection, data)
-
-    async def receive_line(self, data: bytes, max_size: int) -> bytes:
-        """Send one encoded message; return its reply, a line of at most ``max_size`` bytes."""
-        async with self._lock:
-            return await (await self._connect()).receive_line(data, max_size)
-
-    async def _exchange_alone(self, connection: ClientConnection, data: bytes) -> float:
-        try:
-            seconds = await _measure_round_trip(connection, data)
-        except ReplyLost:
-            if not self.can_resend(connection):
-                raise
-            connection = await self._connect()
-            seconds = await _measure_round_trip(connection, data)
-        self.record_reply(connection)
-        return seconds
-
-    async def _connect(self) -> ClientConnection:
-        connection = self.usable_connection()
-        if connection is None:
-            connection = await open_connection(self._endpoint)
-            self._connections.add(connection)
-            connection.closed.add_done_callback(lambda _: self._connections.discard(connection))
-            self.connection = connection
-            if self.is_closed:  # closed while connecting
-                self.close()
-                self.usable_connection()
-        return connection
-
-    def close(self) -> None:
-        self.is_closed = True
-        for connection in self._connections:
-            connection.close()
-
     async def wait_closed(self) -> None:
         if self._connections:
             await asyncio.wait([connection.closed for connection in self._connections])
 
+    async def _open(self) -> ClientConnection:
+        connection = await self._endpoint.connect(self._attempt, asyncio.sleep)
+        self._connections.add(connection)
+        connection.closed.add_done_callback(lambda _: self._connections.discard(connection))
+        return connection
 
-async def _measure_round_trip(connection: ClientConnection, data: bytes) -> float:
-    started = perf_counter()
-    await connection.echo(data)
-    return perf_counter() - started
+    async def _attempt(self, seconds: float) -> ClientConnection:
+        async with asyncio.timeout(seconds):
+            started = perf_counter()
+            connected = await _connect(self._endpoint)
+            self._endpoint.start(connected, started)
+            return await _create_connection(self._endpoint, connected)
+
+
+async def _create_connection(endpoint: Endpoint, connected: socket.socket) -> ClientConnection:
+    """Create the transport, which owns the socket from then on, also when this is canceled."""
+    loop, started = asyncio.get_running_loop(), perf_counter()
+    create = loop.create_connection if endpoint.config.uds is None else loop.create_unix_connection
+    try:
+        transport, connection = await create(
+            lambda: ClientConnection(endpoint),
+            sock=connected,
+            ssl=endpoint.ssl,
+            server_hostname=endpoint.server_hostname,
+            ssl_shutdown_timeout=TLS_SHUTDOWN_TIMEOUT if endpoint.ssl else None,
+        )
+    except ConnectionError as error:
+        if error.errno is None:  # closed during the handshake: the error that the ssl module has for this
+            raise SSLEOFError(SSL_ERROR_EOF, "closed by the server") from error
+        raise
+    if endpoint.ssl is not None:
+        log_tls(transport.get_extra_info("ssl_object"), started)
+    return connection
+
+
+async def _connect(endpoint: Endpoint) -> socket.socket:
+    if endpoint.config.uds is not None:
+        return await connect_unix(os.fspath(endpoint.config.uds), asyncio.sleep)
+    infos = endpoint.numeric or await run_resolver(endpoint.resolve)
+    return await _connect_tcp(infos[0]) if len(infos) == 1 else await _race_addresses(infos)
+
+
+async def _connect_tcp(info: AddressInfo) -> socket.socket:
+    loop, address = asyncio.get_running_loop(), info[4]
+    if not isinstance(loop, asyncio.BaseEventLoop):  # uvloop drops the scope ID (loop.pyx, sock_connect)
+        address = get_host(address), address[1]
+    with closed_on_error(new_socket(info)) as connecting:
+        await loop.sock_connect(connecting, address)
+        refuse_self_connection(connecting)
+        return connecting
+
+
+async def _race_addresses(infos: Sequence[AddressInfo]) -> socket.socket:
+    """Connect to the first address that accepts; the next is tried after a delay, or after a failure (RFC 8305)."""
+    running: set[asyncio.Task[socket.socket]] = set()
+    failure: BaseException | None = None
+    waiting = list(infos)
+    try:
+        while running or waiting:
+            if waiting:
+                running.add(asyncio.create_task(_connect_tcp(waiting.pop(0))))
+            delay = CONNECTION_ATTEMPT_DELAY if waiting else None
+            done, running = await asyncio.wait(running, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if task.exception() is None:
+                    done.remove(task)
+                    running |= done
+                    return task.result()
+                failure = failure or task.exception()
+    finally:
+        for task in running:
+            task.cancel()
+        for result in await asyncio.gather(*running, return_exceptions=True):
+            if isinstance(result, socket.socket):
+                result.close()
+    assert failure is not None
+    raise failure

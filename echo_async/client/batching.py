@@ -6,18 +6,21 @@ is little more than the cost of taking it from its source and returning its repl
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from itertools import islice
+from time import monotonic, perf_counter
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ..errors import ConfigError, MessageError, ReplyError
 from .verifier import Exchange
 
 WINDOW_MESSAGES = 1024  # messages in flight
 WINDOW_BYTES = 262_144  # bytes in flight; the last message may exceed it
+IMMEDIATE = 0.005  # seconds within which taking messages counts as not waiting
 BATCH_BYTES = 65_536  # bytes of one write; the last message may exceed it
 
 Message = str | bytes
 M = TypeVar("M", str, bytes)
+T = TypeVar("T")
 
 
 def encode(message: Message) -> bytes:
@@ -50,18 +53,13 @@ def check_stream(messages: object, window: int) -> None:
 class Batch(Exchange):
     """Messages sent in one write. ``delivered`` bytes of their replies were returned to the caller."""
 
-    __slots__ = ("count", "delivered", "notify", "sent_at")
+    __slots__ = ("count", "delivered", "sent_at")
 
     def __init__(self, data: bytes, count: int = 1) -> None:
         super().__init__(data)
         self.count = count
         self.delivered = 0
         self.sent_at = 0.0
-        self.notify: Callable[[], None] | None = None
-
-    def on_progress(self) -> None:
-        if self.notify is not None:
-            self.notify()
 
     def verified_bytes(self) -> int:
         """Return the size in bytes of the complete replies that match."""
@@ -150,19 +148,49 @@ class Window:
             end = 0
 
 
-class Messages:
-    """A source of batches that takes messages from an iterable."""
+class Source(Generic[T]):
+    """Where batches come from. When it ``is_exhausted``, ``failure`` is the error that ended it, if any.
 
-    def __init__(self, messages: Iterable[Message]) -> None:
-        self._iterator = iter(messages)
-        self.is_exhausted = False
+    The items of a source that runs in the background are ``waiting`` until they are taken.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: deque[T] = deque()
+        self.is_done = False
         self.failure: BaseException | None = None
 
-    def take(self, count: int) -> MessageBatch | None:
-        """Take a batch of at most ``count`` messages; None if there are no more."""
-        if self.is_exhausted:
+    @property
+    def is_exhausted(self) -> bool:
+        return self.is_done and not self.waiting
+
+    def start(self, notify: Callable[[], object]) -> None:
+        """Start; call ``notify`` in the event loop when there is more to take, or the source is exhausted."""
+
+    async def stop(self) -> None:
+        """Stop everything that the source runs."""
+
+    def take(self, count: int) -> Batch | None:
+        """Return the next batch of at most ``count`` messages; None if none is ready."""
+        raise NotImplementedError
+
+
+class Messages(Source[Message]):
+    """The messages of an iterable, more at a time as long as it does not block."""
+
+    def __init__(self, messages: Iterable[Message]) -> None:
+        super().__init__()
+        self._iterator = iter(messages)
+        self._batch_size = 1
+
+    def take(self, count: int) -> Batch | None:
+        if self.is_done:
             return None
-        batch, self.is_exhausted, self.failure = take_batch(self._iterator, count)
+        started = monotonic()
+        batch, self.is_done, self.failure = take_batch(self._iterator, min(count, self._batch_size))
+        if monotonic() - started > IMMEDIATE:
+            self._batch_size = 1
+        elif count > 1:
+            self._batch_size = min(2 * self._batch_size, WINDOW_MESSAGES)
         return batch
 
 
@@ -172,13 +200,13 @@ def take_batch(messages: Iterator[Message], count: int) -> tuple[MessageBatch | 
     taken: list[Message] = []
     is_exhausted, failure = False, None
     try:
-        for message in messages:
+        for message in islice(messages, count):
             taken.append(message)
             size += len(message)
-            if size >= BATCH_BYTES or len(taken) >= count:
+            if size >= BATCH_BYTES:
                 break
         else:
-            is_exhausted = True
+            is_exhausted = len(taken) < count
     except Exception as error:
         is_exhausted, failure = True, error
     data = _join(taken)

@@ -36,19 +36,6 @@ class _Echo(Exchange):
             future.set_result(None)
 
 
-class _Identification(LineExchange):
-    """The same, of a reply that is any line."""
-
-    __slots__ = ("done",)
-
-    def __init__(self, data: bytes, max_size: int, done: asyncio.Event) -> None:
-        super().__init__(data, max_size)
-        self.done = done
-
-    def on_progress(self) -> None:
-        self.done.set()
-
-
 class ClientConnection(ReplyVerifier, asyncio.Protocol):
     """Send messages and verify their replies. ``closed`` is done when the socket is closed."""
 
@@ -67,16 +54,15 @@ class ClientConnection(ReplyVerifier, asyncio.Protocol):
     # Sending
 
     def echo(self, data: bytes) -> asyncio.Future[None]:
-        """Send one message; the future is done when its reply was received."""
         future = self._loop.create_future()
         self.send(_Echo(data, future))
         return future
 
     async def receive_line(self, data: bytes, max_size: int) -> bytes:
-        """Send one message; return its reply, a line of at most ``max_size`` bytes."""
-        exchange = _Identification(data, max_size, asyncio.Event())
+        exchange, done = LineExchange(data, max_size), asyncio.Event()
+        exchange.notify = done.set
         self.send(exchange)
-        await exchange.done.wait()
+        await done.wait()
         return exchange.result()
 
     def send(self, exchange: Exchange) -> None:

@@ -4,7 +4,7 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
 from ssl import SSLCertVerificationError, SSLError, SSLObject, SSLSocket, create_default_context
@@ -22,6 +22,7 @@ MIN_RETRY_DELAY, MAX_RETRY_DELAY = 0.02, 0.5  # seconds between attempts, double
 UNIX_RETRY_DELAY = 0.005  # seconds until a Unix socket with a full backlog is tried again
 
 SocketT = TypeVar("SocketT", bound=socket.socket)
+T = TypeVar("T")
 
 log = logging.getLogger("echo_async.client")
 
@@ -52,14 +53,26 @@ class Endpoint:
                 families.setdefault(info[0], {})[info] = None
         return [info for turn in zip_longest(*families.values()) for info in turn if info is not None]
 
-    @contextmanager
-    def attempt(self, seconds: float) -> Iterator[None]:
-        """Log an attempt to connect that has ``seconds``, and translate its error."""
-        log.debug("connecting to %s", self.name)
-        try:
-            yield
-        except (OSError, UnicodeError) as error:
-            raise self.connect_error(error, seconds) from error
+    async def connect(self, attempt: Callable[[float], Awaitable[T]], sleep: Callable[[float], Awaitable[object]]) -> T:
+        """Return the result of ``attempt(seconds)``, which connects; repeat it for the seconds of the option ``retry``.
+
+        Raises:
+            ConnectError: The error of the last attempt, translated.
+        """
+        seconds, delay, deadline = self.config.connect_timeout, MIN_RETRY_DELAY, monotonic() + self.config.retry
+        while True:
+            log.debug("connecting to %s", self.name)
+            try:
+                return await attempt(seconds)
+            except (OSError, UnicodeError) as error:
+                failure, left = self.connect_error(error, seconds), deadline - monotonic()
+                if left <= 0 or isinstance(error, SSLCertVerificationError):
+                    raise failure from error
+            pause = min(delay, left)
+            delay = min(2 * delay, MAX_RETRY_DELAY)
+            seconds = min(self.config.connect_timeout, max(left - pause, MIN_RETRY_DELAY))
+            log.debug("%s; retrying in %.3f s", failure, pause)
+            await sleep(pause)
 
     def start(self, connected: socket.socket, started: float) -> None:
         """Log a new connection and send the PROXY header, if one is configured."""
@@ -102,26 +115,6 @@ def _connect_hint(error: OSError | UnicodeError) -> str:
     return _HINTS.get(error.errno or 0, "")
 
 
-class RetrySchedule:
-    """When to try to connect again, and ``timeout``, the seconds for the next attempt."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.timeout = self._connect_timeout = endpoint.config.connect_timeout
-        self._deadline = monotonic() + endpoint.config.retry
-        self._retry_delay = MIN_RETRY_DELAY
-
-    def next_delay(self, error: ConnectError) -> float:
-        """Return the seconds until the next attempt; raise ``error`` if it is final."""
-        left = self._deadline - monotonic()
-        if left <= 0 or isinstance(error.__cause__, SSLCertVerificationError):
-            raise error
-        delay = min(self._retry_delay, left)
-        self._retry_delay = min(2 * self._retry_delay, MAX_RETRY_DELAY)
-        self.timeout = min(self._connect_timeout, max(left - delay, MIN_RETRY_DELAY))
-        log.debug("%s; retrying in %.3f s", error, delay)
-        return delay
-
-
 def tls_hostname(server_hostname: str | None, host: str, uds: StrPath | None) -> str:
     """Return the name for SNI and for the verification of the certificate: without a zone, and without a final dot.
 
@@ -144,6 +137,17 @@ def closed_on_error(connecting: SocketT) -> Iterator[SocketT]:
     except BaseException:
         connecting.close()
         raise
+
+
+async def connect_unix(path: str, sleep: Callable[[float], Awaitable[object]]) -> socket.socket:
+    """Return a nonblocking socket that is connected to a Unix socket. A full backlog is tried again."""
+    with closed_on_error(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as connecting:
+        connecting.setblocking(False)
+        while True:
+            with suppress(BlockingIOError):
+                connecting.connect(path)
+                return connecting
+            await sleep(UNIX_RETRY_DELAY)
 
 
 def new_socket(info: AddressInfo) -> socket.socket:

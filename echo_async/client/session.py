@@ -1,4 +1,4 @@
-"""The choice of the connection for a message, and when a message may be sent again; without IO.
+"""The connections of one client: which one a message is sent on, and when a new one is opened; without IO.
 
 Servers are of two kinds, and a client detects which it is connected to:
 
@@ -10,9 +10,10 @@ Servers are of two kinds, and a client detects which it is connected to:
 """
 
 import enum
-from typing import Generic, TypeVar
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Generic, TypeVar
 
-from ..errors import EchoError
+from ..errors import EchoError, ReplyLost
 from .verifier import ReplyVerifier
 
 C = TypeVar("C", bound=ReplyVerifier)
@@ -27,12 +28,16 @@ class ServerBehavior(enum.Enum):
 
 
 class Session(Generic[C]):
-    """The state of one client: its current connection, and the behavior of its server, which has a ``name``."""
+    """Exchange messages with one server, reconnecting where necessary.
 
-    def __init__(self, name: str) -> None:
+    The server has a ``name``. ``lock`` is held while connecting, and while only one message may be in flight.
+    """
+
+    def __init__(self, name: str, lock: AbstractAsyncContextManager[Any]) -> None:
         self.name = name
         self.connection: C | None = None
-        self.is_closed = False
+        self._is_closed = False
+        self._lock = lock
         self._server_behavior = ServerBehavior.UNKNOWN
 
     @property
@@ -40,7 +45,56 @@ class Session(Generic[C]):
         """Whether the server is known to reply to several messages on one connection."""
         return self._server_behavior is ServerBehavior.KEEPS_OPEN
 
-    def usable_connection(self) -> C | None:
+    def pipelined_connection(self) -> C | None:
+        """Return the connection on which a message can be sent immediately, if there is one."""
+        connection = self.connection
+        return connection if connection is not None and connection.is_open and self.keeps_open else None
+
+    async def connect(self) -> C:
+        """Return an open connection, a new one if necessary."""
+        async with self._lock:
+            return await self._connect()
+
+    async def exchange(self, data: bytes) -> float:
+        """Send one encoded message; return the round-trip time in seconds."""
+        self._receive_pending()
+        connection = self.pipelined_connection()
+        if connection is None:
+            async with self._lock:
+                connection = await self._connect()
+                if not self.keeps_open:
+                    return await self._exchange_alone(connection, data)
+        return await connection.exchange(data)
+
+    async def receive_line(self, data: bytes, max_size: int) -> bytes:
+        """Send one encoded message; return its reply, a line of at most ``max_size`` bytes."""
+        async with self._lock:
+            return await (await self._connect()).receive_line(data, max_size)
+
+    def close(self) -> None:
+        self._is_closed = True
+        if self.connection is not None:
+            self.connection.close()
+
+    async def _open(self) -> C:
+        """Open a connection."""
+        raise NotImplementedError
+
+    def _receive_pending(self) -> None:
+        if self.connection is not None:
+            self.connection.receive_pending()
+
+    async def _connect(self) -> C:
+        self._receive_pending()
+        connection = self._usable_connection()
+        if connection is None:
+            connection = self.connection = await self._open()
+            if self._is_closed:  # closed while connecting
+                self.close()
+                self._usable_connection()
+        return connection
+
+    def _usable_connection(self) -> C | None:
         """Return the current connection if it is open; raise if it received unexpected bytes, or is closed."""
         connection = self.connection
         if connection is not None and connection.unexpected is not None:
@@ -48,20 +102,21 @@ class Session(Generic[C]):
             raise error
         if connection is not None and connection.is_open:
             return connection
-        if self.is_closed:
+        if self._is_closed:
             raise EchoError(f"cannot send to {self.name}: the client is closed; connect again")
         return None
 
-    def can_resend(self, connection: C) -> bool:
-        """Return whether the message lost on ``connection`` may be sent again, on a new one."""
-        if self.keeps_open or connection.replies != 1 or connection.is_partial or self.is_closed:
-            return False
-        self._server_behavior = ServerBehavior.CLOSES_AFTER_REPLY
-        return True
-
-    def record_reply(self, connection: C) -> None:
-        """Learn from a reply on ``connection``; close it if the server will not reply again."""
+    async def _exchange_alone(self, connection: C, data: bytes) -> float:
+        try:
+            seconds = await connection.exchange(data)
+        except ReplyLost:
+            if self.keeps_open or connection.replies != 1 or connection.is_partial or self._is_closed:
+                raise
+            self._server_behavior = ServerBehavior.CLOSES_AFTER_REPLY
+            connection = await self._connect()
+            seconds = await connection.exchange(data)
         if self._server_behavior is ServerBehavior.CLOSES_AFTER_REPLY:
             connection.close()
         elif connection.replies > 1:
             self._server_behavior = ServerBehavior.KEEPS_OPEN
+        return seconds

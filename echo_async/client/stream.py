@@ -1,55 +1,31 @@
-"""Many messages in a bounded window: pipelined if the server keeps connections open, one at a time otherwise."""
+"""Many messages in a bounded window: pipelined if the server keeps connections open, one at a time otherwise; no IO."""
 
-import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable
 from time import perf_counter
-from typing import Protocol, cast
+from typing import Any, Protocol
 
 from ..errors import ReplyError
-from .asyncio_session import AsyncioSession
-from .batching import (
-    WINDOW_BYTES,
-    WINDOW_MESSAGES,
-    Batch,
-    M,
-    Message,
-    MessageBatch,
-    Messages,
-    Result,
-    Window,
-    take_batch,
-)
-
-Results = AsyncGenerator[Result, None]
+from .batching import Batch, Result, Source, Window
+from .session import Session
 
 
-class Source(Protocol):
-    """Where batches come from. When ``is_exhausted``, ``failure`` is the error that ended it, if any."""
+class Event(Protocol):
+    """The part of :class:`asyncio.Event` that a stream waits with."""
 
-    @property
-    def is_exhausted(self) -> bool: ...
-    @property
-    def failure(self) -> BaseException | None: ...
-
-    def start(self, notify: Callable[[], None]) -> None:
-        """Start; call ``notify`` in the event loop when there is more to take, or the source is exhausted."""
-
-    async def stop(self) -> None:
-        """Stop everything that the source runs."""
-
-    def take(self, count: int) -> Batch | None:
-        """Return the next batch of at most ``count`` messages; None if none is ready."""
+    def set(self) -> object: ...
+    def clear(self) -> object: ...
+    async def wait(self) -> object: ...
 
 
-async def send_batches(session: AsyncioSession, source: Source, window: int = WINDOW_MESSAGES) -> Results:
+async def send_batches(
+    session: Session[Any], source: Source[Any], window: int, changed: Event
+) -> AsyncGenerator[Result, None]:
     """Send the batches of ``source`` and yield their results in order.
 
     A failed reply is a result too. The messages in flight after it are sent again on a new connection.
-    At the end, the failure of the source is raised, if it has one.
+    At the end, the failure of the source is raised, if it has one. ``changed`` is set when replies have arrived.
     """
-    changed = asyncio.Event()
     in_flight = Window(window)
     resend: deque[Batch] = deque()
 
@@ -69,8 +45,7 @@ async def send_batches(session: AsyncioSession, source: Source, window: int = WI
                 if session.keeps_open:
                     if not (capacity := in_flight.capacity()) or (batch := take(capacity)) is None:
                         break
-                    in_flight.add(batch)
-                    await _send(session, batch, changed.set)
+                    await _send(session, in_flight, batch, changed.set)
                 elif (batch := take(1)) is not None:
                     yield await _exchange(session, batch)
                 else:
@@ -84,10 +59,12 @@ async def send_batches(session: AsyncioSession, source: Source, window: int = WI
         raise source.failure
 
 
-async def _send(session: AsyncioSession, batch: Batch, notify: Callable[[], None]) -> None:
+async def _send(session: Session[Any], in_flight: Window, batch: Batch, notify: Callable[[], object]) -> None:
+    connection = session.pipelined_connection() if in_flight.batches else None
+    in_flight.add(batch)
     batch.notify = notify
     try:
-        connection = await session.connect()
+        connection = connection or await session.connect()
     except ReplyError as error:
         batch.error = error
         notify()
@@ -96,7 +73,7 @@ async def _send(session: AsyncioSession, batch: Batch, notify: Callable[[], None
         connection.send(batch)
 
 
-async def _exchange(session: AsyncioSession, batch: Batch) -> Result:
+async def _exchange(session: Session[Any], batch: Batch) -> Result:
     """Send a batch of one message, with no other in flight."""
     started = perf_counter()
     try:
@@ -104,89 +81,3 @@ async def _exchange(session: AsyncioSession, batch: Batch) -> Result:
     except ReplyError as error:
         return Result(batch, 0, 0, perf_counter() - started, error)
     return Result(batch, 0, len(batch.data), seconds, None)
-
-
-async def stream(
-    session: AsyncioSession, messages: Iterable[M] | AsyncIterable[M], window: int
-) -> AsyncGenerator[M, None]:
-    """Yield the replies to ``messages`` in order; raise the error of the first that fails."""
-    source = _AsyncMessages(messages, window) if isinstance(messages, AsyncIterable) else _IterableSource(messages)
-    async with aclosing(send_batches(session, source, window)) as results:
-        async for batch, start, end, _, error in results:
-            for reply in cast(MessageBatch, batch).replies(start, end):
-                yield cast(M, reply)
-            if error is not None:
-                raise error
-
-
-class _IterableSource(Messages):
-    """Messages of an iterable, as a :class:`Source`."""
-
-    def start(self, notify: Callable[[], None]) -> None:
-        pass
-
-    async def stop(self) -> None:
-        pass
-
-
-class _AsyncMessages:
-    """Messages of an asynchronous iterable: a task takes them, and pauses while enough of them are waiting."""
-
-    _task: asyncio.Task[None]
-
-    def __init__(self, messages: AsyncIterable[Message], window: int) -> None:
-        self._messages = messages
-        self._window = window
-        self._waiting: deque[Message] = deque()
-        self._size = 0
-        self._has_room = asyncio.Event()
-        self._is_done = self._is_stopped = False
-        self.failure: BaseException | None = None
-
-    @property
-    def is_exhausted(self) -> bool:
-        return self._is_done and not self._waiting
-
-    def start(self, notify: Callable[[], None]) -> None:
-        self._task = asyncio.create_task(self._take_all(notify))
-
-    async def stop(self) -> None:
-        self._is_stopped = True
-        self._task.cancel()
-        await asyncio.wait([self._task])
-
-    async def _take_all(self, notify: Callable[[], None]) -> None:
-        failure: BaseException | None = None
-        try:
-            async for message in self._messages:
-                if self._is_stopped:  # and the cancellation was suppressed, as by asyncio.wait_for in Python 3.11
-                    return
-                self._waiting.append(message)
-                self._size += len(message)
-                notify()
-                if len(self._waiting) >= self._window or self._size >= WINDOW_BYTES:
-                    self._has_room.clear()
-                    await self._has_room.wait()
-        except BaseException as error:
-            failure = error
-            if not isinstance(error, Exception):  # canceled
-                raise
-        finally:
-            if not self._is_done:
-                self._is_done, self.failure = True, failure
-                notify()
-
-    def take(self, count: int) -> Batch | None:
-        batch, _, failure = take_batch(self._pop_all(), count)
-        if failure is not None:
-            self._waiting.clear()
-            self._is_done, self.failure = True, failure
-            self._task.cancel()
-        self._has_room.set()
-        return batch
-
-    def _pop_all(self) -> Iterator[Message]:
-        while self._waiting:
-            message = self._waiting.popleft()
-            self._size -= len(message)
-            yield message

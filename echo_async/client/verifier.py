@@ -5,7 +5,8 @@ however the replies are split and whatever else a server sends.
 """
 
 from collections import deque
-from time import monotonic
+from collections.abc import Awaitable, Callable
+from time import monotonic, perf_counter
 
 from ..errors import ReplyDifferent, ReplyError, ReplyLate, ReplyLost
 from ..wire.text import escape
@@ -17,18 +18,20 @@ MAX_QUOTED = 40  # bytes of a reply that an error quotes
 class Exchange:
     """Complete messages sent in one write, and how many bytes of their replies were received.
 
-    ``on_progress`` is called when more replies are complete or ``error`` was set. It must not raise.
+    ``notify`` is called when more replies are complete or ``error`` was set. It must not raise.
     """
 
-    __slots__ = ("data", "error", "received")
+    __slots__ = ("data", "error", "notify", "received")
 
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.received = 0
         self.error: ReplyError | None = None
+        self.notify: Callable[[], object] | None = None
 
     def on_progress(self) -> None:
-        pass
+        if self.notify is not None:
+            self.notify()
 
     def pending_message(self) -> tuple[int, int]:
         """Return the start and the end in ``data`` of the first message whose reply is not complete."""
@@ -86,6 +89,27 @@ class ReplyVerifier:
 
     def _close_socket(self) -> None:
         """Close the socket immediately."""
+        raise NotImplementedError
+
+    def send(self, exchange: Exchange) -> None:
+        """Send what the kernel accepts now; the rest, and the replies, need a wait."""
+        raise NotImplementedError
+
+    def receive_pending(self) -> None:
+        """Receive everything that has arrived, unless an event loop does that."""
+
+    def echo(self, data: bytes) -> Awaitable[None]:
+        """Send one message and wait for its reply."""
+        raise NotImplementedError
+
+    async def exchange(self, data: bytes) -> float:
+        """Send one message; return the round-trip time in seconds."""
+        started = perf_counter()
+        await self.echo(data)
+        return perf_counter() - started
+
+    async def receive_line(self, data: bytes, max_size: int) -> bytes:
+        """Send one message; return its reply, a line of at most ``max_size`` bytes."""
         raise NotImplementedError
 
     def _verify(self, data: bytes) -> None:

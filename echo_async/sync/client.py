@@ -8,12 +8,14 @@ is what raises :exc:`~echo_async.ConnectError`.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
+from contextlib import closing
 from typing import TYPE_CHECKING, Self, Unpack, cast
 
-from ..client.batching import WINDOW_MESSAGES, M, Messages, check_stream, encode
+from ..client.batching import WINDOW_MESSAGES, M, MessageBatch, Messages, check_stream, encode
 from ..client.endpoint import Endpoint
+from ..client.stream import send_batches
 from ..config import HOST, PORT, ClientOptions
-from .session import BlockingSession
+from .session import BlockingSession, iterate, run
 
 if TYPE_CHECKING:
     from ..wire.identity import Identity
@@ -35,7 +37,7 @@ class EchoClient:
 
     def echo(self, message: M) -> M:
         """Send a message and return its reply, as :meth:`echo_async.EchoClient.echo` does."""
-        self._session.exchange(encode(message))
+        run(self._session.exchange(encode(message)))
         return message  # equal to the reply: every byte was compared
 
     def stream(self, messages: Iterable[M], *, window: int = WINDOW_MESSAGES) -> Generator[M, None, None]:
@@ -45,18 +47,25 @@ class EchoClient:
         before the next message is taken.
         """
         check_stream(messages, window)
-        return cast(Generator[M, None, None], self._session.stream(Messages(messages), window))
+        return self._stream(messages, window)
+
+    def _stream(self, messages: Iterable[M], window: int) -> Generator[M, None, None]:
+        with closing(iterate(send_batches(self._session, Messages(messages), window, self._session))) as results:
+            for batch, start, end, _, error in results:
+                yield from cast(list[M], cast(MessageBatch, batch).replies(start, end))
+                if error is not None:
+                    raise error
 
     def ping(self) -> float:
         """Return the seconds of a round trip, as :meth:`echo_async.EchoClient.ping` does."""
-        return self._session.exchange(b"ping\n")
+        return run(self._session.exchange(b"ping\n"))
 
     def identify(self, message: str | bytes) -> Identity:
         """Return what a server in ``identify`` mode reports, as :meth:`echo_async.EchoClient.identify` does."""
         from ..wire.identity import check_reply, max_reply_size  # which imports json
 
         data = encode(message)
-        return check_reply(self._session.receive_line(data, max_reply_size(data)), data, self._session.name)
+        return check_reply(run(self._session.receive_line(data, max_reply_size(data))), data, self.name)
 
     def close(self) -> None:
         """Close the connection. Replies in flight raise :exc:`ReplyLost`. Closing twice is harmless."""

@@ -1,11 +1,12 @@
 """One connection on a nonblocking socket, with a timeout for each reply."""
 
 import contextlib
+import logging
 import socket
 from collections import deque
 from selectors import EVENT_READ, EVENT_WRITE
 from ssl import SSLSocket, SSLWantReadError, SSLWantWriteError
-from time import monotonic, perf_counter
+from time import monotonic
 
 from ..client.endpoint import Endpoint, log
 from ..client.verifier import Exchange, LineExchange, ReplyVerifier
@@ -13,6 +14,7 @@ from ..compat import PollSelector
 from ..errors import describe_error
 
 READ_SIZE = 65_536  # bytes of one read
+IMMEDIATE = 0.005  # seconds between two waits that do not count as a pause
 MAX_WAIT = 2_000_000.0  # seconds; poll takes milliseconds as a 32-bit integer
 
 
@@ -24,20 +26,19 @@ class BlockingConnection(ReplyVerifier):
         self.is_open = True
         self._socket = connected
         self._timeout = endpoint.config.timeout
+        self._is_logging = log.isEnabledFor(logging.DEBUG)
         self._unsent: deque[memoryview] = deque()
         self._send_error: OSError | None = None
         self._selector = PollSelector()
+        self._watched = EVENT_READ
         self._selector.register(connected, EVENT_READ)
-        self._is_polling_writes = False
+        self._waited_until = 0.0  # the end of the last wait
 
-    def exchange(self, data: bytes) -> float:
-        """Send one encoded message; return the round-trip time in seconds. Replies in flight are received first."""
-        started = perf_counter()
+    async def echo(self, data: bytes) -> None:
+        """Send one message and wait for its reply. Replies in flight are received first."""
         self._wait_for_reply(Exchange(data))
-        return perf_counter() - started
 
-    def receive_line(self, data: bytes, max_size: int) -> bytes:
-        """Send one message; return its reply, a line of at most ``max_size`` bytes."""
+    async def receive_line(self, data: bytes, max_size: int) -> bytes:
         exchange = LineExchange(data, max_size)
         self._wait_for_reply(exchange)
         return exchange.result()
@@ -50,8 +51,8 @@ class BlockingConnection(ReplyVerifier):
             raise exchange.error
 
     def send(self, exchange: Exchange) -> None:
-        """Send as much as the kernel accepts now; :meth:`wait` sends the rest."""
-        log.debug("sending %d bytes", len(exchange.data))
+        if self._is_logging:
+            log.debug("sending %d bytes", len(exchange.data))
         if not self._in_flight:
             self._waiting_since = monotonic()
         self._in_flight.append(exchange)
@@ -65,11 +66,18 @@ class BlockingConnection(ReplyVerifier):
         """
         if not self.is_open or not self._in_flight:
             return
-        self._poll_writes(bool(self._unsent))
-        left = self._waiting_since + self._timeout - monotonic()
+        watched = EVENT_READ | EVENT_WRITE if self._unsent else EVENT_READ
+        if watched != self._watched:
+            self._watched = watched
+            self._selector.modify(self._socket, watched)
+        now = monotonic()
+        if now - self._waited_until > IMMEDIATE:  # nothing was received meanwhile: do not blame the server
+            self._waiting_since = now
+        left = self._waiting_since + self._timeout - now
         events = self._selector.select(max(0.0, min(left, MAX_WAIT)))  # polls at least once
+        self._waited_until = monotonic()
         if not events:
-            if monotonic() >= self._waiting_since + self._timeout:
+            if self._waited_until >= self._waiting_since + self._timeout:
                 self._fail_timeout(self._timeout)
             return
         if events[0][1] & EVENT_READ:
@@ -78,14 +86,8 @@ class BlockingConnection(ReplyVerifier):
             self._flush()
 
     def receive_pending(self) -> None:
-        """Receive everything that has arrived, and restart the timeout."""
         while self.is_open and self._receive():
             pass
-        self.restart_timeout()
-
-    def restart_timeout(self) -> None:
-        """Restart the timeout of the first reply in flight."""
-        self._waiting_since = monotonic()
 
     def close(self) -> None:
         if self.is_open and isinstance(self._socket, SSLSocket):
@@ -129,8 +131,3 @@ class BlockingConnection(ReplyVerifier):
         else:
             self._fail_in_flight("closed by the server")
         return True
-
-    def _poll_writes(self, enable: bool) -> None:
-        if enable is not self._is_polling_writes:
-            self._is_polling_writes = enable
-            self._selector.modify(self._socket, EVENT_READ | (EVENT_WRITE if enable else 0))

@@ -1,98 +1,157 @@
-"""The connections of one client: which one a message is sent on, and when a new one is opened."""
+"""A session whose connections block, and how these are opened.
 
-from collections.abc import Generator
-from time import monotonic
-from typing import cast
+A session is written as coroutines (:mod:`echo_async.client.session`). What they wait for here blocks instead: they are
+never suspended, and :func:`run` returns their results without an event loop.
 
-from ..client.batching import Message, MessageBatch, Messages, Window
-from ..client.endpoint import Endpoint
+Every wait has a deadline, except that of the resolver, which has its own.
+"""
+
+import os
+import socket
+from collections.abc import AsyncGenerator, Coroutine, Generator
+from contextlib import nullcontext, suppress
+from selectors import EVENT_WRITE
+from ssl import SSLContext, SSLSocket
+from time import monotonic, perf_counter, sleep
+from typing import Any, TypeVar, cast
+
+from ..client.endpoint import (
+    CONNECTION_ATTEMPT_DELAY,
+    Endpoint,
+    closed_on_error,
+    connect_unix,
+    log_tls,
+    new_socket,
+    refuse_self_connection,
+)
 from ..client.session import Session
-from ..errors import ReplyLost
-from .connection import BlockingConnection
-from .connector import open_connection
+from ..compat import CONNECT_IN_PROGRESS, PollSelector
+from ..net import AddressInfo
+from .connection import MAX_WAIT, BlockingConnection
 
-IMMEDIATE = 0.005  # seconds within which taking messages and returning replies counts as not waiting
+T = TypeVar("T")
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Return the result of a coroutine in which everything blocks."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return cast(T, end.value)
+    raise RuntimeError("the coroutine waits for an event loop")
+
+
+def iterate(generator: AsyncGenerator[T, None]) -> Generator[T, None, None]:
+    """Yield what an asynchronous generator yields in which everything blocks."""
+    try:
+        with suppress(StopAsyncIteration):
+            while True:
+                yield run(generator.__anext__())
+    finally:
+        run(generator.aclose())
 
 
 class BlockingSession(Session[BlockingConnection]):
-    """Exchange messages with one server, reconnecting where necessary."""
+    """A session for one thread. It is an event as well: to wait until replies have arrived, it receives them."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__(endpoint.name)
+        super().__init__(endpoint.name, nullcontext())
         self._endpoint = endpoint
-        self.connect()
+        run(self.connect())
 
-    def connect(self) -> BlockingConnection:
-        """Return an open connection, a new one if necessary."""
+    def set(self) -> None:
+        pass
+
+    def clear(self) -> None:
+        pass
+
+    async def wait(self) -> None:
         if self.connection is not None:
-            self.connection.receive_pending()
-        connection = self.usable_connection()
-        if connection is None:
-            connection = self.connection = open_connection(self._endpoint)
-        return connection
+            self.connection.wait()
 
-    def exchange(self, data: bytes) -> float:
-        """Send one encoded message; return the round-trip time in seconds."""
-        connection = self.connect()
-        try:
-            seconds = connection.exchange(data)
-        except ReplyLost:
-            if not self.can_resend(connection):
-                raise
-            connection = self.connect()
-            seconds = connection.exchange(data)
-        self.record_reply(connection)
-        return seconds
+    async def _open(self) -> BlockingConnection:
+        return await self._endpoint.connect(self._attempt, _sleep)
 
-    def receive_line(self, data: bytes, max_size: int) -> bytes:
-        """Send one encoded message; return its reply, a line of at most ``max_size`` bytes."""
-        return self.connect().receive_line(data, max_size)
+    async def _attempt(self, seconds: float) -> BlockingConnection:
+        endpoint, started, deadline = self._endpoint, perf_counter(), monotonic() + seconds
+        if endpoint.config.uds is not None:
+            connected = await connect_unix(
+                os.fspath(endpoint.config.uds), lambda delay: _sleep(min(delay, _seconds_left(deadline)))
+            )
+        else:
+            connected = _race_addresses(list(endpoint.numeric or endpoint.resolve()), deadline)
+        endpoint.start(connected, started)
+        if endpoint.ssl is not None:
+            connected = _start_tls(endpoint, endpoint.ssl, connected, deadline)
+        return BlockingConnection(endpoint, connected)
 
-    def close(self) -> None:
-        self.is_closed = True
-        if self.connection is not None:
-            self.connection.close()
 
-    def stream(self, source: Messages, window: int) -> Generator[Message, None, None]:
-        """Send the messages of ``source`` and yield their replies in order; raise the error of the first that fails."""
-        in_flight = Window(window)
-        batch_size = 1  # doubled as long as the source does not block
-        while True:
-            started = monotonic()
-            for batch, start, end, _, error in in_flight.results():
-                yield from cast(MessageBatch, batch).replies(start, end)
-                if error is not None:
-                    raise error
-            while (capacity := self._capacity(in_flight)) and not source.is_exhausted:
-                taking = monotonic()
-                taken = source.take(min(capacity, batch_size))
-                batch_size = min(2 * batch_size, window) if monotonic() - taking < IMMEDIATE else 1
-                if taken is None:
-                    break
-                if self.keeps_open:
-                    self._send(taken, in_flight)
-                else:
-                    batch_size = 1
-                    self.exchange(taken.data)
-                    yield from taken.replies(0, len(taken.data))
-            if in_flight.batches:
-                assert self.connection is not None
-                if monotonic() - started > IMMEDIATE:  # nothing was received meanwhile: do not blame the server
-                    self.connection.restart_timeout()
-                self.connection.wait()
-            elif source.is_exhausted:
-                break
-        if source.failure is not None:
-            raise source.failure
+async def _sleep(seconds: float) -> None:
+    sleep(seconds)  # noqa: ASYNC251
 
-    def _send(self, batch: MessageBatch, in_flight: Window) -> None:
-        connection = self.connection if in_flight.batches else self.connect()
-        assert connection is not None
-        in_flight.add(batch)
-        connection.send(batch)
 
-    def _capacity(self, in_flight: Window) -> int:
-        """Return the size of the next batch: 0 until the results of a lost connection were yielded."""
-        if in_flight.batches and (self.connection is None or not self.connection.is_open):
-            return 0
-        return in_flight.capacity()
+def _race_addresses(waiting: list[AddressInfo], deadline: float) -> socket.socket:
+    """Connect to the first address that accepts; the next is tried after a delay, or after a failure (RFC 8305)."""
+    failure: OSError | None = None
+    running: set[socket.socket] = set()
+    selector = PollSelector()
+    try:
+        while running or waiting:
+            if waiting:
+                try:
+                    connecting = _start_connecting(waiting.pop(0))
+                except OSError as error:
+                    failure = failure or error
+                    continue
+                running.add(connecting)
+                selector.register(connecting, EVENT_WRITE)
+            left = _seconds_left(deadline)
+            for key, _ in selector.select(min(left, CONNECTION_ATTEMPT_DELAY) if waiting else left):
+                connecting = cast(socket.socket, key.fileobj)
+                selector.unregister(connecting)
+                running.remove(connecting)
+                try:
+                    _finish_connecting(connecting)
+                    return connecting
+                except OSError as error:
+                    connecting.close()
+                    failure = failure or error
+    finally:
+        for connecting in running:
+            connecting.close()
+    assert failure is not None
+    raise failure
+
+
+def _start_connecting(info: AddressInfo) -> socket.socket:
+    with closed_on_error(new_socket(info)) as connecting:
+        code = connecting.connect_ex(info[4])
+        if code not in CONNECT_IN_PROGRESS:
+            raise OSError(code, os.strerror(code))
+        return connecting
+
+
+def _finish_connecting(connecting: socket.socket) -> None:
+    if code := connecting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(code, os.strerror(code))
+    refuse_self_connection(connecting)
+
+
+def _start_tls(endpoint: Endpoint, context: SSLContext, connected: socket.socket, deadline: float) -> SSLSocket:
+    started, name = perf_counter(), endpoint.server_hostname
+    with closed_on_error(connected):
+        secured = context.wrap_socket(connected, server_hostname=name, do_handshake_on_connect=False)
+    with closed_on_error(secured):
+        secured.settimeout(_seconds_left(deadline))  # of the whole handshake (docs of SSLSocket)
+        secured.do_handshake()
+        secured.setblocking(False)
+    log_tls(secured, started)
+    return secured
+
+
+def _seconds_left(deadline: float) -> float:
+    """Return the seconds until the deadline, at most MAX_WAIT; raise TimeoutError if it has passed."""
+    left = deadline - monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return min(left, MAX_WAIT)
