@@ -122,13 +122,13 @@ class ThreadAcceptor(Acceptor):
             self.sockets.close()
             self._abort_pending()
             self.registry.drain()
-            self._wait_for_connections(self.config.timeout_graceful_shutdown, or_abort=True)
+            self._wait_for_connections(self.config.timeout_graceful_shutdown)
         finally:
             self._stop_udp()
             self.sockets.close()
             self._abort_pending()
             self.registry.abort()
-            self._wait_for_connections(JOIN_TIMEOUT)
+            self._wait_for_connections(JOIN_TIMEOUT, is_aborted=True)
             self.registry.write_pending_logs(at_once=True)
             self._resources.close()
             self._on_closed()
@@ -210,16 +210,19 @@ class ThreadAcceptor(Acceptor):
         while self._finished and not self._finished[0].is_alive():
             self._threads.discard(self._finished.popleft())
 
-    def _wait_for_connections(self, seconds: float, *, or_abort: bool = False) -> None:
-        now = self.registry.now
-        deadline = now() + seconds
-        while self._threads and now() < deadline and not (or_abort and self._is_aborting):
+    def _wait_for_connections(self, seconds: float, *, is_aborted: bool = False) -> None:
+        """Wait until their threads have ended. Those that are not aborted are drained meanwhile."""
+        now, swept_at = self.registry.now, self.registry.now()
+        deadline = swept_at + seconds
+        while self._threads and now() < deadline and (is_aborted or not self._is_aborting):
             if self._finished:
                 self._finished[0].join()
             elif self._waker_selector.select(DRAIN_INTERVAL):
                 self._wakened.recv(4096)
             self._forget_finished()
-            self.registry.sweep()
+            if not is_aborted and now() - swept_at >= DRAIN_INTERVAL:  # not for each thread: that would be quadratic
+                self.registry.sweep()
+                swept_at = now()
 
     # A connection's thread.
 

@@ -11,10 +11,11 @@ import ssl
 import sys
 import termios
 import threading
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 from support import (
@@ -36,12 +37,13 @@ from support import (
 )
 
 import echo_async
+from echo_async import sync
 from echo_async.compat import is_readable
 from echo_async.config import ServerOptions
 from echo_async.engines.context import Slot
 from echo_async.engines.protocol import ProtocolConnection
 from echo_async.loops import LoopName
-from echo_async.server.registry import Registry
+from echo_async.server.registry import DRAIN_INTERVAL, Registry
 from echo_async.wire.conversation import StreamConversation
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -310,3 +312,25 @@ def test_shutdown_with_slow_readers_ends_after_timeout(start_server: StartServer
                 pass
         wait_until(lambda: server.stats.active == 0)
         assert monotonic() - start < MAX_DELAY
+
+
+def test_stop_of_threads_sweeps_by_time_and_not_per_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the end of thousands of connections takes time that grows with their square."""
+    sweeps: list[float] = []
+    sweep = Registry.sweep
+
+    def counted_sweep(self: Registry, *arguments: Any) -> None:
+        sweeps.append(monotonic())
+        sweep(self, *arguments)
+
+    with sync.serve(port=0, mode="stream", timeout_graceful_shutdown=0.2) as server, ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(connect(server)).sendall(b"incomplete")
+        wait_until(lambda: server.stats.bytes_in == 2000)
+        monkeypatch.setattr(Registry, "sweep", counted_sweep)
+        start = monotonic()
+        server.close()
+        server.wait_closed()
+        seconds = monotonic() - start
+    assert server.stats.lost == 200
+    assert len(sweeps) <= 3 + seconds / DRAIN_INTERVAL
