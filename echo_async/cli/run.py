@@ -26,7 +26,8 @@ from .common import CONTEXT, ExitCode, options, run_command, version_option
 
 KILL_DELAY = 10.0  # seconds until a command that ignores SIGTERM is killed
 TERMINAL_SIGNALS = ("SIGINT", "SIGQUIT")  # which the terminal sends to every process in the foreground
-ADDRESS_VARIABLES = {f"ECHO_ASYNC_{name}".upper() for name in (*ADDRESS_OPTIONS, "listen")}
+# The address of another server, and a secret, which are not for the command
+WITHHELD_VARIABLES = {f"ECHO_ASYNC_{name}".upper() for name in (*ADDRESS_OPTIONS, "listen", "ssl_keyfile_password")}
 FORWARDED_SIGNALS = (*TERMINAL_SIGNALS, "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "127.0.0.1"}  # to connect to a server on all addresses
 
@@ -140,7 +141,7 @@ def _environment(address: Any) -> dict[str, str]:
 
     The copy lets a server in the command tell this address from one to listen on (see ``ServerCommand``).
     """
-    environment = {name: value for name, value in os.environ.items() if name not in ADDRESS_VARIABLES}
+    environment = {name: value for name, value in os.environ.items() if name not in WITHHELD_VARIABLES}
     if isinstance(address, str):
         values = {"UDS": address.replace("\0", "@")}  # an abstract name
     else:

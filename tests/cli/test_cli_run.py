@@ -79,6 +79,20 @@ def has_exited(pid: int) -> bool:
 # The command and its environment
 
 
+def test_run_keeps_the_password_of_the_key_from_the_command(certificate: Path, tmp_path: Path) -> None:
+    """The server uses it. The command, and whatever it starts, does not see it."""
+    key = tmp_path / "encrypted.pem"
+    encrypt = ["openssl", "pkey", "-in", str(certificate), "-out", str(key), "-aes256", "-passout", "pass:secret"]
+    run_process(encrypt)
+    options = ("--ssl-certfile", str(certificate), "--ssl-keyfile", str(key))
+    env = {"ECHO_ASYNC_SSL_KEYFILE_PASSWORD": "secret", "OTHER": "kept"}
+    done = run(*options, "--", "sh", "-c", "env", env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ECHO_ASYNC_PORT=" in done.stdout
+    assert "OTHER=kept" in done.stdout
+    assert "PASSWORD" not in done.stdout
+
+
 @pytest.mark.parametrize("options", [["--workers", "2"], ["--threaded", "--mode", "stream"]])
 def test_run_command_reaches_the_server(options: list[str]) -> None:
     done = run(*options, "--", *CLIENT, "one", "two")
