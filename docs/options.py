@@ -9,11 +9,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from echo_async.cli.check import OPTIONS as CHECK_OPTIONS
 from echo_async.cli.client import OPTIONS as CLIENT_OPTIONS
 from echo_async.cli.server import OPTIONS as SERVER_OPTIONS
 from echo_async.config import FLAG, Option
 
-COMMANDS = {"server": SERVER_OPTIONS, "client": CLIENT_OPTIONS}
+COMMANDS = {"server": SERVER_OPTIONS, "client": CLIENT_OPTIONS, "check": CHECK_OPTIONS}
 TABLE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- /options -->)", re.S)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import echo_async
 from echo_async import ConfigError, sync
-from echo_async.cli import client, server
+from echo_async.cli import check, client, server
 from echo_async.config import ClientConfig, ClientOptions, Option, ServerConfig, ServerOptions, options_of
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -21,6 +21,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 COMMAND_OPTIONS = [
     *((server.command, name, option) for name, option in server.OPTIONS.items()),
     *((client.command, name, option) for name, option in client.OPTIONS.items()),
+    *((check.command, name, option) for name, option in check.OPTIONS.items()),
 ]
 
 # The library
@@ -70,7 +71,10 @@ def test_command_line_options_match_their_definitions() -> None:
         assert f"env var: ECHO_ASYNC_{(definition.flag or name).upper()}" in text
 
 
-@pytest.mark.parametrize(("command", "options"), [(server.command, server.OPTIONS), (client.command, client.OPTIONS)])
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [(server.command, server.OPTIONS), (client.command, client.OPTIONS), (check.command, check.OPTIONS)],
+)
 def test_command_has_no_other_options(command: click.Command, options: dict[str, Option]) -> None:
     names = [each.name for each in command.params if isinstance(each, click.Option)]
     assert names == [*options, "version"]

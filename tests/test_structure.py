@@ -104,10 +104,21 @@ LAYERS = ("wire", "engines", "server", "service")
 
 @pytest.mark.parametrize("number", range(len(LAYERS)), ids=LAYERS)
 def test_folder_imports_no_folder_above_it(number: int) -> None:
-    above = tuple(f"echo_async.{each}" for each in (*LAYERS[number + 1 :], "client", "sync", "cli", "bench"))
+    above = tuple(f"echo_async.{each}" for each in (*LAYERS[number + 1 :], "client", "sync", "check", "cli", "bench"))
     for module in FILES:
         if module.startswith(f"echo_async.{LAYERS[number]}") and not module.endswith("__main__"):
             assert not [name for name in imported_names(module) if name.startswith(above)], module
+
+
+def test_check_is_known_to_cli_only_and_knows_no_server() -> None:
+    """It judges any echo server: it depends on the protocol, and on what a client needs."""
+    for module in FILES:
+        names = imported_names(module)
+        if module.startswith("echo_async.check"):
+            others = tuple(f"echo_async.{each}." for each in ("engines", "server", "service", "sync", "cli", "bench"))
+            assert not [name for name in names if f"{name}.".startswith(others)], module
+        elif not module.startswith("echo_async.cli"):
+            assert not [name for name in names if name.startswith("echo_async.check")], module
 
 
 def test_engines_know_neither_faults_nor_identify() -> None:

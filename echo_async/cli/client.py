@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from functools import partial
 from ssl import SSLContext
@@ -138,7 +138,7 @@ def _encode_message(message: str) -> bytes:
 
 def _connect(values: dict[str, Any], output: Output) -> AwaitableContextManager[AsyncioSession]:
     arguments = {name: values[name] for name in options_of(ClientConfig)}
-    endpoint = Endpoint(**{**arguments, "ssl": _ssl_context(values, output)})
+    endpoint = Endpoint(**{**arguments, "ssl": make_ssl_context(values, output.print_error)})
     session = IdentifySession if values["identify"] else AsyncioSession
     return AwaitableContextManager(lambda: session.open(endpoint))
 
@@ -186,13 +186,14 @@ async def _send_messages(
     return all_matched
 
 
-def _ssl_context(values: dict[str, Any], output: Output) -> SSLContext | None:
+def make_ssl_context(values: dict[str, Any], print_message: Callable[[str, str], object]) -> SSLContext | None:
+    """Return the TLS context that the options demand; print a warning if it verifies nothing."""
     if not any(values[name] for name in TLS_OPTIONS):
         return None
     from ..tls import client_context
 
     if values["ssl_no_verify"]:
-        output.print_error("the server certificate is not verified (--ssl-no-verify)", "warning")
+        print_message("the server certificate is not verified (--ssl-no-verify)", "warning")
     return client_context(
         ca_certs=values["ssl_ca_certs"],
         certfile=values["ssl_certfile"],

@@ -12,7 +12,7 @@ class LazyGroup(click.Group):
     """A group whose subcommands are the modules of this package with these names."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["server", "client", "run", "bench"]
+        return ["server", "client", "check", "run", "bench"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
@@ -27,6 +27,7 @@ HELP = """TCP echo server and client: every byte comes back unchanged.
 Examples:
   echo-async server
   echo-async client 'Hola Server!'
+  echo-async check
   echo-async run -- python -m pytest
   echo-async bench load --port 5500
 """

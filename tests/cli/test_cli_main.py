@@ -57,7 +57,7 @@ def execute(*command: str, env: dict[str, str] | None = None, **more: Any) -> su
 
 def test_help_without_docstrings_is_the_same() -> None:
     """``-OO`` removes docstrings."""
-    names = ["", "server", "client", "run", "bench", "bench load", "bench compare"]
+    names = ["", "server", "client", "check", "run", "bench", "bench load", "bench compare"]
     code = f"import echo_async.cli.main as cli; exit(sum(cli.main([*name.split(), '--help']) for name in {names}))"
     helps = [execute(sys.executable, *flags, "-c", code) for flags in ([], ["-OO"])]
     assert [(done.returncode, done.stderr) for done in helps] == [(0, "")] * 2
@@ -245,12 +245,13 @@ def test_service_link_of_any_port_option_is_ignored(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("echo-async ", {"server", "client", "run", "bench"}),
+        ("echo-async ", {"server", "client", "check", "run", "bench"}),
         ("echo-async server --timeout-i", {"--timeout-idle"}),
         ("echo-async server --mode ", {"message", "stream", "raw", "identify"}),
         ("echo-async run --eng", {"--engine"}),
         ("echo-async bench ", {"load", "compare"}),
         ("echo-async client --js", {"--json"}),
+        ("echo-async check --id", {"--idle"}),
     ],
 )
 def test_completion_protocol_of_bash(

@@ -1,0 +1,208 @@
+"""What the checks have in common: options, what earlier checks found, the connections of the current check."""
+
+import errno
+import socket
+from base64 import b64decode
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from time import monotonic, perf_counter, sleep
+from typing import Literal
+
+from ..client.endpoint import Endpoint
+from ..errors import ConfigError, describe_error
+from ..wire.identity import Identity
+from .connection import Connection, wait
+from .connector import Address, connect, start_tls
+from .explanation import describe, explain
+from .result import Failure
+
+MIN_MESSAGE_SIZE = 16  # bytes
+CONNECT_THREADS = 4  # connections that are opened at once: they fit into the smallest backlog
+ACCEPT_TIME = 0.01  # seconds for a server to accept a connection that does not show it
+
+ONE_AT_A_TIME = "the server serves one client at a time, or has a limit of connections"
+
+ModeName = Literal["auto", "message", "stream", "raw", "identify"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The options of the checks. Sizes are in bytes, times in seconds."""
+
+    mode: ModeName = "auto"
+    connections: int = 50
+    size: int = 1_048_576
+    idle: float = 2.0
+    udp: bool = False
+
+
+def _decode_identities(lines: bytes) -> bytes:
+    """Return the messages in replies of ``identify`` mode. A line that is none is left as it is."""
+    messages = []
+    for line in lines.splitlines(keepends=True):
+        try:
+            found = Identity.parse(line)
+            content = found.message.encode() if found.message is not None else b64decode(found.message_base64 or "")
+            messages.append(content + b"\n")
+        except ValueError:
+            messages.append(line)
+    return b"".join(messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """What a server does with messages.
+
+    Attributes:
+        name: The name of the mode.
+        keeps_open: Whether it answers more than one message per connection.
+        decode: Returns the messages in its replies.
+    """
+
+    name: str
+    keeps_open: bool = True
+    decode: Callable[[bytes], bytes] = bytes
+
+
+MESSAGE, STREAM, RAW = Mode("message", keeps_open=False), Mode("stream"), Mode("raw")
+IDENTIFY = Mode("identify", decode=_decode_identities)
+
+
+class Context:
+    """The state of a run.
+
+    Attributes:
+        endpoint: Where and how to connect.
+        settings: The options.
+        deadline: When the current check has to end, by :func:`time.monotonic`.
+        address: The one that accepted the first connection.
+        first: The first connection, which ``connect``, ``tls`` and ``mode`` use one after the other.
+        mode: The mode of the server.
+        largest: Bytes of the largest message that came back.
+        silent: A connection on which nothing is sent, and since when. ``idle`` uses it after other checks have run.
+    """
+
+    def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
+        self.endpoint, self.settings = endpoint, settings
+        self.deadline = 0.0
+        self.address: Address | None = None
+        self.first: socket.socket | None = None
+        self.mode = STREAM
+        self.largest = MIN_MESSAGE_SIZE
+        self.silent: tuple[Connection, float] | None = None
+        self._connections: list[Connection] = []
+        self._reusable: Connection | None = None
+
+    def start(self, seconds: float) -> None:
+        """Begin a check that has ``seconds``."""
+        self.deadline = monotonic() + seconds
+
+    def close_connections(self) -> None:
+        """Close the connections of a check."""
+        for each in self._connections:
+            each.close()
+        self._connections.clear()
+        self._reusable = None
+
+    def close(self) -> None:
+        self.close_connections()
+        if self.first is not None:
+            self.first.close()
+        if self.silent is not None:
+            self.silent[0].close()
+
+    def adopt(self, connection: Connection) -> Connection:
+        """Let the current check use an open connection, and close it."""
+        self._connections.append(connection)
+        return connection
+
+    def release(self, connection: Connection) -> Connection:
+        """Let a later check use a connection."""
+        self._connections.remove(connection)
+        return connection
+
+    def open(self) -> Connection:
+        """Open a connection."""
+        return self.adopt(Connection(self._connect()))
+
+    def open_many(self, count: int) -> Sequence[Connection]:
+        """Open ``count`` connections, few at a time: each is accepted before others fill a small backlog."""
+        with ThreadPoolExecutor(CONNECT_THREADS) as pool:
+            attempts = [pool.submit(self._open_accepted) for _ in range(count)]
+        opened = [each.result() for each in attempts if each.exception() is None]
+        for error in filter(None, (each.exception() for each in attempts)):
+            if isinstance(error, Failure):
+                raise Failure(f"{len(opened)} of {count} connections at once, then {error.seen}", ONE_AT_A_TIME)
+            raise error
+        return opened
+
+    def _open_accepted(self) -> Connection:
+        connection = self.open()
+        if self.mode.keeps_open:
+            self.exchange(connection, b"accepted\n", ONE_AT_A_TIME)
+        else:
+            sleep(ACCEPT_TIME)
+        return connection
+
+    def _connect(self) -> socket.socket:
+        assert self.address is not None
+        deadline = min(self.deadline, monotonic() + self.endpoint.config.connect_timeout)
+        try:
+            connected = connect(self.endpoint, self.address, deadline)
+            return start_tls(self.endpoint, connected, deadline) if self.endpoint.ssl else connected
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                advice = "raise the descriptor limit, or use fewer connections"
+                raise ConfigError(f"cannot open a connection: {describe_error(error)}; {advice}") from error
+            raise self.connect_failure(
+                error, "a limit of connections, a full backlog, or the server has ended"
+            ) from error
+
+    def connect_failure(self, error: OSError | UnicodeError, reason: str) -> Failure:
+        """Return the failure for an ``error`` of connecting; without a ``reason``, the usual one of this error."""
+        text = str(self.endpoint.connect_error(error, self.endpoint.config.connect_timeout))
+        seen, _, hint = text.partition("; ")
+        return Failure(seen, reason or hint or "check the address")
+
+    def connection(self) -> Connection:
+        """Return a connection for the next message: an open one of this check, or a new one."""
+        if self._reusable is None or self._reusable.ending or not self.mode.keeps_open:
+            self._reusable = self.open()
+        return self._reusable
+
+    def wait(self, is_done: Callable[[], object], seconds: float | None = None) -> bool:
+        """Send and receive on all connections until ``is_done()``, for at most ``seconds``, or else to the deadline."""
+        deadline = self.deadline if seconds is None else min(self.deadline, monotonic() + seconds)
+        return wait(self._connections, lambda: bool(is_done()), deadline)
+
+    def exchange(self, connection: Connection, data: bytes, truncated: str) -> None:
+        """Send messages on a connection; receive and compare the replies."""
+        connection.send(data)
+        self.finish(connection, data, truncated)
+
+    def finish(self, connection: Connection, sent: bytes, truncated: str) -> None:
+        """Receive and compare the replies to messages that were ``sent`` on a connection."""
+        count = sent.count(b"\n")
+        wait([connection], lambda: bool(connection.ending) or connection.lines >= count, self.deadline)
+        self.compare(connection, sent, truncated)
+
+    def compare(self, connection: Connection, sent: bytes, truncated: str) -> None:
+        """Compare what was received with what was ``sent``.
+
+        ``truncated`` is what usually explains a reply that is too short.
+        """
+        received = self.mode.decode(connection.take())
+        if received != sent:
+            ending = connection.ending or f"nothing within {self.endpoint.config.timeout:g} s"
+            raise Failure(describe(sent, received, ending), explain(sent, received, ending, truncated))
+
+    def measure(self, disturb: Callable[[], object] = lambda: None, interval: float = 0.05) -> float:
+        """Return the seconds of one exchange, during which ``disturb`` is called every ``interval`` seconds."""
+        started = perf_counter()
+        connection = self.connection()
+        connection.send(b"probe\n")
+        while not self.wait(lambda: connection.ending or connection.lines, interval) and monotonic() < self.deadline:
+            disturb()
+        self.compare(connection, b"probe\n", "a connection that sends nothing, or reads nothing, stops the others")
+        return perf_counter() - started

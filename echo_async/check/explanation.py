@@ -1,0 +1,71 @@
+"""What was received instead of an echo, in words, and which behavior of a server or of the path usually explains it."""
+
+from collections.abc import Callable, Sequence
+
+from ..client.verifier import escape_bytes
+from .connection import FLOOD, RESET
+
+MAX_QUOTED = 24  # bytes
+
+
+def describe(sent: bytes, received: bytes, ending: str) -> str:
+    """Describe ``received``, which differs from ``sent``; ``ending`` is what came after it."""
+    total = f"{len(sent):,} bytes"
+    if not received:
+        return f"nothing of {total}, then {ending}"
+    if sent.startswith(received):
+        return f"{len(received):,} of {total}, then {ending}"
+    start = next(
+        (i for i, (one, other) in enumerate(zip(sent, received, strict=False)) if one != other),
+        min(len(sent), len(received)),
+    )
+    expected, seen = (quote(data[start:]) for data in (sent, received))
+    return f"{len(received):,} bytes for {total}: byte {start:,} begins {seen} instead of {expected}"
+
+
+def quote(data: bytes) -> str:
+    """Return the beginning of ``data`` for a terminal."""
+    return f'"{escape_bytes(data[:MAX_QUOTED])}"' + "..." * (len(data) > MAX_QUOTED)
+
+
+def _is_recoded(sent: bytes, received: bytes) -> bool:
+    decoded = [sent.decode("utf-8", errors) for errors in ("replace", "ignore", "backslashreplace")]
+    return received in [text.encode() for text in (*decoded, sent.decode("latin-1"))]
+
+
+def _is_reordered(sent: bytes, received: bytes) -> bool:
+    return sorted(sent.splitlines()) == sorted(received.splitlines())
+
+
+EXPLANATIONS: Sequence[tuple[Callable[[bytes, bytes], bool], str]] = (
+    (
+        lambda sent, received: received == sent.replace(b"\r", b""),
+        "something removes carriage returns, as strip() and text mode do",
+    ),
+    (_is_recoded, "something decodes the bytes as text and encodes them again"),
+    (lambda sent, received: received == sent.rstrip(b"\n"), "the newline is removed"),
+    (lambda sent, received: received.startswith(sent), "something adds to the replies, or sends them twice"),
+    (
+        lambda sent, received: 0 < len(received) < len(sent) and sent.endswith(received),
+        "the reply is the last chunk that was read instead of the whole message",
+    ),
+    (_is_reordered, "replies are sent by several tasks or connections, in no order"),
+)
+"""Conditions on what was sent and received, and what each means. The first one that holds applies."""
+
+
+def explain(sent: bytes, received: bytes, ending: str, truncated: str) -> str:
+    """Return the usual reason of a reply that differs from what was sent. ``truncated``: that of one that is too short.
+
+    ``ending`` is what came after it.
+    """
+    if ending == FLOOD:
+        return "the server sends by itself, without end: is it an echo server?"
+    if sent.startswith(received) and received:
+        return truncated
+    for is_met, reason in EXPLANATIONS:
+        if is_met(sent, received):
+            return reason
+    if received:
+        return "the reply is no echo: is it an echo server?"
+    return "the server fails on this input" if ending == RESET else truncated
