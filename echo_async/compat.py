@@ -192,11 +192,6 @@ def read_cpu_time(process: int) -> int | None:
         return None
 
 
-def is_closed_by_peer(connected: Any) -> bool:
-    """Return whether the peer has closed its sending side; False where the kernel does not tell without a read."""
-    return hasattr(select, "POLLRDHUP") and _poll(connected, select.POLLRDHUP)
-
-
 def _poll(connected: Any, events: int) -> bool:
     """Return whether ``connected`` has one of ``events``, or was reset."""
     poll = select.poll()

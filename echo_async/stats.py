@@ -24,7 +24,7 @@ class Stats:
     refused: int = 0
     """Connections refused because ``limit_connections`` was reached."""
     tls_failures: int = 0
-    """Connections closed because the TLS handshake failed."""
+    """Connections closed because the TLS handshake failed, or because of invalid TLS records after it."""
     timeouts_handshake: int = 0
     """Connections closed because the TLS handshake timed out."""
     proxy_failures: int = 0

@@ -25,19 +25,14 @@ class Certificates:
         assert config.ssl_certfile is not None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= ssl.OP_NO_RENEGOTIATION
         _load_certificate(context, config.ssl_certfile, config.ssl_keyfile, config.ssl_keyfile_password)
         _validate(context, config.ssl_certfile)
         if config.ssl_ca_certs is not None:
             _require_client_certificates(context, config.ssl_ca_certs)
         if config.ssl_alpn is not None:
             context.set_alpn_protocols([each.strip() for each in config.ssl_alpn.split(",")])
-        context.sni_callback = _store_server_name
         self.context = context
-
-
-def _store_server_name(connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, _: ssl.SSLContext) -> None:
-    """Keep the name that the client asked for (SNI, RFC 6066 section 3), which only this callback receives."""
-    connection.requested_name = name  # type: ignore[union-attr]
 
 
 @contextlib.contextmanager

@@ -78,6 +78,7 @@ PURE_IMPORTS = {
     *("functools", "io", "ipaddress", "itertools", "json", "math", "random", "re", "struct", "sys"),
     *("types", "typing", "zlib"),
     "time",  # for its clocks
+    "ssl",  # for its TLS in memory
     "echo_async.errors",
 }
 CONVERSIONS = {"AF_INET", "AF_INET6", "inet_ntop", "inet_pton"}  # of the socket module: they do no IO
@@ -123,7 +124,7 @@ def test_check_is_known_to_cli_only_and_knows_no_server() -> None:
 
 def test_engines_know_neither_faults_nor_identify() -> None:
     for path in (ROOT / "engines").glob("*.py"):
-        assert re.findall(r"(?i)\w*(?:fault|identif)\w*", path.read_text()) in ([], ["default"]), path.name
+        assert set(re.findall(r"(?i)\w*(?:fault|identif)\w*", path.read_text())) <= {"default"}, path.name
 
 
 def test_engines_have_one_connection_class_each() -> None:

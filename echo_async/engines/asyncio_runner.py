@@ -5,10 +5,9 @@ import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 
-from ..compat import is_closed_by_peer
 from ..wire.script import Action, End, Hold, Report, Script, Send, Timer, Wait
 from .connection import Connection
-from .loop_internals import reset_transport, shutdown_write
+from .loop_internals import reset_transport
 from .runner import Runner
 
 ACTIONS_PER_TURN = 50  # before other connections get their turn
@@ -87,10 +86,8 @@ class AsyncioRunner(Runner):
             pass
 
     async def _wait_on(self, seconds: float) -> bool:
-        """Sleep; return whether to wait on. Abort the connection if the client is gone."""
+        """Sleep; return whether to wait on."""
         is_woken = await self._sleep(min(seconds, LOST_CHECK_INTERVAL))
-        if self._is_tls_closed():
-            self._connection.abort()
         return not (self.is_cut or self._transport.is_closing() or (is_woken and self.is_ending))
 
     async def _sleep(self, seconds: float) -> bool:
@@ -102,13 +99,6 @@ class AsyncioRunner(Runner):
         self._wake.clear()
         return is_woken
 
-    def _is_tls_closed(self) -> bool:
-        """Whether a TLS client is gone. No transport sends anything then, and none tells while reading is paused."""
-        if self._transport.is_closing():
-            return False
-        info = self._transport.get_extra_info
-        return info("ssl_object") is not None and is_closed_by_peer(info("socket"))
-
     async def _apply_end(self, end: End) -> None:
         match end:
             case End.CLOSE:
@@ -117,7 +107,7 @@ class AsyncioRunner(Runner):
                 reset_transport(self._transport)
                 raise ConnectionResetError("reset by the script")
             case End.HALF_CLOSE:
-                shutdown_write(self._transport)
+                self._half_close()
             case End.STALL:
                 await self._stall()
 
@@ -131,7 +121,7 @@ class AsyncioRunner(Runner):
         self._transport.pause_reading()
 
     def _half_close(self) -> None:
-        shutdown_write(self._transport)
+        self._transport.write_eof()
 
     def wake(self) -> None:
         self._wake.set()

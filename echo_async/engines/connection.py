@@ -91,7 +91,7 @@ class Connection:
     # Provided by the engine.
 
     def get_extra_info(self, name: str) -> Any:
-        """Return ``sockname``, ``peername``, ``ssl_object`` or ``socket``, which is beneath TLS."""
+        """Return ``sockname``, ``peername``, ``tls`` or ``socket``, which is beneath TLS."""
         raise NotImplementedError
 
     def unsent(self) -> int:

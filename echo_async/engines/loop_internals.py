@@ -29,7 +29,7 @@ asyncio: a task (selector_events.py, ``_accept_connection2``), then ``call_soon`
 ABORT_TURNS = 10
 """an aborted transport has called ``connection_lost``, and the task of the connection has ended.
 
-asyncio: ``call_soon`` (selector_events.py, ``_force_close``), twice over TLS. uvloop: after ``uv_close`` has called
+asyncio: ``call_soon`` (selector_events.py, ``_force_close``). uvloop: after ``uv_close`` has called
 back (handles/handle.pyx, ``__uv_close_handle_cb``).
 """
 READ_AHEAD_TURNS = 3
@@ -121,17 +121,6 @@ def reset_transport(transport: asyncio.WriteTransport) -> None:
     set_reset_on_close(transport.get_extra_info("socket"))
     with contextlib.suppress(AttributeError):
         transport.abort()
-
-
-def shutdown_write(transport: asyncio.WriteTransport) -> None:
-    """Close the sending side of a transport that has sent everything; input is still received.
-
-    A transport cannot do this over TLS, so the socket beneath is shut down, without a close_notify.
-    """
-    if transport.can_write_eof():
-        transport.write_eof()
-    else:
-        _shut_down_socket(transport, socket.SHUT_WR)
 
 
 def _shut_down_socket(transport: asyncio.WriteTransport, how: int) -> None:

@@ -138,7 +138,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     def eof_received(self) -> bool:
         if not self.conversation.finished:
             self.conversation.end_input()
-        if self.timeouts.lingering_since is None and self._transport.can_write_eof():
+        if self.timeouts.lingering_since is None:
             with contextlib.suppress(*TRANSPORT_ERRORS):  # the client has reset the connection
                 self._transport.write_eof()  # closing is no end if a child process has a duplicate of the socket
         return False  # the transport sends what is left and closes
@@ -167,12 +167,15 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     def _can_read(self) -> bool:
         return not self._is_writing_paused and not self._is_working and not self.is_stalled
 
-    def _kernel_buffered(self) -> int:
-        """Return the most bytes that can wait in the kernel to be read: 0, or the size of its buffer."""
-        connected = self._transport.get_extra_info("socket")
-        if self._transport.is_closing() or not is_readable([connected]):
+    def _buffered(self) -> int:
+        """Return the most bytes that can wait to be read: in TLS, and in the kernel up to the size of its buffer."""
+        if self._transport.is_closing():
             return 0
-        return int(connected.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF))
+        tls, connected = map(self._transport.get_extra_info, ("tls", "socket"))
+        size: int = 0 if tls is None else tls.unprocessed
+        if is_readable([connected]):
+            size += connected.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        return size
 
     def _resume_reading(self) -> None:
         if self._can_read() and not self._transport.is_closing():
@@ -187,10 +190,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             self.conversation.end_input()
         self.timeouts.lingering_since = self.context.now()
         try:
-            if self._transport.can_write_eof():
-                self._transport.write_eof()
-            else:
-                self._transport.close()
+            self._transport.write_eof()
         except TRANSPORT_ERRORS:  # the client has reset the connection
             self._transport.abort()
 
@@ -198,9 +198,9 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         self.end_script()
         conversation = self.conversation
         if self._drain_target is None:
-            self._drain_target = conversation.received + self._kernel_buffered()
+            self._drain_target = conversation.received + self._buffered()
         # Later sweeps call this again until all of that is read. What arrives after it is not answered.
-        if not self._can_read() or (conversation.received < self._drain_target and self._kernel_buffered()):
+        if not self._can_read() or (conversation.received < self._drain_target and self._buffered()):
             return
         conversation.drain()
         if conversation.finished and self.timeouts.lingering_since is None:

@@ -168,8 +168,8 @@ class ThreadConnection(Connection):
         return self._unsent
 
     def get_extra_info(self, name: str) -> Any:
-        if name == "ssl_object":
-            return self._socket.session if isinstance(self._socket, TlsSocket) else None
+        if name == "tls":
+            return self._socket.tls if isinstance(self._socket, TlsSocket) else None
         plain = self._socket.plain if isinstance(self._socket, TlsSocket) else self._socket
         return {"socket": lambda: plain, "sockname": plain.getsockname, "peername": plain.getpeername}[name]()
 

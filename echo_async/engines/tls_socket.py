@@ -1,102 +1,101 @@
-"""A blocking socket with TLS on it, as far as the ``threads`` engine needs one.
+"""A socket that blocks, with TLS, as far as the ``threads`` engine needs one.
 
-:class:`ssl.SSLSocket` will not do: it takes no flags for ``recv``, and shutting it down from another thread
-turns it into a plain socket under the feet of the one that reads. Here TLS is done in memory, and the plain
-socket stays what it is.
+:class:`ssl.SSLSocket` takes no flags for ``recv``, and becomes a plain socket when another thread shuts it down.
 """
 
 import contextlib
 import socket
 import ssl
 import time
+from collections.abc import Callable
 
 from ..compat import MSG_DONTWAIT
+from ..wire.tls_layer import TlsLayer
 
-MAX_RECORD_SIZE = 16 * 1024  # bytes of data that one TLS record takes (RFC 8446 5.1)
+READ_SIZE = 64 * 1024  # bytes
+MAX_UNSENT = 64 * 1024  # bytes that TLS itself sends and a client may leave unread: answers to key updates
 
 
 class TlsSocket:
-    """The methods of :class:`socket.socket` that :class:`~echo_async.engines.threads.ThreadConnection` calls."""
+    """The methods of :class:`socket.socket` that :class:`~echo_async.engines.threads.ThreadConnection` calls.
 
-    def __init__(self, plain: socket.socket, context: ssl.SSLContext) -> None:
+    ``on_error`` is called if TLS fails after the handshake.
+    """
+
+    def __init__(self, plain: socket.socket, context: ssl.SSLContext, on_error: Callable[[Exception], object]) -> None:
         self.plain = plain
-        self._incoming = ssl.MemoryBIO()
-        self._outgoing = ssl.MemoryBIO()
-        self.session = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self._ended = False  # the client has ended its side, as far as it was read
+        self.tls = TlsLayer(context)
+        self._on_error = on_error
+        self._plaintext = b""  # empty as soon as everything is read
+        self._position = 0  # of what is read next
+        self._unsent = b""  # that the kernel had no room for
 
     def handshake(self, seconds: float) -> None:
         """:exc:`OSError` (of which :exc:`ssl.SSLError` is one) if it fails, :exc:`TimeoutError` if it takes longer."""
         deadline = time.monotonic() + seconds
-        try:
-            while True:
-                try:
-                    self.session.do_handshake()
-                    return
-                except ssl.SSLWantReadError:
-                    self._flush()
-                self.plain.settimeout(max(0.001, deadline - time.monotonic()))
-                self._receive_encrypted(0)
-        finally:
-            self._flush()
-            self.plain.settimeout(None)
+        while not self.tls.is_established:
+            self.plain.settimeout(max(0.001, deadline - time.monotonic()))
+            self._receive(0)
+            if (error := self.tls.error) is not None:
+                with contextlib.suppress(OSError):
+                    self.plain.send(self.tls.output())  # an alert
+                raise error
+            self.plain.sendall(self.tls.output())
+        self.plain.settimeout(None)
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """Decrypted bytes; ``b""`` when the client has ended its side. With ``MSG_PEEK``, whether there may be some.
-
-        As with a plain socket, less than ``size`` means that there was no more.
-        """
+        """Decrypted bytes; ``b""`` when the client has ended its side. With ``MSG_PEEK``, whether there may be some."""
+        tls = self.tls
         if flags & socket.MSG_PEEK:
-            return b"?" if self._ended or self.session.pending() else self.plain.recv(1, flags)
-        while True:
-            try:
-                return self._read(size)
-            except ssl.SSLWantReadError:
-                self._receive_encrypted(flags)
-            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):  # ended by close_notify, or without
+            return b"?" if self._plaintext or tls.has_records or tls.is_ended else self.plain.recv(1, flags)
+        while not self._plaintext:
+            if tls.error is not None:
+                raise tls.error
+            if tls.is_ended:
                 return b""
-
-    def _read(self, size: int) -> bytes:
-        data = self.session.read(size)
-        while len(data) < size:
-            try:
-                more = self.session.read(size - len(data))
-            except ssl.SSLWantReadError:
-                break
-            except ssl.SSLError:  # it says so again when it is asked for the next
-                more = b""
-            if not more:
-                self._ended = True
-                break
-            data += more
+            self._plaintext = self._receive(flags)
+            if tls.has_news:
+                self._send_output()
+        start = self._position
+        self._position = start + size
+        data = self._plaintext[start : self._position]
+        if self._position >= len(self._plaintext):
+            self._plaintext, self._position = b"", 0
         return data
 
+    def _receive(self, flags: int) -> bytes:
+        """Return the plaintext of a turn, for which more is received from the client if no record is left."""
+        tls = self.tls
+        if tls.has_records:
+            return tls.receive()
+        if data := self.plain.recv(READ_SIZE, flags):
+            return tls.receive(data)
+        tls.receive_eof()
+        return b""
+
+    def _send_output(self) -> None:
+        """Send what TLS itself has to send, as far as the kernel has room."""
+        self._unsent += self.tls.output()
+        with contextlib.suppress(BlockingIOError):
+            self._unsent = self._unsent[self.plain.send(self._unsent, MSG_DONTWAIT) :]
+        if self.tls.error is not None:
+            self._on_error(self.tls.error)
+        elif len(self._unsent) > MAX_UNSENT:
+            raise ConnectionError("peer is not reading")
+
     def send(self, data: bytes | memoryview) -> int:
-        """Encrypt and send one record's worth of ``data``; return how much that was."""
-        sent = self.session.write(data[:MAX_RECORD_SIZE])
-        self._flush()
-        return sent
+        """Encrypt and send all of ``data``; return its size."""
+        self.plain.sendall(self._unsent + self.tls.send(data))
+        self._unsent = b""
+        return len(data)
 
     def shutdown(self, how: int) -> None:
-        """With ``SHUT_WR``, say close_notify first; the client can still be heard. Else end at once."""
+        """With ``SHUT_WR``, send close_notify first; the client can still be received from. Else end at once."""
         if how == socket.SHUT_WR:
-            with contextlib.suppress(ssl.SSLError):  # what the client says to it is still to come
-                self.session.unwrap()
             # The end of a connection does not wait for its client: what does not fit is dropped.
             with contextlib.suppress(BlockingIOError):
-                self.plain.send(self._outgoing.read(), MSG_DONTWAIT)
+                self.plain.send(self._unsent + self.tls.close(), MSG_DONTWAIT)
         self.plain.shutdown(how)
 
     def close(self) -> None:
         self.plain.close()
-
-    def _receive_encrypted(self, flags: int) -> None:
-        data = self.plain.recv(4 * MAX_RECORD_SIZE, flags)
-        if data:
-            self._incoming.write(data)
-        else:
-            self._incoming.write_eof()
-
-    def _flush(self) -> None:
-        if data := self._outgoing.read():
-            self.plain.sendall(data)

@@ -1,26 +1,23 @@
 """Accepts connections that have to send a PROXY header or complete a TLS handshake first, or can have a script.
 
-An event loop's own server reports no handshake that fails or does not end. So this one accepts, and counts a
-connection as pending until it is established. A TLS connection cannot be half-closed: at its end the transport
-sends what is left, then its close_notify.
+An event loop's own server has no place for what precedes a connection. So this one accepts, and counts a connection
+as pending until it is established.
 """
 
 import asyncio
 import socket
-import ssl
 from collections.abc import Callable
 from functools import partial
 from typing import cast
 
-from ..engines.context import LINGER_TIMEOUT, Slot
+from ..engines.context import Slot
 from ..engines.loop_internals import run_turns
+from ..engines.tls_transport import TlsTransport
 from ..net import format_address, shut_down
 from ..tls import Certificates
 from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission, PendingSlot
-from .proxy_reader import read_header, wait_for_input
+from .proxy_reader import read_header
 from .registry import Registry
-
-MIN_TIMEOUT = 0.001  # seconds: a handshake whose time is up fails, but 0 is invalid
 
 
 class AcceptLoop:
@@ -90,29 +87,27 @@ class AcceptLoop:
                 self._tasks.discard(cast(asyncio.Task[None], asyncio.current_task()))
                 await self._loop.connect_accepted_socket(lambda: protocol, slot.connected)
             else:
-                fail = self._admission.fail_handshake
-                await self._do_handshake(slot.connected, protocol, self._certificates.context)
+                handshake = self._loop.create_future()
+                on_error = partial(self._admission.fail_tls, slot)
+                secured = TlsTransport(self._certificates.context, protocol, handshake, on_error)
+                fail = partial(self._admission.fail_handshake, secured.tls)
+                async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+                    await self._do_handshake(slot.connected, secured, handshake)
         except (Exception, asyncio.CancelledError) as error:
             if slot.is_pending:  # else the connection ends as its engine ends it; a shutdown drains it
                 fail(slot, error if isinstance(error, Exception) else SHUTTING_DOWN)
                 _close(slot.connected)
 
     async def _do_handshake(
-        self, connection: socket.socket, protocol: asyncio.Protocol, context: ssl.SSLContext
+        self, connected: socket.socket, secured: TlsTransport, handshake: asyncio.Future[Exception | None]
     ) -> None:
-        deadline = self._loop.time() + HANDSHAKE_TIMEOUT
-        async with asyncio.timeout_at(deadline):
-            await wait_for_input(self._loop, connection)
+        transport, _ = await self._loop.connect_accepted_socket(lambda: secured, connected)
         try:
-            await self._loop.connect_accepted_socket(
-                lambda: protocol,
-                connection,
-                ssl=context,
-                ssl_handshake_timeout=max(MIN_TIMEOUT, deadline - self._loop.time()),
-                ssl_shutdown_timeout=LINGER_TIMEOUT,
-            )
-        except ConnectionAbortedError:  # ssl_handshake_timeout
-            raise TimeoutError from None
+            if (error := await handshake) is not None:
+                raise error
+        except BaseException:
+            transport.abort()
+            raise
 
 
 def _close(connection: socket.socket) -> None:

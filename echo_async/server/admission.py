@@ -17,6 +17,7 @@ from ..logs import log
 from ..net import format_address
 from ..wire.networks import Networks
 from ..wire.proxy import ProxyHeader, ProxyHeaderError
+from ..wire.tls_layer import TlsLayer
 from .proxy_reader import ClosedBeforeInput
 from .registry import Registry
 
@@ -43,6 +44,7 @@ class Admission:
         self._counters = registry.counters
         self._log_accept_error = registry.limit_log(f"accept failed: %s; retrying in {ACCEPT_RETRY_DELAY:g} s")
         self._log_handshake_failure = registry.limit_log("%s TLS handshake failed: %s")
+        self._log_tls_failure = registry.limit_log("%s TLS error, connection aborted: %s")
         self._log_header_failure = registry.limit_log("%s %s")
         self._log_refused = registry.limit_log("connection limit reached (%d), connection refused")
 
@@ -92,19 +94,25 @@ class Admission:
         """Return the parser for the PROXY header of a new connection."""
         return ProxyHeader(self.config.proxy_protocol)
 
-    def fail_handshake(self, slot: PendingSlot, error: Exception) -> None:
+    def fail_handshake(self, tls: TlsLayer, slot: PendingSlot, error: Exception) -> None:
         """End a pending connection whose TLS handshake failed."""
         peer = format_address(slot.peername)
         slot.release()
         if isinstance(error, TimeoutError):
             self._counters.increment("timeouts_handshake")
             details = f"timed out after {HANDSHAKE_TIMEOUT:g} s"
-        elif isinstance(error, ClosedBeforeInput):
-            return self._log_lost("%s connection lost before the TLS handshake: %s", peer, error)
+        elif not tls.has_input and error is not SHUTTING_DOWN and isinstance(error, ConnectionError):
+            self._counters.increment("accepted")  # as it is where no handshake is expected
+            return log.debug("%s connection lost before the TLS handshake: %s", peer, describe_error(error))
         else:
             self._counters.increment("tls_failures")
             details = describe_error(error)
         self._log_handshake_failure(peer, details)
+
+    def fail_tls(self, slot: Slot, error: Exception) -> None:
+        """Count and log an error of TLS after the handshake, which ends the connection."""
+        self._counters.increment("tls_failures")
+        self._log_tls_failure(format_address(slot.peername), describe_error(error))
 
     def fail_header(self, slot: PendingSlot, error: Exception) -> None:
         """End a pending connection that sent no valid PROXY header, or cannot be served. A shutdown is no failure."""
@@ -117,14 +125,11 @@ class Admission:
             self._counters.increment("proxy_failures")
             self._log_header_failure(peer, f"invalid PROXY header: {error}")
         elif isinstance(error, OSError):
-            self._log_lost("%s connection lost before the PROXY header: %s", peer, error)
+            if isinstance(error, ClosedBeforeInput):  # counted as it is where no header is expected
+                self._counters.increment("accepted")
+            log.debug("%s connection lost before the PROXY header: %s", peer, describe_error(error))
         else:
             self.registry.fail(peer, error)
-
-    def _log_lost(self, template: str, peer: str, error: OSError) -> None:
-        if isinstance(error, ClosedBeforeInput):  # counted as it is where no handshake is expected
-            self._counters.increment("accepted")
-        log.debug(template, peer, describe_error(error))
 
 
 class PendingSlot(Slot):

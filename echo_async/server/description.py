@@ -21,7 +21,7 @@ def describe_connection(
         config: That of the listener.
         peername: The client's address, if the PROXY header states one.
         header: The PROXY header, if there was one.
-        get_extra_info: Returns ``sockname``, ``peername`` and ``ssl_object`` as :class:`asyncio.BaseTransport` does.
+        get_extra_info: Returns ``sockname``, ``peername`` and ``tls`` as :class:`asyncio.BaseTransport` does.
     """
     server = Responder(
         platform.node(),
@@ -31,13 +31,13 @@ def describe_connection(
         config.engine,
         dict(config.labels or {}),
     )
-    peer, session = get_extra_info("peername"), get_extra_info("ssl_object")
+    peer, tls = get_extra_info("peername"), get_extra_info("tls")
     return Describer(
         server,
         Kubernetes.of(os.environ),
         Address.of(_with_zone(peername or peer)),
         None if header is None else Proxy.of(_with_zone(peer), header),
-        None if session is None else Tls.of(session),
+        None if tls is None else Tls.of(tls.session, tls.server_name),
     )
 
 

@@ -1,6 +1,6 @@
-"""Reads what precedes a connection: a PROXY header, and the first byte of a TLS handshake, which stays in the kernel.
+"""Reads the PROXY header that precedes a connection.
 
-The header is peeked at first, and then consumed. What follows it stays in the kernel, for an engine or TLS.
+It is peeked at first, and then consumed. What follows it stays in the kernel, for an engine or TLS.
 """
 
 from __future__ import annotations
@@ -75,33 +75,3 @@ def _peer_errors(header: ProxyHeader | None = None) -> Iterator[None]:
         if header is not None and header.received:
             raise ProxyHeaderError(f"truncated after {header.received} bytes") from error
         raise ClosedBeforeInput(*error.args) from error
-
-
-async def wait_for_input(loop: asyncio.AbstractEventLoop, connected: socket.socket) -> None:
-    """Wait until a socket that does not block has input. :exc:`ClosedBeforeInput` if it ends without any."""
-    from asyncio import Event
-
-    ready = Event()
-    with contextlib.suppress(NotImplementedError):  # the Proactor loop of Windows cannot wait without receiving
-        loop.add_reader(connected, ready.set)
-        try:
-            await ready.wait()
-        finally:
-            loop.remove_reader(connected)
-        _check_input(connected)
-
-
-def receive_first_byte(connected: socket.socket, seconds: float) -> None:
-    """The same for a socket that blocks, within ``seconds``. :exc:`TimeoutError`, :exc:`ClosedBeforeInput`."""
-    connected.settimeout(seconds)
-    try:
-        _check_input(connected)
-    finally:
-        connected.settimeout(None)
-
-
-def _check_input(connected: socket.socket) -> None:
-    """Receive the first byte, which stays in the kernel. :exc:`ClosedBeforeInput` if there is none."""
-    with _peer_errors():
-        if not connected.recv(1, socket.MSG_PEEK):
-            raise ConnectionError("closed by the peer")

@@ -20,7 +20,7 @@ from ..net import format_address, shut_down
 from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, PendingSlot
 from .base_server import Acceptor
 from .listeners import ListeningSockets
-from .proxy_reader import receive_first_byte, receive_header
+from .proxy_reader import receive_header
 from .registry import DRAIN_INTERVAL
 from .udp import start_receiver
 
@@ -245,11 +245,9 @@ class ThreadAcceptor(Acceptor):
                 receive_header(slot.connected, header, self.config.timeout_message)
                 slot.set_header(header)
             if self.certificates is not None:
-                fail = admission.fail_handshake
-                deadline = self.registry.now() + HANDSHAKE_TIMEOUT
-                receive_first_byte(slot.connected, HANDSHAKE_TIMEOUT)
-                secured = TlsSocket(slot.connected, self.certificates.context)
-                secured.handshake(deadline - self.registry.now())
+                secured = TlsSocket(slot.connected, self.certificates.context, partial(admission.fail_tls, slot))
+                fail = partial(admission.fail_handshake, secured.tls)
+                secured.handshake(HANDSHAKE_TIMEOUT)
                 fail = admission.fail_header
             connection = ThreadConnection(self.registry, slot, secured)
             connection.establish()

@@ -45,7 +45,7 @@ COUNTERS = {
     "sent_bytes": ("bytes_out", "Bytes of replies, sent or in the write buffer."),
     "lost": ("lost", "Connections closed with an incomplete message."),
     "too_long": ("too_long", "Connections closed because a message was too long."),
-    "tls_failures": ("tls_failures", "Connections closed because the TLS handshake failed."),
+    "tls_failures": ("tls_failures", "Connections closed because of an error of TLS."),
     "proxy_failures": (
         "proxy_failures",
         "Connections closed because of an invalid, missing or untrusted PROXY header.",

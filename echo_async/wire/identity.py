@@ -136,14 +136,13 @@ class Tls:
     client_certificate: ClientCertificate | None = None
 
     @classmethod
-    def of(cls, session: Any) -> Tls:
+    def of(cls, session: Any, server_name: str | None) -> Tls:
         """Describe an :class:`ssl.SSLObject`."""
-        certificate = session.getpeercert()
-        sni, alpn = getattr(session, "requested_name", None), session.selected_alpn_protocol()
+        certificate, alpn = session.getpeercert(), session.selected_alpn_protocol()
         return cls(
             session.version(),
             (session.cipher() or [None])[0],
-            sni and _shorten(sni),
+            server_name and _shorten(server_name),
             alpn and _shorten(alpn),
             ClientCertificate.of(certificate) if certificate else None,
         )

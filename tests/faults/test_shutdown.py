@@ -12,7 +12,6 @@ import sys
 import termios
 import threading
 from contextlib import ExitStack, closing, suppress
-from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -42,8 +41,10 @@ from echo_async.compat import is_readable
 from echo_async.config import ServerOptions
 from echo_async.engines.context import Slot
 from echo_async.engines.protocol import ProtocolConnection
+from echo_async.engines.tls_transport import TlsTransport
 from echo_async.loops import LoopName
 from echo_async.server.registry import DRAIN_INTERVAL, Registry
+from echo_async.tls import Certificates
 from echo_async.wire.conversation import StreamConversation
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -147,14 +148,13 @@ def test_shutdown_during_flood_echoes_what_the_kernel_has_buffered(
     async def main() -> None:
         registry, ended = Registry(echo_async.ServerConfig(mode="stream", no_access_log=True)), asyncio.Event()
         registry.on_empty = ended.set
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(certificate)
+        running = asyncio.get_running_loop()
+        protocol: asyncio.Protocol = ProtocolConnection(registry, Slot())
+        if tls:
+            context = Certificates(echo_async.ServerConfig(ssl_certfile=certificate)).context
+            protocol = TlsTransport(context, protocol, running.create_future(), print)
         ours, theirs = socket.socketpair()
-        connecting = asyncio.create_task(
-            asyncio.get_running_loop().connect_accepted_socket(
-                partial(ProtocolConnection, registry, Slot()), theirs, ssl=context if tls else None
-            )
-        )
+        connecting = asyncio.create_task(running.connect_accepted_socket(lambda: protocol, theirs))
         reader, writer = await asyncio.open_connection(
             sock=ours, ssl=client_context if tls else None, server_hostname="localhost" if tls else None
         )

@@ -135,9 +135,9 @@ TLS_FAULTS: list[tuple[Callable[[TlsClient], None], dict[str, int]]] = [
     (close_notify_before_reading, {}),
     (half_close_within_a_record, {}),
     (reset_within_a_record, {}),
-    (send_a_mebibyte_of_garbage, {}),
-    (send_a_corrupt_record, {}),
-    (send_plain_text_after_the_handshake, {}),
+    (send_a_mebibyte_of_garbage, {"tls_failures": 1}),
+    (send_a_corrupt_record, {"tls_failures": 1}),
+    (send_plain_text_after_the_handshake, {"tls_failures": 1}),
 ]
 
 
@@ -235,7 +235,7 @@ def test_tls_finish_with_full_buffers_does_not_block(certificate: Path, client_c
     with ours, theirs:
         ours.settimeout(TIMEOUT)
         theirs.settimeout(TIMEOUT)
-        secured = TlsSocket(ours, context)
+        secured = TlsSocket(ours, context, print)
         client = TlsClient(theirs, client_context)
         handshaking = threading.Thread(target=client.handshake, daemon=True)
         handshaking.start()
@@ -282,7 +282,7 @@ def test_tls_shutdown_and_read_never_overlap(certificate: Path, client_context: 
     context.load_cert_chain(certificate)
     with ours, theirs:
         theirs.settimeout(TIMEOUT)
-        secured, client = OverlapDetector(ours, context), TlsClient(theirs, client_context)
+        secured, client = OverlapDetector(ours, context, print), TlsClient(theirs, client_context)
         handshaking = threading.Thread(target=client.handshake, daemon=True)
         handshaking.start()
         secured.handshake(TIMEOUT)

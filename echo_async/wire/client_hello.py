@@ -1,0 +1,57 @@
+"""The server name in a ClientHello, without IO. The ssl module reports it to a callback, unless it is not ASCII."""
+
+from __future__ import annotations
+
+from .text import escape
+
+MAX_SIZE = 16 * 1024  # bytes of a ClientHello that are searched
+SERVER_NAME, HOST_NAME = 0, 0  # the extension, and the kind of a name in it (RFC 6066 section 3)
+
+
+class ClientHelloReader:
+    """Collects the ClientHello, which can span records.
+
+    Attributes:
+        server_name: The name that the client asked for, escaped; None if there is none.
+    """
+
+    __slots__ = ("_is_done", "_received", "server_name")
+
+    def __init__(self) -> None:
+        self.server_name: str | None = None
+        self._received = bytearray()
+        self._is_done = False
+
+    def feed(self, fragment: bytes) -> None:
+        """Take what the next handshake record contains."""
+        if self._is_done:
+            return
+        self._received += fragment
+        size = 4 + int.from_bytes(self._received[1:4], "big")  # type, size, message (RFC 8446 section 4)
+        if len(self._received) >= min(size, MAX_SIZE):
+            self.server_name = _find_server_name(bytes(self._received[4:size]))
+            self._received = bytearray()
+            self._is_done = True
+
+
+def _find_server_name(message: bytes) -> str | None:
+    """Return the name in a ClientHello (RFC 8446 section 4.1.2). It may be invalid: OpenSSL refuses it then."""
+    position = 2 + 32  # version, random
+    for length_size in (1, 2, 1):  # session ID, cipher suites, compression methods
+        position = _end_of_vector(message, position, length_size)
+    position += 2  # the size of all extensions
+    while position < len(message):
+        end = _end_of_vector(message, position + 2, 2)
+        if int.from_bytes(message[position : position + 2], "big") == SERVER_NAME:
+            names = message[position + 6 : end]  # after the kind of extension, its size, and that of the list
+            name = names[3 : _end_of_vector(names, 1, 2)]
+            is_host_name = names[:1] == bytes([HOST_NAME])
+            return escape(name.decode("utf-8", "backslashreplace")) if is_host_name else None
+        position = end
+    return None
+
+
+def _end_of_vector(data: bytes, position: int, length_size: int) -> int:
+    """Return where a vector ends that has its size in front."""
+    start = position + length_size
+    return start + int.from_bytes(data[position:start], "big")

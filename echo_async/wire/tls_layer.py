@@ -1,0 +1,201 @@
+"""TLS without IO, the same for all engines: bytes from the socket in and plaintext out, and the reverse.
+
+OpenSSL reads on until it has data, however many other records it has to process for it: a client that sends nothing
+but key updates would keep it busy. So it gets one record at a time. This bounds the work of a turn, and finds
+connections whose records have no data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ssl
+import struct
+from collections.abc import Iterator
+
+from .client_hello import ClientHelloReader
+
+RECORDS_PER_TURN = 64  # before other connections get their turn
+MAX_RECORDS_WITHOUT_DATA = 16  # in a row, after the handshake (Go: crypto/tls, maxUselessRecords)
+MAX_DATA_SIZE = 16 * 1024  # bytes of data in a record (RFC 8446 section 5.1)
+
+HEADER = struct.Struct("!BBxH")  # type, major version, size
+RECORD_TYPES, HANDSHAKE, MAJOR_VERSION = range(20, 24), b"\x16", 3
+MAX_SIZE = MAX_DATA_SIZE + 2048  # bytes of a record after its header (RFC 5246 section 6.2.3)
+
+
+class TlsLayer:
+    """The server's side of one TLS connection.
+
+    Both directions end independently of each other, as TLS 1.3 has it (RFC 8446 section 6.1): what came before the
+    client's close_notify is answered after it. Clients of TLS 1.2 get the same.
+
+    Attributes:
+        session: What OpenSSL knows of the connection.
+        is_established: Whether the handshake is complete.
+        is_ended: Whether nothing more is received: the client has ended its side, or the connection has failed.
+        error: Why it has failed: mostly an :exc:`ssl.SSLError`.
+        has_input: Whether the client has sent anything.
+        has_records: Whether complete records are left for the next turn.
+        has_news: Whether one of these has changed with the last :meth:`receive`, or there may be :meth:`output`.
+    """
+
+    __slots__ = (
+        "_client_hello",
+        "_data",
+        "_incoming",
+        "_is_closed",
+        "_outgoing",
+        "_position",
+        "_without_data",
+        "error",
+        "has_input",
+        "has_news",
+        "has_records",
+        "is_ended",
+        "is_established",
+        "session",
+    )
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self.session = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
+        self.is_established = False
+        self.is_ended = False
+        self.error: Exception | None = None
+        self.has_input = False
+        self.has_records = False
+        self.has_news = False
+        self._client_hello = ClientHelloReader()
+        self._data = b""  # empty as soon as everything is processed
+        self._position = 0  # of the next record
+        self._without_data = 0  # records in a row
+        self._is_closed = False
+
+    @property
+    def unprocessed(self) -> int:
+        """The bytes that wait for the next turn."""
+        return len(self._data) - self._position if self.has_records else 0
+
+    @property
+    def server_name(self) -> str | None:
+        """The name that the client asked for (SNI, RFC 6066 section 3), escaped."""
+        return self._client_hello.server_name
+
+    def receive(self, data: bytes = b"") -> bytes:
+        """Take ``data`` from the socket; return the plaintext of a turn's records, of it and of what was left before.
+
+        A turn ends after ``RECORDS_PER_TURN``, with the handshake, and with a record that has no data.
+        """
+        position = self._position
+        if self._data:
+            data, position = (self._data[position:] + data, 0) if data else (self._data, position)
+        self.has_input = True
+        self.has_news = not self.is_established
+        parts = []
+        for _ in range(RECORDS_PER_TURN):
+            end = _end_of_record(data, position)
+            if not end or self.is_ended:
+                break
+            record = data[position:end]
+            self._incoming.write(record)
+            if part := self._process(record):
+                parts.append(part)
+            position = end
+            if (not part and self.is_established) or end == len(data):
+                break
+        self._keep(data, position)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _process(self, record: bytes) -> bytes:
+        """Return the data of a record that OpenSSL was given."""
+        try:
+            if self.is_established:
+                if data := self.session.read(len(record)):
+                    self._without_data = 0
+                    return data
+                self.is_ended = True  # by close_notify
+            else:
+                if record[:1] == HANDSHAKE:
+                    self._client_hello.feed(record[HEADER.size :])
+                self.session.do_handshake()
+                self.is_established = True
+        except ssl.SSLWantReadError:
+            if self.is_established:
+                self._count_without_data()
+        except ssl.SSLZeroReturnError:
+            self.is_ended = True
+        except ssl.SSLError as error:
+            self._fail(error)
+        self.has_news = True
+        return b""
+
+    def _count_without_data(self) -> None:
+        self._without_data += 1
+        if self._without_data > MAX_RECORDS_WITHOUT_DATA:
+            self._fail(ssl.SSLError(ssl.SSL_ERROR_SSL, f"{self._without_data} records in a row without data"))
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        self.is_ended = True
+
+    def _keep(self, data: bytes, position: int) -> None:
+        """Keep what is left from ``position`` on, for the next turn or until a record is complete."""
+        if position == len(data) or self.is_ended:
+            self._data, self._position, self.has_records = b"", 0, False
+            return
+        self.has_records = _end_of_record(data, position) > 0
+        if self.has_records:
+            self.has_news = True
+            self._data, self._position = data, position
+        else:
+            self._data, self._position = data[position:], 0
+
+    def receive_eof(self) -> None:
+        """Note that the socket receives nothing more. Without a close_notify this is the end as well."""
+        if not self.has_input:
+            self._fail(ConnectionError("closed by the peer"))
+        elif not self.is_established and not self.is_ended:
+            self._incoming.write_eof()
+            self._process(b"")
+        self.is_ended = True
+
+    def send(self, data: bytes | bytearray | memoryview) -> bytes:
+        """Return what to write to the socket in order to send ``data``; nothing once the connection has failed."""
+        try:
+            if len(data) <= MAX_DATA_SIZE:
+                self.session.write(data)
+                return self._outgoing.read()
+            return b"".join(self._send_parts(memoryview(data)))
+        except ssl.SSLError:
+            return b""
+
+    def _send_parts(self, data: memoryview) -> Iterator[bytes]:
+        """Encrypt record by record: what is written to a MemoryBIO enlarges it for good."""
+        for start in range(0, len(data), MAX_DATA_SIZE):
+            self.session.write(data[start : start + MAX_DATA_SIZE])
+            yield self._outgoing.read()
+
+    def output(self) -> bytes:
+        """Return what else to write to the socket: handshake messages, answers to key updates, alerts."""
+        data = self._outgoing.read()
+        return b"" if self._is_closed else data
+
+    def close(self) -> bytes:
+        """End the sending side; return what to write to the socket, with a close_notify at the end."""
+        with contextlib.suppress(ssl.SSLError):  # that of the client is still to come
+            self.session.unwrap()
+        data = self.output()
+        self._is_closed = True
+        return data
+
+
+def _end_of_record(data: bytes, position: int) -> int:
+    """Return where the record at ``position`` ends, 0 if it is incomplete. All that is left, if that is no record."""
+    if len(data) - position < HEADER.size:
+        return 0
+    kind, version, size = HEADER.unpack_from(data, position)
+    end: int = position + HEADER.size + size
+    if kind not in RECORD_TYPES or version != MAJOR_VERSION or size > MAX_SIZE:
+        return len(data)
+    return end if end <= len(data) else 0

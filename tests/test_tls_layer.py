@@ -1,0 +1,352 @@
+"""TLS without IO: records split anywhere, both versions, ends of each direction, records without data."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trustme
+from hypothesis import given
+from hypothesis import strategies as st
+from tls_client import (
+    APPLICATION_DATA,
+    CLIENT_HELLO,
+    HANDSHAKE,
+    V1_2,
+    V1_3,
+    RecordWriter,
+    TlsClient,
+    limit_version,
+)
+
+from echo_async import ServerConfig
+from echo_async.tls import Certificates
+from echo_async.wire.tls_layer import MAX_RECORDS_WITHOUT_DATA, RECORDS_PER_TURN, TlsLayer
+
+MEBIBYTE = bytes(range(256)) * 4096
+
+
+@pytest.fixture
+def server_context(certificate: Path) -> ssl.SSLContext:
+    return Certificates(ServerConfig(ssl_certfile=certificate)).context
+
+
+@pytest.fixture(params=[V1_2, V1_3], ids=lambda version: version.name)
+def client_context(
+    request: pytest.FixtureRequest, client_context: ssl.SSLContext, tmp_path: Path
+) -> Iterator[ssl.SSLContext]:
+    """The context of a client with each version of TLS. The writer of records knows these ciphers."""
+    client_context.set_ciphers("ECDHE-ECDSA-AES128-GCM-SHA256")
+    client_context.keylog_filename = str(tmp_path / "keys")
+    with limit_version(client_context, request.param):
+        yield client_context
+
+
+@pytest.fixture
+def pair(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -> tuple[TlsLayer, TlsClient]:
+    return connect(server_context, client_context)
+
+
+@pytest.fixture
+def writer(pair: tuple[TlsLayer, TlsClient], tmp_path: Path) -> RecordWriter:
+    return RecordWriter(pair[1], tmp_path / "keys")
+
+
+def connect(
+    server_context: ssl.SSLContext,
+    client_context: ssl.SSLContext,
+    size: int = 1_000_000,
+    session: ssl.SSLSession | None = None,
+) -> tuple[TlsLayer, TlsClient]:
+    """Complete a handshake, in which the server receives ``size`` bytes at a time."""
+    server, client = TlsLayer(server_context), TlsClient(client_context, session=session)
+    to_server = client.hello()
+    while to_server:
+        assert receive(server, to_server, size) == b""
+        to_server = client.receive(server.output())[1]
+    assert server.is_established
+    assert server.error is None
+    return server, client
+
+
+def receive(server: TlsLayer, data: bytes, size: int = 1_000_000) -> bytes:
+    """Give ``data`` to the server in pieces; return the plaintext of all turns."""
+    plaintext = b""
+    for start in range(0, len(data), size):
+        plaintext += server.receive(data[start : start + size])
+        while server.has_records:
+            plaintext += server.receive()
+    return plaintext
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 21, 100, 1000])
+def test_records_split_anywhere_are_decrypted(
+    size: int, server_context: ssl.SSLContext, client_context: ssl.SSLContext
+) -> None:
+    server, client = connect(server_context, client_context, size)
+    assert server.server_name == "localhost"
+    messages = [b"", b"a", b"Hola Server!\n", bytes(2000), b"end"]
+    sent = b"".join(map(client.record, messages)) + client.close_notify()
+    assert receive(server, sent, size) == b"".join(messages)
+    assert server.is_ended
+    assert server.error is None
+
+
+def test_record_split_at_every_byte_is_decrypted(pair: tuple[TlsLayer, TlsClient]) -> None:
+    server, client = pair
+    record = client.record(b"Hola")
+    assert server.receive(record) == b"Hola"
+    for position in range(len(record)):
+        record = client.record(b"Hola")
+        assert server.receive(record[:position]) == b""
+        assert not server.has_news
+        assert server.receive(record[position:]) == b"Hola"
+
+
+def test_mebibyte_arrives_in_both_directions(pair: tuple[TlsLayer, TlsClient]) -> None:
+    server, client = pair
+    assert receive(server, client.record(MEBIBYTE), 65536) == MEBIBYTE
+    assert client.receive(server.send(MEBIBYTE))[0] == MEBIBYTE
+
+
+def test_turn_has_a_limited_number_of_records(pair: tuple[TlsLayer, TlsClient]) -> None:
+    server, client = pair
+    sent = b"".join(client.record(b"x") for _ in range(2 * RECORDS_PER_TURN + 1))
+    assert server.receive(sent + b"\x17") == b"x" * RECORDS_PER_TURN
+    assert server.has_records
+    assert server.receive() == b"x" * RECORDS_PER_TURN
+    assert server.receive() == b"x"
+    assert not server.has_records
+    assert not server.has_news
+
+
+# What has no data
+
+
+def empty_record(writer: RecordWriter) -> bytes:
+    return writer.record(APPLICATION_DATA, b"")
+
+
+def key_update(writer: RecordWriter) -> bytes:
+    return writer.key_update()
+
+
+def requested_key_update(writer: RecordWriter) -> bytes:
+    return writer.key_update(is_requested=True)
+
+
+def renegotiation(writer: RecordWriter) -> bytes:
+    return writer.record(HANDSHAKE, CLIENT_HELLO)
+
+
+WITHOUT_DATA = {
+    empty_record: (V1_2, V1_3),
+    key_update: (V1_3,),
+    requested_key_update: (V1_3,),
+    renegotiation: (V1_2,),
+}
+without_data = pytest.mark.parametrize(
+    ("make_record", "client_context"),
+    [(make, version) for make, versions in WITHOUT_DATA.items() for version in versions],
+    ids=lambda value: getattr(value, "__name__", None) or value.name,
+    indirect=["client_context"],
+)
+MakeRecord = Callable[[RecordWriter], bytes]
+
+
+@without_data
+def test_records_without_data_end_the_connection(
+    make_record: MakeRecord, pair: tuple[TlsLayer, TlsClient], writer: RecordWriter
+) -> None:
+    server, _ = pair
+    records = [make_record(writer) for _ in range(MAX_RECORDS_WITHOUT_DATA)]
+    assert server.receive(b"".join(records)) == b""
+    assert server.has_records, "each of them ends a turn"
+    receive(server, b"")
+    while server.has_records:
+        server.receive()
+    assert not server.is_ended
+    assert receive(server, writer.record(APPLICATION_DATA, b"data")) == b"data"
+    for _ in range(MAX_RECORDS_WITHOUT_DATA):
+        server.receive(make_record(writer))
+    assert server.error is None
+    server.receive(make_record(writer))
+    assert server.is_ended
+    assert str(server.error) == "17 records in a row without data"
+    assert server.receive(writer.record(APPLICATION_DATA, b"data")) == b""
+
+
+@without_data
+def test_replies_after_records_without_data_arrive(
+    make_record: MakeRecord, pair: tuple[TlsLayer, TlsClient], writer: RecordWriter
+) -> None:
+    """Keys are updated in both directions, and a renegotiation that was refused changes nothing."""
+    server, client = pair
+    for number in range(3):
+        server.receive(make_record(writer))
+        to_client = server.output()
+        if make_record is not renegotiation:  # the client has not asked for the alert
+            client.receive(to_client)
+        assert server.receive(writer.record(APPLICATION_DATA, b"%d" % number)) == b"%d" % number
+        if make_record is not renegotiation:
+            assert client.receive(server.send(b"reply"))[0] == b"reply"
+    assert server.error is None
+
+
+def test_data_before_an_invalid_record_is_received(pair: tuple[TlsLayer, TlsClient]) -> None:
+    server, client = pair
+    first, second = client.record(b"first"), bytearray(client.record(b"second"))
+    second[-1] ^= 1
+    assert server.receive(first + second) == b"first"
+    assert server.error is not None
+    assert server.output(), "an alert"
+    assert server.send(b"too late") == b""
+
+
+# Ends
+
+
+def test_half_close_of_the_client_leaves_the_other_half(pair: tuple[TlsLayer, TlsClient]) -> None:
+    server, client = pair
+    assert server.receive(client.record(b"request") + client.close_notify()) == b"request"
+    while server.has_records:
+        assert server.receive() == b""
+    assert server.is_ended
+    assert server.error is None
+    assert client.receive(server.send(MEBIBYTE) + server.close())[0] == MEBIBYTE
+    assert client.is_ended
+
+
+def test_half_close_of_the_server_leaves_the_other_half(pair: tuple[TlsLayer, TlsClient]) -> None:
+    server, client = pair
+    record = client.record(MEBIBYTE)
+    client.receive(server.send(b"reply") + server.close())
+    assert client.is_ended
+    assert receive(server, record) == MEBIBYTE
+    assert not server.is_ended
+    receive(server, client.close_notify())
+    assert server.is_ended
+    assert server.error is None
+
+
+def test_data_after_close_notify_is_ignored(pair: tuple[TlsLayer, TlsClient]) -> None:
+    server, client = pair
+    receive(server, client.close_notify() + bytes(100))
+    assert receive(server, bytes(100)) == b""
+    assert server.is_ended
+    assert server.error is None
+
+
+@pytest.mark.parametrize("size", [0, 4, 20])
+def test_end_without_close_notify_is_an_end(pair: tuple[TlsLayer, TlsClient], size: int) -> None:
+    server, client = pair
+    assert receive(server, client.record(b"request") + client.record(b"incomplete")[:size]) == b"request"
+    server.receive_eof()
+    assert server.is_ended
+    assert server.error is None
+    assert client.receive(server.send(b"reply") + server.close())[0] == b"reply"
+
+
+@pytest.mark.parametrize("size", [1, 4, 50, None])
+def test_end_within_the_handshake_is_an_error(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext, size: int | None
+) -> None:
+    server = TlsLayer(server_context)
+    server.receive(TlsClient(client_context).hello()[:size])
+    server.receive_eof()
+    assert server.has_input
+    assert isinstance(server.error, ssl.SSLEOFError)
+
+
+def test_end_before_the_handshake_is_no_error_of_tls(server_context: ssl.SSLContext) -> None:
+    server = TlsLayer(server_context)
+    server.receive_eof()
+    assert not server.has_input
+    assert str(server.error) == "closed by the peer"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "HTTP_REQUEST"),
+        (b"Hola Server!\n", "WRONG_VERSION_NUMBER"),
+        (b"\x16\x03\x01\x50\x00", "PACKET_LENGTH_TOO_LONG"),
+        (b"\x17\x03\x03\x00\x05Hola\n", "UNEXPECTED_MESSAGE|BAD_RECORD_TYPE"),
+    ],
+)
+def test_other_protocols_are_refused_at_once(server_context: ssl.SSLContext, data: bytes, reason: str) -> None:
+    server = TlsLayer(server_context)
+    server.receive(data)
+    assert server.is_ended
+    assert isinstance(server.error, ssl.SSLError)
+    assert server.error.reason in reason.split("|")
+
+
+@given(st.lists(st.binary(max_size=2000), max_size=5))
+def test_random_input_is_an_error_at_most(server_context_of_session: ssl.SSLContext, chunks: list[bytes]) -> None:
+    server = TlsLayer(server_context_of_session)
+    for chunk in chunks:
+        assert receive(server, chunk) == b""
+    server.receive_eof()
+    assert isinstance(server.error, ssl.SSLError if any(chunks) else ConnectionError)
+
+
+@pytest.fixture(scope="session")
+def server_context_of_session(certificate: Path) -> ssl.SSLContext:
+    return Certificates(ServerConfig(ssl_certfile=certificate)).context
+
+
+# Names, certificates, sessions
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"localhost", "localhost"),
+        ("ñandú.e".encode(), "ñandú.e"),
+        (b"\xffbc\x1b[31m\n", "\\\\xffbc\\x1b[31m\\n"),
+    ],
+)
+def test_server_name_is_escaped_text(
+    server_context: ssl.SSLContext,
+    client_context: ssl.SSLContext,
+    name: bytes,
+    shown: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server = TlsLayer(server_context)
+    server.receive(TlsClient(client_context).hello().replace(b"localhost", name))
+    assert server.server_name == shown
+    assert server.error is None
+    assert capsys.readouterr().err == ""
+
+
+def test_client_hello_in_many_records_has_its_name(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext
+) -> None:
+    hello = TlsClient(client_context).hello()
+    records = [hello[:3] + b"\0\1" + hello[each : each + 1] for each in range(5, len(hello))]
+    server = TlsLayer(server_context)
+    receive(server, b"".join(records))
+    assert server.server_name == "localhost"
+    assert server.error is None
+    assert server.output(), "a ServerHello"
+
+
+def test_session_is_resumed_with_its_client_certificate(
+    client_context: ssl.SSLContext, authority: trustme.CA, tmp_path: Path, certificate: Path
+) -> None:
+    ca_certs = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(ca_certs))
+    authority.issue_cert("client@example.org").configure_cert(client_context)
+    server_context = Certificates(ServerConfig(ssl_certfile=certificate, ssl_ca_certs=ca_certs)).context
+    server, client = connect(server_context, client_context)
+    before = server.session.getpeercert()
+    assert before
+    assert client.receive(server.send(b"ticket"))[0] == b"ticket"
+    server, client = connect(server_context, client_context, session=client.tls.session)
+    assert client.tls.session_reused
+    assert server.session.getpeercert() == before
+    assert server.receive(client.record(b"Hola")) == b"Hola"
