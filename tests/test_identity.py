@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,6 @@ from echo_async.wire.identity import (
     check_reply,
     max_reply_size,
 )
-from echo_async.wire.proxy import ProxyHeader
 
 KEYS = ["bytes", "number", "server", "kubernetes", "client", "proxy", "tls"]
 
@@ -65,6 +65,11 @@ def test_message_is_text_or_base64(message: bytes, field: str, value: str) -> No
     assert getattr(identity, field) == value
 
 
+def header_with(tlvs: dict[str, Any], **attributes: Any) -> Any:
+    """A PROXY header with these fields."""
+    return SimpleNamespace(**{"version": 0, "source": None, "destination": None, "tlvs": tlvs, **attributes})
+
+
 def test_message_of_one_mebibyte_is_reported() -> None:
     for message in (2**20 * b"x" + b"\n", 2**20 * b"\xff" + b"\n", 2**20 * b"\0" + b"\n"):
         line = describer().describe(message, 1)
@@ -74,9 +79,9 @@ def test_message_of_one_mebibyte_is_reported() -> None:
 
 
 def test_details_are_bounded_whatever_the_header_and_the_certificate_are() -> None:
-    header = ProxyHeader()
-    header.source = header.destination = "\0" + "\x01" * 107
-    header.tlvs = {f"{kind:#04x}": "ab" * 300 for kind in range(200)} | {"authority": "\x01" * 60_000}
+    address = "\0" + "\x01" * 107
+    fields = {f"{kind:#04x}": "ab" * 300 for kind in range(200)} | {"authority": "\x01" * 60_000}
+    header = header_with(fields, source=address, destination=address)
     long = 400 * "\x01"
     certificate = {
         "subject": tuple(((("commonName", long),),) * 30),
@@ -98,9 +103,7 @@ texts = st.text(max_size=400) | st.sampled_from(["\0", "\\", '"', "\udcff", "ñ"
 @given(texts, st.lists(texts, max_size=20), st.dictionaries(st.text(max_size=10), texts | st.lists(texts), max_size=30))
 def test_details_of_any_texts_are_bounded(text: str, names: list[str], tlvs: dict[str, Any]) -> None:
     """Every text that a client, a proxy or the environment chooses, at its worst in JSON."""
-    header = ProxyHeader()
-    header.source = header.destination = text[:108]
-    header.tlvs = tlvs
+    header = header_with(tlvs, source=text[:108], destination=text[:108])
     certificate = ClientCertificate.of({"subjectAltName": [("DNS", name) for name in names]})
     tls = Tls(None, None, text[:255], text[:255], certificate)
     server = Responder("host", 42, "127.0.0.1:5500", "0.1.0", "streams", {"label": 1018 * text[:1]})
@@ -113,8 +116,7 @@ def test_details_of_any_texts_are_bounded(text: str, names: list[str], tlvs: dic
 
 
 def test_tlvs_that_fit_are_all_reported() -> None:
-    header = ProxyHeader()
-    header.tlvs = {"authority": 12_000 * "x", "ssl": {"client": [], "verify": 0}}
+    header = header_with({"authority": 12_000 * "x", "ssl": {"client": [], "verify": 0}})
     line = describer(Proxy.of(("192.0.2.9", 1), header)).describe(b"x\n", 1)
     assert json.loads(line)["proxy"]["tlvs"] == header.tlvs
 
@@ -221,8 +223,7 @@ def test_another_message_is_a_different_reply(sent: bytes) -> None:
 
 
 def test_parsed_identity_equals_what_was_described() -> None:
-    header = ProxyHeader()
-    header.version, header.source, header.tlvs = 2, ("192.0.2.1", 4711), {"ssl": {"client": ["ssl"], "verify": 0}}
+    header = header_with({"ssl": {"client": ["ssl"], "verify": 0}}, version=2, source=("192.0.2.1", 4711))
     proxy: Any = Proxy.of(("192.0.2.9", 1), header)
     tls = Tls("TLSv1.3", "AES", "echo.example", None, ClientCertificate("CN=x", ["DNS:x"], "01"))
     identity = Identity.parse(describer(proxy, tls, {"zone": "a"}).describe(b"x\n", 7))

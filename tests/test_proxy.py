@@ -7,9 +7,10 @@ import logging
 import socket
 import ssl
 import struct
+import tracemalloc
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -18,7 +19,18 @@ import pytest
 import trustme
 from hypothesis import given
 from hypothesis import strategies as st
-from support import TIMEOUT, StartServer, connect, receive_all, receive_line, reset, server_process, wait_until
+from support import (
+    TIMEOUT,
+    StartServer,
+    connect,
+    count_events,
+    is_echoed,
+    receive_all,
+    receive_line,
+    reset,
+    server_process,
+    wait_until,
+)
 
 import echo_async
 from echo_async.server.accept_loop import AcceptLoop
@@ -63,7 +75,7 @@ HEADERS: dict[bytes, Source] = {
     v2(0x21, 0x11, TCP4): CLIENT4,
     v2(0x21, 0x11, TCP4, TLV): CLIENT4,
     v2(0x21, 0x21, TCP6): CLIENT6,
-    v2(0x21, 0x21, TCP6, TLV * 3000): CLIENT6,
+    v2(0x21, 0x21, TCP6, TLV * 127 + b"\xe9\xf0\0" + bytes(0xF000)): CLIENT6,
     v2(0x21, 0x31, pack_unix(b"/run/client")): "/run/client",
     v2(0x21, 0x31, pack_unix(b"/" + b"x" * 107)): "/" + "x" * 107,
     v2(0x21, 0x31, pack_unix(b"/run/client\0rest")): "/run/client",
@@ -287,8 +299,9 @@ def test_invalid_or_missing_header_closes_and_is_counted(
             assert_closed(client)
         wait_until(lambda: server.stats.proxy_failures == 5)
     assert server.stats.accepted == server.stats.bytes_in == server.stats.lost == 0
-    (line,) = (message for message in caplog.messages if "PROXY" in message)  # rate limited: one line for all
-    assert line.endswith(" invalid PROXY header: no PROXY signature, received Hola Server!\\none")
+    lines = [message for message in caplog.messages if "PROXY" in message]  # rate limited
+    assert lines[0].endswith(" invalid PROXY header: no PROXY signature, received Hola Server!\\none")
+    assert sum(map(count_events, lines)) == 5
 
 
 def test_reset_within_a_header_is_a_truncated_header(
@@ -418,6 +431,21 @@ def test_close_at_the_moment_of_accept_closes_the_connection() -> None:
     with client, accepted, asyncio.Runner(loop_factory=SingleAcceptLoop) as runner:
         runner.run(main())
         assert client.recv(1) == b""
+
+
+def test_large_header_is_not_kept_in_memory(start_server: StartServer) -> None:
+    """Its fields are reported in mode ``identify`` only."""
+    header = v2(0x21, 0x11, TCP4, b"\xe9" + struct.pack("!H", 60_000) + bytes(60_000))
+    with start_server(mode="stream", proxy_protocol="v2") as server, ExitStack() as stack:
+        tracemalloc.start()
+        stack.callback(tracemalloc.stop)
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(20):
+            client = stack.enter_context(connect(server))
+            client.sendall(header)
+            assert is_echoed(client)
+        after, _ = tracemalloc.get_traced_memory()
+    assert after - before < 20 * 30_000
 
 
 def test_header_precedes_the_tls_handshake(

@@ -152,6 +152,13 @@ def test_truncated_field_is_an_invalid_header(field: bytes, error: str) -> None:
         parse(header(field))
 
 
+def test_header_of_too_many_fields_is_invalid_and_cheap() -> None:
+    """A header has room for 21,845 fields, which took 46 ms and 2 MiB."""
+    assert len(parse(header(*(tlv(0x30 + number % 8, b"") for number in range(256)))).tlvs) == 8
+    with pytest.raises(ProxyHeaderError, match="too many TLVs: over 256"):
+        parse(header(21_000 * tlv(0xE9, b"")))
+
+
 # The checksum
 
 
@@ -176,9 +183,9 @@ def test_checksum_of_the_header_is_verified(family: int) -> None:
 
 def test_several_checksums_must_all_be_correct() -> None:
     """All are zero in the calculation. Its time does not depend on their number."""
-    checksum = crc32c(header(*(5000 * [tlv(0x03, bytes(4))]))).to_bytes(4)
-    correct = 5000 * [tlv(0x03, checksum)]
-    assert parse(header(*correct)).tlvs["crc32c"] == 5000 * [checksum.hex()]
+    checksum = crc32c(header(*(250 * [tlv(0x03, bytes(4))]))).to_bytes(4)
+    correct = 250 * [tlv(0x03, checksum)]
+    assert parse(header(*correct)).tlvs["crc32c"] == 250 * [checksum.hex()]
     with pytest.raises(ProxyHeaderError, match="wrong CRC32C checksum"):
         parse(header(*correct[1:], tlv(0x03, bytes(4))))
 

@@ -59,7 +59,7 @@ class Slot:
 
     Attributes:
         peername: The address of the client: of the peer, unless a PROXY header has another. None: its socket has it.
-        header: The PROXY header, if there was one.
+        header: The PROXY header, if there was one, and the connection has a script.
         make_script: Makes the script of the connection, if it has one.
     """
 
@@ -71,8 +71,9 @@ class Slot:
         self.make_script = make_script
 
     def set_header(self, header: Any) -> None:
-        """Note the PROXY header, and the client that it states."""
-        self.header = header
+        """Note the client that the PROXY header states, and the header if the connection's script can report it."""
+        if self.make_script is not None:
+            self.header = header
         self.peername = header.source or self.peername
 
     def claim(self) -> bool:

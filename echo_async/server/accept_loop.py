@@ -79,9 +79,8 @@ class AcceptLoop:
         fail = self._admission.fail_header
         try:
             if self._admission.expects_header:
-                header = self._admission.new_header()
-                await read_header(self._loop, slot.connected, header, self._admission.config.timeout_message)
-                slot.set_header(header)
+                header, seconds = self._admission.new_header(), self._admission.config.timeout_message
+                slot.set_header(await read_header(self._loop, slot.connected, header, seconds))
             protocol = self._make_protocol(self._admission.registry, slot)
             if self._certificates is None:  # takes no time: a shutdown does not cancel it
                 self._tasks.discard(cast(asyncio.Task[None], asyncio.current_task()))

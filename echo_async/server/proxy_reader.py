@@ -26,8 +26,8 @@ class ClosedBeforeInput(ConnectionError):
 
 async def read_header(
     loop: asyncio.AbstractEventLoop, connected: socket.socket, header: ProxyHeader, seconds: float
-) -> None:
-    """Read ``header`` from a socket that does not block, within ``seconds``.
+) -> ProxyHeader:
+    """Read ``header``, which is returned, from a socket that does not block, within ``seconds``.
 
     :exc:`ProxyHeaderError` if it is invalid, :exc:`TimeoutError`, :exc:`ClosedBeforeInput`.
     """
@@ -40,9 +40,10 @@ async def read_header(
                     _feed_header(connected, header)
                 except BlockingIOError:  # not every event loop can wait for a byte without receiving it
                     _feed_header(connected, header, await loop.sock_recv(connected, 1))
+    return header
 
 
-def receive_header(connected: socket.socket, header: ProxyHeader, seconds: float) -> None:
+def receive_header(connected: socket.socket, header: ProxyHeader, seconds: float) -> ProxyHeader:
     """The same for a socket that blocks."""
     deadline = time.monotonic() + seconds
     try:
@@ -54,6 +55,7 @@ def receive_header(connected: socket.socket, header: ProxyHeader, seconds: float
                 _feed_header(connected, header)
     finally:
         connected.settimeout(None)
+    return header
 
 
 def _feed_header(connected: socket.socket, header: ProxyHeader, received: bytes = b"") -> None:

@@ -241,9 +241,8 @@ class ThreadAcceptor(Acceptor):
         secured: socket.socket | TlsSocket = slot.connected
         try:
             if admission.expects_header:
-                header = admission.new_header()
-                receive_header(slot.connected, header, self.config.timeout_message)
-                slot.set_header(header)
+                # This function runs as long as the connection, and its variables would keep the header.
+                slot.set_header(receive_header(slot.connected, admission.new_header(), self.config.timeout_message))
             if self.certificates is not None:
                 secured = TlsSocket(slot.connected, self.certificates.context, partial(admission.fail_tls, slot))
                 fail = partial(admission.fail_handshake, secured.tls)

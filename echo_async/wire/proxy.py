@@ -46,10 +46,9 @@ class ProxyHeader:
         version: 1 or 2.
         source: The client's address.
         destination: The address that the client connected to.
-        tlvs: The fields of version 2: :func:`~echo_async.wire.tlv.parse_tlvs`.
     """
 
-    __slots__ = ("_buffer", "_size", "_versions", "destination", "finished", "received", "source", "tlvs", "version")
+    __slots__ = ("_buffer", "_fields", "_size", "_versions", "destination", "finished", "received", "source", "version")
 
     def __init__(self, versions: str = "auto") -> None:
         self.finished = False
@@ -57,7 +56,7 @@ class ProxyHeader:
         self.version = 0
         self.source: Source = None
         self.destination: Source = None
-        self.tlvs: dict[str, Any] = {}
+        self._fields = b""  # of version 2, valid
         self._versions = versions
         self._buffer = b""  # at most V2_MAX_SIZE bytes
         self._size: int | None = None  # of the complete header, once known
@@ -88,7 +87,14 @@ class ProxyHeader:
         else:
             self.version = 2
             self.source, self.destination = _parse_v2(header)
-            self.tlvs = _parse_tlvs(header)
+            self._fields = _find_fields(header)
+
+    @property
+    def tlvs(self) -> dict[str, Any]:
+        """The fields of version 2, which are not parsed before: :func:`~echo_async.wire.tlv.parse_tlvs`."""
+        from .tlv import parse_tlvs  # only for a header with fields
+
+        return parse_tlvs(self._fields)
 
     def _find_size(self) -> int | None:
         """Return the size of the complete header; None if too few bytes have been received to know it."""
@@ -159,24 +165,23 @@ def _parse_v2(header: bytes) -> tuple[Source, Source]:
     return None, None
 
 
-def _parse_tlvs(header: bytes) -> dict[str, Any]:
+def _find_fields(header: bytes) -> bytes:
     """Return the fields after the addresses. Without addresses of a known size there are none."""
     _, command, family, _ = V2_FIXED_PART.unpack_from(header)
     start = V2_FIXED_PART.size + V2_ADDRESS_SIZES.get(family, 0)
     if command != PROXY or family not in (UNSPEC, *V2_ADDRESS_SIZES) or start == len(header):
-        return {}
-    from .tlv import is_checksum_correct, parse_tlvs  # only for a header with fields
+        return b""
+    from .tlv import is_checksum_correct  # only for a header with fields
 
     try:
         is_correct = is_checksum_correct(header, start)
-        fields = parse_tlvs(header[start:])
     except ValueError as error:
         if family == UNSPEC:  # what follows may be addresses as well, which the receiver ignores (section 2.2)
-            return {}
+            return b""
         raise ProxyHeaderError(str(error)) from error
     if not is_correct:
         raise ProxyHeaderError("wrong CRC32C checksum")
-    return fields
+    return header[start:]
 
 
 def _parse_unix_path(field: bytes) -> str:

@@ -19,6 +19,7 @@ Value = str | int | dict[str, "str | int | list[str]"]
 T = TypeVar("T")
 
 FIELD = struct.Struct("!BH")  # type and length
+MAX_TLVS = 256  # of a header. Its size alone allows 21,845, which would delay other connections
 CRC32C, NOOP, SSL = 0x03, 0x04, 0x20
 SSL_FIXED_PART = struct.Struct("!BI")  # client and verify
 SSL_FLAGS = {0x01: "ssl", 0x02: "cert_conn", 0x04: "cert_sess"}
@@ -31,7 +32,7 @@ def parse_tlvs(data: bytes) -> dict[str, Value | list[Value]]:
     """Return the fields by name; a list of values for one that occurs several times.
 
     Raises:
-        ValueError: A field is truncated.
+        ValueError: A field is truncated, or there are too many.
     """
     return _group_by_name(_decode_tlv(kind, value) for kind, value in iterate_tlvs(data) if kind != NOOP)
 
@@ -44,9 +45,11 @@ def _group_by_name(fields: Iterable[tuple[str, T]]) -> dict[str, T | list[T]]:
 
 
 def iterate_tlvs(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield type and value of each field. :exc:`ValueError` if one is truncated."""
-    position = 0
+    """Yield type and value of each field. :exc:`ValueError` if one is truncated, or there are over ``MAX_TLVS``."""
+    position = number = 0
     while position < len(data):
+        if (number := number + 1) > MAX_TLVS:
+            raise ValueError(f"too many TLVs: over {MAX_TLVS}")
         if len(data) - position < FIELD.size:
             raise ValueError(f"truncated TLV: {len(data) - position} bytes left, expected at least {FIELD.size}")
         kind, size = FIELD.unpack_from(data, position)
