@@ -85,7 +85,7 @@ def command(context: click.Context, /, messages: Sequence[str], **values: Any) -
         raise ConfigError("--identify and --count are mutually exclusive")
     if not values["udp"] and context.get_parameter_source("size") is ParameterSource.COMMANDLINE:
         raise ConfigError("--size requires --udp")
-    make_output = partial(JsonOutput, is_identity=values["identify"]) if values["json"] else Output
+    make_output = partial(JsonOutput if values["json"] else Output, is_identity=values["identify"])
     output = make_output(quiet=values["quiet"], verbose=values["verbose"])
     if values["verbose"]:
         _log_steps()

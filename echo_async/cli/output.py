@@ -1,6 +1,7 @@
 """The output of the client: replies on stdout, unchanged; errors and steps on stderr.
 
-Replies are escaped if stdout is a terminal. If stdout is closed by its reader, the command ends without an error.
+Replies are escaped if stdout is a terminal, and always those of ``identify`` mode, which are no echoes.
+If stdout is closed by its reader, the command ends without an error.
 """
 
 import os
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 from ..client.verifier import escape_bytes
 from ..errors import EchoError, describe_error, failure_kind
 from ..stdio import discard_output
+from ..wire.text import escape_json
 
 if TYPE_CHECKING:
     from ..client.datagram_tracker import Reply
@@ -29,10 +31,13 @@ class OutputInterrupted(Exception):
 
 
 class Output:
-    """Prints replies as lines. ``number`` is that of the last message whose result was printed."""
+    """Prints replies as lines. ``number`` is that of the last message whose result was printed.
 
-    def __init__(self, *, quiet: bool, verbose: bool) -> None:
-        self._quiet, self._verbose = quiet, verbose
+    ``is_identity`` is whether they are those of ``identify`` mode.
+    """
+
+    def __init__(self, *, quiet: bool, verbose: bool, is_identity: bool = False) -> None:
+        self._quiet, self._verbose, self._is_identity = quiet, verbose, is_identity
         # None if closed before the start: a connection may have taken the descriptor.
         self._stdout, self._stderr = sys.stdout, sys.stderr
         self._is_terminal = self._stdout is not None and self._stdout.isatty()
@@ -98,10 +103,11 @@ class Output:
             return False
 
     def _format_replies(self, data: bytes, seconds: float) -> bytes:
-        if not self._is_terminal:
+        if not self._is_terminal and not self._is_identity:
             return data
-        text = "".join(f"{escape_bytes(line)}\n" for line in data.split(b"\n")[:-1])
-        return text.encode(self._stdout.encoding, "backslashreplace")
+        escaped = escape_json if self._is_identity else escape_bytes
+        text = "".join(f"{escaped(line)}\n" for line in data.split(b"\n")[:-1])
+        return text.encode(self._stdout.encoding if self._is_terminal else "utf-8", "backslashreplace")
 
     def _write_line(self, text: str) -> None:
         self._write(f"{text}\n".encode("utf-8", "backslashreplace"))
@@ -144,10 +150,6 @@ class Output:
 
 class JsonOutput(Output):
     """Prints each reply and each failure as a JSON object; a reply of ``identify`` mode as its ``identity``."""
-
-    def __init__(self, *, quiet: bool, verbose: bool, is_identity: bool = False) -> None:
-        super().__init__(quiet=quiet, verbose=verbose)
-        self._is_identity = is_identity
 
     def print_failure(self, error: EchoError) -> None:
         super().print_failure(error)

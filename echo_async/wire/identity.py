@@ -184,7 +184,7 @@ class Identity:
         import json
 
         try:
-            identity: Identity = _from_json(cls, "reply", json.loads(line))
+            identity: Identity = _from_json(cls, "reply", json.loads(line.decode("utf-8", "surrogatepass")))
             _content_of(identity)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"not an identify reply: {error}") from error
@@ -232,8 +232,8 @@ def _from_json(kind: Any, name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, JSON_TYPES.get(get_origin(kind), kind)):
         raise ValueError(f"invalid {name}: {value!r:.40}")
     if get_args(kind)[1:] == (str,):
-        for key, text in value.items():
-            _from_json(str, key, text)
+        for text in value.values():
+            _from_json(str, name, text)
     return value
 
 

@@ -24,6 +24,16 @@ def _escape_character(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+def escape_json(line: bytes) -> str:
+    r"""Escape the same characters in a line of valid JSON, which stays the same JSON: they become ``\uNNNN``."""
+    import json
+
+    text = line.decode("utf-8", "surrogatepass").replace("\t", " ").replace("\r", " ")  # outside of strings
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text)
+
+
 def excerpt(message: bytes) -> str:
     """Return the text of a message for a log line: without newline, escaped, truncated to 80 characters.
 

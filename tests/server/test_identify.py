@@ -225,6 +225,30 @@ def test_client_command_prints_the_replies(capfd: pytest.CaptureFixture[str]) ->
         assert (reply["ok"], reply["seq"], reply["identity"]["message"]) == (True, 1, "one")
 
 
+def test_client_command_escapes_what_a_server_reports(
+    scripted_server: Start, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """C1 controls, bidirectional overrides and line separators, in names that this version does not know as well."""
+    hostile = "\x9b31m\u202e\u2028\x7f\u2066\U000e0001 ñ€😀"
+    reply = {
+        **{"message": "x", "bytes": 2, "number": 1, "kubernetes": {}, "client": {}, "proxy": None, "tls": None},
+        "server": {"hostname": hostile, "labels": {hostile: hostile}},
+        hostile: [hostile],
+    }
+    line = json.dumps(reply, ensure_ascii=False).encode().replace(b", ", b",\t\r")
+
+    def serve(peer: Peer) -> None:
+        peer.message()
+        peer.send(line + b"\n")
+
+    server = scripted_server(serve)
+    assert client_main(["--port", str(server.address[1]), "--identify", "x"]) == 0
+    text = capfdbinary.readouterr().out.decode()
+    assert text.removesuffix("\n").isprintable()
+    assert json.loads(text) == reply
+    assert text.count("ñ€😀") == 5
+
+
 def test_client_command_checks_the_reply(capfd: pytest.CaptureFixture[str]) -> None:
     with HostedServer() as server:
         assert client_main(["--port", str(server.port), "--identify", "one"]) == 1
