@@ -33,7 +33,7 @@ class RateLimitedLog:
     def __init__(self, write: Callable[..., object], template: str) -> None:
         self._write = write
         self._template = template
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an event can occur while another is logged, in a destructor
         self._written_at = -math.inf
         self._unwritten = 0
         self._arguments: tuple[object, ...] = ()  # of the last event

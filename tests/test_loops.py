@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 
 import pytest
-from support import run
+from support import TIMEOUT, count_events, run
 
 import echo_async
 from echo_async import EchoError, StartError
-from echo_async.loops import loop_factory
+from echo_async.loops import logged_errors, loop_factory
 
 
 def loop_module(name: str) -> str:
@@ -104,3 +105,32 @@ def test_loop_that_lacks_a_part_raises_start_error() -> None:
         runner.run(serve())
     name = f"{IncompleteLoop.__module__}.IncompleteLoop"
     assert str(raised.value) == f"cannot serve on {name}: NotImplementedError; use asyncio or uvloop"
+
+
+def test_unhandled_errors_are_limited_lines_and_no_traceback(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Errors in destructors and threads of the command, with text that a client may have chosen."""
+
+    class Name:
+        def __repr__(self) -> str:
+            return "client \x1b[31m\u202e\n" + 1000 * "x"
+
+        def __del__(self) -> None:
+            raise ValueError(self)
+
+    def fail() -> None:
+        raise SystemError("in a thread")
+
+    hooks = sys.unraisablehook, threading.excepthook
+    with asyncio.Runner() as runner, logged_errors(runner.get_loop()):
+        for _ in range(10):
+            Name()
+            thread = threading.Thread(target=fail, name="echo-async test", daemon=True)
+            thread.start()
+            thread.join(TIMEOUT)
+    assert (sys.unraisablehook, threading.excepthook) == hooks
+    assert capfd.readouterr() == ("", "")
+    assert sum(map(count_events, caplog.messages)) == 20
+    assert all(line.isprintable() and line.startswith("unhandled error: in ") for line in caplog.messages)
+    assert "client \\x1b[31m\\u202e\\n" in caplog.text

@@ -18,7 +18,7 @@ from ..compat import DESCRIPTORS, require_feature
 from ..config import ADDRESS_OPTIONS, FLAG, HOST_NAME, Option, ServerConfig, choice, integer, options_of
 from ..errors import ConfigError, StartError
 from ..logs import LogFormat, LogLevel, configure, log
-from ..loops import LOOP_CHOICES, LOOP_PATTERN, logged_loop_errors, loop_factory
+from ..loops import LOOP_CHOICES, LOOP_PATTERN, logged_errors, loop_factory
 from ..net import Address, format_address
 from ..server.listeners import ListenerConfig
 from ..server.server import start_server
@@ -129,7 +129,7 @@ def serve(
     with (
         asyncio.Runner(loop_factory=factory) as runner,
         metrics_server as metrics,
-        logged_loop_errors(runner.get_loop()),
+        logged_errors(runner.get_loop()),
     ):
         configs = [each.config for each in listeners]
         has_names = bool(values["listen"])

@@ -17,7 +17,7 @@ from typing import Any
 from ..config import ServerConfig
 from ..errors import StartError
 from ..logs import configure, log
-from ..loops import logged_loop_errors, loop_factory
+from ..loops import logged_errors, loop_factory
 from ..server.listeners import ListenerConfig
 from ..server.server import EchoServer, start_server
 from ..stdio import print_error, standard_streams
@@ -39,7 +39,7 @@ def main() -> int:
     try:
         with (
             asyncio.Runner(loop_factory=loop_factory(settings["loop"])) as runner,
-            logged_loop_errors(runner.get_loop()),
+            logged_errors(runner.get_loop()),
         ):
             runner.run(_serve(listeners, channel))
     except StartError as error:

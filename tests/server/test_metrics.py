@@ -39,7 +39,7 @@ import echo_async
 from echo_async import Stats
 from echo_async.cli.server import main
 from echo_async.config import EngineName
-from echo_async.loops import logged_loop_errors
+from echo_async.loops import logged_errors
 from echo_async.service import metrics as module
 from echo_async.service.metrics import COUNTERS, MAX_CONNECTIONS, TIMEOUTS, MetricsServer, StatsCollector
 from echo_async.service.worker_process import Worker
@@ -436,7 +436,7 @@ def test_metrics_request_that_fails_is_a_500_and_one_line(
         raise MemoryError
 
     monkeypatch.setattr(echo_async.EchoServer, "fetch_stats", fetch_stats)
-    with asyncio.Runner() as runner, logged_loop_errors(runner.get_loop()):
+    with asyncio.Runner() as runner, logged_errors(runner.get_loop()):
 
         async def main() -> None:
             async with metrics_in_loop(caplog) as address:
