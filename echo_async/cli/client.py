@@ -182,7 +182,7 @@ async def _send_messages(
         except ConnectError as error:
             if all_matched:
                 raise
-            output.print_connect_error(error)
+            output.print_failure(error, "")
     return all_matched
 
 
@@ -219,7 +219,7 @@ def _run(main: Coroutine[Any, Any, bool], output: Output) -> ExitCode:
             all_matched = runner.run(interrupt.cancel_on_interrupt(main))
         return ExitCode.SUCCESS if all_matched else ExitCode.FAILURE
     except ConnectError as error:
-        output.print_connect_error(error)
+        output.print_failure(error, "")
         return ExitCode.UNAVAILABLE
     except ConfigError:
         raise

@@ -184,5 +184,5 @@ class DatagramPing(asyncio.DatagramProtocol):
         names = ("late", "duplicated", "reordered", "corrupted")
         counts = {name: getattr(tracker, name) for name in names}
         details = ", ".join(f"{count} {name}" for name, count in counts.items())
-        self._output.print_summary(trips.summary(self._endpoint.name, details))
-        self._output.print_counts({"sent": trips.sent, "received": trips.received, "lost": trips.lost, **counts})
+        counts = {"sent": trips.sent, "received": trips.received, "lost": trips.lost, **counts}
+        self._output.print_summary(trips.summary(self._endpoint.name, details), counts)

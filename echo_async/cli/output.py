@@ -7,7 +7,7 @@ If stdout is closed by its reader, the command ends without an error.
 import os
 import select
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..client.verifier import escape_bytes
 from ..errors import EchoError, describe_error, failure_kind
@@ -54,12 +54,17 @@ class Output:
                 self._print_to_stderr(f"* reply {number}: {len(line) + 1} bytes after {1e3 * seconds:.3f} ms")
         self.number += len(data) - len(data.replace(b"\n", b""))
 
-    def print_failure(self, error: EchoError) -> None:
+    def print_failure(self, error: EchoError, what: str = "message") -> None:
+        """Print that the next message failed; the text names it as ``what``, or does not if that is empty."""
         self.number += 1
-        self.print_error(f"message {self.number}: {error}")
+        self._report(error, self.number, what)
 
-    def print_connect_error(self, error: EchoError) -> None:
-        self.print_error(str(error))
+    def print_datagram_failure(self, error: EchoError, number: int | None) -> None:
+        """Print that a datagram is lost, or a received one corrupted: then ``number`` is None."""
+        self._report(error, number, "" if number is None else "datagram")
+
+    def _report(self, error: EchoError, number: int | None, what: str) -> None:
+        self.print_error(f"{what} {number}: {error}" if what else str(error))
 
     def print_heading(self, text: str) -> None:
         if not self._quiet:
@@ -67,24 +72,16 @@ class Output:
 
     def print_round_trip(self, name: str, message: bytes, seconds: float) -> None:
         self.number += 1
-        if not self._quiet:
-            self._write_line(f"{len(message)} bytes from {name}: seq={self.number} time={1e3 * seconds:.3f} ms")
+        self.print_heading(f"{len(message)} bytes from {name}: seq={self.number} time={1e3 * seconds:.3f} ms")
 
     def print_datagram(self, name: str, size: int, reply: "Reply") -> None:
-        if not self._quiet:
-            time = "" if reply.seconds is None else f" time={1e3 * reply.seconds:.3f} ms"
-            marks = "".join(f" ({mark})" for mark, is_set in _datagram_marks(reply).items() if is_set)
-            self._write_line(f"{size} bytes from {name}: seq={reply.number}{time}{marks}")
+        time = "" if reply.seconds is None else f" time={1e3 * reply.seconds:.3f} ms"
+        marks = "".join(f" ({mark})" for mark, is_set in _datagram_marks(reply).items() if is_set)
+        self.print_heading(f"{size} bytes from {name}: seq={reply.number}{time}{marks}")
 
-    def print_datagram_failure(self, error: EchoError, number: int | None) -> None:
-        """Print that a datagram is lost, or a received one corrupted: then ``number`` is None."""
-        self.print_error(str(error) if number is None else f"datagram {number}: {error}")
-
-    def print_summary(self, text: str) -> None:
+    def print_summary(self, text: str, counts: dict[str, int] | None = None) -> None:
+        """Print a summary. ``counts`` are the counters in it that are reported as JSON as well."""
         self._write_line(text)
-
-    def print_counts(self, counts: dict[str, int]) -> None:
-        """Print the counters of datagrams, which the summary has as text."""
 
     def print_error(self, text: str, kind: str = "error") -> None:
         if not self._quiet:
@@ -151,14 +148,10 @@ class Output:
 class JsonOutput(Output):
     """Prints each reply and each failure as a JSON object; a reply of ``identify`` mode as its ``identity``."""
 
-    def print_failure(self, error: EchoError) -> None:
-        super().print_failure(error)
-        self._write_failure(error, self.number)
-
-    def print_connect_error(self, error: EchoError) -> None:
-        super().print_connect_error(error)
-        self.number += 1
-        self._write_failure(error, self.number)
+    def _report(self, error: EchoError, number: int | None, what: str) -> None:
+        super()._report(error, number, what)
+        details = {"kind": failure_kind(error), "message": str(error)}
+        self._write_line(_to_json({"seq": number, "ok": False, "error": details}))
 
     def print_heading(self, text: str) -> None:
         pass
@@ -167,31 +160,16 @@ class JsonOutput(Output):
         self.print_replies(message, seconds)
 
     def print_datagram(self, name: str, size: int, reply: "Reply") -> None:
-        import json
-
         seconds = None if reply.seconds is None else round(reply.seconds, 6)
         facts = {"seq": reply.number, "bytes": size, "seconds": seconds, "ok": not reply.is_late}
-        self._write_line(json.dumps(facts | _datagram_marks(reply)))
+        self._write_line(_to_json(facts | _datagram_marks(reply)))
 
-    def print_datagram_failure(self, error: EchoError, number: int | None) -> None:
-        super().print_datagram_failure(error, number)
-        self._write_failure(error, number)
-
-    def print_counts(self, counts: dict[str, int]) -> None:
-        import json
-
-        self._write_line(json.dumps(counts))
-
-    def print_summary(self, text: str) -> None:
+    def print_summary(self, text: str, counts: dict[str, int] | None = None) -> None:
         """Print the summary to stderr: stdout has JSON objects only."""
         if not self._quiet:
             self._print_to_stderr(text)
-
-    def _write_failure(self, error: EchoError, number: int | None) -> None:
-        import json
-
-        details = {"kind": failure_kind(error), "message": str(error)}
-        self._write_line(json.dumps({"seq": number, "ok": False, "error": details}))
+        if counts is not None:
+            self._write_line(_to_json(counts))
 
     def _format_replies(self, data: bytes, seconds: float) -> bytes:
         import json
@@ -206,3 +184,9 @@ class JsonOutput(Output):
             reply |= {"seconds": round(seconds, 6), "ok": True}
             objects.append(json.dumps(reply) + "\n")
         return "".join(objects).encode()
+
+
+def _to_json(facts: Any) -> str:
+    import json
+
+    return json.dumps(facts)

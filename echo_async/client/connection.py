@@ -9,7 +9,7 @@ from typing import cast
 
 from ..errors import describe_error
 from .endpoint import Endpoint, log
-from .verifier import Exchange, LineExchange, ReplyVerifier
+from .verifier import Exchange, ReplyVerifier
 
 READ_SIZE = 65_536  # bytes of one read after the connection was lost
 STALL_THRESHOLD = 0.1  # seconds; a timer later than this shows that the event loop was blocked
@@ -58,12 +58,11 @@ class ClientConnection(ReplyVerifier, asyncio.Protocol):
         self.send(_Echo(data, future))
         return future
 
-    async def receive_line(self, data: bytes, max_size: int) -> bytes:
-        exchange, done = LineExchange(data, max_size), asyncio.Event()
+    async def wait_for(self, exchange: Exchange) -> None:
+        done = asyncio.Event()
         exchange.notify = done.set
         self.send(exchange)
         await done.wait()
-        return exchange.result()
 
     def send(self, exchange: Exchange) -> None:
         in_flight = self._in_flight

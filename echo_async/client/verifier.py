@@ -98,8 +98,12 @@ class ReplyVerifier:
     def receive_pending(self) -> None:
         """Receive everything that has arrived, unless an event loop does that."""
 
+    async def wait_for(self, exchange: Exchange) -> None:
+        """Send a message and wait for its reply, or for an error."""
+        raise NotImplementedError
+
     def echo(self, data: bytes) -> Awaitable[None]:
-        """Send one message and wait for its reply."""
+        """Send one message, and wait until its reply is received; raise its error."""
         raise NotImplementedError
 
     async def exchange(self, data: bytes) -> float:
@@ -110,14 +114,16 @@ class ReplyVerifier:
 
     async def receive_line(self, data: bytes, max_size: int) -> bytes:
         """Send one message; return its reply, a line of at most ``max_size`` bytes."""
-        raise NotImplementedError
+        exchange = LineExchange(data, max_size)
+        await self.wait_for(exchange)
+        return exchange.result()
 
     def _verify(self, data: bytes) -> None:
         """Compare ``data``: any part of one reply, or of several."""
         in_flight, position = self._in_flight, 0
         completed: list[Exchange] = []
         while in_flight and position < len(data):
-            exchange = in_flight[0]
+            exchange, start = in_flight[0], position
             if isinstance(exchange, LineExchange):
                 position = exchange.collect(data, position)
                 if len(exchange.line) > exchange.max_size:
@@ -125,19 +131,15 @@ class ReplyVerifier:
                     exchange.error = ReplyDifferent(f"reply of {self._name} too long: {details}", 0)
                     self._notify(completed)
                     return self._fail_in_flight("an earlier reply was too long")
-                if not exchange.received:
-                    break
-                completed.append(in_flight.popleft())
-                self.replies += 1
-                continue
-            size = min(len(exchange.data) - exchange.received, len(data) - position)
-            if not _equal(exchange.data, exchange.received, data, position, size):
-                self._notify(completed)
-                return self._fail_mismatch(exchange, data[position:])
-            position += size
-            exchange.received += size
+            else:
+                size = min(len(exchange.data) - exchange.received, len(data) - position)
+                if not _equal(exchange.data, exchange.received, data, position, size):
+                    self._notify(completed)
+                    return self._fail_mismatch(exchange, data[position:])
+                position += size
+                exchange.received += size
             if exchange.received < len(exchange.data):
-                if data.find(b"\n", position - size) >= 0:
+                if data.find(b"\n", start) >= 0:
                     self._waiting_since = monotonic()
                     exchange.on_progress()
                 break

@@ -9,7 +9,7 @@ from ssl import SSLSocket, SSLWantReadError, SSLWantWriteError
 from time import monotonic
 
 from ..client.endpoint import Endpoint, log
-from ..client.verifier import Exchange, LineExchange, ReplyVerifier
+from ..client.verifier import Exchange, ReplyVerifier
 from ..compat import PollSelector
 from ..errors import describe_error
 
@@ -35,20 +35,15 @@ class BlockingConnection(ReplyVerifier):
         self._waited_until = 0.0  # the end of the last wait
 
     async def echo(self, data: bytes) -> None:
-        """Send one message and wait for its reply. Replies in flight are received first."""
-        self._wait_for_reply(Exchange(data))
-
-    async def receive_line(self, data: bytes, max_size: int) -> bytes:
-        exchange = LineExchange(data, max_size)
-        self._wait_for_reply(exchange)
-        return exchange.result()
-
-    def _wait_for_reply(self, exchange: Exchange) -> None:
-        self.send(exchange)
-        while exchange.error is None and exchange.received < len(exchange.data):
-            self.wait()
+        exchange = Exchange(data)
+        await self.wait_for(exchange)
         if exchange.error is not None:
             raise exchange.error
+
+    async def wait_for(self, exchange: Exchange) -> None:
+        self.send(exchange)
+        while exchange.error is None and exchange.received < len(exchange.data):  # replies in flight are first
+            self.wait()
 
     def send(self, exchange: Exchange) -> None:
         if self._is_logging:
