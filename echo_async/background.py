@@ -19,12 +19,11 @@ EXIT_TIMEOUT = 1.0  # seconds for all threads to end when the interpreter exits
 _stop_functions: dict[threading.Thread, Callable[[], object]] = {}
 
 
-def start_thread(
-    run: Callable[[], object], name: str, *, stop: Callable[[], object] = lambda: None
-) -> threading.Thread:
+def start_thread(run: Callable[[], object], name: str, *, stop: Callable[[], object] | None = None) -> threading.Thread:
     """Start a thread that calls ``run``. :exc:`RuntimeError` if the system has none.
 
-    When the interpreter exits, ``stop`` is called to end it, unless it has ended.
+    When the interpreter exits, ``stop`` is called to end it, unless it has ended. Without ``stop``, nothing waits
+    for the thread.
     """
 
     def run_until_end() -> None:
@@ -34,7 +33,8 @@ def start_thread(
             _stop_functions.pop(thread, None)
 
     thread = threading.Thread(target=run_until_end, name=name, daemon=_HAS_DAEMONS)
-    _stop_functions[thread] = stop
+    if stop is not None:
+        _stop_functions[thread] = stop
     try:
         thread.start()
     except BaseException:

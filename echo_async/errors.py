@@ -18,20 +18,6 @@ import os
 import socket
 import ssl
 
-__all__ = [
-    "ConfigError",
-    "ConnectError",
-    "ConnectTimeout",
-    "EchoError",
-    "MessageError",
-    "ReplyDifferent",
-    "ReplyError",
-    "ReplyLate",
-    "ReplyLost",
-    "StartError",
-]
-
-
 _SOCKET_ERRORS: dict[int, str] = getattr(socket, "errorTab", {})  # of Windows, where os.strerror lacks them
 
 

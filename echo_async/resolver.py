@@ -1,4 +1,4 @@
-"""The resolver, called by an event loop: it blocks, so it runs in a thread."""
+"""Functions that block, such as the resolver, called by an event loop: each call runs in a thread of its own."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,25 +10,29 @@ from .background import start_thread
 T = TypeVar("T")
 
 
-async def run_resolver(resolve: Callable[[], T]) -> T:
-    """Return ``resolve()``. :exc:`OSError` if no thread can be started.
+async def run_in_thread(function: Callable[[], T], name: str) -> T:
+    """Return ``function()``. :exc:`RuntimeError` if no thread can be started.
 
-    The thread is a new one: unlike a thread of the event loop's executor, it delays neither closing the loop nor the
-    exit.
+    Unlike a thread of the event loop's executor, this one delays neither closing the loop nor the exit.
     """
-    resolved: Future[T] = Future()
-    resolved.set_running_or_notify_cancel()
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
 
     def run() -> None:
         try:
-            result = resolve()
+            result = function()
         except Exception as error:
-            resolved.set_exception(error)
+            future.set_exception(error)
         else:
-            resolved.set_result(result)
+            future.set_result(result)
 
+    start_thread(run, name)
+    return await asyncio.wrap_future(future)
+
+
+async def run_resolver(resolve: Callable[[], T]) -> T:
+    """Return ``resolve()``. :exc:`OSError` if no thread can be started."""
     try:
-        start_thread(run, "echo-async resolver")
+        return await run_in_thread(resolve, "echo-async resolver")
     except RuntimeError as error:
         raise OSError(f"cannot resolve the host name: {error}; use an address") from error
-    return await asyncio.wrap_future(resolved)

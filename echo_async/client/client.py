@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Unpack, cast
 
 from ..awaitable import AwaitableContextManager
 from ..config import HOST, PORT, ClientOptions
+from .async_source import AsyncMessages
 from .asyncio_session import AsyncioSession
-from .batching import (
-    WINDOW_BYTES,
-    WINDOW_MESSAGES,
-    Batch,
-    M,
-    Message,
-    MessageBatch,
-    Messages,
-    Source,
-    check_stream,
-    encode,
-    take_batch,
-)
+from .batching import WINDOW_MESSAGES, M, MessageBatch, Messages, check_stream, encode
 from .endpoint import Endpoint
 from .stream import send_batches
 
@@ -96,7 +85,7 @@ class EchoClient:
         return self._stream(messages, window)
 
     async def _stream(self, messages: Iterable[M] | AsyncIterable[M], window: int) -> AsyncGenerator[M, None]:
-        source = _AsyncMessages(messages, window) if isinstance(messages, AsyncIterable) else Messages(messages)
+        source = AsyncMessages(messages, window) if isinstance(messages, AsyncIterable) else Messages(messages)
         async with aclosing(send_batches(self._session, source, window, asyncio.Event())) as results:
             async for batch, start, end, _, error in results:
                 for reply in cast(MessageBatch, batch).replies(start, end):
@@ -189,61 +178,3 @@ async def echo(message: M, host: str = HOST, port: int = PORT, **options: Unpack
     """
     async with connect(host, port, **options) as client:
         return await client.echo(message)
-
-
-class _AsyncMessages(Source[Message]):
-    """Messages of an asynchronous iterable: a task takes them, and pauses while enough of them are waiting."""
-
-    _task: asyncio.Task[None]
-
-    def __init__(self, messages: AsyncIterable[Message], window: int) -> None:
-        super().__init__()
-        self._messages = messages
-        self._window = window
-        self._size = 0
-        self._has_room = asyncio.Event()
-        self._is_stopped = False
-
-    def start(self, notify: Callable[[], object]) -> None:
-        self._task = asyncio.create_task(self._take_all(notify))
-
-    async def stop(self) -> None:
-        self._is_stopped = True
-        self._task.cancel()
-        await asyncio.wait([self._task])
-
-    async def _take_all(self, notify: Callable[[], object]) -> None:
-        failure: BaseException | None = None
-        try:
-            async for message in self._messages:
-                if self._is_stopped:  # and the cancellation was suppressed, as by asyncio.wait_for in Python 3.11
-                    return
-                self.waiting.append(message)
-                self._size += len(message)
-                notify()
-                if len(self.waiting) >= self._window or self._size >= WINDOW_BYTES:
-                    self._has_room.clear()
-                    await self._has_room.wait()
-        except BaseException as error:
-            failure = error
-            if not isinstance(error, Exception):  # canceled
-                raise
-        finally:
-            if not self.is_done:
-                self.is_done, self.failure = True, failure
-                notify()
-
-    def take(self, count: int) -> Batch | None:
-        batch, _, failure = take_batch(self._pop_all(), count)
-        if failure is not None:
-            self.waiting.clear()
-            self.is_done, self.failure = True, failure
-            self._task.cancel()
-        self._has_room.set()
-        return batch
-
-    def _pop_all(self) -> Iterator[Message]:
-        while self.waiting:
-            message = self.waiting.popleft()
-            self._size -= len(message)
-            yield message
