@@ -5,7 +5,7 @@ is little more than the cost of taking it from its source and returning its repl
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from time import monotonic, perf_counter
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -51,13 +51,18 @@ def check_stream(messages: object, window: int) -> None:
 
 
 class Batch(Exchange):
-    """Messages sent in one write. ``delivered`` bytes of their replies were returned to the caller."""
+    """Messages sent in one write. ``delivered`` bytes of their replies were returned to the caller.
 
-    __slots__ = ("count", "delivered", "sent_at")
+    With ``messages``, replies are returned in the type and form of these.
+    """
 
-    def __init__(self, data: bytes, count: int = 1) -> None:
+    __slots__ = ("_messages", "_returned", "count", "delivered", "sent_at")
+
+    def __init__(self, data: bytes, messages: Sequence[Message] = ()) -> None:
         super().__init__(data)
-        self.count = count
+        self._messages = messages
+        self._returned = 0
+        self.count = len(messages) or 1
         self.delivered = 0
         self.sent_at = 0.0
 
@@ -69,18 +74,8 @@ class Batch(Exchange):
             return self.received
         return self.data.rfind(b"\n", self.delivered, self.received) + 1 or self.delivered
 
-
-class MessageBatch(Batch):
-    """A batch that returns replies in the type and form of the messages."""
-
-    __slots__ = ("_messages", "_returned")
-
-    def __init__(self, data: bytes, messages: list[Message]) -> None:
-        super().__init__(data, len(messages))
-        self._messages = messages
-        self._returned = 0
-
-    def replies(self, start: int, end: int) -> list[Message]:
+    def replies(self, start: int, end: int) -> Sequence[Message]:
+        """Return the messages whose replies are the bytes from ``start`` to ``end`` of ``data``."""
         if start == 0 and end == len(self.data):
             return self._messages
         returned, self._returned = self._returned, self._returned + self.data.count(b"\n", start, end)
@@ -144,7 +139,7 @@ class Window:
         while self.batches:
             batch = self._pop()
             if rest := batch.data[end:]:
-                yield Batch(rest, batch.count)
+                yield Batch(rest)
             end = 0
 
 
@@ -194,7 +189,7 @@ class Messages(Source[Message]):
         return batch
 
 
-def take_batch(messages: Iterator[Message], count: int) -> tuple[MessageBatch | None, bool, BaseException | None]:
+def take_batch(messages: Iterator[Message], count: int) -> tuple[Batch | None, bool, BaseException | None]:
     """Return a batch of ``messages``, whether they are exhausted, and the error that ended them, if any."""
     size = 0
     taken: list[Message] = []
@@ -217,7 +212,7 @@ def take_batch(messages: Iterator[Message], count: int) -> tuple[MessageBatch | 
         except (MessageError, TypeError) as error:
             is_exhausted, failure = True, error
         data, taken = b"".join(lines), taken[: len(lines)]
-    return (MessageBatch(data, taken) if taken else None), is_exhausted, failure
+    return (Batch(data, taken) if taken else None), is_exhausted, failure
 
 
 def _join(messages: list[Any]) -> bytes | None:

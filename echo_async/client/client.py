@@ -11,7 +11,7 @@ from ..awaitable import AwaitableContextManager
 from ..config import HOST, PORT, ClientOptions
 from .async_source import AsyncMessages
 from .asyncio_session import AsyncioSession
-from .batching import WINDOW_MESSAGES, M, MessageBatch, Messages, check_stream, encode
+from .batching import WINDOW_MESSAGES, M, Messages, check_stream, encode
 from .endpoint import Endpoint
 from .stream import send_batches
 
@@ -88,7 +88,7 @@ class EchoClient:
         source = AsyncMessages(messages, window) if isinstance(messages, AsyncIterable) else Messages(messages)
         async with aclosing(send_batches(self._session, source, window, asyncio.Event())) as results:
             async for batch, start, end, _, error in results:
-                for reply in cast(MessageBatch, batch).replies(start, end):
+                for reply in batch.replies(start, end):
                     yield cast(M, reply)
                 if error is not None:
                     raise error

@@ -7,11 +7,11 @@ is what raises :exc:`~echo_async.ConnectError`.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Self, Unpack, cast
 
-from ..client.batching import WINDOW_MESSAGES, M, MessageBatch, Messages, check_stream, encode
+from ..client.batching import WINDOW_MESSAGES, M, Messages, check_stream, encode
 from ..client.endpoint import Endpoint
 from ..client.stream import send_batches
 from ..config import HOST, PORT, ClientOptions
@@ -52,7 +52,7 @@ class EchoClient:
     def _stream(self, messages: Iterable[M], window: int) -> Generator[M, None, None]:
         with closing(iterate(send_batches(self._session, Messages(messages), window, self._session))) as results:
             for batch, start, end, _, error in results:
-                yield from cast(list[M], cast(MessageBatch, batch).replies(start, end))
+                yield from cast(Sequence[M], batch.replies(start, end))
                 if error is not None:
                     raise error
 

@@ -97,25 +97,21 @@ def _race_addresses(waiting: list[AddressInfo], deadline: float) -> socket.socke
     selector = PollSelector()
     try:
         while running or waiting:
-            if waiting:
-                try:
-                    connecting = _start_connecting(waiting.pop(0))
-                except OSError as error:
-                    failure = failure or error
-                    continue
-                running.add(connecting)
-                selector.register(connecting, EVENT_WRITE)
             left = _seconds_left(deadline)
-            for key, _ in selector.select(min(left, CONNECTION_ATTEMPT_DELAY) if waiting else left):
-                connecting = cast(socket.socket, key.fileobj)
-                selector.unregister(connecting)
-                running.remove(connecting)
-                try:
-                    _finish_connecting(connecting)
+            try:
+                if waiting:
+                    connecting = _start_connecting(waiting.pop(0))
+                    running.add(connecting)
+                    selector.register(connecting, EVENT_WRITE)
+                for key, _ in selector.select(min(left, CONNECTION_ATTEMPT_DELAY) if waiting else left):
+                    connecting = cast(socket.socket, key.fileobj)
+                    selector.unregister(connecting)
+                    running.remove(connecting)
+                    with closed_on_error(connecting):
+                        _finish_connecting(connecting)
                     return connecting
-                except OSError as error:
-                    connecting.close()
-                    failure = failure or error
+            except OSError as error:
+                failure = failure or error
     finally:
         for connecting in running:
             connecting.close()
