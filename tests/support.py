@@ -219,6 +219,45 @@ class ServerProcess:
         return code, self.log
 
 
+class Load:
+    """Threads that repeatedly connect, receive one reply and close. ``failed`` has the start time of each failure."""
+
+    def __init__(self, address: tuple[str, int], threads: int = 2) -> None:
+        self._address = address
+        self._end = threading.Event()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
+        self.done = 0
+        self.failed: list[tuple[float, Exception]] = []
+
+    def _run(self) -> None:
+        while not self._end.is_set():
+            started_at = monotonic()
+            try:
+                with socket.create_connection(self._address, TIMEOUT) as client:
+                    assert is_echoed(client, b"under load, with more than one chunk\n")
+                self.done += 1
+            except (OSError, AssertionError) as error:
+                self.failed.append((started_at, error))
+
+    def wait_for(self, count: int) -> None:
+        """Wait until ``count`` more connections have got their reply."""
+        done = self.done + count
+        wait_until(lambda: self.done >= done)
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def end(self) -> None:
+        self._end.set()
+        for thread in self._threads:
+            thread.join(TIMEOUT)
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+
+
 def child_processes(process: int) -> list[int]:
     children = Path(f"/proc/{process}/task").glob("*/children")
     return [int(number) for each in children for number in each.read_text().split()]

@@ -13,8 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from support import (
     TIMEOUT,
     StartServer,
@@ -44,16 +42,6 @@ EDGES = [b"x" * (size - 1) + b"\n" for size in (1, 2, 19, 20, 21, 40, 41, 10_000
 TEXTS = ["ñandú " * 9 + "\n", "😀" * 30 + "\n", *(" " * pad + "ñ€😀 eñe\n" for pad in range(14, 22))]
 BYTES = [b"\xff\xfe\xc0\x80\xed\xa0\x80\xf0\x9f\n", b"nul \0 and\rreturn\r\n", b"\x1b[2J\xe2\x80\xae\n"]
 MESSAGES = [*EDGES, *(text.encode() for text in TEXTS), *BYTES]
-
-
-def test_message_read_in_20_byte_chunks_is_echoed(start_server: StartServer) -> None:
-    """The client reads 20 bytes at a time until the newline, like the original client of the course."""
-    with start_server() as server, connect(server) as client:
-        client.sendall("¡Hola Server! Esto es más largo que veinte bytes.\n".encode())
-        reply = bytearray()
-        while not reply.endswith(b"\n"):
-            reply += client.recv(20)
-        assert reply.decode() == "¡Hola Server! Esto es más largo que veinte bytes.\n"
 
 
 def test_message_mode_echoes_once_and_closes(start_server: StartServer) -> None:
@@ -120,14 +108,6 @@ def test_incomplete_message_at_eof_is_not_answered(start_server: StartServer, mo
         assert receive_all(client) == (b"one\n" if mode == "stream" else b"")
         wait_until(lambda: server.stats.active == 0)
         assert server.stats.lost == 1
-
-
-def test_message_mode_with_extra_input_delivers_the_reply(start_server: StartServer) -> None:
-    with start_server() as server:
-        for _ in range(300):
-            with connect(server) as client:
-                client.sendall(b"first, a little over one chunk\nsecond\n")
-                assert receive_all(client) == b"first, a little over one chunk\n"
 
 
 def test_lingering_close_with_more_input_sends_no_reset(start_server: StartServer) -> None:
@@ -290,30 +270,3 @@ def test_host_with_several_addresses_shares_one_port(start_server: StartServer) 
             with socket.create_connection(address, TIMEOUT) as client:
                 client.sendall(b"one\n")
                 assert receive_all(client) == b"one\n"
-
-
-def test_server_restarted_20_times_echoes_each_time(start_server: StartServer) -> None:
-    for _ in range(20):
-        with start_server() as server, connect(server) as client:
-            client.sendall(b"one\n")
-            assert receive_all(client) == b"one\n"
-
-
-SPLITS = st.lists(st.binary(max_size=60).map(lambda data: data.replace(b"\n", b"")), max_size=12)
-
-
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(messages=SPLITS, cuts=st.lists(st.integers(1, 50), max_size=40))
-def test_stream_mode_with_any_split_echoes_all_messages(
-    start_server: StartServer, messages: list[bytes], cuts: list[int]
-) -> None:
-    sent = b"".join(message + b"\n" for message in messages)
-    with start_server(mode="stream", no_access_log=True) as server, connect(server) as client:
-        rest = sent
-        for cut in cuts:
-            client.sendall(rest[:cut])
-            rest = rest[cut:]
-        client.sendall(rest)
-        client.shutdown(socket.SHUT_WR)
-        assert receive_all(client) == sent
-    assert server.stats.messages == len(messages)

@@ -101,7 +101,7 @@ def test_proxy_allow_from_an_ipv4_address_matches_it(
 
 
 @needs_ipv6
-@pytest.mark.parametrize("engine", ["streams", "protocol", "threads"])
+@pytest.mark.parametrize("engine", ["protocol", "threads"])
 def test_command_with_workers_serves_ipv4_and_ipv6(
     engine: str, certificate: Path, client_context: ssl.SSLContext
 ) -> None:
@@ -129,9 +129,8 @@ def assert_reached(command: str, host: str, port: int) -> None:
 
 
 @needs_ipv6
-@pytest.mark.parametrize("host", ["::", "127.0.0.1", "::1"])
-@pytest.mark.parametrize("command", ["client", "bench"])
-def test_commands_reach_a_server_on_all_addresses(host: str, command: str) -> None:
+@pytest.mark.parametrize(("command", "host"), [("client", "::"), ("client", "::1"), ("bench", "::"), ("bench", "::1")])
+def test_commands_reach_a_server_on_all_addresses(command: str, host: str) -> None:
     with server_process("--host", "::", "--mode", "stream") as server:
         assert_reached(command, host, server.address[1])
 
@@ -159,16 +158,13 @@ def test_metrics_address_unspecified_serves_both_families() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment"),
+    ("arguments", "environment", "workers"),
     [
-        (["--host", "127.0.0.1", "--host", "127.0.0.2"], ""),
-        ([], "127.0.0.1,127.0.0.2"),
-        ([], " 127.0.0.1, 127.0.0.2 "),
-        ([], "127.0.0.1 127.0.0.2"),
-        (["--host", "127.0.0.1", "--host", "127.0.0.2"], "no-such-host.invalid"),
+        ([], " 127.0.0.1, 127.0.0.2 ", "1"),
+        ([], "127.0.0.1 127.0.0.2", "2"),
+        (["--host", "127.0.0.1", "--host", "127.0.0.2"], "no-such-host.invalid", "1"),
     ],
 )
-@pytest.mark.parametrize("workers", ["1", "2"])
 def test_command_with_several_hosts_uses_one_port(arguments: list[str], environment: str, workers: str) -> None:
     with server_process(*arguments, "--workers", workers, env={"ECHO_ASYNC_HOST": environment}) as server:
         port = server.address[1]
@@ -260,7 +256,7 @@ needs_namespace = pytest.mark.skipif(not can_make_namespace(), reason="this user
 
 
 @needs_namespace
-@pytest.mark.parametrize("options", [(), ("--engine", "threads"), ("--workers", "2"), ("--loop", "asyncio")])
+@pytest.mark.parametrize("options", [("--engine", "threads"), ("--workers", "2"), ("--loop", "asyncio")])
 def test_server_in_a_namespace_without_ipv6_serves_ipv4(options: tuple[str, ...]) -> None:
     command = ["unshare", "-rn", "sh", "-c", NAMESPACE, "sh", sys.executable, "-c", IN_NAMESPACE, *options]
     done = run_process(command)
@@ -321,8 +317,9 @@ def test_name_is_served_on_the_addresses_that_exist(names: list[str]) -> None:
 
 
 @needs_namespace
-@pytest.mark.parametrize("options", [["--host", "localhost", "--port", "0"], ["--listen", "localhost:0,udp"]])
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(
+    ("options", "workers"), [(["--host", "localhost", "--port", "0"], "2"), (["--listen", "localhost:0,udp"], "1")]
+)
 def test_command_serves_a_name_and_logs_what_is_left_out(names: list[str], options: list[str], workers: str) -> None:
     metrics = ["--metrics-address", "localhost", "--metrics-port", "0"]
     command = [*names, "-m", "echo_async", "server", "--workers", workers, *options, *metrics]

@@ -41,25 +41,12 @@ def test_example_message_returns_the_same_bytes(server: ServerProcess, message: 
     assert sync.echo(message, *server.address) == message
 
 
-def test_example_second_message_needs_new_connection(server: ServerProcess) -> None:
-    with sync.connect(*server.address) as client:
-        assert list(client.stream(["one", "two", "three"])) == ["one", "two", "three"]
-
-
 def test_example_bytes_after_newline_are_discarded(server: ServerProcess) -> None:
     with server.connect() as client:
         client.sendall(b"one\ntwo\n" + b"z" * 100_000)
         assert receive_line(client) == b"one\n"
         client.sendall(b"three\n")
         assert receive_all(client) == b""
-
-
-def test_example_half_close_gets_the_whole_reply(server: ServerProcess) -> None:
-    message = b"m" * 100_000 + b"\n"
-    with server.connect() as client:
-        client.sendall(message)
-        client.shutdown(socket.SHUT_WR)
-        assert receive_all(client) == message
 
 
 def test_example_eof_without_newline_gets_no_reply(server: ServerProcess) -> None:

@@ -105,10 +105,10 @@ def receives_end(client: socket.socket) -> bool:
         return True
 
 
-each_start = pytest.mark.parametrize("start", ["sync", "hosted", *map("-".join, BACKENDS)])
+STARTS = ["sync", "hosted", *map("-".join, BACKENDS)]
 
 
-@each_start
+@pytest.mark.parametrize("start", STARTS)
 def test_close_after_a_fork_ends_connections_and_frees_ports(start: str) -> None:
     with forking(start, {"udp": True}) as program, connect(program) as idle, connect(program) as half_closed:
         assert is_echoed(idle)
@@ -135,7 +135,7 @@ def test_close_after_a_fork_ends_connections_and_frees_ports(start: str) -> None
                     assert client.recv(65535) == b"datagram"
 
 
-@each_start
+@pytest.mark.parametrize("start", STARTS[::2])
 def test_close_after_a_fork_ends_handshakes(start: str) -> None:
     with (
         forking(start, {"proxy_protocol": "v1"}) as program,
@@ -149,7 +149,7 @@ def test_close_after_a_fork_ends_handshakes(start: str) -> None:
         assert receives_end(silent)
 
 
-@each_start
+@pytest.mark.parametrize("start", STARTS[1::2])
 def test_close_after_a_fork_ends_unix_connections(start: str, tmp_path: Path) -> None:
     path = str(tmp_path / "echo.sock")
     with forking(start, {"uds": path}) as program:

@@ -80,18 +80,6 @@ async def wait_for_handlers() -> None:
         await asyncio.wait(handlers)
 
 
-def test_handle_echo_answers_one_message_and_closes(on_loop: OnLoop) -> None:
-    message = "¡Hola Server! Esto es más largo que veinte bytes.\n".encode()
-
-    async def main() -> None:
-        async with start_server(echo_async.handle_echo) as address, open_client(address) as (reader, writer):
-            writer.write(message + b"discarded")
-            assert await reader.read() == message
-        await wait_for_handlers()
-
-    on_loop(main)
-
-
 @pytest.mark.parametrize(("mode", "reply"), [("message", b"one\n"), ("stream", b"one\ntwo\n"), ("raw", None)])
 def test_handle_echo_in_each_mode_answers_by_its_rules(on_loop: OnLoop, mode: Mode, reply: bytes | None) -> None:
     sent = b"one\ntwo\nunfinished"
@@ -107,31 +95,6 @@ def test_handle_echo_in_each_mode_answers_by_its_rules(on_loop: OnLoop, mode: Mo
     on_loop(main)
 
 
-def test_handle_echo_answers_ten_thousand_messages(on_loop: OnLoop) -> None:
-    sent = b"".join(b"%d\n" % number for number in range(10_000))
-
-    async def main() -> None:
-        async with start_server(partial(echo_async.handle_echo, mode="stream")) as address:
-            async with open_client(address) as (reader, writer):
-                writer.write(sent)
-                assert await reader.readexactly(len(sent)) == sent
-            await wait_for_handlers()
-
-    on_loop(main)
-
-
-def test_handle_echo_message_too_long_closes_after_replies(on_loop: OnLoop) -> None:
-    handler = partial(echo_async.handle_echo, mode="stream", limit_message_size=64)
-
-    async def main() -> None:
-        async with start_server(handler) as address, open_client(address) as (reader, writer):
-            writer.write(b"x" * 63 + b"\n" + b"y" * 64 + b"\nnever\n")
-            assert await reader.read() == b"x" * 63 + b"\n"
-        await wait_for_handlers()
-
-    on_loop(main)
-
-
 @pytest.mark.parametrize(("sent", "option"), [(b"", "timeout_idle"), (b"begun", "timeout_message")])
 def test_handle_echo_timeout_closes_the_connection(on_loop: OnLoop, sent: bytes, option: str) -> None:
     handler = partial(echo_async.handle_echo, **{option: 0.1})  # type: ignore[arg-type]
@@ -141,23 +104,6 @@ def test_handle_echo_timeout_closes_the_connection(on_loop: OnLoop, sent: bytes,
             writer.write(sent)
             assert await reader.read() == b""
         await wait_for_handlers()
-
-    on_loop(main)
-
-
-def test_handle_echo_write_timeout_closes_the_connection(on_loop: OnLoop) -> None:
-    handler = partial(echo_async.handle_echo, mode="raw", chunk_size=65536, timeout_write=0.1)
-
-    async def main() -> None:
-        async with start_server(handler) as address:
-            reader, writer = await asyncio.open_connection(*address, limit=1)
-            with suppress(ConnectionError, RuntimeError):  # uvloop raises RuntimeError
-                while True:
-                    writer.write(bytes(65536))
-                    await writer.drain()
-            writer.transport.abort()
-            await wait_for_handlers()
-            del reader  # until here: the garbage collector would close the connection
 
     on_loop(main)
 

@@ -21,17 +21,11 @@ def loop_module(name: str) -> str:
     return run(module, name)
 
 
-def test_loop_asyncio_is_the_loop_of_asyncio() -> None:
-    assert loop_module("asyncio").startswith("asyncio.")
-
-
-def test_loop_uvloop_is_the_loop_of_uvloop() -> None:
-    assert loop_module("uvloop").startswith("uvloop")
-
-
 def test_loop_auto_selects_uvloop_if_installed() -> None:
     assert loop_factory("auto") is loop_factory("uvloop")
     assert loop_factory() is loop_factory("uvloop")
+    assert loop_module("asyncio").startswith("asyncio.")
+    assert loop_module("uvloop").startswith("uvloop")
 
 
 def test_loop_auto_without_uvloop_selects_asyncio(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,16 +42,6 @@ def test_loop_uvloop_not_installed_raises_with_advice(monkeypatch: pytest.Monkey
     assert "pip install 'echo-async[uvloop]'" in text
     assert "\n" not in text
     assert isinstance(raised.value, EchoError)
-
-
-def test_loop_factory_creates_a_new_loop_per_call() -> None:
-    factory = loop_factory("uvloop")
-    first, second = factory(), factory()
-    try:
-        assert first is not second
-    finally:
-        first.close()
-        second.close()
 
 
 # MODULE:FACTORY

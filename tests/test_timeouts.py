@@ -222,18 +222,6 @@ def test_linger_timeout_during_shutdown_is_shorter() -> None:
     assert done.advance(LINGER_TIMEOUT_AT_STOP) == "linger"
 
 
-def test_timeouts_with_an_active_client_never_expire() -> None:
-    active = connection()
-    for number in range(2000):
-        active.receive(b"the first half of a message")
-        active.unsent_bytes = 20 * (number % 2)
-        assert active.advance(0.5) is None
-        active.receive(b", the second half\n")
-        active.unsent_bytes = 0
-        assert active.advance(9.5) is None
-    assert active.conversation.messages == 2000
-
-
 MESSAGES = st.sampled_from([b"", b"one\n", b"begun", b"first\nsecond begun"])
 
 
@@ -316,21 +304,6 @@ def test_stats_include_open_and_closed_connections() -> None:
     assert registry.stats == Stats(accepted=4, active=0, messages=4, bytes_in=58, bytes_out=19, lost=2, too_long=1)
 
 
-def test_stats_are_a_snapshot() -> None:
-    registry = FakeClockRegistry(ServerConfig())
-    FakeConnection(registry).receive(b"one\n")
-    before = registry.stats
-    registry.abort()
-    assert before.active == 1
-    assert registry.stats.active == 0
-
-
-def test_stats_of_two_servers_can_be_added() -> None:
-    both = Stats(accepted=2, messages=3, bytes_in=10) + Stats(accepted=1, active=1, bytes_in=5)
-    assert both == Stats(accepted=3, active=1, messages=3, bytes_in=15)
-    assert str(both).startswith("accepted=3 active=1 refused=0 ")
-
-
 def test_on_empty_is_called_once_by_the_last_connection() -> None:
     registry = FakeClockRegistry(ServerConfig())
     calls: list[int] = []
@@ -386,8 +359,3 @@ def test_refused_connections_are_counted_and_rate_limited(
     registry.remove(first)
     assert admission.has_place()
     assert registry.stats.refused == 1000
-
-
-def test_connection_limit_defaults_to_the_descriptor_limit() -> None:
-    assert 1 <= Admission(Registry(ServerConfig())).limit <= 2**31
-    assert Admission(Registry(ServerConfig(limit_connections=7))).limit == 7

@@ -175,7 +175,7 @@ def test_accept_raising_any_exception_is_retried(
 
 
 @each_error
-@pytest.mark.parametrize("engine", ["streams", "protocol"])
+@pytest.mark.parametrize("engine", ["protocol"])
 def test_accept_raising_in_asyncio_reports_and_goes_on(
     engine: EngineName, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,24 +85,6 @@ def test_close_called_repeatedly_is_idempotent(backend: Backend) -> None:
     run(main, backend.loop)
 
 
-def test_server_awaited_then_entered_closes_with_the_block(backend: Backend) -> None:
-    async def main() -> None:
-        async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT), server as entered:
-            assert entered is server
-            assert await echo_async.echo("hello", *server.address) == "hello"
-
-    run(main, backend.loop)
-
-
-def test_close_before_first_loop_iteration_returns(backend: Backend) -> None:
-    async def main() -> None:
-        async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT):
-            server.close()
-            await server.wait_closed()
-
-    run(main, backend.loop)
-
-
 def test_serve_forever_canceled_closes_connections(backend: Backend) -> None:
     async def main() -> None:
         async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT):

@@ -50,8 +50,7 @@ from echo_async.wire.conversation import StreamConversation
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-@pytest.mark.parametrize("no_access_log", [True, False], ids=["quiet", "logged"])
-@pytest.mark.parametrize("chunk_size", [20, 65536])
+@pytest.mark.parametrize(("chunk_size", "no_access_log"), [(20, False), (65536, True)], ids=["logged", "quiet"])
 def test_shutdown_answers_received_messages(
     backend: Backend, chunk_size: int, no_access_log: bool, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import termios
-import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from logging import WARNING
@@ -28,6 +27,7 @@ from support import (
     MAX_DELAY,
     TIMEOUT,
     ChildProcess,
+    Load,
     ServerProcess,
     child_processes,
     connect_to,
@@ -97,38 +97,6 @@ def receive_or_none(client: socket.socket) -> bytes | None:
         return None
 
 
-class Load:
-    """Threads that repeatedly connect, receive one reply and close. ``failed`` has the start time of each failure."""
-
-    def __init__(self, server: ServerProcess, threads: int = 2) -> None:
-        self._server = server
-        self._end = threading.Event()
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
-        self.done = 0
-        self.failed: list[tuple[float, Exception]] = []
-
-    def _run(self) -> None:
-        while not self._end.is_set():
-            started_at = monotonic()
-            try:
-                with self._server.connect() as client:
-                    assert exchange(client, b"under load\n") == b"under load\n"
-                self.done += 1
-            except (OSError, AssertionError) as error:
-                self.failed.append((started_at, error))
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        wait_until(lambda: self.done > 20)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._end.set()
-        for thread in self._threads:
-            thread.join(TIMEOUT)
-
-
 # Serving
 
 
@@ -187,8 +155,9 @@ def test_killed_worker_is_replaced_and_others_are_unaffected(engine: EngineName)
         with (
             connect_to(killed_worker, server) as closed,
             connect_to(survivor, server) as open_client,
-            Load(server) as load,
+            Load(server.address) as load,
         ):
+            load.wait_for(20)
             os.kill(killed_worker, signal.SIGKILL)
             wait_until(lambda: has_exited(killed_worker))
             killed_at = monotonic()
@@ -196,8 +165,7 @@ def test_killed_worker_is_replaced_and_others_are_unaffected(engine: EngineName)
             assert monotonic() - killed_at < MAX_DELAY
             assert is_closed(closed)
             assert exchange(open_client, b"still there\n") == b"still there\n"
-            done = load.done
-            wait_until(lambda: load.done > done + 20)
+            load.wait_for(20)
         assert [failure for failure in load.failed if failure[0] >= killed_at] == []
         code, lines = server.stop()
     assert code == 0
@@ -224,73 +192,45 @@ def sitecustomize(folder: Path, code: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
-def failing_workers(failing: Path, attempts: Path) -> str:
-    """Return code that makes workers exit at startup while ``failing`` exists, and adds a byte to ``attempts``."""
-    return f"""
-import os, sys
-if "echo_async.service.worker" in sys.orig_argv and os.path.exists({str(failing)!r}):
-    with open({str(attempts)!r}, "a") as attempts:
-        attempts.write(".")
-    os.write(2, b"worker failed\\n")
-    os._exit(1)
-"""
-
-
-def test_first_worker_failing_to_start_exits_with_code_3(tmp_path: Path) -> None:
-    failing, attempts = tmp_path / "failing", tmp_path / "attempts"
-    failing.touch()
-    env = sitecustomize(tmp_path, failing_workers(failing, attempts))
-    with server_process("--workers", "4", env=env) as server:
-        code, lines = server.wait()
-    assert code == 3
-    assert server.startup_line == ""
-    assert lines.splitlines()[0] == "worker failed"
-    assert len(lines.splitlines()) == 2
-    assert attempts.read_text() == "."
-
-
-def test_second_worker_failing_to_start_stops_the_first(tmp_path: Path) -> None:
+def failing_workers(folder: Path, count: int) -> dict[str, str]:
+    """Return the environment in which only the first ``count`` workers start, and each adds a byte to ``starts``."""
+    path = str(folder / "starts")
     code = f"""
 import os, sys
 if "echo_async.service.worker" in sys.orig_argv:
-    try:
-        open({str(tmp_path / "first")!r}, "x").close()
-    except FileExistsError:
+    with open({path!r}, "a") as starts:
+        starts.write(".")
+    if os.path.getsize({path!r}) > {count}:
         os.write(2, b"worker failed\\n")
         os._exit(1)
 """
-    with server_process("--workers", "2", env=sitecustomize(tmp_path, code)) as server:
-        exit_code, lines = server.wait()
-    assert exit_code == 3
-    first, second = lines.splitlines()
+    return sitecustomize(folder, code)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_worker_failing_to_start_stops_the_others(count: int, tmp_path: Path) -> None:
+    with server_process("--workers", "4", env=failing_workers(tmp_path, count)) as server:
+        code, lines = server.wait()
+    assert code == 3
+    assert server.startup_line == ""
+    first, *_, last = lines.splitlines()
     assert first == "worker failed"
-    assert "cannot start a worker" in second
+    assert "cannot start a worker" in last
+    assert len((tmp_path / "starts").read_text()) == count + 1
 
 
 def test_replacement_failing_to_start_stops_the_server(tmp_path: Path) -> None:
-    failing, attempts = tmp_path / "failing", tmp_path / "attempts"
-    env = sitecustomize(tmp_path, failing_workers(failing, attempts))
-    with two_workers("protocol", env=env) as server:
-        failing.touch()
+    with two_workers("protocol", env=failing_workers(tmp_path, 2)) as server:
         killed_worker, survivor = server.worker_pids
         with connect_to(survivor, server) as client:
             os.kill(killed_worker, signal.SIGKILL)
             assert receive_all(client) == b""  # the other worker shuts down gracefully
             code, lines = server.wait()
     assert code == 3
-    assert 2 <= len(attempts.read_text()) <= 8
+    assert 4 <= len((tmp_path / "starts").read_text()) <= 10
     assert lines.count("restarting") == 1
     assert "Traceback" not in lines
     assert has_exited(survivor)
-
-
-def test_missing_uvloop_is_one_error_line(tmp_path: Path) -> None:
-    env = sitecustomize(tmp_path, "import sys; sys.modules['uvloop'] = None")
-    with server_process("--workers", "2", "--loop", "uvloop", env=env) as server:
-        code, lines = server.wait()
-    assert code == 3
-    assert len(lines.splitlines()) == 1
-    assert "cannot use --loop uvloop" in lines
 
 
 # Graceful shutdown
@@ -304,7 +244,8 @@ def is_acknowledged(client: socket.socket) -> bool:
 
 @pytest.mark.parametrize("engine", ["streams", "threads"])
 def test_stop_under_load_never_sends_a_partial_reply(engine: EngineName) -> None:
-    with two_workers(engine) as server, Load(server, 4) as load:
+    with two_workers(engine) as server, Load(server.address, 4) as load:
+        load.wait_for(20)
         code, lines = server.stop()
     assert code == 0
     assert "Traceback" not in lines
@@ -313,7 +254,7 @@ def test_stop_under_load_never_sends_a_partial_reply(engine: EngineName) -> None
         assert isinstance(failure, ConnectionError) or str(failure).startswith("closed after b''"), failure
 
 
-@pytest.mark.parametrize("engine", ["streams", "protocol", "threads"])
+@each_acceptor
 def test_stop_answers_every_message_received(engine: EngineName) -> None:
     """Both of accepted connections and of connections in the backlog."""
     sent = b"".join(b"%060d\n" % number for number in range(200))

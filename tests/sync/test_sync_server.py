@@ -82,24 +82,6 @@ def test_sync_server_closed_twice_is_idempotent(reserved_port: int) -> None:
         socket.create_connection(server.address)
 
 
-def test_sync_server_closes_when_its_block_raises() -> None:
-    with pytest.raises(ZeroDivisionError), sync.serve(port=0) as server:
-        raise ZeroDivisionError
-    assert not server.is_serving()
-
-
-def test_serve_forever_ends_when_a_thread_closes_the_server() -> None:
-    server = sync.serve(port=0)
-
-    def use_and_close() -> None:
-        assert exchange(server.address, b"Hola\n") == b"Hola\n"
-        server.close()
-
-    with thread(use_and_close):
-        server.serve_forever()
-    assert server.stats.messages == 1
-
-
 def test_serve_forever_ends_when_a_signal_handler_closes_it() -> None:
     server = sync.serve(port=0)
     before = signal.signal(signal.SIGUSR1, lambda *_: server.close())
@@ -167,13 +149,6 @@ def test_close_by_many_threads_with_active_clients_ends() -> None:
         assert server.stats.active == 0
 
 
-def test_close_frees_the_port_immediately() -> None:
-    with sync.serve(port=0) as server:
-        assert exchange(server.address, b"Hola\n") == b"Hola\n"
-    with sync.serve(port=cast(int, server.port)) as again:
-        assert exchange(again.address, b"Hola\n") == b"Hola\n"
-
-
 # Errors at startup
 
 
@@ -188,29 +163,7 @@ def test_sync_serve_invalid_option_is_rejected() -> None:
         sync.serve(mode=cast(Any, "loud"))
 
 
-def test_sync_serve_port_in_use_is_rejected() -> None:
-    with sync.serve(port=0) as server, pytest.raises(echo_async.StartError, match="address already in use"):
-        sync.serve(port=cast(int, server.port))
-
-
 # Resource limits
-
-
-def test_thread_start_failure_refuses_and_counts_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    start, refused = threading.Thread.start, threading.Event()
-
-    def start_all_but_one(self: threading.Thread) -> None:
-        if self.name == "echo-async client" and not refused.is_set():
-            refused.set()
-            raise RuntimeError("can't start new thread")
-        start(self)
-
-    monkeypatch.setattr(threading.Thread, "start", start_all_but_one)
-    with sync.serve(port=0) as server:
-        with socket.create_connection(server.address, TIMEOUT) as client:
-            assert receive_all(client) == b""
-        assert exchange(server.address, b"Hola\n") == b"Hola\n"
-        assert (server.stats.refused, server.stats.accepted) == (1, 1)
 
 
 def with_reply(clients: list[socket.socket]) -> list[socket.socket]:
