@@ -38,7 +38,7 @@ coverage: $(INSTALLED) ## run the tests and report branch coverage
 	@$(BIN)/coverage combine -q
 	@$(BIN)/coverage report
 
-soak: $(INSTALLED) ## run tests that take minutes: many clients, faulty clients, restarts
+soak: $(INSTALLED) ## run tests that take minutes: many clients, faulty clients, killed workers
 	@$(BIN)/python tests/soak.py
 
 bench: $(INSTALLED) ## measure the engines and event loops: table, bench.json, docs/benchmarks.svg

@@ -1,4 +1,4 @@
-"""Soak tests, which take minutes: many clients, faulty clients, restarts, constant memory.
+"""Soak tests, which take minutes: many clients, faulty clients, killed workers, constant memory.
 
 ``make soak`` runs all of them; ``python tests/soak.py --help`` lists the options to run some. Each scenario starts a
 server process, prints each measurement with its limit, and fails if a limit is exceeded.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import random
@@ -80,19 +79,17 @@ class Server:
 
 
 @contextmanager
-def server(*args: str, nofile: int = 0, **popen: object) -> Iterator[Server]:
-    def limit_descriptors() -> None:
-        if nofile:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (nofile, nofile))
-
+def server(*args: str) -> Iterator[Server]:
     command = [sys.executable, "-m", "echo_async.server", "--port", "0", "--no-access-log", *args]
-    with TemporaryDirectory() as folder, open(Path(folder, "log"), "wb") as log:
-        options = {"stdout": subprocess.PIPE, "stderr": log, "preexec_fn": limit_descriptors, **popen}
-        with ChildProcess(command, **options) as process:
-            try:
-                yield Server(process, Path(folder, "log"))
-            finally:
-                process.kill()
+    with (
+        TemporaryDirectory() as folder,
+        open(Path(folder, "log"), "wb") as log,
+        ChildProcess(command, stdout=subprocess.PIPE, stderr=log) as process,
+    ):
+        try:
+            yield Server(process, Path(folder, "log"))
+        finally:
+            process.kill()
 
 
 failures: list[str] = []
@@ -186,35 +183,6 @@ async def non_readers(backend: str, scale: float) -> None:
         check("seconds to exit", await asyncio.to_thread(process.stop), True)
 
 
-async def few_descriptors(backend: str, scale: float) -> None:
-    """64 descriptors and 200 clients: some are served, the others refused; the server recovers immediately."""
-    with server(*BACKENDS[backend], "--mode", "stream", nofile=64) as process:
-        async with clients(process.port, 200) as opened:
-
-            async def served(client: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> bool:
-                try:
-                    return await echo(client, b"hello\n")
-                except ConnectionError:
-                    return False
-
-            answers = await asyncio.gather(*map(served, opened))
-            check("served of 200", sum(answers), 16 <= sum(answers) < 64)
-            cpu, start = process.cpu, time.monotonic()
-            await asyncio.sleep(2)
-            busy = (process.cpu - cpu) / (time.monotonic() - start)
-            check("CPU usage while idle, of one core", busy, busy < 0.05, "0.05")
-            lines = process.log.count("refused") + process.log.count("resource")
-            check("log lines in about 3 s", lines, lines <= 4, "1 per second")
-        start = time.monotonic()
-        while True:
-            with contextlib.suppress(ConnectionError):
-                async with clients(process.port, 1) as [client]:
-                    if await echo(client, b"room again\n"):
-                        break
-        check("seconds until new clients are served", time.monotonic() - start, time.monotonic() - start < 1, "1")
-        process.stop()
-
-
 async def churn(backend: str, scale: float) -> None:
     """Connect, echo, close, 100,000 times; 1 % of the clients are faulty. Nothing leaks."""
     rounds = int(100_000 * scale)
@@ -261,46 +229,6 @@ async def cycles(port: int, rounds: int) -> int:
 
     await asyncio.gather(*(work() for _ in range(50)))
     return failed
-
-
-async def handover(backend: str, scale: float) -> None:
-    """Restarts with an inherited socket: no client fails."""
-    count, restarts = int(10_000 * scale), 5
-    with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
-        port, number = listener.getsockname()[1], listener.fileno()
-        options = (*BACKENDS[backend], "--fd", str(number))
-        done = failed = 0
-
-        async def client(each: int) -> None:
-            nonlocal done, failed
-            try:
-                reader, writer = await open_client(port, each)
-                writer.write(b"Hola Server!\n")
-                failed += await reader.read() != b"Hola Server!\n"
-                writer.close()
-            except OSError:
-                failed += 1
-            done += 1
-
-        async def load() -> None:
-            numbers = iter(range(count))
-
-            async def work() -> None:
-                for each in numbers:
-                    await client(each)
-
-            await asyncio.gather(*(work() for _ in range(20)))
-
-        loading: asyncio.Task[None] | None = None
-        for turn in range(restarts + 1):
-            with server(*options, pass_fds=[number]) as process:
-                loading = loading or asyncio.create_task(load())
-                share = count * (turn + 1) // (restarts + 1)
-                await wait_until(lambda share=share: done >= share)  # type: ignore[misc]
-                await asyncio.to_thread(process.stop)
-        assert loading is not None
-        await loading
-        check(f"failures of {count} clients in {restarts} restarts", failed, failed == 0, "0")
 
 
 async def worker_of(client: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> int:
@@ -367,27 +295,6 @@ async def kill_workers(port: int, kills: int) -> None:
     check(f"failures of {len(served)} clients that connected after one of {kills} kills", len(later), not later, "0")
 
 
-async def slow_reader(backend: str, scale: float) -> None:
-    """An 8 MiB message to a client that reads slowly and pauses: unchanged, in bounded memory."""
-    size = 8 * 1024 * 1024
-    message = random.Random(0).randbytes(size - 1).replace(b"\n", b" ") + b"\n"
-    with server(*BACKENDS[backend], "--mode", "stream", "--limit-message-size", str(size)) as process:
-        before = process.memory
-        reader, writer = await asyncio.open_connection("127.0.0.1", process.port, limit=4096)
-        writer.write(message)
-        received = bytearray(await reader.readexactly(1))
-        most = process.memory
-        while len(received) < size:
-            received += await reader.read(64 * 1024)
-            most = max(most, process.memory)
-            await asyncio.sleep(0.2 if len(received) % 64 == 0 else 0.001)
-        check("reply equals the message", received == message, received == message)
-        times = (most - before) * 1024 / size
-        check("memory, ratio to the message size", times, times <= 2.1 or "protocol" not in backend, "2 for protocol")
-        writer.close()
-        process.stop()
-
-
 async def large_messages(backend: str, scale: float) -> None:
     """1,000 messages of 1 MiB on 10 connections: the memory is reused or returned."""
     message = b"x" * (1024 * 1024 - 1) + b"\n"
@@ -404,21 +311,6 @@ async def large_messages(backend: str, scale: float) -> None:
             grown = (process.memory - before) / 1024
         limit = {"protocol-uvloop": 8, "protocol-asyncio": 12}.get(backend, 64)
         check("memory afterwards, MiB more than before", grown, grown <= limit, f"{limit}")
-        process.stop()
-
-
-async def flood(backend: str, scale: float) -> None:
-    """One client sends 400 kB, read 20 bytes at a time: another client is not delayed."""
-    with server(*BACKENDS[backend], "--mode", "stream") as process:
-        async with clients(process.port, 2) as [flooder, probe]:
-            longest = 0.0
-            flooder[1].write(b"x" * 399_999 + b"\n")
-            reading = asyncio.create_task(flooder[0].readline())
-            while not reading.done():
-                start = time.perf_counter()
-                assert await echo(probe, b"probe\n")
-                longest = max(longest, time.perf_counter() - start)
-        check("longest round trip of another client, ms", longest * 1e3, longest <= 0.010 or backend == "threads", "10")
         process.stop()
 
 
@@ -445,48 +337,6 @@ async def idle_tls(backend: str, scale: float) -> None:
             process.stop()
 
 
-async def silent_tls(backend: str, scale: float) -> None:
-    """A thousand clients that never start their handshake: closed after the timeout, and counted."""
-    import trustme
-
-    count = int(1_000 * scale)
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "server.pem")
-        trustme.CA().issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(path))
-        with server(*BACKENDS[backend], "--ssl-certfile", str(path)) as process:
-            descriptors = process.descriptors + 1  # uvloop keeps one in reserve after the first client
-            start = time.monotonic()
-            async with clients(process.port, count) as opened:
-                await asyncio.gather(*(reader.read() for reader, _ in opened), return_exceptions=True)
-                took = time.monotonic() - start
-                check("seconds until all are closed", took, 9 < took < 13, "10")
-                await wait_until(lambda: process.descriptors <= descriptors)
-            process.stop()
-            check("counted", f"timeouts_handshake={count}", f"timeouts_handshake={count}" in process.log)
-
-
-async def faults(backend: str, scale: float) -> None:
-    """200 stalled, 200 delayed and 200 throttled clients: another client is not delayed, nor is the end."""
-    count = int(200 * scale)
-    kinds = {"stall": "stall", "delay": "delay=0.05..0.15", "rate": "rate=1000"}
-    healthy = ["none;"] * 2 + [f"{spec};" * count for spec in kinds.values()]
-    with server(*BACKENDS[backend], "--mode", "stream", "--fault-sequence", "".join(healthy) + "none") as process:
-        await latency(process.port)
-        alone = await latency(process.port, 5000)
-        before = process.descriptors
-        async with clients(process.port, len(kinds) * count) as opened:
-            for number, (_, writer) in enumerate(opened):
-                writer.transport.pause_reading()  # type: ignore[attr-defined]
-                writer.write(1000 * b"Hola Server!\n" if number < 2 * count else 60_000 * b"x" + b"\n")
-                await asyncio.sleep(random.random() / 100)  # independent clients do not begin at the same moment
-            await wait_until(lambda: all(process.log.count(f"fault injected: {kind}") == count for kind in kinds))
-            loaded = await latency(process.port, 5000)
-            check("p99 of another client, ratio to its p99 alone", loaded / alone, loaded <= 2 * alone, "2")
-        await wait_until(lambda: process.descriptors <= before + count)  # a stalled server does not notice the end
-        took = await asyncio.to_thread(process.stop)
-        check("seconds from the signal to the exit", took, took <= 10, "10")
-
-
 async def rate(backend: str, scale: float) -> None:
     """100 kB at 10 kB/s take 10 s."""
     message = 99_999 * b"x" + b"\n"
@@ -502,15 +352,9 @@ SCENARIOS: dict[str, Callable[[str, float], Coroutine[None, None, None]]] = {
     "idle": idle,
     "churn": churn,
     "non-readers": non_readers,
-    "descriptors": few_descriptors,
-    "handover": handover,
     "workers": workers,
-    "slow-reader": slow_reader,
     "large-messages": large_messages,
-    "flood": flood,
     "idle-tls": idle_tls,
-    "silent-tls": silent_tls,
-    "faults": faults,
     "rate": rate,
 }
 

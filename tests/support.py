@@ -326,15 +326,19 @@ def is_stopped(process: int) -> bool:
     return all("\nState:\tT" in each.read_text() for each in Path(f"/proc/{process}/task").glob("*/status"))
 
 
-def run_in_namespace(setup: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run ``command`` in network and mount namespaces that shell commands set up; skip the test where that fails."""
+def command_in_namespace(setup: str, *command: str) -> list[str]:
+    """Return a command in network and mount namespaces that shell commands set up; skip the test where that fails."""
     prefix = ["unshare", "-rnm", "sh", "-c", f'ip link set lo up && {setup} && exec "$@"', "sh"]
     if (
         not all(map(shutil.which, ("unshare", "ip")))
         or subprocess.run([*prefix, "true"], capture_output=True, timeout=TIMEOUT).returncode
     ):
         pytest.skip("this user may not set up a network namespace")
-    return subprocess.run([*prefix, *command], capture_output=True, text=True, timeout=TIMEOUT)
+    return [*prefix, *command]
+
+
+def run_in_namespace(setup: str, *command: str) -> CompletedProcess[str]:
+    return run_process(command_in_namespace(setup, *command))
 
 
 class HasAddress(Protocol):

@@ -7,17 +7,14 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from support import BACKENDS, MAX_DELAY, TIMEOUT, ChildProcess, is_echoed, receive_all, run
-
-import echo_async
+from support import BACKENDS, MAX_DELAY, TIMEOUT, ChildProcess, is_echoed, receive_all
 
 PROGRAM = """
 import asyncio, sys
@@ -248,25 +245,3 @@ def test_program_that_fails_while_resolving_ends(function: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 1
     assert_reported_once(done.stderr, "RuntimeError: a bug of the program")
-
-
-@pytest.mark.parametrize(
-    ("start", "expected"),
-    [
-        (lambda: cast(Any, echo_async.serve(host="localhost", port=0)), echo_async.StartError),
-        (lambda: cast(Any, echo_async.connect("localhost", 5500)), echo_async.ConnectError),
-    ],
-    ids=["serve", "connect"],
-)
-def test_name_without_a_thread_to_resolve_is_one_error(
-    start: Callable[[], Coroutine[Any, Any, object]], expected: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    async def main() -> None:
-        with pytest.raises(expected, match="can't start new thread"):
-            await start()
-
-    monkeypatch.setattr(threading.Thread, "start", refuse)
-    run(main)

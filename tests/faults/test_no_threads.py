@@ -72,12 +72,6 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "code", "text"),
     [
         (("client", "--host", "localhost", "hola"), 3, "cannot resolve the host name: {}; use an address"),
-        (("client", "--udp", "--host", "localhost"), 3, "cannot resolve the host name: {}; use an address"),
-        (
-            ("server", "--host", "localhost", "--port", "0"),
-            3,
-            "cannot listen on host 'localhost': cannot resolve the host name: {}; use an address",
-        ),
         (("server", "--port", "0", "--engine", "threads"), 3, "cannot serve on threads: {}; raise the thread"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
