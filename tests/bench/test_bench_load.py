@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
+import logging
 import os
 import pty
 import signal
@@ -13,14 +13,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 from scripted import Peer, Start
-from support import MAX_DELAY, TIMEOUT, ChildProcess, ServerThread
+from support import MAX_DELAY, TIMEOUT, ChildProcess, ServerThread, child_processes, wait_until
 
 from echo_async import EchoServer
 from echo_async.cli.bench import main
@@ -30,58 +30,8 @@ from echo_async.testing import HostedServer
 
 LOAD = (sys.executable, "-m", "echo_async.bench", "load")
 SHORT = ("--duration", "0.04", "--warmup", "0.01")
+FLIPPED_WITH_SEED_7 = 5  # the offset in the message
 DURATIONS = ("0.2", "2", "20")  # a test that needs replies within the measurement repeats it on a busy machine
-
-
-class Echo(asyncio.Protocol):
-    """Echoes all bytes; tests override methods to add a fault."""
-
-    transport: asyncio.Transport
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self.transport.write(data)
-
-
-Serve = Callable[[Callable[[], Echo]], int]
-
-
-@contextmanager
-def serving(factory: Callable[[], Echo]) -> Iterator[int]:
-    """Run a server with a protocol from ``factory`` for each connection; yield its port."""
-    loop = asyncio.new_event_loop()
-    protocols: list[Echo] = []
-
-    def make_protocol() -> Echo:
-        protocols.append(factory())
-        return protocols[-1]
-
-    async def stop() -> None:
-        listener.close()
-        for protocol in protocols:
-            protocol.transport.abort()
-        await asyncio.sleep(0)  # the transports close
-
-    listener = loop.run_until_complete(loop.create_server(make_protocol, "127.0.0.1", 0))
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    try:
-        yield listener.sockets[0].getsockname()[1]
-    finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(TIMEOUT)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(TIMEOUT)
-        loop.close()
-
-
-@pytest.fixture
-def serve() -> Iterator[Serve]:
-    """Return a function that starts a server, which stops after the test."""
-    with ExitStack() as stack:
-        yield lambda factory: stack.enter_context(serving(factory))
 
 
 @pytest.fixture(scope="module")
@@ -170,54 +120,28 @@ def test_load_closed_loop_json_has_all_results(capsys: pytest.CaptureFixture[str
     assert 0 < facts["generator_cpu"][0] <= 1.1
 
 
-class Counting(Echo):
-    """Counts the connections and messages of its subclass. The first connection checks that the server is reachable."""
-
-    connections = -1
-    messages = 0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        type(self).connections += 1
-
-    def data_received(self, data: bytes) -> None:
-        type(self).messages += data.count(b"\n")
-        super().data_received(data)
-
-
-def test_load_open_loop_keeps_its_rate(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
-    class Server(Counting):
-        pass
-
-    options = ("--mode", "stream", "--rate", "1000", "--duration", "0.1", "--warmup", "0")
-    facts = load(capsys, "--port", str(serve(Server)), *options)
-    assert (facts["model"], facts["rate"]) == ("open", 1000)
-    assert 100 <= Server.messages <= 101
+@pytest.mark.parametrize(("processes", "connections"), [(1, 10), (2, 5)])
+def test_load_open_loop_keeps_its_rate(processes: int, connections: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """The processes share the connections and the rate."""
+    options = ("--rate", "1000", "--processes", str(processes), "--connections", str(connections))
+    with HostedServer() as server:
+        times = ("--duration", "0.1", "--warmup", "0")
+        facts = load(capsys, "--port", str(server.port), "--mode", "stream", *options, *times)
+    assert (facts["model"], facts["rate"], len(facts["generator_cpu"])) == ("open", 1000, processes)
+    assert 100 <= server.stats.messages <= 100 + processes
+    assert server.stats.accepted == connections + 1  # the first checks that the server is reachable
     check_replies(facts)
     assert facts["response_time"]["p50"] >= facts["service_time"]["p50"]
 
 
-def test_load_message_mode_uses_one_connection_per_message(capsys: pytest.CaptureFixture[str]) -> None:
-    with HostedServer(mode="message") as server:
-        facts = load(capsys, "--port", str(server.port), "--connections", "4", *SHORT)
-        stats = server.stats
-    assert facts["mode"] == "message"
-    check_replies(facts)
-    assert stats.messages >= max(4, facts["messages"])
-    assert stats.accepted == stats.messages + 1  # the first checks that the server is reachable
-
-
-def test_load_pipeline_keeps_messages_in_flight(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
-    max_in_flight = 0
-
-    class Counting(Echo):
-        def data_received(self, data: bytes) -> None:
-            nonlocal max_in_flight
-            max_in_flight = max(max_in_flight, data.count(b"\n"))
-            super().data_received(data)
-
-    facts = load(capsys, "--port", str(serve(Counting)), "--pipeline", "7", "--size", "20", *SHORT)
-    assert (facts["mode"], facts["pipeline"], max_in_flight) == ("stream", 7, 7)
+def test_load_pipeline_keeps_messages_in_flight(
+    capsys: pytest.CaptureFixture[str], faulty_server: MakeEchoServer
+) -> None:
+    """The server answers none of them."""
+    server = faulty_server(fault="drop")
+    options = ("--connections", "1", "--pipeline", "7", "--timeout", "0.1")
+    facts = load(capsys, "--port", str(server.port), *options, *SHORT, code=1)
+    assert (facts["mode"], facts["pipeline"], facts["lost"], server.stats.messages) == ("stream", 7, 7, 7)
 
 
 @pytest.mark.parametrize("size", [1, 70_000, 300_000])
@@ -226,31 +150,16 @@ def test_load_message_of_any_size_is_answered(size: int, capsys: pytest.CaptureF
     check_replies(facts)
 
 
-def test_load_processes_share_connections_and_rate(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
-    class Server(Counting):
-        pass
-
-    options = ("--processes", "2", "--connections", "5", "--rate", "500", "--duration", "0.1", "--warmup", "0")
-    facts = load(capsys, "--port", str(serve(Server)), "--mode", "stream", *options)
-    assert len(facts["generator_cpu"]) == 2
-    assert Server.connections == 5
-    assert 50 <= Server.messages <= 52
-    check_replies(facts)
-
-
 def test_load_unix_socket_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "echo")
     with HostedServer(uds=path):
-        for mode in ("stream", "message"):
-            facts = load(capsys, "--uds", path, "--mode", mode, *SHORT)
-            assert facts["address"] == path
-            check_replies(facts)
-
-
-def test_load_unix_socket_with_full_backlog_loses_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = str(tmp_path / "echo")
-    with HostedServer(uds=path, backlog=1, mode="message"):
-        check_replies(load(capsys, "--uds", path, "--mode", "message", "--connections", "50", *SHORT))
+        assert load(capsys, "--uds", path, "--mode", "stream", *SHORT)["address"] == path
+    with HostedServer(uds=path, backlog=1, mode="message") as server:  # whose backlog is full most of the time
+        facts = load(capsys, "--uds", path, "--connections", "50", *SHORT)
+    check_replies(facts)
+    assert facts["mode"] == "message"
+    assert server.stats.messages >= max(50, facts["messages"])
+    assert server.stats.accepted == server.stats.messages + 1  # the first checks that the server is reachable
 
 
 def test_load_tls_verifies_the_certificate(
@@ -271,26 +180,15 @@ def test_load_tls_verifies_the_certificate(
 # Faulty servers
 
 
-def test_load_flipped_byte_is_located(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
-    size, message, offset = 20, 98_765, 7
-    flipped = (message - 1) * size + offset
-
-    class Flipping(Echo):
-        received = 0
-
-        def data_received(self, data: bytes) -> None:
-            at = flipped - self.received
-            self.received += len(data)
-            if 0 <= at < len(data):
-                data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
-            super().data_received(data)
-
-    where = ("--port", str(serve(Flipping)), "--connections", "1", "--size", str(size), "--pipeline", "1000")
+def test_load_flipped_byte_is_located(capsys: pytest.CaptureFixture[str], faulty_server: MakeEchoServer) -> None:
+    message = 98_765
+    server = faulty_server(fault=f"corrupt,after={message - 1}", fault_seed=7)
+    where = ("--port", str(server.port), "--connections", "1", "--size", "20", "--pipeline", "1000")
     assert main(["load", "--json", *where, "--duration", "20", "--warmup", "0"]) == 1
     out, err = capsys.readouterr()
     found = json.loads(out)["mismatch"]
-    assert (found["connection"], found["message"], found["offset"]) == (0, message, offset)
-    assert f"reply mismatch at byte {offset} of message {message} on connection 0: received 0x" in err
+    assert (found["connection"], found["message"], found["offset"]) == (0, message, FLIPPED_WITH_SEED_7)
+    assert f"byte {FLIPPED_WITH_SEED_7} of message {message} on connection 0: received 0x" in err
 
 
 @pytest.mark.parametrize("size", ["1", "19"])
@@ -302,25 +200,30 @@ def test_load_unexpected_bytes_are_a_mismatch(
     assert facts["mismatch"]["message"] >= 1
 
 
-def test_load_open_loop_shows_a_server_pause(capsys: pytest.CaptureFixture[str], serve: Serve) -> None:
-    never = threading.Event()
+def test_load_open_loop_shows_a_server_pause(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    messages, never = 0, threading.Event()
 
-    class Pausing(Echo):
-        """Blocks for 300 ms before the 20th reply of each connection."""
+    def pause_at_20th(record: logging.LogRecord) -> bool:
+        nonlocal messages
+        messages += 1
+        if messages == 20:
+            never.wait(0.3)  # blocks the connection
+        return False
 
+    monkeypatch.setattr(logging.getLogger("echo_async.access"), "filters", [pause_at_20th])
+    caplog.set_level(logging.INFO, "echo_async.access")
+    with HostedServer() as server:
+        where = ("--port", str(server.port), "--mode", "stream", "--connections", "1", "--warmup", "0")
+        closed = load(capsys, *where, "--duration", "0.6")
+        assert closed["service_time"]["p99"] < 0.25
+        assert closed["service_time"]["max"] > 0.25
+        wait_until(lambda: server.stats.active == 0)
         messages = 0
-
-        def data_received(self, data: bytes) -> None:
-            if self.messages < 20 <= self.messages + data.count(b"\n"):
-                never.wait(0.3)  # blocks all connections
-            self.messages += data.count(b"\n")
-            super().data_received(data)
-
-    where = ("--port", str(serve(Pausing)), "--mode", "stream", "--connections", "1", "--warmup", "0")
-    closed = load(capsys, *where, "--duration", "0.6")
-    assert closed["service_time"]["p99"] < 0.25
-    assert closed["service_time"]["max"] > 0.25
-    opened = load(capsys, *where, "--duration", "0.5", "--rate", "1000")
+        opened = load(capsys, *where, "--duration", "0.5", "--rate", "1000")
     assert opened["response_time"]["p99"] > 0.25
     assert opened["service_time"]["p99"] < 0.25
     assert opened["late"] > 100
@@ -402,9 +305,6 @@ def test_load_prints_a_table(capsys: pytest.CaptureFixture[str], port: str) -> N
     assert any("response time" in line for line in lines)
     assert "sent late (over 1 ms): " in out
     assert "\x1b" not in out
-
-
-def test_load_closed_loop_table_suggests_rate(capsys: pytest.CaptureFixture[str], port: str) -> None:
     assert main(["load", "--port", port, *SHORT]) == 0
     assert "use --rate for the latency that clients see" in capsys.readouterr().out
 
@@ -421,17 +321,17 @@ def test_load_progress_bar_is_on_stderr_of_a_terminal(port: str) -> None:
     check_replies(json.loads(out))
 
 
-def test_load_sigint_reports_the_partial_result(serve: Serve) -> None:
-    started = threading.Event()
-
-    class Signaling(Echo):
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            started.set()
-
-    command = [*LOAD, "--port", str(serve(Signaling)), "--warmup", "0", "--duration", "60", "--json"]
+@contextmanager
+def loading(server: HostedServer) -> Iterator[ChildProcess]:
+    """Run a load of a minute, from its first message on."""
+    command = [*LOAD, "--port", str(server.port), "--warmup", "0", "--duration", "60", "--json"]
     with ChildProcess(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert started.wait(TIMEOUT)
+        wait_until(lambda: server.stats.messages > 0)
+        yield process
+
+
+def test_load_sigint_reports_the_partial_result() -> None:
+    with HostedServer() as server, loading(server) as process:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, err) == (0, b"")
@@ -440,19 +340,10 @@ def test_load_sigint_reports_the_partial_result(serve: Serve) -> None:
     assert facts["duration"] < TIMEOUT
 
 
-def test_load_killed_worker_is_an_error(serve: Serve) -> None:
-    started = threading.Event()
-
-    class Signaling(Echo):
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            started.set()
-
-    command = [*LOAD, "--port", str(serve(Signaling)), "--warmup", "0", "--duration", "60", "--json"]
-    with ChildProcess(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert started.wait(TIMEOUT)
-        [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(int(child), signal.SIGKILL)
+def test_load_killed_worker_is_an_error() -> None:
+    with HostedServer() as server, loading(server) as process:
+        [child] = child_processes(process.pid)
+        os.kill(child, signal.SIGKILL)
         out, err = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, out) == (1, b"")
     assert err == b"error: load generator process exited with code -9; try fewer --connections\n"
@@ -559,16 +450,3 @@ def test_load_without_stderr_succeeds(port: str) -> None:
 
 def test_load_timeout_beyond_socket_limit_is_accepted(capsys: pytest.CaptureFixture[str], port: str) -> None:
     assert load(capsys, "--port", port, "--timeout", "1e11", *SHORT)["lost"] == 0
-
-
-def test_bench_without_subcommand_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert capsys.readouterr() == ("", "error: Missing command.\n")
-
-
-def test_bench_help_prints_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--help"], ["load", "--help"], ["compare", "--help"]):
-        assert main(arguments) == 0
-        out, err = capsys.readouterr()
-        assert out.startswith("Usage: ")
-        assert err == ""
