@@ -1,8 +1,8 @@
 """The echo server with callbacks: ``python examples/protocol.py [PORT]``.
 
-Nothing here waits. The event loop calls ``data_received`` when bytes have arrived, so the object keeps what
-``threads.py`` has in local variables, and the loop around ``recv`` is gone: each call is one turn of it. There is
-no coroutine to resume and no buffer between the socket and the program.
+``start_server.py`` cannot get a byte without a buffer in between and a coroutine to resume; here the event loop calls
+``data_received`` with what has arrived, and that is all that happens. Nothing waits, so the object keeps what
+``threads.py`` has in local variables, and the loop around ``recv`` is gone: each call is one turn of it.
 """
 
 import asyncio

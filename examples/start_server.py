@@ -1,20 +1,21 @@
 """The echo server with one coroutine per client: ``python examples/start_server.py [PORT]``.
 
-Compare ``serve_client`` with the one in ``threads.py``: the same steps in the same order. Each ``await`` marks a
-place where this coroutine waits while the event loop runs the others, all in one thread. Nothing interrupts a
-coroutine between two ``await``, so what it does there needs no lock.
+``selector.py`` cannot keep the steps of one client together: each wait cuts the program into another function. A
+coroutine reads like ``serve_client`` in ``threads.py``, and each ``await`` marks a place where it waits while the event
+loop, which is that selector, runs the others. Nothing interrupts it between two ``await``: no lock is needed.
 """
 
 import asyncio
 import contextlib
 import sys
 
-CHUNK_SIZE = 20  # bytes requested at each read
+CHUNK_SIZE = 20  # bytes requested at each read: few, so that you can watch a message arrive in pieces; not fast
 
 
 async def serve_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Read up to the first newline, send the same bytes back, close."""
-    with contextlib.closing(writer), contextlib.suppress(OSError):  # the client may reset the connection at any time
+    # The client may reset the connection at any time, and Ctrl-C cancels the coroutine.
+    with contextlib.closing(writer), contextlib.suppress(OSError, asyncio.CancelledError):
         message, chunk = bytearray(), b""
         while b"\n" not in chunk:
             chunk = await reader.read(CHUNK_SIZE)

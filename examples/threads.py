@@ -1,8 +1,8 @@
 """The echo server with one thread per client: ``python examples/threads.py [PORT]``.
 
-Look at ``serve_client``. It reads from top to bottom, because every call blocks: ``recv`` returns when bytes
-have arrived, and ``sendall`` returns when the kernel has taken the reply. Only this thread waits meanwhile.
-The price is one thread per connection, even while the client is silent.
+``one_client.py`` cannot answer anybody while one client is silent; here each client has a thread, and only that one
+waits. ``serve_client`` is the same: it reads from top to bottom, because every call blocks. ``recv`` returns when
+bytes have arrived, ``sendall`` when the kernel has taken the reply.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 
-CHUNK_SIZE = 20  # bytes requested at each read
+CHUNK_SIZE = 20  # bytes requested at each read: few, so that you can watch a message arrive in pieces; not fast
 
 
 def serve_client(client: socket.socket) -> None:
