@@ -2,7 +2,7 @@
 
 import contextlib
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from selectors import EVENT_READ, EVENT_WRITE
 from ssl import SSLError, SSLSocket, SSLWantReadError, SSLWantWriteError
 from time import monotonic, sleep
@@ -116,19 +116,19 @@ class Connection:
                 socket.socket.shutdown(self.socket, socket.SHUT_WR)
 
 
-def wait(connections: Iterable[Connection], is_done: Callable[[], bool], deadline: float) -> bool:
+def wait(connections: Sequence[Connection], is_done: Callable[[], object], deadline: float) -> bool:
     """Send and receive on all ``connections`` until ``is_done()`` or the deadline; return which of them came first."""
     while not is_done():
-        left = min(deadline - monotonic(), MAX_WAIT)
-        if left <= 0:
-            return False
+        left = deadline - monotonic()
         with PollSelector() as selector:
             for each in connections:
                 if each.events:
                     selector.register(each.socket, each.events, each)
-            if not selector.get_map():  # Windows cannot wait for no socket
-                sleep(left)
-            else:
-                for key, events in selector.select(left):
+            if selector.get_map():
+                for key, events in selector.select(max(0.0, min(left, MAX_WAIT))):
                     key.data.handle(events)
+            elif left > 0:  # Windows cannot wait for no socket
+                sleep(min(left, MAX_WAIT))
+        if left <= 0:
+            return bool(is_done())
     return True

@@ -12,7 +12,7 @@ from typing import Literal
 from ..client.endpoint import Endpoint
 from ..errors import ConfigError, describe_error
 from ..wire.identity import Identity
-from .connection import Connection, wait
+from .connection import MAX_WAIT, Connection, wait
 from .connector import Address, connect, start_tls
 from .explanation import describe, explain
 from .result import Failure
@@ -20,8 +20,6 @@ from .result import Failure
 MIN_MESSAGE_SIZE = 16  # bytes
 CONNECT_THREADS = 4  # connections that are opened at once: they fit into the smallest backlog
 ACCEPT_TIME = 0.01  # seconds for a server to accept a connection that does not show it
-
-ONE_AT_A_TIME = "the server serves one client at a time, or has a limit of connections"
 
 ModeName = Literal["auto", "message", "stream", "raw", "identify"]
 
@@ -126,24 +124,29 @@ class Context:
         """Open a connection."""
         return self.adopt(Connection(self._connect()))
 
-    def open_many(self, count: int) -> Sequence[Connection]:
-        """Open ``count`` connections, few at a time: each is accepted before others fill a small backlog."""
-        with ThreadPoolExecutor(CONNECT_THREADS) as pool:
-            attempts = [pool.submit(self._open_accepted) for _ in range(count)]
-        opened = [each.result() for each in attempts if each.exception() is None]
-        for error in filter(None, (each.exception() for each in attempts)):
-            if isinstance(error, Failure):
-                raise Failure(f"{len(opened)} of {count} connections at once, then {error.seen}", ONE_AT_A_TIME)
-            raise error
-        return opened
+    def open_many(self, messages: Sequence[bytes]) -> tuple[Sequence[tuple[Connection, bytes]], Failure | None]:
+        """Open a connection for each of ``messages``, a few at a time: a small backlog has room for these.
 
-    def _open_accepted(self) -> Connection:
-        connection = self.open()
-        if self.mode.keeps_open:
-            self.exchange(connection, b"accepted\n", ONE_AT_A_TIME)
-        else:
-            sleep(ACCEPT_TIME)
-        return connection
+        If the mode permits it, the message is sent, so that the connection is known to be accepted. Return the
+        connections with their messages, and the first failure to connect.
+        """
+
+        def open_one(message: bytes) -> tuple[Connection, bytes] | Failure:
+            try:
+                connection = self.open()
+            except Failure as failure:
+                return failure
+            if self.mode.keeps_open:
+                connection.send(message)
+                self._wait_for_reply(connection, 1)
+            else:
+                sleep(ACCEPT_TIME)
+            return connection, message
+
+        with ThreadPoolExecutor(CONNECT_THREADS) as pool:
+            results = list(pool.map(open_one, messages))
+        failures = [each for each in results if isinstance(each, Failure)]
+        return [each for each in results if not isinstance(each, Failure)], next(iter(failures), None)
 
     def _connect(self) -> socket.socket:
         assert self.address is not None
@@ -174,7 +177,7 @@ class Context:
     def wait(self, is_done: Callable[[], object], seconds: float | None = None) -> bool:
         """Send and receive on all connections until ``is_done()``, for at most ``seconds``, or else to the deadline."""
         deadline = self.deadline if seconds is None else min(self.deadline, monotonic() + seconds)
-        return wait(self._connections, lambda: bool(is_done()), deadline)
+        return wait(self._connections, is_done, deadline)
 
     def exchange(self, connection: Connection, data: bytes, truncated: str) -> None:
         """Send messages on a connection; receive and compare the replies."""
@@ -183,9 +186,11 @@ class Context:
 
     def finish(self, connection: Connection, sent: bytes, truncated: str) -> None:
         """Receive and compare the replies to messages that were ``sent`` on a connection."""
-        count = sent.count(b"\n")
-        wait([connection], lambda: bool(connection.ending) or connection.lines >= count, self.deadline)
+        self._wait_for_reply(connection, sent.count(b"\n"))
         self.compare(connection, sent, truncated)
+
+    def _wait_for_reply(self, connection: Connection, lines: int) -> None:
+        wait([connection], lambda: connection.ending or connection.lines >= lines, self.deadline)
 
     def compare(self, connection: Connection, sent: bytes, truncated: str) -> None:
         """Compare what was received with what was ``sent``.
@@ -197,12 +202,12 @@ class Context:
             ending = connection.ending or f"nothing within {self.endpoint.config.timeout:g} s"
             raise Failure(describe(sent, received, ending), explain(sent, received, ending, truncated))
 
-    def measure(self, disturb: Callable[[], object] = lambda: None, interval: float = 0.05) -> float:
+    def measure(self, reason: str, disturb: Callable[[], object] = lambda: None, interval: float = MAX_WAIT) -> float:
         """Return the seconds of one exchange, during which ``disturb`` is called every ``interval`` seconds."""
         started = perf_counter()
         connection = self.connection()
         connection.send(b"probe\n")
         while not self.wait(lambda: connection.ending or connection.lines, interval) and monotonic() < self.deadline:
             disturb()
-        self.compare(connection, b"probe\n", "a connection that sends nothing, or reads nothing, stops the others")
+        self.compare(connection, b"probe\n", reason)
         return perf_counter() - started

@@ -12,6 +12,7 @@ HALF_CLOSE_SIZE = 65_536  # bytes
 UNREAD_SIZE = 131_072  # bytes after the message, more than a server reads at once
 IDLE_MESSAGE = b"idle\n"
 RESET_SIZE = 16_384  # bytes
+RESET_WAIT = 0.05  # seconds in which the server notices resets
 
 
 def _wait_for_end(context: Context, connection: Connection, reason: str) -> None:
@@ -98,6 +99,7 @@ def check_reset(context: Context) -> str:
         if data.endswith(b"\n"):
             context.wait(lambda: connection.ending or connection.received)  # noqa: B023
         connection.reset()
+    context.wait(lambda: False, RESET_WAIT)
     context.exchange(other, message, reason)
     for _ in range(3):
         context.exchange(context.open(), message, reason)

@@ -29,8 +29,9 @@ def quote(data: bytes) -> str:
 
 
 def _is_recoded(sent: bytes, received: bytes) -> bool:
-    decoded = [sent.decode("utf-8", errors) for errors in ("replace", "ignore", "backslashreplace")]
-    return received in [text.encode() for text in (*decoded, sent.decode("latin-1"))]
+    if (replacement := "\ufffd".encode()) in received and replacement not in sent:
+        return True
+    return received in (sent.decode("utf-8", "ignore").encode(), sent.decode("latin-1").encode())
 
 
 def _is_reordered(sent: bytes, received: bytes) -> bool:

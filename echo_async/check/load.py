@@ -1,65 +1,79 @@
 """Checks of several clients at once, and of clients that are slow: in sending, in reading."""
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 from .connection import Connection
 from .context import Context
 from .endings import begin_silence
+from .explanation import quote
 from .messages import make_lines, make_text
 from .result import Failure
 
 MAX_DELAY = 0.1  # seconds that a slow client may delay the others
 BYTE_INTERVAL = 0.05  # seconds between two bytes of a slow client
-SLOW_TEXT = b"slowly...\n"
-PROBES = 5  # exchanges of which the median counts
+SLOW_TEXT = b"slow.\n"
+PROBES = 3  # exchanges of which the median counts
 ATTEMPTS = 3  # measurements before a delay counts: another program can be its cause
 BACKLOG_SIZE = 4 * 1024 * 1024  # bytes that are sent without reading
 FLOOD_SIZE = 4 * BACKLOG_SIZE  # more than the buffers on a path have room for
 LINE_SIZE = 16_384  # bytes
 RECEIVE_BUFFER_SIZE = 65_536  # bytes; a small one makes the server wait sooner
-STALL_TIME = 0.1  # seconds without progress after which the path is full
+PART_INTERVAL = 0.02  # seconds between the halves of messages
+STALL_TIME = 0.1  # seconds without progress after which the path is full, or has taken all
+
+ONE_BLOCKS_OTHERS = "the server waits for one client while others have sent something: a blocking call in a loop"
 
 
 def check_concurrent(context: Context) -> str:
     """Send the halves of all messages in turn, except that of the first connection, which is silent meanwhile."""
-    clients = context.open_many(context.settings.connections)
-    messages = [f"client {number}, and only client {number}\n".encode() for number in range(len(clients))]
-    owners = {message: number for number, message in enumerate(messages)}
-    talking = list(zip(clients, messages, strict=True))[1:]
+    numbers = range(context.settings.connections)
+    opened, failure = context.open_many([f"client {number} is connected\n".encode() for number in numbers])
+    if context.mode.keeps_open:
+        _compare_all(context, opened)
+    if failure is not None:
+        raise Failure(f"{len(opened)} of {len(numbers)} connections, then: {failure.seen}", failure.reason)
+    (first, _), *others = opened
+    pairs = [(client, f"client {number}, and no other\n".encode()) for number, (client, _) in enumerate(others)]
     for part in (slice(0, 10), slice(10, None)):
-        for client, message in talking:
+        for client, message in pairs:
             client.send(message[part])
-        context.wait(lambda: False, 0.02)
-    context.wait(lambda: all(each.ending or each.lines for each, _ in talking))
-    silent = [client for client, _ in talking if not client.received and not client.ending]
-    if silent:
-        seen = f"{len(silent)} of {len(clients)} connections had no reply while one of them was silent"
-        raise Failure(seen, "the server serves one client at a time, or has a limit of connections")
-    for number, (client, message) in enumerate(talking, 1):
-        received = context.mode.decode(bytes(client.received))
-        if received != message and received in owners:
-            seen = f"client {number} received the reply to client {owners[received]}"
-            raise Failure(seen, "clients share state on the server, such as a global variable or buffer")
-        context.compare(client, message, "the server has a limit of connections, or fails with several clients")
-    context.exchange(clients[0], messages[0], "a connection that is silent at first is not served")
+        context.wait(lambda: False, PART_INTERVAL)
+    context.wait(lambda: all(client.ending or client.lines for client, _ in pairs))
+    _compare_all(context, pairs)
+    context.exchange(first, b"the first client\n", "a connection that is silent at first is not served")
     begin_silence(context)
-    return f"{len(clients)} connections, each with its own reply"
+    return f"{len(opened)} connections, each with its own reply"
+
+
+def _compare_all(context: Context, pairs: Sequence[tuple[Connection, bytes]]) -> None:
+    """Compare what each connection received with its message."""
+    messages = {message for _, message in pairs}
+    for client, message in pairs:
+        received = context.mode.decode(bytes(client.received)).splitlines(keepends=True)
+        if others := set(received) & messages - {message}:
+            seen = f"a client received the reply to another one: {quote(others.pop())} instead of {quote(message)}"
+            raise Failure(seen, "the server uses one variable or buffer for several clients")
+    if count := sum(not client.received for client, _ in pairs):
+        seen = f"no reply on {count} of {len(pairs)} connections that are open at once"
+        raise Failure(seen, "the server serves one client at a time, or a limited number of them")
+    for client, message in pairs:
+        context.compare(client, message, "the server fails with several clients at once")
 
 
 def check_slow(context: Context) -> str:
     delays = {}
     for name, disturb in (("sends a byte per 50 ms", _send_slowly), ("does not read", _read_nothing)):
         for _ in range(ATTEMPTS):
-            usual = median(context.measure() for _ in range(PROBES))
+            usual = median(context.measure(ONE_BLOCKS_OTHERS) for _ in range(PROBES))
             delays[name] = max(0.0, disturb(context) - usual)
             context.close_connections()
             if delays[name] <= MAX_DELAY:
                 break
         else:
             seen = f"others were delayed by {1e3 * delays[name]:.0f} ms by a client that {name}"
-            raise Failure(seen, "the server waits for one client while others have sent: a blocking call in a loop")
+            raise Failure(seen, ONE_BLOCKS_OTHERS)
     return f"others were delayed by at most {1e3 * max(delays.values()):.0f} ms"
 
 
@@ -86,7 +100,7 @@ def _measure_beside(context: Context, disturb: Callable[[], None]) -> float:
     for _ in range(PROBES):
         context.wait(lambda: False, BYTE_INTERVAL)
         disturb()
-        times.append(context.measure(disturb, BYTE_INTERVAL))
+        times.append(context.measure(ONE_BLOCKS_OTHERS, disturb, BYTE_INTERVAL))
     return median(times)
 
 
@@ -106,7 +120,7 @@ def check_backpressure(context: Context) -> str:
     left = len(data) + 1
     while len(connection.unsent) < left:
         left = len(connection.unsent)
-        context.wait(lambda: not connection.unsent, STALL_TIME)
+        context.wait(lambda: False, STALL_TIME)
     connection.resume()
     context.finish(connection, data, "the connection of a client that does not read is cut, or replies are discarded")
     waited = f"the server waited after {len(data) - left:,}" if left else "the path took all of them"

@@ -1,0 +1,78 @@
+"""``echo-async check`` finds each defect of a server or relay by one check, and by no other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import wrong_servers as wrong
+from scripted import ScriptedServer
+
+from echo_async.check.checks import run_checks
+from echo_async.check.context import Settings
+from echo_async.check.result import Result
+from echo_async.client.endpoint import Endpoint
+from echo_async.testing import HostedServer
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+CHECK_TIMEOUT = 5.0  # seconds
+SETTINGS = Settings(connections=20, idle=1.5, udp=False)
+
+DEFECTS = [
+    (wrong.greet, "mode", "without a greeting"),
+    (wrong.answer_first_packet, "split", "first read"),
+    (wrong.answer_last_chunk, "split", "last chunk"),
+    (wrong.decode_each_chunk, "split", "decodes"),
+    (wrong.decode_each_message, "bytes", "decodes"),
+    (wrong.strip_carriage_returns, "bytes", "carriage returns"),
+    (wrong.cut_at_64_kib, "bytes", "a limit of the message size"),
+    (wrong.lose_what_is_joined, "joined", "loses the others"),
+    (wrong.reorder, "joined", "in no order"),
+    (wrong.close_at_half_close, "half-close", "closes both directions"),
+    (wrong.never_end, "half-close", "does not close"),
+    (wrong.stay_open_after_the_reply, "close", "does not close"),
+    (wrong.reset_with_input_unread, "close", "unread input"),
+    (wrong.never_end_after_incomplete_input, "incomplete", "waits for a newline"),
+    (wrong.serve_one_at_a_time, "concurrent", "one client at a time"),
+    (wrong.mix_up_clients, "concurrent", "one variable or buffer"),
+    (wrong.swallow_a_reset, "reset", "a reset ends more"),
+    (wrong.wait_for_a_slow_client, "slow", "waits for one client"),
+    (wrong.cut_a_client_that_does_not_read, "backpressure", "cut"),
+    (wrong.end_an_idle_connection, "idle", "idle timeout"),
+]
+
+
+@contextmanager
+def serving(handler: wrong.Handler) -> Iterator[tuple[str, int]]:
+    shared = wrong.Server()
+    with ExitStack() as stack:
+        if handler is wrong.close_at_half_close:
+            shared.upstream = stack.enter_context(HostedServer()).address
+        server = stack.enter_context(ScriptedServer(lambda peer: handler(shared, peer.socket)))
+        stack.callback(shared.stopped.set)
+        yield server.address
+
+
+def check(*address: Any, settings: Settings = SETTINGS, **options: Any) -> list[Result]:
+    """Run all checks; return the failed ones."""
+    endpoint = Endpoint(*address, **{"timeout": CHECK_TIMEOUT, **options})
+    return [each for each in run_checks(endpoint, settings) if each.result == "failed"]
+
+
+@pytest.mark.parametrize(("handler", "name", "reason"), DEFECTS, ids=[handler.__name__ for handler, _, _ in DEFECTS])
+def test_defect_is_found_by_its_own_check_only(handler: wrong.Handler, name: str, reason: str) -> None:
+    with serving(handler) as address:
+        failed = check(*address)
+    assert [each.check for each in failed] == [name], failed
+    assert reason in (failed[0].reason or "")
+
+
+def test_dropped_datagrams_are_found_by_the_check_of_udp_only() -> None:
+    with HostedServer() as server, wrong.drop_every_tenth_datagram(server.address):
+        [failed] = check(*server.address, settings=Settings(connections=2, idle=0.1, udp=True))
+    assert failed.check == "udp"
+    assert re.match(r"20 of 200 lost", failed.seen)

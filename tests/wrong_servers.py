@@ -1,0 +1,227 @@
+"""Servers and relays with one defect each: what students write, and what proxies and tunnels do."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+
+from support import TIMEOUT
+
+CHUNK_SIZE = 20  # bytes, as in the exercise
+READ_SIZE = 65_536  # bytes
+
+
+class Server:
+    """What the handlers of all connections share."""
+
+    def __init__(self) -> None:
+        self.upstream: tuple[str, int] | None = None  # of a relay
+        self.lock = threading.Lock()
+        self.latest: socket.socket | None = None  # the connection that was accepted last
+        self.is_dead = False
+        self.stopped = threading.Event()
+
+
+Handler = Callable[[Server, socket.socket], None]
+
+
+def read_lines(client: socket.socket) -> Iterator[bytes]:
+    """Yield the messages up to the end of input."""
+    buffer = b""
+    while data := client.recv(READ_SIZE):
+        *lines, buffer = (buffer + data).split(b"\n")
+        yield from (line + b"\n" for line in lines)
+
+
+def read_message(client: socket.socket) -> bytes:
+    """Return one message, read by few bytes at a time; an incomplete one at the end of input."""
+    message, chunk = bytearray(), b"-"
+    while b"\n" not in chunk and (chunk := client.recv(CHUNK_SIZE)):
+        message += chunk
+    return bytes(message[: message.find(b"\n") + 1 or None])
+
+
+def finish(client: socket.socket) -> None:
+    """End a connection without a reset."""
+    client.shutdown(socket.SHUT_WR)
+    while client.recv(READ_SIZE):
+        pass
+
+
+# What comes back
+
+
+def greet(server: Server, client: socket.socket) -> None:
+    client.sendall(b"220 ready\r\n")
+    for line in read_lines(client):
+        client.sendall(line)
+
+
+def answer_first_packet(server: Server, client: socket.socket) -> None:
+    data = client.recv(READ_SIZE)
+    client.sendall(data[: data.find(b"\n") + 1 or None])
+    finish(client)
+
+
+def answer_last_chunk(server: Server, client: socket.socket) -> None:
+    data = chunk = client.recv(CHUNK_SIZE)
+    while data and b"\n" not in chunk:
+        data = client.recv(CHUNK_SIZE)
+        chunk = data or chunk
+    client.sendall(chunk[: chunk.find(b"\n") + 1])
+    finish(client)
+
+
+def decode_each_chunk(server: Server, client: socket.socket) -> None:
+    while data := client.recv(READ_SIZE):
+        client.sendall(data.decode("utf-8", "replace").encode())
+
+
+def decode_each_message(server: Server, client: socket.socket) -> None:
+    for line in read_lines(client):
+        client.sendall(line.decode("utf-8", "replace").encode())
+
+
+def strip_carriage_returns(server: Server, client: socket.socket) -> None:
+    for line in read_lines(client):
+        client.sendall(line.replace(b"\r", b""))
+
+
+def cut_at_64_kib(server: Server, client: socket.socket) -> None:
+    for line in read_lines(client):
+        client.sendall(line[:65_536])
+        if len(line) > 65_536:
+            return finish(client)
+
+
+def lose_what_is_joined(server: Server, client: socket.socket) -> None:
+    buffer = b""
+    while data := client.recv(READ_SIZE):
+        buffer += data
+        if b"\n" in buffer:
+            client.sendall(buffer[: buffer.index(b"\n") + 1])
+            buffer = b""
+
+
+def reorder(server: Server, client: socket.socket) -> None:
+    buffer = b""
+    while data := client.recv(READ_SIZE):
+        *lines, buffer = (buffer + data).split(b"\n")
+        for line in reversed(lines):
+            client.sendall(line + b"\n")
+
+
+# How a connection ends
+
+
+def close_at_half_close(server: Server, client: socket.socket) -> None:
+    """A relay that ends both directions at once. It forwards replies when the client has been silent for a moment."""
+    with socket.create_connection(server.upstream or ("", 0), 5) as upstream:
+        while data := client.recv(READ_SIZE):
+            upstream.sendall(data)
+            if not select.select([client], [], [], 0.02)[0]:
+                while client not in select.select([client, upstream], [], [], TIMEOUT)[0]:
+                    client.sendall(upstream.recv(READ_SIZE))
+
+
+def reset_with_input_unread(server: Server, client: socket.socket) -> None:
+    client.sendall(read_message(client))
+
+
+def stay_open_after_the_reply(server: Server, client: socket.socket) -> None:
+    client.sendall(read_message(client))
+    while client.recv(READ_SIZE):
+        pass
+
+
+def never_end_after_incomplete_input(server: Server, client: socket.socket) -> None:
+    """``while b"\\n" not in message`` without a look at the end of input, which is an endless loop."""
+    message = read_message(client)
+    if not message.endswith(b"\n"):
+        server.stopped.wait(TIMEOUT)
+    client.sendall(message)
+    finish(client)
+
+
+def never_end(server: Server, client: socket.socket) -> None:
+    for line in read_lines(client):
+        client.sendall(line)
+    server.stopped.wait(TIMEOUT)
+
+
+def end_an_idle_connection(server: Server, client: socket.socket) -> None:
+    """Only that of the check: on a busy machine, others can be silent for a second as well."""
+    for line in read_lines(client):
+        client.sendall(line)
+        if line == b"idle\n" and not select.select([client], [], [], 1)[0]:
+            return
+
+
+# Several clients
+
+
+def serve_one_at_a_time(server: Server, client: socket.socket) -> None:
+    with server.lock:
+        for line in read_lines(client):
+            client.sendall(line)
+
+
+def mix_up_clients(server: Server, client: socket.socket) -> None:
+    """A global variable for the current client."""
+    server.latest = client
+    for line in read_lines(client):
+        server.latest.sendall(line)
+
+
+def swallow_a_reset(server: Server, client: socket.socket) -> None:
+    """``except ConnectionError: break`` in the loop of all connections, which ends it."""
+    try:
+        for line in read_lines(client):
+            if not server.is_dead:
+                client.sendall(line)
+    except ConnectionError:
+        server.is_dead = True
+
+
+def wait_for_a_slow_client(server: Server, client: socket.socket) -> None:
+    """One loop for all connections, which reads a message to its end once it has begun."""
+    while client.recv(1, socket.MSG_PEEK):
+        with server.lock:
+            message = b""
+            while not message.endswith(b"\n") and (data := client.recv(1 if len(message) < 30 else READ_SIZE)):
+                message += data
+            client.sendall(message)
+
+
+def cut_a_client_that_does_not_read(server: Server, client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, READ_SIZE)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 10_000))  # microseconds
+    for line in read_lines(client):
+        client.sendall(line)
+
+
+@contextlib.contextmanager
+def drop_every_tenth_datagram(address: tuple[str, int]) -> Iterator[None]:
+    """A UDP echo server on the address of a TCP server."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(address)
+        receiver.settimeout(TIMEOUT)
+
+        def serve() -> None:
+            number = 0
+            while data := receiver.recvfrom(READ_SIZE):
+                number += 1
+                if not data[0]:
+                    return
+                if number % 10:
+                    receiver.sendto(*data)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield
+        receiver.sendto(b"", address)
+        thread.join(TIMEOUT)
