@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from ..client.verifier import escape_bytes
-from .connection import FLOOD, RESET
+from .connection import FLOOD
 
 MAX_QUOTED = 24  # bytes
 
@@ -56,17 +56,15 @@ EXPLANATIONS: Sequence[tuple[Callable[[bytes, bytes], bool], str]] = (
 
 
 def explain(sent: bytes, received: bytes, ending: str, truncated: str) -> str:
-    """Return the usual reason of a reply that differs from what was sent. ``truncated``: that of one that is too short.
+    """Return the usual reason of a reply that differs from what was sent.
 
-    ``ending`` is what came after it.
+    ``ending`` is what came after it; ``truncated`` is the reason of a reply of which the end, or all, is missing.
     """
     if ending == FLOOD:
         return "the server sends by itself, without end: is it an echo server?"
-    if sent.startswith(received) and received:
+    if sent.startswith(received):
         return truncated
     for is_met, reason in EXPLANATIONS:
         if is_met(sent, received):
             return reason
-    if received:
-        return "the reply is no echo: is it an echo server?"
-    return "the server fails on this input" if ending == RESET else truncated
+    return "the server sends something else than it receives: is it an echo server, without a greeting?"
