@@ -52,13 +52,17 @@ def ignore_broken_pipe() -> Iterator[None]:
 
 
 def print_error(text: str, kind: str = "error") -> None:
+    """Print one line to stderr, if there is one, that begins with ``kind``."""
+    print_to_stderr(f"{kind}: {text}")
+
+
+def print_to_stderr(text: str) -> None:
     """Print one line to stderr, if there is one."""
-    if sys.stderr is None:
-        return
-    try:
-        print(f"{kind}: {text}", file=sys.stderr, flush=True)
-    except (OSError, ValueError):
-        discard_output(sys.stderr)
+    if sys.stderr is not None:
+        try:
+            print(text, file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            discard_output(sys.stderr)
 
 
 def discard_output(stream: IO[str] | None) -> None:

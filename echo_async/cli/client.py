@@ -14,7 +14,6 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..awaitable import AwaitableContextManager
 from ..client.asyncio_session import AsyncioSession
 from ..client.batching import WINDOW_MESSAGES
 from ..client.endpoint import Endpoint, log
@@ -97,12 +96,12 @@ def _make_main(
 ) -> Coroutine[Any, Any, bool]:
     if values["udp"]:
         return _ping_datagrams(messages, values, output)
-    connecting = _connect(values, output)
+    session = _make_session(values, output)
     if not is_ping:
-        return _send_messages(connecting, _line_source(messages), output)
+        return _send_messages(session, _line_source(messages), output)
     from .ping import ping
 
-    return ping(connecting, _ping_message(messages), values["count"], values["interval"], output)
+    return ping(session, _ping_message(messages), values["count"], values["interval"], output)
 
 
 def _ping_datagrams(messages: Sequence[str], values: dict[str, Any], output: Output) -> Coroutine[Any, Any, bool]:
@@ -136,11 +135,10 @@ def _encode_message(message: str) -> bytes:
     return data if data.endswith(b"\n") else data + b"\n"
 
 
-def _connect(values: dict[str, Any], output: Output) -> AwaitableContextManager[AsyncioSession]:
+def _make_session(values: dict[str, Any], output: Output) -> AsyncioSession:
     arguments = {name: values[name] for name in options_of(ClientConfig)}
     endpoint = Endpoint(**{**arguments, "ssl": make_ssl_context(values, output.print_error)})
-    session = IdentifySession if values["identify"] else AsyncioSession
-    return AwaitableContextManager(lambda: session.open(endpoint))
+    return IdentifySession(endpoint) if values["identify"] else AsyncioSession(endpoint)
 
 
 class IdentifySession(AsyncioSession):
@@ -158,18 +156,13 @@ class IdentifySession(AsyncioSession):
         return perf_counter() - started
 
 
-async def _send_messages(
-    connecting: AwaitableContextManager[AsyncioSession], messages: LineSource, output: Output
-) -> bool:
+async def _send_messages(session: AsyncioSession, messages: LineSource, output: Output) -> bool:
     """Send ``messages`` and print the replies; return whether all of them matched.
 
     :exc:`ConnectError` if the server cannot be reached and no reply was lost before.
     """
     all_matched = True
-    async with (
-        connecting as session,
-        aclosing(send_batches(session, messages, WINDOW_MESSAGES, asyncio.Event())) as results,
-    ):
+    async with session, aclosing(send_batches(session, messages, WINDOW_MESSAGES, asyncio.Event())) as results:
         try:
             async for batch, start, end, seconds, error in results:
                 replies = batch.data[start:end]

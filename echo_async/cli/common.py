@@ -1,11 +1,10 @@
 """What the commands share: options, exit codes, and errors as one line on stderr."""
 
-import contextlib
 import enum
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -116,17 +115,9 @@ def options(definitions: dict[str, Option]) -> Callable[[Any], Any]:
 version_option = partial(click.version_option, __version__, prog_name="echo-async")
 
 
-@contextlib.contextmanager
-def _fast_exit(is_process: bool) -> Iterator[None]:
-    """Exclude all objects from the garbage collection that the interpreter does at exit, which takes 10 ms."""
-    yield
-    if is_process:
-        gc.freeze()
-
-
 def run_command(command: click.Command, argv: Sequence[str] | None = None) -> int:
     """Run ``command`` with ``argv`` (default: the arguments of the process) and return its exit code."""
-    with standard_streams(), _fast_exit(argv is None):
+    with standard_streams():
         try:
             return int(command.main(None if argv is None else list(argv), standalone_mode=False) or 0)
         except click.exceptions.Exit as stop:
@@ -138,6 +129,9 @@ def run_command(command: click.Command, argv: Sequence[str] | None = None) -> in
             return ExitCode.SUCCESS
         except (click.ClickException, EchoError, OSError) as error:
             return _report(error)
+        finally:
+            if argv is None:
+                gc.freeze()  # excludes all objects from the garbage collection at exit, which takes 10 ms
 
 
 def _report(error: click.ClickException | EchoError | OSError) -> ExitCode:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..client.verifier import escape_bytes
 from ..errors import EchoError, describe_error, failure_kind
-from ..stdio import discard_output
+from ..stdio import discard_output, print_error, print_to_stderr
 from ..wire.text import escape_json
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ class Output:
 
     def __init__(self, *, quiet: bool, verbose: bool, is_identity: bool = False) -> None:
         self._quiet, self._verbose, self._is_identity = quiet, verbose, is_identity
-        # None if closed before the start: a connection may have taken the descriptor.
-        self._stdout, self._stderr = sys.stdout, sys.stderr
+        self._stdout = sys.stdout
         self._is_terminal = self._stdout is not None and self._stdout.isatty()
         self.number = 0
         self._is_writing = self._is_interrupted = False
@@ -51,7 +50,7 @@ class Output:
         self._write(self._format_replies(data, seconds))
         if self._verbose:
             for number, line in enumerate(data.split(b"\n")[:-1], self.number + 1):
-                self._print_to_stderr(f"* reply {number}: {len(line) + 1} bytes after {1e3 * seconds:.3f} ms")
+                print_to_stderr(f"* reply {number}: {len(line) + 1} bytes after {1e3 * seconds:.3f} ms")
         self.number += len(data) - len(data.replace(b"\n", b""))
 
     def print_failure(self, error: EchoError, what: str = "message") -> None:
@@ -85,7 +84,7 @@ class Output:
 
     def print_error(self, text: str, kind: str = "error") -> None:
         if not self._quiet:
-            self._print_to_stderr(f"{kind}: {text}")
+            print_error(text, kind)
 
     def interrupt(self) -> None:
         """Handle Ctrl-C: raise :exc:`KeyboardInterrupt` if a write to stdout blocks, now or later."""
@@ -137,13 +136,6 @@ class Output:
             except BlockingIOError:  # another process that shares stdout made it non-blocking
                 select.select([], [descriptor], [])
 
-    def _print_to_stderr(self, text: str) -> None:
-        if self._stderr is not None:
-            try:
-                print(text, file=self._stderr, flush=True)
-            except (OSError, ValueError):
-                discard_output(self._stderr)
-
 
 class JsonOutput(Output):
     """Prints each reply and each failure as a JSON object; a reply of ``identify`` mode as its ``identity``."""
@@ -167,7 +159,7 @@ class JsonOutput(Output):
     def print_summary(self, text: str, counts: dict[str, int] | None = None) -> None:
         """Print the summary to stderr: stdout has JSON objects only."""
         if not self._quiet:
-            self._print_to_stderr(text)
+            print_to_stderr(text)
         if counts is not None:
             self._write_line(_to_json(counts))
 

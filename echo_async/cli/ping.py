@@ -6,7 +6,6 @@ import random
 from array import array
 from time import perf_counter
 
-from ..awaitable import AwaitableContextManager
 from ..client.asyncio_session import AsyncioSession
 from ..errors import ConnectError, ReplyError
 from .output import Output
@@ -55,37 +54,35 @@ class RoundTrips:
         return samples[max(0, math.ceil(share * len(samples)) - 1)]
 
 
-async def ping(
-    connecting: AwaitableContextManager[AsyncioSession], message: bytes, count: int, interval: float, output: Output
-) -> bool:
+async def ping(session: AsyncioSession, message: bytes, count: int, interval: float, output: Output) -> bool:
     """Send ``message`` ``count`` times (0: until interrupted), ``interval`` seconds apart, and print the times.
 
     Return whether all replies matched. :exc:`ConnectError` if the first connection fails; if the server becomes
     unreachable later, the messages sent meanwhile are lost.
     """
     trips = RoundTrips()
-    async with connecting as client:
-        output.print_heading(f"ECHO {client.name}: {len(message)} bytes")
+    async with session:
+        output.print_heading(f"ECHO {session.name}: {len(message)} bytes")
         try:
-            await _ping(client, message, count, interval, output, trips)
+            await _ping(session, message, count, interval, output, trips)
         except asyncio.CancelledError:  # Ctrl-C
             pass
         finally:
-            output.print_summary(trips.summary(client.name))
+            output.print_summary(trips.summary(session.name))
     return not trips.lost
 
 
 async def _ping(
-    client: AsyncioSession, message: bytes, count: int, interval: float, output: Output, trips: RoundTrips
+    session: AsyncioSession, message: bytes, count: int, interval: float, output: Output, trips: RoundTrips
 ) -> None:
     loop = asyncio.get_running_loop()
     next_send = loop.time()
     while True:
         try:
             trips.sent += 1
-            seconds = await client.exchange(message)
+            seconds = await session.exchange(message)
             trips.add(seconds)
-            output.print_round_trip(client.name, message, seconds)
+            output.print_round_trip(session.name, message, seconds)
         except (ReplyError, ConnectError) as error:
             output.print_failure(error)
         except asyncio.CancelledError:

@@ -33,11 +33,13 @@ class AsyncioSession(Session[ClientConnection]):
         self._endpoint = endpoint
         self._connections: set[ClientConnection] = set()  # those whose sockets are not closed yet
 
-    @classmethod
-    async def open(cls, endpoint: Endpoint) -> Self:
-        session = cls(endpoint)
-        await session.connect()
-        return session
+    async def __aenter__(self) -> Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.close()
+        await self.wait_closed()
 
     async def wait_closed(self) -> None:
         if self._connections:

@@ -157,7 +157,9 @@ def connect(
     endpoint = Endpoint(host, port, **options)
 
     async def open() -> EchoClient:
-        return EchoClient(await AsyncioSession.open(endpoint))
+        session = AsyncioSession(endpoint)
+        await session.connect()
+        return EchoClient(session)
 
     return AwaitableContextManager(open)
 
