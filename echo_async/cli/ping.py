@@ -60,35 +60,27 @@ async def ping(session: AsyncioSession, message: bytes, count: int, interval: fl
     Return whether all replies matched. :exc:`ConnectError` if the first connection fails; if the server becomes
     unreachable later, the messages sent meanwhile are lost.
     """
-    trips = RoundTrips()
+    loop, trips = asyncio.get_running_loop(), RoundTrips()
     async with session:
         output.print_heading(f"ECHO {session.name}: {len(message)} bytes")
+        next_send = loop.time()
         try:
-            await _ping(session, message, count, interval, output, trips)
-        except asyncio.CancelledError:  # Ctrl-C
+            while True:
+                try:
+                    seconds = await session.exchange(message)
+                except (ReplyError, ConnectError) as error:
+                    trips.sent += 1
+                    output.print_failure(error)
+                else:
+                    trips.sent += 1
+                    trips.add(seconds)
+                    output.print_round_trip(session.name, message, seconds)
+                if trips.sent == count:
+                    break
+                next_send = max(next_send + interval, loop.time())
+                await asyncio.sleep(next_send - loop.time())
+        except asyncio.CancelledError:  # Ctrl-C: what was in flight was not lost
             pass
         finally:
             output.print_summary(trips.summary(session.name))
     return not trips.lost
-
-
-async def _ping(
-    session: AsyncioSession, message: bytes, count: int, interval: float, output: Output, trips: RoundTrips
-) -> None:
-    loop = asyncio.get_running_loop()
-    next_send = loop.time()
-    while True:
-        try:
-            trips.sent += 1
-            seconds = await session.exchange(message)
-            trips.add(seconds)
-            output.print_round_trip(session.name, message, seconds)
-        except (ReplyError, ConnectError) as error:
-            output.print_failure(error)
-        except asyncio.CancelledError:
-            trips.sent -= 1  # interrupted, not lost
-            raise
-        if trips.sent == count:
-            return
-        next_send = max(next_send + interval, loop.time())
-        await asyncio.sleep(next_send - loop.time())
