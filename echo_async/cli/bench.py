@@ -1,8 +1,7 @@
 """``echo-async bench``: measure echo servers."""
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -50,28 +49,24 @@ def _list(kind: Kind) -> Kind:
     )
 
 
-def _workload_options(mode: Option, *, duration: float, warmup: float) -> dict[str, Option]:
-    return {
-        "connections": Option(CONNECTIONS, "Number of concurrent connections.", integer(1, 1_000_000)),
-        "pipeline": Option(1, "Messages in flight on each connection.", integer(1, 1_000_000)),
-        "mode": mode,
-        "duration": Option(duration, "Seconds of each measurement.", SECONDS),
-        "warmup": Option(warmup, "Seconds of load before each measurement.", SECONDS_OR_ZERO),
-        "json": Option(False, "Print JSON instead of a table.", FLAG),
-    }
-
-
-MODE = Option(
-    None,
-    "message: one connection per message. stream: many messages on each connection.",
-    choice(get_args(LoadMode)),
-    default_text="message; stream with --pipeline",
-)
+WORKLOAD_OPTIONS = {
+    "connections": Option(CONNECTIONS, "Number of concurrent connections.", integer(1, 1_000_000)),
+    "pipeline": Option(1, "Messages in flight on each connection.", integer(1, 1_000_000)),
+    "mode": Option(
+        None,
+        "message: one connection per message. stream: many messages on each connection.",
+        choice(get_args(LoadMode)),
+        default_text="message; stream with --pipeline",
+    ),
+    "duration": Option(10.0, "Seconds of each measurement.", SECONDS),
+    "warmup": Option(1.0, "Seconds of load before each measurement.", SECONDS_OR_ZERO),
+    "json": Option(False, "Print JSON instead of a table.", FLAG),
+}
 TLS_OPTIONS = ("ssl", "ssl_ca_certs", "ssl_no_verify", "server_hostname")
 LOAD_OPTIONS = {
     **{name: CLIENT_OPTIONS[name] for name in ("host", "port", "uds")},
     "size": Option(1024, "Bytes per message, including the newline.", integer(1, MAX_MESSAGE_SIZE)),
-    **_workload_options(MODE, duration=10.0, warmup=1.0),
+    **WORKLOAD_OPTIONS,
     "processes": Option(1, "Number of load generator processes.", integer(1, 1024)),
     "timeout": Option(
         None,
@@ -88,7 +83,12 @@ LOAD_OPTIONS = {
         Kind("TEXT", combine=list, split=str.split),
     ),
 }
-SHARED_COMPARE_OPTIONS = _workload_options(replace(MODE, default="stream", default_text=""), duration=1.0, warmup=0.25)
+COMPARE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "connections": {"default": None, "default_text": f"{CONNECTIONS}; 1 with --disturb"},
+    "mode": {"default": "stream", "default_text": ""},
+    "duration": {"default": 1.0},
+    "warmup": {"default": 0.25},
+}
 COMPARE_OPTIONS = {
     "engines": Option("threads,streams,protocol", "Engines, separated by commas.", _list(choice(get_args(EngineName)))),
     "loops": Option(
@@ -108,10 +108,7 @@ COMPARE_OPTIONS = {
         Kind("flood|idle=N"),
         default_text="no disturbance",
     ),
-    **SHARED_COMPARE_OPTIONS,
-    "connections": replace(
-        SHARED_COMPARE_OPTIONS["connections"], default=None, default_text=f"{CONNECTIONS}; 1 with --disturb"
-    ),
+    **{name: replace(option, **COMPARE_DEFAULTS.get(name, {})) for name, option in WORKLOAD_OPTIONS.items()},
     "rounds": Option(5, "Number of measurements of each server.", integer(1, 1000)),
     "save": Option(None, "Also write the JSON to this file.", FILE),
     "plot": Option(None, "Draw a picture to this .svg, .png or .pdf file.", FILE),
@@ -199,11 +196,9 @@ def compare_command(**values: Any) -> ExitCode:
     with ignore_broken_pipe():
         print(text) if values["json"] else print_comparison(comparison)
     if values["save"]:
-        with _write_errors(values["save"]):
-            Path(values["save"]).write_text(text + "\n")
+        _write(values["save"], lambda path: Path(path).write_text(text + "\n"))
     if values["plot"]:
-        with _write_errors(values["plot"]):
-            draw(comparison, values["plot"])
+        _write(values["plot"], partial(draw, comparison))
     return ExitCode.SUCCESS
 
 
@@ -216,10 +211,9 @@ def _require_packages(*names: str) -> None:
             raise StartError(f"cannot import {name}: {error}; pip install 'echo-async[bench]'") from error
 
 
-@contextlib.contextmanager
-def _write_errors(path: str) -> Iterator[None]:
+def _write(path: str, write: Callable[[str], object]) -> None:
     try:
-        yield
+        write(path)
     except OSError as error:
         raise EchoError(f"cannot write {path}: {describe_error(error)}") from error
 
