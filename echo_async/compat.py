@@ -199,11 +199,25 @@ def _poll(connected: Any, events: int) -> bool:
     return bool(poll.poll(0))
 
 
+def is_closed_by_peer(connected: Any) -> bool:
+    """Return whether the peer has closed its sending side; False where the kernel does not tell without a read."""
+    return hasattr(select, "POLLRDHUP") and _poll(connected, select.POLLRDHUP)
+
+
 def is_readable(sockets: Iterable[Any]) -> bool:
     """Return whether one of ``sockets`` has input, a connection to accept, or an error."""
+    return _is_ready(sockets, selectors.EVENT_READ)
+
+
+def is_writable(connected: Any) -> bool:
+    """Return whether ``connected`` has room for output, or an error."""
+    return _is_ready([connected], selectors.EVENT_WRITE)
+
+
+def _is_ready(sockets: Iterable[Any], events: int) -> bool:
     with PollSelector() as selector:
         for each in sockets:
-            selector.register(each, selectors.EVENT_READ)
+            selector.register(each, events)
         return bool(selector.select(0))
 
 

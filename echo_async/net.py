@@ -165,7 +165,7 @@ def _bind_tcp(infos: Sequence[AddressInfo], backlog: int, *, has_udp: bool) -> l
                 listener.bind(address)
             sockets.append(listener)
         for listener in sockets:
-            _listen(listener, backlog)  # another server may have listened since bind
+            listen(listener, backlog)  # another server may have listened since bind
         if has_udp:
             sockets += bind_udp(sockets)
         stack.pop_all()
@@ -235,6 +235,12 @@ def duplicate(sockets: Sequence[socket.socket], count: int) -> list[list[socket.
 
 def _listen_beside(listener: socket.socket, backlog: int, on_failure: contextlib.ExitStack) -> socket.socket:
     """Open a socket with the address and the options of ``listener``."""
+    opened = _bind_beside(listener, on_failure)
+    opened.listen(backlog)
+    return opened
+
+
+def _bind_beside(listener: socket.socket, on_failure: contextlib.ExitStack) -> socket.socket:
     opened = on_failure.enter_context(socket.socket(listener.family, listener.type, listener.proto))
     options = [(socket.SOL_SOCKET, socket.SO_REUSEADDR), (socket.SOL_SOCKET, socket.SO_REUSEPORT)]
     if listener.family == socket.AF_INET6:
@@ -244,8 +250,28 @@ def _listen_beside(listener: socket.socket, backlog: int, on_failure: contextlib
     _disable_nagle(opened)
     opened.bind(listener.getsockname())
     opened.setblocking(False)
-    opened.listen(backlog)
     return opened
+
+
+def replace_by_bound(listener: socket.socket) -> socket.socket:
+    """Close ``listener``; return a socket with its address, which refuses connections until it listens."""
+    with contextlib.ExitStack() as on_failure:
+        if listener.family == socket.AF_UNIX:
+            path = listener.getsockname()
+            bound = on_failure.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            listener.close()
+            with contextlib.suppress(OSError, ValueError):  # ValueError: an abstract name
+                os.unlink(path)
+            bound.bind(path)
+            bound.setblocking(False)
+        else:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            bound = _bind_beside(listener, on_failure)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+            shut_down(listener)
+            listener.close()
+        on_failure.pop_all()
+        return bound
 
 
 def shut_down(opened: socket.socket) -> None:
@@ -277,7 +303,7 @@ def fill_backlog(listener: socket.socket) -> socket.socket:
     return client
 
 
-def _listen(listener: socket.socket, backlog: int) -> None:
+def listen(listener: socket.socket, backlog: int) -> None:
     listener.setblocking(False)
     with _listen_errors(listener.getsockname()):
         listener.listen(backlog)
@@ -320,7 +346,7 @@ def _bind_unix(path: str, backlog: int) -> socket.socket:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         with _listen_errors(path):
             listener.bind(path)
-        _listen(listener, backlog)
+        listen(listener, backlog)
         stack.pop_all()
         return listener
 

@@ -1,4 +1,4 @@
-"""pytest fixtures: ``echo_server``, ``make_echo_server`` and ``black_hole_address``.
+"""pytest fixtures: ``echo_server``, ``make_echo_server``, ``black_hole_address`` and ``refused_address``.
 
 pytest imports this module in every session of an environment that has the package installed. Therefore it imports only
 pytest and typing. :mod:`echo_async.testing` is imported when a test first uses a fixture.
@@ -11,30 +11,37 @@ from typing import TYPE_CHECKING, Any, Protocol, Unpack
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
-    from .config import ServerOptions
-    from .testing import HostedServer
+    from .testing import HostedServer, HostedServerOptions
 
-__all__ = ["MakeEchoServer", "black_hole_address", "echo_server", "echo_server_options", "make_echo_server"]
+__all__ = [
+    "MakeEchoServer",
+    "black_hole_address",
+    "echo_server",
+    "echo_server_options",
+    "make_echo_server",
+    "refused_address",
+]
+
+_servers = pytest.StashKey["list[HostedServer]"]()  # those that outlive a test
 
 
 class MakeEchoServer(Protocol):
     """The type of the fixture :func:`make_echo_server`."""
 
-    def __call__(self, *, tls: bool = False, **options: Unpack[ServerOptions]) -> HostedServer:
+    def __call__(self, **options: Unpack[HostedServerOptions]) -> HostedServer:
         """Start a server.
 
         Args:
-            tls: Whether to serve TLS with a new certificate. ``client_context`` of the server trusts it.
-            **options: The options of :func:`echo_async.serve`.
+            **options: The arguments of :class:`echo_async.testing.HostedServer`.
 
         Returns:
             A running server, which is closed at the end of the session unless a test closes it.
 
         Raises:
             ConfigError: An option is invalid.
-            StartError: The server cannot listen, or ``tls`` is true and trustme is not installed.
+            StartError: The server cannot listen, or ``tls`` is given and trustme is not installed.
         """
 
 
@@ -54,18 +61,31 @@ def echo_server(echo_server_options: dict[str, Any]) -> Iterator[HostedServer]:
 
 
 @pytest.fixture(scope="session")
-def make_echo_server() -> Iterator[MakeEchoServer]:
-    """Start echo servers with the options of ``echo_async.serve``, or with ``tls=True``, for the whole session."""
+def make_echo_server(pytestconfig: pytest.Config) -> Iterator[MakeEchoServer]:
+    """Start servers with the arguments of :class:`echo_async.testing.HostedServer`, for the whole session."""
     from contextlib import ExitStack
 
     from .testing import HostedServer
 
+    started = pytestconfig.stash.setdefault(_servers, [])
     with ExitStack() as servers:
 
-        def make(*, tls: bool = False, **options: Unpack[ServerOptions]) -> HostedServer:
-            return servers.enter_context(HostedServer(tls=tls, **options))
+        def make(**options: Unpack[HostedServerOptions]) -> HostedServer:
+            server = servers.enter_context(HostedServer(**options))
+            started.append(server)
+            return server
 
         yield make
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Fail a test whose handler or reply function has failed in a server that outlives the test."""
+    try:
+        return (yield)
+    finally:
+        for server in item.config.stash.get(_servers, []):
+            server.raise_errors()
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +95,13 @@ def black_hole_address() -> Iterator[tuple[str, int]]:
 
     with HostedServer(fault="no-accept") as server:
         yield server.address
+
+
+@pytest.fixture(scope="session")
+def refused_address() -> Iterator[tuple[str, int]]:
+    """Host and port of a local address on which connecting is refused: it is bound, and nothing listens on it."""
+    from socket import socket
+
+    with socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()

@@ -64,6 +64,19 @@ class Stats:
         return " ".join([f"{name}={getattr(self, name)}" for name in COUNTERS] + refused + faults)
 
 
+def find_missing(stats: Stats, expected: Mapping[str, int | Mapping[str, int]]) -> list[str]:
+    """Return a text per counter that is less than ``expected``; ``active`` is missing if it is any other number."""
+    texts = []
+    for name, counts in expected.items():
+        by_kind = counts if isinstance(counts, Mapping) else {"": counts}
+        for kind, number in by_kind.items():
+            value = getattr(stats, name)
+            seen = value.get(kind, 0) if kind else value
+            if seen < number or (name == "active" and seen != number):
+                texts.append(f"{name}{f'[{kind}]' if kind else ''} is {seen}, not {number}")
+    return texts
+
+
 def combine(one: Stats, other: Stats, function: Callable[[int, int], int]) -> Stats:
     """Return what ``function`` makes of each pair of counters."""
     values: dict[str, Any] = {name: function(getattr(one, name), getattr(other, name)) for name in COUNTERS}

@@ -24,7 +24,7 @@ from support import BACKENDS, LOOPS, Backend, ServerThread, StartServer, run, wa
 import echo_async
 from echo_async.config import ServerOptions
 from echo_async.pytest_plugin import MakeEchoServer
-from echo_async.testing import HostedServer
+from echo_async.testing import HostedServer, HostedServerOptions
 
 settings.register_profile("no deadline", deadline=None)  # examples take longer on a loaded machine
 settings.load_profile("no deadline")
@@ -137,8 +137,8 @@ def faulty_server() -> Iterator[MakeEchoServer]:
     """Start servers with faults, by default in ``stream`` mode, and stop them after the test."""
     with ExitStack() as stack:
 
-        def start(*, tls: bool = False, **options: Unpack[ServerOptions]) -> HostedServer:
-            return stack.enter_context(HostedServer(tls=tls, **options))
+        def start(**options: Unpack[HostedServerOptions]) -> HostedServer:
+            return stack.enter_context(HostedServer(**options))
 
         yield start
 

@@ -5,7 +5,7 @@ import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 
-from ..wire.script import Action, End, Hold, Report, Script, Send, Timer, Wait
+from ..wire.script import Action, End, Report, Script, Send, Timer, Wait
 from .connection import Connection
 from .loop_internals import reset_transport
 from .runner import Runner
@@ -63,8 +63,6 @@ class AsyncioRunner(Runner):
                 return await self._wait(action.seconds)
             case Report():
                 self._report(action)
-            case Hold():
-                return await self._hold(action)
             case Timer():
                 self._timer = asyncio.get_running_loop().call_later(action.seconds, self._expire, action)
             case End():
@@ -81,10 +79,6 @@ class AsyncioRunner(Runner):
         while left > 0 and await self._wait_on(left):
             left = self._due - self._context.now()
 
-    async def _hold(self, hold: Hold) -> None:
-        while not hold.is_released() and await self._wait_on(LOST_CHECK_INTERVAL):
-            pass
-
     async def _wait_on(self, seconds: float) -> bool:
         """Sleep; return whether to wait on."""
         is_woken = await self._sleep(min(seconds, LOST_CHECK_INTERVAL))
@@ -100,6 +94,10 @@ class AsyncioRunner(Runner):
         return is_woken
 
     async def _apply_end(self, end: End) -> None:
+        for wait in self._wait_until_sent(end):
+            await self._wait(wait.seconds)
+            if self._transport.is_closing() or self.is_cut:
+                return
         match end:
             case End.CLOSE:
                 self._connection.conversation.end_input()

@@ -48,16 +48,15 @@ class Runner:
         """Yield what to do instead of sending ``reply``."""
         if self._context.log_messages and (lines := self._connection.log_reply(reply)) is not None:
             yield from lines
-        for action in self._script.reply(reply):
-            if self.sent and action in (End.RESET, End.HALF_CLOSE):
-                yield from self._wait_until_sent()
-            yield action
+        yield from self._script.reply(reply)
 
-    def _wait_until_sent(self) -> Iterator[Wait]:
-        """Wait until what was sent is on the wire: a reset discards the rest.
+    def _wait_until_sent(self, end: End) -> Iterator[Wait]:
+        """Wait until what was sent is on the wire, if ``end`` could overtake it: a reset discards the rest.
 
         What is buffered between TLS and its socket reaches the kernel before the second check.
         """
+        if not self.sent or end not in (End.RESET, End.HALF_CLOSE):
+            return
         connection, context = self._connection, self._context
         deadline = context.now() + context.config.timeout_write
         checks = 2

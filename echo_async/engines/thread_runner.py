@@ -1,13 +1,11 @@
 """Runs the actions of a script in the thread of a connection, which waits itself."""
 
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 
 from ..background import start_thread
-from ..compat import set_reset_on_close
-from ..wire.script import Action, End, Hold, Report, Script, Send, Timer, Wait
+from ..wire.script import Action, End, Report, Script, Send, Timer, Wait
 from .connection import Connection
 from .runner import Runner
 
@@ -48,23 +46,24 @@ class ThreadRunner(Runner):
         for action in actions:
             if self.is_cut:
                 break
-            match action:
-                case Send():
-                    self.sent += len(action.data)
-                    self._send_all(action.data)
-                case Wait():
-                    self._wait(action.seconds)
-                case Hold():
-                    while not action.is_released() and self._wait_on():
-                        pass
-                case Report():
-                    self._report(action)
-                case Timer():
-                    self._timer = start_thread(partial(self._expire_at, action), "echo-async timer")
-                case End():
-                    self._apply_end(action)
+            self.perform(action)
         self.wait_stalled()
         self.is_busy = False
+
+    def perform(self, action: Action) -> None:
+        """Do one action, in the thread of the connection."""
+        match action:
+            case Send():
+                self.sent += len(action.data)
+                self._send_all(action.data)
+            case Wait():
+                self._wait(action.seconds)
+            case Report():
+                self._report(action)
+            case Timer():
+                self._timer = start_thread(partial(self._expire_at, action), "echo-async timer")
+            case End():
+                self._apply_end(action)
 
     def _wait(self, seconds: float) -> None:
         """Wait, at most until the server stops."""
@@ -88,12 +87,13 @@ class ThreadRunner(Runner):
             self._expire(timer)
 
     def _apply_end(self, end: End) -> None:
+        for wait in self._wait_until_sent(end):
+            self._wait(wait.seconds)
         match end:
             case End.CLOSE:
                 self._connection.conversation.end_input()
             case End.RESET:
-                connected: socket.socket = self._connection.get_extra_info("socket")
-                set_reset_on_close(connected)
+                self._connection.reset()
                 raise ConnectionResetError("reset by the script")
             case End.HALF_CLOSE:
                 self._close_write()

@@ -6,10 +6,12 @@ client closes its own, which ends the read; shutting down both sides ends it in 
 
 import contextlib
 import socket
+import ssl
 import threading
+import time
 from typing import Any
 
-from ..compat import MSG_DONTWAIT, set_reset_on_close
+from ..compat import MSG_DONTWAIT, is_writable, set_reset_on_close
 from .connection import Connection
 from .context import ServerContext, Slot
 from .thread_runner import ThreadRunner
@@ -17,6 +19,7 @@ from .tls_socket import TlsSocket
 
 SEND_SIZE = 64 * 1024  # bytes per send, which blocks until the kernel has taken all: small enough to show progress
 DISCARD_SIZE = 64 * 1024  # bytes per read of input that is discarded
+SEND_CHECK_INTERVAL, SEND_CHECKS = 0.001, 50  # seconds between two checks whether a send is over or waits; how many
 
 
 class ThreadConnection(Connection):
@@ -35,6 +38,7 @@ class ThreadConnection(Connection):
         "_linger_requested",
         "_socket",
         "_unsent",
+        "ended_by",
     )
 
     runner: ThreadRunner | None
@@ -48,6 +52,7 @@ class ThreadConnection(Connection):
         self._is_write_closed = False
         self._is_resetting = False  # nothing is sent but the reset
         self._unsent = 0
+        self.ended_by: str | None = None  # "eof" or "reset" of the client, or the "server": what was first
         if slot.make_script is not None:
             self.runner = ThreadRunner(
                 self, slot.make_script(self), self._send_all, self._close_write, self._half_close
@@ -57,9 +62,10 @@ class ThreadConnection(Connection):
         """Serve the connection until it is closed, in a thread of its own."""
         try:
             self._echo()
-            if not self._is_write_closed:
+            if not self._is_write_closed and not self._is_resetting:
                 self.abort()  # closing is no end if a child process has a duplicate of the socket
         except OSError as error:
+            self.ended_by = self.ended_by or "reset"
             self.log_lost(error)
         except Exception as error:
             self.fail(error)
@@ -71,14 +77,16 @@ class ThreadConnection(Connection):
 
     def _echo(self) -> None:
         """Answer input until the conversation is finished; then discard it until the client closes its side."""
-        conversation, receive = self.conversation, self._socket.recv
+        conversation = self.conversation
         if self.runner is not None:
             with self._io_lock:
                 self.runner.start()
             if conversation.finished:
                 self._handle_end_request()
+        receive = self._socket.recv
         while not conversation.finished:
             if self._answer_input():
+                self.ended_by = self.ended_by or "eof"
                 return conversation.end_input()
             if self._drain_requested or conversation.finished:
                 self._handle_end_request()
@@ -125,9 +133,45 @@ class ThreadConnection(Connection):
             self._unsent -= self._socket.send(reply)
         if self._unsent:
             rest = memoryview(reply)[-self._unsent :]
-            while rest:
+            while rest and not self._is_resetting:
                 rest = rest[self._socket.send(rest[:SEND_SIZE]) :]
                 self._unsent = len(rest)
+
+    # What a script of a test calls, in the thread of the connection.
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the server is about to end the connection."""
+        return self.runner is not None and self.runner.is_ending
+
+    def receive(self, size: int) -> bytes:
+        """Wait for input, and return at most ``size`` bytes of it; none at its end."""
+        try:
+            data = self._socket.recv(size)
+        except OSError:
+            self.ended_by = self.ended_by or "reset"
+            raise
+        if data:
+            self.conversation.receive(data)
+        else:
+            self.ended_by = self.ended_by or "eof"
+        return data
+
+    def receive_waiting(self) -> bytes:
+        """Receive what has arrived, and return the reply to it."""
+        reply = b""
+        with contextlib.suppress(BlockingIOError):
+            while chunk := self._socket.recv(DISCARD_SIZE, MSG_DONTWAIT):
+                reply += self.conversation.receive(chunk)
+        return reply
+
+    def start_tls(self, context: ssl.SSLContext, seconds: float) -> None:
+        """Do the TLS handshake of a server, within ``seconds``."""
+        secured = TlsSocket(self.get_extra_info("socket"), context, self.log_lost)
+        secured.handshake(seconds)
+        self._socket = secured
+
+    # The end.
 
     def _handle_end_request(self) -> None:
         """Close the sending side if nothing is left to answer. The owner of a taken lock does this after release."""
@@ -148,6 +192,7 @@ class ThreadConnection(Connection):
             self._io_lock.release()
 
     def _close_write(self) -> None:
+        self.ended_by = self.ended_by or "server"
         self._is_write_closed = True
         if not self._is_resetting:
             self._socket.shutdown(socket.SHUT_WR)
@@ -185,16 +230,23 @@ class ThreadConnection(Connection):
         self._handle_end_request()
 
     def abort(self) -> None:
+        self.ended_by = self.ended_by or "server"
         self.end_script()
         with contextlib.suppress(OSError):  # it is closed already
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def reset(self) -> None:
+        self.ended_by = self.ended_by or "server"
         self._is_resetting = True
         connected = self.get_extra_info("socket")
-        with contextlib.suppress(OSError):  # it is closed already
+        with contextlib.suppress(OSError, ValueError):  # it is closed already
             set_reset_on_close(connected)
             self.linger()
-            # Its thread wakes and closes the socket. If it can send nothing because the client does not read, the end
-            # of the sending side wakes it, which is behind what it could not send.
-            connected.shutdown(socket.SHUT_RDWR if self._unsent else socket.SHUT_RD)
+            connected.shutdown(socket.SHUT_RD)  # wakes its thread, which closes the socket
+            for _ in range(SEND_CHECKS):
+                if not self._unsent:
+                    break
+                if not is_writable(connected):  # the client does not see this end, which is behind what it has not read
+                    connected.shutdown(socket.SHUT_WR)
+                    break
+                time.sleep(SEND_CHECK_INTERVAL)

@@ -94,7 +94,7 @@ class AcceptLoop:
                     await self._do_handshake(slot.connected, secured, handshake)
         except (Exception, asyncio.CancelledError) as error:
             if slot.is_pending:  # else the connection ends as its engine ends it; a shutdown drains it
-                fail(slot, error if isinstance(error, Exception) else SHUTTING_DOWN)
+                fail(slot, error if isinstance(error, Exception) and not slot.is_aborted else SHUTTING_DOWN)
                 _close(slot.connected)
 
     async def _do_handshake(

@@ -13,6 +13,7 @@ from ..compat import is_readable
 from ..config import ServerConfig
 from ..engines.context import ServerContext, Slot
 from ..engines.loop_internals import ABORT_TURNS, keep_freed_memory, run_turns, start_serving, stop_accepting
+from ..net import shut_down
 from .accept_loop import AcceptLoop
 from .admission import NativeSlot
 from .base_server import Acceptor
@@ -72,6 +73,14 @@ class AsyncioAcceptor(Acceptor):
         self.close()
         self.registry.abort()
 
+    async def disconnect(self, *, reset: bool) -> None:
+        await self._accept_waiting()
+        await run_turns(ABORT_TURNS)  # those that are accepted are established then
+        for slot in list(self.registry.pending):
+            slot.is_aborted = True
+            shut_down(slot.connected)
+        self.registry.abort(reset=reset)
+
     def _begin_shutdown(self) -> None:
         if not self._is_stopping:
             self._is_stopping = True
@@ -108,17 +117,21 @@ class AsyncioAcceptor(Acceptor):
             self.registry.write_pending_logs(at_once=True)
             self._on_closed()
 
-    async def _drain_backlog(self) -> None:
-        """Accept what waits in the backlogs: closing a listener resets it, whatever it has sent."""
+    async def _accept_waiting(self) -> None:
+        """Accept what waits in the backlogs."""
         listeners = self.sockets.sockets
         turns = len(listeners) * self.config.backlog  # connections that arrive now do not extend this
         while turns and is_readable(listeners) and not self._is_aborting:
             turns -= 1
             await run_turns(1)
+
+    async def _drain_backlog(self) -> None:
+        """Accept what waits in the backlogs, and then no more: closing a listener resets it, whatever it has sent."""
+        await self._accept_waiting()
         for server in self._servers:
             if isinstance(server, AcceptLoop):
                 server.stop()
-        await stop_accepting(self._loop, listeners)
+        await stop_accepting(self._loop, self.sockets.sockets)
 
     def _stop_listening(self) -> None:
         self._stop_udp()

@@ -34,12 +34,12 @@ RESERVED_DESCRIPTORS = 32  # for listeners, logs, the event loop, and what the h
 class Admission:
     """Safe to use from several threads. Refusals and failures are counted, and logged with a rate limit."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, scripts: Scripts | None = None) -> None:
         self.registry = registry
         self.config = config = registry.config
         self.limit = config.limit_connections or max_connections()
         self.expects_header = config.proxy_protocol != "off"
-        self.scripts = _make_scripts(config)
+        self.scripts = scripts or _make_scripts(config)
         self._trusted_proxies = Networks(config.proxy_allow_from) if self.expects_header else None
         self._counters = registry.counters
         self._log_accept_error = registry.limit_log(f"accept failed: %s; retrying in {ACCEPT_RETRY_DELAY:g} s")

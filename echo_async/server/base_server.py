@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
-from typing import cast
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 from ..config import ServerConfig
-from ..engines.context import ConversationFactory
 from ..errors import StartError
 from ..net import Address
-from ..stats import Stats
+from ..stats import Stats, find_missing
 from ..tls import Certificates
 from .admission import Admission
 from .listeners import ListeningSockets
 from .registry import Registry
 from .udp import Receiver
+
+if TYPE_CHECKING:
+    from .scripts import Scripts
+
+CHECK_INTERVAL = 0.001  # seconds between two looks at the counters, while they are waited for
 
 
 class Acceptor:
@@ -29,7 +34,8 @@ class Acceptor:
         config: ServerConfig,
         sockets: ListeningSockets,
         on_closed: Callable[[], object],
-        make_conversation: ConversationFactory | None = None,
+        registry: Registry | None = None,
+        scripts: Scripts | None = None,
     ) -> None:
         self.config = config
         self.sockets = sockets
@@ -38,9 +44,9 @@ class Acceptor:
         except StartError:
             sockets.close()
             raise
-        self.registry = Registry(config, make_conversation)
+        self.registry = registry or Registry(config)
         self.registry.listener = sockets.name
-        self._admission = Admission(self.registry)
+        self._admission = Admission(self.registry, scripts)
         self._on_closed = on_closed
         self._receiver: Receiver | None = None  # of datagrams
         self._is_stopping = self._is_aborting = False
@@ -55,6 +61,10 @@ class Acceptor:
 
     def abort(self) -> None:
         """Shut down without waiting for any client. In an event loop, call it there."""
+        raise NotImplementedError
+
+    async def disconnect(self, *, reset: bool) -> None:
+        """End every connection that was accepted, or waits to be, and keep listening."""
         raise NotImplementedError
 
     def join(self) -> None:
@@ -107,6 +117,14 @@ class BaseServer:
     def stats(self) -> Stats:
         """A snapshot of the counters, summed over the listeners."""
         return sum((each.registry.stats for each in self._acceptors), Stats())
+
+    def _wait_for(self, timeout: float, expected: Mapping[str, int | Mapping[str, int]]) -> Iterator[float]:
+        """Yield the seconds until the next look at the counters, until they are as ``expected``."""
+        deadline = time.monotonic() + timeout
+        while missing := find_missing(stats := self.stats, expected):
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"timed out after {timeout:g} s: {'; '.join(missing)} (counters: {stats})")
+            yield CHECK_INTERVAL
 
     def is_serving(self) -> bool:
         """Whether connections are accepted, on every listener."""

@@ -71,7 +71,7 @@ class DatagramResponder:
         self._numbers = count()
         self._identifies = config.mode == "identify"
         is_on_all_addresses = any(each.getsockname()[0] in UNSPECIFIED for each in sockets)
-        is_changed = self._identifies or self.has_faults
+        is_changed = self._identifies or self.has_faults or self.context.on_datagram is not None
         self._is_plain = not (is_changed or is_on_all_addresses or self.context.log_messages)
         self._expected = 1  # datagrams that one call answers
         self._full_calls = 0  # that answered as many as expected
@@ -120,6 +120,8 @@ class DatagramResponder:
         reply = self._identify(data, route) if self._identifies else data
         if len(reply) > len(data):
             return self.refuse(source, "size")
+        if self.context.on_datagram is not None:
+            self.context.on_datagram(data)
         self._counters.answered += 1
         self._counters.received += len(data)
         if self.context.log_messages:

@@ -32,7 +32,8 @@ class ListeningSockets:
         self._sockets = [each for each in sockets if each.type != socket.SOCK_DGRAM]
         self.addresses = [net.get_address(each) for each in self._sockets]
         self._is_owner = is_owner
-        self._backlog: int | None = None  # of TCP sockets that were bound here
+        self._backlog = socket.SOMAXCONN
+        self._has_own_ports = False  # of TCP, which were bound here
         self._backlog_fillers: list[socket.socket] = []
         self._path = path
         self._file_id = None if path is None else net.get_file_id(path)
@@ -46,8 +47,7 @@ class ListeningSockets:
         self = cls(net.bind(config, net.resolve(config) if infos is None else infos), path, is_owner=True)
         if not config.accepts:
             self._backlog_fillers = [net.fill_backlog(each) for each in self._sockets]
-        elif config.uds is None:
-            self._backlog = config.backlog
+        self._backlog, self._has_own_ports = config.backlog, config.accepts and config.uds is None
         return self
 
     @classmethod
@@ -76,7 +76,7 @@ class ListeningSockets:
         self._is_owner = False
         groups: list[list[socket.socket]] = [[] for _ in range(count - 1)]
         shared = self._sockets
-        if self._backlog is not None and HAS_BALANCED_PORTS:
+        if self._has_own_ports and HAS_BALANCED_PORTS:
             with contextlib.suppress(OSError):  # a kernel that does not allow it
                 groups, shared = net.share_ports(self._sockets, count - 1, self._backlog), []
         with contextlib.ExitStack() as on_failure:
@@ -104,6 +104,16 @@ class ListeningSockets:
     def has_queue(self) -> bool:
         """Whether a connection waits to be accepted; False if the sockets are closed."""
         return is_readable(self._sockets)
+
+    def refuse(self) -> None:
+        """Refuse connections, and keep the addresses for :meth:`listen`. Those in the backlog are reset."""
+        self._sockets[:] = map(net.replace_by_bound, self._sockets)
+        self._file_id = None if self._path is None else net.get_file_id(self._path)
+
+    def listen(self) -> None:
+        """Accept connections again."""
+        for each in self._sockets:
+            net.listen(each, self._backlog)
 
     def shut_down(self) -> None:
         """Refuse connections, also where a child process has duplicates of the sockets, unless it serves them."""

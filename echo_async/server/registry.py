@@ -22,7 +22,10 @@ DRAIN_INTERVAL = 0.05  # seconds between two sweeps during a shutdown
 
 
 class Registry(ServerContext):
-    """Every open connection of one server, and what they share. ``on_empty`` is called when the last one is removed."""
+    """Every open connection of one server, and what they share.
+
+    ``on_empty`` is called when the last one is removed, ``on_datagram`` with each datagram that is answered.
+    """
 
     def __init__(self, config: ServerConfig, make_conversation: ConversationFactory | None = None) -> None:
         super().__init__(config, make_conversation)
@@ -30,6 +33,7 @@ class Registry(ServerContext):
         self.connections: set[Connection] = set()
         self.pending: set[Any] = set()  # of connections that are accepted and not established yet
         self.on_empty: Callable[[], object] | None = None
+        self.on_datagram: Callable[[bytes], object] | None = None
         self._limited_logs: list[RateLimitedLog] = []
         self._is_draining = False
         self._timed_out: set[Connection] = set()  # counted, and not closed yet
@@ -123,7 +127,10 @@ class Registry(ServerContext):
         self._is_draining = True
         self.sweep()
 
-    def abort(self) -> None:
-        """End every connection at once."""
+    def abort(self, *, reset: bool = False) -> None:
+        """End every connection at once, with a reset if ``reset`` is true."""
         for connection in list(self.connections):
-            connection.abort()
+            if reset:
+                connection.reset()
+            else:
+                connection.abort()

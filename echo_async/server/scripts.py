@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from ..config import ServerConfig
@@ -13,33 +14,40 @@ from ..wire.script import EchoScript, Report, Script
 
 
 class Scripts:
-    """Used by one thread at a time."""
+    """Used by one thread at a time.
 
-    def __init__(self, config: ServerConfig) -> None:
+    ``schedule`` decides which of the next connections have a fault. With ``wrap``, each connection has a script: what
+    it makes of the one that replies as the mode demands.
+    """
+
+    def __init__(self, config: ServerConfig, wrap: Callable[[Connection, Script], Script] | None = None) -> None:
         self._config = config
+        self._wrap = wrap
         self._is_raw = config.mode == "raw"
-        self._schedule: FaultSchedule | None = None
+        self.schedule: FaultSchedule | None = None
         if config.has_faults:
-            self._schedule = FaultSchedule(config.fault, config.fault_sequence, config.fault_seed)
-            log.info("faults configured: %s, seed %d", config.fault or config.fault_sequence, self._schedule.seed)
+            self.schedule = FaultSchedule(config.fault, config.fault_sequence, config.fault_seed)
+            log.info("faults configured: %s, seed %d", config.fault or config.fault_sequence, self.schedule.seed)
 
     def assign(self, slot: Slot) -> Report | None:
         """Give the next connection its script, if it has one; return the report if it is to be reset instead."""
-        plan = None if self._schedule is None else self._schedule.next_plan()
+        plan = None if self.schedule is None else self.schedule.next_plan()
         if plan is not None and plan.fault.is_refusal:
             return plan.fault.report_refusal()
-        if plan is not None or self._config.mode == "identify":
+        if plan is not None or self._wrap is not None or self._config.mode == "identify":
             slot.make_script = partial(self._make_script, plan)
         return None
 
     def datagram_schedule(self) -> FaultSchedule | None:
         """Return a schedule with the same faults for datagrams, which are numbered apart; None if there are none."""
-        if self._schedule is None:
+        if self.schedule is None:
             return None
-        return FaultSchedule(self._config.fault, self._config.fault_sequence, self._schedule.seed)
+        return FaultSchedule(self._config.fault, self._config.fault_sequence, self.schedule.seed)
 
     def _make_script(self, plan: FaultPlan | None, connection: Connection) -> Script:
         script = self._make_replies(connection)
+        if self._wrap is not None:
+            script = self._wrap(connection, script)
         return script if plan is None else FaultScript(plan, script, is_raw=self._is_raw)
 
     def _make_replies(self, connection: Connection) -> Script:

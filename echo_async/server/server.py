@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Self, Unpack
@@ -148,6 +148,29 @@ class EchoServer(BaseServer):
     async def is_healthy(self) -> bool:
         """Return whether connections are accepted."""
         return self.is_serving()
+
+    async def wait_for(self, *, timeout: float = 5.0, **counters: int | Mapping[str, int]) -> None:  # noqa: ASYNC109
+        """Wait until the counters of :attr:`stats` are as expected.
+
+        Args:
+            timeout: Seconds.
+            **counters: What each is at least: ``accepted=2``, ``faults={"reset": 1}``. ``active`` is exactly that.
+
+        Raises:
+            TimeoutError: They are not. Its text has all counters.
+            AttributeError: There is no such counter.
+        """
+        for seconds in self._wait_for(timeout, counters):
+            await asyncio.sleep(seconds)
+
+    async def disconnect(self, *, reset: bool = False) -> None:
+        """End every connection now, also those that wait to be accepted, and keep listening.
+
+        Args:
+            reset: Whether the clients see a reset. Else they see it only if they have sent what was not read.
+        """
+        for each in self._acceptors:
+            await each.disconnect(reset=reset)
 
     async def wait_closed(self) -> None:
         """Wait until no socket, connection, thread or task of the server is left. Always returns after :meth:`close`.

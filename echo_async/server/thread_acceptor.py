@@ -1,5 +1,7 @@
 """Accepts connections for the ``threads`` engine, in a thread that also sweeps and ends them."""
 
+from __future__ import annotations
+
 import contextlib
 import enum
 import selectors
@@ -8,11 +10,11 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from ..background import start_thread
 from ..compat import accepted_socket
 from ..config import ServerConfig
-from ..engines.context import ConversationFactory
 from ..engines.threads import ThreadConnection
 from ..engines.tls_socket import TlsSocket
 from ..errors import StartError, describe_error
@@ -21,10 +23,14 @@ from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Pen
 from .base_server import Acceptor
 from .listeners import ListeningSockets
 from .proxy_reader import receive_header
-from .registry import DRAIN_INTERVAL
+from .registry import DRAIN_INTERVAL, Registry
 from .udp import start_receiver
 
+if TYPE_CHECKING:
+    from .scripts import Scripts
+
 ACCEPT_BATCH = 16  # connections that are accepted between two checks of the clock
+CALL_CHECK_INTERVAL = 0.1  # seconds of waiting for the accept thread between two checks that it still runs
 JOIN_TIMEOUT = 5.0  # seconds for threads whose sockets were shut down to end
 
 
@@ -47,12 +53,14 @@ class ThreadAcceptor(Acceptor):
         config: ServerConfig,
         sockets: ListeningSockets,
         on_closed: Callable[[], object],
-        make_conversation: ConversationFactory | None = None,
+        registry: Registry | None = None,
+        scripts: Scripts | None = None,
     ) -> None:
-        super().__init__(config, sockets, on_closed, make_conversation)
+        super().__init__(config, sockets, on_closed, registry, scripts)
         self._accepting = self.sockets.sockets if self.config.accepts else ()
         self._threads: set[threading.Thread] = set()
         self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
+        self._calls: deque[Callable[[], None]] = deque()  # for the accept thread
 
     async def start(self) -> None:
         """The same as :meth:`start_thread`, which does not block."""
@@ -105,6 +113,44 @@ class ThreadAcceptor(Acceptor):
         """Whether the accept thread runs: not in a child process that was forked, whose parent has the server."""
         return self._thread.is_alive()
 
+    async def disconnect(self, *, reset: bool) -> None:
+        self.disconnect_now(reset=reset)
+
+    def disconnect_now(self, *, reset: bool) -> None:
+        """The same without a coroutine."""
+
+        def end_connections() -> None:
+            self._abort_pending()
+            self.registry.abort(reset=reset)
+
+        self.call(end_connections)
+
+    def stop_listening(self) -> None:
+        """Refuse connections from now on. The addresses stay reserved."""
+        self.call(self._stop_listening)
+
+    def resume_listening(self) -> None:
+        """Accept connections again, on the same addresses."""
+        self.call(self._resume_listening)
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Run ``function`` in the accept thread, once it has accepted all connections that wait; none at a stop."""
+        done, errors = threading.Event(), list[Exception]()
+
+        def run() -> None:
+            try:
+                function()
+            except Exception as error:
+                errors.append(error)
+            done.set()
+
+        self._calls.append(run)
+        self._wake()
+        while not self._is_stopping and self.is_running() and not done.wait(CALL_CHECK_INTERVAL):
+            pass
+        if errors:
+            raise errors[0]
+
     def join(self) -> None:
         """Wait for the end of the accept thread, which is the last."""
         self._thread.join()
@@ -141,12 +187,37 @@ class ThreadAcceptor(Acceptor):
                 if key.data is not None and self._accept(key.data) is Accepted.FAILED:
                     self._waker_selector.select(ACCEPT_RETRY_DELAY)
             self._forget_finished()
+            if self._calls:
+                self._run_calls()
             if now() >= next_sweep:
                 self.registry.sweep()
                 next_sweep = now() + interval
-        for listener in self._accepting:  # closing resets the connections in its backlog
+        self._drain_backlog()
+
+    def _drain_backlog(self) -> None:
+        """Accept what waits in the backlogs: closing a listener resets it."""
+        for listener in self._accepting:
             while self._accept(listener) is Accepted.MAYBE_MORE:
                 pass
+
+    def _run_calls(self) -> None:
+        if self._waker_selector.select(0):
+            self._wakened.recv(4096)
+        self._drain_backlog()
+        while self._calls:
+            self._calls.popleft()()
+
+    def _stop_listening(self) -> None:
+        for listener in self._accepting:
+            self._listener_selector.unregister(listener)
+        self._accepting = ()
+        self.sockets.refuse()
+
+    def _resume_listening(self) -> None:
+        self.sockets.listen()
+        self._accepting = self.sockets.sockets
+        for listener in self._accepting:
+            self._listener_selector.register(listener, selectors.EVENT_READ, listener)
 
     def _accept(self, listener: socket.socket) -> Accepted:
         """Accept what waits, up to ``ACCEPT_BATCH`` connections."""

@@ -6,14 +6,19 @@ Its threads do not keep the program running: a server that is left open is abort
 from __future__ import annotations
 
 import threading
-from typing import Self, Unpack
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Self, Unpack
 
 from ..config import ServerConfig, ServerOptions
-from ..engines.context import ConversationFactory
 from ..errors import ConfigError
 from ..server.base_server import BaseServer
 from ..server.listeners import ListeningSockets
+from ..server.registry import Registry
 from ..server.thread_acceptor import ThreadAcceptor
+
+if TYPE_CHECKING:
+    from ..server.scripts import Scripts
 
 
 def serve(**options: Unpack[ServerOptions]) -> EchoServer:
@@ -41,11 +46,33 @@ def serve(**options: Unpack[ServerOptions]) -> EchoServer:
 class EchoServer(BaseServer):
     """A running echo server on threads; :func:`serve` creates one. ``close`` is safe in a signal handler too."""
 
-    def __init__(self, config: ServerConfig, make_conversation: ConversationFactory | None = None) -> None:
+    def __init__(self, config: ServerConfig, registry: Registry | None = None, scripts: Scripts | None = None) -> None:
         self._closed = threading.Event()
-        self._acceptor = ThreadAcceptor(config, ListeningSockets.bind(config), self._closed.set, make_conversation)
+        self._acceptor = ThreadAcceptor(config, ListeningSockets.bind(config), self._closed.set, registry, scripts)
         super().__init__([self._acceptor])
         self._acceptor.start_thread()
+
+    def wait_for(self, *, timeout: float = 5.0, **counters: int | Mapping[str, int]) -> None:
+        """Wait until the counters of :attr:`stats` are as expected.
+
+        Args:
+            timeout: Seconds.
+            **counters: What each is at least: ``accepted=2``, ``faults={"reset": 1}``. ``active`` is exactly that.
+
+        Raises:
+            TimeoutError: They are not. Its text has all counters.
+            AttributeError: There is no such counter.
+        """
+        for seconds in self._wait_for(timeout, counters):
+            time.sleep(seconds)
+
+    def disconnect(self, *, reset: bool = False) -> None:
+        """End every connection now, also those that wait to be accepted, and keep listening.
+
+        Args:
+            reset: Whether the clients see a reset. Else they see it only if they have sent what was not read.
+        """
+        self._acceptor.disconnect_now(reset=reset)
 
     def wait_closed(self) -> None:
         """Wait until no socket, connection or thread of the server is left. Always returns after :meth:`close`."""

@@ -44,13 +44,6 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
-    """Wait until ``is_released()``, which is asked again each time that the runner is woken."""
-
-    is_released: Callable[[], bool]
-
-
-@dataclass(frozen=True, slots=True)
 class Timer:
     """Cut all other actions after ``seconds``, whatever is done by then, and do those of ``then()``: an end."""
 
@@ -58,7 +51,7 @@ class Timer:
     then: Callable[[], Iterator[Action]]
 
 
-Action = Send | Wait | Hold | Timer | Report | End
+Action = Send | Wait | Timer | Report | End
 
 
 class Script(Protocol):

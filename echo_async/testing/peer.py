@@ -1,0 +1,110 @@
+"""What the handler of a test has of a connection."""
+
+from __future__ import annotations
+
+import ssl
+from typing import TYPE_CHECKING, Any
+
+from ..wire.script import Action, End, Send
+from .recorder import record_of
+
+if TYPE_CHECKING:
+    from ..engines.threads import ThreadConnection
+
+READ_SIZE = 64 * 1024  # bytes
+HANDSHAKE_TIMEOUT = 10.0  # seconds
+
+
+class ClientEnded(ConnectionError):
+    """The connection has ended before what a handler waits for; no failure of the handler."""
+
+
+class Peer:
+    """One connection, in the thread of the handler that serves it. Its methods block.
+
+    Attributes:
+        number: 1 for the first connection of the server.
+        peer: The address of the client, as ``getpeername`` returns it.
+
+    Each method raises a :exc:`ConnectionError` if the connection has ended. Unless the handler catches it, the handler
+    ends, and the test does not fail by it.
+    """
+
+    def __init__(self, connection: ThreadConnection) -> None:
+        record = record_of(connection)
+        self.number: int = record.number
+        self.peer: Any = record.peer
+        self._connection = connection
+        self._received = b""  # and not returned
+
+    def receive(self, size: int) -> bytes:
+        """Return exactly ``size`` bytes."""
+        while len(self._received) < size:
+            self._receive_more(f"after {len(self._received)} of {size} bytes")
+        return self._take(size)
+
+    def receive_some(self) -> bytes:
+        """Return what has arrived, as soon as there is something; no bytes at the end of input."""
+        if not self._received:
+            return self._read()
+        return self._take(len(self._received))
+
+    def receive_line(self) -> bytes:
+        """Return the bytes up to the next newline, and the newline."""
+        while not (size := self._received.find(b"\n") + 1):
+            self._receive_more(f"within a line, after {len(self._received)} bytes")
+        return self._take(size)
+
+    def send(self, data: bytes) -> None:
+        """Send ``data``."""
+        self._perform(Send(data))
+
+    def end(self) -> None:
+        """Close the sending side. The client can still send."""
+        self._perform(End.HALF_CLOSE)
+
+    def close(self) -> None:
+        """Close the connection, as the end of the handler does: all that was sent arrives, later input is discarded."""
+        self.end()
+
+    def reset(self) -> None:
+        """Reset the connection, as soon as all that was sent is on the wire."""
+        try:
+            self._perform(End.RESET)
+        except ClientEnded:
+            self._connection.get_extra_info("socket").close()
+
+    def start_tls(self, context: ssl.SSLContext) -> None:
+        """Do the TLS handshake of a server. What follows is encrypted.
+
+        Raises:
+            ssl.SSLError: The handshake fails.
+            TimeoutError: It takes more than 10 s.
+        """
+        self._connection.start_tls(context, HANDSHAKE_TIMEOUT)
+
+    def _take(self, size: int) -> bytes:
+        data, self._received = self._received[:size], self._received[size:]
+        return data
+
+    def _receive_more(self, progress: str) -> None:
+        data = self._read()
+        if not data:
+            raise ClientEnded(f"connection {self.number} ended by the client {progress}")
+        self._received += data
+
+    def _read(self) -> bytes:
+        try:
+            data = self._connection.receive(READ_SIZE)
+        except OSError as error:
+            raise ClientEnded(f"connection {self.number} lost: {error}") from error
+        if self._connection.is_ending:
+            raise ClientEnded(f"connection {self.number} ended by the server")
+        return data
+
+    def _perform(self, action: Action) -> None:
+        assert self._connection.runner is not None
+        try:
+            self._connection.runner.perform(action)
+        except OSError as error:
+            raise ClientEnded(f"connection {self.number} lost: {error}") from error

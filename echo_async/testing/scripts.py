@@ -1,0 +1,117 @@
+"""What a test puts in place of an echo: a greeting, replies of its own, replies that wait, or a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..wire.script import Action, End, Script, Send, Wait, split_messages
+from .peer import ClientEnded, Peer
+
+if TYPE_CHECKING:
+    from ..engines.threads import ThreadConnection
+
+HOLD_INTERVAL = 0.001  # seconds between two looks whether a reply still has to wait
+MAX_HELD_SIZE = 2**20  # bytes of messages that are received while their replies wait
+
+Reply = Callable[[bytes], bytes | None]
+Handler = Callable[[Peer], object]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyOptions:
+    """What is sent, and what instead of an echo. In ``raw`` mode each read is a message.
+
+    What ``reply`` raises is added to ``errors``.
+    """
+
+    greeting: bytes
+    reply: bytes | Reply | None
+    replies: Sequence[bytes | None] | None
+    is_raw: bool
+    errors: list[BaseException]
+
+
+class Gate:
+    """``is_closed`` is true while replies have to wait."""
+
+    is_closed = False
+
+
+class ReplyScript:
+    """Sends a greeting first, and for each message what ``inner`` sends, or what ``reply`` returns: None for nothing.
+
+    With ``replies``, one is for each message, and the connection is closed after the last. Messages are received while
+    replies wait for ``gate``.
+    """
+
+    def __init__(self, connection: ThreadConnection, inner: Script, options: ReplyOptions, gate: Gate) -> None:
+        self._connection = connection
+        self._inner = inner
+        self._options = options
+        self._left = None if options.replies is None else list(options.replies)
+        self._gate = gate
+        self.is_silent = inner.is_silent
+
+    def start(self) -> Iterator[Action]:
+        if self._options.greeting:
+            yield Send(self._options.greeting)
+        if self._left == []:
+            yield End.CLOSE
+
+    def reply(self, data: bytes) -> Iterator[Action]:
+        while self._gate.is_closed and not self._connection.is_ending:
+            yield Wait(HOLD_INTERVAL)
+            if len(data) < MAX_HELD_SIZE:
+                data += self._connection.receive_waiting()
+        for message in [data] if self._options.is_raw else split_messages(data):
+            yield from self._reply_to(message)
+            if self._left == []:
+                yield End.CLOSE
+                return
+
+    def _reply_to(self, message: bytes) -> Iterator[Action]:
+        reply = self._options.reply
+        if self._left is not None:
+            reply = self._left.pop(0)
+        elif callable(reply):
+            try:
+                reply = reply(message)
+            except BaseException as error:  # also that of pytest.fail
+                self._options.errors.append(error)
+                yield End.RESET
+                return
+        elif reply is None:
+            yield from self._inner.reply(message)
+            return
+        if reply is not None:
+            yield Send(reply)
+
+
+class HandlerScript:
+    """Calls ``handler`` in the thread of the connection, and closes the connection when it returns.
+
+    What it raises is added to ``errors``, unless the connection has ended before what it waited for.
+    """
+
+    is_silent = False
+
+    def __init__(self, handler: Handler, connection: ThreadConnection, errors: list[BaseException]) -> None:
+        self._handler = handler
+        self._connection = connection
+        self._errors = errors
+
+    def start(self) -> Iterator[Action]:
+        end = End.CLOSE
+        try:
+            self._handler(Peer(self._connection))
+        except ClientEnded:
+            pass
+        except BaseException as error:  # also that of pytest.fail
+            self._errors.append(error)
+            end = End.RESET
+        yield end
+
+    def reply(self, data: bytes) -> Iterator[Action]:
+        return iter(())  # the handler receives itself

@@ -1,0 +1,77 @@
+"""``wait_for`` and ``disconnect`` of a server on each engine and event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from pathlib import Path
+
+import pytest
+from support import TIMEOUT, Backend, run, serve_in_loop
+
+import echo_async
+from echo_async import sync
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+def test_wait_for_returns_or_times_out(backend: Backend) -> None:
+    async def main() -> None:
+        async with serve_in_loop(backend, fault="drop,after=1") as server:
+            async with echo_async.connect(*server.address) as client:
+                waiting = asyncio.create_task(server.wait_for(messages=1, active=1))
+                assert await client.echo("one") == "one"
+                await waiting
+                with pytest.raises(TimeoutError, match="messages is 1, not 2"):
+                    await server.wait_for(messages=2, timeout=0.01)
+            await server.wait_for(active=0)
+            server.close()
+            await server.wait_closed()
+
+    run(main, backend.loop)
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_disconnect_ends_connections_and_keeps_listening(
+    is_reset: bool, is_tls: bool, backend: Backend, certificate: Path, client_context: ssl.SSLContext
+) -> None:
+    """Also those that wait to be accepted, and those whose handshake has not begun."""
+
+    async def main() -> None:
+        ssl_certfile = str(certificate) if is_tls else None
+        async with serve_in_loop(backend, ssl_certfile=ssl_certfile) as server:
+            clients = [socket.create_connection(server.address, TIMEOUT) for _ in range(20)]
+            await server.disconnect(reset=is_reset)
+            await server.wait_for(active=0)
+            ends = [await asyncio.to_thread(receive_end, client) for client in clients]
+            assert set(ends) == {"reset" if is_reset and not is_tls else "closed"}
+            context = client_context if is_tls else None
+            async with echo_async.connect("localhost", server.address[1], ssl=context) as client:
+                assert await client.echo("one") == "one"
+                await server.disconnect(reset=is_reset)
+            assert server.is_serving()
+            server.close()
+            await server.wait_closed()
+
+    run(main, backend.loop)
+
+
+def receive_end(client: socket.socket) -> str:
+    with client:
+        try:
+            assert client.recv(1) == b""
+        except ConnectionResetError:
+            return "reset"
+        return "closed"
+
+
+def test_blocking_server_waits_and_disconnects() -> None:
+    with sync.serve(port=0, mode="stream") as server, sync.connect(*server.address) as client:
+        assert client.echo("one") == "one"
+        server.wait_for(messages=1)
+        server.disconnect()
+        server.wait_for(active=0)
+        with pytest.raises(TimeoutError):
+            server.wait_for(active=1, timeout=0.01)

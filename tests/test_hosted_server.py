@@ -1,0 +1,548 @@
+"""What a test asks ``HostedServer``, and changes while it runs: over TCP, TLS and Unix sockets."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+from support import TIMEOUT, receive_all, receive_exactly, receive_line
+
+from echo_async import ConfigError
+from echo_async.testing import HostedServer, Peer
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+Connect = Callable[[HostedServer], socket.socket]
+
+
+def connect_plain(server: HostedServer) -> socket.socket:
+    if server.port is None:
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(TIMEOUT)
+        try:
+            client.connect(str(server.address))
+        except BaseException:
+            client.close()
+            raise
+        return client
+    return socket.create_connection(server.address, TIMEOUT)
+
+
+def connect(server: HostedServer) -> socket.socket:
+    client = connect_plain(server)
+    context = server.client_context
+    return client if context is None else context.wrap_socket(client, server_hostname="localhost")
+
+
+@pytest.fixture(params=["tcp", "tls", "unix"])
+def options(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """What makes a server use TCP, TLS or a Unix socket."""
+    if request.param == "unix":
+        return {"uds": tmp_path / "echo.sock"}
+    return {"tls": request.param == "tls"}
+
+
+def is_refused(server: HostedServer) -> bool:
+    try:
+        connect_plain(server).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+# Replies
+
+
+def test_greeting_is_sent_before_any_message(options: dict[str, Any]) -> None:
+    with HostedServer(greeting=b"220 ready\r\n", **options) as server, connect(server) as client:
+        assert receive_line(client) == b"220 ready\r\n"
+        client.sendall(b"one\n")
+        assert receive_line(client) == b"one\n"
+
+
+def test_reply_is_sent_instead_of_each_echo(options: dict[str, Any]) -> None:
+    with HostedServer(reply=b"250 ok\r\n", **options) as server, connect(server) as client:
+        client.sendall(b"one\ntwo\n")
+        assert receive_line(client, 16) == b"250 ok\r\n" * 2
+        assert server.received == [b"one\n", b"two\n"]
+
+
+def test_reply_function_returns_bytes_or_none(options: dict[str, Any]) -> None:
+    def reply(message: bytes) -> bytes | None:
+        return None if message == b"quiet\n" else message.upper()
+
+    with HostedServer(reply=reply, **options) as server, connect(server) as client:
+        client.sendall(b"one\nquiet\ntwo\n")
+        assert receive_line(client, 8) == b"ONE\nTWO\n"
+
+
+def test_replies_end_with_the_connection(options: dict[str, Any]) -> None:
+    with HostedServer(replies=[b"+OK\r\n", None, b"-ERR\r\n"], **options) as server:
+        for number in (1, 2):
+            with connect(server) as client:
+                client.sendall(b"one\ntwo\nthree\nfour\n")
+                assert receive_all(client) == b"+OK\r\n-ERR\r\n"
+            server.wait_for(accepted=number, active=0)
+        assert [each.end for each in server.connections] == ["server", "server"]
+
+
+def test_replies_without_any_close_after_the_greeting() -> None:
+    with HostedServer(greeting=b"421 busy\r\n", replies=[]) as server, connect(server) as client:
+        assert receive_all(client) == b"421 busy\r\n"
+
+
+def test_faults_apply_to_greeting_and_replies() -> None:
+    with HostedServer(greeting=b"220 ready\n", reply=b"ok\n", fault="reset=12") as server, connect(server) as client:
+        assert receive_line(client) == b"220 ready\n"
+        client.sendall(b"one\n")
+        assert client.recv(10) == b"ok"
+        with pytest.raises(ConnectionResetError):
+            client.recv(10)
+
+
+def test_fault_after_messages_spares_the_greeting() -> None:
+    with HostedServer(greeting=b"220\n", fault="close,after=1") as server, connect(server) as client:
+        client.sendall(b"one\ntwo\n")
+        assert receive_all(client) == b"220\none\n"
+
+
+def test_limits_apply_to_replies() -> None:
+    with HostedServer(reply=b"ok\n", limit_message_size=10) as server, connect(server) as client:
+        client.sendall(b"one\n" + b"x" * 20)
+        assert receive_all(client) == b"ok\n"
+        assert server.stats.too_long == 1
+
+
+# What the server saw
+
+
+def test_connections_have_bytes_messages_and_an_end(options: dict[str, Any]) -> None:
+    with HostedServer(**options) as server:
+        with connect(server) as client:
+            address = client.getsockname()
+            client.sendall(b"one\ntwo\nincomplete")
+            assert receive_line(client, 8) == b"one\ntwo\n"
+            server.wait_for(bytes_in=18)
+            [first] = server.connections
+            assert (first.number, first.is_open, first.end) == (1, True, None)
+            assert first.peer == (address if server.port else "")
+            assert first.received == b"one\ntwo\nincomplete"
+            assert first.messages == [b"one\n", b"two\n"]
+        server.wait_for(active=0)
+        assert not first.is_open
+        assert first.end == "eof" or (options.get("tls") and first.end == "reset")  # it had not read a session ticket
+        with connect(server):
+            server.wait_for(active=1)
+            assert [each.number for each in server.connections] == [1, 2]
+
+
+def test_end_of_a_connection_tells_the_reset_of_a_client() -> None:
+    with HostedServer() as server:
+        client = connect(server)
+        server.wait_for(accepted=1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
+        server.wait_for(active=0)
+        assert server.connections[0].end == "reset"
+
+
+@pytest.mark.parametrize("fault", ["close", "reset", "half-close", "reset=0.01s"])
+def test_end_of_a_connection_tells_the_end_by_the_server(fault: str) -> None:
+    with HostedServer(fault=fault) as server:
+        with connect(server) as client:
+            client.sendall(b"one\n")
+            with suppress(ConnectionResetError):
+                receive_all(client)
+        server.wait_for(active=0)
+        assert server.connections[0].end == "server"
+
+
+def test_datagrams_are_recorded() -> None:
+    with HostedServer(udp=True) as server, socket.socket(type=socket.SOCK_DGRAM) as client:
+        client.settimeout(TIMEOUT)
+        client.connect(server.address)
+        for data in (b"one", b"two"):
+            client.send(data)
+            assert client.recv(10) == data
+        assert server.datagrams == [b"one", b"two"]
+
+
+def test_wait_for_returns_when_the_counters_are_reached() -> None:
+    with HostedServer() as server, connect(server) as client, connect(server) as other:
+        client.sendall(b"one\n")
+        other.sendall(b"two\nthree\n")
+        server.wait_for(accepted=2, messages=3, active=2)
+        assert sorted(server.received) == [b"one\n", b"three\n", b"two\n"]
+
+
+def test_wait_for_times_out_with_all_counters() -> None:
+    with HostedServer(fault="drop") as server, connect(server) as client:
+        client.sendall(b"one\n")
+        server.wait_for(faults={"drop": 1})
+        with pytest.raises(TimeoutError) as caught:
+            server.wait_for(accepted=1, messages=2, active=0, faults={"reset": 1}, timeout=0.01)
+        assert str(caught.value).startswith(
+            "timed out after 0.01 s: messages is 1, not 2; active is 1, not 0; faults[reset] is 0, not 1 "
+            "(counters: accepted=1 active=1 "
+        )
+        with pytest.raises(AttributeError, match="mesages"):
+            server.wait_for(mesages=2)
+
+
+# What a test changes
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_disconnect_ends_every_connection(is_reset: bool, options: dict[str, Any]) -> None:
+    with HostedServer(**options) as server:
+        for number in range(3):
+            clients = [connect(server) for _ in range(5)]
+            if options.get("tls"):  # the server completes the handshake after the client
+                server.wait_for(active=5)
+            server.disconnect(reset=is_reset)
+            for client in clients:
+                ended = b""
+                try:
+                    ended = client.recv(1)
+                    assert not is_reset or server.port is None or options.get("tls")
+                except ConnectionResetError:
+                    assert is_reset
+                assert ended == b""
+                client.close()
+            server.wait_for(accepted=5 * number + 5, active=0)
+        assert {each.end for each in server.connections} == {"server"}
+        with connect(server) as client:
+            client.sendall(b"one\n")
+            assert receive_line(client) == b"one\n"
+
+
+def test_disconnect_ends_a_connection_whose_client_does_not_read() -> None:
+    with HostedServer(reply=b"x" * 50_000_000) as server, connect(server) as client:
+        client.sendall(b"one\n")
+        assert client.recv(1) == b"x"
+        server.disconnect(reset=True)
+        server.wait_for(active=0)
+
+
+def test_fault_applies_to_connections_of_its_block(options: dict[str, Any]) -> None:
+    def exchange() -> bytes:
+        with connect(server) as client:
+            client.sendall(b"one\n")
+            return receive_line(client)
+
+    options |= {"mode": "message", "fault": "corrupt", "fault_seed": 1}
+    with HostedServer(**options) as server:
+        assert exchange() != b"one\n"
+        with server.fault("garbage=2"):
+            assert len(exchange()) == 2
+            with server.fault("none"):
+                assert exchange() == b"one\n"
+            assert len(exchange()) == 2
+        assert exchange() != b"one\n"
+        assert server.stats.faults == {"corrupt": 2, "garbage": 2}
+        for spec in ("no-accept", "nonsense"):
+            with pytest.raises(ConfigError, match=f"invalid fault: '{spec}'"), server.fault(spec):
+                pass
+
+
+def test_refusing_keeps_the_port_and_open_connections(options: dict[str, Any]) -> None:
+    with HostedServer(**options) as server, connect(server) as client:
+        for number in range(3):
+            with server.refusing():
+                assert is_refused(server)
+                client.sendall(b"one\n")
+                assert receive_line(client) == b"one\n"
+            with connect(server) as other:
+                other.sendall(b"two\n")
+                assert receive_line(other) == b"two\n"
+            assert server.stats.accepted == number + 2
+
+
+def test_refusing_ends_with_the_server(options: dict[str, Any], tmp_path: Path) -> None:
+    with HostedServer(**options) as server, server.refusing():
+        server.close()
+    assert not (tmp_path / "echo.sock").exists()
+
+
+def test_holding_receives_messages_and_replies_later(options: dict[str, Any]) -> None:
+    with HostedServer(**options) as server, connect(server) as client, connect(server) as other:
+        with server.holding():
+            client.sendall(b"one\n")
+            other.sendall(b"two\n")
+            server.wait_for(messages=2)
+            client.sendall(b"three\n")
+            server.wait_for(messages=3)
+            client.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                client.recv(1)
+            client.settimeout(TIMEOUT)
+        assert receive_line(client, 10) == b"one\nthree\n"
+        assert receive_line(other) == b"two\n"
+
+
+def test_holding_keeps_replies_for_a_client_that_ended_its_side() -> None:
+    with HostedServer(mode="message") as server, connect(server) as client:
+        with server.holding():
+            client.sendall(b"one\n")
+            client.shutdown(socket.SHUT_WR)
+            server.wait_for(messages=1)
+        assert receive_all(client) == b"one\n"
+
+
+def test_holding_ends_with_the_server() -> None:
+    with HostedServer() as server, connect(server) as client, server.holding():
+        client.sendall(b"one\n")
+        server.wait_for(messages=1)
+        started = monotonic()
+        server.close()
+        assert monotonic() - started < 4, "a thread that does not end has 5 s"
+
+
+# Handlers
+
+
+def test_handler_has_a_blocking_peer(options: dict[str, Any]) -> None:
+    peers: list[Any] = []
+
+    def serve(peer: Peer) -> None:
+        peers.append(peer.peer)
+        peer.send(b"hello %d\n" % peer.number)
+        assert peer.receive_line() == b"name\n"
+        assert peer.receive(3) == b"abc"
+        assert peer.receive_some() == b"rest"
+        peer.send(b"bye\n")
+
+    with HostedServer(handler=serve, **options) as server:
+        for number in (1, 2):
+            with connect(server) as client:
+                assert receive_line(client) == b"hello %d\n" % number
+                client.sendall(b"name\nabcrest")
+                assert receive_all(client) == b"bye\n"
+                address = client.getsockname()
+            server.wait_for(accepted=number, active=0, messages=number)
+            assert peers[-1] == server.connections[-1].peer == (address if server.port else "")
+        assert [each.received for each in server.connections] == 2 * [b"name\nabcrest"]
+        assert (server.received, server.connections[0].end) == (2 * [b"name\n"], "server")
+        assert (server.stats.bytes_in, server.stats.bytes_out, server.stats.failed) == (24, 24, 0)
+
+
+def test_handler_ends_its_side_and_still_receives() -> None:
+    def serve(peer: Peer) -> None:
+        peer.end()
+        assert peer.receive_line() == b"late\n"
+        assert peer.receive_some() == b""
+
+    with HostedServer(handler=serve) as server, connect(server) as client:
+        assert receive_all(client) == b""
+        client.sendall(b"late\n")
+        client.shutdown(socket.SHUT_WR)
+        server.wait_for(active=0)
+
+
+def test_handler_resets_after_what_it_sent() -> None:
+    def serve(peer: Peer) -> None:
+        peer.send(b"x" * 100_000)
+        peer.reset()
+
+    with HostedServer(handler=serve) as server, connect(server) as client:
+        assert receive_exactly(client, 100_000) == b"x" * 100_000
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+
+
+def test_handler_that_closes_loses_no_reply() -> None:
+    def serve(peer: Peer) -> None:
+        peer.send(b"421 busy\n")
+        peer.close()
+
+    with HostedServer(handler=serve) as server, connect(server) as client:
+        client.sendall(b"x" * 100_000)
+        assert receive_all(client) == b"421 busy\n"
+
+
+def test_handler_starts_tls(certificate: Path, client_context: ssl.SSLContext) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+
+    def serve(peer: Peer) -> None:
+        assert peer.receive_line() == b"STARTTLS\n"
+        peer.send(b"220 go ahead\n")
+        peer.start_tls(context)
+        peer.send(b"secret " + peer.receive_line())
+
+    with HostedServer(handler=serve) as server, connect(server) as client:
+        client.sendall(b"STARTTLS\n")
+        assert receive_line(client) == b"220 go ahead\n"
+        with client_context.wrap_socket(client, server_hostname="localhost") as secured:
+            secured.sendall(b"word\n")
+            assert receive_line(secured) == b"secret word\n"
+        server.wait_for(active=0)
+        assert server.connections[0].messages == [b"STARTTLS\n", b"word\n"]
+
+
+@pytest.mark.parametrize("method", ["receive", "receive_line"])
+def test_handler_whose_client_is_gone_ends_quietly(method: str, options: dict[str, Any]) -> None:
+    ended: list[str] = []
+
+    def serve(peer: Peer) -> None:
+        try:
+            peer.receive(4) if method == "receive" else peer.receive_line()
+        except ConnectionError as error:
+            ended.append(str(error))
+            raise
+
+    with HostedServer(handler=serve, **options) as server:
+        with connect(server) as client:
+            client.sendall(b"abc")
+            server.wait_for(bytes_in=3)
+        server.wait_for(active=0)
+        assert len(ended) == 1
+        if not options.get("tls"):  # such a client has not read the session tickets, so its end is a reset
+            assert server.connections[0].end == "eof"
+            place = "after 3 of 4 bytes" if method == "receive" else "within a line, after 3 bytes"
+            assert ended == [f"connection 1 ended by the client {place}"]
+
+
+def test_handler_that_waits_ends_with_the_server(options: dict[str, Any]) -> None:
+    """It is no failure of the handler that it has not received what it checks."""
+
+    def serve(peer: Peer) -> None:
+        assert peer.receive_some() == b"never"
+
+    with HostedServer(handler=serve, **options) as server, connect(server):
+        server.wait_for(active=1)
+        started = monotonic()
+        server.close()
+    assert monotonic() - started < 4, "a thread that does not end has 5 s"
+
+
+def failing(peer: Peer) -> None:
+    assert peer.receive_line() == b"expected\n"
+
+
+def fail_to_reply(message: bytes) -> bytes:
+    raise LookupError(message)
+
+
+def leave_pytest(peer: Peer) -> None:
+    pytest.fail("said in a handler")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "place"),
+    [
+        ({"handler": failing}, AssertionError, "failing"),
+        ({"handler": leave_pytest}, pytest.fail.Exception, "leave_pytest"),
+        ({"reply": fail_to_reply}, LookupError, "fail_to_reply"),
+    ],
+)
+def test_error_of_a_function_is_raised_by_close(options: Any, error: type[BaseException], place: str) -> None:
+    server = HostedServer(**options)
+    with connect(server) as client:
+        client.sendall(b"one\n")
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    with pytest.raises(error) as caught:
+        server.close()
+    assert place in [each.name for each in caught.traceback]
+    server.close()
+    assert server.stats.failed == 0
+
+
+def test_errors_of_several_connections_are_a_group() -> None:
+    server = HostedServer(handler=failing)
+    for _ in range(2):
+        with connect(server) as client:
+            client.sendall(b"one\n")
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+    with pytest.raises(BaseExceptionGroup, match="2 connections failed"):
+        server.close()
+
+
+@pytest.mark.parametrize("name", ["greeting", "reply", "replies", "mode", "fault", "fault_sequence"])
+def test_handler_conflicts_with_what_it_replaces(name: str) -> None:
+    values: dict[str, Any] = {"mode": "raw", "fault": "drop", "fault_sequence": ["drop"], "replies": [b"ok\n"]}
+    with pytest.raises(ConfigError, match=f"handler conflicts with {name}"):
+        HostedServer(handler=failing, **{name: values.get(name, b"ok\n")})
+    with HostedServer(handler=failing) as server, pytest.raises(ConfigError), server.fault("drop"):
+        pass
+
+
+def test_reply_and_replies_are_mutually_exclusive() -> None:
+    with pytest.raises(ConfigError, match="reply and replies are mutually exclusive"):
+        HostedServer(reply=b"ok\n", replies=[b"ok\n"])
+
+
+# TLS that a client has to refuse
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("expired", "certificate has expired"),
+        ("wrong-host", "Hostname mismatch"),
+        ("untrusted", "unable to get local issuer certificate"),
+    ],
+)
+def test_certificate_of_each_kind_is_refused_by_a_client(kind: Any, reason: str) -> None:
+    with HostedServer(tls=kind) as server:
+        with pytest.raises(ssl.SSLCertVerificationError, match=reason):
+            connect(server)
+        server.wait_for(tls_failures=1)
+
+
+def test_stalled_handshake_times_out() -> None:
+    with HostedServer(tls="stalled") as server, connect_plain(server) as client:
+        client.settimeout(0.1)
+        assert server.client_context is not None
+        with pytest.raises(TimeoutError):
+            server.client_context.wrap_socket(client, server_hostname="localhost")
+
+
+def test_plain_server_fails_the_handshake() -> None:
+    with HostedServer(tls="plain") as server, pytest.raises(ssl.SSLError, match=r"(?i)wrong.version.number"):
+        connect(server)
+
+
+def test_calls_from_many_threads_are_safe() -> None:
+    """Clients connect all the time, while the server is disconnected, refuses, and has faults."""
+    stop = threading.Event()
+
+    def reconnect() -> None:
+        while not stop.is_set():
+            try:
+                with connect(server) as client:
+                    client.sendall(b"one\n")
+                    client.recv(10)
+            except ConnectionError:
+                pass
+
+    def change(each: Callable[[], Any]) -> Iterator[None]:
+        for _ in range(30):
+            with each():
+                pass
+            yield
+
+    with HostedServer() as server:
+        clients = [threading.Thread(target=reconnect, daemon=True) for _ in range(3)]
+        changes = [server.refusing, lambda: server.fault("reset"), server.holding]
+        changers = [threading.Thread(target=lambda e=e: list(change(e)), daemon=True) for e in changes]
+        for thread in (*clients, *changers):
+            thread.start()
+        for thread in changers:
+            thread.join(TIMEOUT)
+        stop.set()
+        for thread in clients:
+            thread.join(TIMEOUT)
+        with connect(server) as client:
+            client.sendall(b"last\n")
+            assert receive_line(client) == b"last\n"
+        assert server.stats.failed == 0
