@@ -327,12 +327,24 @@ def test_client_hello_in_many_records_has_its_name(
     server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
     hello = TlsClient(client_context).hello()
-    records = [hello[:3] + b"\0\1" + hello[each : each + 1] for each in range(5, len(hello))]
     server = TlsLayer(server_context)
-    receive(server, b"".join(records))
+    receive(server, split_into_records(hello, 20))
     assert server.server_name == "localhost"
     assert server.error is None
     assert server.output(), "a ServerHello"
+
+
+def split_into_records(hello: bytes, size: int) -> bytes:
+    parts = [hello[each : each + size] for each in range(5, len(hello), size)]
+    return b"".join(hello[:3] + len(part).to_bytes(2, "big") + part for part in parts)
+
+
+def test_client_hello_in_too_many_records_is_an_error(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext
+) -> None:
+    server = TlsLayer(server_context)
+    receive(server, split_into_records(TlsClient(client_context).hello(), 1))
+    assert str(server.error) == "33 records in a row without data"
 
 
 def test_session_is_resumed_with_its_client_certificate(

@@ -123,6 +123,7 @@ class StreamConnection(Connection):
         except TRANSPORT_ERRORS as error:
             self.log_lost(error)
             self.abort()
+            error.with_traceback(None)  # which refers to the reader, which has the error
         except Exception as error:
             self.fail(error)
 

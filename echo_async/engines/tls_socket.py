@@ -50,7 +50,7 @@ class TlsSocket:
             return b"?" if self._plaintext or tls.has_records or tls.is_ended else self.plain.recv(1, flags)
         while not self._plaintext:
             if tls.error is not None:
-                raise tls.error
+                raise ConnectionAbortedError("TLS error")
             if tls.is_ended:
                 return b""
             self._plaintext = self._receive(flags)

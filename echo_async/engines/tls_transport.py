@@ -11,6 +11,8 @@ from typing import Any, cast
 
 from ..wire.tls_layer import TlsLayer
 
+NO_PROTOCOL = asyncio.Protocol()  # ignores everything
+
 
 class TlsTransport(asyncio.Transport, asyncio.Protocol):
     """A protocol for the event loop and, once the handshake is complete, a transport for ``protocol``.
@@ -72,7 +74,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     def _fail(self, error: Exception) -> None:
         if self._handshake is not None:
-            self._protocol = asyncio.Protocol()  # that of the engine has no transport
+            self._protocol = NO_PROTOCOL
             return self._end_handshake(error)
         self._on_error(error)
         self._plain.close()  # after an alert
@@ -106,6 +108,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         if self._handshake is not None:
             self._fail(error or ConnectionError("closed by the peer"))
         self._protocol.connection_lost(error or self.tls.error)
+        self._protocol = NO_PROTOCOL  # which refers to this object
 
     def pause_writing(self) -> None:
         self._protocol.pause_writing()

@@ -96,6 +96,7 @@ class AcceptLoop:
             if slot.is_pending:  # else the connection ends as its engine ends it; a shutdown drains it
                 fail(slot, error if isinstance(error, Exception) and not slot.is_aborted else SHUTTING_DOWN)
                 _close(slot.connected)
+            error.with_traceback(None)  # which refers to the connection, which has the error
 
     async def _do_handshake(
         self, connected: socket.socket, secured: TlsTransport, handshake: asyncio.Future[Exception | None]

@@ -323,6 +323,7 @@ class ThreadAcceptor(Acceptor):
             connection.establish()
         except Exception as error:
             fail(slot, SHUTTING_DOWN if slot.is_aborted else error)
+            error.with_traceback(None)  # which refers to the connection, which has the error
             shut_down(slot.connected)
             return slot.connected.close()
         slot.claim()

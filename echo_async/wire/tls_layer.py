@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from .client_hello import ClientHelloReader
 
 RECORDS_PER_TURN = 64  # before other connections get their turn
+MAX_HANDSHAKE_RECORDS = 32  # some ten are enough for the longest chain of certificates that OpenSSL accepts
 MAX_RECORDS_WITHOUT_DATA = 16  # in a row, after the handshake (Go: crypto/tls, maxUselessRecords)
 MAX_DATA_SIZE = 16 * 1024  # bytes of data in a record (RFC 8446 section 5.1)
 
@@ -120,9 +121,9 @@ class TlsLayer:
                     self._client_hello.feed(record[HEADER.size :])
                 self.session.do_handshake()
                 self.is_established = True
+                self._without_data = 0
         except ssl.SSLWantReadError:
-            if self.is_established:
-                self._count_without_data()
+            self._count_without_data()
         except ssl.SSLZeroReturnError:
             self.is_ended = True
         except ssl.SSLError as error:
@@ -132,11 +133,11 @@ class TlsLayer:
 
     def _count_without_data(self) -> None:
         self._without_data += 1
-        if self._without_data > MAX_RECORDS_WITHOUT_DATA:
+        if self._without_data > (MAX_RECORDS_WITHOUT_DATA if self.is_established else MAX_HANDSHAKE_RECORDS):
             self._fail(ssl.SSLError(ssl.SSL_ERROR_SSL, f"{self._without_data} records in a row without data"))
 
     def _fail(self, error: Exception) -> None:
-        self.error = error
+        self.error = error.with_traceback(None)  # which refers to this object
         self.is_ended = True
 
     def _keep(self, data: bytes, position: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import select
@@ -33,6 +34,7 @@ from echo_async.engines.context import Slot
 from echo_async.engines.threads import ThreadConnection
 from echo_async.engines.tls_socket import TlsSocket
 from echo_async.server.registry import Registry
+from echo_async.wire.tls_layer import TlsLayer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -225,6 +227,23 @@ def test_tls_failed_handshakes_free_their_slots(start_server: StartServer, clien
             assert all(map(is_echoed, secured))
             for each in secured:
                 each.close()
+
+
+@pytest.mark.parametrize("fault", [half_a_client_hello, close_notify_before_reading, send_a_corrupt_record])
+def test_tls_faulty_client_leaves_no_garbage(
+    start_server: StartServer, fault: Callable[[TlsClient], None], client_context: ssl.SSLContext
+) -> None:
+    """OpenSSL has large buffers, of which the garbage collector knows nothing."""
+    with start_server(tls=True, mode="stream") as server, connect(server) as client:
+        gc.collect()
+        gc.disable()
+        try:
+            fault(TlsClient(client, client_context))
+            client.close()
+            wait_until(lambda: server.stats.tls_failures + server.stats.accepted > 0 and server.stats.active == 0)
+            wait_until(lambda: not any(isinstance(each, TlsLayer) for each in gc.get_objects()))
+        finally:
+            gc.enable()
 
 
 def test_tls_finish_with_full_buffers_does_not_block(certificate: Path, client_context: ssl.SSLContext) -> None:
