@@ -52,5 +52,6 @@ def _exchange(sender: socket.socket, size: int, count: int, *, stops_early: bool
         except OSError as error:  # refused, or too large: counts as lost
             if error.errno == errno.ECONNREFUSED:
                 raise Failure("connection refused", "no server listens on the UDP port") from error
-        tracker.expire(perf_counter())
+        if tracker.expire(perf_counter()) and not tracker.received:
+            break  # none arrives
     return tracker

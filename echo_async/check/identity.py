@@ -4,6 +4,7 @@ from collections import Counter
 
 from ..net import format_address
 from ..wire.identity import Identity
+from ..wire.proxy import parse_address
 from ..wire.text import escape
 from .context import IDENTIFY, Context
 from .result import Skip
@@ -17,7 +18,8 @@ def check_identity(context: Context) -> str:
     servers: Counter[str] = Counter()
     for _ in range(SAMPLES):
         connection = context.open()
-        own = connection.socket.getsockname()
+        source = context.endpoint.config.proxy_source
+        own = connection.socket.getsockname() if source is None else parse_address(source)
         connection.send(b"identity\n")
         context.wait(lambda: connection.ending or connection.lines)  # noqa: B023
         line = bytes(connection.received)

@@ -10,7 +10,7 @@ from .context import IDENTIFY, MESSAGE, RAW, STREAM, Context, Mode
 from .result import Failure
 
 SECONDS_PER_DAY = 86_400
-RAW_WAIT = 0.2  # seconds in which a server in mode raw returns the beginning of a message
+RAW_WAIT, RAW_ROUND_TRIPS = 0.2, 4  # seconds, and more of them, in which mode raw returns the beginning of a message
 INVALID_CERTIFICATE = "it has expired, is for another name, or --ssl-ca-certs lacks its CA"
 NO_TLS = "the server does not use TLS, refuses this client, or does not answer the handshake"
 SILENCE_HINT = (
@@ -73,12 +73,14 @@ def _find_mode(context: Context) -> Mode:
     if IDENTIFY.decode(bytes(connection.received)) == b"one\n" != connection.received:
         return IDENTIFY
     context.compare(connection, b"one\n", SILENCE_HINT)
+    started = perf_counter()
     connection.send(b"two\n")
     context.wait(lambda: connection.ending or connection.lines)
     if not connection.received:
         return MESSAGE
     context.compare(connection, b"two\n", "the second message of a connection is not answered correctly")
+    seconds = RAW_WAIT + RAW_ROUND_TRIPS * (perf_counter() - started)
     connection.send(b"three")
-    is_expected = context.settings.mode == RAW.name
-    is_raw = context.wait(lambda: connection.ending or connection.received, None if is_expected else RAW_WAIT)
-    return RAW if is_raw and connection.received else STREAM
+    is_given = context.settings.mode == RAW.name
+    context.wait(lambda: connection.ending or connection.received, None if is_given else seconds)
+    return RAW if connection.received else STREAM
