@@ -11,6 +11,7 @@ from ..compat import PollSelector, set_reset_on_close
 from ..errors import describe_error
 
 READ_SIZE = 65_536  # bytes of one read
+MAX_RECORDS = 1000  # TLS records of one read
 MAX_WAIT = 60.0  # seconds of one wait
 REPLY_FACTOR, REPLY_OVERHEAD = 6, 16_384  # of the largest reply: JSON takes six bytes for a control character
 
@@ -68,6 +69,11 @@ class Connection:
         self.socket.close()
 
     @property
+    def progress(self) -> tuple[int, int]:
+        """What changes as bytes are sent and received."""
+        return len(self.received), len(self.unsent)
+
+    @property
     def events(self) -> int:
         """What to wait for."""
         if self.ending:
@@ -82,25 +88,27 @@ class Connection:
             self._flush()
 
     def _receive(self) -> None:
-        try:
-            data = self.socket.recv(READ_SIZE)
-            while isinstance(self.socket, SSLSocket) and self.socket.pending():
-                data += self.socket.recv(READ_SIZE)
-        except (BlockingIOError, SSLWantReadError, SSLWantWriteError):
-            return
-        except SSLError as error:
-            self.ending = f"a TLS error ({describe_error(error)})"
-            return
-        except OSError:  # a reset, or a broken pipe after one
-            self.ending = RESET
-            return
-        self.received += data
-        self.lines += data.count(b"\n")
-        self._max_received -= len(data)
-        if not data:
-            self.ending = RESET if self._is_reset else END
-        elif self._max_received < 0:
-            self.ending = FLOOD
+        """Receive once; over TLS many records, because some servers send few bytes in each."""
+        for _ in range(MAX_RECORDS if isinstance(self.socket, SSLSocket) else 1):
+            try:
+                data = self.socket.recv(READ_SIZE)
+            except (BlockingIOError, SSLWantReadError, SSLWantWriteError):
+                return
+            except SSLError as error:
+                self.ending = f"a TLS error ({describe_error(error)})"
+                return
+            except OSError:  # a reset, or a broken pipe after one
+                self.ending = RESET
+                return
+            if not data:
+                self.ending = RESET if self._is_reset else END
+                return
+            self.received += data
+            self.lines += data.count(b"\n")
+            self._max_received -= len(data)
+            if self._max_received < 0:
+                self.ending = FLOOD
+                return
 
     def _flush(self) -> None:
         try:

@@ -6,6 +6,7 @@ from .result import Failure
 
 BYTE_INTERVAL = 0.002  # seconds between two bytes, so that each has a packet of its own
 CUT_INTERVAL = 0.1  # seconds in which the server reads the first part of a message
+BINARY_SIZE = 65_536  # bytes
 SIZES = (1, 2, 20, 21, 1024, 1025, 4096, 16_384, 65_536, 65_537)  # bytes; chunks and buffers often have such sizes
 JOINED = [b"message %d\n" % number for number in range(1, 21)]  # fit into one packet
 EXTRA_WAIT = 0.1  # seconds in which further replies arrive, if there are any
@@ -34,7 +35,7 @@ def check_bytes(context: Context) -> str:
     for size in sorted({*(each for each in SIZES if each < largest), largest}):
         context.exchange(context.connection(), make_text(size), "a limit of the message size, or of a buffer")
         context.largest = max(context.largest, size)
-    for message in (EVERY_VALUE, make_binary(context.largest)):
+    for message in (EVERY_VALUE, make_binary(min(BINARY_SIZE, context.largest))):
         context.exchange(context.connection(), message, "a byte value ends the message, or the connection")
     return f"every byte value, messages of 1 to {largest:,} bytes"
 

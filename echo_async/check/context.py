@@ -19,6 +19,7 @@ from .result import Failure
 
 MIN_MESSAGE_SIZE = 16  # bytes
 CONNECT_THREADS = 4  # connections that are opened at once: they fit into the smallest backlog
+MAX_EXTENSIONS = 5  # times that the timeout of a reply begins again, because it is still being received
 ACCEPT_TIME = 0.01  # seconds for a server to accept a connection that does not show it
 
 ModeName = Literal["auto", "message", "stream", "raw", "identify"]
@@ -190,7 +191,13 @@ class Context:
         self.compare(connection, sent, truncated)
 
     def _wait_for_reply(self, connection: Connection, lines: int) -> None:
-        wait([connection], lambda: connection.ending or connection.lines >= lines, self.deadline)
+        """Wait for ``lines``. As long as bytes are sent or received, the deadline is postponed, for some time."""
+        for _ in range(MAX_EXTENSIONS):
+            before = connection.progress
+            is_done = wait([connection], lambda: connection.ending or connection.lines >= lines, self.deadline)
+            if is_done or connection.progress == before:
+                return
+            self.start(self.endpoint.config.timeout)
 
     def compare(self, connection: Connection, sent: bytes, truncated: str) -> None:
         """Compare what was received with what was ``sent``.
