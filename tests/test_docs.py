@@ -7,6 +7,8 @@ An HTML comment in the line before a code block selects how it is run:
 - ``<!-- pytest -->`` marks a test module, which passes with the fixtures of this package alone.
 - ``<!-- pytest: trio -->`` requires the module ``trio`` as well. Without it the example is only compiled, and its
   test is skipped.
+- ``<!-- file: client.py -->`` is a file that the sessions after it in the document find in their directory. A later
+  one of the same name replaces it.
 - ``console`` is a shell session: lines that begin with ``$`` are run, the other lines are the output. Port 5500 stands
   for the port in ``ECHO_ASYNC_PORT``. A last line ``^C`` interrupts the command. Measured values, ports and
   timestamps may differ; ``...`` stands for any text.
@@ -61,13 +63,14 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
     each
-    for pattern in ("*.md", "docs/*.md", "examples/*.md", "deploy/**/*.md", "tests/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "deploy/**/*.md", "tests/*.md")
     for each in ROOT.glob(pattern)
 )
 EXAMPLE_FILES = sorted((ROOT / "examples").glob("*.py"))
 
 BLOCK = re.compile(
-    r"^(?:<!-- (?P<kind>given|pytest|not run)(?:: (?P<names>[\w, ]+))? -->\n)?```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    r"^(?:<!-- (?P<kind>given|pytest|file|not run)(?:: (?P<names>[\w, .]+))? -->\n)?"
+    r"```(?P<language>\w+)\n(?P<code>.*?)^```$",
     re.M | re.S,
 )
 LINK = re.compile(r"\]\((?P<path>[^):#]*)(?:#(?P<anchor>[^)]*))?\)")
@@ -103,7 +106,7 @@ def blocks(path: Path) -> Iterator[Example]:
     text = path.read_text()
     for found in BLOCK.finditer(text):
         line = text.count("\n", 0, found.start("code")) + 1
-        names = re.findall(r"\w+", found["names"] or "")
+        names = re.findall(r"[\w.]+", found["names"] or "")
         document = str(path.relative_to(ROOT))
         yield Example(document, line, found["language"], found["kind"] or "", tuple(names), found["code"])
 
@@ -111,12 +114,19 @@ def blocks(path: Path) -> Iterator[Example]:
 PYTHON = examples("python")
 PROGRAMS = [each for each in PYTHON if each.kind in ("", "given")]
 TEST_MODULES = [each for each in PYTHON if each.kind == "pytest"]
+FILES = [each for each in PYTHON if each.kind == "file"]
 SESSIONS = [each for each in examples("console") if each.kind != "not run"]
 
 
 def test_docs_every_python_block_is_run() -> None:
     fences = sum(path.read_text().count("```py") for path in DOCUMENTS)
-    assert len(PROGRAMS) + len(TEST_MODULES) == fences
+    assert len(PROGRAMS) + len(TEST_MODULES) + len(FILES) == fences
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_docs_file_is_used_by_what_follows(file: Example) -> None:
+    following = [each for each in FILES + SESSIONS if each.document == file.document and each.line > file.line]
+    assert any(file.names[0] in each.code for each in following)
 
 
 # Programs
@@ -268,9 +278,18 @@ def test_docs_session_prints_the_documented_output(example: Example, checkout: P
             "VENV": ".venv",
         }
         script = re.sub(r"\b5500\b", str(port), script)
+        for name, code in files_for(example).items():
+            (checkout / name).write_text(re.sub(r"\b5500\b", str(port), code))
         output = run_session(f"exec {script}" if interrupted else script, checkout, environment, len(expected))
     assert len(output) == len(expected) or "..." in expected, output
     assert re.fullmatch(pattern(expected), "".join(f"{normalize(line)}\n" for line in output)), output
+
+
+def files_for(session: Example) -> dict[str, str]:
+    """The files of the document that precede a session, by name."""
+    return {
+        each.names[0]: each.code for each in FILES if each.document == session.document and each.line < session.line
+    }
 
 
 def start_given(names: tuple[str, ...], directory: Path, stack: ExitStack) -> int | None:
@@ -313,8 +332,10 @@ def run_session(script: str, directory: Path, environment: dict[str, str], lines
 def normalize(line: str) -> str:
     """A line without what differs from run to run: timestamps, ports and measured times."""
     line = re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}", "TIMESTAMP", line)
-    line = re.sub(r"(?<=127\.0\.0\.1:)\d+", "PORT", line)
-    return re.sub(r"(?<![\d.])(\d+\.\d+(e-\d+)?|\d+e-\d+|\d+(?= ms))(?![\d.])", "MEASURED", line)
+    line = re.sub(r"(?<=127\.0\.0\.1:)\d+|(?<=localhost:)\d+", "PORT", line)
+    line = re.sub(r" {2,}", "  ", line).rstrip()  # the columns of a table are as wide as the values
+    number = r"\d{1,3}(,\d{3})+\*?|\d+\.\d+(e-\d+)?|\d+e-\d+|\d+(?= ms)"
+    return re.sub(rf"(?<![\d.])({number})(?![\d.])", "MEASURED", line)
 
 
 def pattern(expected: list[str]) -> str:
