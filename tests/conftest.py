@@ -70,12 +70,15 @@ def no_leaks(warm_up_loops: None) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def restore_loggers() -> Iterator[None]:
-    """Undo the logging configuration of a command that runs in this process."""
-    package = logging.getLogger("echo_async")
-    handlers, level, propagate, raising = package.handlers, package.level, package.propagate, logging.raiseExceptions
+    """Undo the logging configuration of a command or an example that runs in this process."""
+    names = ["echo_async", "echo_async.access", "echo_async.client", "echo_async.server"]
+    loggers = [(each, each.level, each.handlers[:], each.propagate) for each in map(logging.getLogger, names)]
+    raising = logging.raiseExceptions
     yield
-    package.handlers, package.propagate, logging.raiseExceptions = handlers, propagate, raising
-    package.setLevel(level)
+    for logger, level, handlers, propagate in loggers:
+        logger.setLevel(level)
+        logger.handlers[:], logger.propagate = handlers, propagate
+    logging.raiseExceptions = raising
 
 
 @pytest.fixture(scope="session")

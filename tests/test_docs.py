@@ -28,7 +28,6 @@ import asyncio
 import importlib
 import importlib.util
 import inspect
-import logging
 import os
 import re
 import shlex
@@ -176,17 +175,6 @@ def reserve_address(stack: ExitStack | AsyncExitStack) -> tuple[str, int]:
     return host, port
 
 
-@pytest.fixture
-def restore_loggers() -> Iterator[None]:
-    """Reset the loggers that examples configure."""
-    names = ["echo_async", "echo_async.access", "echo_async.client", "echo_async.server"]
-    loggers = [(each, each.level, list(each.handlers)) for each in map(logging.getLogger, names)]
-    yield
-    for each, level, handlers in loggers:
-        each.setLevel(level)
-        each.handlers[:] = handlers
-
-
 def compile_example(example: Example) -> CodeType:
     """Compile an example with the line numbers of its document."""
     source = "\n" * (example.line - 1) + example.code
@@ -208,7 +196,6 @@ async def run_in_loop(code: CodeType, names: tuple[str, ...]) -> None:
     assert errors == []
 
 
-@pytest.mark.usefixtures("restore_loggers")
 @pytest.mark.parametrize("example", PROGRAMS, ids=str)
 def test_docs_program_prints_the_documented_lines(
     example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import os
 import shutil
 import signal
 import socket
@@ -91,30 +90,15 @@ def connect_tls(server: echo_async.EchoServer, context: ssl.SSLContext) -> ssl.S
 def test_messages_over_tls_are_echoed_in_every_mode(
     start_server: StartServer, files: CertificateFiles, mode: Mode
 ) -> None:
-    message = "ñ😀 a little more than one chunk of twenty\n".encode()
-    with start_server(mode=mode) as server:
-        for _ in range(3):
-            with connect_tls(server, files.context()) as client:
-                client.sendall(message)
-                assert receive_line(client) == message
-        with connect_tls(server, files.context()) as client:
-            client.sendall(message + b"second\n")
-            if mode == "message":
-                assert receive_all(client) == message
-            else:
-                assert receive_line(client, len(message) + 7) == message + b"second\n"
-    assert server.stats.accepted == 4
+    message = 20_000 * "ñ😀".encode() + b"\n"  # several records
+    with start_server(mode=mode) as server, connect_tls(server, files.context()) as client:
+        client.sendall(message + b"second\n")
+        if mode == "message":
+            assert receive_all(client) == message
+        else:
+            assert receive_line(client, len(message) + 7) == message + b"second\n"
+    assert server.stats.accepted == 1
     assert server.stats.tls_failures == 0
-
-
-def test_large_message_over_tls_is_echoed(start_server: StartServer, files: CertificateFiles) -> None:
-    message = os.urandom(2_000_000).replace(b"\n", b"") + b"\n"
-    with (
-        start_server(limit_message_size=4_000_000, chunk_size=65536) as server,
-        connect_tls(server, files.context()) as client,
-    ):
-        client.sendall(message)
-        assert receive_all(client) == message
 
 
 def test_plain_text_on_a_tls_port_is_closed_and_counted(start_server: StartServer) -> None:
@@ -124,13 +108,6 @@ def test_plain_text_on_a_tls_port_is_closed_and_counted(start_server: StartServe
             assert not receive_all(client).endswith(b"Hola Server!\n")
         wait_until(lambda: server.stats.tls_failures == 1)
         assert server.stats.accepted == server.stats.timeouts_handshake == 0
-
-
-def test_tls_handshake_with_a_plaintext_port_fails(start_server: StartServer, files: CertificateFiles) -> None:
-    with start_server(ssl_certfile=None, timeout_message=0.2) as server, connect_plain(server) as client:
-        client.settimeout(TIMEOUT)
-        with pytest.raises(OSError, match=r"(?i)wrong version|EOF|reset|unknown|record|protocol"):
-            files.context().wrap_socket(client, server_hostname="localhost")
 
 
 def test_silent_tls_clients_use_the_limit_and_time_out(
@@ -369,21 +346,3 @@ def test_certificate_replaced_while_it_is_loaded_is_a_start_error(
     monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", load_and_replace)
     with pytest.raises(echo_async.StartError, match=r"cannot load the certificate .*served\.pem"):
         Certificates(echo_async.ServerConfig(ssl_certfile=served))
-
-
-def test_concurrent_tls_clients_all_get_their_reply(start_server: StartServer, files: CertificateFiles) -> None:
-    context = files.context()
-    replies: list[bytes] = []
-    with start_server() as server:
-
-        def send_one(number: int) -> None:
-            with connect_tls(server, context) as client:
-                client.sendall(b"%d\n" % number)
-                replies.append(receive_all(client))
-
-        threads = [threading.Thread(target=send_one, args=(number,), daemon=True) for number in range(40)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(TIMEOUT)
-    assert sorted(map(int, replies)) == list(range(40))
