@@ -68,6 +68,9 @@ def test_proxy_allow_from_takes_networks(networks: str) -> None:
     ("options", "error"),
     [
         ({"fd": 3, "uds": "/tmp/echo"}, "fd and uds are mutually exclusive"),
+        ({"udp_allow_from": "10.0.0.0/8"}, "udp_allow_from requires udp"),
+        ({"udp": True, "udp_allow_from": "10.0.0.1/8"}, r"invalid udp_allow_from: .*\(must be addresses and networks"),
+        ({"udp": True, "uds": "echo.sock"}, "udp conflicts with uds"),
         ({"ssl_keyfile": "server.key"}, "ssl_keyfile requires ssl_certfile"),
         ({"ssl_keyfile_password": "secret"}, "ssl_keyfile_password requires ssl_certfile"),
         ({"ssl_ca_certs": "ca.pem"}, "ssl_ca_certs requires ssl_certfile"),

@@ -160,22 +160,6 @@ def test_tls_1_1_is_refused(start_server: StartServer, files: CertificateFiles) 
             assert client.version() in ("TLSv1.2", "TLSv1.3")
 
 
-def test_tls_clients_reset_in_any_state_are_removed(start_server: StartServer, files: CertificateFiles) -> None:
-    with start_server(mode="stream") as server:
-        for number in range(12):
-            if number % 2:
-                client: socket.socket = connect_plain(server)
-                client.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc"[: number % 9])
-            else:
-                client = connect_tls(server, files.context())
-                client.sendall(b"one\nincomplete")
-                assert receive_line(client) == b"one\n"
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            socket.socket.close(client)
-        # One of them has sent nothing, which is no failure.
-        wait_until(lambda: server.stats.accepted == 7 and server.stats.tls_failures == 5 and server.stats.active == 0)
-
-
 def test_stop_closes_tls_connections_and_handshakes(start_server: StartServer, files: CertificateFiles) -> None:
     with start_server(mode="stream") as server:
         clients = [connect_tls(server, files.context()) for _ in range(5)]

@@ -90,7 +90,7 @@ def test_group_invalid_arguments_are_one_line(arguments: list[str], capfd: pytes
 @pytest.mark.parametrize(
     ("arguments", "unused"),
     [
-        (["client", "--port", "1"], {"server.server", "cli.run", "cli.bench", "cli.ping", "tls"}),
+        (["client", "--port", "1"], {"server.server", "cli.run", "cli.bench", "cli.ping", "cli.datagram_ping", "tls"}),
         (["server", "--port", "x"], {"client.client", "cli.run", "cli.bench", "server.supervisor", "engines.threads"}),
     ],
 )

@@ -488,12 +488,3 @@ def test_version_is_that_of_the_package() -> None:
     done = run_server("--version")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"echo-async, version {echo_async.__version__}\n"
-
-
-def test_help_has_a_short_option(capsys: pytest.CaptureFixture[str]) -> None:
-    helps = []
-    for name in ("-h", "--help"):
-        assert main([name]) == 0
-        helps.append(capsys.readouterr())
-    assert helps[0] == helps[1]
-    assert helps[0].err == ""

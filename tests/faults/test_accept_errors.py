@@ -221,7 +221,7 @@ def test_new_connection_raising_ends_only_itself(
 ) -> None:
     """There is no memory for its admission, or for its conversation."""
     monkeypatch.setattr(owner, name, fail_once(getattr(owner, name), MemoryError()))
-    with start_server(**STEPS[step]) as server:
+    with start_server(limit_connections=1, **STEPS[step]) as server:
         with suppress(OSError), connect_through(server, step, client_context) as client:
             assert client.recv(1) == b""
         wait_until(lambda: server.stats.failed == 1)

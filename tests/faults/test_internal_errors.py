@@ -84,22 +84,6 @@ def test_logging_error_aborts_only_its_connection(
         assert is_echoed(healthy)
 
 
-def test_connection_that_cannot_begin_frees_its_place(
-    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(self: StreamConversation, max_message_size: int) -> None:
-        raise ValueError("a bug")
-
-    with start_server(limit_connections=1) as server:
-        with monkeypatch.context() as patch:
-            patch.setattr(StreamConversation, "__init__", fail)
-            with connect(server) as failing, suppress(ConnectionError):
-                assert failing.recv(100) == b""
-            wait_until(lambda: server.stats.failed == 1)
-        with connect(server) as client:
-            assert is_echoed(client)
-
-
 def accept_slowly(record: logging.LogRecord) -> bool:
     sleep(0.001)
     return True

@@ -23,7 +23,6 @@ from support import (
     Backend,
     ServerProcess,
     command_process,
-    connect_to,
     receive_all,
     receive_exactly,
     receive_line,
@@ -180,23 +179,6 @@ def test_unix_socket_and_proxy_header_on_two_listeners(tmp_path: Path) -> None:
     assert code == 0
     assert [part["messages"] for part in parts] == [1, 1]
     assert not path.exists()
-
-
-def test_second_signal_aborts_all_listeners() -> None:
-    options = ("--mode", "stream", "--workers", "2")
-    with listening("0", "0", options=options) as listeners, ExitStack() as stack:
-        for index in (0, 1):
-            client = stack.enter_context(listeners.connect(index))
-            client.sendall(b"one\nnever finished")
-            assert receive_line(client) == b"one\n"  # the worker has read both
-        with listeners.connect(1) as idle:
-            idle.sendall(b"one\n")
-            assert receive_line(idle) == b"one\n"
-            listeners.server.process.send_signal(signal.SIGTERM)
-            assert receive_all(idle) == b""
-        code, parts, _ = listeners.stop()
-    assert code == 0
-    assert [part["lost"] for part in parts] == [1, 1]
 
 
 @pytest.mark.parametrize("variant", [(), ("--workers", "2")], ids=["one process", "workers"])
@@ -365,21 +347,3 @@ def test_workers_counters_of_each_listener_add_up(engine: str) -> None:
         {"accepted": 20, "messages": 20, "bytes_in": 120, "bytes_out": 240, "fault_duplicate": 20},
     ]
     assert counters(log, " server stopped: ") == add(stopped)
-
-
-def test_killed_worker_keeps_the_counters_of_each_listener() -> None:
-    options = ("--workers", "2", "--mode", "stream", "--metrics-port", "0")
-    with listening("0", "0", options=options) as listeners, ExitStack() as stack:
-        server = listeners.server
-        wait_until(lambda: " server started: " in server.log)
-        killed, survivor = server.worker_pids
-        for worker, name in zip((killed, survivor), listeners.names, strict=True):
-            client = stack.enter_context(connect_to(worker, server, ("127.0.0.1", int(name.rpartition(":")[2]))))
-            client.sendall(b"one\n")
-            assert receive_line(client) == b"one\n"
-        scrape(server.log)  # the supervisor has their counters
-        os.kill(killed, signal.SIGKILL)
-        wait_until(lambda: " exited with code -9, restarting" in server.log)
-        code, parts, _ = listeners.stop()
-    assert code == 0
-    assert [part["messages"] for part in parts] == [1, 1]

@@ -173,19 +173,6 @@ def test_killed_worker_is_replaced_and_others_are_unaffected(engine: EngineName)
     assert f"worker {killed_worker} exited with code -9, restarting" in lines
 
 
-def test_killed_worker_leaves_its_queue_to_its_replacement() -> None:
-    """None of 40 connections is in the backlog of the killed worker once in 2**40 times."""
-    with two_workers("protocol") as server, ExitStack() as clients:
-        killed_worker, _ = server.worker_pids
-        with paused_processes(killed_worker):
-            queued = [clients.enter_context(server.connect()) for _ in range(40)]
-            for client in queued:
-                client.sendall(b"hello\n")
-            os.kill(killed_worker, signal.SIGKILL)
-        assert all(receive_line(client) == b"hello\n" for client in queued)
-        assert server.stop()[0] == 0
-
-
 def sitecustomize(folder: Path, code: str) -> dict[str, str]:
     """Return the environment in which Python runs ``code`` at startup."""
     (folder / "sitecustomize.py").write_text(code)
@@ -216,8 +203,7 @@ def test_worker_failing_to_start_stops_the_others(count: int, tmp_path: Path) ->
     first, *_, last = lines.splitlines()
     assert first == "worker failed"
     assert "cannot start a worker" in last
-    starts = len((tmp_path / "starts").read_text())
-    assert starts == 1 if count == 0 else starts > 1  # the first alone, then the others at once
+    assert count < len((tmp_path / "starts").read_text()) <= 1 + 3 * count  # the others start together
 
 
 def test_replacement_failing_to_start_stops_the_server(tmp_path: Path) -> None:
@@ -422,19 +408,6 @@ def test_busy_worker_is_killed_later(monkeypatch: pytest.MonkeyPatch) -> None:
         assert run(lambda: main(process, channel)) > 5 * 0.2
 
 
-def test_ctrl_c_to_the_process_group_is_one_graceful_stop() -> None:
-    with two_workers("protocol", group=True) as server, server.connect() as client:
-        assert exchange(client, b"one\n") == b"one\n"
-        os.killpg(server.process.pid, signal.SIGINT)
-        assert receive_all(client) == b""
-        code, lines = server.wait()
-    assert code == 0
-    assert "Traceback" not in lines
-    assert lines.count("SIGINT received: shutting down") == 1
-    assert lines.count("server stopped: ") == 1
-    assert counters(lines)["messages"] == 1
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_while_a_worker_starts_is_a_graceful_stop(number: signal.Signals) -> None:
     with two_workers("protocol", group=True) as server:
@@ -445,6 +418,7 @@ def test_signal_while_a_worker_starts_is_a_graceful_stop(number: signal.Signals)
         code, lines = server.wait()
     assert code == 0, lines
     assert "Traceback" not in lines
+    assert lines.count(f"{number.name} received: shutting down") == lines.count("server stopped: ") == 1
 
 
 # Exit with the supervisor

@@ -14,11 +14,10 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from time import monotonic
 from typing import Any, cast
 
 import pytest
-from support import MAX_DELAY, TIMEOUT, receive_all, receive_line, server_process, wait_until
+from support import TIMEOUT, receive_all, receive_line, server_process, wait_until
 
 import echo_async
 from echo_async import sync
@@ -208,25 +207,3 @@ def test_sync_server_with_64_descriptors_serves_in_turn(options: tuple[str, ...]
     assert code == 0
     assert "Traceback" not in log
     assert len(log.splitlines()) < 30
-
-
-@pytest.fixture
-def many_descriptors() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@pytest.mark.usefixtures("many_descriptors")
-def test_sigint_with_1000_idle_clients_ends_promptly() -> None:
-    with server_process("--threaded", "--no-access-log") as server, ExitStack() as clients:
-        connected = [clients.enter_context(server.connect()) for _ in range(1000)]
-        assert exchange(server.address, b"Hola\n") == b"Hola\n"  # all earlier connections are accepted
-        start = monotonic()
-        code, log = server.stop(signal.SIGINT)
-        assert monotonic() - start < MAX_DELAY
-        assert {receive_all(client) for client in connected} == {b""}
-    assert code == 0
-    assert "Traceback" not in log
-    assert "accepted=1001 active=0 refused=0 " in log
