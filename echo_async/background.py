@@ -12,9 +12,13 @@ A subinterpreter can refuse daemons. There the function is called before the int
 import atexit
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from time import monotonic
+from typing import TypeVar
 
 EXIT_TIMEOUT = 1.0  # seconds for all threads to end when the interpreter exits
+
+T = TypeVar("T")
 
 _stop_functions: dict[threading.Thread, Callable[[], object]] = {}
 
@@ -41,6 +45,26 @@ def start_thread(run: Callable[[], object], name: str, *, stop: Callable[[], obj
         _stop_functions.pop(thread, None)
         raise
     return thread
+
+
+def call_in_thread(function: Callable[[], T], name: str) -> Future[T]:
+    """Call ``function`` in a thread, which delays neither closing an event loop nor the exit, as an executor's would.
+
+    :exc:`RuntimeError` if the system has none.
+    """
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            result = function()
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    start_thread(run, name)
+    return future
 
 
 def _stop_all() -> None:

@@ -1,15 +1,13 @@
-"""Open a connection: resolve, connect, start TLS. Every step has a deadline, the resolver included."""
+"""Open a connection: resolve and connect. Every step has a deadline, the resolver included."""
 
 import os
 import socket
-import ssl
 from collections.abc import Sequence
-from concurrent.futures import Future
 from time import monotonic, perf_counter, sleep
 from typing import Any
 
-from ..background import start_thread
-from ..client.endpoint import UNIX_RETRY_DELAY, Endpoint, closed_on_error, refuse_self_connection
+from ..background import call_in_thread
+from ..client.endpoint import UNIX_RETRY_DELAY, Endpoint, closed_on_error, refuse_self_connection, seconds_left
 
 Address = tuple[int, Any]
 """The family of a socket, and what it connects to."""
@@ -19,20 +17,11 @@ def find_addresses(endpoint: Endpoint, deadline: float) -> Sequence[Address]:
     """Return the addresses of the host, or that of the Unix socket."""
     if endpoint.config.uds is not None:
         return [(socket.AF_UNIX, os.fspath(endpoint.config.uds))]
-    return [(info[0], info[4]) for info in endpoint.numeric or _resolve(endpoint, deadline)]
-
-
-def _resolve(endpoint: Endpoint, deadline: float) -> Any:
-    resolved: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            resolved.set_result(endpoint.resolve())
-        except Exception as error:
-            resolved.set_exception(error)
-
-    start_thread(run, "echo-async resolver")  # the timeout of the system's resolver can be longer
-    return resolved.result(seconds_left(deadline))
+    # The timeout of the system's resolver can be longer.
+    resolved = endpoint.numeric or call_in_thread(endpoint.resolve, "echo-async resolver").result(
+        seconds_left(deadline)
+    )
+    return [(info[0], info[4]) for info in resolved]
 
 
 def connect_first(endpoint: Endpoint, addresses: Sequence[Address], deadline: float) -> tuple[Address, socket.socket]:
@@ -64,23 +53,3 @@ def connect(endpoint: Endpoint, address: Address, deadline: float) -> socket.soc
         refuse_self_connection(connected)
     endpoint.start(connected, started)
     return connected
-
-
-def start_tls(endpoint: Endpoint, connected: socket.socket, deadline: float) -> ssl.SSLSocket:
-    """Return ``connected`` after the TLS handshake."""
-    assert endpoint.ssl is not None
-    with closed_on_error(connected):
-        name = endpoint.server_hostname
-        secured = endpoint.ssl.wrap_socket(connected, server_hostname=name, do_handshake_on_connect=False)
-    with closed_on_error(secured):
-        secured.settimeout(seconds_left(deadline))
-        secured.do_handshake()
-    return secured
-
-
-def seconds_left(deadline: float) -> float:
-    """Return the seconds until the deadline; raise TimeoutError if it has passed."""
-    left = deadline - monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from time import monotonic, perf_counter, sleep
 from typing import Literal
 
-from ..client.endpoint import Endpoint
+from ..client.endpoint import Endpoint, start_tls
 from ..errors import ConfigError, describe_error
 from ..wire.identity import Identity
 from .connection import MAX_WAIT, Connection, wait
-from .connector import Address, connect, start_tls
+from .connector import Address, connect
 from .explanation import describe, explain
 from .result import Failure
 

@@ -5,6 +5,7 @@ or changing a descriptor that other processes share. A few blocks are read ahead
 process alive.
 """
 
+import asyncio
 import os
 import select
 import stat
@@ -12,10 +13,10 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
+from ..background import call_in_thread
 from ..client.async_source import AsyncSource
 from ..client.batching import Batch
 from ..errors import EchoError, describe_error
-from ..resolver import run_in_thread
 
 READ_SIZE = 65_536  # bytes
 MAX_WAITING_BLOCKS = 4  # blocks that wait to be sent; nothing is read meanwhile
@@ -76,7 +77,7 @@ async def _read_stdin() -> AsyncIterator[bytes]:
     read = partial(_read, sys.stdin.fileno())
     incomplete: list[bytes] = []  # of the last line
     size = 0
-    while data := await run_in_thread(read, "echo-async stdin"):
+    while data := await asyncio.wrap_future(call_in_thread(read, "echo-async stdin")):
         end = data.rfind(b"\n") + 1
         if end:
             yield b"".join([*incomplete, data[:end]])

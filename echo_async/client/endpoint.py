@@ -19,6 +19,7 @@ from ..wire.text import escape
 
 CONNECTION_ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well (RFC 8305)
 MIN_RETRY_DELAY, MAX_RETRY_DELAY = 0.02, 0.5  # seconds between attempts, doubled each time
+MAX_WAIT = 2_000_000.0  # seconds; poll takes milliseconds as a 32-bit integer
 UNIX_RETRY_DELAY = 0.005  # seconds until a Unix socket with a full backlog is tried again
 
 SocketT = TypeVar("SocketT", bound=socket.socket)
@@ -182,3 +183,24 @@ def log_tls(connection: SSLObject | SSLSocket, started: float) -> None:
         cipher = connection.cipher()
         duration = 1e3 * (perf_counter() - started)
         log.debug("TLS handshake completed in %.3f ms: %s, %s", duration, connection.version(), cipher and cipher[0])
+
+
+def start_tls(endpoint: Endpoint, connected: socket.socket, deadline: float) -> SSLSocket:
+    """Return ``connected`` after the TLS handshake, which blocks."""
+    assert endpoint.ssl is not None
+    started, name = perf_counter(), endpoint.server_hostname
+    with closed_on_error(connected):
+        secured = endpoint.ssl.wrap_socket(connected, server_hostname=name, do_handshake_on_connect=False)
+    with closed_on_error(secured):
+        secured.settimeout(seconds_left(deadline))  # of the whole handshake (docs of SSLSocket)
+        secured.do_handshake()
+    log_tls(secured, started)
+    return secured
+
+
+def seconds_left(deadline: float) -> float:
+    """Return the seconds until the deadline, at most MAX_WAIT; raise TimeoutError if it has passed."""
+    left = deadline - monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return min(left, MAX_WAIT)

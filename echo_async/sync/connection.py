@@ -8,14 +8,13 @@ from selectors import EVENT_READ, EVENT_WRITE
 from ssl import SSLSocket, SSLWantReadError, SSLWantWriteError
 from time import monotonic
 
-from ..client.endpoint import Endpoint, log
+from ..client.endpoint import MAX_WAIT, Endpoint, log
 from ..client.verifier import Exchange, ReplyVerifier
 from ..compat import PollSelector
 from ..errors import describe_error
 
 READ_SIZE = 65_536  # bytes of one read
 IMMEDIATE = 0.005  # seconds between two waits that do not count as a pause
-MAX_WAIT = 2_000_000.0  # seconds; poll takes milliseconds as a 32-bit integer
 
 
 class BlockingConnection(ReplyVerifier):

@@ -11,7 +11,6 @@ import socket
 from collections.abc import AsyncGenerator, Coroutine, Generator
 from contextlib import nullcontext, suppress
 from selectors import EVENT_WRITE
-from ssl import SSLContext, SSLSocket
 from time import monotonic, perf_counter, sleep
 from typing import Any, TypeVar, cast
 
@@ -20,14 +19,15 @@ from ..client.endpoint import (
     Endpoint,
     closed_on_error,
     connect_unix,
-    log_tls,
     new_socket,
     refuse_self_connection,
+    seconds_left,
+    start_tls,
 )
 from ..client.session import Session
 from ..compat import CONNECT_IN_PROGRESS, PollSelector
 from ..net import AddressInfo
-from .connection import MAX_WAIT, BlockingConnection
+from .connection import BlockingConnection
 
 T = TypeVar("T")
 
@@ -76,13 +76,14 @@ class BlockingSession(Session[BlockingConnection]):
         endpoint, started, deadline = self._endpoint, perf_counter(), monotonic() + seconds
         if endpoint.config.uds is not None:
             connected = await connect_unix(
-                os.fspath(endpoint.config.uds), lambda delay: _sleep(min(delay, _seconds_left(deadline)))
+                os.fspath(endpoint.config.uds), lambda delay: _sleep(min(delay, seconds_left(deadline)))
             )
         else:
             connected = _race_addresses(list(endpoint.numeric or endpoint.resolve()), deadline)
         endpoint.start(connected, started)
         if endpoint.ssl is not None:
-            connected = _start_tls(endpoint, endpoint.ssl, connected, deadline)
+            connected = start_tls(endpoint, connected, deadline)
+            connected.setblocking(False)
         return BlockingConnection(endpoint, connected)
 
 
@@ -97,7 +98,7 @@ def _race_addresses(waiting: list[AddressInfo], deadline: float) -> socket.socke
     selector = PollSelector()
     try:
         while running or waiting:
-            left = _seconds_left(deadline)
+            left = seconds_left(deadline)
             try:
                 if waiting:
                     connecting = _start_connecting(waiting.pop(0))
@@ -131,23 +132,3 @@ def _finish_connecting(connecting: socket.socket) -> None:
     if code := connecting.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
         raise OSError(code, os.strerror(code))
     refuse_self_connection(connecting)
-
-
-def _start_tls(endpoint: Endpoint, context: SSLContext, connected: socket.socket, deadline: float) -> SSLSocket:
-    started, name = perf_counter(), endpoint.server_hostname
-    with closed_on_error(connected):
-        secured = context.wrap_socket(connected, server_hostname=name, do_handshake_on_connect=False)
-    with closed_on_error(secured):
-        secured.settimeout(_seconds_left(deadline))  # of the whole handshake (docs of SSLSocket)
-        secured.do_handshake()
-        secured.setblocking(False)
-    log_tls(secured, started)
-    return secured
-
-
-def _seconds_left(deadline: float) -> float:
-    """Return the seconds until the deadline, at most MAX_WAIT; raise TimeoutError if it has passed."""
-    left = deadline - monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return min(left, MAX_WAIT)
