@@ -54,6 +54,9 @@ class Stats:
     """Datagrams that were not answered, by reason; only reasons that occurred."""
     faults: Mapping[str, int] = field(default_factory=dict)
     """Connections and datagrams on which a fault took effect, by kind; only kinds that occurred."""
+    ended: Mapping[str, int] = field(default_factory=dict)
+    """Accepted connections that are not open anymore, by reason; only reasons that occurred. Each has exactly one:
+    ``accepted`` is the sum of these and ``active``. ``closed`` is a conversation that ended without any other."""
 
     def __add__(self, other: Stats) -> Stats:
         return combine(self, other, add)
@@ -61,7 +64,8 @@ class Stats:
     def __str__(self) -> str:
         refused = [f"datagrams_refused_{reason}={count}" for reason, count in self.datagrams_refused.items()]
         faults = [f"fault_{kind.replace('-', '_')}={count}" for kind, count in self.faults.items()]
-        return " ".join([f"{name}={getattr(self, name)}" for name in COUNTERS] + refused + faults)
+        ended = [f"ended_{reason}={count}" for reason, count in self.ended.items()]
+        return " ".join([f"{name}={getattr(self, name)}" for name in COUNTERS] + refused + faults + ended)
 
 
 def find_missing(stats: Stats, expected: Mapping[str, int | Mapping[str, int]]) -> list[str]:
@@ -86,7 +90,10 @@ def combine(one: Stats, other: Stats, function: Callable[[int, int], int]) -> St
     return Stats(**values)
 
 
-COUNTERS_BY_KIND = ("datagrams_refused", "faults")
+TIMEOUT_ENDS = ("timeout_idle", "timeout_message", "timeout_write")
+ENDS = ("closed", "reset", "lost", "too_long", *TIMEOUT_ENDS, "tls_failed", "failed")
+"""The reasons in ``ended``."""
+COUNTERS_BY_KIND = ("datagrams_refused", "faults", "ended")
 """The names of the fields that have a number per kind."""
 COUNTERS = tuple(field.name for field in fields(Stats) if field.name not in COUNTERS_BY_KIND)
 """The names of the fields that are a single number."""

@@ -6,6 +6,7 @@ read and sent and how a connection is ended.
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -123,10 +124,18 @@ class Connection:
 
     def fail(self, error: Exception) -> None:
         """End this connection alone after an internal error, which is counted and logged."""
-        self.context.fail(self.peer, error)
-        self.abort()
+        self.context.note_end(self, "failed")
+        try:
+            self.context.fail(self.peer, error)
+        finally:  # to log it can fail as well, for lack of memory
+            self.abort()
 
     def log_lost(self, error: Exception) -> None:
+        """Log an error of the transport; one that is not about the connection is an internal error."""
+        if not isinstance(error, OSError | RuntimeError):  # RuntimeError: a closed transport of uvloop
+            self.context.note_end(self, "failed")
+            return self.context.fail(self.peer, error)
+        self.context.note_end(self, "tls_failed" if isinstance(error, ssl.SSLError) else "reset")
         log.debug("%s connection lost: %s", self.peer, describe_error(error))
 
     def log_established(self) -> None:

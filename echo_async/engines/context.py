@@ -53,6 +53,10 @@ class ServerContext:
         """Count and log an internal error, which ends one connection."""
         raise NotImplementedError
 
+    def note_end(self, connection: Any, reason: str) -> None:
+        """Note why an open connection ends; the first reason counts."""
+        raise NotImplementedError
+
 
 class Slot:
     """The place of a connection, and what is known of its client before the engine serves it.

@@ -55,10 +55,13 @@ class AcceptLoop:
             except Exception as error:
                 await asyncio.sleep(ACCEPT_RETRY_DELAY if self._admission.on_accept_error(error) else 0)
                 continue
+            slot = None
             try:
                 if (slot := self._admission.admit(connection, peername)) is not None:
                     self._begin(slot)
             except Exception as error:
+                if slot is not None:
+                    slot.release()
                 self._admission.registry.fail(format_address(peername), error)
                 connection.close()
 

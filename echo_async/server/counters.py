@@ -38,6 +38,7 @@ class Counters:
         self.closed = Exchanged()
         self._events = dict.fromkeys(COUNTERS, 0)
         self._faults: dict[str, int] = {}
+        self._ended: dict[str, int] = {}  # without those that were just closed
         self.datagrams = DatagramCounters()
 
     def increment(self, name: str) -> None:
@@ -50,9 +51,14 @@ class Counters:
         with self.lock:
             self._faults[kind] = self._faults.get(kind, 0) + 1
 
-    def add_unanswered(self, conversation: Conversation) -> None:
-        """Count the message that a connection was closed with. ``lock`` is held."""
-        self._events["too_long" if conversation.too_long else "lost"] += 1
+    def add_end(self, conversation: Conversation, reason: str | None) -> None:
+        """Count why a connection was closed, and the message that it was closed with. ``lock`` is held."""
+        if conversation.incomplete:
+            kind = "too_long" if conversation.too_long else "lost"
+            self._events[kind] += 1
+            reason = reason or kind
+        if reason is not None:
+            self._ended[reason] = self._ended.get(reason, 0) + 1
 
     def snapshot(self, active: Collection[Connection]) -> Stats:
         """The totals, with what was exchanged on open connections added. ``lock`` is held."""
@@ -67,4 +73,7 @@ class Counters:
         totals["datagrams"] = datagrams.answered
         totals["bytes_in"] = exchanged.bytes_in + datagrams.received
         totals["bytes_out"] = exchanged.bytes_out + datagrams.sent
-        return Stats(**totals, datagrams_refused=dict(datagrams.refused), faults=dict(self._faults))
+        refused, faults, ended = map(dict, (datagrams.refused, self._faults, self._ended))
+        if closed := totals["accepted"] - len(active) - sum(ended.values()):
+            ended["closed"] = closed
+        return Stats(**totals, datagrams_refused=refused, faults=faults, ended=ended)

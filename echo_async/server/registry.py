@@ -36,7 +36,7 @@ class Registry(ServerContext):
         self.on_datagram: Callable[[bytes], object] | None = None
         self._limited_logs: list[RateLimitedLog] = []
         self._is_draining = False
-        self._timed_out: set[Connection] = set()  # counted, and not closed yet
+        self._ends: dict[Connection, str] = {}  # why those end that are not closed yet
         shortest_timeout = min(config.timeout_idle, config.timeout_message, config.timeout_write)
         self.sweep_interval = min(1.0, shortest_timeout / 20)
         """Seconds between two sweeps: how late a timeout can be."""
@@ -52,9 +52,9 @@ class Registry(ServerContext):
                 each.write_pending(at_once=at_once)
 
     def add(self, connection: Connection) -> None:
-        self.connections.add(connection)
         if self.log_chunks:
-            connection.log_established()
+            connection.log_established()  # first: it can fail
+        self.connections.add(connection)
 
     def remove(self, connection: Connection) -> None:
         connections, counters = self.connections, self.counters
@@ -64,10 +64,8 @@ class Registry(ServerContext):
             connections.remove(connection)
             conversation = connection.conversation
             counters.closed.add(connection)
-            if self._timed_out:
-                self._timed_out.discard(connection)
-            if conversation.incomplete:
-                counters.add_unanswered(conversation)
+            if self._ends or conversation.incomplete:
+                counters.add_end(conversation, self._ends.pop(connection, None))
         if conversation.incomplete or self.log_chunks:
             connection.log_closed()
         if self.on_empty is not None and not connections:
@@ -85,6 +83,10 @@ class Registry(ServerContext):
     def fail(self, peer: str, error: Exception) -> None:
         self.counters.increment("failed")
         log.error("%s internal error, connection aborted: %r", peer, error)
+
+    def note_end(self, connection: Connection, reason: str) -> None:
+        if connection in self.connections:
+            self._ends.setdefault(connection, reason)
 
     @property
     def stats(self) -> Stats:
@@ -112,8 +114,8 @@ class Registry(ServerContext):
             if self._is_draining and not connection.timeouts.is_new(connection, now):
                 connection.drain()
             return
-        if kind != "linger" and connection not in self._timed_out:
-            self._timed_out.add(connection)
+        if kind != "linger" and connection not in self._ends:
+            self.note_end(connection, f"timeout_{kind}")
             self.counters.increment(f"timeouts_{kind}")
             connection.log_timeout(kind)
         if kind in ("idle", "message"):

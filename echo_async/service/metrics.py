@@ -22,7 +22,7 @@ from ..engines.loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS, start_servi
 from ..errors import StartError, describe_error
 from ..logs import log
 from ..stats import COUNTERS as STATS_COUNTERS
-from ..stats import Stats, combine
+from ..stats import ENDS, Stats, combine
 from ..wire.datagrams import REFUSALS
 from ..wire.text import escape
 from . import Service
@@ -52,6 +52,13 @@ COUNTERS = {
     ),
     "failures": ("failed", "Connections aborted because of an internal error."),
     "datagrams": ("datagrams", "Datagrams answered."),
+}
+# Those that have a number per kind: the label, help text
+COUNTERS_BY_KIND = {
+    "datagrams_refused": ("reason", "Datagrams that were not answered."),
+    "timeouts": ("kind", "Connections closed by a timeout."),
+    "faults": ("kind", "Connections and datagrams on which a fault took effect."),
+    "connections_ended": ("reason", "Accepted connections that are not open anymore; each has one reason."),
 }
 TIMEOUTS = [name for name in STATS_COUNTERS if name.startswith("timeouts_")]
 
@@ -85,25 +92,24 @@ def _families(prefix: str, labels: list[str], samples: Sequence[tuple[list[str],
         (field, CounterMetricFamily(f"{prefix}_{name}", help, labels=labels))
         for name, (field, help) in COUNTERS.items()
     ]
-    kinds = [*labels, "kind"]
-    timeouts = CounterMetricFamily(f"{prefix}_timeouts", "Connections closed by a timeout.", labels=kinds)
-    faults = CounterMetricFamily(
-        f"{prefix}_faults", "Connections and datagrams on which a fault took effect.", labels=kinds
-    )
-    refused = CounterMetricFamily(
-        f"{prefix}_datagrams_refused", "Datagrams that were not answered.", labels=[*labels, "reason"]
-    )
+    by_kind = {
+        name: CounterMetricFamily(f"{prefix}_{name}", help, labels=[*labels, label])
+        for name, (label, help) in COUNTERS_BY_KIND.items()
+    }
     for values, stats in samples:
         active.add_metric(values, stats.active)
         for field, counter in counters:
             counter.add_metric(values, getattr(stats, field))
-        for name in TIMEOUTS:
-            timeouts.add_metric([*values, name.removeprefix("timeouts_")], getattr(stats, name))
-        for kind, count in stats.faults.items():
-            faults.add_metric([*values, kind], count)
-        for reason in REFUSALS:
-            refused.add_metric([*values, reason], stats.datagrams_refused.get(reason, 0))
-    return [active, *(counter for _, counter in counters), refused, timeouts, faults]
+        counts = {
+            "datagrams_refused": {**dict.fromkeys(REFUSALS, 0), **stats.datagrams_refused},
+            "timeouts": {name.removeprefix("timeouts_"): getattr(stats, name) for name in TIMEOUTS},
+            "faults": stats.faults,
+            "connections_ended": {**dict.fromkeys(ENDS, 0), **stats.ended},
+        }
+        for name, counter in by_kind.items():
+            for kind, count in counts[name].items():
+                counter.add_metric([*values, kind], count)
+    return [active, *(counter for _, counter in counters), *by_kind.values()]
 
 
 def _keep_monotonic(previous: Stats, current: Stats) -> Stats:

@@ -173,7 +173,8 @@ def test_faulty_client_in_any_state_affects_only_itself(
         wait_until(lambda: server.stats.accepted == 2 and server.stats.active == 1)
         assert is_echoed(healthy)
         stats = {name: number for name, number in asdict(server.stats).items() if number}
-        for name in ("accepted", "active", "messages", "bytes_in", "bytes_out"):
+        assert stats["accepted"] == stats["active"] + sum(stats["ended"].values())
+        for name in ("accepted", "active", "ended", "messages", "bytes_in", "bytes_out"):
             del stats[name]
         if fault in MAY_COUNT_LOST:
             stats.pop("lost", None)

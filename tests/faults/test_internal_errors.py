@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
+import socket
 import ssl
-from contextlib import suppress
+from contextlib import closing, suppress
 from time import monotonic, sleep
 
 import pytest
@@ -15,9 +17,13 @@ from support import (
     is_echoed,
     log_lines,
     receive_all,
+    wait_in_loop,
     wait_until,
 )
 
+import echo_async
+from echo_async import Stats
+from echo_async.config import EngineName
 from echo_async.engines.context import LINGER_TIMEOUT
 from echo_async.wire.conversation import StreamConversation
 
@@ -58,6 +64,28 @@ def test_internal_error_aborts_only_its_connection(
         failing.close()
     [line] = log_lines(caplog, logging.WARNING)
     assert re.fullmatch(r"127\.0\.0\.1:\d+ internal error, connection aborted: .*(a bug|Memory).*", line)
+
+
+@pytest.mark.parametrize("engine", ["streams", "protocol"])
+def test_read_without_memory_is_counted_as_failed(engine: EngineName, monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio ends the connection itself, which was logged at level debug only, as a connection that is lost."""
+
+    async def main() -> Stats:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        async with echo_async.serve(engine=engine, mode="stream", port=0) as server:
+            reader, writer = await asyncio.open_connection(*server.address)
+            writer.write(b"one\n")
+            assert await reader.readline() == b"one\n"
+            monkeypatch.setattr("asyncio.selector_events._SelectorSocketTransport.max_size", 2**62)
+            with closing(socket.create_connection(server.address)) as other:
+                other.sendall(b"two\n")
+                await wait_in_loop(lambda: server.stats.failed == 1)
+                monkeypatch.undo()
+            writer.close()
+        return server.stats
+
+    stats = asyncio.run(main())
+    assert (stats.accepted, stats.failed, stats.ended["failed"]) == (2, 1, 1)
 
 
 def test_logging_error_aborts_only_its_connection(

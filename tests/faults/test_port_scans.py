@@ -65,7 +65,7 @@ def test_port_scan_before_a_handshake_is_no_failure(
             names.append("{}:{}".format(*client.getsockname()))
             ending(client)
             wait_until(lambda number=number: server.stats.accepted == number)  # type: ignore[misc]
-        assert server.stats == Stats(accepted=3)
+        assert server.stats == Stats(accepted=3, ended={"closed": 3})
     reason = "closed by the peer" if ending is socket.socket.close else "connection reset by peer"
     lines = [f"{name} connection lost before the {step}: {reason}" for name in names]
     assert log_lines(caplog, logging.DEBUG) == lines
@@ -78,7 +78,7 @@ def test_port_scan_between_header_and_tls_is_no_failure(
     with start_server(tls=True, proxy_protocol="auto") as server:
         with connect(server) as client:
             client.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
-        wait_until(lambda: server.stats == Stats(accepted=1))
+        wait_until(lambda: server.stats == Stats(accepted=1, ended={"closed": 1}))
     assert log_lines(caplog, logging.DEBUG) == [
         "192.0.2.1:1 connection lost before the TLS handshake: closed by the peer"
     ]

@@ -175,7 +175,8 @@ def test_tls_faulty_client_in_any_state_affects_only_itself(
             wait_until(lambda: server.stats.active == 1 and server.stats.tls_failures == counted.get("tls_failures", 0))
             assert is_echoed(healthy)
         stats = {name: number for name, number in asdict(server.stats).items() if number}
-        for name in ("accepted", "active", "messages", "bytes_in", "bytes_out"):
+        assert stats["accepted"] == stats.get("active", 0) + sum(stats.get("ended", {}).values())
+        for name in ("accepted", "active", "ended", "messages", "bytes_in", "bytes_out"):
             stats.pop(name, None)
         assert stats == counted
     assert log_lines(caplog, logging.ERROR) == []

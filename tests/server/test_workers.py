@@ -126,7 +126,7 @@ def test_workers_print_one_address_and_add_up_counters(engine: EngineName) -> No
     assert code == 0
     assert re.fullmatch(r"listening on 127\.0\.0\.1:\d+\n", server.startup_line)
     size = len(b"".join(messages))
-    expected = {"accepted": 40, "messages": 40, "bytes_in": size, "bytes_out": size}
+    expected = {"accepted": 40, "messages": 40, "bytes_in": size, "bytes_out": size, "ended_closed": 40}
     assert {name: count for name, count in counters(lines).items() if count} == expected
 
 
