@@ -432,7 +432,7 @@ def fail_to_reply(message: bytes) -> bytes:
 
 
 def leave_pytest(peer: Peer) -> None:
-    pytest.fail("said in a handler")
+    pytest.fail("failed in a handler")
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_package_import_does_not_import(name: str, imported: set[str]) -> None:
 def test_only_a_server_with_faults_imports_faults(options: dict[str, str], expected: set[str]) -> None:
     code = f"""
 import asyncio, sys
-import echo_async, echo_async.cli.server, echo_async.testing
+import echo_async, echo_async.cli.server
 async def main(engine):
     async with echo_async.serve(port=0, engine=engine, **{options}) as server:
         assert await echo_async.echo("Hola", *server.address) == "Hola"
