@@ -380,7 +380,7 @@ def test_docs_command_line_is_accepted(words: list[str]) -> None:
 
 
 def test_docs_command_lines_cover_every_command() -> None:
-    assert {words[0] for words in PACKAGE_COMMANDS} >= {"server", "client", "run", "bench"}
+    assert {words[0] for words in PACKAGE_COMMANDS} >= {"server", "client", "check", "run", "bench"}
 
 
 def test_docs_library_lists_every_option() -> None:

@@ -15,12 +15,12 @@ def describe(sent: bytes, received: bytes, ending: str) -> str:
         return f"nothing of {total}, then {ending}"
     if sent.startswith(received):
         return f"{len(received):,} of {total}, then {ending}"
-    start = next(
-        (i for i, (one, other) in enumerate(zip(sent, received, strict=False)) if one != other),
-        min(len(sent), len(received)),
-    )
+    if sent.endswith(received):
+        return f"the last {len(received):,} of {total}"
+    pairs = enumerate(zip(sent, received, strict=False))
+    start = next((i for i, (one, other) in pairs if one != other), min(len(sent), len(received)))
     expected, seen = (quote(data[start:]) for data in (sent, received))
-    return f"{len(received):,} bytes for {total}: byte {start:,} begins {seen} instead of {expected}"
+    return f"{len(received):,} instead of {total}, from byte {start:,} on {seen} instead of {expected}"
 
 
 def quote(data: bytes) -> str:

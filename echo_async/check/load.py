@@ -123,5 +123,5 @@ def check_backpressure(context: Context) -> str:
         context.wait(lambda: False, STALL_TIME)
     connection.resume()
     context.finish(connection, data, "the connection of a client that does not read is cut, or replies are discarded")
-    waited = f"the server waited after {len(data) - left:,}" if left else "the path took all of them"
+    waited = f"the server waited after {len(data) - left:,}" if left else "the path accepted all of them"
     return f"{len(data):,} bytes, read after they were sent; {waited}"

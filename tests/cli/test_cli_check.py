@@ -67,7 +67,7 @@ def test_check_failure_names_expected_seen_and_reason(scripted_server: Start) ->
     [line] = [line for line in done.stdout.splitlines() if " failed " in line]
     assert line.startswith(
         "bytes         failed   expected every byte value and every size unchanged; "
-        r'seen 255 bytes for 256 bytes: byte 12 begins "\x0e\x0f\x10'
+        r'seen 255 instead of 256 bytes, from byte 12 on "\x0e\x0f\x10'
     )
     assert line.endswith(": something removes carriage returns, as strip() and text mode do")
 
@@ -190,8 +190,8 @@ def send_lines_without_end(peer: Peer) -> None:
     ("serve", "seen"),
     [
         (accept_in_silence, "nothing of 4 bytes, then nothing within 1 s"),
-        (send_without_end, " begins "),
-        (send_lines_without_end, " begins "),
+        (send_without_end, r', from byte 0 on "\x00'),
+        (send_lines_without_end, ', from byte 0 on "0123456789'),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
 )
