@@ -14,7 +14,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
+from http.client import HTTPConnection
 from importlib.metadata import version
 from pathlib import Path
 from subprocess import PIPE, CompletedProcess
@@ -23,6 +24,7 @@ from types import TracebackType
 from typing import IO, Any, NamedTuple, Protocol, TypeVar, Unpack
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 import echo_async
 from echo_async.config import EngineName, Mode, ServerOptions
@@ -370,6 +372,43 @@ def count_events(line: str) -> int:
     """Return how many events a line of a rate limited log stands for."""
     repeated = re.search(r" \(repeated (\d+) times\)$", line)
     return int(repeated[1]) if repeated else 1
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Return whether the connection ends or is reset, without further bytes."""
+    try:
+        return client.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
+
+
+def has_exited(process: int) -> bool:
+    try:
+        return ") Z " in Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def scrape_metrics(log: str) -> dict[str, float]:
+    """Return every sample of a server with this log, by its name and labels."""
+    [port] = re.findall(r" metrics available at http://127\.0\.0\.1:(\d+)/metrics\n", log)
+    with closing(HTTPConnection("127.0.0.1", int(port), timeout=TIMEOUT)) as connection:
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+    samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+    return {each.name + "".join(f"[{value}]" for value in each.labels.values()): each.value for each in samples}
 
 
 def is_echoed(client: socket.socket, message: bytes = b"still there\n") -> bool:

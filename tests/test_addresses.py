@@ -8,7 +8,6 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import trustme
 from support import BACKENDS, LOOPS, Backend, run_in_namespace
 
 import echo_async
@@ -243,17 +242,11 @@ def hosts(tmp_path: Path) -> str:
     return f"mount --bind '{tmp_path}/hosts' /etc/hosts"
 
 
-@pytest.fixture
-def authority_file(authority: trustme.CA, tmp_path: Path) -> str:
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    return str(tmp_path / "ca.pem")
-
-
 @ADDRESSES
 def test_tls_name_with_a_final_dot_is_verified(
-    host: str, name: str, hosts: str, certificate: Path, authority_file: str
+    host: str, name: str, hosts: str, certificate: Path, ca_file: Path
 ) -> None:
-    arguments = (host, name, str(certificate), authority_file)
+    arguments = (host, name, str(certificate), str(ca_file))
     done = run_in_namespace(hosts, PYTHON, "-c", ECHO + ECHO_OVER_TLS, *arguments)
     assert done.stdout == "hola\nhola\nhola\n", done.stderr
 
@@ -264,16 +257,16 @@ def test_tls_name_with_a_final_dot_is_verified(
     ids=["client", "bench"],
 )
 def test_command_verifies_name_with_a_final_dot(
-    client: tuple[str, ...], host: str, name: str, hosts: str, certificate: Path, authority_file: str
+    client: tuple[str, ...], host: str, name: str, hosts: str, certificate: Path, ca_file: Path
 ) -> None:
-    options = ("--ssl-ca-certs", authority_file, "--host", host, *(("--server-hostname", name) if name else ()))
+    options = ("--ssl-ca-certs", str(ca_file), "--host", host, *(("--server-hostname", name) if name else ()))
     server = ("run", "--ssl-certfile", str(certificate))
     done = run_in_namespace(hosts, *COMMAND, *server, "--", *COMMAND, *client, *options)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_sni_has_no_final_dot(certificate: Path, authority_file: str) -> None:
+def test_sni_has_no_final_dot(certificate: Path, ca_file: Path) -> None:
     server = ("run", "--ssl-certfile", str(certificate), "--mode", "identify")
-    client = ("client", "--identify", "--ssl-ca-certs", authority_file, "--server-hostname", NAME, "hola")
+    client = ("client", "--identify", "--ssl-ca-certs", str(ca_file), "--server-hostname", NAME, "hola")
     done = run_in_namespace("true", *COMMAND, *server, "--", *COMMAND, *client)
     assert json.loads(done.stdout)["tls"]["sni"] == "localhost"

@@ -18,6 +18,7 @@ from support import (
     StartServer,
     connect,
     fill,
+    is_closed,
     is_echoed,
     receive_all,
     receive_exactly,
@@ -28,13 +29,6 @@ from support import (
 from echo_async.config import Mode
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-
-def is_closed(client: socket.socket) -> bool:
-    try:
-        return client.recv(1) == b""
-    except ConnectionError:
-        return True
 
 
 EDGES = [b"x" * (size - 1) + b"\n" for size in (1, 2, 19, 20, 21, 40, 41, 10_000)]

@@ -19,6 +19,7 @@ from support import (
     StartServer,
     command_in_namespace,
     command_process,
+    needs_ipv6,
     receive_all,
     receive_line,
     run_in_namespace,
@@ -28,18 +29,6 @@ from support import (
 )
 
 import echo_async
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
-
-
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback address")
 
 SHORT_LOAD = ["--duration", "0.1", "--warmup", "0"]
 PORTS: dict[str, dict[str, Any]] = {"plain": {}, "tls": {"tls": True}, "proxy": {"proxy_protocol": "auto"}}

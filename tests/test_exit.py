@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from support import BACKENDS, MAX_DELAY, TIMEOUT, ChildProcess, is_echoed, receive_all
+from support import BACKENDS, MAX_DELAY, TIMEOUT, ChildProcess, is_closed, is_echoed
 
 PROGRAM = """
 import asyncio, sys
@@ -83,13 +83,6 @@ def running(start: str, options: dict[str, Any], *, program: str = PROGRAM) -> I
             process.kill()
 
 
-def receives_end(client: socket.socket) -> bool:
-    try:
-        return receive_all(client) == b""
-    except ConnectionResetError:
-        return True
-
-
 def assert_reported_once(stderr: str, error: str) -> None:
     """Check that the error of the program is the only one. Log lines about its clients may follow."""
     lines = stderr.splitlines()
@@ -114,8 +107,8 @@ def test_program_that_fails_with_open_clients_ends(start: str, options: dict[str
         assert is_echoed(idle, b"Hola!\n")
         incomplete.sendall(b"no newline")
         code, stderr = program.end()
-        assert receives_end(idle)
-        assert receives_end(incomplete)
+        assert is_closed(idle)
+        assert is_closed(incomplete)
     assert code == 1
     assert_reported_once(stderr, "RuntimeError: a bug of the program")
 
@@ -129,8 +122,8 @@ def test_program_that_fails_within_a_handshake_ends(start: str, has_tls: bool, c
     with running(start, options) as program, program.connect() as silent, program.connect() as incomplete:
         incomplete.sendall(b"\x16\x03" if has_tls else b"PROXY ")
         code, stderr = program.end()
-        assert receives_end(silent)
-        assert receives_end(incomplete)
+        assert is_closed(silent)
+        assert is_closed(incomplete)
     assert code == 1
     assert_reported_once(stderr, "RuntimeError: a bug of the program")
 
@@ -140,7 +133,7 @@ def test_program_interrupted_with_an_open_server_ends(start: str) -> None:
     with running(start, {"mode": "stream"}) as program, program.connect() as client:
         assert is_echoed(client)  # in debug mode, asyncio reports a connection that it is about to establish
         code, stderr = program.end(signal.SIGINT)
-        assert receives_end(client)
+        assert is_closed(client)
     assert code == -signal.SIGINT
     assert_reported_once(stderr, "KeyboardInterrupt")
 
@@ -181,7 +174,7 @@ def test_server_stays_open_for_a_thread_of_the_program() -> None:
         assert is_echoed(client)  # the main thread may have ended before or after this
         assert is_echoed(client)
         code, stderr = program.end()
-        assert receives_end(client)
+        assert is_closed(client)
     assert code == 0
     assert_reported_once(stderr, "RuntimeError: a bug of the program")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import BACKENDS, TIMEOUT, ChildProcess, connect, is_echoed, receive_all
+from support import BACKENDS, TIMEOUT, ChildProcess, connect, is_closed, is_echoed, receive_all
 
 from echo_async import sync
 from echo_async.testing import HostedServer
@@ -98,13 +98,6 @@ def running_child(program: ForkingProgram) -> Iterator[None]:
         os.kill(child, signal.SIGKILL)
 
 
-def receives_end(client: socket.socket) -> bool:
-    try:
-        return receive_all(client) == b""
-    except ConnectionResetError:
-        return True
-
-
 STARTS = ["sync", "hosted", *map("-".join, BACKENDS)]
 
 
@@ -118,7 +111,7 @@ def test_close_after_a_fork_ends_connections_and_frees_ports(start: str) -> None
             assert receive_all(half_closed) == b""
             assert is_echoed(idle)
             program.close_server()
-            assert receives_end(idle)
+            assert is_closed(idle)
             with pytest.raises(ConnectionRefusedError):
                 connect(program)
             with socket.socket(type=socket.SOCK_DGRAM) as client:
@@ -144,9 +137,9 @@ def test_close_after_a_fork_ends_handshakes(start: str) -> None:
         running_child(program),
     ):
         invalid.sendall(b"no PROXY header\n")
-        assert receives_end(invalid)
+        assert is_closed(invalid)
         program.close_server()
-        assert receives_end(silent)
+        assert is_closed(silent)
 
 
 @pytest.mark.parametrize("start", STARTS[1::2])
@@ -159,7 +152,7 @@ def test_close_after_a_fork_ends_unix_connections(start: str, tmp_path: Path) ->
             assert is_echoed(client)
             with running_child(program):
                 program.close_server()
-                assert receives_end(client)
+                assert is_closed(client)
                 with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
                     late.connect(str(tmp_path / "other.sock"))
 

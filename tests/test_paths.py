@@ -37,12 +37,10 @@ def test_blocking_servers_on_path_objects_are_reached(tmp_path: Path, make_echo_
 
 
 def test_tls_files_that_are_path_objects_are_loaded(
-    certificate: Path, authority: trustme.CA, client_context: ssl.SSLContext, tmp_path: Path
+    certificate: Path, authority: trustme.CA, client_context: ssl.SSLContext, ca_file: Path
 ) -> None:
-    authorities = tmp_path / "ca.pem"
-    authority.cert_pem.write_to_path(str(authorities))
     authority.issue_cert("client").configure_cert(client_context)
-    with HostedServer(ssl_certfile=certificate, ssl_keyfile=certificate, ssl_ca_certs=authorities) as server:
+    with HostedServer(ssl_certfile=certificate, ssl_keyfile=certificate, ssl_ca_certs=ca_file) as server:
         assert sync.echo("Hola!", "localhost", server.address[1], ssl=client_context) == "Hola!"
 
 

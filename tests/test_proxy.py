@@ -13,10 +13,8 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address
-from pathlib import Path
 
 import pytest
-import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
@@ -416,17 +414,14 @@ def test_large_header_is_not_kept_in_memory(start_server: StartServer) -> None:
 
 
 def test_header_precedes_the_tls_handshake(
-    start_server: StartServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    start_server: StartServer, client_context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "echo_async")
-    ca, path = trustme.CA(), tmp_path / "server.pem"
-    ca.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(str(path))
-    context = ssl.create_default_context(cadata=ca.cert_pem.bytes().decode())
-    with start_server(ssl_certfile=str(path)) as server:
+    with start_server(tls=True) as server:
         for header in (V1_HEADER, v2(0x21, 0x11, TCP4, TLV)):
             plain = connect(server)
             plain.sendall(header)
-            with context.wrap_socket(plain, server_hostname="localhost") as client:
+            with client_context.wrap_socket(plain, server_hostname="localhost") as client:
                 client.sendall(b"secret\n")
                 assert receive_line(client) == b"secret\n"
         with connect(server) as client:
@@ -435,7 +430,7 @@ def test_header_precedes_the_tls_handshake(
                 receive_all(client)
         wait_until(lambda: server.stats.tls_failures == 1)
         with connect(server) as plain, pytest.raises(OSError, match=r"(?i)reset|EOF|closed|broken"):
-            context.wrap_socket(plain, server_hostname="localhost")
+            client_context.wrap_socket(plain, server_hostname="localhost")
         wait_until(lambda: server.stats.proxy_failures == 1)
     assert caplog.text.count(" 192.168.0.1:56324 7 bytes: secret") == 2
     assert "192.168.0.1:56324 TLS handshake failed" in caplog.text

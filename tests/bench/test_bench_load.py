@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 from scripted import Peer, Start
 from support import MAX_DELAY, TIMEOUT, ChildProcess, ServerThread, child_processes, wait_until
 
@@ -163,14 +162,12 @@ def test_load_unix_socket_is_measured(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_load_tls_verifies_the_certificate(
-    tmp_path: Path, authority: trustme.CA, certificate: Path, capsys: pytest.CaptureFixture[str]
+    ca_file: Path, certificate: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trusted = tmp_path / "ca.pem"
-    authority.cert_pem.write_to_path(str(trusted))
     with HostedServer(host="localhost", ssl_certfile=str(certificate), chunk_size=65536) as server:
         where = ("--host", "localhost", "--port", str(server.port))
         for more in (("--mode", "message"), ("--pipeline", "4", "--size", "30000")):
-            facts = load(capsys, *where, "--ssl-ca-certs", str(trusted), "--connections", "2", *more, *SHORT)
+            facts = load(capsys, *where, "--ssl-ca-certs", str(ca_file), "--connections", "2", *more, *SHORT)
             assert facts["tls"]
             check_replies(facts)
         assert "certificate verify failed" in load_error(capsys, *where, "--ssl", code=3)

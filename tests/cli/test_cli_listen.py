@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -256,17 +254,3 @@ def test_run_listen_gives_the_first_address(is_variable: bool, tmp_path: Path) -
     done = run(*options, "--", *PRINT_VARIABLES, env=env, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == {"ECHO_ASYNC_UDS": "first.sock", "ECHO_ASYNC_RUN_UDS": "first.sock"}
-
-
-def test_run_listen_reaches_the_first_listener() -> None:
-    options = ("--listen", "0,mode=stream", "--listen", "0,fault=reset", "--workers", "2")
-    done = run(*options, "--", sys.executable, "-m", "echo_async", "client", "one", "two")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "one\ntwo\n", "")
-
-
-def test_run_listen_passes_inherited_sockets() -> None:
-    with ExitStack() as stack:
-        numbers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))).fileno() for _ in range(2)]
-        options = [word for number in numbers for word in ("--listen", f"fd:{number},mode=message")]
-        done = run(*options, "--", sys.executable, "-m", "echo_async", "client", pass_fds=numbers)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "Hola Server!\n", "")

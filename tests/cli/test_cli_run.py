@@ -17,7 +17,15 @@ from subprocess import PIPE, CompletedProcess
 from typing import Any
 
 import pytest
-from support import TIMEOUT, ChildProcess, run_process, single_error_line, wait_until, without_slow_callbacks
+from support import (
+    TIMEOUT,
+    ChildProcess,
+    has_exited,
+    run_process,
+    single_error_line,
+    wait_until,
+    without_slow_callbacks,
+)
 
 from echo_async.cli.main import main
 
@@ -67,13 +75,6 @@ def children(process: int) -> dict[int, str]:
 
 def worker_pids(process: ChildProcess) -> list[int]:
     return [pid for pid, line in children(process.pid).items() if "echo_async.service.worker" in line]
-
-
-def has_exited(pid: int) -> bool:
-    try:
-        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return True
 
 
 # The command and its environment

@@ -452,25 +452,6 @@ def test_unix_socket_path_not_utf8_is_announced(tmp_path: Path) -> None:
     assert b"Traceback" not in log
 
 
-@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this machine has no IPv6")
-def test_ipv6_address_is_announced_in_brackets() -> None:
-    with server_process("--host", "::1") as server:
-        assert re.fullmatch(r"listening on \[::1\]:\d+\n", server.startup_line)
-        assert exchange(server.address, b"one\n") == b"one\n"
-        _, log = server.stop()
-    assert re.search(r" INFO \[::1\]:\d+ 4 bytes: one\n", log)
-
-
-def test_host_name_prints_a_line_per_address() -> None:
-    with server_process("--host", "localhost") as server:
-        _, log = server.stop()
-        announced = server.startup_line + server.process.stdout.read()
-    addresses = {info[4][0] for info in socket.getaddrinfo("localhost", 0, type=socket.SOCK_STREAM)}
-    assert announced.count("\n") == len(addresses)
-    assert len({line.rpartition(":")[2] for line in announced.splitlines()}) == 1
-    assert_printable(log)
-
-
 # Help and version
 
 

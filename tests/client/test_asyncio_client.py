@@ -17,7 +17,7 @@ from support import MAX_DELAY, TIMEOUT, sends_at_once, wait_in_loop
 
 import echo_async
 from echo_async.client.batching import WINDOW_BYTES
-from echo_async.client.client import EchoClient, connect, echo
+from echo_async.client.client import EchoClient, connect
 from echo_async.engines.loop_internals import run_turns
 from echo_async.pytest_plugin import MakeEchoServer
 
@@ -39,15 +39,6 @@ def test_echo_concurrent_on_one_client(on_loop: OnLoop, mode: Any, number: int) 
         async with echo_async.serve(port=0, mode=mode) as server, connect(*server.address) as client:
             messages = list(map(str, range(number)))
             assert await asyncio.gather(*map(client.echo, messages)) == messages
-
-    on_loop(main)
-
-
-def test_echo_concurrent_clients(on_loop: OnLoop) -> None:
-    async def main() -> None:
-        async with echo_async.serve(port=0) as server:
-            messages = [str(number) for number in range(50)]
-            assert await asyncio.gather(*(echo(message, *server.address) for message in messages)) == messages
 
     on_loop(main)
 
@@ -363,28 +354,6 @@ def test_stream_canceled_source_raises_canceled_error(on_loop: OnLoop, scripted_
                 await collect(client.stream(messages()))
 
     on_loop(main)
-
-
-def test_stream_reconnects_after_close_between_messages(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
-    server = faulty_server(fault="close=4")
-
-    async def main() -> None:
-        queue: asyncio.Queue[str] = asyncio.Queue()
-
-        async def messages() -> AsyncIterator[str]:
-            while True:
-                yield await queue.get()
-
-        async with connect(*server.address) as client, aclosing(client.stream(messages())) as replies:
-            for number in range(6):
-                if number and number % 2 == 0:
-                    await disconnected(client)
-                queue.put_nowait(str(number))
-                assert await anext(replies) == str(number)
-
-    on_loop(main)
-    assert server.received == [b"%d\n" % number for number in range(6)]
-    assert server.stats.accepted == 3
 
 
 def test_unexpected_bytes_fail_next_reply_of_stream(on_loop: OnLoop, scripted_server: Start) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 from clients import Connect, Echo
 from scripted import Peer, Start
 from support import TIMEOUT
@@ -41,12 +40,11 @@ def test_client_sends_its_own_address_by_default(echo: Echo, version: Any, caplo
 
 
 @each_version
-def test_client_sends_the_header_before_tls(echo: Echo, version: Any, tmp_path: Path) -> None:
-    authority, certificate = trustme.CA(), tmp_path / "server.pem"
-    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(certificate))
-    context = ssl.create_default_context(cadata=authority.cert_pem.bytes().decode())
+def test_client_sends_the_header_before_tls(
+    echo: Echo, version: Any, certificate: Path, client_context: ssl.SSLContext
+) -> None:
     with sync.serve(port=0, proxy_protocol=version, ssl_certfile=str(certificate)) as server:
-        assert echo("secret", *server.address, ssl=context, send_proxy=version) == "secret"
+        assert echo("secret", *server.address, ssl=client_context, send_proxy=version) == "secret"
 
 
 @each_version

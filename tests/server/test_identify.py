@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import ssl
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 from scripted import Peer, Start
-from support import TIMEOUT, StartServer, connect, is_echoed, receive_line, run, server_process
+from support import StartServer, connect, receive_line, run
 
 import echo_async
 from echo_async import ConfigError, Identity, ReplyDifferent, sync
@@ -258,22 +256,6 @@ def test_client_command_checks_the_reply(capfd: pytest.CaptureFixture[str]) -> N
     assert "--identify and --count are mutually exclusive" in capfd.readouterr().err
 
 
-@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not installed")
-def test_jq_reads_ten_thousand_replies(tmp_path: Path) -> None:
-    messages = [os.urandom(number % 50).replace(b"\n", b"") + b"\n" for number in range(10_000)]
-    replies = b""
-    with HostedServer(mode="identify", no_access_log=True) as server, connect(server) as client:
-        for start in range(0, len(messages), 100):
-            client.sendall(b"".join(messages[start : start + 100]))
-            while replies.count(b"\n") < start + 100:
-                replies += client.recv(65536)
-    (tmp_path / "replies").write_bytes(replies)
-    command = ["jq", "-c", ".number", str(tmp_path / "replies")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    assert done.stderr == ""
-    assert [int(line) for line in done.stdout.split()] == [*range(1, 10_001)]
-
-
 # Options
 
 
@@ -287,16 +269,6 @@ INVALID_LABELS = [
 def test_invalid_labels_are_reported(labels: Any) -> None:
     with pytest.raises(ConfigError, match=r"invalid labels: .*must be KEY=VALUE"):
         echo_async.ServerConfig(labels=labels)
-
-
-def test_labels_are_in_json_logs_and_the_info_metric() -> None:
-    arguments = ["--label", "zone=a", "--label", "color=b=c", "--log-format", "json", "--metrics-port", "0"]
-    with server_process(*arguments) as server:
-        with server.connect() as client:
-            assert is_echoed(client)
-        code, log = server.stop()
-    assert code == 0
-    assert all(json.loads(line)["labels"] == {"zone": "a", "color": "b=c"} for line in log.splitlines())
 
 
 @pytest.mark.parametrize("alpn", ["", ",", "a,,b", 256 * "x"])

@@ -11,13 +11,11 @@ import ssl
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
-from prometheus_client.parser import text_string_to_metric_families
 from support import (
     TIMEOUT,
     Backend,
@@ -27,6 +25,7 @@ from support import (
     receive_exactly,
     receive_line,
     run,
+    scrape_metrics,
     single_error_line,
     wait_until,
 )
@@ -144,7 +143,7 @@ def test_single_listener_logs_as_without_listen() -> None:
         client.sendall(b"one\ntwo\n")
         assert receive_line(client, 8) == b"one\ntwo\n"
         wait_until(lambda: " server started: " in listeners.server.log)
-        assert scrape(listeners.server.log)[f"echo_async_listener_messages_total[{listeners.names[0]}]"] == 2
+        assert scrape_metrics(listeners.server.log)[f"echo_async_listener_messages_total[{listeners.names[0]}]"] == 2
         code, log = listeners.server.stop()
     assert code == 0
     assert "server started: mode stream, engine streams\n" in log
@@ -302,17 +301,6 @@ def test_listeners_share_the_descriptor_limit(engine: str) -> None:
 # Counters, metrics and logs
 
 
-def scrape(log: str) -> dict[str, float]:
-    """Return every sample by its name and labels."""
-    [port] = re.findall(r" metrics available at http://127\.0\.0\.1:(\d+)/metrics\n", log)
-    connection = HTTPConnection("127.0.0.1", int(port), timeout=TIMEOUT)
-    connection.request("GET", "/metrics")
-    text = connection.getresponse().read().decode()
-    connection.close()
-    samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
-    return {each.name + "".join(f"[{value}]" for value in each.labels.values()): each.value for each in samples}
-
-
 @pytest.mark.parametrize("engine", ["protocol", "threads"])
 def test_workers_counters_of_each_listener_add_up(engine: str) -> None:
     options = ("--workers", "2", "--engine", engine, "--no-access-log", "--mode", "stream", "--metrics-port", "0")
@@ -324,7 +312,7 @@ def test_workers_counters_of_each_listener_add_up(engine: str) -> None:
             client = stack.enter_context(listeners.connect(index))
             client.sendall(b"hello\n")
             assert receive_line(client, 6 * (index + 1)) == b"hello\n" * (index + 1)
-        samples = scrape(server.log)
+        samples = scrape_metrics(server.log)
         for metric, parts in {
             "connections_accepted_total": (40, 20),
             "connections_active": (40, 20),

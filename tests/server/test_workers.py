@@ -31,6 +31,8 @@ from support import (
     ServerProcess,
     child_processes,
     connect_to,
+    has_exited,
+    is_closed,
     log_lines,
     paused_processes,
     receive_all,
@@ -69,24 +71,9 @@ def is_running(process: int) -> bool:
     return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("R")
 
 
-def has_exited(process: int) -> bool:
-    try:
-        return re.search(r"^State:\s+Z", Path(f"/proc/{process}/status").read_text(), re.M) is not None
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
 def exchange(client: socket.socket, message: bytes) -> bytes:
     client.sendall(message)
     return receive_line(client)
-
-
-def is_closed(client: socket.socket) -> bool:
-    """Return whether the connection is closed or reset, without further bytes."""
-    try:
-        return client.recv(1) == b""
-    except ConnectionError:
-        return True
 
 
 def receive_or_none(client: socket.socket) -> bytes | None:
