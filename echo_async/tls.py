@@ -11,28 +11,39 @@ from .errors import ConfigError, EchoError, StartError, describe_error
 class Certificates:
     """The server's certificate files as an SSL context, validated at startup and on :meth:`reload`.
 
-    ``context`` is for new handshakes. A reload replaces the context instead of changing it, since another thread
-    may use it in a handshake. :exc:`~echo_async.StartError` names the file that is invalid.
+    ``expires_at`` is the end of the server certificate's validity, in seconds since the epoch. ``reloads`` counts the
+    calls of :meth:`reload` by their result. ``context`` is for new handshakes. A reload replaces the context instead of
+    changing it, since another thread may use it in a handshake. :exc:`~echo_async.StartError` names the file that is
+    invalid.
     """
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config
-        self.reload()
+        self.reloads = {"success": 0, "failure": 0}
+        self._load()
 
     def reload(self) -> None:
         """Load and validate the files; replace ``context`` only if they are valid."""
+        try:
+            self._load()
+        except StartError:
+            self.reloads["failure"] += 1
+            raise
+        self.reloads["success"] += 1
+
+    def _load(self) -> None:
         config = self._config
         assert config.ssl_certfile is not None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION
         _load_certificate(context, config.ssl_certfile, config.ssl_keyfile, config.ssl_keyfile_password)
-        _validate(context, config.ssl_certfile)
+        expires_at = _validate(context, config.ssl_certfile)
         if config.ssl_ca_certs is not None:
             _require_client_certificates(context, config.ssl_ca_certs)
         if config.ssl_alpn is not None:
             context.set_alpn_protocols([each.strip() for each in config.ssl_alpn.split(",")])
-        self.context = context
+        self.context, self.expires_at = context, expires_at
 
 
 @contextlib.contextmanager
@@ -69,8 +80,8 @@ def _check_readable(option: str, path: StrPath) -> None:
         pass
 
 
-def _validate(server: ssl.SSLContext, certfile: StrPath) -> None:
-    """Check that the certificate is valid today, and for a server, by a handshake in memory."""
+def _validate(server: ssl.SSLContext, certfile: StrPath) -> float:
+    """Check that the certificate is valid today, and for a server, by a handshake in memory; return its end."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -81,6 +92,7 @@ def _validate(server: ssl.SSLContext, certfile: StrPath) -> None:
         for peer in (*peers, *peers):  # a handshake takes two rounds
             with contextlib.suppress(ssl.SSLWantReadError):
                 peer.do_handshake()
+        return ssl.cert_time_to_seconds(str((peers[0].getpeercert() or {})["notAfter"]))
 
 
 def client_context(

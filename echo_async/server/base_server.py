@@ -130,6 +130,11 @@ class BaseServer:
         """Whether connections are accepted, on every listener."""
         return not self._is_stopping and all(each.sockets.sockets for each in self._acceptors)
 
+    @property
+    def certificates(self) -> Sequence[Certificates]:
+        """The certificates of the listeners that have one."""
+        return [each.certificates for each in self._acceptors if each.certificates is not None]
+
     def reload_certificates(self) -> bool:
         """Read the certificate files again, for new connections. No connection is closed.
 
@@ -139,10 +144,9 @@ class BaseServer:
         Raises:
             StartError: A file is invalid. The previous certificates stay in use.
         """
-        certificates = [each.certificates for each in self._acceptors if each.certificates is not None]
-        for each in certificates:
+        for each in self.certificates:
             each.reload()
-        return bool(certificates)
+        return bool(self.certificates)
 
     def close(self) -> None:
         """Begin the graceful shutdown. Returns at once; safe to call twice, and from any thread.

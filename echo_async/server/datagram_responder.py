@@ -66,7 +66,7 @@ class DatagramResponder:
         self._refusals = Refusals(config.udp_allow_from, [each.getsockname()[1] for each in sockets])
         self._schedule = None if admission.scripts is None else admission.scripts.datagram_schedule()
         self.has_faults = self._schedule is not None
-        self._delayed: list[tuple[float, int, bytes, ReplyRoute]] = []  # a heap, by time and number
+        self._delayed: list[tuple[float, int, int | None, bytes, ReplyRoute]] = []  # a heap, by time and number
         self._delayed_size = 0
         self._numbers = count()
         self._identifies = config.mode == "identify"
@@ -105,7 +105,7 @@ class DatagramResponder:
                     try:
                         receiver.sendto(data, source)
                     except OSError as error:
-                        self._lose(data, source, error)
+                        self._lose(data, source, error, len(data))
                 else:
                     self._answer(receiver, data, source, ancillary)
             except Exception as error:  # the others have to be answered too
@@ -128,31 +128,38 @@ class DatagramResponder:
             self._log(data, source)
         plan = None if self._schedule is None else self._schedule.next_plan()
         if plan is None:
-            return self._send(reply, route)
+            return self._send(reply, route, len(data))
         from ..wire.faults import FaultScript  # only for a server with faults
 
         delay = 0.0
+        received: int | None = len(data)
         for action in FaultScript(plan, EchoScript(is_raw=True), is_raw=True).reply_datagram(reply):
             match action:
                 case Report():
                     self.context.report(format_address(route.peer), action)
                 case Wait(seconds):
                     delay = seconds
-                case Send(data) if delay:
-                    self._delay(delay, data, route)
-                case Send(data):
-                    self._send(data, route)
+                case Send(reply):
+                    if delay:
+                        self._delay(delay, reply, route, received)
+                    else:
+                        self._send(reply, route, received)
+                    received = None
 
-    def _send(self, reply: bytes, route: ReplyRoute) -> None:
+    def _send(self, reply: bytes, route: ReplyRoute, received: int | None) -> None:
+        """Send a reply to a datagram of ``received`` bytes; None for another reply to the same one."""
         self._counters.sent += len(reply)  # before it arrives: its receiver finds it counted
         try:
             route.send(reply)
         except OSError as error:
-            self._lose(reply, route.peer, error)
+            self._lose(reply, route.peer, error, received)
 
-    def _lose(self, reply: bytes, source: SocketAddress, error: OSError) -> None:
+    def _lose(self, reply: bytes, source: SocketAddress, error: OSError, received: int | None) -> None:
         """Count a reply that the system does not take, also if its buffer is full: UDP does not wait."""
         self._counters.sent -= len(reply)
+        if received is not None:
+            self._counters.answered -= 1
+            self._counters.received -= received
         self.refuse(source, "send", error)
 
     def _identify(self, data: bytes, route: ReplyRoute) -> bytes:
@@ -162,12 +169,12 @@ class DatagramResponder:
         describer = describe_connection(self.context.config, None, None, route.get_extra_info)
         return describer.describe(data[: data.find(b"\n") + 1] or data + b"\n", self._counters.answered + 1)
 
-    def _delay(self, seconds: float, reply: bytes, route: ReplyRoute) -> None:
+    def _delay(self, seconds: float, reply: bytes, route: ReplyRoute, received: int | None) -> None:
         size = len(reply) + DELAYED_OVERHEAD
         if self._delayed_size + size > MAX_DELAYED_SIZE:
             return self.refuse(route.peer, "limit")
         self._delayed_size += size
-        heappush(self._delayed, (self.context.now() + seconds, next(self._numbers), reply, route))
+        heappush(self._delayed, (self.context.now() + seconds, next(self._numbers), received, reply, route))
 
     def send_due(self) -> float | None:
         """Send the delayed replies that are due; return the seconds until the next is, None if there is none."""
@@ -179,10 +186,10 @@ class DatagramResponder:
         return None
 
     def _send_next(self) -> None:
-        _, _, reply, route = heappop(self._delayed)
+        _, _, received, reply, route = heappop(self._delayed)
         self._delayed_size -= len(reply) + DELAYED_OVERHEAD
         try:
-            self._send(reply, route)
+            self._send(reply, route, received)
         except Exception as error:  # the others have to be sent too
             self.context.fail(format_address(route.peer), error)
 

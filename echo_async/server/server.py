@@ -110,6 +110,8 @@ def acceptor_of(engine: EngineName) -> Callable[..., Acceptor]:
 class EchoServer(BaseServer):
     """A running echo server; :func:`serve` creates one."""
 
+    worker_restarts = 0  # it has no workers
+
     def __init__(self, bound: Iterable[tuple[ServerConfig, ListeningSockets]]) -> None:
         super().__init__([acceptor_of(config.engine)(config, sockets, self._on_closed) for config, sockets in bound])
         self._loop = asyncio.get_running_loop()

@@ -85,6 +85,31 @@ class StatsCollector(Collector):
             yield from _families("echo_async_listener", ["listener"], listeners)
 
 
+class ServiceCollector(Collector):
+    """Converts what a service counts besides the statistics of its listeners."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterable[Metric]:
+        certificates = self._service.certificates
+        yield CounterMetricFamily(
+            "echo_async_worker_restarts", "Workers that exited and were replaced.", self._service.worker_restarts
+        )
+        reloads = CounterMetricFamily(
+            "echo_async_certificate_reloads", "Certificates that were reloaded on SIGHUP.", labels=["result"]
+        )
+        for result in ("success", "failure"):
+            reloads.add_metric([result], sum(each.reloads[result] for each in certificates))
+        yield reloads
+        if certificates:
+            yield GaugeMetricFamily(
+                "echo_async_certificate_expiry_timestamp_seconds",
+                "Time at which the first of the certificates expires, in seconds since the epoch.",
+                min(each.expires_at for each in certificates),
+            )
+
+
 def _families(prefix: str, labels: list[str], samples: Sequence[tuple[list[str], Stats]]) -> Iterable[Metric]:
     """Return the metrics of ``samples``, each of which has values for ``labels``."""
     active = GaugeMetricFamily(f"{prefix}_connections_active", "Connections open now.", labels=labels)
@@ -143,6 +168,7 @@ class MetricsServer:
         self._stats = [Stats() for _ in service.listener_names]
         registry = CollectorRegistry(auto_describe=True)
         registry.register(StatsCollector(lambda: self._stats, labels, names))
+        registry.register(ServiceCollector(service))
         self._metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
         for each in self._sockets:
             try:

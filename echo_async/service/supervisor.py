@@ -61,12 +61,13 @@ class Supervisor:
         bound: Sequence[ListeningSockets],
     ) -> None:
         self._configs = [each.config for each in listeners]
-        self._certificates = [Certificates(each) for each in self._configs if each.ssl_certfile is not None]
+        self.certificates = [Certificates(each) for each in self._configs if each.ssl_certfile is not None]
         self.addresses = [address for each in bound for address in each.addresses]
         self.listener_names = [each.name for each in bound]
         self._sockets: list[WorkerSockets] = list(zip(*(each.divide(workers) for each in bound), strict=True))
         self._settings = asdict(settings)
         self._loop = asyncio.get_running_loop()
+        self.worker_restarts = 0
         self._is_stopping = False
         self._workers: set[Worker] = set()
         self._exited_stats = [Stats()] * len(bound)  # the counters of workers that have exited
@@ -137,11 +138,11 @@ class Supervisor:
 
     def reload_certificates(self) -> bool:
         """The same as that of a server. :exc:`~echo_async.StartError` before any worker reads the files."""
-        for each in self._certificates:
+        for each in self.certificates:
             each.reload()
         for worker in self._workers:
             worker.send_command("reload")
-        return bool(self._certificates)
+        return bool(self.certificates)
 
     async def wait_closed(self) -> None:
         """Wait until all workers have exited. :exc:`~echo_async.StartError` if a replacement could not start."""
@@ -189,6 +190,7 @@ class Supervisor:
                 if self._is_stopping and not _has_queue(sockets):
                     return
                 log.error("worker %d exited with code %d, restarting", worker.pid, code)
+                self.worker_restarts += 1
                 if self._loop.time() - started_at < MIN_UPTIME:
                     await _delay_restart(early_exits)
                     early_exits += 1

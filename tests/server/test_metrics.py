@@ -19,6 +19,7 @@ from pathlib import Path
 from time import monotonic
 
 import pytest
+from cryptography import x509
 from support import (
     MAX_DELAY,
     TIMEOUT,
@@ -120,6 +121,27 @@ def test_metrics_count_refusals_and_timeouts_by_kind() -> None:
     assert samples["echo_async_connections_refused_total"] == samples["echo_async_timeouts_total[idle]"] == 1
     assert [samples[f"echo_async_timeouts_total[{kind}]"] for kind in ("message", "write", "handshake")] == [0, 0, 0]
     assert samples[f"echo_async_info[streams][stream][{echo_async.__version__}][1]"] == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_metrics_show_certificates_and_reloads_and_restarts(workers: int, certificate: Path, tmp_path: Path) -> None:
+    path = tmp_path / "server.pem"
+    path.write_bytes(certificate.read_bytes())
+    with server_with_metrics("protocol", workers, "--ssl-certfile", str(path)) as server:
+        samples = scrape_metrics(server.log)
+        certificates = x509.load_pem_x509_certificates(path.read_bytes())
+        expiry = samples["echo_async_certificate_expiry_timestamp_seconds"]
+        assert expiry == certificates[0].not_valid_after_utc.timestamp()
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: scrape_metrics(server.log)["echo_async_certificate_reloads_total[success]"] == 1)
+        path.write_text("no certificate")
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: scrape_metrics(server.log)["echo_async_certificate_reloads_total[failure]"] == 1)
+        assert scrape_metrics(server.log)["echo_async_worker_restarts_total"] == 0
+        path.write_bytes(certificate.read_bytes())
+        if workers > 1:
+            os.kill(server.worker_pids[0], signal.SIGKILL)
+            wait_until(lambda: scrape_metrics(server.log)["echo_async_worker_restarts_total"] == 1)
 
 
 def test_metrics_keep_the_counters_of_a_killed_worker() -> None:
