@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
@@ -21,7 +22,7 @@ from support import TIMEOUT, ChildProcess, command_process, receive_line, server
 
 from echo_async import Identity
 from echo_async.cli.server import command
-from echo_async.service.metrics import StatsCollector
+from echo_async.service.metrics import ServiceCollector, StatsCollector
 from echo_async.stats import Stats
 from echo_async.testing import HostedServer
 
@@ -212,14 +213,29 @@ def test_environment_variables_in_deploy_files_are_options(name: str) -> None:
     assert used <= known
 
 
+def existing_metrics() -> set[str]:
+    """The names of all samples, without those of each listener."""
+    certificate = SimpleNamespace(reloads={"success": 0, "failure": 0}, expires_at=0.0)
+    service: Any = SimpleNamespace(certificates=[certificate], worker_restarts=0)
+    collectors = StatsCollector(lambda: [Stats()], {}, []), ServiceCollector(service)
+    return {sample.name for each in collectors for metric in each.collect() for sample in metric.samples}
+
+
 def test_dashboard_queries_exactly_the_existing_metrics() -> None:
     dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     queried = {name for query in queries for name in re.findall(r"echo_async_\w+", query)}
-    described = StatsCollector(lambda: [Stats()], {}, []).collect()
-    # The name of an InfoMetricFamily lacks the suffix of its sample.
-    existing = {sample.name for metric in described for sample in metric.samples} | {"echo_async_timeouts_total"}
-    assert queried == existing
+    assert queried == {*existing_metrics(), "echo_async_listener_messages_total"}
+
+
+def test_alerts_query_existing_metrics_and_labels() -> None:
+    (group,) = manifest(DEPLOY / "alerts.yaml")["groups"]
+    for rule in group["rules"]:
+        assert set(rule) <= {"alert", "expr", "for", "annotations"}
+        assert set(re.findall(r"echo_async_\w+", rule["expr"])) <= existing_metrics()
+        assert rule["annotations"]["summary"].endswith(".")
+        labels = {"instance", "kind", "reason"}
+        assert set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"])) <= labels
 
 
 @pytest.mark.parametrize(
