@@ -5,12 +5,13 @@ The library only writes to the loggers below ``echo_async``. Only the commands c
 
 import logging
 import math
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Literal
+from typing import IO, Literal
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 LogFormat = Literal["text", "json"]
@@ -20,6 +21,9 @@ access_log = logging.getLogger("echo_async.access")
 
 TEXT_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(message)s"
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
+
+PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+"""The priorities of syslog(3)."""
 
 LOG_INTERVAL = 1.0  # seconds between two lines about events of the same kind
 
@@ -84,11 +88,32 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry)
 
 
+class JournalFormatter(logging.Formatter):
+    """Lines for systemd's journal, which notes the time itself: with a prefix for the priority (sd-daemon(3))."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"<{PRIORITIES[record.levelno]}>{super().format(record)}"
+
+
+def is_journal(stream: IO[str]) -> bool:
+    """Return whether ``stream`` is connected to systemd's journal (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError, AttributeError):  # closed, or no file
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
 def configure(level: LogLevel, format: LogFormat, labels: Mapping[str, str] | None = None) -> None:
     """Write the ``echo_async`` loggers to stderr, as JSON with ``labels``. Lines that cannot be written are dropped."""
     logging.raiseExceptions = False  # no traceback if stderr is closed or full
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter(labels) if format == "json" else logging.Formatter(TEXT_FORMAT, TIME_FORMAT))
+    if format == "json":
+        handler.setFormatter(JsonFormatter(labels))
+    elif is_journal(sys.stderr):
+        handler.setFormatter(JournalFormatter())
+    else:
+        handler.setFormatter(logging.Formatter(TEXT_FORMAT, TIME_FORMAT))
     root = logging.getLogger("echo_async")
     root.handlers = [handler]
     root.setLevel(level.upper())

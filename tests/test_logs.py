@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -177,3 +179,23 @@ def test_log_to_closed_stderr_is_dropped(monkeypatch: pytest.MonkeyPatch, capsys
     closed_stderr.close()
     log.info("dropped")
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("restore_loggers")
+def test_text_log_in_the_journal_has_priorities_and_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream is that of the journal if its device and inode are those of JOURNAL_STREAM."""
+    for name in ("journal", "redirected"):
+        with (tmp_path / name).open("w") as stream:
+            monkeypatch.setattr("sys.stderr", stream)
+            if name == "journal":
+                status = os.fstat(stream.fileno())
+                monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+            configure("debug", "text")
+            log.debug("one")
+            log.info("two")
+            log.warning("three")
+            log.error("four")
+            log.critical("five")
+    assert (tmp_path / "journal").read_text() == "<7>one\n<6>two\n<4>three\n<3>four\n<2>five\n"
+    lines = (tmp_path / "redirected").read_text().splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} DEBUG one", lines[0])
