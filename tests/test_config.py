@@ -51,6 +51,7 @@ def test_invalid_value_is_reported_with_name_and_value() -> None:
         ("backlog", 1),
         ("limit_message_size", 1),
         ("limit_connections", 1),
+        ("labels", {"a": 1023 * "x"}),
         *((name, 0.001) for name in TIMEOUTS),
         *((name, 86_400) for name in TIMEOUTS),
     ],

@@ -110,7 +110,7 @@ def test_empty_stdin_without_argument_sends_the_default(
     assert server.received == 2 * [[b"Hola Server!\n"]]
 
 
-@pytest.mark.parametrize(("mode", "lines"), [("message", 300), ("stream", 30_000)])
+@pytest.mark.parametrize(("mode", "lines"), [("message", 300), ("stream", 100_000)])
 def test_stdin_with_many_lines_is_echoed_completely(faulty_server: MakeEchoServer, mode: Mode, lines: int) -> None:
     text = "".join(f"{number}\n" for number in range(1, lines + 1)).encode()
     done = client(faulty_server(mode=mode), "-", input=text)
