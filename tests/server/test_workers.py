@@ -429,13 +429,20 @@ def test_workers_exit_with_the_supervisor_and_free_the_port(engine: EngineName) 
     assert "Traceback" not in lines
 
 
-@each_acceptor
-def test_worker_exits_if_the_supervisor_reads_no_report(engine: EngineName) -> None:
+@pytest.mark.parametrize(
+    ("engine", "loop", "code", "error"),
+    [
+        ("protocol", "auto", 0, ""),
+        ("threads", "auto", 0, ""),
+        ("protocol", "missing:new", 3, "error: cannot use --loop"),
+    ],
+)
+def test_worker_exits_if_the_supervisor_reads_no_report(engine: EngineName, loop: str, code: int, error: str) -> None:
     channel, worker_channel = socket.socketpair()
     with channel, worker_channel, socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         listeners = [({"engine": engine}, [listener.fileno()])]
-        settings = {"listeners": listeners, "loop": "auto", "log_level": "info", "log_format": "text", "labels": {}}
+        settings = {"listeners": listeners, "loop": loop, "log_level": "info", "log_format": "text", "labels": {}}
         command = [sys.executable, "-m", "echo_async.service.worker", str(worker_channel.fileno())]
         inherited = (worker_channel.fileno(), listener.fileno())
         with ChildProcess(command, pass_fds=inherited, stderr=subprocess.PIPE, text=True) as worker:
@@ -443,12 +450,13 @@ def test_worker_exits_if_the_supervisor_reads_no_report(engine: EngineName) -> N
                 worker_channel.close()
                 channel.sendall(json.dumps(settings).encode() + b"\n")
                 readable, _, _ = select.select([channel], [], [], TIMEOUT)
-                assert readable  # the worker has reported that it is ready; the report is not read
+                assert readable  # the worker has reported that it is ready, which is not read, or has failed
                 channel.close()
                 _, lines = worker.communicate(timeout=TIMEOUT)
             finally:
                 worker.kill()
-    assert (worker.returncode, lines) == (0, "")
+    assert (worker.returncode, lines.count("\n")) == (code, bool(error))
+    assert lines.startswith(error)
 
 
 def test_worker_failing_to_reload_keeps_its_certificates(tmp_path: Path) -> None:
