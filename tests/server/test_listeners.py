@@ -331,7 +331,7 @@ def test_workers_counters_of_each_listener_add_up(engine: str) -> None:
         code, stopped, log = listeners.stop()
     assert code == 0
     assert stopped == [
-        {"accepted": 40, "messages": 40, "bytes_in": 240, "bytes_out": 240},
-        {"accepted": 20, "messages": 20, "bytes_in": 120, "bytes_out": 240, "fault_duplicate": 20},
+        {"accepted": 40, "messages": 40, "bytes_in": 240, "bytes_out": 240, "ended_closed": 40},
+        {"accepted": 20, "messages": 20, "bytes_in": 120, "bytes_out": 240, "ended_closed": 20, "fault_duplicate": 20},
     ]
     assert counters(log, " server stopped: ") == add(stopped)
