@@ -238,6 +238,8 @@ class ThreadConnection(Connection):
     def reset(self) -> None:
         self.ended_by = self.ended_by or "server"
         self._is_resetting = True
+        if self.runner is not None:
+            self.runner.is_cut = True
         connected = self.get_extra_info("socket")
         with contextlib.suppress(OSError, ValueError):  # it is closed already
             set_reset_on_close(connected)

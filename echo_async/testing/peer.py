@@ -98,12 +98,16 @@ class Peer:
             data = self._connection.receive(READ_SIZE)
         except OSError as error:
             raise ClientEnded(f"connection {self.number} lost: {error}") from error
+        self._check_end()
+        return data
+
+    def _check_end(self) -> None:
         if self._connection.is_ending:
             raise ClientEnded(f"connection {self.number} ended by the server")
-        return data
 
     def _perform(self, action: Action) -> None:
         assert self._connection.runner is not None
+        self._check_end()
         try:
             self._connection.runner.perform(action)
         except OSError as error:
