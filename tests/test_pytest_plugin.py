@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from ssl import SSLCertVerificationError
 
 import pytest
-from support import TIMEOUT, connect, receive_all, receive_line, run
+from support import TIMEOUT, connect, receive_all, receive_line, run, run_process
 
 import echo_async
 from echo_async import sync
@@ -150,6 +151,103 @@ def test_make_echo_server_runs_until_closed_or_session_end(
     result = session.runpytest_inprocess("-s")
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(["*threads left: 0"])
+
+
+FAILING = """
+    import socket
+    import pytest
+
+    def failing(peer):
+        assert peer.receive_line() == b"expected\\n", "from the handler"
+
+    def exchange(server):
+        with socket.create_connection(server.address) as client:
+            client.sendall(b"other\\n")
+
+    def waiting(peer):
+        assert peer.receive_line() == b"never sent\\n"
+
+    @pytest.fixture(scope="module")
+    def shared(make_echo_server):
+        return make_echo_server(handler=failing)
+
+    def test_of_a_shared_server(shared):
+        exchange(shared)
+
+    def test_after_it(shared):
+        pass
+
+    def test_that_makes_one(make_echo_server):
+        exchange(make_echo_server(handler=failing))
+
+    def test_of_a_waiting_handler(make_echo_server):
+        with socket.create_connection(make_echo_server(handler=waiting).address) as client:
+            client.sendall(b"within a line")
+
+    def test_of_a_reply(make_echo_server):
+        exchange(make_echo_server(reply=lambda message: pytest.fail("from the reply")))
+
+    @pytest.fixture
+    def echo_server_options():
+        return {"handler": failing}
+
+    def test_of_its_own_server(echo_server):
+        exchange(echo_server)
+        echo_server.wait_for(messages=1)
+"""
+
+
+@pytest.mark.parametrize("plugins", [[], ["-p", "xdist", "-n", "2"]], ids=["alone", "xdist"])
+def test_failure_in_a_function_fails_its_test(session: pytest.Pytester, plugins: list[str]) -> None:
+    """With xdist in processes of their own, which report as this one does."""
+    session.makepyfile(FAILING)
+    result = session.runpytest_subprocess(*plugins, "-rA", timeout=TIMEOUT)
+    result.assert_outcomes(passed=3, failed=3, errors=1)
+    failed = ["of_a_shared_server", "that_makes_one", "of_a_reply"]
+    result.stdout.fnmatch_lines_random([f"FAILED *::test_{name}*" for name in failed])
+    result.stdout.fnmatch_lines_random(["ERROR *::test_of_its_own_server*"])
+    result.stdout.fnmatch_lines_random(["PASSED *::test_after_it", "PASSED *::test_of_a_waiting_handler"])
+    assert result.outlines.count("E       AssertionError: from the handler") == 3
+    result.stdout.fnmatch_lines_random(['>*assert peer.receive_line() == b"expected\\n", "from the handler"'])
+
+
+def test_failure_in_a_handler_fails_a_unittest(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("""
+import socket, unittest
+from echo_async.testing import HostedServer
+
+def failing(peer):
+    assert peer.receive_line() == b"expected\\n", "from the handler"
+
+class Test(unittest.TestCase):
+    def test_it(self):
+        server = self.enterContext(HostedServer(handler=failing))
+        with socket.create_connection(server.address) as client:
+            client.sendall(b"other\\n")
+            server.wait_for(messages=1)
+""")
+    result = run_process([sys.executable, "-W", "error", "-m", "unittest", "discover", "-s", tmp_path])
+    assert result.returncode == 1
+    assert "AssertionError: from the handler" in result.stderr
+
+
+def test_refused_address_refuses(refused_address: tuple[str, int]) -> None:
+    for _ in range(3):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(refused_address)
+
+
+def test_servers_in_a_row_leave_nothing() -> None:
+    """A thousand: no thread and no descriptor, as ``no_leaks`` checks, and no object."""
+    for number in range(1000):
+        with HostedServer(greeting=b"220\n") as server, connect(server) as client:
+            assert receive_line(client) == b"220\n"
+        if number in (100, 999):
+            gc.collect()
+            objects = sum(str(type(each).__module__).startswith("echo_async") for each in gc.get_objects())
+            if number == 100:
+                before = objects
+    assert objects <= before
 
 
 def test_make_echo_server_invalid_option_is_one_error_line(session: pytest.Pytester) -> None:
