@@ -197,6 +197,13 @@ def wait_for_a_slow_client(server: Server, client: socket.socket) -> None:
             client.sendall(message)
 
 
+def wait_for_a_client_that_does_not_read(server: Server, client: socket.socket) -> None:
+    """One loop for all connections, with a blocking ``sendall``."""
+    while data := client.recv(READ_SIZE):
+        with server.lock:
+            client.sendall(data)
+
+
 def cut_a_client_that_does_not_read(server: Server, client: socket.socket) -> None:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, READ_SIZE)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", 0, 10_000))  # microseconds

@@ -59,8 +59,7 @@ def run_checks(
 ) -> Iterator[Result]:
     """Run the checks one after the other, and yield the result of each.
 
-    Each has ``timeout`` seconds. If it is not possible to connect, or the server is no echo server, that is the last
-    result.
+    Each reply has ``timeout`` seconds. A failure to connect, and a server that is no echo server, are the last result.
 
     Args:
         endpoint: Where and how to connect.
@@ -91,7 +90,6 @@ def _run(check: Check, context: Context, unusable: set[str]) -> Result:
         if missing := [each for each in check.requires if each in unusable]:
             unusable.add(check.name)
             raise Skip(f"requires {missing[0]}")
-        context.start(context.endpoint.config.timeout)
         seen = check.run(context)
     except Skip as skip:
         outcome, reason = "skipped", str(skip)

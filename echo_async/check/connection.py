@@ -11,6 +11,7 @@ from ..compat import PollSelector, set_reset_on_close
 from ..errors import describe_error
 
 READ_SIZE = 65_536  # bytes of one read
+SEND_SIZE = 65_536  # bytes of one write; over TLS, it must be complete before its progress shows
 MAX_RECORDS = 1000  # TLS records of one read
 MAX_WAIT = 60.0  # seconds of one wait
 REPLY_FACTOR, REPLY_OVERHEAD = 6, 16_384  # of the largest reply: JSON takes six bytes for a control character
@@ -113,7 +114,7 @@ class Connection:
     def _flush(self) -> None:
         try:
             while self.unsent:
-                self.unsent = self.unsent[self.socket.send(self.unsent) :]
+                self.unsent = self.unsent[self.socket.send(self.unsent[:SEND_SIZE]) :]
         except (BlockingIOError, SSLWantReadError, SSLWantWriteError):
             return
         except OSError:  # what the server sent before can still be received
@@ -124,8 +125,9 @@ class Connection:
                 socket.socket.shutdown(self.socket, socket.SHUT_WR)
 
 
-def wait(connections: Sequence[Connection], is_done: Callable[[], object], deadline: float) -> bool:
-    """Send and receive on all ``connections`` until ``is_done()`` or the deadline; return which of them came first."""
+def wait(connections: Sequence[Connection], is_done: Callable[[], object], seconds: float) -> bool:
+    """Send and receive on all ``connections`` until ``is_done()``, for at most ``seconds``; return whether it is."""
+    deadline = monotonic() + seconds
     while not is_done():
         left = deadline - monotonic()
         with PollSelector() as selector:

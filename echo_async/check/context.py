@@ -12,14 +12,14 @@ from typing import Literal
 from ..client.endpoint import Endpoint, start_tls
 from ..errors import ConfigError, describe_error
 from ..wire.identity import Identity
-from .connection import MAX_WAIT, Connection, wait
+from .connection import Connection, wait
 from .connector import Address, connect
 from .explanation import describe, explain
 from .result import Failure
 
 MIN_MESSAGE_SIZE = 16  # bytes
 CONNECT_THREADS = 4  # connections that are opened at once: they fit into the smallest backlog
-MAX_EXTENSIONS = 5  # times that the timeout of a reply begins again, because it is still being received
+MAX_TIMEOUTS = 5  # for a reply of which bytes are still sent or received
 ACCEPT_TIME = 0.01  # seconds for a server to accept a connection that does not show it
 
 ModeName = Literal["auto", "message", "stream", "raw", "identify"]
@@ -74,7 +74,6 @@ class Context:
     Attributes:
         endpoint: Where and how to connect.
         settings: The options.
-        deadline: When the current check has to end, by :func:`time.monotonic`.
         address: The one that accepted the first connection.
         first: The first connection, which ``connect``, ``tls`` and ``mode`` use one after the other.
         mode: The mode of the server.
@@ -84,7 +83,6 @@ class Context:
 
     def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
         self.endpoint, self.settings = endpoint, settings
-        self.deadline = 0.0
         self.address: Address | None = None
         self.first: socket.socket | None = None
         self.mode = STREAM
@@ -92,10 +90,6 @@ class Context:
         self.silent: tuple[Connection, float] | None = None
         self._connections: list[Connection] = []
         self._reusable: Connection | None = None
-
-    def start(self, seconds: float) -> None:
-        """Begin a check that has ``seconds``."""
-        self.deadline = monotonic() + seconds
 
     def close_connections(self) -> None:
         """Close the connections of a check."""
@@ -121,25 +115,29 @@ class Context:
         self._connections.remove(connection)
         return connection
 
-    def open(self) -> Connection:
-        """Open a connection."""
-        return self.adopt(Connection(self._connect()))
+    def open(self, *, is_small: bool = False) -> Connection:
+        """Open a connection; ``is_small`` makes it one that is full soon."""
+        return self.adopt(Connection(self._connect(is_small)))
 
     def open_many(self, messages: Sequence[bytes]) -> tuple[Sequence[tuple[Connection, bytes]], Failure | None]:
         """Open a connection for each of ``messages``, a few at a time: a small backlog has room for these.
 
         If the mode permits it, the message is sent, so that the connection is known to be accepted. Return the
-        connections with their messages, and the first failure to connect.
+        connections with their messages, and the first failure to connect. After one without a reply, none is opened.
         """
+        is_stuck = False
 
-        def open_one(message: bytes) -> tuple[Connection, bytes] | Failure:
+        def open_one(message: bytes) -> tuple[Connection, bytes] | Failure | None:
+            nonlocal is_stuck
+            if is_stuck:
+                return None
             try:
                 connection = self.open()
             except Failure as failure:
                 return failure
             if self.mode.keeps_open:
                 connection.send(message)
-                self._wait_for_reply(connection, 1)
+                is_stuck |= not self._wait_for_reply(connection, 1)
             else:
                 sleep(ACCEPT_TIME)
             return connection, message
@@ -147,13 +145,13 @@ class Context:
         with ThreadPoolExecutor(CONNECT_THREADS) as pool:
             results = list(pool.map(open_one, messages))
         failures = [each for each in results if isinstance(each, Failure)]
-        return [each for each in results if not isinstance(each, Failure)], next(iter(failures), None)
+        return [each for each in results if isinstance(each, tuple)], failures[0] if failures else None
 
-    def _connect(self) -> socket.socket:
+    def _connect(self, is_small: bool) -> socket.socket:
         assert self.address is not None
-        deadline = min(self.deadline, monotonic() + self.endpoint.config.connect_timeout)
+        deadline = monotonic() + self.endpoint.config.connect_timeout
         try:
-            connected = connect(self.endpoint, self.address, deadline)
+            connected = connect(self.endpoint, self.address, deadline, is_small=is_small)
             return start_tls(self.endpoint, connected, deadline) if self.endpoint.ssl else connected
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -176,9 +174,8 @@ class Context:
         return self._reusable
 
     def wait(self, is_done: Callable[[], object], seconds: float | None = None) -> bool:
-        """Send and receive on all connections until ``is_done()``, for at most ``seconds``, or else to the deadline."""
-        deadline = self.deadline if seconds is None else min(self.deadline, monotonic() + seconds)
-        return wait(self._connections, is_done, deadline)
+        """Send and receive on all connections until ``is_done()``, for at most ``seconds`` (default: the timeout)."""
+        return wait(self._connections, is_done, self.endpoint.config.timeout if seconds is None else seconds)
 
     def exchange(self, connection: Connection, data: bytes, truncated: str) -> None:
         """Send messages on a connection; receive and compare the replies."""
@@ -190,14 +187,15 @@ class Context:
         self._wait_for_reply(connection, sent.count(b"\n"))
         self.compare(connection, sent, truncated)
 
-    def _wait_for_reply(self, connection: Connection, lines: int) -> None:
-        """Wait for ``lines``. As long as bytes are sent or received, the deadline is postponed, for some time."""
-        for _ in range(MAX_EXTENSIONS):
+    def _wait_for_reply(self, connection: Connection, lines: int) -> bool:
+        """Wait for ``lines``, longer than the timeout if bytes are sent or received; return whether they came."""
+        for _ in range(MAX_TIMEOUTS):
             before = connection.progress
-            is_done = wait([connection], lambda: connection.ending or connection.lines >= lines, self.deadline)
-            if is_done or connection.progress == before:
-                return
-            self.start(self.endpoint.config.timeout)
+            if wait([connection], lambda: connection.ending or connection.lines >= lines, self.endpoint.config.timeout):
+                return True
+            if connection.progress == before:
+                break
+        return False
 
     def compare(self, connection: Connection, sent: bytes, truncated: str) -> None:
         """Compare what was received with what was ``sent``.
@@ -209,12 +207,12 @@ class Context:
             ending = connection.ending or f"nothing within {self.endpoint.config.timeout:g} s"
             raise Failure(describe(sent, received, ending), explain(sent, received, ending, truncated))
 
-    def measure(self, reason: str, disturb: Callable[[], object] = lambda: None, interval: float = MAX_WAIT) -> float:
+    def measure(self, reason: str, disturb: Callable[[], object] = lambda: None, interval: float = 1.0) -> float:
         """Return the seconds of one exchange, during which ``disturb`` is called every ``interval`` seconds."""
-        started = perf_counter()
+        started, deadline = perf_counter(), monotonic() + self.endpoint.config.timeout
         connection = self.connection()
         connection.send(b"probe\n")
-        while not self.wait(lambda: connection.ending or connection.lines, interval) and monotonic() < self.deadline:
+        while not self.wait(lambda: connection.ending or connection.lines, interval) and monotonic() < deadline:
             disturb()
         self.compare(connection, b"probe\n", reason)
         return perf_counter() - started

@@ -72,7 +72,6 @@ def begin_silence(context: Context) -> None:
 
 
 def check_idle(context: Context) -> str:
-    context.start(context.settings.idle + context.endpoint.config.timeout)
     if context.silent is None:
         begin_silence(context)
     assert context.silent is not None

@@ -1,6 +1,5 @@
 """Checks of several clients at once, and of clients that are slow: in sending, in reading."""
 
-import socket
 from collections.abc import Callable, Sequence
 from statistics import median
 
@@ -15,11 +14,10 @@ MAX_DELAY = 0.1  # seconds that a slow client may delay the others
 BYTE_INTERVAL = 0.05  # seconds between two bytes of a slow client
 SLOW_TEXT = b"slow.\n"
 PROBES = 3  # exchanges of which the median counts
-ATTEMPTS = 3  # measurements before a delay counts: another program can be its cause
+ATTEMPTS = 5  # measurements before a delay counts: another program can be its cause
 BACKLOG_SIZE = 4 * 1024 * 1024  # bytes that are sent without reading
 FLOOD_SIZE = 4 * BACKLOG_SIZE  # more than the buffers on a path have room for
 LINE_SIZE = 16_384  # bytes
-RECEIVE_BUFFER_SIZE = 65_536  # bytes; a small one makes the server wait sooner
 PART_INTERVAL = 0.02  # seconds between the halves of messages
 STALL_TIME = 0.1  # seconds without progress after which the path is full, or has taken all
 
@@ -91,7 +89,7 @@ def _send_slowly(context: Context) -> float:
 
 
 def _read_nothing(context: Context) -> float:
-    _send_unread(context, context.open(), FLOOD_SIZE)
+    _send_unread(context, FLOOD_SIZE)
     return _measure_beside(context, lambda: None)
 
 
@@ -104,23 +102,23 @@ def _measure_beside(context: Context, disturb: Callable[[], None]) -> float:
     return median(times)
 
 
-def _send_unread(context: Context, connection: Connection, size: int) -> bytes:
-    """Send messages of ``size`` bytes in all, and receive nothing; return them."""
+def _send_unread(context: Context, size: int) -> tuple[Connection, bytes]:
+    """Send messages of ``size`` bytes in all on a connection until it is full, and receive nothing."""
     largest = context.largest
     data = make_lines(size, min(LINE_SIZE, largest)) if context.mode.keeps_open else make_text(largest)
-    connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_SIZE)
+    connection = context.open(is_small=True)
     connection.is_reading = False
     connection.send(data)
-    return data
-
-
-def check_backpressure(context: Context) -> str:
-    connection = context.open()
-    data = _send_unread(context, connection, BACKLOG_SIZE)
     left = len(data) + 1
     while len(connection.unsent) < left:
         left = len(connection.unsent)
         context.wait(lambda: False, STALL_TIME)
+    return connection, data
+
+
+def check_backpressure(context: Context) -> str:
+    connection, data = _send_unread(context, BACKLOG_SIZE)
+    left = len(connection.unsent)
     connection.resume()
     context.finish(connection, data, "the connection of a client that does not read is cut, or replies are discarded")
     waited = f"the server waited after {len(data) - left:,}" if left else "the path accepted all of them"

@@ -1,7 +1,7 @@
 """The checks that all others require: the connection, TLS, and what the server does with messages."""
 
 import ssl
-from time import perf_counter, time
+from time import monotonic, perf_counter, time
 
 from ..client.endpoint import start_tls
 from ..net import format_address
@@ -21,11 +21,11 @@ SILENCE_HINT = (
 
 def check_connect(context: Context) -> str:
     endpoint, started = context.endpoint, perf_counter()
-    context.start(endpoint.config.connect_timeout)
+    deadline = monotonic() + endpoint.config.connect_timeout
     try:
-        addresses = find_addresses(endpoint, context.deadline)
+        addresses = find_addresses(endpoint, deadline)
         resolved = perf_counter()
-        context.address, context.first = connect_first(endpoint, addresses, context.deadline)
+        context.address, context.first = connect_first(endpoint, addresses, deadline)
     except (OSError, UnicodeError) as error:
         raise context.connect_failure(error, "") from error
     name = format_address(context.address[1])
@@ -35,10 +35,10 @@ def check_connect(context: Context) -> str:
 
 def check_tls(context: Context) -> str:
     started = perf_counter()
-    context.start(context.endpoint.config.connect_timeout)
+    deadline = monotonic() + context.endpoint.config.connect_timeout
     assert context.first is not None
     try:
-        context.first = secured = start_tls(context.endpoint, context.first, context.deadline)
+        context.first = secured = start_tls(context.endpoint, context.first, deadline)
     except OSError as error:
         is_invalid = isinstance(error, ssl.SSLCertVerificationError)
         raise context.connect_failure(error, INVALID_CERTIFICATE if is_invalid else NO_TLS) from error

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any, get_args
 
@@ -28,7 +28,6 @@ _MODE_HELP = "What the server does with messages: see echo-async server. auto: f
 DEFAULTS = Settings()
 OPTIONS = {
     **{name: CLIENT_OPTIONS[name] for name in SHARED_OPTIONS},
-    "timeout": replace(CLIENT_OPTIONS["timeout"], help="Seconds for each check."),
     "mode": Option(DEFAULTS.mode, _MODE_HELP, choice(get_args(ModeName))),
     "connections": Option(DEFAULTS.connections, "Connections at once.", integer(2, 10_000)),
     "size": Option(DEFAULTS.size, "Bytes of the largest message, newline included.", integer(1, 2**30)),

@@ -41,6 +41,7 @@ DEFECTS = [
     (wrong.mix_up_clients, "concurrent", "one variable or buffer"),
     (wrong.swallow_a_reset, "reset", "a reset ends more"),
     (wrong.wait_for_a_slow_client, "slow", "waits for one client"),
+    (wrong.wait_for_a_client_that_does_not_read, "slow", "waits for one client"),
     (wrong.cut_a_client_that_does_not_read, "backpressure", "cut"),
     (wrong.end_an_idle_connection, "idle", "idle timeout"),
 ]
