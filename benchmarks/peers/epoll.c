@@ -2,6 +2,7 @@
    Prints "listening on 127.0.0.1:PORT" and serves until it is killed. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <errno.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <stdio.h>
@@ -19,7 +20,7 @@ static int send_all(int client, ssize_t size) {
             sent += taken;
         } else {
             struct pollfd writable = {.fd = client, .events = POLLOUT};
-            if (poll(&writable, 1, 1000) <= 0) return -1;
+            if (errno != EAGAIN || poll(&writable, 1, 1000) <= 0) return -1;
         }
     }
     return 0;
