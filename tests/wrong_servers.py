@@ -61,6 +61,20 @@ def greet(server: Server, client: socket.socket) -> None:
         client.sendall(line)
 
 
+def remove_the_newline(server: Server, client: socket.socket) -> None:
+    client.sendall(read_message(client).rstrip(b"\n"))
+    finish(client)
+
+
+def add_a_newline(server: Server, client: socket.socket) -> None:
+    buffer = b""
+    while data := client.recv(READ_SIZE):
+        *lines, buffer = (buffer + data).split(b"\n")
+        client.sendall(b"".join(line + b"\n" for line in lines))
+    if buffer:
+        client.sendall(buffer + b"\n")
+
+
 def answer_first_packet(server: Server, client: socket.socket) -> None:
     data = client.recv(READ_SIZE)
     client.sendall(data[: data.find(b"\n") + 1 or None])

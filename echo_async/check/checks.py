@@ -1,7 +1,7 @@
 """All checks in their order, and the function that runs them."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -56,7 +56,7 @@ FIRST_CHECKS = ("connect", "tls", "mode")  # if one of them fails, there is noth
 
 def run_checks(
     endpoint: Endpoint, settings: Settings, on_start: Callable[[str], object] = lambda name: None
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Run the checks one after the other, and yield the result of each.
 
     Each reply has ``timeout`` seconds. A failure to connect, and a server that is no echo server, are the last result.

@@ -28,7 +28,7 @@ def check_udp(context: Context) -> str:
         lost = counted.lost / counted.sent
         facts = f"{counted.lost} of {counted.sent} lost, {counted.reordered} out of order"
         if counted.corrupted:
-            raise Failure(f"{counted.corrupted} of {counted.sent} datagrams changed", "the reply is no echo")
+            raise Failure(f"{counted.corrupted} of {counted.sent} datagrams changed", "the reply is not an echo")
         if lost > MAX_LOST:
             raise Failure(facts, "no UDP echo server, a firewall, or a path that drops datagrams")
         returned = [size for size in SIZES if _exchange(sender, size, SIZE_ATTEMPTS, stops_early=True).received]

@@ -1,10 +1,10 @@
 """Checks of how a connection ends: by the client, by the server, by a reset, by a timeout on the path."""
 
-from ssl import SSLSocket
 from time import monotonic
 
 from .connection import END, Connection
 from .context import Context
+from .explanation import describe, explain
 from .messages import make_text
 from .result import Failure, Skip
 
@@ -58,8 +58,8 @@ def check_incomplete(context: Context) -> str:
     connection.send(message, ends_input=True)
     _wait_for_end(context, connection, "the server waits for a newline: at the end of input, recv returns no bytes")
     ending, received = connection.ending, connection.take()
-    if received not in (b"", message) and not isinstance(connection.socket, SSLSocket):
-        context.compare(connection, message, "")
+    if received not in (b"", message):
+        raise Failure(describe(message, received, ending), explain(message, received, ending, ""))
     return f"{len(received)} of {len(message)} bytes, then {ending}"
 
 

@@ -44,7 +44,6 @@ EXPLANATIONS: Sequence[tuple[Callable[[bytes, bytes], bool], str]] = (
         "something removes carriage returns, as strip() and text mode do",
     ),
     (_is_recoded, "something decodes the bytes as text and encodes them again"),
-    (lambda sent, received: received == sent.rstrip(b"\n"), "the newline is removed"),
     (lambda sent, received: received.startswith(sent), "something adds to the replies, or sends them twice"),
     (
         lambda sent, received: 0 < len(received) < len(sent) and sent.endswith(received),
@@ -62,6 +61,8 @@ def explain(sent: bytes, received: bytes, ending: str, truncated: str) -> str:
     """
     if ending == FLOOD:
         return "the server sends by itself, without end: is it an echo server?"
+    if received == sent[:-1]:
+        return "the newline is removed: it is a part of the message"
     if sent.startswith(received):
         return truncated
     for is_met, reason in EXPLANATIONS:

@@ -18,6 +18,7 @@ from echo_async.check.context import Settings
 from echo_async.check.result import Result
 from echo_async.client.endpoint import Endpoint
 from echo_async.config import Mode
+from echo_async.testing import HostedServer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -57,7 +58,17 @@ def test_check_of_our_server_finds_nothing(mode: Mode, start_server: StartServer
     assert (results["udp"].result == "skipped") is (mode == "identify")
 
 
-@pytest.mark.parametrize("mode", ["stream", "identify"])
+def test_check_of_a_slow_path_waits_for_a_reply_that_arrives() -> None:
+    """A reply of 20,000 bytes takes longer than the timeout."""
+    with HostedServer(fault="rate=12000") as server:
+        endpoint = Endpoint(*server.address, timeout=1.0)
+        results = run_checks(endpoint, Settings(size=20_000))
+        found = next(each for each in results if each.check == "bytes")
+        results.close()
+    assert found.result == "ok"
+
+
+@pytest.mark.parametrize("mode", ["message", "stream", "identify"])
 def test_check_over_tls_finds_nothing(mode: Mode, start_server: StartServer, client_context: ssl.SSLContext) -> None:
     with start_server(mode=mode, tls=True) as server:
         results = check(*server.address, ssl=client_context, server_hostname="localhost")

@@ -24,6 +24,7 @@ SETTINGS = Settings(connections=20, idle=1.5, udp=False)
 
 DEFECTS = [
     (wrong.greet, "mode", "without a greeting"),
+    (wrong.remove_the_newline, "mode", "newline is removed"),
     (wrong.answer_first_packet, "split", "first read"),
     (wrong.answer_last_chunk, "split", "last chunk"),
     (wrong.decode_each_chunk, "split", "decodes"),
@@ -37,6 +38,7 @@ DEFECTS = [
     (wrong.stay_open_after_the_reply, "close", "does not close"),
     (wrong.reset_with_input_unread, "close", "unread input"),
     (wrong.never_end_after_incomplete_input, "incomplete", "waits for a newline"),
+    (wrong.add_a_newline, "incomplete", "adds to the replies"),
     (wrong.serve_one_at_a_time, "concurrent", "one client at a time"),
     (wrong.mix_up_clients, "concurrent", "one variable or buffer"),
     (wrong.swallow_a_reset, "reset", "a reset ends more"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import ssl
 import sys
@@ -131,6 +132,14 @@ def test_check_ctrl_c_ends_with_130(scripted_server: Start) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert "Traceback" not in process.stderr.read()
+
+
+def test_check_of_a_name_shows_the_address() -> None:
+    with HostedServer() as server:
+        done = check("--host", "localhost", "--port", str(server.port), *QUICK)
+    assert re.match(
+        rf"connect +ok +127\.0\.0\.1:{server.port}, name resolved in \d+\.\d ms, connected in \d+\.\d ms\n", done.stdout
+    )
 
 
 # Options
