@@ -18,8 +18,12 @@ The library installs no signal handler, sets no event loop policy, configures no
 module on first use (:pep:`562`).
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+if sys.version_info < (3, 11):  # noqa: UP036  before a syntax error or a missing module tells something else
+    raise ImportError("echo-async requires Python 3.11 or newer; this is {}.{}".format(*sys.version_info))
 
 if TYPE_CHECKING:
     from . import sync

@@ -1,7 +1,7 @@
 """Resources that can be opened with ``await`` or with ``async with``."""
 
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
 
 
 class Closeable(Protocol):
@@ -17,8 +17,19 @@ class AwaitableContextManager(Generic[T]):
 
     _resource: T
 
-    def __init__(self, open: Callable[[], Coroutine[Any, Any, T]]) -> None:
+    def __init__(self, open: Callable[[], Coroutine[Any, Any, T]], name: str) -> None:
         self._open = open
+        self._usage = f"write 'async with {name}(...)' or 'await {name}(...)'"
+
+    if not TYPE_CHECKING:  # type checkers report these mistakes by themselves
+
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(f"{name!r} is an attribute of what is opened; {self._usage}")
+
+        def __enter__(self) -> NoReturn:
+            raise TypeError(f"cannot be used with a plain 'with'; {self._usage}")
+
+        def __exit__(self, *exception: object) -> None: ...
 
     def __await__(self) -> Generator[Any, None, T]:
         return self._open().__await__()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from os import PathLike, fsdecode
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, get_args
 
 from .compat import DESCRIPTORS, UNIX_SOCKETS, require_feature
 from .errors import ConfigError
@@ -119,6 +119,10 @@ def _seconds(requirement: str, is_allowed: Callable[[float], bool]) -> Kind:
 
 
 def _check_host(value: Any) -> bool:
+    if isinstance(value, tuple):
+        raise ValueError("must be a host name or an address; pass a pair of host and port as two arguments: *address")
+    if isinstance(value, str) and (found := re.fullmatch(r"[^:]+:(\d+)", value)):
+        raise ValueError(f"must be a host name or an address; give {found[1]} as the port")
     return isinstance(value, str) and value != "" and "\0" not in value
 
 
@@ -167,7 +171,7 @@ FLAG = Kind(
 )
 SECONDS = _seconds(" greater than 0", lambda value: value > 0)
 SECONDS_OR_ZERO = _seconds(", 0 or greater", lambda value: value >= 0)
-HOST_NAME = Kind("HOST", "must be a host name or an address", _check_host)
+HOST_NAME = Kind("HOST", "must be a host name or an address", _check_host, is_explained=True)
 HOST_NAMES = replace(
     HOST_NAME, check=_check_hosts, combine=lambda texts: texts if len(texts) > 1 else texts[0], split=_split_list
 )
@@ -234,7 +238,7 @@ def _option(default: Any, help: str, *details: Any, repr: bool = True, **more: A
     return field(default=default, repr=repr, metadata={"option": Option(default, help, *details, **more)})
 
 
-def options_of(config: type[ServerConfig] | type[ClientConfig]) -> dict[str, Option]:
+def options_of(config: type[_Config]) -> dict[str, Option]:
     """Return the options of a configuration class, by field name."""
     return {each.name: each.metadata["option"] for each in fields(config)}
 
@@ -259,6 +263,25 @@ def _validate(config: ServerConfig | ClientConfig) -> None:
             raise ConfigError(f"{name} requires {option.requires}")
     if config.uds is not None:
         require_feature(UNIX_SOCKETS, "use uds")
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """Names an option that does not exist, and the one that was meant."""
+
+    def __new__(cls, **options: Any) -> Self:
+        names = list(options_of(cls))
+        for name in options.keys() - set(names):
+            raise TypeError(f"unknown option {name!r}; {suggest(name, names)}")
+        return object.__new__(cls)
+
+
+def suggest(name: str, names: Sequence[str]) -> str:
+    """Return the question whether one of ``names`` was meant; the names themselves, if none is similar."""
+    from difflib import get_close_matches
+
+    similar = get_close_matches(name, names, 1)
+    return f"did you mean {similar[0]!r}?" if similar else f"choose from {', '.join(names)}"
 
 
 class ServerOptions(TypedDict, total=False):
@@ -295,7 +318,7 @@ class ServerOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ServerConfig:
+class ServerConfig(_Config):
     """The configuration of a server. Sizes are in bytes, times in seconds.
 
     Each field is an option of the command, which describes it: ``echo-async server --help``.
@@ -388,7 +411,7 @@ class ClientOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ClientConfig:
+class ClientConfig(_Config):
     """The configuration of a client. Times are in seconds.
 
     Raises:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from echo_async import ConfigError, ServerConfig, serve, sync
+from echo_async import ConfigError, ServerConfig, connect, serve, sync
+from echo_async.testing import HostedServer
 
 TIMEOUTS = ["timeout_idle", "timeout_message", "timeout_write", "timeout_graceful_shutdown"]
 
@@ -102,3 +103,36 @@ def test_invalid_fault_names_the_part(options: dict[str, Any], error: str) -> No
     for create in (ServerConfig, serve, sync.serve):
         with pytest.raises(ConfigError, match=re.escape(error)):
             create(**options)
+
+
+@pytest.mark.parametrize("create", [ServerConfig, serve, sync.serve, HostedServer])
+def test_unknown_option_names_the_one_that_was_meant(create: Any) -> None:
+    with pytest.raises(TypeError, match="unknown option 'mod'; did you mean 'mode'"):
+        create(mod="stream")
+
+
+@pytest.mark.parametrize("create", [connect, sync.connect])
+def test_unknown_client_option_names_the_one_meant(create: Any) -> None:
+    with pytest.raises(TypeError, match="unknown option 'tiemout'; did you mean 'timeout'"):
+        create(tiemout=1)
+    with pytest.raises(TypeError, match="unknown option 'colour'; choose from host, port, uds, timeout, "):
+        create(colour=1)
+
+
+@pytest.mark.parametrize("create", [connect, sync.connect])
+@pytest.mark.parametrize(
+    ("host", "advice"),
+    [(("127.0.0.1", 5500), "as two arguments: *address"), ("localhost:5500", "give 5500 as the port")],
+)
+def test_address_in_place_of_the_host_is_explained(create: Any, host: Any, advice: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(advice)):
+        create(host)
+
+
+@pytest.mark.parametrize("open_", [serve, connect])
+def test_forgotten_await_tells_what_to_write(open_: Any) -> None:
+    usage = re.escape(f"write 'async with {open_.__name__}(...)' or 'await {open_.__name__}(...)'")
+    with pytest.raises(AttributeError, match=f"'address' .*; {usage}"):
+        open_(port=1).address  # noqa: B018
+    with pytest.raises(TypeError, match=usage), open_(port=1):
+        pass

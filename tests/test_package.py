@@ -84,9 +84,16 @@ assert asyncio.events._event_loop_policy is None
 
 def test_package_exports_match_its_typed_imports() -> None:
     tree = ast.parse((ROOT / "__init__.py").read_text())
-    [typed] = [node for node in tree.body if isinstance(node, ast.If)]
+    *_, typed = [node for node in tree.body if isinstance(node, ast.If)]
     names = {each.name for node in typed.body if isinstance(node, ast.ImportFrom) for each in node.names}
     assert names == set(echo_async.__all__)
+
+
+@pytest.mark.parametrize("version", [(3, 6, 15), (3, 10, 13)])
+def test_old_python_is_told_which_one_is_needed(version: tuple[int, ...]) -> None:
+    result = python("-c", f"import sys; sys.version_info = {version}; import echo_async")
+    required = f"ImportError: echo-async requires Python 3.11 or newer; this is 3.{version[1]}"
+    assert result.stderr.splitlines()[-1] == required
 
 
 def test_package_import_loads_submodules_lazily() -> None:

@@ -120,6 +120,23 @@ def test_incomplete_message_is_not_subject_to_idle_timeout() -> None:
     assert slow.advance(2) == "message"
 
 
+def test_missing_newline_is_logged_once_before_the_timeout(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "echo_async.server")
+    registry = FakeClockRegistry(ServerConfig(mode="stream"))
+    waiting, done = FakeConnection(registry), FakeConnection(registry)
+    waiting.receive(b"Hola Server!")
+    done.receive(b"Hola Server!\n")
+    for _ in range(int(MESSAGE) - 1):
+        registry.time += 1
+        registry.sweep()
+    text = "disconnected client incomplete message for 5 s: 12 bytes received, waiting for a newline"
+    assert [each.getMessage() for each in caplog.records] == [text]
+    waiting.receive(b"\nand another")
+    registry.time += MESSAGE / 2
+    registry.sweep()
+    assert len(caplog.records) == 1
+
+
 def test_message_timeout_restarts_with_each_message() -> None:
     slow = connection()
     slow.receive(b"the first half")

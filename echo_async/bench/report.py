@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..net import format_address
-from .comparison import CandidateResult, Comparison
+from .comparison import CandidateResult, Comparison, RoundFigure
 from .disturbance import Disturbance
 from .expectation import Expectation
 from .plan import LoadPlan
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+RATIO_LEGEND = (
+    "ratio: to the first line, of measurements in the same round; median of the rounds (min-max), so it can differ "
+    "from that of the columns"
+)
+SPREAD_ADVICE = "compare on an idle machine, with a longer --duration or more --rounds"
+MAX_SPREAD = 2.0  # the largest ratio of a server, divided by its smallest
 MIN_WIDTH = 112  # columns of a table: in a narrower terminal lines wrap, and no figure is cut off
 
 
@@ -133,7 +139,26 @@ def print_comparison(comparison: Comparison) -> None:
         console.print(_comparison_table(results) if comparison.disturbance is None else _disturbance_table(results))
         if any(each.is_generator_limited for each in results):
             console.print(format_generator_limit(comparison))
-    console.print(f"ratio: relative to the first line, median of the rounds (min-max); {_format_legend(comparison)}")
+    console.print(f"{RATIO_LEGEND}; {_format_legend(comparison)}")
+    if unsteady := ", ".join(find_unsteady(comparison)):
+        console.print(f"spread too large: {unsteady}; {SPREAD_ADVICE}")
+
+
+def find_unsteady(comparison: Comparison) -> list[str]:
+    """Return the servers whose ratio differs too much from round to round to be relied on."""
+    figures: list[RoundFigure] = ["messages_per_second", "cpu_per_message"]
+    if comparison.disturbance is not None:
+        figures = ["p99"]
+    names: dict[str, None] = {}
+    for size in comparison.sizes:
+        base, *others = comparison.results_of_size(size)
+        spreads = ((each, each.ratio(base, figure)) for each in others for figure in figures)
+        names |= {each.candidate.name: None for each, found in spreads if found and _is_unsteady(found)}
+    return list(names)
+
+
+def _is_unsteady(ratios: dict[str, float]) -> bool:
+    return ratios["max"] > MAX_SPREAD * ratios["min"]
 
 
 def format_generator_limit(comparison: Comparison) -> str:

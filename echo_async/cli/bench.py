@@ -27,7 +27,7 @@ from ..loops import LOOP_CHOICES, LOOP_PATTERN, loop_factory
 from ..net import format_address
 from ..stdio import ignore_broken_pipe, print_error
 from .client import OPTIONS as CLIENT_OPTIONS
-from .common import CONTEXT, ExitCode, options, refuse_conflicts, run_command, version_option
+from .common import CONTEXT, ExitCode, Group, options, refuse_conflicts, run_command, version_option
 
 MAX_MESSAGE_SIZE = 2**26  # bytes
 CONNECTIONS = 10
@@ -125,7 +125,7 @@ Examples:
 """
 
 
-@click.group(help=HELP, context_settings=CONTEXT, no_args_is_help=False)
+@click.group(cls=Group, help=HELP, context_settings=CONTEXT, no_args_is_help=False)
 @version_option()
 def command() -> None:
     require_feature(DESCRIPTORS, "run a benchmark")

@@ -4,7 +4,7 @@ import enum
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,31 @@ class ExitCode(enum.IntEnum):
     NOT_FOUND = 127  # as a shell reports it
     INTERRUPTED = 130  # as a shell reports a process that SIGINT ended
     OUTPUT_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
+
+
+class Group(click.Group):
+    """A group that tells which commands there are if it is given none, or one that does not exist."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            raise ConfigError(f"missing command (choose from {', '.join(self.list_commands(ctx))})")
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if not args[0].startswith("-") and not ctx.resilient_parsing and self.get_command(ctx, args[0]) is None:
+            raise ConfigError(f"invalid command: {args[0]!r} (choose from {', '.join(self.list_commands(ctx))})")
+        return super().resolve_command(ctx, args)
+
+    def find_option(self, ctx: click.Context, option: str) -> Iterator[str]:
+        """Yield the commands that have ``option``."""
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if isinstance(command, Group):
+                yield from (f"{name} {each}" for each in command.find_option(ctx, option))
+            elif command is not None and any(option in each.opts for each in command.params):
+                yield name
 
 
 class ConfigOption(click.Option):
@@ -134,11 +159,21 @@ def run_command(command: click.Command, argv: Sequence[str] | None = None) -> in
                 gc.freeze()  # excludes all objects from the garbage collection at exit, which takes 10 ms
 
 
+def _find_option(error: click.NoSuchOption) -> str:
+    """Return the other commands that have the option, in words; else ``""``."""
+    root = error.ctx.find_root() if error.ctx is not None else None
+    if root is None or not isinstance(root.command, Group):
+        return ""
+    return ", ".join(f"echo-async {name}" for name in root.command.find_option(root, error.option_name))
+
+
 def _report(error: click.ClickException | EchoError | OSError) -> ExitCode:
     """Print ``error`` as one line; return the exit code for it."""
     match error:
         case click.BadParameter() if error.param is not None:
             text, code = f"invalid {error.param.opts[0]}: {error.message}", ExitCode.INVALID_OPTION
+        case click.NoSuchOption() if places := _find_option(error):
+            text, code = f"invalid option: {error.option_name} (an option of {places})", ExitCode.INVALID_OPTION
         case click.ClickException():
             text, code = " ".join(error.format_message().split()), ExitCode.INVALID_OPTION
         case ConfigError():

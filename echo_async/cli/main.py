@@ -5,10 +5,10 @@ from importlib import import_module
 
 import click
 
-from .common import CONTEXT, run_command, version_option
+from .common import CONTEXT, Group, run_command, version_option
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """A group whose subcommands are the modules of this package with these names."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -161,7 +161,7 @@ def connect(
         await session.connect()
         return EchoClient(session)
 
-    return AwaitableContextManager(open)
+    return AwaitableContextManager(open, "connect")
 
 
 async def echo(message: M, host: str = HOST, port: int = PORT, **options: Unpack[ClientOptions]) -> M:

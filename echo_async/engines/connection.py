@@ -17,7 +17,7 @@ from ..wire.conversation import Conversation
 from ..wire.script import Wait
 from ..wire.text import excerpt
 from .context import ServerContext, Slot
-from .timeouts import TimeoutKind, Timeouts
+from .timeouts import NEWLINE_DELAY, TimeoutKind, Timeouts
 
 LINES_PER_TURN = 100  # access log lines of one connection before others get their turn
 TURN = Wait(0)
@@ -171,6 +171,11 @@ class Connection:
     def log_timeout(self, kind: TimeoutKind) -> None:
         seconds = getattr(self.context.config, f"timeout_{kind}")
         log.info("%s %s timeout (%g s)%s", self.peer, kind, seconds, TIMEOUT_DETAILS[kind])
+
+    def log_incomplete(self) -> None:
+        """Tell the author of a client what the server waits for, long before the timeout."""
+        text = "%s incomplete message for %g s: %d bytes received, waiting for a newline"
+        log.info(text, self.peer, NEWLINE_DELAY, self.conversation.incomplete)
 
     def log_closed(self) -> None:
         conversation = self.conversation

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from ..wire.conversation import Conversation
 from .context import ServerContext
 
+NEWLINE_DELAY = 5.0  # seconds after which the log tells that a message has no newline yet
 NEW_CLIENT_GRACE = 0.5  # seconds that a new connection gets at a shutdown to begin its message
 
 TimeoutKind = Literal["idle", "message", "write", "linger"]
@@ -35,6 +36,7 @@ class Timeouts:
     """``lingering_since`` is the time since when nothing more is answered, None before."""
 
     __slots__ = (
+        "_has_reported_incomplete",
         "_idle_since",
         "_is_idle",
         "_message_started_at",
@@ -53,6 +55,7 @@ class Timeouts:
         self._sent_at = now
         self._messages = 0
         self._message_started_at: float | None = None
+        self._has_reported_incomplete = False
         self.lingering_since: float | None = None
 
     def expired(self, connection: Observed, now: float) -> TimeoutKind | None:
@@ -95,6 +98,15 @@ class Timeouts:
                 return "idle"
             self._is_idle = True
         return None
+
+    def must_report_incomplete(self, connection: Observed, now: float) -> bool:
+        """Whether a message has been incomplete for ``NEWLINE_DELAY``, for the first time on this connection."""
+        since = self._message_started_at
+        if self._has_reported_incomplete or since is None or now - since < NEWLINE_DELAY:
+            return False
+        conversation = connection.conversation
+        self._has_reported_incomplete = conversation.incomplete > 0 and not conversation.finished
+        return self._has_reported_incomplete
 
     def is_still_idle(self, connection: Observed, now: float) -> bool:
         """Whether nothing was received since :meth:`expired` found nothing to wait for but the next message.

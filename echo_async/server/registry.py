@@ -111,6 +111,8 @@ class Registry(ServerContext):
     def _check(self, connection: Connection, now: float) -> None:
         kind = connection.timeouts.expired(connection, now)
         if kind is None:
+            if connection.timeouts.must_report_incomplete(connection, now):
+                connection.log_incomplete()
             if self._is_draining and not connection.timeouts.is_new(connection, now):
                 connection.drain()
             return

@@ -46,7 +46,7 @@ def serve(**options: Unpack[ServerOptions]) -> AwaitableContextManager[EchoServe
         StartError: The address cannot be bound, or a certificate is invalid (when awaited or entered).
     """
     config = ServerConfig(**options)
-    return AwaitableContextManager(lambda: start_server([ListenerConfig(config)]))
+    return AwaitableContextManager(lambda: start_server([ListenerConfig(config)]), "serve")
 
 
 async def start_server(listeners: Sequence[ListenerConfig]) -> EchoServer:

@@ -101,10 +101,12 @@ def parse_fault(spec: str) -> Fault | None:
             raise ValueError(f"{NONE} stands alone, for no fault")
         if not kind:
             raise ValueError(f"fault kind missing; choose from {CHOICES}")
+        if ";" in part:
+            raise ValueError("semicolons separate the connections of a sequence: use fault_sequence")
         if kind not in KINDS and kind not in PARAMETERS:
             raise ValueError(f"unknown fault kind {kind!r}; choose from {CHOICES}")
         if kind in values:
-            raise ValueError(f"{kind} is given twice")
+            raise ValueError(f"{kind} is given twice; semicolons separate the connections of a sequence")
         if kind in ENDS and text.endswith("s"):
             end_time, _ = values[kind] = _parse_range(kind, [text.removesuffix("s")], float, 0, MAX_DELAY)
         else:

@@ -17,13 +17,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from echo_async import ConfigError
-from echo_async.bench.comparison import make_candidates, spread
+from echo_async.bench.comparison import (
+    LATENCY_PERCENTILES,
+    Candidate,
+    CandidateResult,
+    Comparison,
+    Round,
+    make_candidates,
+    spread,
+)
 from echo_async.bench.expectation import Expectation
+from echo_async.bench.machine import machine_info
 from echo_async.bench.pattern import MAX_IO_SIZE, Pattern
 from echo_async.bench.plan import LoadPlan
 from echo_async.bench.poller import EpollPoller, SelectorPoller
 from echo_async.bench.recorder import Recorder, read_result
-from echo_async.bench.report import print_load
+from echo_async.bench.report import print_comparison, print_load
 from echo_async.bench.result import Distribution, LoadResult
 
 PLAN = LoadPlan(family=socket.AF_INET, address=("127.0.0.1", 1), connections=5, size=1000)
@@ -233,3 +242,26 @@ def test_candidates_are_distinct_combinations() -> None:
 def test_spread_is_median_minimum_maximum() -> None:
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
     assert spread([]) is None
+
+
+def compared(*rates: tuple[float, ...]) -> Comparison:
+    """A comparison of servers with these messages per second in each round."""
+    results = []
+    for number, each in enumerate(rates):
+        candidate = Candidate(name=f"server {number}", engine="streams", command=lambda mode, size: [])
+        rounds = [Round(rate, 1 / rate, dict.fromkeys(LATENCY_PERCENTILES, 0.1), False) for rate in each]
+        results.append(CandidateResult(candidate, 1024, rounds))
+    return Comparison(PLAN, results, machine_info())
+
+
+def test_comparison_names_servers_whose_spread_is_too_large(capsys: pytest.CaptureFixture[str]) -> None:
+    print_comparison(compared((100, 200, 300), (110, 210, 330), (100, 500, 300)))
+    out = capsys.readouterr().out
+    assert "ratio: to the first line, of measurements in the same round; median of the rounds (min-max)" in out
+    assert "spread too large: server 2; compare on an idle machine, with a longer --duration" in out
+
+
+def test_comparison_with_steady_ratios_prints_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    """The machine was busy in the second round, for both servers alike."""
+    print_comparison(compared((100, 10, 100), (200, 20, 190)))
+    assert "spread" not in capsys.readouterr().out

@@ -88,6 +88,24 @@ def test_group_invalid_arguments_are_one_line(arguments: list[str], capfd: pytes
 
 
 @pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        ([], "missing command (choose from server, client, check, run, bench)"),
+        (["sever"], "invalid command: 'sever' (choose from server, client, check, run, bench)"),
+        (["bench"], "missing command (choose from compare, load)"),
+        (["bench", "laod"], "invalid command: 'laod' (choose from compare, load)"),
+        (["client", "--mode", "stream"], "invalid option: --mode (an option of echo-async server, echo-async check, "),
+        (["server", "--rounds", "3"], "invalid option: --rounds (an option of echo-async bench compare)"),
+    ],
+)
+def test_group_wrong_place_is_told_the_right_one(
+    arguments: list[str], advice: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(arguments) == 2
+    assert advice in single_error_line(*capfd.readouterr())
+
+
+@pytest.mark.parametrize(
     ("arguments", "unused"),
     [
         (["client", "--port", "1"], {"server.server", "cli.run", "cli.bench", "cli.ping", "cli.datagram_ping", "tls"}),
