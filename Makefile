@@ -13,7 +13,7 @@ TEST_ENV ?=
 TEST_PROCESSES ?= 6
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test coverage soak bench docs lint ruff ruff-format mypy format build clean
+.PHONY: help demo serve test coverage soak bench docs lint ruff ruff-format mypy codespell format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -47,7 +47,7 @@ bench: $(INSTALLED) ## measure the engines and event loops: table, bench.json, d
 docs: $(INSTALLED) ## update the option tables in docs/
 	@$(BIN)/python docs/options.py
 
-lint: ruff ruff-format mypy ## check style and types
+lint: ruff ruff-format mypy codespell ## check style, types and spelling
 
 ruff: $(INSTALLED)
 	$(BIN)/ruff check
@@ -57,6 +57,9 @@ ruff-format: $(INSTALLED)
 
 mypy: $(INSTALLED)
 	$(BIN)/mypy
+
+codespell: $(INSTALLED)
+	$(BIN)/codespell
 
 format: $(INSTALLED) ## fix and format the code
 	$(BIN)/ruff check --fix
