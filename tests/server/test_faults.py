@@ -432,7 +432,7 @@ def test_workers_have_faults_each() -> None:
     assert code == 0
     dropped = replies.count(b"")
     assert dropped in (1, 2)  # one worker may have accepted all of them
-    assert f" fault_drop={dropped}\n" in log
+    assert f" fault_drop={dropped} ended_" in log
     assert log.count(" fault injected: drop\n") == dropped
 
 

@@ -66,7 +66,8 @@ def test_sync_server_attributes_describe_it() -> None:
         assert exchange(server.address, b"Hola\n") == b"Hola\n"
     assert not server.is_serving()
     assert server.sockets == ()
-    assert server.stats == echo_async.Stats(accepted=1, messages=1, bytes_in=5, bytes_out=5)
+    ended = {"closed": 1}
+    assert server.stats == echo_async.Stats(accepted=1, messages=1, bytes_in=5, bytes_out=5, ended=ended)
 
 
 def test_sync_server_closed_twice_is_idempotent(reserved_port: int) -> None:
