@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import os
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ from support import (
     single_error_line,
     wait_until,
 )
+from tls_client import V1_2, V1_3, TlsClient
 
 import echo_async
 from echo_async.cli.server import main
@@ -99,6 +101,54 @@ def test_messages_over_tls_are_echoed_in_every_mode(
             assert receive_line(client, len(message) + 7) == message + b"second\n"
     assert server.stats.accepted == 1
     assert server.stats.tls_failures == 0
+
+
+@pytest.mark.parametrize("version", [V1_2, V1_3], ids=lambda version: version.name)
+@pytest.mark.parametrize("has_fin", [False, True])
+def test_client_that_ends_its_side_receives_all_replies(
+    start_server: StartServer, files: CertificateFiles, version: ssl.TLSVersion, has_fin: bool
+) -> None:
+    context = files.context()
+    context.minimum_version = context.maximum_version = version
+    message = os.urandom(1_000_000).replace(b"\n", b"") + b"\n"
+    with start_server(mode="stream") as server, connect_plain(server) as plain:
+        client = TlsClient(context)
+        client.handshake(plain)
+
+        def send() -> None:
+            plain.sendall(client_bytes)
+            if has_fin:
+                plain.shutdown(socket.SHUT_WR)
+
+        client_bytes = client.record(message) + client.close_notify()
+        sending = threading.Thread(target=send, daemon=True)
+        sending.start()
+        received = b""
+        while not client.is_ended:
+            data = plain.recv(65536)
+            assert data
+            received += client.receive(data)[0]
+        sending.join(TIMEOUT)
+        assert received == message
+        assert receive_all(plain) == b""
+        wait_until(lambda: server.stats.active == 0)
+        assert (server.stats.messages, server.stats.lost, server.stats.tls_failures) == (1, 0, 0)
+
+
+def test_server_that_ends_its_side_discards_what_follows(start_server: StartServer, files: CertificateFiles) -> None:
+    with start_server(mode="message") as server, connect_plain(server) as plain:
+        client = TlsClient(files.context())
+        client.handshake(plain)
+        plain.sendall(client.record(b"Hola Server!\n"))
+        received = b""
+        while not client.is_ended:
+            received += client.receive(plain.recv(65536))[0]
+        assert received == b"Hola Server!\n"
+        assert server.stats.active == 1
+        plain.sendall(client.record(b"more") + client.close_notify())
+        wait_until(lambda: server.stats.active == 0)
+        assert receive_all(plain) == b""  # no reset
+        assert (server.stats.bytes_in, server.stats.tls_failures) == (17, 0)
 
 
 def test_plain_text_on_a_tls_port_is_closed_and_counted(start_server: StartServer) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tls_client import (
     APPLICATION_DATA,
-    CLIENT_HELLO,
-    HANDSHAKE,
     V1_2,
     V1_3,
+    WITHOUT_DATA,
+    MakeRecord,
     RecordWriter,
     TlsClient,
-    limit_version,
+    make_context,
+    renegotiation,
 )
 
 from echo_async import ServerConfig
@@ -34,14 +34,8 @@ def server_context(certificate: Path) -> ssl.SSLContext:
 
 
 @pytest.fixture(params=[V1_2, V1_3], ids=lambda version: version.name)
-def client_context(
-    request: pytest.FixtureRequest, client_context: ssl.SSLContext, tmp_path: Path
-) -> Iterator[ssl.SSLContext]:
-    """The context of a client with each version of TLS. The writer of records knows these ciphers."""
-    client_context.set_ciphers("ECDHE-ECDSA-AES128-GCM-SHA256")
-    client_context.keylog_filename = str(tmp_path / "keys")
-    with limit_version(client_context, request.param):
-        yield client_context
+def client_context(request: pytest.FixtureRequest, authority: trustme.CA, tmp_path: Path) -> ssl.SSLContext:
+    return make_context(authority, request.param, tmp_path / "keys")
 
 
 @pytest.fixture
@@ -125,35 +119,9 @@ def test_turn_has_a_limited_number_of_records(pair: tuple[TlsLayer, TlsClient]) 
 # What has no data
 
 
-def empty_record(writer: RecordWriter) -> bytes:
-    return writer.record(APPLICATION_DATA, b"")
-
-
-def key_update(writer: RecordWriter) -> bytes:
-    return writer.key_update()
-
-
-def requested_key_update(writer: RecordWriter) -> bytes:
-    return writer.key_update(is_requested=True)
-
-
-def renegotiation(writer: RecordWriter) -> bytes:
-    return writer.record(HANDSHAKE, CLIENT_HELLO)
-
-
-WITHOUT_DATA = {
-    empty_record: (V1_2, V1_3),
-    key_update: (V1_3,),
-    requested_key_update: (V1_3,),
-    renegotiation: (V1_2,),
-}
 without_data = pytest.mark.parametrize(
-    ("make_record", "client_context"),
-    [(make, version) for make, versions in WITHOUT_DATA.items() for version in versions],
-    ids=lambda value: getattr(value, "__name__", None) or value.name,
-    indirect=["client_context"],
+    ("make_record", "client_context"), WITHOUT_DATA.values(), ids=WITHOUT_DATA, indirect=["client_context"]
 )
-MakeRecord = Callable[[RecordWriter], bytes]
 
 
 @without_data

@@ -7,10 +7,11 @@ import hmac
 import socket
 import ssl
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import trustme
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 HANDSHAKE, APPLICATION_DATA = 22, 23  # types of records
@@ -19,16 +20,14 @@ CLIENT_HELLO = b"\x01\x00\x00\x2b\x03\x03" + bytes(32) + b"\x00\x00\x02\xc0\x2b\
 V1_2, V1_3 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
 
 
-@contextmanager
-def limit_version(context: ssl.SSLContext, version: ssl.TLSVersion) -> Iterator[None]:
-    """Let new connections of ``context`` have this version."""
-    before = context.minimum_version, context.maximum_version
+def make_context(authority: trustme.CA, version: ssl.TLSVersion, key_log: Path) -> ssl.SSLContext:
+    """Return the context of a client whose secrets a :class:`RecordWriter` knows."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(context)
     context.minimum_version = context.maximum_version = version
-    try:
-        yield
-    finally:
-        context.maximum_version = before[1]
-        context.minimum_version = before[0]
+    context.set_ciphers("ECDHE-ECDSA-AES128-GCM-SHA256")
+    context.keylog_filename = str(key_log)
+    return context
 
 
 class TlsClient:
@@ -139,3 +138,32 @@ def _prf_1_2(secret: bytes, label: bytes, seed: bytes, size: int) -> bytes:
         a = hmac.digest(secret, a, "sha256")
         result += hmac.digest(secret, a + label + seed, "sha256")
     return result[:size]
+
+
+# Records without data
+
+
+def empty_record(writer: RecordWriter) -> bytes:
+    return writer.record(APPLICATION_DATA, b"")
+
+
+def key_update(writer: RecordWriter) -> bytes:
+    return writer.key_update()
+
+
+def requested_key_update(writer: RecordWriter) -> bytes:
+    return writer.key_update(is_requested=True)
+
+
+def renegotiation(writer: RecordWriter) -> bytes:
+    return writer.record(HANDSHAKE, CLIENT_HELLO)
+
+
+MakeRecord = Callable[[RecordWriter], bytes]
+WITHOUT_DATA: dict[str, tuple[MakeRecord, ssl.TLSVersion]] = {
+    "empty record, TLS 1.2": (empty_record, V1_2),
+    "empty record, TLS 1.3": (empty_record, V1_3),
+    "key update": (key_update, V1_3),
+    "requested key update": (requested_key_update, V1_3),
+    "renegotiation": (renegotiation, V1_2),
+}

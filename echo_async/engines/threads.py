@@ -63,7 +63,8 @@ class ThreadConnection(Connection):
         try:
             self._echo()
             if not self._is_write_closed and not self._is_resetting:
-                self.abort()  # closing is no end if a child process has a duplicate of the socket
+                self.end_script()
+                self._half_close()  # closing is no end if a child process has a duplicate of the socket
         except OSError as error:
             self.ended_by = self.ended_by or "reset"
             self.log_lost(error)
@@ -198,7 +199,7 @@ class ThreadConnection(Connection):
             self._socket.shutdown(socket.SHUT_WR)
 
     def _half_close(self) -> None:
-        """Close the sending side from another thread than the connection's own."""
+        """Close the sending side, which another thread may close as well."""
         with contextlib.suppress(OSError), self._io_lock:
             self._close_write()
 
@@ -210,7 +211,7 @@ class ThreadConnection(Connection):
             return False
 
     def unsent(self) -> int:
-        return self._unsent
+        return self._unsent + (self._socket.unsent() if isinstance(self._socket, TlsSocket) else 0)
 
     def get_extra_info(self, name: str) -> Any:
         if name == "tls":

@@ -13,7 +13,7 @@ from ..compat import MSG_DONTWAIT
 from ..wire.tls_layer import TlsLayer
 
 READ_SIZE = 64 * 1024  # bytes
-MAX_UNSENT = 64 * 1024  # bytes that TLS itself sends and a client may leave unread: answers to key updates
+MAX_UNSENT = 64 * 1024  # bytes that TLS itself sends, such as answers to key updates, above which it waits for room
 
 
 class TlsSocket:
@@ -21,6 +21,8 @@ class TlsSocket:
 
     ``on_error`` is called if TLS fails after the handshake.
     """
+
+    __slots__ = ("_on_error", "_plaintext", "_position", "_unsent", "plain", "tls")
 
     def __init__(self, plain: socket.socket, context: ssl.SSLContext, on_error: Callable[[Exception], object]) -> None:
         self.plain = plain
@@ -50,7 +52,7 @@ class TlsSocket:
             return b"?" if self._plaintext or tls.has_records or tls.is_ended else self.plain.recv(1, flags)
         while not self._plaintext:
             if tls.error is not None:
-                raise ConnectionAbortedError("TLS error")
+                raise ssl.SSLError(*tls.error.args)  # the traceback of the same one would refer to what has it
             if tls.is_ended:
                 return b""
             self._plaintext = self._receive(flags)
@@ -75,13 +77,17 @@ class TlsSocket:
 
     def _send_output(self) -> None:
         """Send what TLS itself has to send, as far as the kernel has room."""
-        self._unsent += self.tls.output()
-        with contextlib.suppress(BlockingIOError):
-            self._unsent = self._unsent[self.plain.send(self._unsent, MSG_DONTWAIT) :]
         if self.tls.error is not None:
             self._on_error(self.tls.error)
-        elif len(self._unsent) > MAX_UNSENT:
-            raise ConnectionError("peer is not reading")
+        self._unsent += self.tls.output()
+        if self._unsent:
+            flags = MSG_DONTWAIT if len(self._unsent) <= MAX_UNSENT else 0
+            with contextlib.suppress(BlockingIOError):
+                self._unsent = self._unsent[self.plain.send(self._unsent, flags) :]
+
+    def unsent(self) -> int:
+        """Return the bytes that TLS itself has to send."""
+        return len(self._unsent)
 
     def send(self, data: bytes | memoryview) -> int:
         """Encrypt and send all of ``data``; return its size."""

@@ -24,7 +24,17 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         on_error: Is called with an error after the handshake, which ends the connection.
     """
 
-    __slots__ = ("_handshake", "_is_paused", "_is_turn_scheduled", "_loop", "_on_error", "_plain", "_protocol", "tls")
+    __slots__ = (
+        "_handshake",
+        "_is_reading_paused",
+        "_is_turn_scheduled",
+        "_is_writing_paused",
+        "_loop",
+        "_on_error",
+        "_plain",
+        "_protocol",
+        "tls",
+    )
 
     _plain: asyncio.Transport
 
@@ -40,7 +50,8 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._handshake: asyncio.Future[Exception | None] | None = handshake
         self._on_error = on_error
         self._loop = handshake.get_loop()
-        self._is_paused = False  # by the protocol
+        self._is_reading_paused = False  # by the protocol
+        self._is_writing_paused = False
         self._is_turn_scheduled = False
 
     # The protocol of the event loop's transport.
@@ -49,13 +60,14 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._plain = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
+        tls = self.tls
         try:
-            plaintext = self.tls.receive(data)
+            plaintext = tls.receive(data)
         except Exception as error:  # a lack of memory
             return self._fail(error)
         if plaintext:
             self._protocol.data_received(plaintext)
-        if self.tls.has_news:
+        if tls.has_news:
             self._handle_news()
 
     def _handle_news(self) -> None:
@@ -67,6 +79,8 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         if self._handshake is not None and tls.is_established:
             self._end_handshake(None)
             self._protocol.connection_made(self)
+            if self._is_writing_paused:
+                self._protocol.pause_writing()
         if tls.has_records:
             self._schedule_turn()
         elif tls.is_ended and not self._protocol.eof_received():
@@ -76,7 +90,9 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         if self._handshake is not None:
             self._protocol = NO_PROTOCOL
             return self._end_handshake(error)
-        self._on_error(error)
+        if isinstance(error, ssl.SSLError):
+            self._on_error(error)
+        self.tls.error = error
         self._plain.close()  # after an alert
 
     def _end_handshake(self, error: Exception | None) -> None:
@@ -86,17 +102,26 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
 
     def _schedule_turn(self) -> None:
         """Let other connections have their turn before the next records are processed."""
-        if not self._is_turn_scheduled and not self._is_paused and not self._plain.is_closing():
+        if not self._is_turn_scheduled and self._can_read():
             self._is_turn_scheduled = True
             self._plain.pause_reading()
             self._loop.call_soon(self._take_turn)
 
     def _take_turn(self) -> None:
         self._is_turn_scheduled = False
-        if not self._is_paused and not self._plain.is_closing():
+        if self._can_read():
             self.data_received(b"")
             if not self.tls.has_records:
-                self.resume_reading()
+                self._continue_reading()
+
+    def _can_read(self) -> bool:
+        return not (self._is_reading_paused or self._is_writing_paused or self._plain.is_closing())
+
+    def _continue_reading(self) -> None:
+        if self.tls.has_records:
+            self._schedule_turn()
+        elif self._can_read():
+            self._plain.resume_reading()
 
     def eof_received(self) -> bool:
         if not self.tls.is_ended:
@@ -107,14 +132,21 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         if self._handshake is not None:
             self._fail(error or ConnectionError("closed by the peer"))
-        self._protocol.connection_lost(error or self.tls.error)
+        self._protocol.connection_lost(self.tls.error or error)
         self._protocol = NO_PROTOCOL  # which refers to this object
 
     def pause_writing(self) -> None:
-        self._protocol.pause_writing()
+        """Read nothing as well: TLS answers some records itself."""
+        self._is_writing_paused = True
+        self._plain.pause_reading()
+        if self._handshake is None:
+            self._protocol.pause_writing()
 
     def resume_writing(self) -> None:
-        self._protocol.resume_writing()
+        self._is_writing_paused = False
+        if self._handshake is None:
+            self._protocol.resume_writing()
+        self._continue_reading()
 
     # The transport of an engine's protocol.
 
@@ -133,15 +165,12 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         self._plain.write_eof()
 
     def pause_reading(self) -> None:
-        self._is_paused = True
+        self._is_reading_paused = True
         self._plain.pause_reading()
 
     def resume_reading(self) -> None:
-        self._is_paused = False
-        if self.tls.has_records:
-            self._schedule_turn()
-        elif not self._plain.is_closing():
-            self._plain.resume_reading()
+        self._is_reading_paused = False
+        self._continue_reading()
 
     def is_closing(self) -> bool:
         return self._plain.is_closing()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .text import escape
 
+HANDSHAKE, HEADER_SIZE = b"\x16", 5  # of a record (RFC 8446 section 5.1)
 MAX_SIZE = 16 * 1024  # bytes of a ClientHello that are searched
 SERVER_NAME, HOST_NAME = 0, 0  # the extension, and the kind of a name in it (RFC 6066 section 3)
 
@@ -22,11 +23,11 @@ class ClientHelloReader:
         self._received = bytearray()
         self._is_done = False
 
-    def feed(self, fragment: bytes) -> None:
-        """Take what the next handshake record contains."""
-        if self._is_done:
+    def feed(self, record: bytes | memoryview) -> None:
+        """Take the next record."""
+        if self._is_done or record[:1] != HANDSHAKE:
             return
-        self._received += fragment
+        self._received += record[HEADER_SIZE:]
         size = 4 + int.from_bytes(self._received[1:4], "big")  # type, size, message (RFC 8446 section 4)
         if len(self._received) >= min(size, MAX_SIZE):
             self.server_name = _find_server_name(bytes(self._received[4:size]))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ssl
 import struct
-from collections.abc import Iterator
 
 from .client_hello import ClientHelloReader
 
@@ -20,7 +19,7 @@ MAX_RECORDS_WITHOUT_DATA = 16  # in a row, after the handshake (Go: crypto/tls, 
 MAX_DATA_SIZE = 16 * 1024  # bytes of data in a record (RFC 8446 section 5.1)
 
 HEADER = struct.Struct("!BBxH")  # type, major version, size
-RECORD_TYPES, HANDSHAKE, MAJOR_VERSION = range(20, 24), b"\x16", 3
+RECORD_TYPES, MAJOR_VERSION = range(20, 24), 3
 MAX_SIZE = MAX_DATA_SIZE + 2048  # bytes of a record after its header (RFC 5246 section 6.2.3)
 
 
@@ -88,28 +87,40 @@ class TlsLayer:
 
         A turn ends after ``RECORDS_PER_TURN``, with the handshake, and with a record that has no data.
         """
+        self.has_news = False
+        if self.is_ended:
+            return b""
+        if self.is_established and not self._data and 0 < len(data) == _end_of_record(data, 0):
+            return self._process(data)  # the usual case: one record
         position = self._position
         if self._data:
             data, position = (self._data[position:] + data, 0) if data else (self._data, position)
         self.has_input = True
         self.has_news = not self.is_established
+        return b"".join(self._process_turn(data, position))
+
+    def _process_turn(self, data: bytes, position: int) -> list[bytes]:
+        """Return the data of each record from ``position`` on."""
         parts = []
+        view, size = memoryview(data), len(data)
         for _ in range(RECORDS_PER_TURN):
             end = _end_of_record(data, position)
-            if not end or self.is_ended:
+            if not end:
                 break
-            record = data[position:end]
-            self._incoming.write(record)
-            if part := self._process(record):
-                parts.append(part)
+            part = self._process(view[position:end])
             position = end
-            if (not part and self.is_established) or end == len(data):
+            if part:
+                parts.append(part)
+            elif self.is_established or self.is_ended:
+                break
+            if position == size:
                 break
         self._keep(data, position)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return parts
 
-    def _process(self, record: bytes) -> bytes:
-        """Return the data of a record that OpenSSL was given."""
+    def _process(self, record: bytes | memoryview) -> bytes:
+        """Return the data of a record."""
+        self._incoming.write(record)
         try:
             if self.is_established:
                 if data := self.session.read(len(record)):
@@ -117,8 +128,7 @@ class TlsLayer:
                     return data
                 self.is_ended = True  # by close_notify
             else:
-                if record[:1] == HANDSHAKE:
-                    self._client_hello.feed(record[HEADER.size :])
+                self._client_hello.feed(record)
                 self.session.do_handshake()
                 self.is_established = True
                 self._without_data = 0
@@ -158,7 +168,10 @@ class TlsLayer:
             self._fail(ConnectionError("closed by the peer"))
         elif not self.is_established and not self.is_ended:
             self._incoming.write_eof()
-            self._process(b"")
+            try:
+                self.session.do_handshake()
+            except ssl.SSLError as error:
+                self._fail(error)
         self.is_ended = True
 
     def send(self, data: bytes | bytearray | memoryview) -> bytes:
@@ -167,15 +180,13 @@ class TlsLayer:
             if len(data) <= MAX_DATA_SIZE:
                 self.session.write(data)
                 return self._outgoing.read()
-            return b"".join(self._send_parts(memoryview(data)))
+            parts, view = [], memoryview(data)
+            for start in range(0, len(data), MAX_DATA_SIZE):
+                self.session.write(view[start : start + MAX_DATA_SIZE])
+                parts.append(self._outgoing.read())  # one by one: what is written to a MemoryBIO enlarges it for good
+            return b"".join(parts)
         except ssl.SSLError:
             return b""
-
-    def _send_parts(self, data: memoryview) -> Iterator[bytes]:
-        """Encrypt record by record: what is written to a MemoryBIO enlarges it for good."""
-        for start in range(0, len(data), MAX_DATA_SIZE):
-            self.session.write(data[start : start + MAX_DATA_SIZE])
-            yield self._outgoing.read()
 
     def output(self) -> bytes:
         """Return what else to write to the socket: handshake messages, answers to key updates, alerts."""
