@@ -61,8 +61,6 @@ def explain(sent: bytes, received: bytes, ending: str, truncated: str) -> str:
     """
     if ending == FLOOD:
         return "the server sends by itself, without end: is it an echo server?"
-    if received == sent[:-1]:
-        return "the newline is removed: it is a part of the message"
     if sent.startswith(received):
         return truncated
     for is_met, reason in EXPLANATIONS:
