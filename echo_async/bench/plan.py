@@ -15,6 +15,8 @@ LoadMode = Literal["stream", "message"]
 
 class TLSOptions(TypedDict):
     ca_certs: str | None
+    certfile: str | None
+    keyfile: str | None
     verify: bool
     server_hostname: str
 
@@ -69,8 +71,11 @@ class LoadPlan:
         """Return the function that wraps a connected socket in TLS; None without TLS."""
         if self.tls is None:
             return None
-        context = client_context(ca_certs=self.tls["ca_certs"], verify=self.tls["verify"])
-        return partial(context.wrap_socket, server_hostname=self.tls["server_hostname"])
+        tls = self.tls
+        context = client_context(
+            ca_certs=tls["ca_certs"], certfile=tls["certfile"], keyfile=tls["keyfile"], verify=tls["verify"]
+        )
+        return partial(context.wrap_socket, server_hostname=tls["server_hostname"])
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

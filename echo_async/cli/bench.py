@@ -27,6 +27,7 @@ from ..loops import LOOP_CHOICES, LOOP_PATTERN, loop_factory
 from ..net import format_address
 from ..stdio import ignore_broken_pipe, print_error
 from .client import OPTIONS as CLIENT_OPTIONS
+from .client import TLS_OPTIONS
 from .common import CONTEXT, ExitCode, Group, options, refuse_conflicts, run_command, version_option
 
 MAX_MESSAGE_SIZE = 2**26  # bytes
@@ -62,7 +63,6 @@ WORKLOAD_OPTIONS = {
     "warmup": Option(1.0, "Seconds of load before each measurement.", SECONDS_OR_ZERO),
     "json": Option(False, "Print JSON instead of a table.", FLAG),
 }
-TLS_OPTIONS = ("ssl", "ssl_ca_certs", "ssl_no_verify", "server_hostname")
 LOAD_OPTIONS = {
     **{name: CLIENT_OPTIONS[name] for name in ("host", "port", "uds")},
     "size": Option(1024, "Bytes per message, including the newline.", integer(1, MAX_MESSAGE_SIZE)),
@@ -275,7 +275,13 @@ def _tls_options(values: dict[str, Any]) -> TLSOptions | None:
     if not any(values[name] for name in TLS_OPTIONS):
         return None
     name = tls_hostname(values["server_hostname"], values["host"], values["uds"])
-    return {"ca_certs": values["ssl_ca_certs"], "verify": not values["ssl_no_verify"], "server_hostname": name}
+    return {
+        "ca_certs": values["ssl_ca_certs"],
+        "certfile": values["ssl_certfile"],
+        "keyfile": values["ssl_keyfile"],
+        "verify": not values["ssl_no_verify"],
+        "server_hostname": name,
+    }
 
 
 def _report_load(result: LoadResult, expectations: Sequence[Expectation], as_json: bool) -> ExitCode:

@@ -174,6 +174,17 @@ def test_load_tls_verifies_the_certificate(
         load(capsys, *where, "--ssl-no-verify", *SHORT)
 
 
+def test_load_shows_its_certificate_to_a_server_that_demands_one(
+    ca_file: Path, certificate: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with HostedServer(host="localhost", ssl_certfile=str(certificate), ssl_ca_certs=str(ca_file)) as server:
+        where = ("--host", "localhost", "--port", str(server.port), "--ssl-ca-certs", str(ca_file))
+        for more in ((), ("--processes", "2")):
+            facts = load(capsys, *where, "--ssl-certfile", str(certificate), "--connections", "2", *more, *SHORT)
+            check_replies(facts)
+        assert main(["load", *where, "--connections", "2", *SHORT]) == 1
+
+
 # Faulty servers
 
 
