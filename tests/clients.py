@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from scripted import disconnected
 from support import TIMEOUT
 
 import echo_async
@@ -106,3 +105,9 @@ def wait_disconnected(client: sync.EchoClient | AsyncioClient) -> None:
         connection = client._session.connection
         assert connection is not None
         assert select.select([connection._socket], [], [], TIMEOUT)[0]
+
+
+async def disconnected(client: echo_async.EchoClient) -> None:
+    """Wait until the client has closed its connection between two messages, for which it has no public event."""
+    assert client._session.connection is not None
+    await client._session.connection.closed

@@ -18,7 +18,6 @@ from typing import Unpack
 import pytest
 import trustme
 from hypothesis import settings
-from scripted import ScriptedServer, Serve, Start
 from support import BACKENDS, LOOPS, Backend, ServerThread, StartServer, run, wait_until
 
 import echo_async
@@ -131,26 +130,21 @@ def start_server(backend: Backend, certificate: Path) -> StartServer:
 
 
 @pytest.fixture
-def scripted_server() -> Iterator[Start]:
-    """Start servers with a scripted behavior, and stop them after the test."""
-    with ExitStack() as stack:
-
-        def start(serve: Serve) -> ScriptedServer:
-            server = stack.enter_context(ScriptedServer(serve))
-            return server
-
-        yield start
-
-
-@pytest.fixture
 def faulty_server() -> Iterator[MakeEchoServer]:
-    """Start servers with faults, by default in ``stream`` mode, and stop them after the test."""
+    """Start servers for one test; by default each is an echo in ``stream`` mode."""
     with ExitStack() as stack:
 
         def start(**options: Unpack[HostedServerOptions]) -> HostedServer:
             return stack.enter_context(HostedServer(**options))
 
         yield start
+
+
+@pytest.fixture
+def until_the_end() -> Iterator[ExitStack]:
+    """What a handler enters stays entered until the end of the test."""
+    with ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
 from http.client import HTTPConnection
 from importlib.metadata import version
@@ -29,6 +30,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import echo_async
 from echo_async.config import EngineName, Mode, ServerOptions
 from echo_async.loops import LoopName, loop_factory
+from echo_async.testing import Peer
+from echo_async.testing.scripts import Handler
 from echo_async.wire.conversation import MODES, Conversation
 
 T = TypeVar("T")
@@ -477,3 +480,97 @@ def set_constant(monkeypatch: pytest.MonkeyPatch, name: str, value: float) -> No
     """Change a constant of the server in every module that uses it."""
     for module in CONSTANTS[name]:
         monkeypatch.setattr(f"echo_async.{module}.{name}", value)
+
+
+def lines(peer: Peer) -> Iterator[bytes]:
+    """Receive lines until the client ends the connection, which ends the handler."""
+    while True:
+        yield peer.receive_line()
+
+
+def echo_lines(peer: Peer) -> None:
+    for line in lines(peer):
+        peer.send(line)
+
+
+def echo_line(peer: Peer) -> None:
+    peer.send(peer.receive_line())
+
+
+def over_tls(context: ssl.SSLContext, serve: Handler | None = None) -> Handler:
+    """Return a handler that does a TLS handshake, which may fail, and then serves; an echo by default."""
+
+    def serve_over_tls(peer: Peer) -> None:
+        with suppress(ssl.SSLError):
+            peer.start_tls(context)
+            (serve or echo_lines)(peer)
+
+    return serve_over_tls
+
+
+def over_socket(serve: Callable[[socket.socket], object]) -> Handler:
+    """Return a handler of a function that has the socket of the connection, and may use it as it likes."""
+
+    def serve_socket(peer: Peer) -> None:
+        with peer._connection.get_extra_info("socket") as connected, suppress(OSError, ValueError):
+            serve(connected)
+
+    return serve_socket
+
+
+Answer = Callable[[int, bytes], Iterable[bytes]]
+"""Returns the datagrams to send when one is received, which is the first, second, ... of all."""
+
+
+class ScriptedDatagrams:
+    """A UDP server that sends what ``answer`` returns to where the last datagram came from."""
+
+    def __init__(self, answer: Answer, host: str = "127.0.0.1") -> None:
+        self._answer = answer
+        self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind((host, 0))
+        self.address: tuple[str, int] = self._socket.getsockname()[:2]
+        self.received: list[bytes] = []
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with self._socket:
+            while True:
+                data, client = self._socket.recvfrom(70_000)
+                if client[:2] == self.address:
+                    return
+                self.received.append(data)
+                for reply in self._answer(len(self.received), data):
+                    self._socket.sendto(reply, client)
+
+    def stop_soon(self) -> None:
+        """Close the socket after the datagrams received so far; from then on the port refuses datagrams."""
+        with suppress(OSError):  # it is closed
+            self._socket.sendto(b"", self.address)
+
+    def stop(self) -> None:
+        self.stop_soon()
+        self._thread.join(TIMEOUT)
+
+    def __enter__(self) -> ScriptedDatagrams:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+
+def echo_datagram(number: int, data: bytes) -> Iterable[bytes]:
+    return [data]
+
+
+def resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> None:
+    """Make the resolver return ``addresses`` for the name several.example."""
+    real = socket.getaddrinfo
+
+    def resolve(host: str, *args: Any, **kwargs: Any) -> Any:
+        if host != "several.example" or kwargs.get("flags"):
+            return real(host, *args, **kwargs)
+        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)

@@ -13,19 +13,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Peer, Start
-from support import MAX_DELAY, TIMEOUT, ChildProcess, ServerThread, child_processes, wait_until
+from support import MAX_DELAY, TIMEOUT, ChildProcess, ServerThread, child_processes, lines, wait_until
 
 from echo_async import EchoServer
 from echo_async.cli.bench import main
 from echo_async.config import Mode
 from echo_async.pytest_plugin import MakeEchoServer
-from echo_async.testing import HostedServer
+from echo_async.testing import HostedServer, Peer
 
 LOAD = (sys.executable, "-m", "echo_async.bench", "load")
 SHORT = ("--duration", "0.04", "--warmup", "0.01")
@@ -271,14 +270,16 @@ def test_load_lost_connection_is_reopened(
 
 
 @pytest.mark.parametrize("mode", ["stream", "message"])
-def test_load_stopped_server_is_reported(mode: str, capsys: pytest.CaptureFixture[str], scripted_server: Start) -> None:
+def test_load_stopped_server_is_reported(
+    mode: str, capsys: pytest.CaptureFixture[str], faulty_server: MakeEchoServer, until_the_end: ExitStack
+) -> None:
     def serve(peer: Peer) -> None:
-        for message in itertools.islice(peer.messages(), 1 if mode == "message" else 5):
+        for message in itertools.islice(lines(peer), 1 if mode == "message" else 5):
             peer.send(message)
-        if peer.number > 0:  # the first connection only checks that the server is reachable
-            stopping.stop_listening()
+        if peer.number > 1:  # the first connection only checks that the server is reachable
+            until_the_end.enter_context(stopping.refusing())
 
-    stopping = scripted_server(serve)
+    stopping = faulty_server(handler=serve)
     options = ("--mode", mode, "--connections", "1", "--duration", "1", "--warmup", "0")  # enough to reconnect
     facts = load(capsys, "--port", str(stopping.address[1]), *options, code=1)
     assert "connection refused" in facts["failures"]

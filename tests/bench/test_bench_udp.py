@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scripted import ScriptedDatagrams, echo_datagram, resolve_to
+from support import ScriptedDatagrams, echo_datagram, resolve_to
 
 from echo_async.bench.generator import LoadGenerator
 from echo_async.bench.load import find_udp_server

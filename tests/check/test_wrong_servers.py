@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import wrong_servers as wrong
-from scripted import ScriptedServer
+from support import over_socket
 
 from echo_async.check.checks import run_checks
 from echo_async.check.context import Settings
@@ -55,7 +56,7 @@ def serving(handler: wrong.Handler) -> Iterator[tuple[str, int]]:
     with ExitStack() as stack:
         if handler is wrong.close_at_half_close:
             shared.upstream = stack.enter_context(HostedServer()).address
-        server = stack.enter_context(ScriptedServer(lambda peer: handler(shared, peer.socket)))
+        server = stack.enter_context(HostedServer(handler=over_socket(partial(handler, shared))))
         stack.callback(shared.stopped.set)
         yield server.address
 

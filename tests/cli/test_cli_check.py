@@ -9,7 +9,9 @@ import re
 import signal
 import ssl
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, CompletedProcess
 from typing import Any
@@ -17,11 +19,12 @@ from typing import Any
 import pytest
 import trustme
 import wrong_servers as wrong
-from scripted import Peer, Serve, Start
-from support import ChildProcess, run_process, single_error_line
+from support import ChildProcess, over_socket, run_process, single_error_line
 
 from echo_async.check.checks import CHECKS
-from echo_async.testing import HostedServer
+from echo_async.pytest_plugin import MakeEchoServer
+from echo_async.testing import HostedServer, Peer
+from echo_async.testing.scripts import Handler
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -62,8 +65,8 @@ def test_check_json_prints_one_object_per_check() -> None:
         assert (each["reason"] is None) is (each["result"] == "ok")
 
 
-def test_check_failure_names_expected_seen_and_reason(scripted_server: Start) -> None:
-    done = check("--port", port_of(scripted_server, wrong.strip_carriage_returns), *QUICK)
+def test_check_failure_names_expected_seen_and_reason(faulty_server: MakeEchoServer) -> None:
+    done = check("--port", port_of(faulty_server, wrong.strip_carriage_returns), *QUICK)
     assert done.returncode == 1
     [line] = [line for line in done.stdout.splitlines() if " failed " in line]
     assert line.startswith(
@@ -73,13 +76,13 @@ def test_check_failure_names_expected_seen_and_reason(scripted_server: Start) ->
     assert line.endswith(": something removes carriage returns, as strip() and text mode do")
 
 
-def port_of(scripted_server: Start, handler: wrong.Handler) -> str:
+def port_of(faulty_server: MakeEchoServer, handler: wrong.Handler) -> str:
     shared = wrong.Server()
-    return str(scripted_server(lambda peer: handler(shared, peer.socket)).address[1])
+    return str(faulty_server(handler=over_socket(partial(handler, shared))).address[1])
 
 
-def test_check_quiet_prints_failures_only(scripted_server: Start) -> None:
-    done = check("--quiet", "--port", port_of(scripted_server, wrong.strip_carriage_returns), *QUICK)
+def test_check_quiet_prints_failures_only(faulty_server: MakeEchoServer) -> None:
+    done = check("--quiet", "--port", port_of(faulty_server, wrong.strip_carriage_returns), *QUICK)
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["bytes"]
     with HostedServer() as server:
         done = check("--quiet", "--port", str(server.port), *QUICK)
@@ -124,8 +127,8 @@ def test_check_without_a_reader_of_stdout_stops() -> None:
         assert process.stderr.read() == b""
 
 
-def test_check_ctrl_c_ends_with_130(scripted_server: Start) -> None:
-    server = scripted_server(accept_in_silence)
+def test_check_ctrl_c_ends_with_130(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(handler=accept_in_silence)
     command = [*COMMAND, "--port", str(server.address[1])]
     with ChildProcess(command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, text=True) as process:
         assert process.stdout.readline().startswith("connect ")
@@ -181,7 +184,7 @@ def test_check_with_more_connections_than_descriptors_is_one_line() -> None:
 
 
 def accept_in_silence(peer: Peer) -> None:
-    while peer.socket.recv(100):
+    while peer.receive_some():
         pass
 
 
@@ -204,8 +207,10 @@ def send_lines_without_end(peer: Peer) -> None:
     ],
     ids=lambda each: getattr(each, "__name__", ""),
 )
-def test_check_of_a_peer_that_is_no_echo_server_fails_once(serve: Serve, seen: str, scripted_server: Start) -> None:
-    done = check("--port", str(scripted_server(serve).address[1]), "--timeout", "1", "--json")
+def test_check_of_a_peer_that_is_no_echo_server_fails_once(
+    serve: Handler, seen: str, faulty_server: MakeEchoServer
+) -> None:
+    done = check("--port", str(faulty_server(handler=serve).address[1]), "--timeout", "1", "--json")
     assert (done.returncode, done.stderr) == (1, "")
     connect, mode = results(done)
     assert (connect["check"], connect["result"]) == ("connect", "ok")
@@ -214,9 +219,9 @@ def test_check_of_a_peer_that_is_no_echo_server_fails_once(serve: Serve, seen: s
     assert mode["reason"]
 
 
-def test_check_of_a_peer_that_resets_fails_once(scripted_server: Start) -> None:
+def test_check_of_a_peer_that_resets_fails_once(faulty_server: MakeEchoServer) -> None:
     """The reset can arrive while the client still connects."""
-    done = check("--port", str(scripted_server(Peer.reset).address[1]), "--json")
+    done = check("--port", str(faulty_server(handler=Peer.reset).address[1]), "--json")
     [*_, last] = results(done)
     assert (last["result"], done.returncode) == ("failed", 3 if last["check"] == "connect" else 1)
     assert "reset" in last["seen"]
@@ -247,7 +252,9 @@ def test_check_of_an_address_without_an_answer_fails_once(black_hole_address: tu
 
 
 @pytest.mark.parametrize("certificate", ["expired", "of another name", "none"])
-def test_check_of_an_invalid_certificate_fails_once(certificate: str, tmp_path: Path, scripted_server: Start) -> None:
+def test_check_of_an_invalid_certificate_fails_once(
+    certificate: str, tmp_path: Path, faulty_server: MakeEchoServer
+) -> None:
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     name = "other.example" if certificate == "of another name" else "localhost"
@@ -257,11 +264,12 @@ def test_check_of_an_invalid_certificate_fails_once(certificate: str, tmp_path: 
 
     def serve(peer: Peer) -> None:
         if certificate != "none":
-            peer.start_tls(context)
+            with suppress(ssl.SSLError):
+                peer.start_tls(context)
         accept_in_silence(peer)
 
     options = ("--server-hostname", "localhost", "--ssl-ca-certs", str(tmp_path / "ca.pem"), "--connect-timeout", "1")
-    done = check("--port", str(scripted_server(serve).address[1]), *options, "--json")
+    done = check("--port", str(faulty_server(handler=serve).address[1]), *options, "--json")
     assert (done.returncode, done.stderr) == (3, "")
     connect, tls = results(done)
     assert (connect["result"], tls["check"], tls["result"]) == ("ok", "tls", "failed")

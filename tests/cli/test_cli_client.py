@@ -12,11 +12,11 @@ import socket
 import subprocess
 import sys
 import termios
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Peer, Serve, Start, echo_all, echo_one
 from support import (
     TIMEOUT,
     ChildProcess,
@@ -29,6 +29,8 @@ from support import (
 from echo_async.cli.client import command, main
 from echo_async.config import ClientOptions, Mode
 from echo_async.pytest_plugin import MakeEchoServer
+from echo_async.testing import Peer
+from echo_async.testing.scripts import Handler
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -51,15 +53,15 @@ def with_env(**values: str) -> dict[str, str]:
 # Messages and replies
 
 
-def test_client_without_message_sends_the_default(scripted_server: Start) -> None:
-    server = scripted_server(echo_one)
+def test_client_without_message_sends_the_default(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(mode="message")
     done = client(server)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"Hola Server!\n", b"")
-    assert server.received == [[b"Hola Server!\n"]]
+    assert [each.messages for each in server.connections] == [[b"Hola Server!\n"]]
 
 
-def test_stdin_closed_sends_the_default(scripted_server: Start) -> None:
-    server = scripted_server(echo_one)
+def test_stdin_closed_sends_the_default(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(mode="message")
     done = subprocess.run(
         ["sh", "-c", '"$@" <&-', "sh", *COMMAND, "--port", str(server.address[1])],
         capture_output=True,
@@ -68,46 +70,46 @@ def test_stdin_closed_sends_the_default(scripted_server: Start) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"Hola Server!\n", b"")
 
 
-@pytest.mark.parametrize("serve", [echo_one, echo_all])
-def test_arguments_are_sent_as_messages(scripted_server: Start, serve: Serve) -> None:
-    server = scripted_server(serve)
+@pytest.mark.parametrize("mode", ["message", "stream"])
+def test_arguments_are_sent_as_messages(faulty_server: MakeEchoServer, mode: Mode) -> None:
+    server = faulty_server(mode=mode)
     done = client(server, "one", "", "ñandú 🎉", "two\nthree\n", b"\xff\xfe", "--", "--four")
     expected = "one\n\nñandú 🎉\ntwo\nthree\n".encode() + b"\xff\xfe\n--four\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, b"")
 
 
 @pytest.mark.parametrize("args", [[], ["-"]])
-def test_stdin_lines_are_sent_as_messages(scripted_server: Start, args: list[str]) -> None:
-    server = scripted_server(echo_all)
+def test_stdin_lines_are_sent_as_messages(faulty_server: MakeEchoServer, args: list[str]) -> None:
+    server = faulty_server()
     done = client(server, *args, input=b"one\n\xff\x00\n\n" + b"x" * 200_000 + b"\nno newline at the end")
     assert done.stdout == b"one\n\xff\x00\n\n" + b"x" * 200_000 + b"\nno newline at the end\n"
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_dash_between_arguments_sends_stdin_lines(scripted_server: Start) -> None:
-    done = client(scripted_server(echo_all), "first", "-", "last", input=b"one\ntwo\n")
+def test_dash_between_arguments_sends_stdin_lines(faulty_server: MakeEchoServer) -> None:
+    done = client(faulty_server(), "first", "-", "last", input=b"one\ntwo\n")
     assert (done.returncode, done.stdout) == (0, b"first\none\ntwo\nlast\n")
 
 
-def test_empty_stdin_as_argument_sends_nothing(scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_empty_stdin_as_argument_sends_nothing(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     done = client(server, "-", input=b"")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 @pytest.mark.parametrize("args", [[], ["--json", "--quiet"]], ids=str)
 def test_empty_stdin_without_argument_sends_the_default(
-    scripted_server: Start, args: list[str], tmp_path: Path
+    faulty_server: MakeEchoServer, args: list[str], tmp_path: Path
 ) -> None:
     """A health check whose stdin is an empty pipe or file checks the server."""
-    server = scripted_server(echo_one)
+    server = faulty_server(mode="message")
     (tmp_path / "empty").touch()
     with (tmp_path / "empty").open("rb") as stdin:
         for more in ({"input": b""}, {"stdin": stdin}):
             done = client(server, *args, **more)
             assert done.returncode == 0
             assert b"Hola Server!" in done.stdout
-    assert server.received == 2 * [[b"Hola Server!\n"]]
+    assert [each.messages for each in server.connections] == 2 * [[b"Hola Server!\n"]]
 
 
 @pytest.mark.parametrize(("mode", "lines"), [("message", 300), ("stream", 100_000)])
@@ -118,8 +120,8 @@ def test_stdin_with_many_lines_is_echoed_completely(faulty_server: MakeEchoServe
     assert done.stdout == text
 
 
-def test_replies_are_printed_before_stdin_ends(scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_replies_are_printed_before_stdin_ends(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     command = [*COMMAND, "--port", str(server.address[1]), "-"]
     with ChildProcess(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         for line in (b"one\n", b"two\n", b"three\n", b"four\n"):
@@ -129,8 +131,8 @@ def test_replies_are_printed_before_stdin_ends(scripted_server: Start) -> None:
     assert process.returncode == 0
 
 
-def test_client_command_line_overrides_environment(scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_client_command_line_overrides_environment(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     environment = with_env(ECHO_ASYNC_PORT=str(server.address[1]), ECHO_ASYNC_JSON="1", ECHO_ASYNC_TIMEOUT="5")
     done = subprocess.run([*COMMAND, "hola"], env=environment, capture_output=True, timeout=TIMEOUT, check=True)
     assert json.loads(done.stdout)["text"] == "hola"
@@ -138,17 +140,17 @@ def test_client_command_line_overrides_environment(scripted_server: Start) -> No
     assert client(server, "hola", env=environment).returncode == 0
 
 
-def test_client_c_locale_sends_bytes_unchanged(scripted_server: Start) -> None:
+def test_client_c_locale_sends_bytes_unchanged(faulty_server: MakeEchoServer) -> None:
     environment = with_env(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="")
-    done = client(scripted_server(echo_all), "ñ 🎉", env=environment)
+    done = client(faulty_server(), "ñ 🎉", env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "ñ 🎉\n".encode(), b"")
 
 
-def test_json_prints_one_object_per_reply(scripted_server: Start) -> None:
+def test_json_prints_one_object_per_reply(faulty_server: MakeEchoServer) -> None:
     def serve(peer: Peer) -> None:
-        peer.send(peer.message().replace(b"two", b"TWO"))
+        peer.send(peer.receive_line().replace(b"two", b"TWO"))
 
-    done = client(scripted_server(serve), "--json", "Hola Server!", "two", b"\xff")
+    done = client(faulty_server(handler=serve), "--json", "Hola Server!", "two", b"\xff")
     first, second, third = map(json.loads, done.stdout.splitlines())
     assert first.pop("seconds") > 0
     assert first == {"seq": 1, "bytes": 13, "text": "Hola Server!", "ok": True}
@@ -219,20 +221,20 @@ def test_json_untrusted_certificate_is_of_kind_tls(
 
 
 def close_at_once(peer: Peer) -> None:
-    peer.socket.recv(65536)
+    peer.receive_some()
 
 
 def send_text(peer: Peer) -> None:
-    peer.socket.recv(65536)
+    peer.receive_some()
     peer.send(b"220 mail server ready\r\n")
 
 
 @each_sender
 @pytest.mark.parametrize("serve", [close_at_once, send_text])
 def test_json_server_without_tls_is_of_kind_tls(
-    serve: Serve, sender: list[str], scripted_server: Start, capfd: pytest.CaptureFixture[str]
+    serve: Handler, sender: list[str], faulty_server: MakeEchoServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     error = failure_of(["--port", str(server.address[1]), "--ssl", *sender], capfd, 3)
     assert error["kind"] == "tls"
     assert ": TLS: " in error["message"]
@@ -259,8 +261,8 @@ def test_json_reply_failure_has_its_kind(
     assert error["kind"] == kind
 
 
-def test_replies_on_a_terminal_are_escaped(scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_replies_on_a_terminal_are_escaped(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     primary, secondary = pty.openpty()
     with os.fdopen(primary, "rb", 0) as terminal:
         command: list[Any] = [*COMMAND, "--port", str(server.address[1]), b"\x1b[2J\xff\\", "ñ\u202e"]
@@ -270,8 +272,8 @@ def test_replies_on_a_terminal_are_escaped(scripted_server: Start) -> None:
     assert done.returncode == 0
 
 
-def test_stdin_terminal_sends_the_default(scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_stdin_terminal_sends_the_default(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     primary, secondary = pty.openpty()
     try:
         assert client(server, stdin=secondary).stdout == b"Hola Server!\n"
@@ -280,8 +282,8 @@ def test_stdin_terminal_sends_the_default(scripted_server: Start) -> None:
         os.close(secondary)
 
 
-def test_verbose_prints_each_step(scripted_server: Start) -> None:
-    done = client(scripted_server(echo_all), "--verbose", "Hola")
+def test_verbose_prints_each_step(faulty_server: MakeEchoServer) -> None:
+    done = client(faulty_server(), "--verbose", "Hola")
     assert done.stdout == b"Hola\n"
     steps = re.sub(rb"[\d.]+ ms", b"x ms", re.sub(rb":\d+", b"", done.stderr)).decode().splitlines()
     assert steps == [
@@ -323,26 +325,26 @@ def test_late_and_different_replies_are_reported(faulty_server: MakeEchoServer) 
     assert done.returncode == 1
 
 
-def test_server_gone_between_messages_exits_with_3(scripted_server: Start) -> None:
+def test_server_gone_between_messages_exits_with_3(faulty_server: MakeEchoServer, until_the_end: ExitStack) -> None:
     def serve(peer: Peer) -> None:
-        peer.send(peer.message())
-        server.stop_listening()
+        peer.send(peer.receive_line())
+        until_the_end.enter_context(server.refusing())
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     done = client(server, "one", "two", "three")
     assert done.stdout == b"one\n"
     assert b"connection refused" in done.stderr
     assert done.returncode == 3
 
 
-def test_server_gone_within_a_message_exits_with_1(scripted_server: Start) -> None:
+def test_server_gone_within_a_message_exits_with_1(faulty_server: MakeEchoServer, until_the_end: ExitStack) -> None:
     def serve(peer: Peer) -> None:
         for _ in range(2):
-            peer.send(peer.message())
-        peer.message()
-        server.stop_listening()
+            peer.send(peer.receive_line())
+        peer.receive_line()
+        until_the_end.enter_context(server.refusing())
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     done = client(server, "--quiet", "one", "two", "three", "four")
     assert (done.returncode, done.stdout, done.stderr) == (1, b"one\ntwo\n", b"")
 
@@ -388,26 +390,26 @@ def run_in_pipeline(*args: str, tail: str, server: Any) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, timeout=TIMEOUT, input=b"x\n" * 100_000)
 
 
-def test_stdout_closed_by_its_reader_exits_with_141(scripted_server: Start) -> None:
-    done = run_in_pipeline("-", tail="| head -1", server=scripted_server(echo_all))
+def test_stdout_closed_by_its_reader_exits_with_141(faulty_server: MakeEchoServer) -> None:
+    done = run_in_pipeline("-", tail="| head -1", server=faulty_server())
     assert (done.stdout, done.stderr) == (b"x\n", b"141\n")
 
 
-def test_stdout_closed_sends_the_message(scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_stdout_closed_sends_the_message(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     assert run_in_pipeline("one", tail=">&-", server=server).stderr == b"0\n"
-    assert server.received == [[b"one\n"]]
+    assert [each.messages for each in server.connections] == [[b"one\n"]]
 
 
-def test_stderr_closed_keeps_exit_code(scripted_server: Start, closed_port: int) -> None:
+def test_stderr_closed_keeps_exit_code(faulty_server: MakeEchoServer, closed_port: int) -> None:
     line = '"$@" 2>&-; echo "$?"'
-    for port, expected in ((scripted_server(echo_all).address[1], b"hola\n0\n"), (closed_port, b"3\n")):
+    for port, expected in ((faulty_server().address[1], b"hola\n0\n"), (closed_port, b"3\n")):
         words = ["sh", "-c", line, "sh", *COMMAND, "--verbose", "--port", str(port), "hola"]
         assert subprocess.run(words, capture_output=True, timeout=TIMEOUT).stdout == expected
 
 
-def test_stdin_line_over_64_mib_exits_with_1(scripted_server: Start, capfd: pytest.CaptureFixture[str]) -> None:
-    port = str(scripted_server(echo_all).address[1])
+def test_stdin_line_over_64_mib_exits_with_1(faulty_server: MakeEchoServer, capfd: pytest.CaptureFixture[str]) -> None:
+    port = str(faulty_server().address[1])
     with open("/dev/zero", "rb") as zeros:
         assert subprocess.run([*COMMAND, "--port", port, "-"], stdin=zeros, timeout=TIMEOUT).returncode == 1
     assert single_error_line(*capfd.readouterr()) == "error: cannot read stdin: line too long: over 67108864 bytes\n"
@@ -439,15 +441,15 @@ def test_nonblocking_stdout_receives_all_replies(
     assert format or received == lines
 
 
-def test_stdout_full_exits_with_1(scripted_server: Start) -> None:
-    done = run_in_pipeline("one", tail=">/dev/full", server=scripted_server(echo_all))
+def test_stdout_full_exits_with_1(faulty_server: MakeEchoServer) -> None:
+    done = run_in_pipeline("one", tail=">/dev/full", server=faulty_server())
     assert done.stderr == b"error: cannot write to stdout: no space left on device\n1\n"
 
 
-def test_stdin_unreadable_exits_with_1(scripted_server: Start) -> None:
-    done = run_in_pipeline("-", tail="0>/dev/null", server=scripted_server(echo_all))
+def test_stdin_unreadable_exits_with_1(faulty_server: MakeEchoServer) -> None:
+    done = run_in_pipeline("-", tail="0>/dev/null", server=faulty_server())
     assert done.stderr == b"error: cannot read stdin: bad file descriptor\n1\n"
-    done = run_in_pipeline("-", tail="<&-", server=scripted_server(echo_all))
+    done = run_in_pipeline("-", tail="<&-", server=faulty_server())
     assert done.stderr == b"error: cannot read stdin: it is closed\n1\n"
 
 
@@ -464,12 +466,12 @@ def test_ctrl_c_exits_with_130_and_no_output(faulty_server: MakeEchoServer, args
         assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
 
 
-def test_ctrl_c_while_stdout_blocks_exits_with_130(scripted_server: Start) -> None:
+def test_ctrl_c_while_stdout_blocks_exits_with_130(faulty_server: MakeEchoServer) -> None:
     def serve(peer: Peer) -> None:
-        while data := peer.socket.recv(65536):
+        while data := peer.receive_some():
             peer.send(data)
 
-    command = [*COMMAND, "--port", str(scripted_server(serve).address[1]), "-"]
+    command = [*COMMAND, "--port", str(faulty_server(handler=serve).address[1]), "-"]
     with (
         ChildProcess(["yes"], stdout=subprocess.PIPE) as lines,
         ChildProcess(command, stdin=lines.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process,
@@ -483,8 +485,8 @@ def test_ctrl_c_while_stdout_blocks_exits_with_130(scripted_server: Start) -> No
         lines.kill()
 
 
-def test_ctrl_c_twice_at_once_prints_one_summary(scripted_server: Start) -> None:
-    command = [*COMMAND, "--port", str(scripted_server(echo_all).address[1]), "--count", "0", "--interval", "0"]
+def test_ctrl_c_twice_at_once_prints_one_summary(faulty_server: MakeEchoServer) -> None:
+    command = [*COMMAND, "--port", str(faulty_server().address[1]), "--count", "0", "--interval", "0"]
     with ChildProcess(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
         for _ in range(2):
@@ -515,12 +517,12 @@ signal.raise_signal(signal.SIGINT)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
-def test_server_gone_before_stdin_ends_exits_with_1(scripted_server: Start) -> None:
+def test_server_gone_before_stdin_ends_exits_with_1(faulty_server: MakeEchoServer, until_the_end: ExitStack) -> None:
     def serve(peer: Peer) -> None:
-        peer.message()
-        server.stop_listening()
+        peer.receive_line()
+        until_the_end.enter_context(server.refusing())
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     command = [*COMMAND, "--port", str(server.address[1]), "-"]
     with ChildProcess(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdin.write(b"one\ntwo\n")
@@ -545,8 +547,8 @@ def test_retry_waits_until_the_server_listens(bound_socket: socket.socket) -> No
 # --count
 
 
-def test_count_prints_round_trips_and_summary(scripted_server: Start) -> None:
-    done = client(scripted_server(echo_all), "--count", "3", "--interval", "0.01", "hola")
+def test_count_prints_round_trips_and_summary(faulty_server: MakeEchoServer) -> None:
+    done = client(faulty_server(), "--count", "3", "--interval", "0.01", "hola")
     text = re.sub(r":\d+", "", re.sub(r"\d+\.\d+", "t", done.stdout.decode()))
     assert re.sub(r"\d+ ms", "t ms", text) == (
         "ECHO 127.0.0.1: 5 bytes\n"
@@ -560,9 +562,9 @@ def test_count_prints_round_trips_and_summary(scripted_server: Start) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("serve", [echo_one, echo_all])
-def test_count_receives_all_replies_in_either_mode(scripted_server: Start, serve: Serve) -> None:
-    done = client(scripted_server(serve), "--count", "10", "--interval", "0", "--quiet")
+@pytest.mark.parametrize("mode", ["message", "stream"])
+def test_count_receives_all_replies_in_either_mode(faulty_server: MakeEchoServer, mode: Mode) -> None:
+    done = client(faulty_server(mode=mode), "--count", "10", "--interval", "0", "--quiet")
     assert b"10 sent, 10 received, 0 lost" in done.stdout
     assert b"seq=" not in done.stdout
     assert done.returncode == 0
@@ -579,14 +581,14 @@ def test_count_continues_after_a_lost_reply(faulty_server: MakeEchoServer) -> No
     assert done.returncode == 1
 
 
-def test_count_with_json_prints_objects(scripted_server: Start) -> None:
-    done = client(scripted_server(echo_all), "--count", "2", "--interval", "0", "--json")
+def test_count_with_json_prints_objects(faulty_server: MakeEchoServer) -> None:
+    done = client(faulty_server(), "--count", "2", "--interval", "0", "--json")
     assert [json.loads(line)["seq"] for line in done.stdout.splitlines()] == [1, 2]
     assert b"2 sent, 2 received, 0 lost (0%)" in done.stderr
 
 
-def test_ctrl_c_during_count_prints_the_summary(scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_ctrl_c_during_count_prints_the_summary(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     command = [*COMMAND, "--port", str(server.address[1]), "--count", "0", "--interval", "0.01"]
     with ChildProcess(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         for line in process.stdout:

@@ -13,8 +13,17 @@ from random import Random
 from typing import Any
 
 import pytest
-from scripted import Answer, ScriptedDatagrams, echo_datagram, resolve_to
-from support import LOOPS, TIMEOUT, ChildProcess, run, without_slow_callbacks
+from support import (
+    LOOPS,
+    TIMEOUT,
+    Answer,
+    ChildProcess,
+    ScriptedDatagrams,
+    echo_datagram,
+    resolve_to,
+    run,
+    without_slow_callbacks,
+)
 
 from echo_async.cli.client import main
 from echo_async.cli.datagram_ping import ping

@@ -11,15 +11,15 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
-from clients import one_by_one
-from scripted import Peer, Start, disconnected, echo_all, echo_one
-from support import MAX_DELAY, TIMEOUT, sends_at_once, wait_in_loop
+from clients import disconnected, one_by_one
+from support import MAX_DELAY, TIMEOUT, echo_line, lines, sends_at_once, wait_in_loop
 
 import echo_async
 from echo_async.client.batching import WINDOW_BYTES
 from echo_async.client.client import EchoClient, connect
 from echo_async.engines.loop_internals import run_turns
 from echo_async.pytest_plugin import MakeEchoServer
+from echo_async.testing import Peer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -43,8 +43,8 @@ def test_echo_concurrent_on_one_client(on_loop: OnLoop, mode: Any, number: int) 
     on_loop(main)
 
 
-def test_echo_canceled_does_not_affect_others(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_echo_canceled_does_not_affect_others(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -74,8 +74,8 @@ def test_close_with_message_in_flight_raises_reply_lost(on_loop: OnLoop, faulty_
     on_loop(main)
 
 
-def test_close_while_reconnecting_raises(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(echo_one)
+def test_close_while_reconnecting_raises(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(mode="message")
 
     async def main() -> None:
         client = await connect(*server.address)
@@ -92,17 +92,16 @@ def test_close_while_reconnecting_raises(on_loop: OnLoop, scripted_server: Start
 
 
 @sends_at_once
-def test_replies_received_before_failed_write_are_kept(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_replies_received_before_failed_write_are_kept(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
     closed = threading.Event()
 
     def serve(peer: Peer) -> None:
         for _ in range(3):
-            peer.send(peer.message())
+            peer.send(peer.receive_line())
         peer.reset()
-        peer.close()
         closed.set()
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -118,13 +117,13 @@ def test_replies_received_before_failed_write_are_kept(on_loop: OnLoop, scripted
     on_loop(main)
 
 
-def test_replies_before_lost_reply_are_returned(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_replies_before_lost_reply_are_returned(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
     def serve(peer: Peer) -> None:
         for _ in range(4):
-            peer.send(peer.message())
-        peer.message()
+            peer.send(peer.receive_line())
+        peer.receive_line()
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -151,12 +150,12 @@ def test_replies_after_late_reply_are_lost(on_loop: OnLoop, faulty_server: MakeE
     on_loop(main)
 
 
-def test_replies_after_mismatch_are_lost(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_replies_after_mismatch_are_lost(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
     def serve(peer: Peer) -> None:
-        for message in peer.messages():
+        for message in lines(peer):
             peer.send(message.replace(b"bad", b"BAD"))
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
 
     async def main() -> None:
         async with connect(*server.address) as client:
@@ -170,15 +169,15 @@ def test_replies_after_mismatch_are_lost(on_loop: OnLoop, scripted_server: Start
     on_loop(main)
 
 
-def test_blocked_event_loop_does_not_cause_timeout(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_blocked_event_loop_does_not_cause_timeout(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
     replied, never = threading.Event(), threading.Event()
 
     def echo_late(peer: Peer) -> None:
-        echo_one(peer)
+        echo_line(peer)
         replied.set()
-        peer.message()
+        peer.receive_line()
 
-    server = scripted_server(echo_late)
+    server = faulty_server(handler=echo_late)
 
     async def main() -> None:
         async with connect(*server.address, timeout=0.1) as client:
@@ -243,17 +242,19 @@ def test_stream_and_echo_concurrent(on_loop: OnLoop) -> None:
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_stream_is_bounded_while_server_is_slow(on_loop: OnLoop, scripted_server: Start, asynchronous: bool) -> None:
+def test_stream_is_bounded_while_server_is_slow(
+    on_loop: OnLoop, faulty_server: MakeEchoServer, asynchronous: bool
+) -> None:
     blocked, resume = threading.Event(), threading.Event()
 
     def serve(peer: Peer) -> None:
-        for number, message in enumerate(peer.messages()):
+        for number, message in enumerate(lines(peer)):
             if number == 2:
                 blocked.set()
                 resume.wait(TIMEOUT)
             peer.send(message)
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     taken = 0
 
     def messages() -> Iterator[bytes]:
@@ -280,8 +281,8 @@ def test_stream_is_bounded_while_server_is_slow(on_loop: OnLoop, scripted_server
     on_loop(main)
 
 
-def test_stream_yields_replies_while_source_waits(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_stream_yields_replies_while_source_waits(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
 
     async def main() -> None:
         queue: asyncio.Queue[str] = asyncio.Queue()
@@ -300,8 +301,8 @@ def test_stream_yields_replies_while_source_waits(on_loop: OnLoop, scripted_serv
     on_loop(main)
 
 
-def test_stream_closed_early_stops_source_that_ignores_cancel(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_stream_closed_early_stops_source_that_ignores_cancel(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
 
     async def main() -> None:
         asked = asyncio.Event()
@@ -341,8 +342,8 @@ def test_stream_canceled_leaves_no_task(on_loop: OnLoop, faulty_server: MakeEcho
     on_loop(main)
 
 
-def test_stream_canceled_source_raises_canceled_error(on_loop: OnLoop, scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_stream_canceled_source_raises_canceled_error(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
 
     async def messages() -> AsyncIterator[str]:
         yield "0"
@@ -356,15 +357,15 @@ def test_stream_canceled_source_raises_canceled_error(on_loop: OnLoop, scripted_
     on_loop(main)
 
 
-def test_unexpected_bytes_fail_next_reply_of_stream(on_loop: OnLoop, scripted_server: Start) -> None:
+def test_unexpected_bytes_fail_next_reply_of_stream(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
     def serve(peer: Peer) -> None:
-        for message in peer.messages():
+        for message in lines(peer):
             peer.send(message)
             if message == b"1\n":
                 resume.wait(TIMEOUT)
                 peer.send(b"extra")
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     resume = threading.Event()
 
     async def main() -> None:

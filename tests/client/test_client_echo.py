@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from clients import Connect, Echo, wait_disconnected
-from scripted import Peer, Start, echo_all, echo_one
 from support import TIMEOUT, ServerThread
 
 import echo_async
@@ -19,6 +18,7 @@ from echo_async import sync
 from echo_async.client import client as asyncio_client
 from echo_async.config import EngineName, Mode
 from echo_async.pytest_plugin import MakeEchoServer
+from echo_async.testing import Peer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -57,17 +57,19 @@ def test_echo_returns_every_message_on_every_engine(
 
 
 @pytest.mark.parametrize("message", ["Hola\n", b"Hola\n", "Hola", b"Hola", b"\xff\x00", "", b"\n"])
-def test_echo_reply_has_type_and_newline_of_message(echo: Echo, scripted_server: Start, message: str | bytes) -> None:
-    server = scripted_server(echo_all)
+def test_echo_reply_has_type_and_newline_of_message(
+    echo: Echo, faulty_server: MakeEchoServer, message: str | bytes
+) -> None:
+    server = faulty_server()
     reply = echo(message, *server.address)
     assert reply == message
     assert type(reply) is type(message)
     sent = message.encode() if isinstance(message, str) else message
-    assert server.received == [[sent if sent.endswith(b"\n") else sent + b"\n"]]
+    assert [each.messages for each in server.connections] == [[sent if sent.endswith(b"\n") else sent + b"\n"]]
 
 
-def test_echo_invalid_message_sends_nothing(connect: Connect, scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_echo_invalid_message_sends_nothing(connect: Connect, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     invalid: Any = 5
     with connect(*server.address) as client:
         with pytest.raises(echo_async.MessageError, match="newline at byte 3"):
@@ -77,7 +79,7 @@ def test_echo_invalid_message_sends_nothing(connect: Connect, scripted_server: S
         with pytest.raises(TypeError, match="must be str or bytes, not int"):
             client.echo(invalid)
         assert client.echo("after") == "after"
-    assert server.received == [[b"after\n"]]
+    assert [each.messages for each in server.connections] == [[b"after\n"]]
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
@@ -89,15 +91,15 @@ def test_echo_returns_ten_mebibytes(connect: Connect, faulty_server: MakeEchoSer
         assert list(client.stream([message] * 3)) == [message] * 3
 
 
-def test_ping_sends_one_message(connect: Connect, scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_ping_sends_one_message(connect: Connect, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     with connect(*server.address) as client:
         assert 0 < client.ping() < TIMEOUT
-    assert server.received == [[b"ping\n"]]
+    assert [each.messages for each in server.connections] == [[b"ping\n"]]
 
 
-def test_echo_after_close_raises(connect: Connect, scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_echo_after_close_raises(connect: Connect, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     with connect(*server.address) as client:
         assert client.name == f"127.0.0.1:{server.address[1]}"
         assert client.echo("one") == "one"
@@ -141,25 +143,25 @@ def test_client_reuses_connection_that_stays_open(
     assert server.stats.accepted == 1
 
 
-def test_client_reconnects_for_every_message(connect: Connect, scripted_server: Start) -> None:
-    server = scripted_server(echo_one)
+def test_client_reconnects_for_every_message(connect: Connect, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(mode="message")
     expected = [str(number) for number in range(20)]
     with connect(*server.address) as client:
         assert [client.echo(message) for message in expected[:10]] == expected[:10]
         assert list(client.stream(expected[10:])) == expected[10:]
-    assert [messages for messages in server.received if messages] == [[b"%d\n" % number] for number in range(20)]
+    assert server.received == [b"%d\n" % number for number in range(20)]
 
 
-def test_client_treats_reset_after_reply_as_close(connect: Connect, scripted_server: Start) -> None:
+def test_client_treats_reset_after_reply_as_close(connect: Connect, faulty_server: MakeEchoServer) -> None:
     def echo_and_reset(peer: Peer) -> None:
-        peer.send(peer.message())
-        peer.message()  # the reset follows the second message
+        peer.send(peer.receive_line())
+        peer.receive_line()  # the reset follows the second message
         peer.reset()
 
-    server = scripted_server(echo_and_reset)
+    server = faulty_server(handler=echo_and_reset)
     with connect(*server.address) as client:
         assert [client.echo(message) for message in ("one", "two", "three")] == ["one", "two", "three"]
-    assert server.received == [[b"one\n", b"two\n"], [b"two\n"], [b"three\n"]]
+    assert [each.messages for each in server.connections] == [[b"one\n", b"two\n"], [b"two\n"], [b"three\n"]]
 
 
 def test_client_reconnects_after_close_between_messages(connect: Connect, faulty_server: MakeEchoServer) -> None:

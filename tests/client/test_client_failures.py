@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from clients import Connect, Echo, wait_disconnected
-from scripted import Peer, Start, echo_all, reply_with, resolve_to
-from support import MAX_DELAY, TIMEOUT
+from support import MAX_DELAY, TIMEOUT, echo_lines, resolve_to
 
 import echo_async
 from echo_async import sync
 from echo_async.pytest_plugin import MakeEchoServer
+from echo_async.testing import Peer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -79,21 +79,21 @@ def test_connect_unix_socket_full_backlog_times_out(
 
 def test_connect_tries_every_address(
     echo: Echo,
-    scripted_server: Start,
+    faulty_server: MakeEchoServer,
     monkeypatch: pytest.MonkeyPatch,
     black_hole_address: tuple[str, int],
     closed_port: int,
 ) -> None:
-    server = scripted_server(echo_all)
+    server = faulty_server()
     broadcast = ("127.255.255.255", server.address[1])  # connect() fails immediately
     resolve_to(monkeypatch, broadcast, ("127.0.0.1", closed_port), black_hole_address, server.address)
     assert echo("Hola", "several.example") == "Hola"
 
 
 def test_connect_skips_unsupported_address_family(
-    echo: Echo, scripted_server: Start, monkeypatch: pytest.MonkeyPatch
+    echo: Echo, faulty_server: MakeEchoServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = scripted_server(echo_all)
+    server = faulty_server()
     resolve_to(monkeypatch, ("127.0.0.1", 1), server.address)
     real, refused = socket.socket, [OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))]
 
@@ -113,8 +113,8 @@ def test_connect_all_addresses_refused_raises(echo: Echo, monkeypatch: pytest.Mo
         echo("Hola", "several.example")
 
 
-def test_connect_resolves_localhost(echo: Echo, scripted_server: Start) -> None:
-    assert echo("Hola", "localhost", scripted_server(echo_all).address[1]) == "Hola"
+def test_connect_resolves_localhost(echo: Echo, faulty_server: MakeEchoServer) -> None:
+    assert echo("Hola", "localhost", faulty_server().address[1]) == "Hola"
 
 
 def test_retry_waits_for_starting_server(
@@ -205,12 +205,12 @@ def test_connection_lost_before_reply_raises_reply_lost(
     assert server.stats.accepted == 1  # not sent again: the connection was new
 
 
-def test_connection_reset_during_send_raises_reply_lost(echo: Echo, scripted_server: Start) -> None:
+def test_connection_reset_during_send_raises_reply_lost(echo: Echo, faulty_server: MakeEchoServer) -> None:
     def serve(peer: Peer) -> None:
-        peer.socket.recv(100)
+        peer.receive_some()
         peer.reset()
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     with pytest.raises(echo_async.ReplyLost, match=r"lost before the reply: (connection reset by peer|broken pipe)"):
         echo("x" * 10_000_000, *server.address)
 
@@ -230,13 +230,13 @@ def test_message_with_incomplete_second_reply_is_not_resent(connect: Connect, fa
             client.echo("two")
 
 
-def test_lost_reply_on_reused_connection_raises(connect: Connect, scripted_server: Start) -> None:
+def test_lost_reply_on_reused_connection_raises(connect: Connect, faulty_server: MakeEchoServer) -> None:
     def serve(peer: Peer) -> None:
         for _ in range(3):
-            peer.send(peer.message())
-        peer.message()
+            peer.send(peer.receive_line())
+        peer.receive_line()
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     with connect(*server.address) as client:
         for message in ("0", "1", "2"):
             assert client.echo(message) == message
@@ -272,8 +272,8 @@ def test_slow_reply_bytes_do_not_extend_timeout(echo: Echo, faulty_server: MakeE
         echo("x" * 1000, *server.address, timeout=0.15)
 
 
-def test_timeout_restarts_for_every_reply(connect: Connect, scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_timeout_restarts_for_every_reply(connect: Connect, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     with connect(*server.address, timeout=0.5) as client:
         ends = time.monotonic() + 0.8
         while time.monotonic() < ends:
@@ -295,17 +295,17 @@ def test_timeout_restarts_for_every_reply(connect: Connect, scripted_server: Sta
     ],
 )
 def test_reply_mismatch_raises_reply_different(
-    echo: Echo, scripted_server: Start, reply: bytes, offset: int, text: str
+    echo: Echo, faulty_server: MakeEchoServer, reply: bytes, offset: int, text: str
 ) -> None:
-    server = scripted_server(reply_with(reply))
+    server = faulty_server(reply=reply, mode="message")
     with pytest.raises(echo_async.ReplyDifferent) as caught:
         echo("Hola Server!", *server.address)
     assert caught.value.offset == offset
     assert text in str(caught.value)
 
 
-def test_reply_mismatch_error_quotes_few_bytes(echo: Echo, scripted_server: Start) -> None:
-    server = scripted_server(reply_with(b"x" * 50_000 + b"y" * 50_001))
+def test_reply_mismatch_error_quotes_few_bytes(echo: Echo, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(reply=b"x" * 50_000 + b"y" * 50_001, mode="message")
     with pytest.raises(echo_async.ReplyDifferent) as caught:
         echo("x" * 100_000, *server.address)
     assert caught.value.offset == 50_000
@@ -313,13 +313,13 @@ def test_reply_mismatch_error_quotes_few_bytes(echo: Echo, scripted_server: Star
     assert len(str(caught.value)) < 300
 
 
-def test_unexpected_bytes_fail_next_reply(connect: Connect, scripted_server: Start) -> None:
+def test_unexpected_bytes_fail_next_reply(connect: Connect, faulty_server: MakeEchoServer) -> None:
     def serve(peer: Peer) -> None:
-        if peer.number == 0:
+        if peer.number == 1:
             peer.send(b"220 mail.example ESMTP\r\n")
-        echo_all(peer)
+        echo_lines(peer)
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     with connect(*server.address) as client:
         wait_disconnected(client)
         with pytest.raises(echo_async.ReplyDifferent, match="received 24 unexpected bytes") as caught:
@@ -328,13 +328,13 @@ def test_unexpected_bytes_fail_next_reply(connect: Connect, scripted_server: Sta
         assert client.echo("Hola") == "Hola"
 
 
-def test_endless_reply_uses_bounded_memory(echo: Echo, scripted_server: Start) -> None:
+def test_endless_reply_uses_bounded_memory(echo: Echo, faulty_server: MakeEchoServer) -> None:
     def serve(peer: Peer) -> None:
-        peer.message()
+        peer.receive_line()
         while True:
             peer.send(b"\0" * 1_000_000)
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(echo_async.ReplyDifferent):
         echo("\0" * 100_000, *server.address)

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from clients import Connect, Echo
-from scripted import Peer, Start
 from support import TIMEOUT
 
 import echo_async
 from echo_async import sync
+from echo_async.pytest_plugin import MakeEchoServer
+from echo_async.testing import Peer
 from echo_async.wire.proxy import ProxyHeader, build_header, parse_address
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -56,7 +57,7 @@ def test_client_of_a_unix_socket_sends_a_header(echo: Echo, version: Any, tmp_pa
 
 
 def test_connection_reset_before_the_header_is_closed(
-    connect: Connect, scripted_server: Start, caplog: pytest.LogCaptureFixture
+    connect: Connect, faulty_server: MakeEchoServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     reset = threading.Event()
 
@@ -70,7 +71,7 @@ def test_connection_reset_before_the_header_is_closed(
         def filter(self, record: logging.LogRecord) -> bool:
             return not record.getMessage().startswith("connected to ") or reset.wait(TIMEOUT)
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     caplog.set_level(logging.DEBUG, "echo_async.client")
     caplog.handler.addFilter(pause := Pause())
     try:

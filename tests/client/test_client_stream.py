@@ -12,13 +12,13 @@ import pytest
 from clients import ASYNC_SOURCE, CLIENTS, Connect, wait_disconnected
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scripted import Peer, Start, change_fifth, echo_all
-from support import TIMEOUT
+from support import TIMEOUT, lines
 
 import echo_async
 from echo_async.client.batching import WINDOW_BYTES
 from echo_async.config import Mode
 from echo_async.pytest_plugin import MakeEchoServer
+from echo_async.testing import Peer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -39,8 +39,8 @@ def test_stream_yields_replies_in_order(
         assert client.echo("after") == "after"
 
 
-def test_stream_replies_equal_messages(connect: Connect, scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_stream_replies_equal_messages(connect: Connect, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     nothing: list[str] = []
     with connect(*server.address) as client:
         text = ["a", "b\n", "", "\n", "ñ", "x" * 100_000]
@@ -53,21 +53,21 @@ def test_stream_replies_equal_messages(connect: Connect, scripted_server: Start)
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(messages=TEXTS, window=st.integers(1, 9))
 def test_stream_returns_any_messages_in_any_window(
-    connect: Connect, scripted_server: Start, messages: list[str], window: int
+    connect: Connect, faulty_server: MakeEchoServer, messages: list[str], window: int
 ) -> None:
-    with connect(*scripted_server(echo_all).address) as client:
+    with connect(*faulty_server().address) as client:
         assert list(client.stream(["first", "second"])) == ["first", "second"]
         assert list(client.stream(messages, window=window)) == messages
 
 
-def test_stream_pipelines_up_to_window(connect: Connect, scripted_server: Start) -> None:
+def test_stream_pipelines_up_to_window(connect: Connect, faulty_server: MakeEchoServer) -> None:
     def serve(peer: Peer) -> None:
-        for message in itertools.islice(peer.messages(), 2):
+        for message in itertools.islice(lines(peer), 2):
             peer.send(message)
         while True:  # replies only to a complete window
-            peer.send(b"".join(list(itertools.islice(peer.messages(), 8))))
+            peer.send(b"".join(list(itertools.islice(lines(peer), 8))))
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     taken = 0
 
     def messages() -> Iterator[str]:
@@ -83,8 +83,8 @@ def test_stream_pipelines_up_to_window(connect: Connect, scripted_server: Start)
     assert taken == 42
 
 
-def test_stream_is_bounded_while_consumer_is_slow(connect: Connect, scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_stream_is_bounded_while_consumer_is_slow(connect: Connect, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     taken = 0
 
     def messages() -> Iterator[bytes]:
@@ -98,11 +98,11 @@ def test_stream_is_bounded_while_consumer_is_slow(connect: Connect, scripted_ser
             assert taken * 10_000 < 2 * WINDOW_BYTES + 1_000_000
 
 
-def test_stream_window_one_sends_each_message_at_once(connect: Connect, scripted_server: Start) -> None:
+def test_stream_window_one_sends_each_message_at_once(connect: Connect, faulty_server: MakeEchoServer) -> None:
     arrived = threading.Semaphore(0)
 
     def serve(peer: Peer) -> None:
-        for message in peer.messages():
+        for message in lines(peer):
             arrived.release()
             peer.send(message)
 
@@ -111,25 +111,25 @@ def test_stream_window_one_sends_each_message_at_once(connect: Connect, scripted
             yield str(number)
             assert arrived.acquire(timeout=TIMEOUT)  # fails if the batch waits for more messages
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     with connect(*server.address) as client:
         assert list(client.stream(messages(), window=1)) == [str(number) for number in range(10)]
 
 
 @each_source
-def test_stream_closed_early_keeps_connection(connect: Connect, scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_stream_closed_early_keeps_connection(connect: Connect, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     messages = [str(number) for number in range(1000)]
     with connect(*server.address) as client:
         for _ in range(3):
             with contextlib.closing(client.stream(messages)) as replies:
                 assert list(itertools.islice(replies, 5)) == messages[:5]
             assert client.echo("after") == "after"
-    assert len(server.received) == 1
+    assert len(server.connections) == 1
 
 
-def test_stream_with_ping_between_replies(connect: Connect, scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_stream_with_ping_between_replies(connect: Connect, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     messages = [str(number) for number in range(100)]
     replies = []
     with connect(*server.address) as client:
@@ -139,9 +139,9 @@ def test_stream_with_ping_between_replies(connect: Connect, scripted_server: Sta
     assert replies == messages
 
 
-def test_stream_with_echo_between_replies(connect: Connect, scripted_server: Start) -> None:
+def test_stream_with_echo_between_replies(connect: Connect, faulty_server: MakeEchoServer) -> None:
     messages = [str(number) for number in range(1200)]  # more than the window
-    with connect(*scripted_server(echo_all).address) as client:
+    with connect(*faulty_server().address) as client:
         replies = []
         for reply in client.stream(messages):
             replies.append(reply)
@@ -159,12 +159,12 @@ def assert_stream_fails(client: Any, messages: Any, replies: list[str], error: t
 
 
 @each_source
-def test_stream_source_error_follows_earlier_replies(connect: Connect, scripted_server: Start) -> None:
+def test_stream_source_error_follows_earlier_replies(connect: Connect, faulty_server: MakeEchoServer) -> None:
     def messages() -> Iterator[str]:
         yield from ("0", "1", "2", "3")
         raise ZeroDivisionError
 
-    with connect(*scripted_server(echo_all).address) as client:
+    with connect(*faulty_server().address) as client:
         assert_stream_fails(client, messages(), ["0", "1", "2", "3"], ZeroDivisionError)
 
 
@@ -179,23 +179,23 @@ def test_stream_source_error_follows_earlier_replies(connect: Connect, scripted_
     ],
 )
 def test_stream_invalid_message_follows_earlier_replies(
-    connect: Connect, scripted_server: Start, bad: Any, error: type[Exception]
+    connect: Connect, faulty_server: MakeEchoServer, bad: Any, error: type[Exception]
 ) -> None:
-    with connect(*scripted_server(echo_all).address) as client:
+    with connect(*faulty_server().address) as client:
         assert list(client.stream(["a", "b"])) == ["a", "b"]
         assert_stream_fails(client, ["0", "1", bad, "2"], ["0", "1"], error)
 
 
 @each_source
-def test_stream_of_str_and_bytes_returns_each_as_sent(connect: Connect, scripted_server: Start) -> None:
+def test_stream_of_str_and_bytes_returns_each_as_sent(connect: Connect, faulty_server: MakeEchoServer) -> None:
     messages: Any = ["0", "1", b"x", "2"]
-    with connect(*scripted_server(echo_all).address) as client:
+    with connect(*faulty_server().address) as client:
         assert list(client.stream(["a", "b"])) == ["a", "b"]
         assert list(client.stream(messages)) == messages
 
 
-def test_stream_invalid_arguments_raise(connect: Connect, scripted_server: Start) -> None:
-    with connect(*scripted_server(echo_all).address) as client:
+def test_stream_invalid_arguments_raise(connect: Connect, faulty_server: MakeEchoServer) -> None:
+    with connect(*faulty_server().address) as client:
         with pytest.raises(TypeError, match="not str; use echo"):
             client.stream("Hola")
         with pytest.raises(echo_async.ConfigError, match="invalid window: 0 "):
@@ -218,17 +218,20 @@ def test_stream_lost_or_late_reply_follows_earlier_replies(
     assert_stream_fails_at_5(connect, faulty_server(fault_sequence=fault).address, error)
 
 
-def test_stream_yields_earlier_replies_before_the_mismatch(connect: Connect, scripted_server: Start) -> None:
-    assert_stream_fails_at_5(connect, scripted_server(change_fifth).address, echo_async.ReplyDifferent)
+def test_stream_yields_earlier_replies_before_the_mismatch(connect: Connect, faulty_server: MakeEchoServer) -> None:
+    assert_stream_fails_at_5(
+        connect, faulty_server(reply=lambda message: message.replace(b"5", b"V")).address, echo_async.ReplyDifferent
+    )
 
 
-def test_client_server_stopped_raises_connect_error(connect: Connect, scripted_server: Start) -> None:
-    server = scripted_server(echo_all)
+def test_client_server_stopped_raises_connect_error(connect: Connect, faulty_server: MakeEchoServer) -> None:
+    server = faulty_server()
     with connect(*server.address) as client:
         assert list(client.stream(["a", "b"])) == ["a", "b"]
-        server.stop()
-        wait_disconnected(client)
-        with pytest.raises(echo_async.ConnectError):
-            client.echo("c")
-        with pytest.raises(echo_async.ConnectError):
-            list(client.stream(["a"]))
+        with server.refusing():
+            server.disconnect()
+            wait_disconnected(client)
+            with pytest.raises(echo_async.ConnectError):
+                client.echo("c")
+            with pytest.raises(echo_async.ConnectError):
+                list(client.stream(["a"]))

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import trustme
 from clients import Connect, Echo
-from scripted import Peer, Serve, Start, echo_all, echo_one, over_tls
-from support import TIMEOUT
+from support import TIMEOUT, echo_line, echo_lines, over_tls
 
 import echo_async
 from echo_async.pytest_plugin import MakeEchoServer
+from echo_async.testing import Peer
+from echo_async.testing.scripts import Handler
 from echo_async.tls import client_context
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -51,11 +52,11 @@ def context(files: Files) -> ssl.SSLContext:
     return client_context(ca_certs=files.ca_certs)
 
 
-@pytest.mark.parametrize("serve", [echo_one, echo_all])
+@pytest.mark.parametrize("serve", [echo_line, echo_lines])
 def test_echo_returns_every_message(
-    connect: Connect, scripted_server: Start, files: Files, context: ssl.SSLContext, serve: Serve
+    connect: Connect, faulty_server: MakeEchoServer, files: Files, context: ssl.SSLContext, serve: Handler
 ) -> None:
-    server = scripted_server(over_tls(files.server_context(), serve))
+    server = faulty_server(handler=over_tls(files.server_context(), serve))
     with connect(*server.address, ssl=context) as client:
         for message in ("a", "", "ñ 🎉", "x" * 3_000_000):
             assert client.echo(message) == message
@@ -64,16 +65,16 @@ def test_echo_returns_every_message(
 
 
 def test_close_during_reset_completes(
-    connect: Connect, scripted_server: Start, files: Files, context: ssl.SSLContext
+    connect: Connect, faulty_server: MakeEchoServer, files: Files, context: ssl.SSLContext
 ) -> None:
     closed = threading.Event()
 
     def serve(peer: Peer) -> None:
-        peer.send(peer.message())
+        peer.send(peer.receive_line())
         closed.wait(TIMEOUT)
         peer.reset()
 
-    server = scripted_server(over_tls(files.server_context(), serve))
+    server = faulty_server(handler=over_tls(files.server_context(), serve))
     with connect(*server.address, ssl=context) as client:
         assert client.echo("a") == "a"
         client.close()
@@ -81,33 +82,35 @@ def test_close_during_reset_completes(
         closed.set()
 
 
-def test_connect_untrusted_certificate_raises(echo: Echo, scripted_server: Start, files: Files) -> None:
-    server = scripted_server(over_tls(files.server_context()))
+def test_connect_untrusted_certificate_raises(echo: Echo, faulty_server: MakeEchoServer, files: Files) -> None:
+    server = faulty_server(handler=over_tls(files.server_context()))
     with pytest.raises(echo_async.ConnectError, match="TLS: certificate verify failed: "):
         echo("Hola", *server.address, ssl=True, retry=5)  # not retried
 
 
 def test_connect_raises_on_hostname_mismatch(
-    echo: Echo, scripted_server: Start, files: Files, context: ssl.SSLContext
+    echo: Echo, faulty_server: MakeEchoServer, files: Files, context: ssl.SSLContext
 ) -> None:
-    server = scripted_server(over_tls(files.server_context()))
+    server = faulty_server(handler=over_tls(files.server_context()))
     with pytest.raises(echo_async.ConnectError, match=r"'other\.example'"):
         echo("Hola", *server.address, ssl=context, server_hostname="other.example")
     assert echo("Hola", *server.address, ssl=context, server_hostname="localhost") == "Hola"
 
 
-def test_connect_without_verification_accepts_any_certificate(echo: Echo, scripted_server: Start, files: Files) -> None:
-    server = scripted_server(over_tls(files.server_context()))
+def test_connect_without_verification_accepts_any_certificate(
+    echo: Echo, faulty_server: MakeEchoServer, files: Files
+) -> None:
+    server = faulty_server(handler=over_tls(files.server_context()))
     assert echo("Hola", *server.address, ssl=client_context(verify=False)) == "Hola"
 
 
 def test_connect_client_certificate_is_sent(
-    echo: Echo, scripted_server: Start, files: Files, context: ssl.SSLContext
+    echo: Echo, faulty_server: MakeEchoServer, files: Files, context: ssl.SSLContext
 ) -> None:
     context_with_client_ca = files.server_context()
     context_with_client_ca.verify_mode = ssl.CERT_REQUIRED
     context_with_client_ca.load_verify_locations(files.ca_certs)
-    server = scripted_server(over_tls(context_with_client_ca))
+    server = faulty_server(handler=over_tls(context_with_client_ca))
     with_certificate = client_context(ca_certs=files.ca_certs, certfile=files.client)
     assert echo("Hola", *server.address, ssl=with_certificate) == "Hola"
     # The alert, the end or the reset can come first, or the write fails because of it.
@@ -115,12 +118,12 @@ def test_connect_client_certificate_is_sent(
         echo("Hola", *server.address, ssl=context)
 
 
-def test_connect_server_without_tls_raises(echo: Echo, scripted_server: Start) -> None:
+def test_connect_server_without_tls_raises(echo: Echo, faulty_server: MakeEchoServer) -> None:
     def greet(peer: Peer) -> None:
         peer.send(b"220 mail.example ESMTP\r\n")
-        peer.message()
+        peer.receive_line()
 
-    server = scripted_server(greet)
+    server = faulty_server(handler=greet)
     with pytest.raises(echo_async.ConnectError, match=r"cannot connect to .*: TLS: "):
         echo("Hola", *server.address, ssl=True)
 
@@ -131,8 +134,8 @@ def test_connect_stalled_handshake_times_out(echo: Echo, faulty_server: MakeEcho
         echo("Hola", *server.address, ssl=True, connect_timeout=0.1)
 
 
-def test_command_tls_options(scripted_server: Start, files: Files) -> None:
-    server = scripted_server(over_tls(files.server_context()))
+def test_command_tls_options(faulty_server: MakeEchoServer, files: Files) -> None:
+    server = faulty_server(handler=over_tls(files.server_context()))
 
     def client(*args: str) -> tuple[int, bytes, bytes]:
         command = [*COMMAND, "--port", str(server.address[1]), *args, "hola"]

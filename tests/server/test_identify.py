@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import trustme
-from scripted import Peer, Start
 from support import StartServer, connect, receive_line, run
 
 import echo_async
 from echo_async import ConfigError, Identity, ReplyDifferent, sync
 from echo_async.cli.client import main as client_main
-from echo_async.testing import HostedServer
+from echo_async.pytest_plugin import MakeEchoServer
+from echo_async.testing import HostedServer, Peer
 from echo_async.wire.proxy import build_header
 
 
@@ -193,9 +193,9 @@ def test_identify_of_an_echo_is_a_different_reply(mode: Any) -> None:
             run(main)
 
 
-def test_identify_fails_if_a_line_does_not_end(scripted_server: Start) -> None:
+def test_identify_fails_if_a_line_does_not_end(faulty_server: MakeEchoServer) -> None:
     def serve(peer: Peer) -> None:
-        peer.message()
+        peer.receive_line()
         while True:
             peer.send(100_000 * b"x")
 
@@ -203,7 +203,7 @@ def test_identify_fails_if_a_line_does_not_end(scripted_server: Start) -> None:
         async with echo_async.connect(*server.address) as client:
             await client.identify("Hola")
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     error = "too long: over 16414 bytes without a newline"
     with sync.connect(*server.address) as client, pytest.raises(ReplyDifferent, match=error):
         client.identify("Hola")
@@ -222,7 +222,7 @@ def test_client_command_prints_the_replies(capfd: pytest.CaptureFixture[str]) ->
 
 
 def test_client_command_escapes_what_a_server_reports(
-    scripted_server: Start, capfdbinary: pytest.CaptureFixture[bytes]
+    faulty_server: MakeEchoServer, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     """C1 controls, bidirectional overrides and line separators, in names that this version does not know as well."""
     hostile = "\x9b31m\u202e\u2028\x7f\u2066\U000e0001 ñ€😀"
@@ -234,10 +234,10 @@ def test_client_command_escapes_what_a_server_reports(
     line = json.dumps(reply, ensure_ascii=False).encode().replace(b", ", b",\t\r")
 
     def serve(peer: Peer) -> None:
-        peer.message()
+        peer.receive_line()
         peer.send(line + b"\n")
 
-    server = scripted_server(serve)
+    server = faulty_server(handler=serve)
     assert client_main(["--port", str(server.address[1]), "--identify", "x"]) == 0
     text = capfdbinary.readouterr().out.decode()
     assert text.removesuffix("\n").isprintable()

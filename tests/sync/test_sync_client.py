@@ -8,17 +8,17 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from scripted import Start, echo_all
 from support import TIMEOUT
 
 from echo_async import sync
+from echo_async.pytest_plugin import MakeEchoServer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-def test_stream_slow_caller_does_not_cause_timeout(scripted_server: Start) -> None:
+def test_stream_slow_caller_does_not_cause_timeout(faulty_server: MakeEchoServer) -> None:
     """Neither a caller that is slow to send nor one that is slow to take replies."""
-    server = scripted_server(echo_all)
+    server = faulty_server()
     pause = threading.Event()
 
     def messages() -> Iterator[bytes]:
