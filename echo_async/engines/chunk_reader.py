@@ -79,7 +79,7 @@ class ChunkReader(asyncio.Protocol):
     def eof_received(self) -> bool:
         self._is_ended = True
         self._wake()
-        return self._transport.can_write_eof()  # TLS has no half-closed connections
+        return self._transport.can_write_eof()  # asyncio's own TLS has no half-closed connections
 
     def connection_lost(self, error: Exception | None) -> None:
         self._replaced.connection_lost(error)

@@ -29,8 +29,8 @@ asyncio: a task (selector_events.py, ``_accept_connection2``), then ``call_soon`
 ABORT_TURNS = 10
 """an aborted transport has called ``connection_lost``, and the task of the connection has ended.
 
-asyncio: ``call_soon`` (selector_events.py, ``_force_close``). uvloop: after ``uv_close`` has called
-back (handles/handle.pyx, ``__uv_close_handle_cb``).
+asyncio: ``call_soon`` (selector_events.py, ``_force_close``). uvloop: after ``uv_close`` has called back
+(handles/handle.pyx, ``__uv_close_handle_cb``).
 """
 READ_AHEAD_TURNS = 3
 """bytes that wait in the kernel are in a ChunkReader that was emptied.
@@ -136,7 +136,7 @@ def _shut_down_socket(transport: asyncio.WriteTransport, how: int) -> None:
 def write_buffer_size(transport: asyncio.WriteTransport) -> int:
     """Return the bytes that the operating system has not taken yet; 0 if ``transport`` is closed.
 
-    A TLS transport that was closed twice has no protocol, and then no buffer (sslproto.py,
+    A TLS transport of asyncio that was closed twice has no protocol, and then no buffer (sslproto.py,
     ``_SSLProtocolTransport.close``): asking for its size raises AttributeError.
     """
     try:

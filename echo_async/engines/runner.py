@@ -51,18 +51,14 @@ class Runner:
         yield from self._script.reply(reply)
 
     def _wait_until_sent(self, end: End) -> Iterator[Wait]:
-        """Wait until what was sent is on the wire, if ``end`` could overtake it: a reset discards the rest.
-
-        What is buffered between TLS and its socket reaches the kernel before the second check.
-        """
-        if not self.sent or end not in (End.RESET, End.HALF_CLOSE):
+        """Wait until what was sent is on the wire, if ``end`` is a reset, which discards the rest."""
+        if not self.sent or end is not End.RESET:
             return
         connection, context = self._connection, self._context
         deadline = context.now() + context.config.timeout_write
-        checks = 2
-        while checks and context.now() < deadline:
-            is_sent = not connection.unsent() and not unsent_in_kernel(connection.get_extra_info("socket"))
-            checks = checks - 1 if is_sent else 2
+        while context.now() < deadline:
+            if not connection.unsent() and not unsent_in_kernel(connection.get_extra_info("socket")):
+                return
             yield Wait(SENT_CHECK_INTERVAL)
 
     def _next_wait(self, seconds: float) -> float:

@@ -116,7 +116,7 @@ class StreamConnection(Connection):
             if self._is_draining:
                 await self._drain_input()
             await self._discard_input()
-            is_sent = self._transport.can_write_eof() and not self.unsent()  # TLS has its close_notify to send
+            is_sent = self._transport.can_write_eof() and not self.unsent()  # TLS of asyncio sends its close_notify
             self._transport.close()
             if not is_sent:
                 await self._writer.wait_closed()
