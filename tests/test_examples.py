@@ -120,6 +120,17 @@ def test_example_reset_ends_that_client_only(server: ServerProcess) -> None:
     assert sync.echo("next", *server.address, timeout=TIMEOUT) == "next"
 
 
+@pytest.mark.parametrize("name", ["one_client", *CONCURRENT])
+def test_example_check_finds_what_the_page_tells(name: str) -> None:
+    """The lesson of the ladder: only the first server serves one client at a time, and that is all that is wrong."""
+    with run_example(name) as server:
+        port = str(server.address[1])
+        command = [sys.executable, "-m", "echo_async", "check", "--port", port, "--idle", "0.2", "--connections", "20"]
+        lines = run_process([*command, "--timeout", "2" if name == "one_client" else "10"]).stdout.splitlines()
+    failed = [line.split()[0] for line in lines if line.split()[1] == "failed"]
+    assert failed == (["concurrent"] if name == "one_client" else [])
+
+
 def test_example_udp_returns_every_datagram() -> None:
     with run_example("udp") as server:
         port = str(server.address[1])

@@ -168,8 +168,13 @@ class Context:
         return Failure(seen, reason or hint or "check the address")
 
     def connection(self) -> Connection:
-        """Return a connection for the next message: an open one of this check, or a new one."""
+        """Return a connection for the next message: an open one of this check, or a new one.
+
+        The one before is closed first: a server that serves one client at a time fails no check but ``concurrent``.
+        """
         if self._reusable is None or self._reusable.ending or not self.mode.keeps_open:
+            if self._reusable is not None:
+                self.release(self._reusable).close()
             self._reusable = self.open()
         return self._reusable
 

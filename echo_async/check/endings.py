@@ -49,6 +49,7 @@ def check_close(context: Context) -> str:
         context.compare(connection, message, unread)
         if ending != END:
             raise Failure(f"the reply, then {ending}, with {len(rest):,} more bytes sent", unread)
+        context.release(connection).close()  # a server may wait for that before it accepts another
     return f"the reply, then the end, also with {UNREAD_SIZE:,} more bytes sent"
 
 
