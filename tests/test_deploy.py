@@ -20,14 +20,15 @@ import pytest
 import trustme
 from support import TIMEOUT, ChildProcess, command_process, receive_line, server_process, wait_until
 
-from echo_async import Identity
+from echo_async import Identity, sync
 from echo_async.cli.server import command
+from echo_async.config import ServerOptions
 from echo_async.service.metrics import ServiceCollector, StatsCollector
 from echo_async.stats import Stats
 from echo_async.testing import HostedServer
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
-FAULTS = DEPLOY.parent / "docs" / "faults.md"
+DOCS = DEPLOY.parent / "docs"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 
 
@@ -127,8 +128,9 @@ def test_identify_behind_haproxy_shows_what_haproxy_had(tmp_path: Path) -> None:
 
 @contextmanager
 def documented_haproxy(name: str, directory: Path, *servers: tuple[str, int]) -> Iterator[tuple[Any, IO[str]]]:
-    """Run a configuration in docs/faults.md with other addresses; yield the address to connect to, and the log."""
-    (text,) = re.findall(rf"^<!-- haproxy: {name} -->\n```\n(.*?)^```$", FAULTS.read_text(), re.M | re.S)
+    """Run a configuration of the docs with other addresses; yield the address to connect to, and the log."""
+    pages = "".join(page.read_text() for page in DOCS.glob("*.md"))
+    (text,) = re.findall(rf"^<!-- haproxy: {name} -->\n```\n(.*?)^```$", pages, re.M | re.S)
     for port, (host, actual) in zip((5501, 5502), servers, strict=True):
         assert text.count(f"127.0.0.1:{port}") == 1
         text = text.replace(f"127.0.0.1:{port}", f"{host}:{actual}")
@@ -172,6 +174,23 @@ def test_haproxy_fails_over_from_a_silent_server(tmp_path: Path) -> None:
     ):
         assert all(is_echoed(address) for _ in range(4))
         assert len(healthy.received) == 4
+
+
+@needs("haproxy")
+def test_identify_behind_haproxy_names_server_and_client(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        options: ServerOptions = {"mode": "identify", "proxy_protocol": "v2"}
+        servers = [stack.enter_context(HostedServer(**(options | {"labels": {"name": name}}))) for name in "ab"]
+        address, _ = stack.enter_context(documented_haproxy("identify", tmp_path, *(each.address for each in servers)))
+        names = set()
+        for _ in range(4):
+            with sync.connect(*address) as client:
+                identity = client.identify("Hola Server!")
+            assert identity.proxy is not None
+            assert (identity.client.address, identity.proxy.peer.address) == ("127.0.0.1", "127.0.0.1")
+            assert identity.client.port != identity.proxy.peer.port
+            names.add(identity.server.labels["name"])
+        assert names == {"a", "b"}
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
