@@ -28,9 +28,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import echo_async
+from echo_async import sync
 from echo_async.config import EngineName, Mode, ServerOptions
 from echo_async.loops import LoopName, loop_factory
-from echo_async.testing import Peer
+from echo_async.testing import HostedServer, Peer
 from echo_async.testing.scripts import Handler
 from echo_async.wire.conversation import MODES, Conversation
 
@@ -109,6 +110,21 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert monotonic() < deadline, f"condition not met within {TIMEOUT} s"
         pause.wait(0.005)
+
+
+def wait_for(server: echo_async.EchoServer | sync.EchoServer | HostedServer, **counters: int | dict[str, int]) -> None:
+    """Wait until counters of ``server`` are exactly as expected. An event loop must not run in this thread."""
+    if isinstance(server, echo_async.EchoServer):
+        asyncio.run(server.wait_for(timeout=TIMEOUT, **counters))
+    else:
+        server.wait_for(timeout=TIMEOUT, **counters)
+    for name, expected in counters.items():
+        found = getattr(server.stats, name)
+        assert (found if isinstance(expected, int) else {key: found.get(key) for key in expected}) == expected
+
+
+def wait_exited(*processes: int) -> None:
+    wait_until(lambda: all(map(has_exited, processes)))
 
 
 def receive_line(client: socket.socket, size: int = 0) -> bytes:
@@ -203,6 +219,10 @@ class ServerProcess:
     def log(self) -> str:
         """The output on stderr so far."""
         return "".join(self._stderr)
+
+    def wait_for_log(self, text: str, times: int = 1) -> None:
+        """Wait until the log has ``text`` so many times."""
+        wait_until(lambda: self.log.count(text) >= times)
 
     @property
     def worker_pids(self) -> list[int]:

@@ -23,7 +23,7 @@ from support import (
     receive_all,
     receive_exactly,
     receive_line,
-    wait_until,
+    wait_for,
 )
 
 from echo_async.config import Mode
@@ -99,7 +99,7 @@ def test_incomplete_message_at_eof_is_not_answered(start_server: StartServer, mo
         client.sendall(b"one\ntwo" if mode == "stream" else b"two")
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == (b"one\n" if mode == "stream" else b"")
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         assert server.stats.lost == 1
 
 
@@ -111,7 +111,7 @@ def test_lingering_close_with_more_input_sends_no_reset(start_server: StartServe
         assert receive_all(client) == b"first\n"
         client.sendall(more)
         client.shutdown(socket.SHUT_WR)
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         assert server.stats.bytes_in == 6 + 3 * len(more)
 
 
@@ -123,7 +123,7 @@ def test_message_over_the_limit_closes_the_connection(start_server: StartServer)
         with connect(server) as client:
             client.sendall(b"z" * 100_000)
             assert receive_all(client) == b""
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         assert server.stats.too_long == 2
         assert server.stats.lost == 0
 
@@ -148,7 +148,7 @@ def test_backpressure_with_unread_replies_stops_reading(start_server: StartServe
 def test_close_with_idle_clients_frees_the_port(start_server: StartServer, reserved_port: int) -> None:
     with start_server(mode="stream", port=reserved_port) as server:
         clients = [connect(server) for _ in range(50)]
-        wait_until(lambda: server.stats.active == 50)
+        wait_for(server, active=50)
         address = server.address
         server.close()
         server.close()
@@ -177,7 +177,7 @@ def test_close_during_a_message_waits_for_its_end(start_server: StartServer) -> 
 def test_close_with_incomplete_message_ends_after_timeout(start_server: StartServer) -> None:
     with start_server(mode="stream", timeout_graceful_shutdown=0.3) as server, connect(server) as client:
         client.sendall(b"never finished")
-        wait_until(lambda: server.stats.bytes_in == 14)
+        wait_for(server, bytes_in=14)
     assert server.stats.active == 0
     assert server.stats.lost == 1
 
@@ -190,7 +190,7 @@ def test_connection_over_the_limit_is_closed_and_counted(start_server: StartServ
             with connect(server) as third:
                 assert is_closed(third)
             assert server.stats.refused == 1
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         with connect(server) as client:
             assert is_echoed(client, b"room again\n")
 

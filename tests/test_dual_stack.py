@@ -142,7 +142,7 @@ def get_health(host: str, log: str) -> bytes:
 @needs_ipv6
 def test_metrics_address_unspecified_serves_both_families() -> None:
     with server_process("--metrics-port", "0", "--metrics-address", "::") as server:
-        wait_until(lambda: " metrics available at " in server.log)
+        server.wait_for_log(" metrics available at ")
         assert [get_health(host, server.log) for host in ("127.0.0.1", "::1")] == [b"serving\n"] * 2
 
 
@@ -191,7 +191,7 @@ def test_command_on_a_kernel_without_ipv6_uses_ipv4(workers: str) -> None:
         assert server.startup_line.startswith("listening on 0.0.0.0:")
         with connect_to(("127.0.0.1", server.address[1])) as client:
             assert_echoed(client)
-        wait_until(lambda: " metrics available at " in server.log)
+        server.wait_for_log(" metrics available at ")
         assert get_health("127.0.0.1", server.log) == b"serving\n"
         assert server.stop()[0] == 0
 
@@ -289,7 +289,7 @@ def test_command_serves_a_name_and_logs_what_is_left_out(names: str, options: li
     command = (sys.executable, "-m", "echo_async", "server", "--workers", workers, *options, *metrics)
     with command_process(command_in_namespace(names, *command)) as server:
         assert server.startup_line.startswith("listening on 127.0.0.1:")
-        wait_until(lambda: " metrics available at http://127.0.0.1:" in server.log)
+        server.wait_for_log(" metrics available at http://127.0.0.1:")
         code, log = server.stop()
     assert code == 0
     assert log.count("INFO [::1]:0 not served: this machine does not have the address\n") == 2

@@ -24,6 +24,7 @@ from support import (
     connect,
     receive_all,
     reset,
+    wait_for,
     wait_until,
 )
 
@@ -128,7 +129,7 @@ def test_fuzz_any_actions_of_clients_get_correct_replies(
         assert expected.startswith(client.received)
         if how == "read" and not client.broken:
             assert client.received == expected
-    wait_until(lambda: echo.stats.accepted == before.accepted + len(clients) and echo.stats.active == 0)
+    wait_for(echo, accepted=before.accepted + len(clients), active=0)
     assert echo.stats.failed == 0
     assert echo.stats.timeouts_idle + echo.stats.timeouts_message + echo.stats.timeouts_write == 0
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

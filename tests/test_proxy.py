@@ -25,6 +25,7 @@ from support import (
     receive_all,
     receive_line,
     reset,
+    wait_for,
     wait_until,
 )
 
@@ -240,7 +241,7 @@ def test_log_shows_the_source_address_of_the_header(
                 client.sendall(header + b"Hola Server!\n")
                 assert receive_all(client) == b"Hola Server!\n"
                 assert f"{peer or address} 13 bytes: Hola Server!" in caplog.messages
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
     stats = server.stats
     assert (stats.accepted, stats.messages, stats.bytes_in, stats.bytes_out) == (5, 5, 65, 65)
     assert stats.proxy_failures == stats.tls_failures == 0
@@ -270,7 +271,7 @@ def test_invalid_or_missing_header_closes_and_is_counted(
             client.sendall(V1_HEADER[:-1])
             client.shutdown(socket.SHUT_WR)
             assert_closed(client)
-        wait_until(lambda: server.stats.proxy_failures == 5)
+        wait_for(server, proxy_failures=5)
     assert server.stats.accepted == server.stats.bytes_in == server.stats.lost == 0
     lines = [message for message in caplog.messages if "PROXY" in message]  # rate limited
     assert lines[0].endswith(" invalid PROXY header: no PROXY signature, received Hola Server!\\none")
@@ -284,7 +285,7 @@ def test_reset_within_a_header_is_a_truncated_header(
         client = connect(server)
         client.sendall(V1_HEADER[:10])
         reset(client)
-        wait_until(lambda: server.stats.proxy_failures == 1)
+        wait_for(server, proxy_failures=1)
     assert server.stats.accepted == 0
     assert any(line.endswith(" invalid PROXY header: truncated after 10 bytes") for line in caplog.messages)
 
@@ -296,7 +297,7 @@ def test_missing_or_incomplete_header_times_out(start_server: StartServer) -> No
             wait_until(lambda: has_refused(server))
             assert_closed(silent)
             assert_closed(slow)
-        wait_until(lambda: server.stats.timeouts_message == 2)
+        wait_for(server, timeouts_message=2)
         with connect(server) as client:
             client.sendall(V1_HEADER + b"room again\n")
             assert receive_all(client) == b"room again\n"
@@ -313,7 +314,7 @@ def test_peer_outside_proxy_allow_from_is_closed(start_server: StartServer, capl
     with start_server(proxy_allow_from="10.0.0.0/8,192.0.2.1") as server:
         with connect(server) as client:
             assert_closed(client)
-        wait_until(lambda: server.stats.proxy_failures == 1)
+        wait_for(server, proxy_failures=1)
     assert "connection refused: not in proxy_allow_from" in caplog.text
 
 
@@ -428,9 +429,9 @@ def test_header_precedes_the_tls_handshake(
             client.sendall(V1_HEADER + b"no TLS\n")
             with suppress(ConnectionError):
                 receive_all(client)
-        wait_until(lambda: server.stats.tls_failures == 1)
+        wait_for(server, tls_failures=1)
         with connect(server) as plain, pytest.raises(OSError, match=r"(?i)reset|EOF|closed|broken"):
             client_context.wrap_socket(plain, server_hostname="localhost")
-        wait_until(lambda: server.stats.proxy_failures == 1)
+        wait_for(server, proxy_failures=1)
     assert caplog.text.count(" 192.168.0.1:56324 7 bytes: secret") == 2
     assert "192.168.0.1:56324 TLS handshake failed" in caplog.text

@@ -26,6 +26,7 @@ from support import (
     server_process,
     set_constant,
     single_error_line,
+    wait_for,
     wait_until,
 )
 from tls_client import V1_2, V1_3, TlsClient
@@ -131,7 +132,7 @@ def test_client_that_ends_its_side_receives_all_replies(
         sending.join(TIMEOUT)
         assert received == message
         assert receive_all(plain) == b""
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         assert (server.stats.messages, server.stats.lost, server.stats.tls_failures) == (1, 0, 0)
 
 
@@ -146,7 +147,7 @@ def test_server_that_ends_its_side_discards_what_follows(start_server: StartServ
         assert received == b"Hola Server!\n"
         assert server.stats.active == 1
         plain.sendall(client.record(b"more") + client.close_notify())
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         assert receive_all(plain) == b""  # no reset
         assert (server.stats.bytes_in, server.stats.tls_failures) == (17, 0)
 
@@ -156,7 +157,7 @@ def test_plain_text_on_a_tls_port_is_closed_and_counted(start_server: StartServe
         client.sendall(b"Hola Server!\n")
         with suppress(ConnectionError):
             assert not receive_all(client).endswith(b"Hola Server!\n")
-        wait_until(lambda: server.stats.tls_failures == 1)
+        wait_for(server, tls_failures=1)
         assert server.stats.accepted == server.stats.timeouts_handshake == 0
 
 
@@ -167,9 +168,9 @@ def test_silent_tls_clients_use_the_limit_and_time_out(
     with start_server(limit_connections=20) as server:
         silent = [connect_plain(server) for _ in range(20)]
         with connect_plain(server) as one_more:
-            wait_until(lambda: server.stats.refused == 1)
+            wait_for(server, refused=1)
             one_more.close()
-        wait_until(lambda: server.stats.timeouts_handshake == 20)
+        wait_for(server, timeouts_handshake=20)
         for client in silent:
             with suppress(ConnectionError):
                 assert receive_all(client) == b""
@@ -187,7 +188,7 @@ def test_ssl_ca_certs_requires_a_client_certificate(start_server: StartServer, f
         for wrong in (None, files.untrusted):
             with pytest.raises(OSError, match=r"(?i)alert|reset|broken|EOF|closed"):
                 exchange(server, files.context(wrong))
-        wait_until(lambda: server.stats.tls_failures == 2)
+        wait_for(server, tls_failures=2)
 
 
 def exchange(server: echo_async.EchoServer, context: ssl.SSLContext) -> None:
@@ -216,7 +217,7 @@ def test_stop_closes_tls_connections_and_handshakes(start_server: StartServer, f
         in_handshake = connect_plain(server)
         clients[0].sendall(b"answered\n")
         assert receive_line(clients[0]) == b"answered\n"
-        wait_until(lambda: server.stats.active == 5)
+        wait_for(server, active=5)
         server.close()
         for client in (*clients, in_handshake):
             with suppress(ConnectionError, ssl.SSLError):
@@ -356,7 +357,7 @@ def test_sighup_reloads_certificates(kind: list[str], files: CertificateFiles, t
             wait_until(is_new)
             served.write_text("invalid")
             server.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: "reload failed, keeping the previous certificates: " in server.log)
+            server.wait_for_log("reload failed, keeping the previous certificates: ")
             with files.context().wrap_socket(server.connect(), server_hostname="localhost") as another:
                 another.sendall(b"served\n")
                 assert receive_line(another) == b"served\n"

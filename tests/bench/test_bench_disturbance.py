@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support import wait_until
+from support import TIMEOUT
 
 from echo_async import EchoError
 from echo_async.bench.disturbance import Disturbance
@@ -20,7 +20,7 @@ def plan_for(server: HostedServer) -> LoadPlan:
 def test_flood_with_a_wrong_reply_is_an_error(faulty_server: MakeEchoServer) -> None:
     server = faulty_server(fault="corrupt")
     with Disturbance.parse("flood").run(plan_for(server), []) as finish:
-        wait_until(lambda: server.stats.messages > 0 and server.stats.active == 0)  # the client has left
+        server.wait_for(messages=1, active=0, timeout=TIMEOUT)  # the client has left
         with pytest.raises(EchoError, match="the flood failed: reply mismatch at byte"):
             finish()
 

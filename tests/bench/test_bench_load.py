@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import MAX_DELAY, TIMEOUT, ChildProcess, ServerThread, child_processes, lines, wait_until
+from support import MAX_DELAY, TIMEOUT, ChildProcess, ServerThread, child_processes, lines, wait_for
 
 from echo_async import EchoServer
 from echo_async.cli.bench import main
@@ -228,7 +228,7 @@ def test_load_open_loop_shows_a_server_pause(
         closed = load(capsys, *where, "--duration", "0.6")
         assert closed["service_time"]["p99"] < 0.25
         assert closed["service_time"]["max"] > 0.25
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         messages = 0
         opened = load(capsys, *where, "--duration", "0.5", "--rate", "1000")
     assert opened["response_time"]["p99"] > 0.25
@@ -335,7 +335,7 @@ def loading(server: HostedServer) -> Iterator[ChildProcess]:
     """Run a load of a minute, from its first message on."""
     command = [*LOAD, "--port", str(server.port), "--warmup", "0", "--duration", "60", "--json"]
     with ChildProcess(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        wait_until(lambda: server.stats.messages > 0)
+        server.wait_for(messages=1, timeout=TIMEOUT)
         yield process
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from support import TIMEOUT, ChildProcess, StartServer, wait_until
+from support import TIMEOUT, ChildProcess, StartServer
 
 from echo_async.check.checks import run_checks
 from echo_async.check.context import Settings
@@ -121,7 +121,7 @@ def test_check_of_another_server_finds_nothing(name: str) -> None:
 def test_check_of_cat_behind_socat_finds_nothing(reserved_port: int) -> None:
     command = ["socat", "-d", "-d", f"TCP-LISTEN:{reserved_port},bind=127.0.0.1,reuseaddr,fork", "EXEC:cat"]
     with ChildProcess(command, stderr=-1, text=True) as process:
-        wait_until(lambda: "listening" in process.stderr.readline())
+        assert any("listening" in line for line in process.stderr)
         process.stderr.close()
         results = check("127.0.0.1", reserved_port)
         process.kill()

@@ -460,7 +460,7 @@ def test_ctrl_c_exits_with_130_and_no_output(faulty_server: MakeEchoServer, args
     with ChildProcess(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdin.write(b"hola\n")  # and stdin stays open
         process.stdin.flush()
-        wait_until(lambda: server.received == [b"hola\n"])
+        server.wait_for(messages=1, timeout=TIMEOUT)
         process.send_signal(signal.SIGINT)
         assert process.wait(TIMEOUT) == 130
         assert (process.stdout.read(), process.stderr.read()) == (b"", b"")
@@ -606,7 +606,7 @@ def test_ctrl_c_before_the_first_reply_prints_the_summary(faulty_server: MakeEch
     server = faulty_server(fault="drop")
     command = [*COMMAND, "--port", str(server.address[1]), "--count", "0"]
     with ChildProcess(command, stdout=subprocess.PIPE) as process:
-        wait_until(lambda: server.received != [])
+        server.wait_for(messages=1, timeout=TIMEOUT)
         process.send_signal(signal.SIGINT)
         assert b"0 sent, 0 received, 0 lost (0%)" in process.stdout.read()
 

@@ -23,7 +23,7 @@ from support import (
     has_exited,
     run_process,
     single_error_line,
-    wait_until,
+    wait_exited,
     without_slow_callbacks,
 )
 
@@ -305,7 +305,7 @@ def test_run_killed_leaves_no_worker() -> None:
         workers = worker_pids(process)
         [command] = set(children(process.pid)) - {*workers}
         process.kill()
-        wait_until(lambda: all(map(has_exited, workers)))
+        wait_exited(*workers)
         os.kill(command, signal.SIGTERM)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from support import ServerProcess, command_process, receive_line, server_process, wait_until
+from support import ServerProcess, command_process, receive_line, server_process
 
 each_kind = pytest.mark.parametrize("kind", [[], ["--threaded"], ["--workers", "2"]], ids=" ".join)
 
@@ -40,7 +40,7 @@ def test_sighup_without_tls_closes_no_connection(kind: list[str]) -> None:
         client.sendall(b"before\n")
         assert receive_line(client) == b"before\n"
         os.killpg(server.process.pid, signal.SIGHUP)  # workers included
-        wait_until(lambda: "SIGHUP received: nothing to reload" in server.log)
+        server.wait_for_log("SIGHUP received: nothing to reload")
         client.sendall(b"after\n")
         assert receive_line(client) == b"after\n"
         code, log = server.stop()
@@ -54,7 +54,7 @@ def test_terminal_hang_up_drains_the_server(kind: list[str]) -> None:
         client.sendall(b"first\nincomplete ")
         assert receive_line(client) == b"first\n"
         os.close(master)
-        wait_until(lambda: "SIGHUP received: shutting down" in server.log)
+        server.wait_for_log("SIGHUP received: shutting down")
         client.sendall(b"message\n")
         assert receive_line(client) == b"incomplete message\n"
         code, log = server.wait()
@@ -65,7 +65,7 @@ def test_terminal_hang_up_drains_the_server(kind: list[str]) -> None:
 def test_terminal_hang_up_with_nohup_keeps_serving() -> None:
     with server_on_terminal("nohup") as (server, master), server.connect() as client:
         os.close(master)
-        wait_until(lambda: "SIGHUP received: nothing to reload" in server.log)
+        server.wait_for_log("SIGHUP received: nothing to reload")
         client.sendall(b"after\n")
         assert receive_line(client) == b"after\n"
         assert server.stop()[0] == 0

@@ -26,6 +26,7 @@ from support import (
     is_echoed,
     log_lines,
     set_constant,
+    wait_for,
     wait_until,
 )
 
@@ -224,10 +225,10 @@ def test_new_connection_raising_ends_only_itself(
     with start_server(limit_connections=1, **STEPS[step]) as server:
         with suppress(OSError), connect_through(server, step, client_context) as client:
             assert client.recv(1) == b""
-        wait_until(lambda: server.stats.failed == 1)
+        wait_for(server, failed=1)
         with connect_through(server, step, client_context) as client:
             assert is_echoed(client)
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         assert server.stats.accepted == 1
         assert server.stats.tls_failures == server.stats.proxy_failures == 0
     [line] = log_lines(caplog, logging.WARNING)

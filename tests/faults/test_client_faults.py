@@ -25,7 +25,7 @@ from support import (
     receive_all,
     receive_line,
     reset,
-    wait_until,
+    wait_for,
 )
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -170,7 +170,7 @@ def test_faulty_client_in_any_state_affects_only_itself(
         assert is_echoed(healthy)
         with connect(server) as client:
             fault(client)
-        wait_until(lambda: server.stats.accepted == 2 and server.stats.active == 1)
+        wait_for(server, accepted=2, active=1)
         assert is_echoed(healthy)
         stats = {name: number for name, number in asdict(server.stats).items() if number}
         assert stats["accepted"] == stats["active"] + sum(stats["ended"].values())
@@ -203,7 +203,7 @@ def test_backlog_with_closed_connections_is_served(backend: Backend, caplog: pyt
         for client, number in connected:
             assert receive_all(client) == b"%d\n" % number
             client.close()
-        wait_until(lambda: server.stats.accepted == 300 and server.stats.active == 0)
+        wait_for(server, accepted=300, active=0)
     assert log_lines(caplog, logging.WARNING) == []
     assert not [line for line in log_lines(caplog, logging.DEBUG) if "unix" in line or "None" in line]
 
@@ -220,8 +220,8 @@ def test_connection_limit_after_any_end_frees_the_slot(start_server: StartServer
         for number in range(60):
             with connect(server) as client, suppress(ConnectionError):
                 ends[number % len(ends)](client)
-            wait_until(lambda number=number: server.stats.accepted == number + 1)  # type: ignore[misc]
-            wait_until(lambda: server.stats.active == 0)
+            wait_for(server, accepted=number + 1)
+            wait_for(server, active=0)
         assert server.stats.refused == 0
         with ExitStack() as clients:
             full = [clients.enter_context(connect(server)) for _ in range(3)]
@@ -241,5 +241,5 @@ def test_reset_with_unread_input_causes_no_asyncio_warning(
             assert receive_line(client) == b"hello\n"
             client.sendall(b"a\n" * 8000)
             reset(client)
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []

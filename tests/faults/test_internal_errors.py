@@ -17,8 +17,8 @@ from support import (
     is_echoed,
     log_lines,
     receive_all,
+    wait_for,
     wait_in_loop,
-    wait_until,
 )
 
 import echo_async
@@ -57,7 +57,7 @@ def test_internal_error_aborts_only_its_connection(
         failing.sendall(b"trigger\n")
         with suppress(ConnectionError, ssl.SSLError):
             assert failing.recv(100) == b""
-        wait_until(lambda: server.stats.active == 1)
+        wait_for(server, active=1)
         assert server.stats.failed == 1
         assert is_echoed(healthy)
         healthy.close()
@@ -107,7 +107,7 @@ def test_logging_error_aborts_only_its_connection(
             with suppress(ConnectionError):
                 while failing.recv(100):
                     pass
-        wait_until(lambda: server.stats.active == 1)
+        wait_for(server, active=1)
         assert server.stats.failed == 1
         assert is_echoed(healthy)
 

@@ -17,7 +17,7 @@ from support import (
     log_lines,
     receive_all,
     reset,
-    wait_until,
+    wait_for,
 )
 
 from echo_async.stats import Stats
@@ -31,7 +31,7 @@ def test_port_scan_is_not_logged(start_server: StartServer, caplog: pytest.LogCa
         for number in range(400):
             client = connect(server)
             reset(client) if number % 2 else client.close()
-        wait_until(lambda: server.stats.accepted == 401 and server.stats.active == 1)
+        wait_for(server, accepted=401, active=1)
         assert log_lines(caplog, logging.INFO) == []
         assert is_echoed(healthy)
 
@@ -64,7 +64,7 @@ def test_port_scan_before_a_handshake_is_no_failure(
             client = connect(server)
             names.append("{}:{}".format(*client.getsockname()))
             ending(client)
-            wait_until(lambda number=number: server.stats.accepted == number)  # type: ignore[misc]
+            wait_for(server, accepted=number)
         assert server.stats == Stats(accepted=3, ended={"closed": 3})
     reason = "closed by the peer" if ending is socket.socket.close else "connection reset by peer"
     lines = [f"{name} connection lost before the {step}: {reason}" for name in names]
@@ -78,7 +78,8 @@ def test_port_scan_between_header_and_tls_is_no_failure(
     with start_server(tls=True, proxy_protocol="auto") as server:
         with connect(server) as client:
             client.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n")
-        wait_until(lambda: server.stats == Stats(accepted=1, ended={"closed": 1}))
+        wait_for(server, ended={"closed": 1})
+        assert server.stats.accepted == 1
     assert log_lines(caplog, logging.DEBUG) == [
         "192.0.2.1:1 connection lost before the TLS handshake: closed by the peer"
     ]

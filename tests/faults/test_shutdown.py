@@ -31,8 +31,8 @@ from support import (
     sends_at_once,
     serve_in_loop,
     set_constant,
+    wait_for,
     wait_in_loop,
-    wait_until,
 )
 
 import echo_async
@@ -113,10 +113,10 @@ def test_close_with_buffered_replies_delivers_them(start_server: StartServer, mo
         sending.join(TIMEOUT)
         client.shutdown(socket.SHUT_WR)
         if server.config.engine == "streams":
-            wait_until(lambda: server.stats.bytes_in == len(messages))
+            wait_for(server, bytes_in=len(messages))
             assert receive_exactly(client, len(messages)) == messages
         assert client.recv(1) == b""
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
 
 
 def unread_bytes(address: object) -> int:
@@ -309,7 +309,7 @@ def test_shutdown_with_slow_readers_ends_after_timeout(start_server: StartServer
         with suppress(ConnectionError):
             while server.stats.active and slow.recv(100):
                 pass
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         assert monotonic() - start < MAX_DELAY
 
 
@@ -325,7 +325,7 @@ def test_stop_of_threads_sweeps_by_time_and_not_per_thread(monkeypatch: pytest.M
     with sync.serve(port=0, mode="stream", timeout_graceful_shutdown=0.2) as server, ExitStack() as stack:
         for _ in range(200):
             stack.enter_context(connect(server)).sendall(b"incomplete")
-        wait_until(lambda: server.stats.bytes_in == 2000)
+        wait_for(server, bytes_in=2000)
         monkeypatch.setattr(Registry, "sweep", counted_sweep)
         start = monotonic()
         server.close()

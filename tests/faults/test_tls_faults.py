@@ -26,6 +26,7 @@ from support import (
     receive_all,
     reset,
     set_constant,
+    wait_for,
     wait_until,
 )
 
@@ -152,7 +153,7 @@ def test_tls_incomplete_message_is_logged_with_peer(
             client.sendall(b"begun")
             with suppress(ssl.SSLError):  # the server may close without close_notify
                 client.unwrap()
-        wait_until(lambda: server.stats.lost == 1)
+        wait_for(server, lost=1)
     assert log_lines(caplog, logging.WARNING) == [
         f"{name} incomplete message: connection closed after 5 bytes without a newline"
     ]
@@ -172,7 +173,7 @@ def test_tls_faulty_client_in_any_state_affects_only_itself(
             assert is_echoed(healthy)
             with connect(server) as client:
                 fault(TlsClient(client, client_context))
-            wait_until(lambda: server.stats.active == 1 and server.stats.tls_failures == counted.get("tls_failures", 0))
+            wait_for(server, active=1, tls_failures=counted.get("tls_failures", 0))
             assert is_echoed(healthy)
         stats = {name: number for name, number in asdict(server.stats).items() if number}
         assert stats["accepted"] == stats.get("active", 0) + sum(stats.get("ended", {}).values())
@@ -209,7 +210,7 @@ def test_tls_shutdown_does_not_wait_for_close_notify(
         client = TlsClient(plain, client_context)
         client.handshake()
         plain.sendall(client.record(b"a message\n"))
-        wait_until(lambda: server.stats.messages == 1)
+        wait_for(server, messages=1)
         start = monotonic()
         server.close()
         wait_until(lambda: server.stats.active == 0 and not server.sockets)
@@ -221,7 +222,7 @@ def test_tls_failed_handshakes_free_their_slots(start_server: StartServer, clien
         for number in range(20):
             with connect(server) as client:
                 (half_a_client_hello, client_hello_and_reset)[number % 2](TlsClient(client, client_context))
-            wait_until(lambda number=number: server.stats.tls_failures == number + 1)  # type: ignore[misc]
+            wait_for(server, tls_failures=number + 1)
         assert server.stats.refused == 0
         with connect(server) as one, connect(server) as two:
             secured = [client_context.wrap_socket(each, server_hostname="localhost") for each in (one, two)]

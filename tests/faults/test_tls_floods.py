@@ -24,7 +24,7 @@ from support import (
     receive_all,
     run,
     set_constant,
-    wait_until,
+    wait_for,
 )
 from tls_client import APPLICATION_DATA, V1_3, WITHOUT_DATA, MakeRecord, RecordWriter, TlsClient, make_context
 
@@ -66,7 +66,7 @@ def test_records_without_data_end_the_connection(
             with suppress(ConnectionError):
                 flooding.sendall(b"".join(make_record(writer) for _ in range(1000)))
                 receive_all(flooding)
-            wait_until(lambda: server.stats.ended == {"tls_failed": 1})
+            wait_for(server, ended={"tls_failed": 1})
             assert server.stats.tls_failures == server.stats.active == 1
             assert is_echoed(healthy)
         name = "{}:{}".format(*flooding.getsockname())
@@ -132,7 +132,7 @@ def test_answers_to_key_updates_that_are_not_read_time_out(start_server: StartSe
             for _ in range(600):
                 updates = b"".join(writer.key_update(is_requested=True) for _ in range(16))
                 flooding.sendall(updates + writer.record(APPLICATION_DATA, b"x"))
-        wait_until(lambda: server.stats.timeouts_write == 1 and server.stats.active == 0)
+        wait_for(server, timeouts_write=1, active=0)
 
 
 # Handshakes
@@ -155,7 +155,7 @@ def test_handshake_in_single_bytes_times_out(
                 if select.select([trickling], [], [], 0.01)[0]:
                     break
             receive_all(trickling)
-        wait_until(lambda: server.stats.timeouts_handshake == 1)
+        wait_for(server, timeouts_handshake=1)
         assert is_echoed(healthy)
 
 
@@ -166,5 +166,5 @@ def test_handshake_in_many_records_fails(start_server: StartServer, client_conte
         with suppress(ConnectionError):
             flooding.sendall(records)
             receive_all(flooding)
-        wait_until(lambda: server.stats.tls_failures == 1)
+        wait_for(server, tls_failures=1)
         assert server.stats.accepted == 0

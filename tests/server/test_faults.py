@@ -31,6 +31,7 @@ from support import (
     serve_in_loop,
     server_process,
     set_constant,
+    wait_for,
     wait_in_loop,
     wait_until,
 )
@@ -207,7 +208,7 @@ def assert_observed(case: Case, transport: Transport, server: echo_async.EchoSer
     assert seconds >= case.seconds
     parts = [part.partition("=")[0] for part in case.fault.split(",") if part not in ("none", "close=14")]
     kinds = [kind for kind in parts if kind in KINDS]
-    wait_until(lambda: server.stats.active == 0)
+    wait_for(server, active=0)
     assert server.stats.faults == dict.fromkeys(kinds, 1)
     assert (server.stats.accepted, server.stats.messages) == (1, 1)
     assert (server.stats.bytes_in, server.stats.bytes_out) == (len(MESSAGE), len(received))
@@ -218,7 +219,7 @@ def test_refuse_resets_before_anything_is_read(transport: Transport) -> None:
     with transport.serve(fault="refuse") as server:
         for _ in range(3):
             assert connect_and_receive(server) == (b"", "closed" if transport.name == "unix" else "reset")
-        wait_until(lambda: server.stats.faults == {"refuse": 3})
+        wait_for(server, faults={"refuse": 3})
         assert (server.stats.accepted, server.stats.active, server.stats.refused) == (0, 0, 0)
 
 
@@ -227,7 +228,7 @@ def test_drop_reads_messages_and_answers_none(transport: Transport) -> None:
     for mode in MODES:
         with transport.serve(fault="drop", mode=mode) as server, transport.connect(server) as client:
             client.sendall(101 * MESSAGE)
-            wait_until(lambda server=server: server.stats.bytes_in == 101 * len(MESSAGE))  # type: ignore[misc]
+            wait_for(server, bytes_in=101 * len(MESSAGE))
             assert (server.stats.active, server.stats.bytes_out, server.stats.faults) == (1, 0, {"drop": 1})
             client.shutdown(socket.SHUT_WR)
             assert receive_to_end(client) == (b"", "closed")
@@ -239,7 +240,7 @@ def test_stall_sends_and_reads_nothing_more(size: int, mode: Any, start_server: 
         if size:
             client.sendall(MESSAGE)
             assert receive_exactly(client, size) == MESSAGE[:size]
-        wait_until(lambda: server.stats.faults == {"stall": 1})
+        wait_for(server, faults={"stall": 1})
         sent = fill(client)  # which ends when the server reads no more
         assert sent > 10_000
         assert server.stats.bytes_in <= len(MESSAGE)
@@ -255,7 +256,7 @@ def test_half_close_still_reads(transport: Transport) -> None:
         client.sendall(MESSAGE)
         assert receive_to_end(client) == (MESSAGE[:5], "closed")
         client.sendall(100 * MESSAGE)
-        wait_until(lambda: server.stats.bytes_in == 101 * len(MESSAGE))
+        wait_for(server, bytes_in=101 * len(MESSAGE))
         assert (server.stats.active, server.stats.messages, server.stats.bytes_out) == (1, 101, 5)
 
 
@@ -273,7 +274,7 @@ def test_stall_after_messages_reads_nothing_more(start_server: StartServer) -> N
     with start_server(fault="stall,after=3", mode="stream") as server, connect(server) as client:
         client.sendall(3 * MESSAGE)
         assert receive_exactly(client, 3 * len(MESSAGE)) == 3 * MESSAGE
-        wait_until(lambda: server.stats.faults == {"stall": 1})
+        wait_for(server, faults={"stall": 1})
         fill(client)
         assert (server.stats.active, server.stats.messages, server.stats.bytes_out) == (1, 3, 3 * len(MESSAGE))
 
@@ -301,10 +302,10 @@ def test_end_at_a_time_is_after_the_acceptance(
         assert seen == received or (received is None and MESSAGE.startswith(seen))
         assert seen_end == ("closed" if transport.name == "unix" else end)
         kind = fault.partition("=")[0]
-        wait_until(lambda: server.stats.faults[kind] == 1)
+        wait_for(server, faults={kind: 1})
         if kind == "half-close":
             client.sendall(100 * MESSAGE)
-            wait_until(lambda: server.stats.bytes_in == 101 * len(MESSAGE))
+            wait_for(server, bytes_in=101 * len(MESSAGE))
             assert (server.stats.active, server.stats.bytes_out) == (1, len(seen))
     assert server.stats.active == 0
 
@@ -314,18 +315,18 @@ def test_end_at_a_time_is_after_the_acceptance(
 def test_stall_at_a_time_reads_nothing_more(more: str, transport: Transport) -> None:
     with transport.serve(fault=f"stall=0.1s{more}", timeout_idle=0.5) as server, transport.connect(server) as client:
         client.sendall(MESSAGE)
-        wait_until(lambda: server.stats.faults.get("stall") == 1)
+        wait_for(server, faults={"stall": 1})
         with suppress(ConnectionError):
             client.sendall(100 * MESSAGE)
         assert server.stats.bytes_in == len(MESSAGE)
         assert receive_to_end(client)[0] == (b"" if more else MESSAGE)
-        wait_until(lambda: server.stats.timeouts_idle == 1)
+        wait_for(server, timeouts_idle=1)
 
 
 def test_reset_at_a_time_ends_a_peer_that_does_not_read(start_server: StartServer) -> None:
     with start_server(fault="reset=0.3s", mode="raw", chunk_size=65536) as server, connect(server) as client:
         _send(client, bytes(100_000), repeat=True)
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         assert server.stats.failed == 0
 
 
@@ -546,10 +547,10 @@ def test_idle_timeout_ends_a_silent_connection(start_server: StartServer) -> Non
         for client in clients:
             client.sendall(MESSAGE)
         assert sorted(receive_to_end(client)[0] for client in clients) == sorted(faults.values())
-        wait_until(lambda: server.stats.timeouts_idle == len(faults))
+        wait_for(server, timeouts_idle=len(faults))
         for client in clients:
             client.close()
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
 
 
 def test_delay_longer_than_the_timeouts_does_not_time_out(start_server: StartServer) -> None:
@@ -571,7 +572,7 @@ def test_write_timeout_ends_a_peer_that_does_not_read(start_server: StartServer)
             with connect(server) as client:
                 _send(client, bytes(100_000) + b"\n", repeat=True)
                 assert server.stats.timeouts_write == number
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
 
 
 def test_reset_of_a_peer_that_does_not_read_is_not_delayed(start_server: StartServer) -> None:
@@ -580,13 +581,13 @@ def test_reset_of_a_peer_that_does_not_read_is_not_delayed(start_server: StartSe
         connect(server) as client,
     ):
         _send(client, bytes(100_000), repeat=True)
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
 
 
 def test_stalled_connections_count_towards_the_limit(start_server: StartServer) -> None:
     with start_server(fault_sequence=["stall", "stall"], limit_connections=2) as server:
         with connect(server), connect(server):
-            wait_until(lambda: server.stats.faults == {"stall": 2})
+            wait_for(server, faults={"stall": 2})
             with connect(server) as refused, suppress(ConnectionResetError):
                 assert receive_all(refused) == b""
         assert server.stats.refused == 1
@@ -600,7 +601,7 @@ def test_client_reset_during_a_delay_is_no_error(start_server: StartServer) -> N
             client.sendall(MESSAGE)
             wait_until(lambda number=number: server.stats.faults.get("delay") == number)  # type: ignore[misc]
             reset(client)
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         assert server.stats.failed == 0
 
 
@@ -614,9 +615,9 @@ def test_client_reset_before_all_is_sent_is_no_error(
     with start_server(tls=tls, **options) as server, connect(server) as connected:
         client = TlsClient(connected, client_context) if tls else connected
         client.sendall(bytes(size))
-        wait_until(lambda: server.stats.bytes_out == size)
+        wait_for(server, bytes_out=size)
         reset(connected)
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         assert server.stats.failed == 0
 
 
@@ -629,7 +630,7 @@ def test_tls_client_that_leaves_during_a_reply_is_noticed(
             client = TlsClient(connected, client_context)
             client.sendall(bytes(999) + b"\n")
             assert client.recv(1) == b"\0"  # with unread data, the close would be a reset
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
 
@@ -637,7 +638,7 @@ def test_message_too_long_ends_the_connection(start_server: StartServer) -> None
     with start_server(fault="slice=3", mode="stream", limit_message_size=20) as server, connect(server) as client:
         client.sendall(MESSAGE + bytes(30))
         assert receive_to_end(client)[0] == MESSAGE
-        wait_until(lambda: server.stats.too_long == 1)
+        wait_for(server, too_long=1)
 
 
 # Shutdown
@@ -665,7 +666,7 @@ def test_stop_ends_a_half_closed_connection(start_server: StartServer) -> None:
         assert receive_all(client) == b""
         started = monotonic()
         server.close()
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         assert monotonic() - started < 5, "the graceful shutdown takes 10 s"
 
 
@@ -696,7 +697,7 @@ def test_abort_ends_every_fault_at_once(transport: Transport) -> None:
         clients = [stack.enter_context(transport.connect(server)) for _ in range(4)]
         for client in clients:
             client.sendall(MESSAGE)
-        wait_until(lambda: len(server.stats.faults) == 4)
+        wait_for(server, faults={"stall": 1, "delay": 1, "rate": 1, "drop": 1})
         server._loop.call_soon_threadsafe(server.abort)
         for client in clients:
             receive_to_end(client)
@@ -811,6 +812,6 @@ def test_stalled_connection_that_is_lost_ends(backend: Backend, tmp_path: Path) 
     ):
         client.connect(path)
         client.sendall(10 * (b"a" * (size - 1) + b"\n"))
-        wait_until(lambda: server.stats.faults == {"stall": 1})
+        wait_for(server, faults={"stall": 1})
         client.close()
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)

@@ -142,7 +142,7 @@ def test_single_listener_logs_as_without_listen() -> None:
     with listening("0,mode=stream", options=("--metrics-port", "0")) as listeners, listeners.connect(0) as client:
         client.sendall(b"one\ntwo\n")
         assert receive_line(client, 8) == b"one\ntwo\n"
-        wait_until(lambda: " server started: " in listeners.server.log)
+        listeners.server.wait_for_log(" server started: ")
         assert scrape_metrics(listeners.server.log)[f"echo_async_listener_messages_total[{listeners.names[0]}]"] == 2
         code, log = listeners.server.stop()
     assert code == 0
@@ -195,7 +195,7 @@ def test_sighup_reloads_the_certificate_of_tls_listeners(variant: tuple[str, ...
     with listening("0", "0,tls", "0,tls", options=(*variant, "--ssl-certfile", str(served))) as listeners:
         context = issue()
         listeners.server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: "SIGHUP received: certificates reloaded\n" in listeners.server.log)
+        listeners.server.wait_for_log("SIGHUP received: certificates reloaded\n")
 
         def has_new_certificate(index: int) -> bool:
             try:
@@ -306,7 +306,7 @@ def test_workers_counters_of_each_listener_add_up(engine: str) -> None:
     options = ("--workers", "2", "--engine", engine, "--no-access-log", "--mode", "stream", "--metrics-port", "0")
     with listening("0", "0,fault=duplicate", options=options) as listeners, ExitStack() as stack:
         server = listeners.server
-        wait_until(lambda: " server started: " in server.log)
+        server.wait_for_log(" server started: ")
         for number in range(60):
             index = int(number % 3 == 2)
             client = stack.enter_context(listeners.connect(index))

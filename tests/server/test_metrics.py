@@ -51,12 +51,16 @@ VARIANTS = [("streams", 1), ("threads", 1), ("protocol", 2)]
 each_variant = pytest.mark.parametrize(("engine", "workers"), VARIANTS)
 
 
+def wait_for_sample(server: ServerProcess, name: str, value: float) -> None:
+    wait_until(lambda: scrape_metrics(server.log)[name] == value)
+
+
 @contextmanager
 def server_with_metrics(engine: EngineName, workers: int, *args: str) -> Iterator[ServerProcess]:
     """Start a server in ``stream`` mode with metrics on a free port."""
     options = ("--engine", engine, "--workers", str(workers), "--mode", "stream", "--no-access-log")
     with server_process(*options, "--metrics-port", "0", *args) as server:
-        wait_until(lambda: " server started: mode stream, " in server.log)
+        server.wait_for_log(" server started: mode stream, ")
         yield server
 
 
@@ -103,7 +107,7 @@ def test_metrics_match_what_was_sent(engine: EngineName, workers: int) -> None:
         assert samples["echo_async_connections_accepted_total"] == samples["echo_async_connections_active"] == 8
         clients.pop().sendall(b"incomplete")
         stack.close()
-        wait_until(lambda: scrape_metrics(server.log)["echo_async_connections_active"] == 0)
+        wait_for_sample(server, "echo_async_connections_active", 0)
         samples = scrape_metrics(server.log)
         assert (samples["echo_async_connections_accepted_total"], samples["echo_async_lost_total"]) == (8, 1)
         assert (samples["echo_async_messages_total"], samples["echo_async_sent_bytes_total"]) == (800, size)
@@ -133,15 +137,15 @@ def test_metrics_show_certificates_and_reloads_and_restarts(workers: int, certif
         expiry = samples["echo_async_certificate_expiry_timestamp_seconds"]
         assert expiry == certificates[0].not_valid_after_utc.timestamp()
         server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: scrape_metrics(server.log)["echo_async_certificate_reloads_total[success]"] == 1)
+        wait_for_sample(server, "echo_async_certificate_reloads_total[success]", 1)
         path.write_text("no certificate")
         server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: scrape_metrics(server.log)["echo_async_certificate_reloads_total[failure]"] == 1)
+        wait_for_sample(server, "echo_async_certificate_reloads_total[failure]", 1)
         assert scrape_metrics(server.log)["echo_async_worker_restarts_total"] == 0
         path.write_bytes(certificate.read_bytes())
         if workers > 1:
             os.kill(server.worker_pids[0], signal.SIGKILL)
-            wait_until(lambda: scrape_metrics(server.log)["echo_async_worker_restarts_total"] == 1)
+            wait_for_sample(server, "echo_async_worker_restarts_total", 1)
 
 
 def test_metrics_keep_the_counters_of_a_killed_worker() -> None:
@@ -153,7 +157,7 @@ def test_metrics_keep_the_counters_of_a_killed_worker() -> None:
         accepted = samples["echo_async_connections_accepted_total"]
         assert samples["echo_async_messages_total"] == 15
         os.kill(killed_worker, signal.SIGKILL)
-        wait_until(lambda: " exited with code -9, restarting" in server.log)
+        server.wait_for_log(" exited with code -9, restarting")
         samples = scrape_metrics(server.log)
         assert samples["echo_async_messages_total"] == 15
         assert samples["echo_async_connections_accepted_total"] == accepted
@@ -173,7 +177,7 @@ def test_healthz_is_200_until_the_stop(workers: int) -> None:
         assert get(server, "/") == (404, "not found; use /metrics or /healthz\n")
         exchange(client, b"one\n")
         client.sendall(b"first ")
-        wait_until(lambda: scrape_metrics(server.log)["echo_async_received_bytes_total"] == 10)
+        wait_for_sample(server, "echo_async_received_bytes_total", 10)
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: get(server, "/healthz") == (503, "not serving\n"))
         assert scrape_metrics(server.log)["echo_async_messages_total"] == 1
@@ -316,7 +320,7 @@ def test_idle_http_connections_delay_no_scrape(descriptors: int) -> None:
     options = ("--port", "0", "--mode", "stream", "--metrics-port", "0")
     command = [sys.executable, "-c", code, *options]
     with command_process(command) as server, ExitStack() as stack:
-        wait_until(lambda: " server started: mode stream, " in server.log)
+        server.wait_for_log(" server started: mode stream, ")
         for _ in range(100):
             stack.enter_context(socket.create_connection(address_of(server.log), TIMEOUT))
         start = monotonic()

@@ -26,6 +26,7 @@ from support import (
     command_process,
     run,
     server_process,
+    wait_for,
     wait_in_loop,
     wait_until,
 )
@@ -165,7 +166,7 @@ def test_udp_sources_not_allowed_are_refused(start_server: StartServer, caplog: 
         with udp_client(source=("127.0.0.2", 0)) as client:
             client.sendto(b"refused", ("127.0.0.1", server.address[1]))
             peer = f"127.0.0.2:{client.getsockname()[1]}"
-            wait_until(lambda: server.stats.datagrams_refused == {"address": 1})
+            wait_for(server, datagrams_refused={"address": 1})
         assert is_echoed(server, b"allowed")
     assert f"{peer} datagram refused: not in udp_allow_from" in caplog.messages
 
@@ -354,7 +355,7 @@ def exchange(server: echo_async.EchoServer | HostedServer, messages: Sequence[by
         for message in messages:
             client.send(message)
         replies = [client.recv(100) for _ in range(count)]
-        wait_until(lambda: server.stats.datagrams == len(messages))
+        wait_for(server, datagrams=len(messages))
         server.close()
         client.settimeout(0.01)
         with pytest.raises((TimeoutError, ConnectionRefusedError)):
@@ -411,7 +412,7 @@ def test_udp_fault_delay_ends_at_a_stop(start_server: StartServer) -> None:
     with udp_client() as client:
         with start_server(udp=True, fault="delay=60") as server:
             client.sendto(b"delayed", server.address)
-            wait_until(lambda: server.stats.datagrams == 1)
+            wait_for(server, datagrams=1)
         assert client.recv(100) == b"delayed"
 
 
@@ -420,7 +421,7 @@ def test_udp_fault_delay_holds_limited_memory(monkeypatch: pytest.MonkeyPatch) -
     with faulty_server(fault="delay=60") as server, udp_client() as client:
         for _ in range(5):
             client.sendto(bytes(100), server.address)
-        wait_until(lambda: server.stats.datagrams == 5)
+        wait_for(server, datagrams=5)
         assert server.stats.datagrams_refused == {"limit": 3}
 
 
@@ -445,7 +446,7 @@ def test_udp_identify_answers_what_has_room(start_server: StartServer) -> None:
             client.send(b"Hola\n".ljust(size)[:size])
         client.send(bytes(1400))  # no newline: the whole datagram is the message
         assert len(client.recv(65_535)) == len(reply)
-        wait_until(lambda: server.stats.datagrams_refused == {"size": 4})
+        wait_for(server, datagrams_refused={"size": 4})
     assert (identity.message, identity.bytes, identity.number) == ("Hola", 5, 1)
     assert (identity.client.address, identity.server.labels) == ("127.0.0.1", {"zone": "a"})
     assert identity.server.address == f"127.0.0.1:{server.port}"
@@ -497,7 +498,7 @@ def test_udp_of_listeners_has_options_of_its_own() -> None:
         replies = iter(lambda: client.recvfrom(100), None)  # a server of another test may have the third port for UDP
         assert next(data for data, source in replies if source[1] == ports[0]) == b"answered"
         peer = f"127.0.0.1:{client.getsockname()[1]}"
-        wait_until(lambda: "not in udp_allow_from" in server.log)
+        server.wait_for_log("not in udp_allow_from")
         code, log = server.stop()
     assert code == 0
     [entry] = [each for each in map(json.loads, log.splitlines()) if each["logger"] == "echo_async.access"]

@@ -39,6 +39,7 @@ from support import (
     receive_line,
     run,
     server_process,
+    wait_exited,
     wait_until,
 )
 
@@ -146,7 +147,7 @@ def test_killed_worker_is_replaced_and_others_are_unaffected(engine: EngineName)
         ):
             load.wait_for(20)
             os.kill(killed_worker, signal.SIGKILL)
-            wait_until(lambda: has_exited(killed_worker))
+            wait_exited(killed_worker)
             killed_at = monotonic()
             wait_until(lambda: len({*server.worker_pids} - {killed_worker}) == 2)
             assert monotonic() - killed_at < MAX_DELAY
@@ -243,7 +244,7 @@ def test_stop_answers_every_message_received(engine: EngineName) -> None:
                     client.sendall(sent)
                 wait_until(lambda: all(map(is_acknowledged, clients)))
                 server.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: " SIGTERM received: shutting down" in server.log)
+            server.wait_for_log(" SIGTERM received: shutting down")
         answered = sum(receive_or_none(client) == sent for client in clients)
         code, lines = server.wait()
     assert (code, answered) == (0, len(clients))
@@ -256,7 +257,7 @@ def test_connection_during_the_stop_is_refused() -> None:
         busy.sendall(b"first ")
         wait_until(lambda: is_acknowledged(busy))
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: " SIGTERM received: shutting down" in server.log)
+        server.wait_for_log(" SIGTERM received: shutting down")
 
         def is_refused() -> bool:
             try:
@@ -420,7 +421,7 @@ def test_workers_exit_with_the_supervisor_and_free_the_port(engine: EngineName) 
             client.sendall(b"incomplete")
         server.process.kill()
         killed_at = monotonic()
-        wait_until(lambda: all(map(has_exited, workers)))
+        wait_exited(*workers)
         with suppress(OSError):
             clients.close()
         with socket.create_server(server.address):
@@ -476,7 +477,7 @@ if "echo_async.service.worker" in sys.orig_argv:
     with server_process("--workers", "2", "--ssl-certfile", str(served), env=sitecustomize(tmp_path, code)) as server:
         failing.touch()
         server.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: server.log.count("reload failed, keeping the previous certificates: ") == 2)
+        server.wait_for_log("reload failed, keeping the previous certificates: ", 2)
         assert server.stop()[0] == 0
 
 

@@ -142,7 +142,7 @@ def test_close_by_many_threads_with_active_clients_ends() -> None:
 
             for _ in range(3):
                 threads.enter_context(thread(use_until_closed))
-            wait_until(lambda server=server: server.stats.messages > 5)  # type: ignore[misc]
+            server.wait_for(messages=6, timeout=TIMEOUT)
             for _ in range(3):
                 threads.enter_context(thread(server.close))
             server.wait_closed()
