@@ -48,7 +48,7 @@ from typing import Any
 import click
 import pytest
 import trustme
-from support import TIMEOUT, ChildProcess, run
+from support import TIMEOUT, ChildProcess, run, without_slow_callbacks
 
 import echo_async
 import echo_async.testing  # a pytest run inside of pytest removes the modules that it imported first
@@ -313,7 +313,7 @@ def run_session(script: str, directory: Path, environment: dict[str, str], lines
             process.wait(TIMEOUT)
         else:
             output += process.stdout
-    return [line.rstrip("\n") for line in output]
+    return without_slow_callbacks("".join(output)).splitlines()
 
 
 def normalize(line: str) -> str:

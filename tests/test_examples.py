@@ -26,7 +26,8 @@ SERVERS = ["one_client", *CONCURRENT, "udp"]
 @contextmanager
 def run_example(name: str) -> Iterator[ServerProcess]:
     """Run an example until the end of the block, and interrupt it: it exits without an error."""
-    with command_process([sys.executable, str(EXAMPLES / f"{name}.py"), "0"]) as server:
+    env = {"PYTHONDEVMODE": ""}  # which reports sockets that the end of the process closes
+    with command_process([sys.executable, str(EXAMPLES / f"{name}.py"), "0"], env) as server:
         yield server
         code, log = server.stop(signal.SIGINT)
         assert (code, log) == (0, "")

@@ -256,6 +256,8 @@ def test_refusing_keeps_the_port_and_open_connections(options: dict[str, Any]) -
     with HostedServer(**options) as server, connect(server) as client:
         for number in range(3):
             with server.refusing():
+                with server.refusing():
+                    pass
                 assert is_refused(server)
                 client.sendall(b"one\n")
                 assert receive_line(client) == b"one\n"

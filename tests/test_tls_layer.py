@@ -240,7 +240,7 @@ def test_end_before_the_handshake_is_no_error_of_tls(server_context: ssl.SSLCont
     [
         (b"GET / HTTP/1.1\r\n\r\n", "HTTP_REQUEST"),
         (b"Hola Server!\n", "WRONG_VERSION_NUMBER"),
-        (b"\x16\x03\x01\x50\x00", "PACKET_LENGTH_TOO_LONG"),
+        (b"\x16\x03\x01\x50\x00", "PACKET_LENGTH_TOO_LONG|RECORD_LAYER_FAILURE"),
         (b"\x17\x03\x03\x00\x05Hola\n", "UNEXPECTED_MESSAGE|BAD_RECORD_TYPE"),
     ],
 )
@@ -296,7 +296,7 @@ def test_client_hello_in_many_records_has_its_name(
 ) -> None:
     hello = TlsClient(client_context).hello()
     server = TlsLayer(server_context)
-    receive(server, split_into_records(hello, 20))
+    receive(server, split_into_records(hello, len(hello) // 25))  # which is longer with newer OpenSSL
     assert server.server_name == "localhost"
     assert server.error is None
     assert server.output(), "a ServerHello"

@@ -57,6 +57,7 @@ class ThreadAcceptor(Acceptor):
         scripts: Scripts | None = None,
     ) -> None:
         super().__init__(config, sockets, on_closed, registry, scripts)
+        self._refusals = 0
         self._accepting = self.sockets.sockets if self.config.accepts else ()
         self._threads: set[threading.Thread] = set()
         self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
@@ -126,7 +127,7 @@ class ThreadAcceptor(Acceptor):
         self.call(end_connections)
 
     def stop_listening(self) -> None:
-        """Refuse connections from now on. The addresses stay reserved."""
+        """Refuse connections until :meth:`resume_listening` is called as often. The addresses stay reserved."""
         self.call(self._stop_listening)
 
     def resume_listening(self) -> None:
@@ -208,12 +209,18 @@ class ThreadAcceptor(Acceptor):
             self._calls.popleft()()
 
     def _stop_listening(self) -> None:
+        self._refusals += 1
+        if self._refusals > 1:
+            return
         for listener in self._accepting:
             self._listener_selector.unregister(listener)
         self._accepting = ()
         self.sockets.refuse()
 
     def _resume_listening(self) -> None:
+        self._refusals -= 1
+        if self._refusals:
+            return
         self.sockets.listen()
         self._accepting = self.sockets.sockets
         for listener in self._accepting:

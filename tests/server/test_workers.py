@@ -456,7 +456,7 @@ def test_worker_exits_if_the_supervisor_reads_no_report(engine: EngineName, loop
                 _, lines = worker.communicate(timeout=TIMEOUT)
             finally:
                 worker.kill()
-    assert (worker.returncode, lines.count("\n")) == (code, bool(error))
+    assert (worker.returncode, lines.count("error: ")) == (code, bool(error))
     assert lines.startswith(error)
 
 
