@@ -53,25 +53,12 @@ class EchoServer(BaseServer):
         self._acceptor.start_thread()
 
     def wait_for(self, *, timeout: float = 5.0, **counters: int | Mapping[str, int]) -> None:
-        """Wait until the counters of :attr:`stats` are as expected.
-
-        Args:
-            timeout: Seconds.
-            **counters: What each is at least: ``accepted=2``, ``faults={"reset": 1}``. ``active`` is exactly that.
-
-        Raises:
-            TimeoutError: They are not. Its text has all counters.
-            AttributeError: There is no such counter.
-        """
+        """The same as :meth:`echo_async.EchoServer.wait_for`, but it blocks."""
         for seconds in self._wait_for(timeout, counters):
             time.sleep(seconds)
 
     def disconnect(self, *, reset: bool = False) -> None:
-        """End every connection now, also those that wait to be accepted, and keep listening.
-
-        Args:
-            reset: Whether the clients see a reset. Else they see it only if they have sent what was not read.
-        """
+        """The same as :meth:`echo_async.EchoServer.disconnect`, but it blocks."""
         self._acceptor.disconnect_now(reset=reset)
 
     def wait_closed(self) -> None:

@@ -151,26 +151,13 @@ class HostedServer:
         return self._recorder.datagrams
 
     def wait_for(self, *, timeout: float = 5.0, **counters: int | Mapping[str, int]) -> None:
-        """Wait until the counters of ``stats`` are as expected. Blocks: in a coroutine, call it in a thread.
-
-        Args:
-            timeout: Seconds.
-            **counters: What each is at least: ``accepted=2``, ``faults={"reset": 1}``. ``active`` is exactly that.
-
-        Raises:
-            TimeoutError: They are not. Its text has all counters.
-            AttributeError: There is no such counter.
-        """
+        """The same as :meth:`echo_async.EchoServer.wait_for`, but it blocks: in a coroutine, call it in a thread."""
         self._server.wait_for(timeout=timeout, **counters)
 
     # What a test changes.
 
     def disconnect(self, *, reset: bool = False) -> None:
-        """End every connection now, also those that wait to be accepted, and keep listening.
-
-        Args:
-            reset: Whether the clients see a reset. Else they see it only if they have sent what was not read.
-        """
+        """The same as :meth:`echo_async.EchoServer.disconnect`, but it blocks."""
         self._server.disconnect(reset=reset)
 
     @contextmanager
