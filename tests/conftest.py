@@ -116,7 +116,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture
 def start_server(backend: Backend, certificate: Path) -> StartServer:
-    """Start servers of each engine on each event loop, with TLS if ``tls`` is true."""
+    """Start servers of each engine, with TLS if ``tls`` is true."""
 
     @contextmanager
     def start(*, tls: bool = False, **options: Unpack[ServerOptions]) -> Iterator[echo_async.EchoServer]:
