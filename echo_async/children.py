@@ -6,11 +6,13 @@ Parent and child communicate over a socket pair, not over the standard streams, 
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from io import RawIOBase
 from typing import Any
 
 from .errors import StartError, describe_error
@@ -59,3 +61,11 @@ def blocked_signals(signals: Iterable[int]) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+
+
+def receive_settings(channel: RawIOBase) -> Any:
+    """Return what the parent writes first, a line of JSON. If the parent ends before, so does this process."""
+    line = channel.readline()
+    if not line.endswith(b"\n"):
+        sys.exit()
+    return json.loads(line)

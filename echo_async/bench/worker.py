@@ -5,13 +5,13 @@ once the connections are open. Then the channel brings the start time, and gets 
 input stops the load, so that a worker never outlives its parent.
 """
 
-import json
 import signal
 import sys
 from contextlib import suppress
 from io import BufferedWriter, FileIO
 from pathlib import Path
 
+from ..children import receive_settings
 from ..compat import raise_descriptor_limit
 from ..stdio import standard_streams
 from .generator import LoadGenerator
@@ -25,14 +25,14 @@ def main() -> int:
     with suppress(OSError):  # Linux may prolong a sleep by 50 µs to save power, unless this is 1 ns
         Path("/proc/self/timerslack_ns").write_text("1")
     channel = FileIO(int(sys.argv[1]), "r+", closefd=False)  # unbuffered: the selector sees further input
-    request = json.loads(channel.readline())
+    request = receive_settings(channel)
     generator = LoadGenerator(LoadPlan.from_json(request["plan"]), first=request["first"])
     generator.connect()
-    channel.write(b"ready\n")
-    start = channel.readline()
-    if start:
-        generator.stop_on_input(channel.fileno())
-        generator.run(float(start)).write(BufferedWriter(channel))
+    with suppress(ConnectionError):  # the parent has ended
+        channel.write(b"ready\n")
+        if start := channel.readline():
+            generator.stop_on_input(channel.fileno())
+            generator.run(float(start)).write(BufferedWriter(channel))
     return 0
 
 

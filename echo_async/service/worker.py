@@ -14,6 +14,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from ..children import receive_settings
 from ..config import ServerConfig
 from ..errors import StartError
 from ..logs import configure, log
@@ -33,7 +34,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     channel = socket.socket(fileno=int(sys.argv[1]))
     with channel.makefile("rb", buffering=0) as lines:
-        settings = json.loads(lines.readline())
+        settings = receive_settings(lines)
     configure(settings["log_level"], settings["log_format"], settings["labels"])
     listeners = [ListenerConfig(ServerConfig(**config), numbers) for config, numbers in settings["listeners"]]
     try:

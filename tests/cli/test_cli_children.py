@@ -4,56 +4,45 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
+import socket
 import sys
-import sysconfig
 import zipapp
+from dataclasses import asdict
 from pathlib import Path
-from subprocess import CompletedProcess
+from subprocess import PIPE, CompletedProcess
 
 import click
 import pytest
-from support import run_process, single_error_line, without_slow_callbacks
+from support import TIMEOUT, run_process, single_error_line, without_slow_callbacks
 
 import echo_async
+from echo_async.bench.plan import LoadPlan
+from echo_async.children import start_child
 from echo_async.cli import server
 from echo_async.testing import HostedServer
 
-SHORT = ("--duration", "0.5", "--warmup", "0", "--json")
-LOAD = ("bench", "load", "--mode", "stream", "--processes", "2", "--connections", "2", *SHORT)
-COMPARE = ("bench", "compare", "--engines", "protocol", "--loops", "asyncio", "--sizes", "64", "--rounds", "1", *SHORT)
+SHORT = ("--rounds", "1", "--duration", "0.5", "--warmup", "0", "--json")
+COMPARE = ("bench", "compare", "--engines", "protocol", "--loops", "asyncio", "--sizes", "64", *SHORT)
+WORKERS = ("run", "--workers", "2", "--", "sh", "-c", 'echo "$ECHO_ASYNC_PORT"')
 # The interpreter without the package; in a virtual environment, its children find the package anyway.
 BARE = (getattr(sys, "_base_executable", sys.executable), "-S")
-PRINT_PORT = ("sh", "-c", 'echo "$ECHO_ASYNC_PORT"')
-COMMANDS = {"workers": ("run", "--workers", "2", "--", *PRINT_PORT), "load": LOAD, "compare": COMPARE}
 
 
-def execute(*command: str, cwd: Path, env: dict[str, str] | None = None) -> CompletedProcess[str]:
-    done = run_process(command, cwd=cwd, env={**os.environ, **(env or {})})
+def execute(*command: str, cwd: Path) -> CompletedProcess[str]:
+    done = run_process(command, cwd=cwd)
     done.stderr = without_slow_callbacks(done.stderr)
     return done
 
 
-def arguments_of(name: str, echo_server: HostedServer) -> tuple[str, ...]:
-    return (*COMMANDS[name], *(("--port", str(echo_server.port)) if name == "load" else ()))
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_children_do_not_import_files_of_the_directory(name: str, tmp_path: Path, echo_server: HostedServer) -> None:
+@pytest.mark.parametrize("arguments", [WORKERS, COMPARE], ids=["workers", "compare"])
+def test_children_do_not_import_files_of_the_directory(arguments: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "echo_async").mkdir()
     for file in ("selectors", "json", "logging", "queue", "runpy", "echo_async/__init__"):
         (tmp_path / f"{file}.py").write_text("raise SystemExit(__file__)")
     script = Path(sys.executable).with_name("echo-async")
-    done = execute(sys.executable, "-W", "error", str(script), *arguments_of(name, echo_server), cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("name", ["workers", "compare"])
-def test_children_find_the_package_on_sys_path(name: str, tmp_path: Path, echo_server: HostedServer) -> None:
-    """Only the program has it there, as a wrapper or a debugger does."""
-    path = [str(Path(echo_async.__file__).parents[1]), sysconfig.get_path("purelib")]
-    code = f"import sys; sys.path += {path}; from echo_async.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    done = execute(*BARE, "-c", code, *arguments_of(name, echo_server), cwd=tmp_path)
+    done = execute(sys.executable, "-W", "error", str(script), *arguments, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -62,7 +51,7 @@ def test_children_find_the_package_in_a_zipapp(tmp_path: Path) -> None:
         folder = Path(module.__file__ or "").parent
         shutil.copytree(folder, tmp_path / "app" / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     zipapp.create_archive(tmp_path / "app", tmp_path / "app.pyz", main="echo_async.cli.main:main")
-    done = execute(*BARE, "app.pyz", *COMMANDS["workers"], cwd=tmp_path)
+    done = execute(*BARE, "app.pyz", *WORKERS, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip().isdecimal()
 
@@ -75,7 +64,7 @@ print([getattr(sys.flags, name) for name in names], sys.warnoptions, sys.path, f
 
 
 @pytest.mark.parametrize(
-    "flags", [["-I"], ["-E", "-s", "-OO"], ["-W", "error::UserWarning"], ["-X", "dev"], ["-X", "utf8=0"]]
+    "flags", [["-I", "-X", "dev"], ["-E", "-s", "-OO", "-W", "error::UserWarning", "-X", "utf8=0"]]
 )
 def test_children_have_flags_and_path_of_the_parent(flags: list[str], tmp_path: Path) -> None:
     (tmp_path / "probe.py").write_text(PROBE)
@@ -101,19 +90,34 @@ def test_children_that_cannot_start_are_one_error_line(
     assert single_error_line(*capsys.readouterr()) == reason
 
 
-def test_load_processes_report_in_any_encoding(echo_server: HostedServer) -> None:
-    command = [sys.executable, "-m", "echo_async", *arguments_of("load", echo_server)]
-    done = run_process(command, env={**os.environ, "PYTHONIOENCODING": "utf-16"}, encoding="utf-16")
-    assert json.loads(done.stdout)["messages"] > 0
+@pytest.mark.parametrize("module", ["echo_async.bench.worker", "echo_async.service.worker"])
+def test_child_without_settings_ends_without_output(module: str) -> None:
+    """Ctrl-C, or a kill, can end the parent while it starts the child."""
+    process, channel = start_child(module, stderr=PIPE)
+    with process, channel:
+        channel.sendall(b'{"loop":')
+        channel.close()
+        assert process.communicate(timeout=TIMEOUT)[1] == b""
 
 
-def test_load_processes_ignore_ctrl_c_from_the_start(tmp_path: Path, echo_server: HostedServer) -> None:
+def test_load_process_without_a_parent_ends_without_output(echo_server: HostedServer) -> None:
+    plan = LoadPlan(address=echo_server.address, family=socket.AF_INET)
+    process, channel = start_child("echo_async.bench.worker", stderr=PIPE)
+    with process, channel:
+        channel.sendall(json.dumps({"plan": asdict(plan), "first": 0}).encode() + b"\n")
+        assert select.select([channel], [], [], TIMEOUT)[0]  # the process is ready
+        channel.close()
+        assert process.communicate(timeout=TIMEOUT)[1] == b""
+
+
+def test_load_processes_ignore_ctrl_c_and_the_encoding(tmp_path: Path, echo_server: HostedServer) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
         "if 'echo_async.bench.worker' in sys.orig_argv:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
     )
-    command = (sys.executable, "-m", "echo_async", *arguments_of("load", echo_server))
-    done = execute(*command, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    load = ("--port", str(echo_server.port), "--mode", "stream", "--processes", "2", "--connections", "2", *SHORT[2:])
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "utf-16"}
+    done = run_process([sys.executable, "-m", "echo_async.bench", "load", *load], env=environment, encoding="utf-16")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["messages"] > 0
