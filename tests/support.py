@@ -125,7 +125,12 @@ def wait_for(server: echo_async.EchoServer | sync.EchoServer | HostedServer, **c
 
 
 def wait_exited(*processes: int) -> None:
-    wait_until(lambda: all(map(has_exited, processes)))
+    for process in processes:
+        with suppress(ProcessLookupError):  # it has exited
+            descriptor = os.pidfd_open(process)
+            exited, _, _ = select.select([descriptor], [], [], TIMEOUT)
+            os.close(descriptor)
+            assert exited, f"process {process} did not exit within {TIMEOUT} s"
 
 
 def receive_line(client: socket.socket, size: int = 0) -> bytes:
@@ -203,13 +208,17 @@ class ServerProcess:
         self.process = process
         self.startup_line = process.stdout.readline()
         self._stderr: list[str] = []
+        self._has_read = threading.Condition()
         # A daemon thread: a process that the server left behind keeps the pipe open and must not block the tests.
         self._reader = threading.Thread(target=self._read_stderr, daemon=True)
         self._reader.start()
 
     def _read_stderr(self) -> None:
         with self.process.stderr as lines:
-            self._stderr.extend(map(without_slow_callbacks, lines))
+            for line in map(without_slow_callbacks, lines):
+                with self._has_read:
+                    self._stderr.append(line)
+                    self._has_read.notify_all()
 
     @property
     def address(self) -> tuple[str, int]:
@@ -223,7 +232,8 @@ class ServerProcess:
 
     def wait_for_log(self, text: str, times: int = 1) -> None:
         """Wait until the log has ``text`` so many times."""
-        wait_until(lambda: self.log.count(text) >= times)
+        with self._has_read:
+            assert self._has_read.wait_for(lambda: self.log.count(text) >= times, TIMEOUT), self.log
 
     @property
     def worker_pids(self) -> list[int]:
@@ -252,6 +262,7 @@ class Load:
         self._address = address
         self._end = threading.Event()
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
+        self._has_reply = threading.Condition()
         self.done = 0
         self.failed: list[tuple[float, Exception]] = []
 
@@ -261,14 +272,17 @@ class Load:
             try:
                 with socket.create_connection(self._address, TIMEOUT) as client:
                     assert is_echoed(client, b"under load, with more than one chunk\n")
-                self.done += 1
+                with self._has_reply:
+                    self.done += 1
+                    self._has_reply.notify_all()
             except (OSError, AssertionError) as error:
                 self.failed.append((started_at, error))
 
     def wait_for(self, count: int) -> None:
         """Wait until ``count`` more connections have got their reply."""
-        done = self.done + count
-        wait_until(lambda: self.done >= done)
+        with self._has_reply:
+            done = self.done + count
+            assert self._has_reply.wait_for(lambda: self.done >= done, TIMEOUT)
 
     def __enter__(self) -> Load:
         for thread in self._threads:
