@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import pytest
 import trustme
-from support import TIMEOUT, ChildProcess, command_process, receive_line, server_process, wait_until
+from support import TIMEOUT, ChildProcess, command_process, receive_line, server_process
 
 from echo_async import Identity, sync
 from echo_async.cli.server import command
@@ -70,16 +70,17 @@ def test_log_behind_haproxy_shows_the_client_addresses(tmp_path: Path) -> None:
             haproxy = ChildProcess(command, pass_fds=[listener.fileno()], stdout=subprocess.DEVNULL)
         stack.enter_context(haproxy)
         stack.callback(haproxy.terminate)
-        wait_until(lambda: all(" 8 bytes: healthy" in server.log for server in (first, second)))
+        for server in (first, second):
+            server.wait_for_log(" 8 bytes: healthy")
         client_addresses = set()
         for _ in range(2):  # the second client goes to the other server
             client = stack.enter_context(socket.create_connection(address, TIMEOUT))
             client.sendall(b"Hola Server!\n")
             assert receive_line(client) == b"Hola Server!\n"
             client_addresses.add("{}:{}".format(*client.getsockname()))
-        log_line = re.compile(r" INFO (\S+) 13 bytes: Hola Server!\n")
-        wait_until(lambda: {*log_line.findall(first.log + second.log)} == client_addresses)
-        assert len(log_line.findall(first.log)) == len(log_line.findall(second.log)) == 1
+        for server in (first, second):
+            server.wait_for_log(" 13 bytes: Hola Server!\n")
+        assert {*re.findall(r" INFO (\S+) 13 bytes: Hola", first.log + second.log)} == client_addresses
 
 
 @needs("haproxy")

@@ -16,9 +16,10 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from support import LOOPS, MAX_DELAY, TIMEOUT, ChildProcess, receive_all, server_process, single_error_line, wait_until
+from support import LOOPS, MAX_DELAY, TIMEOUT, ChildProcess, receive_all, server_process, single_error_line
 
 import echo_async
+from echo_async import sync
 from echo_async.cli.server import main
 
 SERVER = (sys.executable, "-m", "echo_async.server")
@@ -408,12 +409,8 @@ def test_server_without_a_standard_stream_serves(redirection: str, tmp_path: Pat
     options: Any = {"stdout": subprocess.DEVNULL, "pass_fds": [writing]}
     with errors.open("wb") as log, ChildProcess([*shell, *SERVER, "--uds", path], stderr=log, **options) as process:
         os.close(writing)
-        for message in (b"one\n", b"two\n"):
-            with socket.socket(socket.AF_UNIX) as client:
-                client.settimeout(TIMEOUT)
-                wait_until(lambda client=client: client.connect_ex(path) == 0 or process.poll() is not None)  # type: ignore[misc]
-                client.sendall(message)
-                assert receive_all(client) == message
+        for message in ("one", "two"):
+            assert sync.echo(message, uds=path, retry=TIMEOUT) == message
         process.terminate()
     assert process.returncode == 0
     assert_printable(errors.read_text())

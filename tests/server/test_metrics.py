@@ -179,7 +179,8 @@ def test_healthz_is_200_until_the_stop(workers: int) -> None:
         client.sendall(b"first ")
         wait_for_sample(server, "echo_async_received_bytes_total", 10)
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: get(server, "/healthz") == (503, "not serving\n"))
+        server.wait_for_log(" SIGTERM received: shutting down")
+        assert get(server, "/healthz") == (503, "not serving\n")
         assert scrape_metrics(server.log)["echo_async_messages_total"] == 1
         client.sendall(b"part\n")
         assert receive_all(client) == b"first part\n"

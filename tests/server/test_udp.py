@@ -28,7 +28,6 @@ from support import (
     server_process,
     wait_for,
     wait_in_loop,
-    wait_until,
 )
 
 import echo_async
@@ -75,7 +74,7 @@ def refuse(server: echo_async.EchoServer, client: socket.socket, reason: str) ->
     """Check that a datagram from ``client`` is refused, and that nothing comes back before the next reply."""
     before = server.stats
     client.sendto(b"refused", server.address)
-    wait_until(lambda: server.stats.datagrams_refused.get(reason, 0) > before.datagrams_refused.get(reason, 0))
+    wait_for(server, datagrams_refused={reason: before.datagrams_refused.get(reason, 0) + 1})
     assert is_echoed(server, b"still there")
     client.setblocking(False)
     with pytest.raises(BlockingIOError):

@@ -10,7 +10,6 @@ import re
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import termios
@@ -70,6 +69,10 @@ def counters(lines: str) -> dict[str, int]:
 def is_running(process: int) -> bool:
     """Return whether it uses the CPU, or waits for it."""
     return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("R")
+
+
+def wait_for_new_worker(server: ServerProcess, known: list[int]) -> None:
+    wait_until(lambda: not {*server.worker_pids} <= {*known})
 
 
 def exchange(client: socket.socket, message: bytes) -> bytes:
@@ -149,7 +152,7 @@ def test_killed_worker_is_replaced_and_others_are_unaffected(engine: EngineName)
             os.kill(killed_worker, signal.SIGKILL)
             wait_exited(killed_worker)
             killed_at = monotonic()
-            wait_until(lambda: len({*server.worker_pids} - {killed_worker}) == 2)
+            wait_for_new_worker(server, [killed_worker, survivor])
             assert monotonic() - killed_at < MAX_DELAY
             assert is_closed(closed)
             assert exchange(open_client, b"still there\n") == b"still there\n"
@@ -211,10 +214,9 @@ def test_replacement_failing_to_start_stops_the_server(tmp_path: Path) -> None:
 # Graceful shutdown
 
 
-def is_acknowledged(client: socket.socket) -> bool:
-    """Return whether everything sent has reached the kernel of the peer."""
-    (unsent,) = struct.unpack("i", fcntl.ioctl(client, termios.TIOCOUTQ, b"\0" * 4))
-    return bool(unsent == 0)
+def wait_acknowledged(*clients: socket.socket) -> None:
+    """Wait until everything sent has reached the kernel of the peer."""
+    wait_until(lambda: not any(any(fcntl.ioctl(each, termios.TIOCOUTQ, bytes(4))) for each in clients))
 
 
 @pytest.mark.parametrize("engine", ["streams", "threads"])
@@ -242,7 +244,7 @@ def test_stop_answers_every_message_received(engine: EngineName) -> None:
                 clients += [stack.enter_context(server.connect()) for _ in range(100)]
                 for client in clients:
                     client.sendall(sent)
-                wait_until(lambda: all(map(is_acknowledged, clients)))
+                wait_acknowledged(*clients)
                 server.process.send_signal(signal.SIGTERM)
             server.wait_for_log(" SIGTERM received: shutting down")
         answered = sum(receive_or_none(client) == sent for client in clients)
@@ -255,7 +257,7 @@ def test_connection_during_the_stop_is_refused() -> None:
     with two_workers("protocol") as server, server.connect() as busy:
         assert exchange(busy, b"done\n") == b"done\n"
         busy.sendall(b"first ")
-        wait_until(lambda: is_acknowledged(busy))
+        wait_acknowledged(busy)
         server.process.send_signal(signal.SIGTERM)
         server.wait_for_log(" SIGTERM received: shutting down")
 
@@ -401,7 +403,7 @@ def test_signal_while_a_worker_starts_is_a_graceful_stop(number: signal.Signals)
     with two_workers("protocol", group=True) as server:
         before = server.worker_pids
         os.kill(before[0], signal.SIGKILL)
-        wait_until(lambda: any(each not in before for each in server.worker_pids))
+        wait_for_new_worker(server, before)
         os.killpg(server.process.pid, number)
         code, lines = server.wait()
     assert code == 0, lines
