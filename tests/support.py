@@ -547,7 +547,7 @@ def over_socket(serve: Callable[[socket.socket], object]) -> Handler:
     """Return a handler of a function that has the socket of the connection, and may use it as it likes."""
 
     def serve_socket(peer: Peer) -> None:
-        with peer._connection.get_extra_info("socket") as connected, suppress(OSError, ValueError):
+        with peer.socket as connected, suppress(OSError, ValueError):
             serve(connected)
 
     return serve_socket

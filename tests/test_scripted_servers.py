@@ -180,6 +180,22 @@ def test_server_whose_tls_breaks_in_the_handshake(make: MakeEchoServer, client_c
         client_context.wrap_socket(client, server_hostname="localhost")
 
 
+def test_server_whose_tls_breaks_within_the_session(make: MakeEchoServer) -> None:
+    """Bytes that are no record arrive beneath the session, as from a broken proxy."""
+
+    def serve(peer: Peer) -> None:
+        peer.send(peer.receive_line())
+        peer.socket.sendall(b"not a record\n")
+
+    server = make(tls=True, handler=serve)
+    assert server.client_context is not None
+    with server.client_context.wrap_socket(connect(server), server_hostname="localhost") as client:
+        client.sendall(b"secret\n")
+        assert receive_line(client) == b"secret\n"
+        with pytest.raises(ssl.SSLError):
+            client.recv(1)
+
+
 def test_server_whose_tls_breaks_within_a_reply(make: MakeEchoServer) -> None:
     server = make(tls=True, fault="reset=5")
     assert server.client_context is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,12 @@ class Peer:
         self.peer: Any = record.peer
         self._connection = connection
         self._received = b""  # and not returned
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket, beneath TLS: for options, and for bytes that are not encrypted. What it receives is not noted."""
+        plain: socket.socket = self._connection.get_extra_info("socket")
+        return plain
 
     def receive(self, size: int) -> bytes:
         """Return exactly ``size`` bytes."""
@@ -72,7 +79,7 @@ class Peer:
         try:
             self._perform(End.RESET)
         except ClientEnded:
-            self._connection.get_extra_info("socket").close()
+            self.socket.close()
 
     def start_tls(self, context: ssl.SSLContext) -> None:
         """Do the TLS handshake of a server. What follows is encrypted.
