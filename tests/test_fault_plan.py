@@ -189,6 +189,12 @@ def test_reply_becomes_actions(spec: str, actions: list[Action]) -> None:
     assert without_reports(script.reply(MESSAGE)) == actions
 
 
+def test_rate_delays_a_long_reply_in_proportion() -> None:
+    actions = without_reports(script_of("rate=200000").reply(bytes(50_000)))
+    assert [action.seconds for action in actions if isinstance(action, Wait)] == pytest.approx([0.1, 0.1, 0.05])
+    assert [len(action.data) for action in actions if isinstance(action, Send)] == [20_000, 20_000, 10_000]
+
+
 def test_stall_after_0_bytes_is_before_the_first_reply() -> None:
     assert without_reports(script_of("stall").start()) == [End.STALL]
 

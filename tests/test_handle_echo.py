@@ -121,20 +121,24 @@ def test_handle_echo_reset_is_not_reported_to_the_loop(on_loop: OnLoop) -> None:
     on_loop(main)
 
 
-def test_handle_echo_invalid_option_raises_and_closes(on_loop: OnLoop) -> None:
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"mode": "loud"}, "invalid mode: 'loud' "), ({"fault": "drop"}, "handle_echo has neither faults nor identify")],
+)
+def test_handle_echo_invalid_option_raises_and_closes(on_loop: OnLoop, options: Any, error: str) -> None:
     async def main() -> None:
         raised: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
 
         def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
-                echo_async.handle_echo(reader, writer, mode="loud")  # type: ignore[arg-type]
-            except echo_async.ConfigError as error:
-                raised.set_result(error)
+                echo_async.handle_echo(reader, writer, **options)
+            except echo_async.ConfigError as invalid:
+                raised.set_result(invalid)
 
         async with start_server(handle) as address, open_client(address) as (reader, _):
             with suppress(ConnectionResetError):
                 assert await reader.read() == b""  # the connection is closed
-            assert str(await raised).startswith("invalid mode: 'loud' ")
+            assert str(await raised).startswith(error)
 
     on_loop(main)
 
