@@ -20,7 +20,6 @@ import pytest
 from support import TIMEOUT, ChildProcess, has_exited, run_process, wait_exited, without_slow_callbacks
 
 from echo_async.cli.main import main
-from echo_async.cli.run import FORWARDED_SIGNALS
 
 RUN = (sys.executable, "-W", "error", "-m", "echo_async", "run")
 CLIENT = (sys.executable, "-m", "echo_async", "client")
@@ -66,12 +65,9 @@ class Run:
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in map(signal.Signals.__getitem__, FORWARDED_SIGNALS)}
-    yield Run(capfd)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return Run(capfd)
 
 
 @contextmanager

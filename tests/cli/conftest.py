@@ -1,0 +1,18 @@
+"""What commands change in the process that runs them is restored after each test."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from echo_async.cli.run import FORWARDED_SIGNALS
+
+
+@pytest.fixture(autouse=True)
+def restore_signal_handlers() -> Iterator[None]:
+    handlers = [(number, signal.getsignal(number)) for number in map(signal.Signals.__getitem__, FORWARDED_SIGNALS)]
+    yield
+    for number, handler in handlers:
+        signal.signal(number, handler)
