@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TIMEOUT, command_process, single_error_line, without_slow_callbacks
+from support import single_error_line
 
 from echo_async import ConfigError
 from echo_async.cli.listen import NAMES, parse_listeners
@@ -18,7 +13,6 @@ from echo_async.cli.server import main
 from echo_async.config import ServerConfig, options_of
 
 DEFAULTS = {name: option.default for name, option in options_of(ServerConfig).items()}
-SERVER = (sys.executable, "-m", "echo_async.server")
 
 
 def parse(*specs: str, inherited: dict[int, str] | None = None, **others: Any) -> list[ServerConfig]:
@@ -26,7 +20,7 @@ def parse(*specs: str, inherited: dict[int, str] | None = None, **others: Any) -
     return [each.config for each in parse_listeners("--listen", specs, {**DEFAULTS, **others}, inherited or {})]
 
 
-SPECS = [
+SPECS: list[tuple[str, dict[str, Any]]] = [
     ("5500", {"port": 5500}),
     ("127.0.0.1:0", {"port": 0}),
     ("localhost:80", {"host": "localhost", "port": 80}),
@@ -36,18 +30,14 @@ SPECS = [
     ("unix:5500", {"uds": "5500"}),
     ("fd:7", {"fd": 7}),
     ("1,mode=raw", {"port": 1, "mode": "raw"}),
-    ("1,proxy-protocol=v2", {"port": 1, "proxy_protocol": "v2"}),
     (
         "1,proxy-protocol=v1,proxy-allow-from=10.0.0.0/8,proxy-allow-from=::1",
         {"port": 1, "proxy_protocol": "v1", "proxy_allow_from": "10.0.0.0/8,::1"},
     ),
-    ("1,fault=reset", {"port": 1, "fault": "reset"}),
     ("1,fault=delay=0.1,fault=slice=1,fault-seed=7", {"port": 1, "fault": "delay=0.1,slice=1", "fault_seed": 7}),
     ("1,fault-sequence=reset;none", {"port": 1, "fault_sequence": "reset;none"}),
     ("1,chunk-size=64,limit-message-size=9", {"port": 1, "chunk_size": 64, "limit_message_size": 9}),
-    ("1,limit-connections=3,timeout-idle=0.5", {"port": 1, "limit_connections": 3, "timeout_idle": 0.5}),
     ("1,label=zone=eu-1,label=tier=a=b", {"port": 1, "labels": {"zone": "eu-1", "tier": "a=b"}}),
-    ("1,udp", {"port": 1, "udp": True}),
     (
         "1,udp,udp-allow-from=10.0.0.0/8,udp-allow-from=::1",
         {"port": 1, "udp": True, "udp_allow_from": "10.0.0.0/8,::1"},
@@ -57,9 +47,9 @@ SPECS = [
 ]
 
 
-@pytest.mark.parametrize(("spec", "options"), SPECS, ids=[spec for spec, _ in SPECS])
-def test_listen_spec_is_a_configuration(spec: str, options: dict[str, Any]) -> None:
-    assert parse(spec) == [ServerConfig(**options)]
+def test_listen_spec_is_a_configuration() -> None:
+    for spec, options in SPECS:
+        assert parse(spec) == [ServerConfig(**options)]
 
 
 def test_listen_option_not_given_comes_from_the_others() -> None:
@@ -133,18 +123,12 @@ OPTIONS = ", ".join(NAMES)
 INVALID = [
     ("5500,colour=red", f"unknown option 'colour'; choose from {OPTIONS}"),
     ("5500,engine=threads", f"unknown option 'engine'; choose from {OPTIONS}"),
-    ("5500,", f"unknown option ''; choose from {OPTIONS}"),
     ("5500,fault=delay=0.1,slice=1", f"unknown option 'slice'; choose from {OPTIONS}"),
     *((address, ADDRESS_FORMS) for address in ("", "http", "-1", ":5500", "::1:5500", "[::1]", "unix:", "fd:", "1 ")),
     ("65536", "port: must be an integer from 0 to 65535"),
     ("5500,mode=echo", "mode: choose from "),
-    ("5500,mode", "mode: choose from "),
-    ("5500,chunk-size=0", "chunk-size: must be an integer from 1 to 1073741824"),
     ("5500,chunk-size=x", "chunk-size: must be an integer from 1 to 1073741824"),
-    ("5500,timeout-idle=-1", "timeout-idle: must be a number of seconds greater than 0"),
     ("5500,no-access-log=maybe", "no-access-log: must be a boolean"),
-    ("5500,fault=boom", "fault: unknown fault kind 'boom'; "),
-    ("5500,proxy-allow-from=x", "proxy-allow-from: must be addresses and networks "),
     ("5500,proxy-allow-from=*", "proxy_allow_from requires proxy_protocol"),
     ("5500,fault-seed=1", "fault_seed requires fault or fault_sequence"),
     ("5500,fault=drop,fault-sequence=drop", "fault and fault_sequence are mutually exclusive"),
@@ -157,100 +141,30 @@ INVALID = [
 ]
 
 
-@pytest.mark.parametrize(("spec", "reason"), INVALID, ids=[spec for spec, _ in INVALID])
 def test_invalid_listen_spec_is_one_line_with_the_reason(
-    spec: str, reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["--listen", "0", "--listen", spec]) == 2
-    assert single_error_line(*capsys.readouterr()).startswith(f"error: invalid --listen: {spec!r} ({reason}")
-
-
-def test_invalid_listen_variable_names_the_variable(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for spec, reason in INVALID:
+        assert main(["--listen", "0", "--listen", spec]) == 2
+        assert single_error_line(*capsys.readouterr()).startswith(f"error: invalid --listen: {spec!r} ({reason}")
     monkeypatch.setenv("ECHO_ASYNC_LISTEN", "0 5500,mode=x")
     assert main([]) == 2
     line = single_error_line(*capsys.readouterr())
     assert line.startswith("error: invalid ECHO_ASYNC_LISTEN: '5500,mode=x' (mode: choose from ")
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [("5500", "127.0.0.1:5500,mode=raw"), ("unix:a", "unix:a"), ("fd:7", "fd:7"), ("[::]:1", "[::]:1")],
-)
-def test_two_listeners_on_one_address_are_an_error(first: str, second: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--listen", first, "--listen", "0", "--listen", second]) == 2
-    assert single_error_line(*capsys.readouterr()) == (
-        f"error: invalid --listen: {second!r} (another listener has this address)\n"
-    )
+def test_two_listeners_on_one_address_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for first, second in (
+        *(("5500", "127.0.0.1:5500,mode=raw"), ("unix:a", "unix:a"), ("fd:7", "fd:7"), ("[::]:1", "[::]:1")),
+    ):
+        assert main(["--listen", first, "--listen", "0", "--listen", second]) == 2
+        assert single_error_line(*capsys.readouterr()) == (
+            f"error: invalid --listen: {second!r} (another listener has this address)\n"
+        )
 
 
-@pytest.mark.parametrize("option", ["--host=::1", "--port=0", "--uds=a", "--fd=9"])
-def test_listen_with_another_address_is_an_error(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--listen", "0", option]) == 2
-    name = option.partition("=")[0]
-    assert single_error_line(*capsys.readouterr()) == f"error: --listen and {name} are mutually exclusive\n"
-
-
-def test_listen_in_the_environment_overrides_the_other_addresses() -> None:
-    """An image sets ECHO_ASYNC_HOST."""
-    variables = {"ECHO_ASYNC_LISTEN": "127.0.0.1:0,mode=stream", "ECHO_ASYNC_HOST": "::", "ECHO_ASYNC_PORT": "1"}
-    with command_process([*SERVER], variables) as server:
-        assert server.startup_line.startswith("listening on 127.0.0.1:")
-        assert server.stop()[0] == 0
-
-
-# The environment
-
-
-def test_listen_overrides_addresses_of_the_environment(tmp_path: Path) -> None:
-    variables = {"ECHO_ASYNC_PORT": "1", "ECHO_ASYNC_HOST": "missing.invalid", "ECHO_ASYNC_UDS": str(tmp_path / "a")}
-    with command_process([*SERVER, "--listen", "0"], variables) as server:
-        assert server.startup_line.startswith("listening on 127.0.0.1:")
-        assert server.stop()[0] == 0
-
-
-def test_port_overrides_listen_of_the_environment() -> None:
-    with command_process([*SERVER, "--port", "0"], {"ECHO_ASYNC_LISTEN": "1 2"}) as server:
-        code, log = server.stop()
-    assert code == 0
-    assert "server started: mode message, engine " in log
-
-
-def test_listen_variable_is_separated_by_spaces(tmp_path: Path) -> None:
-    path = tmp_path / "socket"
-    with command_process([*SERVER], {"ECHO_ASYNC_LISTEN": f" unix:{path},mode=raw  0,no-access-log"}) as server:
-        assert server.process.stdout is not None
-        assert server.startup_line == f"listening on {path}\n"
-        assert server.process.stdout.readline().startswith("listening on 127.0.0.1:")
-        code, log = server.stop()
-    assert code == 0
-    assert f"listener {path} started: mode raw\n" in log
-
-
-# echo-async run
-
-
-def run(*arguments: str, env: dict[str, str] | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "echo_async", "run", *arguments]
-    environment = {**os.environ, **(env or {})}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment, **more)
-    done.stderr = without_slow_callbacks(done.stderr)
-    return done
-
-
-PRINT_VARIABLES = (
-    sys.executable,
-    "-c",
-    "import os, json; print(json.dumps({k: v for k, v in os.environ.items() if k.startswith('ECHO_ASYNC_')}))",
-)
-
-
-@pytest.mark.parametrize("is_variable", [False, True])
-def test_run_listen_gives_the_first_address(is_variable: bool, tmp_path: Path) -> None:
-    specs = ["unix:first.sock,mode=stream", "0"]
-    options = [] if is_variable else [word for spec in specs for word in ("--listen", spec)]
-    env = {"ECHO_ASYNC_LISTEN": " ".join(specs)} if is_variable else {}
-    done = run(*options, "--", *PRINT_VARIABLES, env=env, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == {"ECHO_ASYNC_UDS": "first.sock", "ECHO_ASYNC_RUN_UDS": "first.sock"}
+def test_listen_with_another_address_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--host=::1", "--port=0", "--uds=a", "--fd=9"):
+        assert main(["--listen", "0", option]) == 2
+        name = option.partition("=")[0]
+        assert single_error_line(*capsys.readouterr()) == f"error: --listen and {name} are mutually exclusive\n"

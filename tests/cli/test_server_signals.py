@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from support import ServerProcess, command_process, receive_line, server_process
-
-each_kind = pytest.mark.parametrize("kind", [[], ["--threaded"], ["--workers", "2"]], ids=" ".join)
+from support import ServerProcess, command_process, receive_line
 
 # Makes stdin the controlling terminal of the session, then becomes the server.
 WITH_TERMINAL = """
@@ -34,31 +32,21 @@ def server_on_terminal(handling: str, *args: str) -> Iterator[tuple[ServerProces
         yield server, master
 
 
-@each_kind
-def test_sighup_without_tls_closes_no_connection(kind: list[str]) -> None:
-    with server_process("--mode", "stream", *kind, start_new_session=True) as server, server.connect() as client:
-        client.sendall(b"before\n")
-        assert receive_line(client) == b"before\n"
-        os.killpg(server.process.pid, signal.SIGHUP)  # workers included
-        server.wait_for_log("SIGHUP received: nothing to reload")
-        client.sendall(b"after\n")
-        assert receive_line(client) == b"after\n"
-        code, log = server.stop()
-    assert code == 0
-    assert "exited with code" not in log
-
-
-@each_kind
+@pytest.mark.parametrize("kind", [[], ["--threaded"], ["--workers", "2"]], ids=" ".join)
 def test_terminal_hang_up_drains_the_server(kind: list[str]) -> None:
+    """SIGHUP that is sent otherwise closes no connection."""
     with server_on_terminal("default", *kind) as (server, master), server.connect() as client:
         client.sendall(b"first\nincomplete ")
         assert receive_line(client) == b"first\n"
+        os.killpg(server.process.pid, signal.SIGHUP)  # workers included
+        server.wait_for_log("SIGHUP received: nothing to reload")
         os.close(master)
         server.wait_for_log("SIGHUP received: shutting down")
         client.sendall(b"message\n")
         assert receive_line(client) == b"incomplete message\n"
         code, log = server.wait()
     assert code == 0
+    assert "exited with code" not in log
     assert "server stopped: accepted=1 " in log
 
 
