@@ -39,13 +39,6 @@ from echo_async.server.thread_acceptor import ThreadAcceptor
 
 SERVER = (sys.executable, "-m", "echo_async.server")
 
-VARIANTS = [
-    ("--engine", "streams", "--loop", "asyncio"),
-    ("--engine", "protocol", "--loop", "uvloop"),
-    ("--engine", "threads", "--workers", "2"),
-]
-each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
-
 
 class ListeningProcess:
     """A server process, and the addresses of its listeners in their order."""
@@ -98,7 +91,9 @@ def wrap(client: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
 # Each does its own, and all stop together
 
 
-@each_variant
+@pytest.mark.parametrize(
+    "variant", [("--engine", "streams", "--loop", "asyncio"), ("--engine", "threads", "--workers", "2")], ids=" ".join
+)
 def test_listeners_differ_and_one_signal_drains_all(
     variant: tuple[str, ...], certificate: Path, client_context: ssl.SSLContext
 ) -> None:
@@ -150,9 +145,8 @@ def test_single_listener_logs_as_without_listen() -> None:
     assert "listener" not in log
 
 
-@pytest.mark.parametrize("variant", [(), ("--workers", "2")], ids=["one process", "workers"])
-def test_listeners_identify_with_labels_of_their_own(variant: tuple[str, ...]) -> None:
-    options = ("--mode", "identify", "--label", "zone=eu-1", "--log-format", "json", *variant)
+def test_listeners_identify_with_labels_of_their_own() -> None:
+    options = ("--mode", "identify", "--label", "zone=eu-1", "--log-format", "json", "--workers", "2")
     with listening("0", "0,label=role=main", options=options) as listeners:
         for index, own in enumerate([{}, {"role": "main"}]):
             with listeners.connect(index) as client:
@@ -180,8 +174,7 @@ def test_unix_socket_and_proxy_header_on_two_listeners(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-@pytest.mark.parametrize("variant", [(), ("--workers", "2")], ids=["one process", "workers"])
-def test_sighup_reloads_the_certificate_of_tls_listeners(variant: tuple[str, ...], tmp_path: Path) -> None:
+def test_sighup_reloads_the_certificate_of_tls_listeners(tmp_path: Path) -> None:
     served = tmp_path / "served.pem"
 
     def issue() -> ssl.SSLContext:
@@ -192,7 +185,7 @@ def test_sighup_reloads_the_certificate_of_tls_listeners(variant: tuple[str, ...
         return context
 
     issue()
-    with listening("0", "0,tls", "0,tls", options=(*variant, "--ssl-certfile", str(served))) as listeners:
+    with listening("0", "0,tls", "0,tls", options=("--ssl-certfile", str(served))) as listeners:
         context = issue()
         listeners.server.process.send_signal(signal.SIGHUP)
         listeners.server.wait_for_log("SIGHUP received: certificates reloaded\n")
@@ -252,24 +245,25 @@ def test_group_that_fails_at_the_last_server_starts_nothing(
     assert not path.exists()
 
 
-@pytest.mark.parametrize("variant", [(), ("--workers", "2")], ids=["one process", "workers"])
-@pytest.mark.parametrize("invalid", ["{port}", "0,tls"])
 def test_listener_that_cannot_start_exits_with_3(
-    variant: tuple[str, ...], invalid: str, closed_port: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    closed_port: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, missing = tmp_path / "socket", tmp_path / "missing.pem"
-    specs = ("--listen", f"unix:{path}", "--listen", invalid.format(port=closed_port))
-    assert main([*specs, "--ssl-certfile", str(missing), *variant]) == 3
-    reason = f"ssl_certfile {missing}: " if "tls" in invalid else f"127.0.0.1:{closed_port}: address already in use"
-    assert reason in single_error_line(*capsys.readouterr())
-    assert not path.exists()
+    for variant in ((), ("--workers", "2")):
+        for invalid, reason in (
+            (f"{closed_port}", f"127.0.0.1:{closed_port}: address already in use"),
+            ("0,tls", f"ssl_certfile {missing}: "),
+        ):
+            specs = ("--listen", f"unix:{path}", "--listen", invalid)
+            assert main([*specs, "--ssl-certfile", str(missing), *variant]) == 3
+            assert reason in single_error_line(*capsys.readouterr())
+            assert not path.exists()
 
 
 # Limits
 
 
-@pytest.mark.parametrize("engine", ["protocol", "threads"])
-def test_listeners_share_the_descriptor_limit(engine: str) -> None:
+def test_listeners_share_the_descriptor_limit() -> None:
     """One listener that is full leaves the connections of the others to them."""
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))\n"
@@ -277,7 +271,7 @@ def test_listeners_share_the_descriptor_limit(engine: str) -> None:
     )
     share = (128 - 32 - 3 * 8 - 10) // 2  # reserved for the process, and for each listener; the third has 10
     specs = ("--listen", "0", "--listen", "0", "--listen", "0,limit-connections=10")
-    command = [sys.executable, "-c", program, *specs, "--mode", "stream", "--engine", engine]
+    command = [sys.executable, "-c", program, *specs, "--mode", "stream"]
     with command_process(command) as server, ExitStack() as stack:
         listeners = ListeningProcess(server, 3)
         for index, expected in ((0, share), (1, share), (2, 10)):
@@ -301,9 +295,8 @@ def test_listeners_share_the_descriptor_limit(engine: str) -> None:
 # Counters, metrics and logs
 
 
-@pytest.mark.parametrize("engine", ["protocol", "threads"])
-def test_workers_counters_of_each_listener_add_up(engine: str) -> None:
-    options = ("--workers", "2", "--engine", engine, "--no-access-log", "--mode", "stream", "--metrics-port", "0")
+def test_workers_counters_of_each_listener_add_up() -> None:
+    options = ("--workers", "2", "--engine", "threads", "--no-access-log", "--mode", "stream", "--metrics-port", "0")
     with listening("0", "0,fault=duplicate", options=options) as listeners, ExitStack() as stack:
         server = listeners.server
         server.wait_for_log(" server started: ")
