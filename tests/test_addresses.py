@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
-from support import BACKENDS, LOOPS, Backend, run_in_namespace
+from support import run_in_namespace
 
 import echo_async
 from echo_async import sync
 
 PYTHON = sys.executable
 COMMAND = (PYTHON, "-m", "echo_async")
-CLIENTS = (*LOOPS, "sync")
 PORT = "40000"
 PORTS = "echo '{} {}' >/proc/sys/net/ipv4/ip_local_port_range"  # the ports that the system selects for clients
 ONE_PORT, TWO_PORTS = PORTS.format(PORT, PORT), PORTS.format(PORT, 40001)
@@ -23,42 +21,56 @@ LINK_LOCAL = "ip addr add fe80::1/64 dev lo nodad"
 ZONE = "fe80::1%lo"
 
 ECHO = """
-import asyncio, logging, os, sys
+import asyncio, json, logging, socket, ssl, sys
+from contextlib import redirect_stderr, redirect_stdout
+from tempfile import TemporaryFile
 import echo_async
 from echo_async import sync
+from echo_async.cli.main import main
 from echo_async.loops import loop_factory
+from echo_async.testing import HostedServer
 
 def echo(client, host, port, **options):
     if client == "sync":
         return sync.echo("hola", host, int(port), **options)
     with asyncio.Runner(loop_factory=loop_factory(client)) as runner:
         return runner.run(echo_async.echo("hola", host, int(port), **options))
+
+def command(words):
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        with redirect_stdout(out), redirect_stderr(err):
+            code = main(words)
+        out.seek(0), err.seek(0)
+        return code, out.read(), err.read()
 """
+
+
+def run_code(setup: str, code: str, *arguments: str) -> list[str]:
+    """Run code in a namespace, after ``ECHO``; return the lines that it prints."""
+    done = run_in_namespace(setup, PYTHON, "-c", ECHO + code, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
 
 # A client connected to itself
 
 CONNECT_TO_ITSELF = """
-for _ in range(3):
-    try:
-        print(echo(*sys.argv[1:]))
-    except echo_async.ConnectError as error:
-        print(type(error.__cause__).__name__, error)
-with sync.serve(host=sys.argv[2], port=int(sys.argv[3])):
-    print("served")
+clients = [*((client, host) for client in ("asyncio", "sync") for host in ("127.0.0.1", "::1"))]
+for client, host in [*clients, ("uvloop", "0.0.0.0"), ("uvloop", "::"), ("sync", "::")]:
+    for _ in range(2):
+        try:
+            print(echo(client, host, 40000))
+        except echo_async.ConnectError as error:
+            name = f"[{host}]" if ":" in host else host
+            assert isinstance(error.__cause__, ConnectionRefusedError), error
+            assert str(error) == f"cannot connect to {name}:40000: connection refused; is the server running?", error
+    with sync.serve(host=host, port=40000):
+        print("served")
 """
 
 
-@pytest.mark.parametrize(
-    ("client", "host"),
-    [*product(("asyncio", "sync"), ("127.0.0.1", "::1")), ("uvloop", "0.0.0.0"), ("uvloop", "::"), ("sync", "::")],
-)
-def test_connection_to_itself_is_refused_and_frees_port(client: str, host: str) -> None:
-    done = run_in_namespace(ONE_PORT, PYTHON, "-c", ECHO + CONNECT_TO_ITSELF, client, host, PORT)
-    *errors, last = done.stdout.splitlines()
-    name = f"[{host}]" if ":" in host else host
-    text = f"cannot connect to {name}:{PORT}: connection refused; is the server running?"
-    assert errors == 3 * [f"ConnectionRefusedError {text}"], done.stderr
-    assert last == "served"
+def test_connection_to_itself_is_refused_and_frees_port() -> None:
+    assert run_code(ONE_PORT, CONNECT_TO_ITSELF) == ["served"] * 7
 
 
 RETRY = """
@@ -67,145 +79,114 @@ servers = []
 class StartServer(logging.Handler):
     def emit(self, record):
         if "retrying" in record.getMessage() and not servers:
-            servers.append(sync.serve(port=int(sys.argv[3])))
+            servers.append(sync.serve(port=40000))
 
 log = logging.getLogger("echo_async.client")
 log.setLevel(logging.DEBUG)
 log.addHandler(StartServer())
-print(echo(*sys.argv[1:], retry=10))
+print(echo(sys.argv[1], "127.0.0.1", 40000, retry=10))
 with servers[0] as server:
     print(server.stats.messages)
 """
 
 
-@pytest.mark.parametrize("client", CLIENTS)
+@pytest.mark.parametrize("client", ["asyncio", "sync"])
 def test_connection_to_itself_is_retried(client: str) -> None:
-    done = run_in_namespace(TWO_PORTS, PYTHON, "-c", ECHO + RETRY, client, "127.0.0.1", PORT)
-    assert done.stdout == "hola\n1\n", done.stderr
+    assert run_code(TWO_PORTS, RETRY, client) == ["hola", "1"]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("client", "hola"),
-        ("client", "--udp"),
-        ("client", "--count", "2"),
-        ("bench", "load"),
-        ("bench", "load", "--udp"),
-    ],
-    ids=" ".join,
-)
-def test_command_connected_to_itself_is_refused(options: tuple[str, ...]) -> None:
-    done = run_in_namespace(ONE_PORT, *COMMAND, *options, "--json", "--port", PORT)
-    assert done.returncode == 3
-    assert done.stderr == f"error: cannot connect to 127.0.0.1:{PORT}: connection refused; is the server running?\n"
-    if options[0] == "client":
-        assert json.loads(done.stdout)["error"]["kind"] == "refused"
+REFUSED = """
+for words in ("client hola", "client --udp", "client --count 2", "bench load", "bench load --udp"):
+    code, out, err = command([*words.split(), "--json", "--port", "40000"])
+    assert err == "error: cannot connect to 127.0.0.1:40000: connection refused; is the server running?\\n", err
+    print(code, json.loads(out)["error"]["kind"] if out else "")
+"""
 
 
-LOAD = """
-import json, socket, sys
+def test_command_connected_to_itself_is_refused() -> None:
+    assert run_code(ONE_PORT, REFUSED) == ["3 refused"] * 3 + ["3 "] * 2
+
+
+LOADS = """
 from time import perf_counter
+from echo_async.bench.disturbance import open_idle_connections
 from echo_async.bench.generator import LoadGenerator
 from echo_async.bench.plan import LoadPlan
 
-options = json.loads(sys.argv[1])
-family = socket.AF_INET6 if ":" in options["address"][0] else socket.AF_INET
-plan = LoadPlan.from_json({"family": family, "connections": 1, "duration": 0.2, "warmup": 0, "timeout": 0.2, **options})
-generator = LoadGenerator(plan)
-generator.connect()
-recorder = generator.run(perf_counter())
-print(len(recorder.counts), *recorder.failures)
-"""
-LOADS = [
-    {"address": ["127.0.0.1", 40000]},
-    {"address": ["127.0.0.1", 40000], "mode": "message"},
-    {"address": ["127.0.1.1", 40000], "mode": "message"},  # one of the source addresses of the load
-    {"address": ["::1", 40000, 0, 0]},
-    {"address": ["::1", 40000, 0, 0], "mode": "message"},
-    {"address": ["127.0.0.1", 40000], "udp": True},
-]
-
-
-@pytest.mark.parametrize("options", LOADS, ids=str)
-def test_load_connected_to_itself_is_refused(options: dict[str, object]) -> None:
-    done = run_in_namespace(ONE_PORT, PYTHON, "-c", LOAD, json.dumps(options))
-    assert done.stdout == "0 connection refused\n", done.stderr
-
-
-IDLE = """
-import socket, sys
-from echo_async import EchoError
-from echo_async.bench.disturbance import open_idle_connections
-from echo_async.bench.plan import LoadPlan
-
 try:
-    with open_idle_connections(LoadPlan(family=socket.AF_INET6, address=("::1", int(sys.argv[1]), 0, 0)), 1):
+    with open_idle_connections(LoadPlan(family=socket.AF_INET6, address=("::1", 40000, 0, 0)), 1):
         print("opened")
-except EchoError as error:
+except echo_async.EchoError as error:
     print(error)
+for address, options in (
+    (["127.0.0.1", 40000], {}),
+    (["127.0.0.1", 40000], {"udp": True}),
+    (["127.0.0.2", 40000], {"mode": "message"}),
+    (["127.0.1.1", 40000], {"mode": "message"}),  # one of the source addresses of the load
+    (["::1", 40000, 0, 0], {}),
+):
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    options = {"family": family, "address": address, "connections": 1, "timeout": 0.1, **options}
+    generator = LoadGenerator(LoadPlan.from_json({"duration": 0.1, "warmup": 0, **options}))
+    generator.connect()
+    recorder = generator.run(perf_counter())
+    print(len(recorder.counts), *recorder.failures)
 """
 
 
-def test_idle_connection_to_itself_is_refused() -> None:
-    done = run_in_namespace(ONE_PORT, PYTHON, "-c", IDLE, PORT)
-    assert done.stdout == "cannot open 1 idle connections: connection refused\n", done.stderr
+def test_load_connected_to_itself_is_refused() -> None:
+    idle, *loads = run_code(ONE_PORT, LOADS)
+    assert idle == "cannot open 1 idle connections: connection refused"
+    assert loads == ["0 connection refused"] * 5
 
 
 # Zones
 
 SERVE = """
-async def main():
-    async with echo_async.serve(host=sys.argv[1], port=0, engine=sys.argv[2]) as server:
+async def serve(engine):
+    async with echo_async.serve(host=sys.argv[1], port=0, engine=engine) as server:
         replies = [await asyncio.to_thread(echo, client, *server.address) for client in ("asyncio", "uvloop", "sync")]
         print(server.address[0], *replies)
 
-with asyncio.Runner(loop_factory=loop_factory(sys.argv[3])) as runner:
-    runner.run(main())
+for engine in ("streams", "protocol", "threads"):
+    for loop in ("asyncio", "uvloop"):
+        with asyncio.Runner(loop_factory=loop_factory(loop)) as runner:
+            runner.run(serve(engine))
 """
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids="-".join)
-def test_server_address_with_a_zone_reaches_it(backend: Backend) -> None:
-    done = run_in_namespace(LINK_LOCAL, PYTHON, "-c", ECHO + SERVE, ZONE, *backend)
-    assert done.stdout == f"{ZONE} hola hola hola\n", done.stderr
+def test_server_address_with_a_zone_reaches_it() -> None:
+    assert run_code(LINK_LOCAL, SERVE, ZONE) == [f"{ZONE} hola hola hola"] * 6
 
 
 LOAD_OPTIONS = ("--duration", "0.1", "--warmup", "0", "--connections", "1", "--json")
+COMMANDS = """
+load = sys.argv[2:]
+for options, words in (
+    ({}, ["client", "hola"]),
+    ({"udp": True, "udp_allow_from": "fe80::/10"}, ["client", "--udp"]),
+    ({"proxy_protocol": "v1", "proxy_allow_from": "fe80::/10"}, ["client", "--send-proxy", "v1", "hola"]),
+    ({}, ["bench", "load", "--mode", "stream", *load]),
+    ({"udp": True, "udp_allow_from": "fe80::/10"}, ["bench", "load", "--udp", *load]),
+):
+    with HostedServer(host=sys.argv[1], **options) as server:
+        code, out, err = command([*words, "--host", server.address[0], "--port", str(server.port)])
+    assert code == 0, err
+    assert "--json" not in words or json.loads(out)["address"].startswith(f"[{sys.argv[1]}]:"), out
+"""
 
 
-@pytest.mark.parametrize(
-    ("server", "client"),
-    [
-        ((), ("client", "hola")),
-        (("--udp",), ("client", "--udp")),
-        (("--proxy-protocol", "v1", "--proxy-allow-from", "fe80::/10"), ("client", "--send-proxy", "v1", "hola")),
-        (("--mode", "stream"), ("bench", "load", "--mode", "stream", *LOAD_OPTIONS)),
-        (("--udp",), ("bench", "load", "--udp", *LOAD_OPTIONS)),
-        (("--listen", f"[{ZONE}]:0"), ("client", "hola")),
-    ],
-    ids=lambda options: " ".join(options),
-)
-def test_command_connects_to_address_with_a_zone(server: tuple[str, ...], client: tuple[str, ...]) -> None:
-    address = () if "--listen" in server else ("--host", ZONE)
-    udp = ("--udp-allow-from", "fe80::/10") if "--udp" in server else ()
-    done = run_in_namespace(LINK_LOCAL, *COMMAND, "run", *address, *server, *udp, "--", *COMMAND, *client)
-    assert done.returncode == 0, done.stdout + done.stderr
-    if "--json" in client:
-        assert json.loads(done.stdout)["address"].startswith(f"[{ZONE}]:")
+def test_commands_connect_to_address_with_a_zone() -> None:
+    run_code(LINK_LOCAL, COMMANDS, ZONE, *LOAD_OPTIONS)
 
 
-def test_identify_reports_zones_of_both_addresses() -> None:
-    server = ("run", "--host", ZONE, "--mode", "identify")
+def test_log_and_identify_show_zones_of_all_addresses() -> None:
+    metrics = ("--metrics-port", "0", "--metrics-address", ZONE, "--log-level", "info")
+    server = ("run", "--listen", f"[{ZONE}]:0,mode=identify", *metrics)
     done = run_in_namespace(LINK_LOCAL, *COMMAND, *server, "--", *COMMAND, "client", "--identify", "hola")
     identity = json.loads(done.stdout)
     assert identity["client"]["address"] == ZONE
     assert identity["server"]["address"].startswith(f"[{ZONE}]:")
-
-
-def test_log_shows_zones_of_all_addresses() -> None:
-    options = ("--host", ZONE, "--metrics-port", "0", "--metrics-address", ZONE, "--log-level", "info")
-    done = run_in_namespace(LINK_LOCAL, *COMMAND, "run", *options, "--", *COMMAND, "client", "hola")
     assert f"metrics available at http://[{ZONE}]:" in done.stderr
     assert f" [{ZONE}]:" in next(line for line in done.stderr.splitlines() if "hola" in line)
 
@@ -220,53 +201,29 @@ def test_error_escapes_control_characters_of_the_host(text: str) -> None:
 # Names with a final dot
 
 NAME = "localhost."
-ECHO_OVER_TLS = """
-import ssl
-from echo_async.testing import HostedServer
-
-host, name, certificate, authority = sys.argv[1:]
+OVER_TLS = """
+certificate, authority, name, *load = sys.argv[1:]
 context = ssl.create_default_context(cafile=authority)
-with sync.serve(port=0, ssl_certfile=certificate) as server:
-    for client in ("asyncio", "uvloop", "sync"):
-        print(echo(client, host, server.port, ssl=context, server_hostname=name or None))
+with HostedServer(ssl_certfile=certificate, mode="identify") as server, sync.connect(
+    "127.0.0.1", server.port, ssl=context, server_hostname=name
+) as client:
+    print(client.identify("hola").tls.sni)
+with HostedServer(ssl_certfile=certificate) as server:
+    for host, server_hostname in ((name, None), ("127.0.0.1", name)):
+        for client in ("asyncio", "uvloop", "sync"):
+            print(echo(client, host, server.port, ssl=context, server_hostname=server_hostname))
+    for words in (
+        ["client", "hola", "--host", "127.0.0.1", "--server-hostname", name],
+        ["bench", "load", *load, "--host", name],
+    ):
+        code, _, err = command([*words, "--ssl-ca-certs", authority, "--port", str(server.port)])
+        assert code == 0, err
 """
-ADDRESSES = pytest.mark.parametrize(
-    ("host", "name"), [(NAME, ""), ("127.0.0.1", NAME)], ids=["host", "server_hostname"]
-)
 
 
-@pytest.fixture
-def hosts(tmp_path: Path) -> str:
-    """The shell command that lets the resolver know the name."""
+def test_name_with_a_final_dot_is_verified_without_it(tmp_path: Path, certificate: Path, ca_file: Path) -> None:
+    """The resolver gets the dot; SNI and the verification of the certificate do not."""
     (tmp_path / "hosts").write_text(f"127.0.0.1 localhost {NAME}\n")
-    return f"mount --bind '{tmp_path}/hosts' /etc/hosts"
-
-
-@ADDRESSES
-def test_tls_name_with_a_final_dot_is_verified(
-    host: str, name: str, hosts: str, certificate: Path, ca_file: Path
-) -> None:
-    arguments = (host, name, str(certificate), str(ca_file))
-    done = run_in_namespace(hosts, PYTHON, "-c", ECHO + ECHO_OVER_TLS, *arguments)
-    assert done.stdout == "hola\nhola\nhola\n", done.stderr
-
-
-@pytest.mark.parametrize(
-    ("client", "host", "name"),
-    [(("client", "hola"), "127.0.0.1", NAME), (("bench", "load", *LOAD_OPTIONS), NAME, "")],
-    ids=["client", "bench"],
-)
-def test_command_verifies_name_with_a_final_dot(
-    client: tuple[str, ...], host: str, name: str, hosts: str, certificate: Path, ca_file: Path
-) -> None:
-    options = ("--ssl-ca-certs", str(ca_file), "--host", host, *(("--server-hostname", name) if name else ()))
-    server = ("run", "--ssl-certfile", str(certificate))
-    done = run_in_namespace(hosts, *COMMAND, *server, "--", *COMMAND, *client, *options)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_sni_has_no_final_dot(certificate: Path, ca_file: Path) -> None:
-    server = ("run", "--ssl-certfile", str(certificate), "--mode", "identify")
-    client = ("client", "--identify", "--ssl-ca-certs", str(ca_file), "--server-hostname", NAME, "hola")
-    done = run_in_namespace("true", *COMMAND, *server, "--", *COMMAND, *client)
-    assert json.loads(done.stdout)["tls"]["sni"] == "localhost"
+    hosts = f"mount --bind '{tmp_path}/hosts' /etc/hosts"
+    lines = run_code(hosts, OVER_TLS, str(certificate), str(ca_file), NAME, *LOAD_OPTIONS)
+    assert lines == ["localhost", *["hola"] * 6]
