@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import socket
 import ssl
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import (
     TIMEOUT,
-    ServerProcess,
     StartServer,
     command_in_namespace,
     command_process,
@@ -23,13 +23,13 @@ from support import (
     receive_all,
     receive_line,
     run_in_namespace,
-    run_process,
     server_process,
 )
 
 import echo_async
+from echo_async.cli.main import main
+from echo_async.testing import HostedServer
 
-SHORT_LOAD = ["--duration", "0.1", "--warmup", "0"]
 PORTS: dict[str, dict[str, Any]] = {"plain": {}, "tls": {"tls": True}, "proxy": {"proxy_protocol": "auto"}}
 
 
@@ -89,47 +89,6 @@ def test_proxy_allow_from_an_ipv4_address_matches_it(
     assert f"{refused} connection refused: not in proxy_allow_from" in caplog.messages
 
 
-@needs_ipv6
-@pytest.mark.parametrize("engine", ["protocol", "threads"])
-def test_command_with_workers_serves_ipv4_and_ipv6(
-    engine: str, certificate: Path, client_context: ssl.SSLContext
-) -> None:
-    options = ("--host", "::", "--workers", "2", "--engine", engine, "--ssl-certfile", str(certificate))
-    names = []
-    with server_process(*options, "--mode", "stream") as server:
-        port = server.address[1]
-        assert server.startup_line == f"listening on [::]:{port}\n"
-        for host in ("127.0.0.1", "::1"):
-            with connect_to((host, port), client_context) as client:
-                assert_echoed(client)
-                names.append(name_of(client))
-        code, log = server.stop()
-    assert code == 0
-    for name in names:
-        assert f" INFO {name} 13 bytes: Hola Server!\n" in log
-
-
-def assert_reached(command: str, host: str, port: int) -> None:
-    """Run a client command with a server at ``host`` and ``port``, which replies."""
-    arguments = ["Hola Server!"] if command == "client" else ["load", *SHORT_LOAD]
-    words = [sys.executable, "-m", f"echo_async.{command}", *arguments, "--host", host, "--port", str(port)]
-    done = run_process(words)
-    assert done.returncode == 0, done.stderr
-
-
-@needs_ipv6
-@pytest.mark.parametrize(("command", "host"), [("client", "::"), ("client", "::1"), ("bench", "::"), ("bench", "::1")])
-def test_commands_reach_a_server_on_all_addresses(command: str, host: str) -> None:
-    with server_process("--host", "::", "--mode", "stream") as server:
-        assert_reached(command, host, server.address[1])
-
-
-@pytest.mark.parametrize("command", ["client", "bench"])
-def test_commands_with_host_unspecified_try_ipv4(command: str) -> None:
-    with server_process("--mode", "stream") as server:
-        assert_reached(command, "::", server.address[1])
-
-
 def get_health(host: str, log: str) -> bytes:
     """Request ``/healthz`` at ``host`` and the port of the metrics, which the log shows."""
     found = re.search(r"metrics available at http://(?:\[::\]|0\.0\.0\.0):(\d+)/metrics\n", log)
@@ -140,17 +99,44 @@ def get_health(host: str, log: str) -> bytes:
 
 
 @needs_ipv6
-def test_metrics_address_unspecified_serves_both_families() -> None:
-    with server_process("--metrics-port", "0", "--metrics-address", "::") as server:
+def test_command_serves_ipv4_and_ipv6(certificate: Path, client_context: ssl.SSLContext) -> None:
+    options = ("--host", "::", "--workers", "2", "--engine", "protocol", "--ssl-certfile", str(certificate))
+    names = []
+    with server_process(*options, "--mode", "stream", "--metrics-port", "0", "--metrics-address", "::") as server:
+        port = server.address[1]
+        assert server.startup_line == f"listening on [::]:{port}\n"
         server.wait_for_log(" metrics available at ")
-        assert [get_health(host, server.log) for host in ("127.0.0.1", "::1")] == [b"serving\n"] * 2
+        for host in ("127.0.0.1", "::1"):
+            with connect_to((host, port), client_context) as client:
+                assert_echoed(client)
+                names.append(name_of(client))
+            assert get_health(host, server.log) == b"serving\n"
+        code, log = server.stop()
+    assert code == 0
+    for name in names:
+        assert f" INFO {name} 13 bytes: Hola Server!\n" in log
+
+
+COMMANDS = (["client", "--count", "1"], ["bench", "load", "--duration", "0.1", "--warmup", "0"])
+
+
+def assert_reached(host: str, server: HostedServer, *options: str) -> None:
+    """Run the client and the load with a server at ``host`` and its port, which replies."""
+    for command in COMMANDS:
+        assert main([*command, *options, "--host", host, "--port", str(server.port)]) == 0
+
+
+@needs_ipv6
+def test_commands_reach_a_server_on_all_addresses() -> None:
+    with HostedServer(host="::") as server:
+        assert_reached("::", server)
+        assert_reached("::1", server)
 
 
 @pytest.mark.parametrize(
     ("arguments", "environment", "workers"),
     [
-        ([], " 127.0.0.1, 127.0.0.2 ", "1"),
-        ([], "127.0.0.1 127.0.0.2", "2"),
+        ([], " 127.0.0.1, 127.0.0.2 ", "2"),
         (["--host", "127.0.0.1", "--host", "127.0.0.2"], "no-such-host.invalid", "1"),
     ],
 )
@@ -180,14 +166,10 @@ sys.exit(main())
 """
 
 
-def command_without_ipv6(*arguments: str) -> AbstractContextManager[ServerProcess]:
-    words = ["server", "--host", "::", "--port", "0", "--loop", "asyncio", *arguments]
-    return command_process([sys.executable, "-c", OLD_KERNEL, *words])
-
-
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_command_on_a_kernel_without_ipv6_uses_ipv4(workers: str) -> None:
-    with command_without_ipv6("--workers", workers, "--metrics-port", "0", "--metrics-address", "::") as server:
+def test_command_on_a_kernel_without_ipv6_uses_ipv4() -> None:
+    options = ["--loop", "asyncio", "--workers", "2", "--metrics-port", "0", "--metrics-address", "::"]
+    command = [sys.executable, "-c", OLD_KERNEL, "server", "--host", "::", "--port", "0", *options]
+    with command_process(command) as server:
         assert server.startup_line.startswith("listening on 0.0.0.0:")
         with connect_to(("127.0.0.1", server.address[1])) as client:
             assert_echoed(client)
@@ -196,41 +178,49 @@ def test_command_on_a_kernel_without_ipv6_uses_ipv4(workers: str) -> None:
         assert server.stop()[0] == 0
 
 
-@pytest.mark.parametrize(
-    "command", [["client", "--count", "1"], ["bench", "load", *SHORT_LOAD]], ids=lambda each: each[0]
-)
-@pytest.mark.parametrize("options", [[], ["--udp"]], ids=["tcp", "udp"])
-def test_commands_on_a_kernel_without_ipv6_reach_ipv4(command: list[str], options: list[str]) -> None:
-    with server_process("--mode", "stream", *options) as server:
-        arguments = [*command, *options, "--host", "::", "--port", str(server.address[1])]
-        words = [sys.executable, "-c", OLD_KERNEL, *arguments]
-        done = run_process(words)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("has_ipv6", [True, False])
+def test_commands_with_host_unspecified_try_ipv4(has_ipv6: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether connecting over IPv6 is refused, or the kernel does not know it."""
+
+    class OldKernel(socket.socket):
+        def __init__(self, family: int = -1, *args: Any, **more: Any) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+            super().__init__(family, *args, **more)
+
+    if not has_ipv6:
+        monkeypatch.setattr(socket, "socket", OldKernel)
+    with HostedServer(udp=True) as server:
+        assert_reached("::", server)
+        assert_reached("::", server, "--udp")
 
 
 WITHOUT_IPV6 = "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6"
 IN_NAMESPACE = """
-import sys
-import socket
-from subprocess import PIPE, Popen
+import asyncio, logging
+import echo_async
+from echo_async import sync
+from echo_async.loops import loop_factory
 
-command = [sys.executable, "-m", "echo_async.server", "--host", "::", "--port", "0", *sys.argv[1:]]
-server = Popen(command, stdout=PIPE, text=True)
-port = server.stdout.readline().strip().rpartition(":")[2]
-codes = []
-for host in ("127.0.0.1", "::"):
-    client = Popen([sys.executable, "-m", "echo_async.client", "--host", host, "--port", port, "Hola Server!"])
-    codes.append(client.wait())
-server.terminate()
-print(codes, server.wait())
+logging.basicConfig(level=logging.INFO)
+
+async def serve(engine):
+    async with echo_async.serve(host="::", port=0, engine=engine) as server:
+        for host in ("127.0.0.1", "::"):
+            print(await echo_async.echo("Hola Server!", host, server.port))
+
+for engine, loop in (("streams", "asyncio"), ("protocol", "uvloop"), ("threads", "asyncio")):
+    with asyncio.Runner(loop_factory=loop_factory(loop)) as runner:
+        runner.run(serve(engine))
+with sync.serve(host="::", port=0) as server:
+    print(sync.echo("Hola Server!", "::", server.port))
 """
 
 
-@pytest.mark.parametrize("options", [("--engine", "threads"), ("--workers", "2"), ("--loop", "asyncio")])
-def test_server_in_a_namespace_without_ipv6_serves_ipv4(options: tuple[str, ...]) -> None:
-    done = run_in_namespace(WITHOUT_IPV6, sys.executable, "-c", IN_NAMESPACE, *options)
-    assert done.stdout == "Hola Server!\nHola Server!\n[0, 0] 0\n", done.stderr
-    assert " 127.0.0.1:" in done.stderr
+def test_server_in_a_namespace_without_ipv6_serves_ipv4() -> None:
+    done = run_in_namespace(WITHOUT_IPV6, sys.executable, "-c", IN_NAMESPACE)
+    assert done.stdout == "Hola Server!\n" * 7, done.stderr
+    assert done.stderr.count(":127.0.0.1:") == 7
     assert "::ffff:" not in done.stderr
 
 
@@ -281,12 +271,9 @@ def test_name_is_served_on_the_addresses_that_exist(names: str) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize(
-    ("options", "workers"), [(["--host", "localhost", "--port", "0"], "2"), (["--listen", "localhost:0,udp"], "1")]
-)
-def test_command_serves_a_name_and_logs_what_is_left_out(names: str, options: list[str], workers: str) -> None:
-    metrics = ["--metrics-address", "localhost", "--metrics-port", "0"]
-    command = (sys.executable, "-m", "echo_async", "server", "--workers", workers, *options, *metrics)
+def test_command_serves_a_name_and_logs_what_is_left_out(names: str) -> None:
+    options = ["--listen", "localhost:0,udp", "--metrics-address", "localhost", "--metrics-port", "0"]
+    command = (sys.executable, "-m", "echo_async", "server", "--workers", "2", *options)
     with command_process(command_in_namespace(names, *command)) as server:
         assert server.startup_line.startswith("listening on 127.0.0.1:")
         server.wait_for_log(" metrics available at http://127.0.0.1:")
