@@ -18,15 +18,16 @@ from typing import Unpack
 import pytest
 import trustme
 from hypothesis import settings
-from support import BACKENDS, LOOPS, Backend, ServerThread, StartServer, run, wait_until
+from support import ALL_BACKENDS, BACKENDS, LOOPS, Backend, ServerThread, StartServer, run, wait_until
 
 import echo_async
 from echo_async.config import ServerOptions
 from echo_async.pytest_plugin import MakeEchoServer
 from echo_async.testing import HostedServer, HostedServerOptions
 
-settings.register_profile("no deadline", deadline=None)  # examples take longer on a loaded machine
-settings.load_profile("no deadline")
+# No deadline: examples take longer on a loaded machine.
+settings.register_profile("tests", deadline=None, max_examples=100 if ALL_BACKENDS else 40)
+settings.load_profile("tests")
 
 
 def pytest_configure() -> None:
