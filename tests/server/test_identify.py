@@ -14,7 +14,7 @@ import trustme
 from support import StartServer, connect, receive_line, run
 
 import echo_async
-from echo_async import ConfigError, Identity, ReplyDifferent, sync
+from echo_async import Identity, ReplyDifferent, sync
 from echo_async.cli.client import main as client_main
 from echo_async.pytest_plugin import MakeEchoServer
 from echo_async.testing import HostedServer, Peer
@@ -254,29 +254,3 @@ def test_client_command_checks_the_reply(capfd: pytest.CaptureFixture[str]) -> N
         assert json.loads(capfd.readouterr().out)["error"]["kind"] == "mismatch"
     assert client_main(["--identify", "--count", "1"]) == 2
     assert "--identify and --count are mutually exclusive" in capfd.readouterr().err
-
-
-# Options
-
-
-INVALID_LABELS = [
-    *({"": "x"}, {"1a": "x"}, {"a b": "x"}, {"a": 1}, ["a"], "a", {"a": 1024 * "x"}),
-    *({"a": "\udcf1"}, {"\udcf1": "a"}, {"version": "v2"}, {"engine": "x"}, {"__name__": "x"}, ["a=1", "a=2"]),
-]
-
-
-@pytest.mark.parametrize("labels", INVALID_LABELS)
-def test_invalid_labels_are_reported(labels: Any) -> None:
-    with pytest.raises(ConfigError, match=r"invalid labels: .*must be KEY=VALUE"):
-        echo_async.ServerConfig(labels=labels)
-
-
-@pytest.mark.parametrize("alpn", ["", ",", "a,,b", 256 * "x"])
-def test_invalid_alpn_is_reported(alpn: str) -> None:
-    with pytest.raises(ConfigError, match=r"invalid ssl_alpn: .*must be names of 1 to 255 bytes"):
-        echo_async.ServerConfig(ssl_certfile="x", ssl_alpn=alpn)
-
-
-def test_alpn_requires_tls() -> None:
-    with pytest.raises(ConfigError, match="ssl_alpn requires ssl_certfile"):
-        echo_async.ServerConfig(ssl_alpn="echo")

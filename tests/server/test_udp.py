@@ -31,7 +31,7 @@ from support import (
 )
 
 import echo_async
-from echo_async import StartError
+from echo_async import StartError, Stats
 from echo_async.config import EngineName, ServerConfig
 from echo_async.loops import LoopName
 from echo_async.net import bind_udp
@@ -70,18 +70,6 @@ def is_echoed(server: HasAddress, data: bytes, host: str = "127.0.0.1") -> bool:
         return client.recv(65_535) == data
 
 
-def refuse(server: echo_async.EchoServer, client: socket.socket, reason: str) -> None:
-    """Check that a datagram from ``client`` is refused, and that nothing comes back before the next reply."""
-    before = server.stats
-    client.sendto(b"refused", server.address)
-    wait_for(server, datagrams_refused={reason: before.datagrams_refused.get(reason, 0) + 1})
-    assert is_echoed(server, b"still there")
-    client.setblocking(False)
-    with pytest.raises(BlockingIOError):
-        client.recv(1)
-    assert server.stats.bytes_in - before.bytes_in == server.stats.bytes_out - before.bytes_out == len(b"still there")
-
-
 # Replies
 
 
@@ -109,18 +97,12 @@ def test_udp_dual_stack_socket_answers_both_families(
     assert [peer.rpartition(":")[0] for peer, _ in lines] == ["127.0.0.1", "[::1]"]
 
 
-@each_receiver
-@pytest.mark.parametrize(("host", "fault"), [("0.0.0.0", None), ("::", "delay=0.01")])
-def test_udp_reply_comes_from_the_address_asked(start_server: StartServer, host: str, fault: str | None) -> None:
-    """A connected socket receives only what comes from the address that it is connected to."""
-    with start_server(udp=True, host=host, fault=fault) as server:
-        assert is_echoed(server, b"asked", "127.0.0.2")
-
-
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_udp_broadcast_is_answered(host: str) -> None:
-    """A reply cannot come from a broadcast address."""
-    with HostedServer(udp=True, host=host) as server, udp_client() as client:
+def test_udp_reply_comes_from_the_address_asked(host: str) -> None:
+    """A connected socket receives only what comes from the address that it is connected to: not from a broadcast."""
+    with HostedServer(udp=True, host=host, fault_sequence="delay=0.01") as server, udp_client() as client:
+        assert is_echoed(server, b"delayed", "127.0.0.2")
+        assert is_echoed(server, b"asked", "127.0.0.2")
         client.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         client.sendto(b"anybody", ("127.255.255.255", server.port))
         assert client.recv(100) == b"anybody"
@@ -150,65 +132,53 @@ def test_udp_logging_error_is_counted_and_others_are_answered(
 
 @each_receiver
 def test_udp_source_ports_of_services_are_refused(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
+    """So is the server's own port, on any address."""
     host = f"127.9.{os.getpid() // 250 % 250}.{os.getpid() % 250 + 1}"  # other processes run this test as well
     with start_server(udp=True) as server:
-        for port in (7, 19, 53, 1023):
-            with udp_client(source=(host, port)) as client:
-                refuse(server, client, "port")
-    assert server.stats.datagrams_refused == {"port": 4}
+        sources = [(host, 7), (host, 1023), ("127.0.0.2", server.address[1])]
+        for source, refused in zip(sources, [{"port": 1}, {"port": 2}, {"loop": 1}], strict=True):
+            with udp_client(source=source) as client:
+                client.sendto(b"refused", server.address)
+                wait_for(server, datagrams_refused=refused)
+                client.setblocking(False)
+                with pytest.raises(BlockingIOError):
+                    client.recv(1)
+    assert server.stats == Stats(datagrams_refused={"port": 2, "loop": 1})
     assert f"{host}:7 datagram refused: source port below 1024" in caplog.messages
 
 
 @each_receiver
-def test_udp_sources_not_allowed_are_refused(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
-    with start_server(udp=True, udp_allow_from="127.0.0.1,10.0.0.0/8", host="::") as server:
+def test_udp_marked_replies_are_refused(start_server: StartServer) -> None:
+    """A datagram with the traffic class of a reply is one of another server."""
+    marks = [("127.0.0.1", socket.IPPROTO_IP, socket.IP_TOS), ("::1", socket.IPPROTO_IPV6, socket.IPV6_TCLASS)]
+    with start_server(udp=True, host="::") as server:
+        for peer, level, name in marks:
+            with udp_client(peer) as client:
+                client.setsockopt(level, name, REPLY_TRAFFIC_CLASS)
+                client.sendto(b"refused", (peer, server.address[1]))
+                client.setsockopt(level, name, 0x10)
+                client.sendto(b"answered", (peer, server.address[1]))
+                assert client.recv(100) == b"answered"
+    assert server.stats.datagrams_refused == {"loop": 2}
+
+
+def test_udp_sources_not_allowed_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    with HostedServer(udp=True, udp_allow_from="127.0.0.1,10.0.0.0/8", host="::") as server:
         with udp_client(source=("127.0.0.2", 0)) as client:
-            client.sendto(b"refused", ("127.0.0.1", server.address[1]))
+            client.sendto(b"refused", ("127.0.0.1", server.port))
             peer = f"127.0.0.2:{client.getsockname()[1]}"
             wait_for(server, datagrams_refused={"address": 1})
         assert is_echoed(server, b"allowed")
     assert f"{peer} datagram refused: not in udp_allow_from" in caplog.messages
 
 
-@each_receiver
-def test_udp_own_port_on_another_address_is_refused(start_server: StartServer) -> None:
-    with start_server(udp=True) as server, udp_client(source=("127.0.0.2", server.address[1])) as client:
-        refuse(server, client, "loop")
-
-
-@each_receiver
-@pytest.mark.parametrize("host", ["127.0.0.1", "::"])
-def test_udp_marked_replies_are_refused(start_server: StartServer, host: str) -> None:
-    """A datagram with the traffic class of a reply is one of another server."""
-    with start_server(udp=True, host=host) as server:
-        for peer in {"::": ["127.0.0.1", "::1"]}.get(host, [host]):
-            with udp_client(peer) as client:
-                level, name = (socket.IPPROTO_IPV6, socket.IPV6_TCLASS) if ":" in peer else (0, socket.IP_TOS)
-                client.setsockopt(level, name, REPLY_TRAFFIC_CLASS)
-                client.sendto(b"refused", (peer, server.address[1]))
-                client.setsockopt(level, name, 0x10)
-                client.sendto(b"answered", (peer, server.address[1]))
-                assert client.recv(100) == b"answered"
-    assert server.stats.datagrams_refused == {"loop": 2 if host == "::" else 1}
-
-
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        (("127.0.0.1", 5501), None),
-        (("127.255.0.1", 1024), None),
-        (("::ffff:127.0.0.1", 5501), None),
-        (("::1", 65_535), None),
-        (("fe80::1%lo", 5501), "address"),
-        (("::ffff:192.0.2.1", 5501), "address"),
-        (("192.0.2.1", 5500), "address"),
-        (("127.0.0.1", 5500), "loop"),
-        (("::1", 1023), "port"),
-        (("::1", 0), "port"),
-    ],
-)
-def test_udp_refusals_of_the_defaults(source: tuple[str, int], reason: str | None) -> None:
-    assert Refusals(ServerConfig(udp=True).udp_allow_from, [5500])[source] == reason
+def test_udp_refusals_of_the_defaults() -> None:
+    refusals = Refusals(ServerConfig(udp=True).udp_allow_from, [5500])
+    answered = [("127.0.0.1", 5501), ("127.255.0.1", 1024), ("::ffff:127.0.0.1", 5501), ("::1", 65_535)]
+    assert [refusals[source] for source in answered] == 4 * [None]
+    not_allowed = [("fe80::1%lo", 5501), ("::ffff:192.0.2.1", 5501), ("192.0.2.1", 5500)]
+    assert [refusals[source] for source in not_allowed] == 3 * ["address"]
+    assert [refusals[source] for source in (("127.0.0.1", 5500), ("::1", 1023), ("::1", 0))] == ["loop", "port", "port"]
 
 
 # Start, stop, errors
@@ -299,16 +269,14 @@ def inherited_sockets(host: str) -> Iterator[tuple[list[int], socket.socket]]:
         yield [os.dup(listener.fileno()), os.dup(receiver.fileno())], receiver
 
 
-@each_receiver
-def test_udp_reply_that_cannot_be_sent_is_counted(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+def test_udp_reply_that_cannot_be_sent_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     """The reply is longer than the MTU, and may not be fragmented."""
 
     async def main() -> None:
         with inherited_sockets("::1") as (descriptors, receiver), udp_client("::1") as client:
             receiver.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_DONTFRAG, 1)
             client.connect(receiver.getsockname())
-            config = ServerConfig(udp=True, engine=backend.engine)
-            server = await start_server([ListenerConfig(config, descriptors)])
+            server = await start_server([ListenerConfig(ServerConfig(udp=True), descriptors)])
             client.send(bytes(65_527))
             client.send(b"still there")
             assert await asyncio.to_thread(client.recv, 100) == b"still there"
@@ -317,7 +285,7 @@ def test_udp_reply_that_cannot_be_sent_is_counted(backend: Backend, caplog: pyte
         assert server.stats.datagrams_refused == {"send": 1}
         assert (server.stats.datagrams, server.stats.bytes_in, server.stats.bytes_out) == (1, 11, 11)
 
-    run(main, backend.loop)
+    run(main)
     assert any(each.endswith(" datagram refused: cannot send the reply: message too long") for each in caplog.messages)
 
 
@@ -347,7 +315,7 @@ def test_udp_error_of_an_earlier_reply_is_counted(engine: EngineName) -> None:
 # Faults
 
 
-def exchange(server: echo_async.EchoServer | HostedServer, messages: Sequence[bytes], count: int) -> list[bytes]:
+def exchange(server: HostedServer, messages: Sequence[bytes], count: int) -> list[bytes]:
     """Send datagrams from one socket. Return the ``count`` replies; no more may come until the server is closed."""
     with udp_client() as client:
         client.connect(server.address)
@@ -362,15 +330,13 @@ def exchange(server: echo_async.EchoServer | HostedServer, messages: Sequence[by
     return replies
 
 
-def faulty_server(*, fault: str | None, sequence: str | None = None) -> HostedServer:
-    return HostedServer(udp=True, fault=fault, fault_sequence=sequence, fault_seed=7, no_access_log=True)
+def faulty_server(fault: str) -> HostedServer:
+    return HostedServer(udp=True, fault=fault, fault_seed=7, no_access_log=True)
 
 
-@each_receiver
-def test_udp_fault_drop_is_reproducible(start_server: StartServer) -> None:
-    """The same datagrams are dropped on every engine."""
+def test_udp_fault_drop_is_reproducible() -> None:
     messages = [b"%d" % number for number in range(200)]
-    with start_server(udp=True, fault="drop,p=0.1", fault_seed=7, no_access_log=True) as server:
+    with faulty_server(fault="drop,p=0.1") as server:
         received = exchange(server, messages, 200 - len(DROPPED_WITH_SEED_7))
         stats = server.stats
     assert received == [each for number, each in enumerate(messages) if number not in DROPPED_WITH_SEED_7]
@@ -378,18 +344,19 @@ def test_udp_fault_drop_is_reproducible(start_server: StartServer) -> None:
     assert stats.bytes_out == sum(map(len, received)) < stats.bytes_in
 
 
-def test_udp_fault_corrupt_flips_one_bit() -> None:
+def test_udp_faults_change_replies() -> None:
+    """``corrupt`` flips one bit, ``duplicate`` sends each reply twice, faults of connections do not apply."""
     with faulty_server(fault="corrupt") as server:
         corrupted, empty = exchange(server, [b"datagram", b""], 2)
         assert server.stats.faults == {"corrupt": 1}
     assert int.from_bytes(corrupted, "big") ^ int.from_bytes(b"datagram", "big") in {1 << bit for bit in range(64)}
     assert empty == b""
-
-
-def test_udp_fault_duplicate_sends_each_reply_twice() -> None:
     with faulty_server(fault="duplicate") as server:
         assert exchange(server, [b"one", b""], 4) == [b"one", b"one", b"", b""]
         assert (server.stats.datagrams, server.stats.bytes_out) == (2, 6)
+    with faulty_server(fault="reset,slice=1") as server:
+        assert exchange(server, [b"whole"], 1) == [b"whole"]
+        assert server.stats.faults == {}
 
 
 @each_receiver
@@ -424,19 +391,12 @@ def test_udp_fault_delay_holds_limited_memory(monkeypatch: pytest.MonkeyPatch) -
         assert server.stats.datagrams_refused == {"limit": 3}
 
 
-def test_udp_faults_of_connections_do_not_apply() -> None:
-    with faulty_server(fault="reset,slice=1") as server:
-        assert exchange(server, [b"whole"], 1) == [b"whole"]
-        assert server.stats.faults == {}
-
-
 # Identify
 
 
-@each_receiver
-def test_udp_identify_answers_what_has_room(start_server: StartServer) -> None:
+def test_udp_identify_answers_what_has_room() -> None:
     """The bytes after the newline are padding. The reply has at most as many as the datagram."""
-    with start_server(udp=True, mode="identify", labels={"zone": "a"}) as server, udp_client() as client:
+    with HostedServer(udp=True, mode="identify", labels={"zone": "a"}) as server, udp_client() as client:
         client.connect(server.address)
         client.send(b"Hola\n".ljust(1400))
         reply = client.recv(65_535)
@@ -463,9 +423,8 @@ def test_udp_identify_reports_the_address_asked(host: str) -> None:
 # The command
 
 
-@pytest.mark.parametrize("engine", ["protocol", "threads"])
-def test_udp_workers_share_the_socket(engine: str) -> None:
-    arguments = ("--workers", "2", "--engine", engine, "--udp", "--no-access-log", "--log-level", "info")
+def test_udp_workers_share_the_socket() -> None:
+    arguments = ("--workers", "2", "--engine", "protocol", "--udp", "--no-access-log", "--log-level", "info")
     with server_process(*arguments) as server, udp_client() as client:
         client.connect(server.address)
         for number in range(200):
@@ -473,7 +432,7 @@ def test_udp_workers_share_the_socket(engine: str) -> None:
             assert client.recv(100) == b"%d" % number
         code, lines = server.stop()
     assert code == 0
-    assert f" server started: mode message, UDP, engine {engine}\n" in lines
+    assert " server started: mode message, UDP, engine protocol\n" in lines
     assert lines.endswith(" datagrams=200\n")
 
 
