@@ -19,7 +19,7 @@ MAX_RECORDS_WITHOUT_DATA = 16  # in a row, after the handshake (Go: crypto/tls, 
 MAX_DATA_SIZE = 16 * 1024  # bytes of data in a record (RFC 8446 section 5.1)
 
 HEADER = struct.Struct("!BBxH")  # type, major version, size
-RECORD_TYPES, MAJOR_VERSION = range(20, 24), 3
+RECORD_TYPES, APPLICATION_DATA, MAJOR_VERSION = range(20, 24), 23, 3
 MAX_SIZE = MAX_DATA_SIZE + 2048  # bytes of a record after its header (RFC 5246 section 6.2.3)
 
 
@@ -90,8 +90,10 @@ class TlsLayer:
         self.has_news = False
         if self.is_ended:
             return b""
-        if self.is_established and not self._data and 0 < len(data) == _end_of_record(data, 0):
-            return self._process(data)  # the usual case: one record
+        if self.is_established and not self._data and len(data) > HEADER.size:
+            kind, _, size = HEADER.unpack_from(data)
+            if kind == APPLICATION_DATA and size == len(data) - HEADER.size:
+                return self._decrypt(data)  # the usual case: one record
         position = self._position
         if self._data:
             data, position = (self._data[position:] + data, 0) if data else (self._data, position)
@@ -107,7 +109,7 @@ class TlsLayer:
             end = _end_of_record(data, position)
             if not end:
                 break
-            part = self._process(view[position:end])
+            part = self._decrypt(view[position:end]) if self.is_established else self._do_handshake(view[position:end])
             position = end
             if part:
                 parts.append(part)
@@ -118,28 +120,38 @@ class TlsLayer:
         self._keep(data, position)
         return parts
 
-    def _process(self, record: bytes | memoryview) -> bytes:
+    def _decrypt(self, record: bytes | memoryview) -> bytes:
         """Return the data of a record."""
-        self._incoming.write(record)
         try:
-            if self.is_established:
-                if data := self.session.read(len(record)):
-                    self._without_data = 0
-                    return data
-                self.is_ended = True  # by close_notify
-            else:
-                self._client_hello.feed(record)
-                self.session.do_handshake()
-                self.is_established = True
+            self._incoming.write(record)
+            if data := self.session.read(len(record)):
                 self._without_data = 0
-        except ssl.SSLWantReadError:
-            self._count_without_data()
-        except ssl.SSLZeroReturnError:
-            self.is_ended = True
+                return data
+            self.is_ended = True  # by close_notify
         except ssl.SSLError as error:
-            self._fail(error)
+            self._handle(error)
         self.has_news = True
         return b""
+
+    def _do_handshake(self, record: bytes | memoryview) -> bytes:
+        self._incoming.write(record)
+        try:
+            self._client_hello.feed(record)
+            self.session.do_handshake()
+            self.is_established = True
+            self._without_data = 0
+        except ssl.SSLError as error:
+            self._handle(error)
+        self.has_news = True
+        return b""
+
+    def _handle(self, error: ssl.SSLError) -> None:
+        if isinstance(error, ssl.SSLWantReadError):
+            self._count_without_data()
+        elif isinstance(error, ssl.SSLZeroReturnError):
+            self.is_ended = True
+        else:
+            self._fail(error)
 
     def _count_without_data(self) -> None:
         self._without_data += 1
