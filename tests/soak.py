@@ -337,17 +337,6 @@ async def idle_tls(backend: str, scale: float) -> None:
             process.stop()
 
 
-async def rate(backend: str, scale: float) -> None:
-    """100 kB at 10 kB/s take 10 s."""
-    message = 99_999 * b"x" + b"\n"
-    with server(*BACKENDS[backend], "--mode", "stream", "--fault", "rate=10000") as process:
-        async with clients(process.port, 1) as [client]:
-            start = time.monotonic()
-            check("reply of 100 kB", await echo(client, message), True)
-            took = time.monotonic() - start
-        check("seconds until it is complete", took, 9 <= took <= 11, "9 to 11")
-
-
 SCENARIOS: dict[str, Callable[[str, float], Coroutine[None, None, None]]] = {
     "idle": idle,
     "churn": churn,
@@ -355,7 +344,6 @@ SCENARIOS: dict[str, Callable[[str, float], Coroutine[None, None, None]]] = {
     "workers": workers,
     "large-messages": large_messages,
     "idle-tls": idle_tls,
-    "rate": rate,
 }
 
 

@@ -56,20 +56,34 @@ def test_systemd_units_are_valid(tmp_path: Path) -> None:
     check("systemd-analyze", "verify", "--man=no", socket, service)
 
 
+@contextmanager
+def haproxy(text: str, directory: Path) -> Iterator[tuple[Any, IO[str]]]:
+    """Run HAProxy on a free port; yield the address to connect to, and its log."""
+    path = directory / "haproxy.cfg"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        path.write_text(re.sub(r"bind \S*:5500", f"bind fd@{listener.fileno()}", text))
+        command, output = ["haproxy", "-db", "-f", str(path)], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with ChildProcess(command, pass_fds=[listener.fileno()], text=True, **output) as process:
+            try:
+                yield listener.getsockname(), process.stdout
+            finally:
+                process.terminate()
+
+
+def wait_for_line(log: IO[str], text: str) -> str:
+    while text not in (line := log.readline()):
+        assert line, "haproxy ended"
+    return line
+
+
 @needs("haproxy")
 def test_log_behind_haproxy_shows_the_client_addresses(tmp_path: Path) -> None:
-    path = tmp_path / "haproxy.cfg"
-    text = (DEPLOY / path.name).read_text().replace("maxconn 100000", "maxconn 100")  # fits the descriptor limit
+    text = (DEPLOY / "haproxy.cfg").read_text().replace("maxconn 100000", "maxconn 100")  # fits the descriptor limit
     options = ("--mode", "stream", "--proxy-protocol", "v2")
     with server_process(*options) as first, server_process(*options) as second, ExitStack() as stack:
         for number, server in enumerate((first, second), 1):
             text = text.replace(f"192.0.2.1{number}:5500", "{}:{}".format(*server.address))
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            path.write_text(text.replace("bind :5500", f"bind fd@{listener.fileno()}"))
-            command, address = ["haproxy", "-db", "-q", "-f", str(path)], listener.getsockname()
-            haproxy = ChildProcess(command, pass_fds=[listener.fileno()], stdout=subprocess.DEVNULL)
-        stack.enter_context(haproxy)
-        stack.callback(haproxy.terminate)
+        address, _ = stack.enter_context(haproxy(text, tmp_path))
         for server in (first, second):
             server.wait_for_log(" 8 bytes: healthy")
         client_addresses = set()
@@ -93,27 +107,18 @@ def test_identify_behind_haproxy_shows_what_haproxy_had(tmp_path: Path) -> None:
     authority.issue_cert("client.example", common_name="Ana").configure_cert(context)
     text = (DEPLOY / "haproxy.cfg").read_text().replace("maxconn 100000", "maxconn 100")
     text = re.sub(r"    server echo-2 .*\n", "", text).replace("check inter", "inter")  # a check would be logged too
-    log_format = "facts %ID %ci %cp %sslv %sslc %[ssl_fc_sni] %[ssl_c_s_dn(cn)] %[ssl_c_verify]"
-    with (
-        server_process("--mode", "identify", "--proxy-protocol", "v2") as server,
-        socket.create_server(("127.0.0.1", 0)) as listener,
-        ExitStack() as stack,
-    ):
-        bind = f"bind fd@{listener.fileno()} ssl crt {tmp_path}/echo.pem ca-file {tmp_path}/ca.pem verify required"
-        text = text.replace("bind :5500", f"{bind}\n    log-format '{log_format}'").replace("notice", "info")
+    facts = "facts %ID %ci %cp %sslv %sslc %[ssl_fc_sni] %[ssl_c_s_dn(cn)] %[ssl_c_verify]"
+    tls = f"bind :5500 ssl crt {tmp_path}/echo.pem ca-file {tmp_path}/ca.pem verify required"
+    text = text.replace("bind :5500", f"{tls}\n    log-format '{facts}'").replace("notice", "info")
+    with server_process("--mode", "identify", "--proxy-protocol", "v2") as server:
         text = text.replace("192.0.2.11:5500", "{}:{}".format(*server.address))
-        (tmp_path / "haproxy.cfg").write_text(text)
-        command = ["haproxy", "-db", "-f", str(tmp_path / "haproxy.cfg")]
-        haproxy = ChildProcess(command, pass_fds=[listener.fileno()], stdout=subprocess.PIPE, text=True)
-        stack.enter_context(haproxy)
-        stack.callback(haproxy.terminate)
-        plain = socket.create_connection(listener.getsockname(), TIMEOUT)
-        with context.wrap_socket(plain, server_hostname="echo.example") as client:
-            client.sendall(b"Hola Server!\n")
-            identity = Identity.parse(receive_line(client))
-            address = client.getsockname()
-        while "facts " not in (line := haproxy.stdout.readline()):
-            assert line, "haproxy ended"
+        with haproxy(text, tmp_path) as (listening, log):
+            plain = socket.create_connection(listening, TIMEOUT)
+            with context.wrap_socket(plain, server_hostname="echo.example") as client:
+                client.sendall(b"Hola Server!\n")
+                identity = Identity.parse(receive_line(client))
+                address = client.getsockname()
+            line = wait_for_line(log, "facts ")
     unique_id, host, port, version, cipher, name, common_name, verify = line.split("facts ")[1].split()
     assert (identity.client.address, identity.client.port) == address == (host, int(port))
     assert identity.proxy is not None
@@ -129,20 +134,14 @@ def test_identify_behind_haproxy_shows_what_haproxy_had(tmp_path: Path) -> None:
 
 @contextmanager
 def documented_haproxy(name: str, directory: Path, *servers: tuple[str, int]) -> Iterator[tuple[Any, IO[str]]]:
-    """Run a configuration of the docs with other addresses; yield the address to connect to, and the log."""
+    """Run a configuration of the docs with other addresses."""
     pages = "".join(page.read_text() for page in DOCS.glob("*.md"))
     (text,) = re.findall(rf"^<!-- haproxy: {name} -->\n```\n(.*?)^```$", pages, re.M | re.S)
     for port, (host, actual) in zip((5501, 5502), servers, strict=True):
         assert text.count(f"127.0.0.1:{port}") == 1
         text = text.replace(f"127.0.0.1:{port}", f"{host}:{actual}")
-    path = directory / "haproxy.cfg"
-    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
-        path.write_text(text.replace("bind 127.0.0.1:5500", f"bind fd@{listener.fileno()}"))
-        command = ["haproxy", "-db", "-f", str(path)]
-        haproxy = ChildProcess(command, pass_fds=[listener.fileno()], stderr=subprocess.PIPE, text=True)
-        stack.enter_context(haproxy)
-        stack.callback(haproxy.terminate)
-        yield listener.getsockname(), haproxy.stderr
+    with haproxy(text, directory) as running:
+        yield running
 
 
 def is_echoed(address: tuple[str, int]) -> bool:
@@ -160,8 +159,7 @@ def test_haproxy_takes_a_faulty_server_out(tmp_path: Path) -> None:
         server_process("--mode", "stream", "--fault", "close") as faulty,
         documented_haproxy("health check", tmp_path, healthy.address, faulty.address) as (address, log),
     ):
-        while "echo/faulty is DOWN" not in (line := log.readline()):
-            assert line, "haproxy ended"
+        wait_for_line(log, "echo/faulty is DOWN")
         assert all(is_echoed(address) for _ in range(20))
         assert " 13 bytes: Hola Server!" not in faulty.log
 
@@ -261,7 +259,6 @@ def test_alerts_query_existing_metrics_and_labels() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"HOST": "127.0.0.1,::1"},
         {"UDS": "echo.sock"},
         {"PROXY_PROTOCOL": "auto", "SSL_CERTFILE": "server.pem"},

@@ -20,61 +20,43 @@ from echo_async.logs import LogFormat, access_log, configure, log
 from echo_async.server.registry import Registry
 from echo_async.wire.text import escape, excerpt
 
-ESCAPED = [
-    ("\n", r"\n"),
-    ("\x1b[2J", r"\x1b[2J"),
-    ("\x9b31m", r"\x9b31m"),  # C1: ESC [ as one character
-    ("\u202e", r"\u202e"),  # right-to-left override
-    ("\udcff", r"\udcff"),
-    ("\U000e0001", r"\U000e0001"),
-    (r"\x1b", r"\\x1b"),  # text that looks escaped
-]
+
+def test_escape_replaces_what_is_not_printable() -> None:
+    for text, shown in (
+        ("\n", r"\n"),
+        ("\x1b[2J", r"\x1b[2J"),
+        ("\x9b31m", r"\x9b31m"),  # C1: ESC [ as one character
+        ("\u202e", r"\u202e"),  # right-to-left override
+        ("\udcff", r"\udcff"),
+        ("\U000e0001", r"\U000e0001"),
+        (r"\x1b", r"\\x1b"),  # text that looks escaped
+        *((each, each) for each in ("", "ñandú €", "😀", "日本語", "👩\u200d👧", "'\"%s {} $(x)")),
+    ):
+        assert escape(f"before {text} after") == f"before {shown} after"
 
 
-@pytest.mark.parametrize(("text", "shown"), ESCAPED, ids=ascii)
-def test_escape_replaces_control_characters(text: str, shown: str) -> None:
-    assert escape(text) == shown
-    assert escape(f"before {text} after") == f"before {shown} after"
-
-
-@pytest.mark.parametrize("text", ["", "Hola Server!", "ñandú €", "😀", "日本語", "👩\u200d👧", "'\"%s {} $(x)"])
-def test_escape_keeps_printable_text(text: str) -> None:
-    assert escape(text) == text
-    assert excerpt(text.encode()) == text
-
-
-@pytest.mark.parametrize(
-    ("message", "shown"),
-    [
-        (b"Hola Server!\n", "Hola Server!"),
+def test_excerpt_is_escaped_and_without_newline() -> None:
+    for message, shown in (
+        ("ñandú 😀\n".encode(), "ñandú 😀"),
         (b"\n", ""),
         (b"\r\n", r"\r"),
         (b"one\ntwo\n", r"one\ntwo"),
         (b"\xff\xfe\n", r"\xff\xfe"),
         (b"\xc0\x80", r"\xc0\x80"),
-        (b"\xed\xa0\x80", r"\xed\xa0\x80"),
         ("ñ".encode()[:1] + b"\n", r"\xc3"),
-        ("\u202e\x1b[2J".encode(), r"\u202e\x1b[2J"),
-        (b"\\n\n", r"\\n"),
-    ],
-)
-def test_excerpt_is_escaped_and_without_newline(message: bytes, shown: str) -> None:
-    assert excerpt(message) == shown
+    ):
+        assert excerpt(message) == shown
 
 
-@pytest.mark.parametrize("character", ["x", "ñ", "€", "😀"])
-def test_excerpt_is_truncated_to_80_characters(character: str) -> None:
-    assert excerpt((character * 80 + "\n").encode()) == character * 80
-    assert excerpt((character * 81 + "\n").encode()) == character * 80 + "..."
-    assert excerpt((character * 10_000).encode()) == character * 80 + "..."
-
-
-@pytest.mark.parametrize("pad", range(74, 81))
-def test_excerpt_never_truncates_within_an_escape(pad: int) -> None:
-    shown = excerpt(b"x" * pad + b"\x1b" + b"x" * 80)
-    text = shown.removesuffix("...")
-    assert text.rstrip("x") in ("", "x" * pad + r"\x1b")
-    assert len(shown) <= 83
+def test_excerpt_is_truncated_to_80_characters() -> None:
+    for character in ("x", "ñ", "€", "😀"):
+        assert excerpt((character * 80 + "\n").encode()) == character * 80
+        assert excerpt((character * 81 + "\n").encode()) == character * 80 + "..."
+        assert excerpt((character * 10_000).encode()) == character * 80 + "..."
+    for pad in range(74, 81):  # never within an escape
+        shown = excerpt(b"x" * pad + b"\x1b" + b"x" * 80)
+        assert shown.removesuffix("...").rstrip("x") in ("", "x" * pad + r"\x1b")
+        assert len(shown) <= 83
 
 
 ANY_TEXT = st.text(st.characters(codec=None))  # including lone surrogates
@@ -158,17 +140,12 @@ def test_json_format_includes_the_exception(capsys: Captured) -> None:
 
 
 def test_records_below_the_level_are_not_written(capsys: Captured) -> None:
+    configure("debug", "text")  # which the next call replaces
     configure("warning", "text")
     access_log.info("below")
     log.warning("at the level")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(" WARNING at the level")
-
-
-def test_configure_twice_writes_each_line_once(capsys: Captured) -> None:
-    log_a_message("text", b"first\n")
-    log_a_message("text", b"second\n")
-    assert capsys.readouterr().err.count("\n") == 2
 
 
 def test_log_to_closed_stderr_is_dropped(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
