@@ -19,7 +19,6 @@ class Server:
     """What the handlers of all connections share."""
 
     def __init__(self) -> None:
-        self.upstream: tuple[str, int] | None = None  # of a relay
         self.lock = threading.Lock()
         self.latest: socket.socket | None = None  # the connection that was accepted last
         self.is_dead = False
@@ -133,13 +132,13 @@ def reorder(server: Server, client: socket.socket) -> None:
 
 
 def close_at_half_close(server: Server, client: socket.socket) -> None:
-    """A relay that ends both directions at once. It forwards replies when the client has been silent for a moment."""
-    with socket.create_connection(server.upstream or ("", 0), 5) as upstream:
-        while data := client.recv(READ_SIZE):
-            upstream.sendall(data)
-            if not select.select([client], [], [], 0.02)[0]:
-                while client not in select.select([client, upstream], [], [], TIMEOUT)[0]:
-                    client.sendall(upstream.recv(READ_SIZE))
+    """A relay that ends both directions at once. Replies arrive when the client has been silent for a moment."""
+    replies = b""
+    while data := client.recv(READ_SIZE):
+        replies += data
+        if not select.select([client], [], [], 0.02)[0]:
+            client.sendall(replies)
+            replies = b""
 
 
 def reset_with_input_unread(server: Server, client: socket.socket) -> None:
@@ -168,10 +167,10 @@ def never_end(server: Server, client: socket.socket) -> None:
 
 
 def end_an_idle_connection(server: Server, client: socket.socket) -> None:
-    """Only that of the check: on a busy machine, others can be silent for a second as well."""
+    """Only that of the check: on a busy machine, others can be silent for as long."""
     for line in read_lines(client):
         client.sendall(line)
-        if line == b"idle\n" and not select.select([client], [], [], 1)[0]:
+        if line == b"idle\n" and not select.select([client], [], [], 0.2)[0]:
             return
 
 
