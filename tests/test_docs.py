@@ -37,10 +37,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import dataclass, fields
 from functools import cache
-from itertools import dropwhile
+from itertools import count, dropwhile
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -74,6 +75,9 @@ BLOCK = re.compile(
 )
 LINK = re.compile(r"\]\((?P<path>[^):#]*)(?:#(?P<anchor>[^)]*))?\)")
 OPERATORS = set("();<>|&")
+SERVERS = {"server", "tls_server", "udp_server"}
+SESSIONS_AT_ONCE = 3  # they mostly wait
+SHORT = {"DURATION": "0.1", "WARMUP": "0", "IDLE": "0.1"}  # options of bench and check
 PLUGINS = {
     "anyio": ("-p", "anyio.pytest_plugin"),
     # pytest-socket warns of each connection that it blocks
@@ -110,11 +114,17 @@ def blocks(path: Path) -> Iterator[Example]:
         yield Example(document, line, found["language"], found["kind"] or "", tuple(names), found["code"])
 
 
+def script_of(example: Example) -> str:
+    if example.language != "console":
+        return example.code
+    return "\n".join(line[2:] for line in example.code.splitlines() if line.startswith("$ "))
+
+
 PYTHON = examples("python")
 PROGRAMS = [each for each in PYTHON if each.kind in ("", "given")]
 TEST_MODULES = [each for each in PYTHON if each.kind == "pytest"]
 FILES = [each for each in PYTHON if each.kind == "file"]
-SESSIONS = [each for each in examples("console") if each.kind != "not run"]
+CONSOLE = [each for each in examples("console") if each.kind != "not run"]
 
 
 def test_docs_every_python_block_is_run() -> None:
@@ -122,10 +132,10 @@ def test_docs_every_python_block_is_run() -> None:
     assert len(PROGRAMS) + len(TEST_MODULES) + len(FILES) == fences
 
 
-@pytest.mark.parametrize("file", FILES, ids=str)
-def test_docs_file_is_used_by_what_follows(file: Example) -> None:
-    following = [each for each in FILES + SESSIONS if each.document == file.document and each.line > file.line]
-    assert any(file.names[0] in each.code for each in following)
+def test_docs_files_are_used_by_what_follows() -> None:
+    for file in FILES:
+        following = [each for each in FILES + CONSOLE if each.document == file.document and each.line > file.line]
+        assert any(file.names[0] in each.code for each in following), file
 
 
 # Programs
@@ -235,55 +245,88 @@ def test_docs_test_module_passes(example: Example, pytester: pytest.Pytester, mo
 # Shell sessions
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """The source tree in a directory of its own, with an environment in which ``make`` has nothing to set up."""
-    for each in ROOT.iterdir():
-        if not each.name.startswith("."):
-            (tmp_path / each.name).symlink_to(each)
-    programs = tmp_path / ".venv" / "bin"
-    programs.mkdir(parents=True)
-    for name, arguments in (("python", ""), ("echo-async", "-m echo_async")):
-        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {arguments} "$@"\n')
-        (programs / name).chmod(0o755)
-    (tmp_path / ".venv" / ".installed").touch()
-    return tmp_path
+@dataclass(frozen=True)
+class Session:
+    """The commands of examples, which several documents can show, and what must exist before."""
+
+    names: tuple[str, ...]
+    script: str
+    files: tuple[tuple[str, str], ...]
 
 
-@pytest.mark.parametrize("example", SESSIONS, ids=str)
-def test_docs_session_prints_the_documented_output(example: Example, checkout: Path) -> None:
-    lines = example.code.splitlines()
-    interrupted = lines[-1] == "^C"
-    script = "\n".join(line[2:] for line in lines if line.startswith("$ "))
-    expected = [line for line in lines if not line.startswith("$ ") and line != "^C"]
+def session_of(example: Example) -> Session:
+    """The session of an example, with the files of the document that precede it."""
+    script = script_of(example)
+    preceding = [each for each in FILES if each.document == example.document and each.line < example.line]
+    files = {each.names[0]: each.code for each in preceding if each.names[0] in script}
+    if example.code.endswith("\n^C\n"):
+        script = f"exec {script}"
+    return Session(example.names, script, tuple(files.items()))
+
+
+def expected_lines(example: Example) -> list[str]:
+    return [line for line in example.code.splitlines() if not line.startswith("$ ") and line != "^C"]
+
+
+SESSIONS: dict[Session, list[Example]] = {}
+for each in CONSOLE:
+    SESSIONS.setdefault(session_of(each), []).append(each)
+
+
+@pytest.mark.parametrize("document", sorted({examples[0].document for examples in SESSIONS.values()}))
+def test_docs_sessions_print_the_documented_output(document: str, tmp_path: Path) -> None:
+    """A session that several documents show runs once, with the first of them."""
+    sessions = [session for session, examples in SESSIONS.items() if examples[0].document == document]
+    programs = {program: shutil.which(program) for session in sessions for program in session.names}
+    missing = {program for program, path in programs.items() if path is None} - SERVERS
+    runnable = [each for each in sessions if missing.isdisjoint(each.names)]
+    with ThreadPoolExecutor(SESSIONS_AT_ONCE) as pool:
+        outputs = list(pool.map(run_session, runnable, (tmp_path / str(number) for number in count())))
+    for session, output in zip(runnable, outputs, strict=True):
+        for example in SESSIONS[session]:
+            expected = expected_lines(example)
+            assert len(output) == len(expected) or "..." in expected, (example, output)
+            assert re.fullmatch(pattern(expected), "".join(f"{normalize(line)}\n" for line in output)), (
+                example,
+                output,
+            )
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+
+
+def run_session(session: Session, directory: Path) -> list[str]:
+    """Run a session in the source tree; return what it printed."""
+    make_checkout(directory)
     with ExitStack() as stack:
-        port = start_given(example.names, checkout, stack)
+        port = start_given(session.names, directory, stack)
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith(("ECHO_ASYNC_", "MAKE"))},
-            "PATH": f"{checkout / '.venv' / 'bin'}:{os.environ['PATH']}",
+            **{f"ECHO_ASYNC_{name}": value for name, value in SHORT.items()},
+            "PATH": f"{directory / '.venv' / 'bin'}:{os.environ['PATH']}",
             "ECHO_ASYNC_PORT": str(port),
             "VENV": ".venv",
         }
-        script = re.sub(r"\b5500\b", str(port), script)
-        for name, code in files_for(example).items():
-            (checkout / name).write_text(re.sub(r"\b5500\b", str(port), code))
-        output = run_session(f"exec {script}" if interrupted else script, checkout, environment, len(expected))
-    assert len(output) == len(expected) or "..." in expected, output
-    assert re.fullmatch(pattern(expected), "".join(f"{normalize(line)}\n" for line in output)), output
+        for name, code in session.files:
+            (directory / name).write_text(re.sub(r"\b5500\b", str(port), code))
+        script = re.sub(r"\b5500\b", str(port), session.script)
+        return run_script(script, directory, environment, len(expected_lines(SESSIONS[session][0])))
 
 
-def files_for(session: Example) -> dict[str, str]:
-    """The files of the document that precede a session, by name."""
-    return {
-        each.names[0]: each.code for each in FILES if each.document == session.document and each.line < session.line
-    }
+def make_checkout(directory: Path) -> None:
+    """Link the source tree into a directory, with an environment in which ``make`` has nothing to set up."""
+    programs = directory / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for each in ROOT.iterdir():
+        if not each.name.startswith("."):
+            (directory / each.name).symlink_to(each)
+    for name, arguments in (("python", ""), ("echo-async", "-m echo_async")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {arguments} "$@"\n')
+        (programs / name).chmod(0o755)
+    (directory / ".venv" / ".installed").touch()
 
 
 def start_given(names: tuple[str, ...], directory: Path, stack: ExitStack) -> int | None:
     """Start the server that a session requires, if any. Returns the port of the session."""
-    for program in sorted({*names} - {"server", "tls_server", "udp_server"}):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
     if "server" in names:
         return stack.enter_context(HostedServer()).port
     if "udp_server" in names:
@@ -295,7 +338,7 @@ def start_given(names: tuple[str, ...], directory: Path, stack: ExitStack) -> in
     return reserve_address(stack)[1]
 
 
-def run_session(script: str, directory: Path, environment: dict[str, str], lines: int) -> list[str]:
+def run_script(script: str, directory: Path, environment: dict[str, str], lines: int) -> list[str]:
     """Run a script; interrupt it if it still runs after ``lines`` lines. Returns what it printed."""
     command = ["bash", "-c", script]
     with ChildProcess(
@@ -348,12 +391,6 @@ def commands(code: str) -> Iterator[list[str]]:
                 words = []
 
 
-def script_of(example: Example) -> str:
-    if example.language != "console":
-        return example.code
-    return "\n".join(line[2:] for line in example.code.splitlines() if line.startswith("$ "))
-
-
 def indented_commands(path: Path) -> str:
     """The command lines in the docstring of an example file."""
     docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
@@ -367,16 +404,16 @@ COMMAND_LINES = [
 PACKAGE_COMMANDS = [words[1:] for words in COMMAND_LINES if words[0] == "echo-async" and words[1:]]
 
 
-@pytest.mark.parametrize("words", PACKAGE_COMMANDS, ids=" ".join)
-def test_docs_command_line_is_accepted(words: list[str]) -> None:
-    command: click.Command = main.command
-    arguments = words
-    while isinstance(command, click.Group) and not arguments[0].startswith("-"):
-        _, found, arguments = command.resolve_command(click.Context(command), arguments)
-        assert found is not None
-        command = found
-    with suppress(click.exceptions.Exit):  # by --help
-        command.make_context(words[0], arguments).close()
+def test_docs_command_lines_are_accepted() -> None:
+    for words in PACKAGE_COMMANDS:
+        command: click.Command = main.command
+        arguments = words
+        while isinstance(command, click.Group) and not arguments[0].startswith("-"):
+            _, found, arguments = command.resolve_command(click.Context(command), arguments)
+            assert found is not None
+            command = found
+        with suppress(click.exceptions.Exit):  # by --help
+            command.make_context(words[0], arguments).close()
 
 
 def test_docs_command_lines_cover_every_command() -> None:
@@ -401,9 +438,8 @@ def test_docs_programs_of_the_repository_exist() -> None:
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("path", EXAMPLE_FILES, ids=lambda path: path.name)
-def test_example_file_imports_existing_names(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
+def test_example_files_import_existing_names() -> None:
+    for node in (node for path in EXAMPLE_FILES for node in ast.walk(ast.parse(path.read_text()))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("echo_async"):
             module = importlib.import_module(node.module or "")
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
