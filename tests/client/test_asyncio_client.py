@@ -16,7 +16,7 @@ from support import MAX_DELAY, TIMEOUT, echo_line, lines, sends_at_once, wait_in
 
 import echo_async
 from echo_async.client.batching import WINDOW_BYTES
-from echo_async.client.client import EchoClient, connect
+from echo_async.client.client import connect
 from echo_async.engines.loop_internals import run_turns
 from echo_async.pytest_plugin import MakeEchoServer
 from echo_async.testing import Peer
@@ -33,12 +33,13 @@ async def collect(replies: Any) -> list[Any]:
 # Concurrent tasks
 
 
-@pytest.mark.parametrize(("mode", "number"), [("message", 20), ("stream", 200)])
-def test_echo_concurrent_on_one_client(on_loop: OnLoop, mode: Any, number: int) -> None:
+@pytest.mark.parametrize(("mode", "number"), [("message", 10), ("stream", 50)])
+def test_echo_and_stream_concurrent_on_one_client(on_loop: OnLoop, mode: Any, number: int) -> None:
     async def main() -> None:
         async with echo_async.serve(port=0, mode=mode) as server, connect(*server.address) as client:
             messages = list(map(str, range(number)))
-            assert await asyncio.gather(*map(client.echo, messages)) == messages
+            *replies, streamed = await asyncio.gather(*map(client.echo, messages), collect(client.stream(messages)))
+            assert replies == streamed == messages
 
     on_loop(main)
 
@@ -117,54 +118,34 @@ def test_replies_received_before_failed_write_are_kept(on_loop: OnLoop, faulty_s
     on_loop(main)
 
 
-def test_replies_before_lost_reply_are_returned(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
-    def serve(peer: Peer) -> None:
-        for _ in range(4):
-            peer.send(peer.receive_line())
-        peer.receive_line()
+def test_failed_reply_loses_only_those_behind_it(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
+    """Whether it is lost, late or different. The next message opens a new connection."""
 
-    server = faulty_server(handler=serve)
-
-    async def main() -> None:
-        async with connect(*server.address) as client:
-            assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
-            two, three, lost = await asyncio.gather(*map(client.echo, "234"), return_exceptions=True)
-            assert (two, three) == ("2", "3")
-            assert isinstance(lost, echo_async.ReplyLost)
-
-    on_loop(main)
-
-
-def test_replies_after_late_reply_are_lost(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
-    server = faulty_server(fault="stall=4")
-
-    async def main() -> None:
-        async with connect(*server.address, timeout=0.5) as client:
-            assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
-            late, *behind = await asyncio.gather(*map(client.echo, "234"), return_exceptions=True)
-            assert isinstance(late, echo_async.ReplyLate)
-            assert [str(error).partition(" lost ")[2] for error in behind] == [
-                "before the reply: an earlier reply timed out"
-            ] * 2
-
-    on_loop(main)
-
-
-def test_replies_after_mismatch_are_lost(on_loop: OnLoop, faulty_server: MakeEchoServer) -> None:
     def serve(peer: Peer) -> None:
         for message in lines(peer):
+            if message == b"lost\n":
+                return
+            if message == b"late\n":
+                peer.receive(1000)
             peer.send(message.replace(b"bad", b"BAD"))
 
     server = faulty_server(handler=serve)
+    failures: dict[str, tuple[type[Exception], str]] = {
+        "lost": (echo_async.ReplyLost, "closed by the server"),
+        "late": (echo_async.ReplyLate, "an earlier reply timed out"),
+        "bad": (echo_async.ReplyDifferent, "an earlier reply did not match"),
+    }
 
     async def main() -> None:
-        async with connect(*server.address) as client:
-            assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
-            good, bad, behind = await asyncio.gather(*map(client.echo, ("2", "bad", "3")), return_exceptions=True)
-            assert good == "2"
-            assert isinstance(bad, echo_async.ReplyDifferent)
-            assert isinstance(behind, echo_async.ReplyLost)
-            assert await client.echo("4") == "4"
+        async with connect(*server.address, timeout=0.3) as client:
+            for message, (error, reason) in failures.items():
+                assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
+                sent = ("2", message, "3", "4")
+                two, failed, *behind = await asyncio.gather(*map(client.echo, sent), return_exceptions=True)
+                assert two == "2"
+                assert isinstance(failed, error)
+                assert [type(each) for each in behind] == [echo_async.ReplyLost] * 2
+                assert all(str(each).endswith(f" lost before the reply: {reason}") for each in behind)
 
     on_loop(main)
 
@@ -225,20 +206,6 @@ def test_connect_can_be_canceled(on_loop: OnLoop, black_hole_address: tuple[str,
 
 
 # Streams
-
-
-def test_stream_and_echo_concurrent(on_loop: OnLoop) -> None:
-    async def main() -> None:
-        async with echo_async.serve(port=0, mode="stream") as server, connect(*server.address) as client:
-            messages = [str(number) for number in range(100)]
-
-            async def echo_each(client: EchoClient) -> list[str]:
-                return [await client.echo(message) for message in messages]
-
-            tasks = (collect(client.stream(messages)), echo_each(client))
-            assert await asyncio.gather(*tasks) == [messages] * 2
-
-    on_loop(main)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
