@@ -166,9 +166,8 @@ def reserved_port() -> Iterator[int]:
 
 
 @pytest.fixture
-def closed_port(bound_socket: socket.socket) -> int:
-    port: int = bound_socket.getsockname()[1]
-    return port
+def closed_port(refused_address: tuple[str, int]) -> int:
+    return refused_address[1]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from zlib import crc32
 
 import pytest
@@ -26,10 +27,9 @@ def sent_tracker(count: int, *, size: int = 64, timeout: float = 1.0) -> tuple[D
 # The format
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_format_decodes_what_it_encodes(size: int) -> None:
-    format = DatagramFormat(size)
-    for number in (1, 2, 255, 256, 65_536, 2**32 - 1, 2**32, 2**32 + 5):
+def test_format_decodes_what_it_encodes() -> None:
+    for size, number in product(SIZES, (1, 2, 255, 256, 65_536, 2**32 - 1, 2**32, 2**32 + 5)):
+        format = DatagramFormat(size)
         data = format.encode(number)
         assert len(data) == size
         assert format.decode(data, number) == number
@@ -42,11 +42,10 @@ def test_format_has_number_and_crc() -> None:
     assert int.from_bytes(data[4:8], "big") == crc32(data[:4] + data[8:])
 
 
-@pytest.mark.parametrize("size", [8, 64, 1472])
-def test_format_every_flipped_bit_is_detected(size: int) -> None:
-    format = DatagramFormat(size)
+def test_format_every_flipped_bit_is_detected() -> None:
+    format = DatagramFormat(64)
     data = format.encode(77)
-    for bit in range(8 * size):
+    for bit in range(8 * len(data)):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         assert format.decode(bytes(changed), 100) is None

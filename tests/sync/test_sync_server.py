@@ -46,15 +46,14 @@ def thread(function: Any) -> Iterator[None]:
 # Starting and stopping
 
 
-def test_sync_server_started_500_times_by_threads_echoes() -> None:
-    def start_and_stop(times: int) -> int:
+def test_sync_servers_started_by_several_threads_echo() -> None:
+    def start_and_stop(times: int) -> None:
         for _ in range(times):
             with sync.serve(port=0, no_access_log=True) as server:
                 assert exchange(server.address, b"Hola\n") == b"Hola\n"
-        return times
 
     with ThreadPoolExecutor(5) as threads:
-        assert sum(threads.map(start_and_stop, [100] * 5)) == 500
+        list(threads.map(start_and_stop, [20] * 5))
 
 
 def test_sync_server_attributes_describe_it() -> None:
@@ -132,7 +131,7 @@ def test_close_from_a_connection_thread_ends_the_server() -> None:
 
 
 def test_close_by_many_threads_with_active_clients_ends() -> None:
-    for _ in range(20):
+    for _ in range(5):
         with sync.serve(port=0, no_access_log=True) as server, ExitStack() as threads:
 
             def use_until_closed(server: sync.EchoServer = server) -> None:
@@ -152,13 +151,9 @@ def test_close_by_many_threads_with_active_clients_ends() -> None:
 # Errors at startup
 
 
-@pytest.mark.parametrize("engine", ["streams", "protocol"])
-def test_sync_serve_asyncio_engine_is_rejected(engine: Any) -> None:
-    with pytest.raises(echo_async.ConfigError, match=f"engine '{engine}' requires an event loop; use echo_async.serve"):
-        sync.serve(engine=engine)
-
-
 def test_sync_serve_invalid_option_is_rejected() -> None:
+    with pytest.raises(echo_async.ConfigError, match="engine 'streams' requires an event loop; use "):
+        sync.serve(engine="streams")
     with pytest.raises(echo_async.ConfigError, match="invalid mode: 'loud' "):
         sync.serve(mode=cast(Any, "loud"))
 
