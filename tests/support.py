@@ -29,6 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import echo_async
 from echo_async import sync
+from echo_async.client.endpoint import closed_on_error
 from echo_async.config import EngineName, Mode, ServerOptions
 from echo_async.loops import LoopName, loop_factory
 from echo_async.testing import HostedServer, Peer
@@ -391,10 +392,10 @@ class HasAddress(Protocol):
 def connect(server: HasAddress) -> socket.socket:
     """Connect a blocking socket with a timeout and without Nagle's algorithm."""
     if isinstance(server.address, str):
-        client = socket.socket(socket.AF_UNIX)
-        client.settimeout(TIMEOUT)
-        client.connect(server.address)
-        return client
+        with closed_on_error(socket.socket(socket.AF_UNIX)) as client:
+            client.settimeout(TIMEOUT)
+            client.connect(server.address)
+            return client
     client = socket.create_connection(server.address, TIMEOUT)
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return client

@@ -5,39 +5,24 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import pytest
-from support import TIMEOUT, receive_all, receive_exactly, receive_line
+import support
+from support import TIMEOUT, receive_all, receive_exactly, receive_line, reset
 
 from echo_async import ConfigError
 from echo_async.testing import HostedServer, Peer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-Connect = Callable[[HostedServer], socket.socket]
-
-
-def connect_plain(server: HostedServer) -> socket.socket:
-    if server.port is None:
-        client = socket.socket(socket.AF_UNIX)
-        client.settimeout(TIMEOUT)
-        try:
-            client.connect(str(server.address))
-        except BaseException:
-            client.close()
-            raise
-        return client
-    return socket.create_connection(server.address, TIMEOUT)
-
 
 def connect(server: HostedServer) -> socket.socket:
-    client = connect_plain(server)
-    context = server.client_context
+    client, context = support.connect(server), server.client_context
     return client if context is None else context.wrap_socket(client, server_hostname="localhost")
 
 
@@ -45,13 +30,13 @@ def connect(server: HostedServer) -> socket.socket:
 def options(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     """What makes a server use TCP, TLS or a Unix socket."""
     if request.param == "unix":
-        return {"uds": tmp_path / "echo.sock"}
+        return {"uds": str(tmp_path / "echo.sock")}
     return {"tls": request.param == "tls"}
 
 
 def is_refused(server: HostedServer) -> bool:
     try:
-        connect_plain(server).close()
+        support.connect(server).close()
     except ConnectionRefusedError:
         return True
     return False
@@ -68,19 +53,16 @@ def test_greeting_is_sent_before_any_message(options: dict[str, Any]) -> None:
 
 
 def test_reply_is_sent_instead_of_each_echo(options: dict[str, Any]) -> None:
-    with HostedServer(reply=b"250 ok\r\n", **options) as server, connect(server) as client:
-        client.sendall(b"one\ntwo\n")
-        assert receive_line(client, 16) == b"250 ok\r\n" * 2
-        assert server.received == [b"one\n", b"two\n"]
+    """Bytes, or what a function returns: None for no reply."""
 
-
-def test_reply_function_returns_bytes_or_none(options: dict[str, Any]) -> None:
     def reply(message: bytes) -> bytes | None:
         return None if message == b"quiet\n" else message.upper()
 
-    with HostedServer(reply=reply, **options) as server, connect(server) as client:
-        client.sendall(b"one\nquiet\ntwo\n")
-        assert receive_line(client, 8) == b"ONE\nTWO\n"
+    for given, replies in ((b"250 ok\r\n", b"250 ok\r\n" * 3), (reply, b"ONE\nTWO\n")):
+        with HostedServer(reply=given, **options) as server, connect(server) as client:
+            client.sendall(b"one\nquiet\ntwo\n")
+            assert receive_line(client, len(replies)) == replies
+            assert server.received == [b"one\n", b"quiet\n", b"two\n"]
 
 
 def test_replies_end_with_the_connection(options: dict[str, Any]) -> None:
@@ -93,27 +75,16 @@ def test_replies_end_with_the_connection(options: dict[str, Any]) -> None:
         assert [each.end for each in server.connections] == ["server", "server"]
 
 
-def test_replies_without_any_close_after_the_greeting() -> None:
-    with HostedServer(greeting=b"421 busy\r\n", replies=[]) as server, connect(server) as client:
-        assert receive_all(client) == b"421 busy\r\n"
-
-
-def test_faults_apply_to_greeting_and_replies() -> None:
+def test_faults_and_limits_apply_to_greeting_and_replies() -> None:
     with HostedServer(greeting=b"220 ready\n", reply=b"ok\n", fault="reset=12") as server, connect(server) as client:
         assert receive_line(client) == b"220 ready\n"
         client.sendall(b"one\n")
         assert client.recv(10) == b"ok"
         with pytest.raises(ConnectionResetError):
             client.recv(10)
-
-
-def test_fault_after_messages_spares_the_greeting() -> None:
     with HostedServer(greeting=b"220\n", fault="close,after=1") as server, connect(server) as client:
         client.sendall(b"one\ntwo\n")
         assert receive_all(client) == b"220\none\n"
-
-
-def test_limits_apply_to_replies() -> None:
     with HostedServer(reply=b"ok\n", limit_message_size=10) as server, connect(server) as client:
         client.sendall(b"one\n" + b"x" * 20)
         assert receive_all(client) == b"ok\n"
@@ -143,25 +114,17 @@ def test_connections_have_bytes_messages_and_an_end(options: dict[str, Any]) -> 
             assert [each.number for each in server.connections] == [1, 2]
 
 
-def test_end_of_a_connection_tells_the_reset_of_a_client() -> None:
+def test_end_of_a_connection_tells_which_side_ended_it() -> None:
     with HostedServer() as server:
-        client = connect(server)
-        server.wait_for(accepted=1)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-        client.close()
-        server.wait_for(active=0)
+        reset(connect(server))
+        server.wait_for(accepted=1, active=0)
         assert server.connections[0].end == "reset"
-
-
-@pytest.mark.parametrize("fault", ["close", "reset", "half-close", "reset=0.01s"])
-def test_end_of_a_connection_tells_the_end_by_the_server(fault: str) -> None:
-    with HostedServer(fault=fault) as server:
-        with connect(server) as client:
-            client.sendall(b"one\n")
-            with suppress(ConnectionResetError):
+        for fault in ("close", "reset", "half-close", "reset=0.01s"):
+            with server.fault(fault), connect(server) as client, suppress(ConnectionResetError):
+                client.sendall(b"one\n")
                 receive_all(client)
-        server.wait_for(active=0)
-        assert server.connections[0].end == "server"
+        server.wait_for(accepted=5, active=0)
+        assert [each.end for each in server.connections[1:]] == ["server"] * 4
 
 
 def test_datagrams_are_recorded() -> None:
@@ -174,14 +137,6 @@ def test_datagrams_are_recorded() -> None:
         assert server.datagrams == [b"one", b"two"]
 
 
-def test_wait_for_returns_when_the_counters_are_reached() -> None:
-    with HostedServer() as server, connect(server) as client, connect(server) as other:
-        client.sendall(b"one\n")
-        other.sendall(b"two\nthree\n")
-        server.wait_for(accepted=2, messages=3, active=2)
-        assert sorted(server.received) == [b"one\n", b"three\n", b"two\n"]
-
-
 def test_wait_for_times_out_with_all_counters() -> None:
     with HostedServer(fault="drop") as server, connect(server) as client:
         client.sendall(b"one\n")
@@ -192,6 +147,8 @@ def test_wait_for_times_out_with_all_counters() -> None:
             "timed out after 0.01 s: messages is 1, not 2; active is 1, not 0; faults[reset] is 0, not 1 "
             "(counters: accepted=1 active=1 "
         )
+        with connect(server):
+            server.wait_for(active=2, messages=1)
         with pytest.raises(AttributeError, match="mesages"):
             server.wait_for(mesages=2)
 
@@ -298,13 +255,21 @@ def test_holding_keeps_replies_for_a_client_that_ended_its_side() -> None:
         assert receive_all(client) == b"one\n"
 
 
-def test_holding_ends_with_the_server() -> None:
-    with HostedServer() as server, connect(server) as client, server.holding():
+def test_holding_and_waiting_handlers_end_with_the_server(options: dict[str, Any]) -> None:
+    """It is no failure of the handler that it has not received what it checks."""
+
+    def serve(peer: Peer) -> None:
+        assert peer.receive_some() == b"never"
+
+    started = monotonic()
+    with HostedServer(**options) as server, connect(server) as client, server.holding():
         client.sendall(b"one\n")
         server.wait_for(messages=1)
-        started = monotonic()
         server.close()
-        assert monotonic() - started < 4, "a thread that does not end has 5 s"
+    with HostedServer(handler=serve, **options) as server, connect(server):
+        server.wait_for(active=1)
+        server.close()
+    assert monotonic() - started < 4, "a thread that does not end has 5 s"
 
 
 # Handlers
@@ -414,19 +379,6 @@ def test_handler_whose_client_is_gone_ends_quietly(method: str, options: dict[st
             assert ended == [f"connection 1 ended by the client {place}"]
 
 
-def test_handler_that_waits_ends_with_the_server(options: dict[str, Any]) -> None:
-    """It is no failure of the handler that it has not received what it checks."""
-
-    def serve(peer: Peer) -> None:
-        assert peer.receive_some() == b"never"
-
-    with HostedServer(handler=serve, **options) as server, connect(server):
-        server.wait_for(active=1)
-        started = monotonic()
-        server.close()
-    assert monotonic() - started < 4, "a thread that does not end has 5 s"
-
-
 def failing(peer: Peer) -> None:
     assert peer.receive_line() == b"expected\n"
 
@@ -470,16 +422,14 @@ def test_errors_of_several_connections_are_a_group() -> None:
         server.close()
 
 
-@pytest.mark.parametrize("name", ["greeting", "reply", "replies", "mode", "fault", "fault_sequence"])
-def test_handler_conflicts_with_what_it_replaces(name: str) -> None:
-    values: dict[str, Any] = {"mode": "raw", "fault": "drop", "fault_sequence": ["drop"], "replies": [b"ok\n"]}
-    with pytest.raises(ConfigError, match=f"handler conflicts with {name}"):
-        HostedServer(handler=failing, **{name: values.get(name, b"ok\n")})
+def test_handler_conflicts_with_what_it_replaces() -> None:
+    replies: dict[str, Any] = {"greeting": b"ok\n", "reply": b"ok\n", "replies": [b"ok\n"]}
+    others: dict[str, Any] = {"mode": "raw", "fault": "drop", "fault_sequence": ["drop"]}
+    for name, value in (replies | others).items():
+        with pytest.raises(ConfigError, match=f"handler conflicts with {name}$"):
+            HostedServer(handler=failing, **{name: value})
     with HostedServer(handler=failing) as server, pytest.raises(ConfigError), server.fault("drop"):
         pass
-
-
-def test_reply_and_replies_are_mutually_exclusive() -> None:
     with pytest.raises(ConfigError, match="reply and replies are mutually exclusive"):
         HostedServer(reply=b"ok\n", replies=[b"ok\n"])
 
@@ -502,21 +452,18 @@ def test_certificate_of_each_kind_is_refused_by_a_client(kind: Any, reason: str)
         server.wait_for(tls_failures=1)
 
 
-def test_stalled_handshake_times_out() -> None:
-    with HostedServer(tls="stalled") as server, connect_plain(server) as client:
+def test_server_without_a_handshake_is_refused_by_a_client() -> None:
+    with HostedServer(tls="stalled") as server, support.connect(server) as client:
         client.settimeout(0.1)
         assert server.client_context is not None
         with pytest.raises(TimeoutError):
             server.client_context.wrap_socket(client, server_hostname="localhost")
-
-
-def test_plain_server_fails_the_handshake() -> None:
     with HostedServer(tls="plain") as server, pytest.raises(ssl.SSLError, match=r"(?i)wrong.version.number"):
         connect(server)
 
 
 def test_calls_from_many_threads_are_safe() -> None:
-    """Clients connect all the time, while the server is disconnected, refuses, and has faults."""
+    """Clients connect all the time, while the server refuses, has faults, and holds replies."""
     stop = threading.Event()
 
     def reconnect() -> None:
@@ -528,16 +475,15 @@ def test_calls_from_many_threads_are_safe() -> None:
             except ConnectionError:
                 pass
 
-    def change(each: Callable[[], Any]) -> Iterator[None]:
+    def change(begin: Callable[[], Any]) -> None:
         for _ in range(30):
-            with each():
+            with begin():
                 pass
-            yield
 
     with HostedServer() as server:
         clients = [threading.Thread(target=reconnect, daemon=True) for _ in range(3)]
         changes = [server.refusing, lambda: server.fault("reset"), server.holding]
-        changers = [threading.Thread(target=lambda e=e: list(change(e)), daemon=True) for e in changes]
+        changers = [threading.Thread(target=change, args=[each], daemon=True) for each in changes]
         for thread in (*clients, *changers):
             thread.start()
         for thread in changers:
