@@ -214,15 +214,9 @@ def _equal(sent: bytes, start: int, data: bytes, position: int, size: int) -> bo
 
 
 def _common_prefix(one: bytes, other: bytes) -> int:
-    """Return the number of bytes that both begin with, by binary search."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    """Return the number of bytes that both begin with."""
+    different = (at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    return next(different, min(len(one), len(other)))
 
 
 def _quote(data: bytes) -> str:

@@ -6,6 +6,7 @@ import ssl
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Self, Unpack, cast
 
 from ..compat import is_closed_by_peer
@@ -19,7 +20,7 @@ from ..wire.faults import FaultSchedule, parse_sequence
 from ..wire.script import Script
 from .certificates import Certificates, TlsKind
 from .recorder import RecordedConnection, Recorder
-from .scripts import Gate, Handler, HandlerScript, Reply, ReplyOptions, ReplyScript
+from .scripts import Handler, HandlerScript, Reply, ReplyOptions, ReplyScript
 
 if TYPE_CHECKING:
     from ..engines.connection import Connection
@@ -85,7 +86,6 @@ class HostedServer:
             given["mode"], replies = "raw", [NO_TLS_REPLY]
         self._handler = handler
         self._has_functions = handler is not None or callable(reply)
-        self._gate = Gate()
         self.client_context: ssl.SSLContext | None = None
         with ExitStack() as files:
             has_certificate = tls and tls not in ("stalled", "plain")
@@ -109,7 +109,7 @@ class HostedServer:
         served = cast("ThreadConnection", connection)
         if self._handler is not None:
             return HandlerScript(self._handler, served, self._recorder.errors)
-        return ReplyScript(served, inner, self._replies, self._gate)
+        return ReplyScript(served, inner, self._replies)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -183,10 +183,7 @@ class HostedServer:
             self._set_schedule(previous)
 
     def _set_schedule(self, schedule: FaultSchedule | None) -> None:
-        def change() -> None:
-            self._scripts.schedule = schedule
-
-        self._acceptor.call(change)
+        self._acceptor.call(partial(setattr, self._scripts, "schedule", schedule))
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
@@ -200,11 +197,11 @@ class HostedServer:
     @contextmanager
     def holding(self) -> Iterator[None]:
         """Receive messages in the block, and reply at its end."""
-        self._gate.is_closed = True
+        self._replies.is_held = True
         try:
             yield
         finally:
-            self._gate.is_closed = False
+            self._replies.is_held = False
 
     def close(self) -> None:
         """Abort all connections, stop listening, and return when the threads have ended. Idempotent.

@@ -19,11 +19,11 @@ Reply = Callable[[bytes], bytes | None]
 Handler = Callable[[Peer], object]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ReplyOptions:
     """What is sent, and what instead of an echo. In ``raw`` mode each read is a message.
 
-    What ``reply`` raises is added to ``errors``.
+    What ``reply`` raises is added to ``errors``. While ``is_held`` is true, replies wait.
     """
 
     greeting: bytes
@@ -31,27 +31,21 @@ class ReplyOptions:
     replies: Sequence[bytes | None] | None
     is_raw: bool
     errors: list[BaseException]
-
-
-class Gate:
-    """``is_closed`` is true while replies have to wait."""
-
-    is_closed = False
+    is_held: bool = False
 
 
 class ReplyScript:
     """Sends a greeting first, and for each message what ``inner`` sends, or what ``reply`` returns: None for nothing.
 
     With ``replies``, one is for each message, and the connection is closed after the last. Messages are received while
-    replies wait for ``gate``.
+    replies wait.
     """
 
-    def __init__(self, connection: ThreadConnection, inner: Script, options: ReplyOptions, gate: Gate) -> None:
+    def __init__(self, connection: ThreadConnection, inner: Script, options: ReplyOptions) -> None:
         self._connection = connection
         self._inner = inner
         self._options = options
         self._left = None if options.replies is None else list(options.replies)
-        self._gate = gate
         self.is_silent = inner.is_silent
 
     def start(self) -> Iterator[Action]:
@@ -61,7 +55,7 @@ class ReplyScript:
             yield End.CLOSE
 
     def reply(self, data: bytes) -> Iterator[Action]:
-        while self._gate.is_closed and not self._connection.is_ending:
+        while self._options.is_held and not self._connection.is_ending:
             yield Wait(HOLD_INTERVAL)
             if len(data) < MAX_HELD_SIZE:
                 data += self._connection.receive_waiting()
