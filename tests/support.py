@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import gc
+import inspect
 import os
 import re
 import select
@@ -22,7 +25,7 @@ from pathlib import Path
 from subprocess import PIPE, CompletedProcess
 from time import monotonic
 from types import TracebackType
-from typing import IO, Any, NamedTuple, Protocol, TypeVar, Unpack
+from typing import IO, Any, NamedTuple, Protocol, TypeVar, Unpack, cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -49,6 +52,31 @@ def run(main: Callable[[], Coroutine[Any, Any, T]], loop: str = "asyncio") -> T:
     """Run ``main()`` in a new event loop in debug mode."""
     with asyncio.Runner(loop_factory=loop_factory(loop), debug=True) as runner:
         return runner.run(main())
+
+
+def on_each_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Make a test of a coroutine function, on each event loop. It must leave no task and no error of the loop."""
+
+    @pytest.mark.parametrize("loop", LOOPS)
+    @functools.wraps(test)
+    def run_test(loop: LoopName, **fixtures: Any) -> None:
+        errors: list[dict[str, Any]] = []
+
+        async def main() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+            async with asyncio.timeout(TIMEOUT):
+                await test(**fixtures)
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        run(main, loop)
+        gc.collect()
+        assert errors == []
+
+    signature = inspect.signature(test)
+    loop = inspect.Parameter("loop", inspect.Parameter.KEYWORD_ONLY)
+    parameters = [*signature.parameters.values(), loop]
+    run_test.__signature__ = signature.replace(parameters=parameters)
+    return cast(Callable[..., None], run_test)
 
 
 class Backend(NamedTuple):

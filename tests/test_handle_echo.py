@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import LOOPS, TIMEOUT, receive_all, run
+from support import LOOPS, TIMEOUT, on_each_loop, receive_all, run
 
 import echo_async
 from echo_async.compat import set_reset_on_close
@@ -23,34 +22,8 @@ from echo_async.config import Mode
 from echo_async.loops import LoopName
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-OnLoop = Callable[..., None]
 
-
-@pytest.fixture(params=LOOPS)
-def on_loop(request: pytest.FixtureRequest) -> OnLoop:
-    """Run a coroutine function on each event loop in debug mode, and call ``then`` when the loop is closed.
-
-    The event loop must report no error, and no descriptor may stay open.
-    """
-    loop: LoopName = request.param
-    run(lambda: asyncio.sleep(0), loop)  # opens descriptors that stay open
-
-    def run_and_check(main: Callable[[], Awaitable[None]], then: Callable[[], None] = lambda: None) -> None:
-        loop_errors: list[dict[str, Any]] = []
-        descriptors = len(os.listdir("/proc/self/fd"))
-
-        async def checked() -> None:
-            asyncio.get_running_loop().set_exception_handler(lambda _, context: loop_errors.append(context))
-            async with asyncio.timeout(TIMEOUT):
-                await main()
-
-        run(checked, loop)
-        then()
-        gc.collect()
-        assert loop_errors == []
-        assert len(os.listdir("/proc/self/fd")) == descriptors
-
-    return run_and_check
+pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 @pytest.fixture
@@ -65,6 +38,8 @@ async def start_server(handler: Any, **options: Any) -> AsyncIterator[tuple[str,
     server = await asyncio.start_server(handler, "127.0.0.1", 0, **options)
     async with server:
         yield server.sockets[0].getsockname()
+    if handlers := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(handlers)
 
 
 @asynccontextmanager
@@ -75,80 +50,66 @@ async def open_client(address: tuple[str, int], **options: Any) -> AsyncIterator
     await writer.wait_closed()
 
 
-async def wait_for_handlers() -> None:
-    """Wait until every handler has ended."""
-    if handlers := asyncio.all_tasks() - {asyncio.current_task()}:
-        await asyncio.wait(handlers)
-
-
-def test_handle_echo_in_each_mode_answers_by_its_rules(on_loop: OnLoop) -> None:
+@on_each_loop
+async def test_handle_echo_in_each_mode_answers_by_its_rules() -> None:
     sent = b"one\ntwo\nunfinished"
     replies: dict[Mode, bytes] = {"message": b"one\n", "stream": b"one\ntwo\n", "raw": sent}
 
-    async def main() -> None:
-        for mode, reply in replies.items():
-            handler = partial(echo_async.handle_echo, mode=mode, chunk_size=3)
-            async with start_server(handler) as address, open_client(address) as (reader, writer):
-                writer.write(sent)
-                writer.write_eof()
-                assert await reader.read() == reply
-        await wait_for_handlers()
-
-    on_loop(main)
+    for mode, reply in replies.items():
+        handler = partial(echo_async.handle_echo, mode=mode, chunk_size=3)
+        async with start_server(handler) as address, open_client(address) as (reader, writer):
+            writer.write(sent)
+            writer.write_eof()
+            assert await reader.read() == reply
 
 
-def test_handle_echo_timeout_closes_the_connection(on_loop: OnLoop) -> None:
-    async def main() -> None:
-        for sent, option in ((b"", "timeout_idle"), (b"begun", "timeout_message")):
-            handler = partial(echo_async.handle_echo, **{option: 0.1})  # type: ignore[arg-type]
-            async with start_server(handler) as address, open_client(address) as (reader, writer):
-                writer.write(sent)
-                assert await reader.read() == b""
-        await wait_for_handlers()
-
-    on_loop(main)
+@on_each_loop
+async def test_handle_echo_timeout_closes_the_connection() -> None:
+    for sent, option in ((b"", "timeout_idle"), (b"begun", "timeout_message")):
+        handler = partial(echo_async.handle_echo, **{option: 0.1})  # type: ignore[arg-type]
+        async with start_server(handler) as address, open_client(address) as (reader, writer):
+            writer.write(sent)
+            assert await reader.read() == b""
 
 
-def test_handle_echo_reset_is_not_reported_to_the_loop(on_loop: OnLoop) -> None:
-    async def main() -> None:
-        async with start_server(partial(echo_async.handle_echo, mode="stream")) as address:
-            for sent in (b"", b"begun", b"one\n" * 10_000):
-                _, writer = await asyncio.open_connection(*address)
-                writer.write(sent)
-                writer.transport.abort()
-                await asyncio.sleep(0)
-            await wait_for_handlers()
-
-    on_loop(main)
+@on_each_loop
+async def test_handle_echo_reset_is_not_reported_to_the_loop() -> None:
+    async with start_server(partial(echo_async.handle_echo, mode="stream")) as address:
+        for sent in (b"", b"begun", b"one\n" * 10_000):
+            _, writer = await asyncio.open_connection(*address)
+            writer.write(sent)
+            writer.transport.abort()
+            await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize(
     ("options", "error"),
     [({"mode": "loud"}, "invalid mode: 'loud' "), ({"fault": "drop"}, "handle_echo has neither faults nor identify")],
 )
-def test_handle_echo_invalid_option_raises_and_closes(on_loop: OnLoop, options: Any, error: str) -> None:
-    async def main() -> None:
-        raised: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+@on_each_loop
+async def test_handle_echo_invalid_option_raises_and_closes(options: Any, error: str) -> None:
+    raised: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
 
-        def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            try:
-                echo_async.handle_echo(reader, writer, **options)
-            except echo_async.ConfigError as invalid:
-                raised.set_result(invalid)
+    def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            echo_async.handle_echo(reader, writer, **options)
+        except echo_async.ConfigError as invalid:
+            raised.set_result(invalid)
 
-        async with start_server(handle) as address, open_client(address) as (reader, _):
-            with suppress(ConnectionResetError):
-                assert await reader.read() == b""  # the connection is closed
-            assert str(await raised).startswith(error)
-
-    on_loop(main)
+    async with start_server(handle) as address, open_client(address) as (reader, _):
+        with suppress(ConnectionResetError):
+            assert await reader.read() == b""  # the connection is closed
+        assert str(await raised).startswith(error)
 
 
-def test_handle_echo_end_of_loop_closes_all_connections(on_loop: OnLoop) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+def test_handle_echo_end_of_loop_closes_all_connections(loop: LoopName) -> None:
     clients: dict[socket.socket, bytes] = {}
+    errors: list[dict[str, Any]] = []
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: errors.append(context))
         server = await asyncio.start_server(partial(echo_async.handle_echo, mode="stream"), "127.0.0.1", 0)
         for sent in (b"", b"begun", b"whole\n") * 4:
             clients[client := socket.create_connection(server.sockets[0].getsockname())] = sent
@@ -157,13 +118,13 @@ def test_handle_echo_end_of_loop_closes_all_connections(on_loop: OnLoop) -> None
             assert await loop.sock_recv(client, 6) == b"hello\n"
         server.close()
 
-    def then() -> None:
-        for client, sent in clients.items():
-            client.settimeout(TIMEOUT)
-            with client:
-                assert receive_until_reset(client) in (b"", sent)
-
-    on_loop(main, then)
+    run(main, loop)
+    for client, sent in clients.items():
+        client.settimeout(TIMEOUT)
+        with client:
+            assert receive_until_reset(client) in (b"", sent)
+    gc.collect()
+    assert errors == []
 
 
 def receive_until_reset(client: socket.socket) -> bytes:
@@ -175,31 +136,28 @@ def receive_until_reset(client: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("is_sending", [False, True])
-def test_handle_echo_canceled_ends(on_loop: OnLoop, is_sending: bool) -> None:
+@on_each_loop
+async def test_handle_echo_canceled_ends(is_sending: bool) -> None:
     size = 12 * 1024 * 1024
 
-    async def main() -> None:
-        started: asyncio.Future[asyncio.Task[None]] = asyncio.get_running_loop().create_future()
+    started: asyncio.Future[asyncio.Task[None]] = asyncio.get_running_loop().create_future()
 
-        def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            started.set_result(echo_async.handle_echo(reader, writer, limit_message_size=size, chunk_size=65536))
+    def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        started.set_result(echo_async.handle_echo(reader, writer, limit_message_size=size, chunk_size=65536))
 
-        async with start_server(handle) as address:
-            loop = asyncio.get_running_loop()
-            with socket.create_connection(address) as client:
-                client.setblocking(False)
-                if is_sending:
-                    await loop.sock_sendall(client, b"x" * (size - 1) + b"\n")
-                    assert await loop.sock_recv(client, 1) == b"x"
-                task = await started
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-                if not is_sending:
-                    assert await loop.sock_recv(client, 1) == b""
-        await wait_for_handlers()
-
-    on_loop(main)
+    async with start_server(handle) as address:
+        loop = asyncio.get_running_loop()
+        with socket.create_connection(address) as client:
+            client.setblocking(False)
+            if is_sending:
+                await loop.sock_sendall(client, b"x" * (size - 1) + b"\n")
+                assert await loop.sock_recv(client, 1) == b"x"
+            task = await started
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            if not is_sending:
+                assert await loop.sock_recv(client, 1) == b""
 
 
 def handle_after_line(**options: Any) -> Callable[..., Awaitable[None]]:
@@ -214,109 +172,97 @@ def handle_after_line(**options: Any) -> Callable[..., Awaitable[None]]:
     return handle
 
 
-def test_handle_echo_after_a_read_echoes_the_rest(on_loop: OnLoop) -> None:
+@on_each_loop
+async def test_handle_echo_after_a_read_echoes_the_rest() -> None:
     """The StreamReader has buffered some of it, all of it, or so much that the transport is paused."""
 
-    async def main() -> None:
-        async with start_server(handle_after_line(chunk_size=1000)) as address:
-            for sent in (b"", b"one\n", b"on", b"x" * 63 + b"\n" + b"two\n" * 100_000):
-                async with open_client(address) as (reader, writer):
-                    writer.write(b"mine\n" + sent)
-                    writer.write(b"e\nlast\n")
-                    assert await reader.readexactly(len(sent) + 7) == sent + b"e\nlast\n"
-                    writer.write_eof()
-                    assert await reader.read() == b""
-            await wait_for_handlers()
-
-    on_loop(main)
+    async with start_server(handle_after_line(chunk_size=1000)) as address:
+        for sent in (b"", b"one\n", b"on", b"x" * 63 + b"\n" + b"two\n" * 100_000):
+            async with open_client(address) as (reader, writer):
+                writer.write(b"mine\n" + sent)
+                writer.write(b"e\nlast\n")
+                assert await reader.readexactly(len(sent) + 7) == sent + b"e\nlast\n"
+                writer.write_eof()
+                assert await reader.read() == b""
 
 
-def test_handle_echo_after_eof_echoes_what_is_buffered(on_loop: OnLoop) -> None:
+@on_each_loop
+async def test_handle_echo_after_eof_echoes_what_is_buffered() -> None:
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for _ in range(10):  # everything is in the kernel: the event loop reads it, then its end
             await asyncio.sleep(0)
         await echo_async.handle_echo(reader, writer, mode="stream", chunk_size=3)
 
-    async def main() -> None:
-        async with start_server(handle) as address:
-            for sent in (b"", b"one\ntwo\nunfinished"):
-                with socket.create_connection(address) as client:
-                    client.sendall(sent)
-                    client.shutdown(socket.SHUT_WR)
-                    assert await asyncio.to_thread(receive_all, client) == sent[:8]
-            await wait_for_handlers()
-
-    on_loop(main)
+    async with start_server(handle) as address:
+        for sent in (b"", b"one\ntwo\nunfinished"):
+            with socket.create_connection(address) as client:
+                client.sendall(sent)
+                client.shutdown(socket.SHUT_WR)
+                assert await asyncio.to_thread(receive_all, client) == sent[:8]
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_handle_echo_of_a_closed_connection_ends(
-    on_loop: OnLoop, tls: bool, server_context: ssl.SSLContext, client_context: ssl.SSLContext
+@on_each_loop
+async def test_handle_echo_of_a_closed_connection_ends(
+    tls: bool, server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
+    turns = count()
+
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.transport.abort()
         for _ in range(next(turns)):  # until the reader learns that the connection is lost
             await asyncio.sleep(0)
         await echo_async.handle_echo(reader, writer)
 
-    async def main() -> None:
-        client_options = {"ssl": client_context, "server_hostname": "localhost"} if tls else {}
-        async with start_server(handle, ssl=server_context if tls else None) as address:
-            for _ in range(4):
-                with suppress(ConnectionResetError):
-                    async with open_client(address, **client_options) as (reader, _):
-                        assert await reader.read() == b""
-                await wait_for_handlers()
-
-    turns = count()
-    on_loop(main)
+    client_options = {"ssl": client_context, "server_hostname": "localhost"} if tls else {}
+    async with start_server(handle, ssl=server_context if tls else None) as address:
+        for _ in range(4):
+            with suppress(ConnectionResetError):
+                async with open_client(address, **client_options) as (reader, _):
+                    assert await reader.read() == b""
 
 
-def test_handle_echo_reset_client_ends_wait_closed(on_loop: OnLoop) -> None:
+@on_each_loop
+async def test_handle_echo_reset_client_ends_wait_closed() -> None:
     """The writer of the program learns of the lost connection."""
     ended: list[BaseException | None] = []
 
-    async def main() -> None:
-        handle = handle_after_line()
+    handle = handle_after_line()
 
-        async def checked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            [error] = await asyncio.gather(handle(reader, writer), return_exceptions=True)
-            ended.append(error)
+    async def checked(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        [error] = await asyncio.gather(handle(reader, writer), return_exceptions=True)
+        ended.append(error)
 
-        async with start_server(checked) as address:
-            with socket.create_connection(address) as client:
-                client.sendall(b"mine\none\n")
-                assert await asyncio.to_thread(client.recv, 4) == b"one\n"
-                set_reset_on_close(client)
-            await wait_for_handlers()
-
-    on_loop(main)
+    async with start_server(checked) as address:
+        with socket.create_connection(address) as client:
+            client.sendall(b"mine\none\n")
+            assert await asyncio.to_thread(client.recv, 4) == b"one\n"
+            set_reset_on_close(client)
     assert len(ended) == 1
     assert ended[0] is None or isinstance(ended[0], ConnectionResetError)
 
 
-def test_handle_echo_over_tls_after_a_read_echoes_the_rest(
-    on_loop: OnLoop,
+@on_each_loop
+async def test_handle_echo_over_tls_after_a_read_echoes_the_rest(
     server_context: ssl.SSLContext,
     client_context: ssl.SSLContext,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     sent = b"x" * 100_000 + b"\n"
 
-    async def main() -> None:
-        async with start_server(handle_after_line(chunk_size=1000), ssl=server_context) as address:
-            async with open_client(address, ssl=client_context, server_hostname="localhost") as (reader, writer):
-                writer.write(b"mine\n" + sent)
-                assert await reader.readexactly(len(sent)) == sent
-                writer.write(b"two\n")
-                assert await reader.readexactly(4) == b"two\n"
-            await wait_for_handlers()
-
-    on_loop(main)
+    async with (
+        start_server(handle_after_line(chunk_size=1000), ssl=server_context) as address,
+        open_client(address, ssl=client_context, server_hostname="localhost") as (reader, writer),
+    ):
+        writer.write(b"mine\n" + sent)
+        assert await reader.readexactly(len(sent)) == sent
+        writer.write(b"two\n")
+        assert await reader.readexactly(4) == b"two\n"
     assert "eof_received" not in caplog.text
 
 
-def test_handle_echo_of_another_reader_echoes_its_data(on_loop: OnLoop) -> None:
+@on_each_loop
+async def test_handle_echo_of_another_reader_echoes_its_data() -> None:
     """The reader is not fed by the transport of the writer, but by something else, such as a filter."""
 
     async def handle(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -327,9 +273,5 @@ def test_handle_echo_of_another_reader_echoes_its_data(on_loop: OnLoop) -> None:
         reader.feed_eof()
         await task
 
-    async def main() -> None:
-        async with start_server(handle) as address, open_client(address) as (reader, _):
-            assert await reader.read() == b"one\ntwo\n"
-        await wait_for_handlers()
-
-    on_loop(main)
+    async with start_server(handle) as address, open_client(address) as (reader, _):
+        assert await reader.read() == b"one\ntwo\n"
