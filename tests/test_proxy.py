@@ -140,7 +140,7 @@ def test_parser_consumes_the_header_and_no_more() -> None:
             assert_finished(parser, source)
 
 
-@given(header=st.sampled_from(list(HEADERS)), rest=st.binary(), data=st.data())
+@given(header=st.sampled_from([each for each in HEADERS if len(each) < 1000]), rest=st.binary(), data=st.data())
 def test_parser_fed_any_split_gives_the_same_source(header: bytes, rest: bytes, data: st.DataObject) -> None:
     parser, sent, at = ProxyHeader(), header + rest, 0
     while not parser.finished:

@@ -32,7 +32,6 @@ from support import (
 
 import echo_async
 from echo_async import sync
-from echo_async.config import EngineName
 from echo_async.server.admission import Admission
 from echo_async.wire.conversation import StreamConversation
 
@@ -83,39 +82,33 @@ each_acceptor = pytest.mark.parametrize(
 )
 
 PERSISTENT_ERRORS = [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPERM, errno.EINVAL]
-# One error of each acceptor, and each error of one: they share the decision.
-RETRIED = [
-    *((backend, tls, errno.EMFILE) for backend, tls in ACCEPTORS),
-    *((*ACCEPTORS[0], number) for number in PERSISTENT_ERRORS[1:]),
-]
 TRANSIENT_ERRORS = [errno.ECONNABORTED, errno.EPROTO, errno.EPERM]
 
 
-@pytest.mark.parametrize(("backend", "tls", "number"), RETRIED, indirect=["backend"])
+@each_acceptor
 def test_accept_error_is_retried_after_a_pause(
     start_server: StartServer,
     tls: bool,
-    number: int,
     client_context: ssl.SSLContext,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     accept = FailingAccept(monkeypatch)
     with start_server(tls=tls) as server:
-        start = monotonic()
-        accept.begin(number)
-        with connect(server) as plain:
-            accept.wait(failures=3)
-            assert accept.failures <= 4 + (monotonic() - start) / accept.RETRY_DELAY  # no busy waiting
-            accept.end()
-            recovery = monotonic()
-            client = client_context.wrap_socket(plain, server_hostname="localhost") if tls else plain
-            assert is_echoed(client)
-            assert monotonic() - recovery < MAX_DELAY
-            client.close()
+        started = monotonic()
+        for number in PERSISTENT_ERRORS:
+            start = monotonic()
+            accept.begin(number)
+            with connect(server) as plain:
+                accept.wait(failures=3)
+                assert accept.failures <= 4 + (monotonic() - start) / accept.RETRY_DELAY  # no busy waiting
+                accept.end()
+                client = client_context.wrap_socket(plain, server_hostname="localhost") if tls else plain
+                assert is_echoed(client)
+                client.close()
         lines = [line for line in log_lines(caplog, logging.WARNING) if "accept failed" in line]
-        assert 1 <= len(lines) <= 1 + (monotonic() - start)
-        assert os.strerror(number).lower() in lines[0].lower()
+        assert 1 <= len(lines) <= 1 + (monotonic() - started)
+        assert os.strerror(PERSISTENT_ERRORS[0]).lower() in lines[0].lower()
 
 
 @each_acceptor
@@ -136,8 +129,7 @@ def test_accept_aborted_connection_does_not_delay_the_next(
             assert accept.failures == 1
 
 
-ERRORS = [MemoryError(), RuntimeError("sockets are blocked"), ValueError("a bug")]
-each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+ERRORS = [MemoryError(), ValueError("a bug")]
 STEPS: dict[str, dict[str, Any]] = {"plain": {}, "tls": {"tls": True}, "proxy": {"proxy_protocol": "auto"}}
 each_step = pytest.mark.parametrize("step", STEPS)
 
@@ -181,24 +173,19 @@ def test_accept_raising_any_exception_is_retried(
         assert line == f"accept failed: {str(error) or type(error).__name__}; retrying in 0.1 s"
 
 
-@each_error
-@pytest.mark.parametrize("engine", ["protocol"])
-def test_accept_raising_in_asyncio_reports_and_goes_on(
-    engine: EngineName, error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_accept_raising_in_asyncio_reports_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without TLS and PROXY headers, asyncio accepts, and reports the exception to the handler of the loop."""
     accept = FailingAccept(monkeypatch, max_failures=1)
-    thread = ServerThread("asyncio", {"engine": engine, "port": 0, "mode": "stream"})
+    thread = ServerThread("asyncio", {"engine": "protocol", "port": 0, "mode": "stream"})
     with thread as server:
-        accept.begin(error)
+        accept.begin(ValueError("a bug"))
         for _ in range(2):
             with connect(server) as client:
                 assert is_echoed(client)
         assert accept.failures == 1
-        reported = thread.loop_errors.copy()
+        [reported] = thread.loop_errors
         thread.loop_errors.clear()
-    assert len(reported) == 1
-    assert repr(error) in reported[0]
+    assert "ValueError('a bug')" in reported
 
 
 def fail_once(function: Callable[..., Any], error: Exception) -> Callable[..., Any]:
@@ -214,31 +201,28 @@ def fail_once(function: Callable[..., Any], error: Exception) -> Callable[..., A
 
 
 @each_step
-@pytest.mark.parametrize(
-    ("owner", "name"), [(Admission, "has_place"), (StreamConversation, "__init__")], ids=["admission", "conversation"]
-)
 def test_new_connection_raising_ends_only_itself(
     start_server: StartServer,
-    owner: type,
-    name: str,
     step: str,
     client_context: ssl.SSLContext,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """There is no memory for its admission, or for its conversation."""
-    monkeypatch.setattr(owner, name, fail_once(getattr(owner, name), MemoryError()))
     with start_server(limit_connections=1, **STEPS[step]) as server:
-        with suppress(OSError), connect_through(server, step, client_context) as client:
-            assert client.recv(1) == b""
-        wait_for(server, failed=1)
-        with connect_through(server, step, client_context) as client:
-            assert is_echoed(client)
-        wait_for(server, active=0)
-        assert server.stats.accepted == 1
+        for number, (owner, name) in enumerate(((Admission, "has_place"), (StreamConversation, "__init__")), start=1):
+            monkeypatch.setattr(owner, name, fail_once(getattr(owner, name), MemoryError()))
+            with suppress(OSError), connect_through(server, step, client_context) as client:
+                assert client.recv(1) == b""
+            wait_for(server, failed=number)
+            with connect_through(server, step, client_context) as client:
+                assert is_echoed(client)
+            wait_for(server, active=0)
+            assert server.stats.accepted == number
         assert server.stats.tls_failures == server.stats.proxy_failures == 0
-    [line] = log_lines(caplog, logging.WARNING)
-    assert line.endswith(" internal error, connection aborted: MemoryError()")
+    lines = log_lines(caplog, logging.WARNING)
+    assert len(lines) == 2
+    assert all(line.endswith(" internal error, connection aborted: MemoryError()") for line in lines)
 
 
 def test_accept_by_another_worker_does_not_delay_the_next(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,8 +30,7 @@ from echo_async.wire.conversation import StreamConversation
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-@pytest.mark.parametrize("error", [ValueError("a bug"), MemoryError()], ids=["bug", "memory"])
+@pytest.mark.parametrize(("tls", "error"), [(False, ValueError("a bug")), (True, MemoryError())], ids=["plain", "tls"])
 def test_internal_error_aborts_only_its_connection(
     start_server: StartServer,
     tls: bool,

@@ -68,25 +68,16 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, input="hola\n", capture_output=True, text=True, timeout=TIMEOUT)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "text"),
-    [
-        (("client", "--host", "localhost", "hola"), 3, "cannot resolve the host name: {}; use an address"),
-        (("server", "--port", "0", "--engine", "threads"), 3, "cannot serve on threads: {}; raise the thread"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
-)
-def test_command_without_threads_prints_one_error(arguments: tuple[str, ...], code: int, text: str) -> None:
-    done = run_command(*arguments)
-    assert text.format(REASON) in single_error_line(done.stdout, done.stderr)
-    assert done.returncode == code
-
-
-def test_client_without_threads_cannot_read_stdin(make_echo_server: MakeEchoServer) -> None:
+def test_commands_without_threads_print_one_error(make_echo_server: MakeEchoServer) -> None:
     host, port = make_echo_server().address
-    done = run_command("client", "--host", host, "--port", str(port), "-")
-    assert single_error_line(done.stdout, done.stderr) == f"error: cannot read stdin: {REASON}\n"
-    assert done.returncode == 1
+    for arguments, code, error in (
+        (("client", "--host", "localhost", "hola"), 3, f": {UNRESOLVED}"),
+        (("server", "--port", "0", "--engine", "threads"), 3, f"error: cannot serve on threads: {REASON}; raise the"),
+        (("client", "--host", host, "--port", str(port), "-"), 1, f"error: cannot read stdin: {REASON}\n"),
+    ):
+        done = run_command(*arguments)
+        assert error in single_error_line(done.stdout, done.stderr)
+        assert done.returncode == code
 
 
 SUBINTERPRETER = """
@@ -121,33 +112,29 @@ except echo_async.EchoError as error:
 """
 
 
-def run_in_subinterpreter(call: str) -> str:
-    """Evaluate ``call`` in an isolated subinterpreter of a new process; return its result, or its ``EchoError``."""
-    command = [sys.executable, "-c", SUBINTERPRETER, CALL.replace("{}", call)]
+def run_in_subinterpreter(*calls: str) -> list[str]:
+    """Evaluate calls in an isolated subinterpreter of a new process; return the results, or ``EchoError``s."""
+    command = [sys.executable, "-c", SUBINTERPRETER, "".join(CALL.replace("{}", call) for call in calls)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     if sys.version_info[:2] != (3, 12):  # which crashes at exit if a subinterpreter has imported ssl, whatever it did
         assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    return done.stdout
+    return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "sync"])
-def test_connect_in_subinterpreter_works_or_raises(loop: str) -> None:
-    """Before Python 3.12, a subinterpreter has no threads at all."""
-    call = (
-        "sync.echo('hola', 'localhost', 1)"
-        if loop == "sync"
-        else "asyncio.run(echo_async.echo('hola', 'localhost', 1))"
+def test_subinterpreter_works_or_raises() -> None:
+    """Before Python 3.12, it has no threads at all."""
+    asyncio_client, blocking_client, *servers = run_in_subinterpreter(
+        "asyncio.run(echo_async.echo('hola', 'localhost', 1))",
+        "sync.echo('hola', 'localhost', 1)",
+        "asyncio.run(serve(host='localhost'))",
+        "sync.serve(port=0).__exit__()",
+        "HostedServer().close()",
     )
-    has_threads = loop == "sync" or sys.version_info >= (3, 12)
-    reason = "connection refused" if has_threads else "cannot resolve the host name: "
-    assert run_in_subinterpreter(call).startswith(f"ConnectError cannot connect to localhost:1: {reason}")
-
-
-@pytest.mark.parametrize(
-    "call", ["asyncio.run(serve(host='localhost'))", "sync.serve(port=0).__exit__()", "HostedServer().close()"]
-)
-def test_serve_in_subinterpreter_works_or_raises_start_error(call: str) -> None:
-    """Before Python 3.12, a subinterpreter has no threads at all."""
-    expected = "result: " if sys.version_info >= (3, 12) else "StartError cannot "
-    assert run_in_subinterpreter(call).startswith(expected)
+    has_threads = sys.version_info >= (3, 12)
+    error = "ConnectError cannot connect to localhost:1: "
+    assert asyncio_client.startswith(
+        error + ("connection refused" if has_threads else "cannot resolve the host name: ")
+    )
+    assert blocking_client.startswith(error + "connection refused")
+    assert len(servers) == 3
+    assert all(each.startswith("result: " if has_threads else "StartError cannot ") for each in servers)
