@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import ssl
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,32 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 each_engine = pytest.mark.parametrize(("engine", "loop"), [("streams", "asyncio"), ("protocol", "uvloop")])
+
+
+class Samples(list[int]):
+    """What ``read`` returns in each iteration of the running event loop, as long as the block runs."""
+
+    def __init__(self, read: Callable[[], int]) -> None:
+        super().__init__([0])
+        self._read = read
+        self._loop = asyncio.get_running_loop()
+
+    def _sample(self) -> None:
+        self.append(self._read())
+        self._next = self._loop.call_soon(self._sample)
+
+    def __enter__(self) -> Samples:
+        self._sample()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._next.cancel()
+        self.append(self._read())
+
+    def max_share(self) -> int:
+        """Return the largest increase in one iteration."""
+        return max(after - before for before, after in pairwise(self))
+
 
 SHARES = {"streams": CHUNKS_PER_TURN * 20, "protocol": 256 * 1024}
 """Bytes of complete messages that one client gets in a turn; ``protocol`` reads four times that without a newline."""
@@ -62,7 +89,6 @@ def test_flood_from_one_client_is_read_in_limited_shares(
         share += MAX_DATA_SIZE  # of a record that was incomplete before
 
     async def main() -> None:
-        running = asyncio.get_running_loop()
         options: ServerOptions = {
             "port": 0,
             "mode": "stream",
@@ -73,24 +99,15 @@ def test_flood_from_one_client_is_read_in_limited_shares(
             "ssl_certfile": str(certificate) if tls else None,
         }
         async with echo_async.serve(**options) as server:
-            received = [0]
-
-            def sample() -> None:
-                received.append(server.stats.bytes_in)
-                if received[-1] < len(flood):
-                    running.call_soon(sample)
-
-            assert isinstance(server.address, tuple)
             secured: Any = {"ssl": client_context, "server_hostname": "localhost"} if tls else {}
-            reader, writer = await asyncio.open_connection(*server.address, limit=len(flood), **secured)
-            writer.write(flood)
-            sample()
-            assert await reader.readexactly(len(flood)) == flood
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=len(flood), **secured)
+            with Samples(lambda: server.stats.bytes_in) as received:
+                writer.write(flood)
+                assert await reader.readexactly(len(flood)) == flood
             writer.close()
             await writer.wait_closed()
-            shares = [after - before for before, after in pairwise(received)]
-            assert max(shares) <= share
-            assert sum(shares) == len(flood)
+            assert received.max_share() <= share
+            assert received[-1] == len(flood)
 
     run(main, loop)
 
@@ -103,24 +120,15 @@ def test_flood_is_drained_in_limited_shares_at_a_stop(mode: Mode, is_logged: boo
     """What the kernel has buffered at a stop is read as before: in shares."""
 
     async def main() -> None:
-        running = asyncio.get_running_loop()
         async with echo_async.serve(port=0, mode=mode, engine="protocol", no_access_log=not is_logged) as server:
-            assert isinstance(server.address, tuple)
-            with socket.create_connection(server.address) as client:
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
                 await wait_in_loop(lambda: server.stats.accepted == 1)
                 sent = fill(client)
-                received = [0]
-
-                def sample() -> None:
-                    received.append(server.stats.bytes_in)
-                    if server.stats.active:
-                        running.call_soon(sample)
-
-                server.close()
-                sample()
-                await asyncio.to_thread(receive_all, client)
-            await server.wait_closed()
-            assert max(after - before for before, after in pairwise(received)) <= LARGE_READS_PER_TURN * 256 * 1024
+                with Samples(lambda: server.stats.bytes_in) as received:
+                    server.close()
+                    await asyncio.to_thread(receive_all, client)
+                    await server.wait_closed()
+            assert received.max_share() <= LARGE_READS_PER_TURN * 256 * 1024
             assert 256 * 1024 < received[-1] <= sent
 
     run(main, loop)
@@ -133,21 +141,14 @@ def test_flood_in_identify_mode_is_answered_in_shares(engine: EngineName, loop: 
     flood = b"\n" * 3_000
 
     async def main() -> None:
-        running = asyncio.get_running_loop()
         async with echo_async.serve(port=0, mode="identify", engine=engine, fault=fault, no_access_log=True) as server:
-            sent = [0]
-
-            def sample() -> None:
-                sent.append(server.stats.bytes_out)
-                running.call_soon(sample)
-
-            reader, writer = await asyncio.open_connection(*server.address)
-            writer.write(flood)
-            sample()
-            replies = [await reader.readline() for _ in flood]
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            with Samples(lambda: server.stats.bytes_out) as sent:
+                writer.write(flood)
+                replies = [await reader.readline() for _ in flood]
             writer.close()
             await writer.wait_closed()
-            assert max(after - before for before, after in pairwise(sent)) <= 1000 * len(replies[0])
+            assert sent.max_share() <= 1000 * len(replies[0])
 
     run(main, loop)
 
@@ -160,69 +161,37 @@ def test_sweep_of_many_connections_is_done_in_slices(
     monkeypatch.setattr("echo_async.server.sweeper.SLICE", 10)
 
     async def main() -> None:
-        running = asyncio.get_running_loop()
         async with echo_async.serve(port=0, mode="stream", engine=engine, timeout_idle=0.7) as server:
-            timed_out = [0]
-
-            def sample() -> None:
-                timed_out.append(server.stats.timeouts_idle)
-                running.call_soon(sample)
-
-            sample()  # on a busy machine, some time out before all are connected
-            clients = [await asyncio.open_connection(*server.address) for _ in range(100)]
-            await asyncio.gather(*(reader.read() for reader, _ in clients))
+            with Samples(lambda: server.stats.timeouts_idle) as timed_out:
+                # On a busy machine, some time out before all are connected.
+                clients = [await asyncio.open_connection(*server.address) for _ in range(100)]
+                await asyncio.gather(*(reader.read() for reader, _ in clients))
             for _, writer in clients:
                 writer.close()
             assert timed_out[-1] == len(clients)
-            assert max(after - before for before, after in pairwise(timed_out)) <= 2 * 10  # a slice may be late
+            assert timed_out.max_share() <= 2 * 10  # a slice may be late
 
     run(main, loop)
 
 
-class CountingHandler(logging.Handler):
-    """Counts log records."""
-
-    count = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.count += 1
-
-
 @each_engine
 @pytest.mark.parametrize("chunk_size", [20, 65536])
-def test_flood_of_short_messages_is_logged_in_shares(engine: EngineName, loop: LoopName, chunk_size: int) -> None:
+def test_flood_of_short_messages_is_logged_in_shares(
+    engine: EngineName, loop: LoopName, chunk_size: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """One read can contain thousands of messages. In one iteration the server logs at most 1,000 of them."""
     flood = b"\n" * 5_000
-    handler = CountingHandler()
-    access = logging.getLogger("echo_async.access")
+    caplog.set_level(logging.INFO, "echo_async.access")
 
     async def main() -> None:
-        running = asyncio.get_running_loop()
         async with echo_async.serve(port=0, mode="stream", engine=engine, chunk_size=chunk_size) as server:
-            written = [0]
-
-            def sample() -> None:
-                written.append(handler.count)
-                if handler.count < len(flood):
-                    running.call_soon(sample)
-
-            assert isinstance(server.address, tuple)
-            reader, writer = await asyncio.open_connection(*server.address)
-            writer.write(flood)
-            sample()
-            assert await reader.readexactly(len(flood)) == flood
-            await wait_in_loop(lambda: handler.count == len(flood))
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            with Samples(lambda: len(caplog.records)) as written:
+                writer.write(flood)
+                assert await reader.readexactly(len(flood)) == flood
+                await wait_in_loop(lambda: len(caplog.records) == len(flood))
             writer.close()
             await writer.wait_closed()
-            assert max(after - before for before, after in pairwise(written)) <= 1000
+            assert written.max_share() <= 1000
 
-    level, propagate = access.level, access.propagate
-    access.addHandler(handler)
-    access.setLevel(logging.INFO)
-    access.propagate = False
-    try:
-        run(main, loop)
-    finally:
-        access.removeHandler(handler)
-        access.setLevel(level)
-        access.propagate = propagate
+    run(main, loop)
