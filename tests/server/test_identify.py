@@ -107,7 +107,10 @@ def test_reply_without_sni_and_alpn_has_null(start_server: StartServer, client_c
     assert (tls.sni, tls.alpn, tls.client_certificate) == (None, None, None)
 
 
-def test_pipelined_messages_are_answered_in_order(start_server: StartServer) -> None:
+def test_pipelined_messages_are_answered_in_order_and_logged(
+    start_server: StartServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "echo_async.access")
     with start_server(mode="identify") as server, connect(server) as client:
         client.sendall(b"".join(b"%d\n" % number for number in range(500)))
         client.shutdown(socket.SHUT_WR)
@@ -116,6 +119,7 @@ def test_pipelined_messages_are_answered_in_order(start_server: StartServer) -> 
         assert [json.loads(line)["number"] for line in lines] == [*range(1, 501)]
         stats = server.stats
     assert (stats.messages, stats.bytes_out) == (500, sum(map(len, lines)))
+    assert [line.partition(" bytes: ")[2] for line in caplog.messages] == [str(number) for number in range(500)]
 
 
 def send_endlessly(client: socket.socket) -> None:
@@ -130,15 +134,6 @@ def test_replies_of_a_flood_are_not_collected(start_server: StartServer) -> None
             send_endlessly(client)
         assert server.stats.timeouts_write == 1
         assert server.stats.bytes_out < 20_000_000
-
-
-def test_messages_are_logged_and_not_replies(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "echo_async.access")
-    with start_server(mode="identify") as server, connect(server) as client:
-        client.sendall(b"one\ntwo\n")
-        client.shutdown(socket.SHUT_WR)
-        assert len(client.makefile("rb").readlines()) == 2
-    assert [line.partition(" ")[2] for line in caplog.messages] == ["4 bytes: one", "4 bytes: two"]
 
 
 def test_faults_apply_to_the_replies(start_server: StartServer) -> None:
@@ -164,20 +159,19 @@ def test_stop_answers_what_was_received(start_server: StartServer) -> None:
 # Clients
 
 
-def test_clients_return_an_identity(start_server: StartServer) -> None:
-    with start_server(mode="identify") as server:
+def test_clients_return_an_identity() -> None:
+    with HostedServer(mode="identify") as server:
         with sync.connect(*server.address) as client:
-            numbers = [client.identify("Hola").number, client.identify(b"\xff").number]
-            assert client.identify("Hola").message == "Hola"
-        assert numbers == [1, 2]
+            identities = [client.identify(message) for message in ("Hola", b"\xff")]
 
         async def main() -> list[Identity]:
             async with echo_async.connect(*server.address) as client:
                 return [await client.identify(message) for message in ("one", b"\xff", "x" * 100_000)]
 
-        identities = run(main)
-    assert [each.bytes for each in identities] == [4, 2, 100_001]
-    assert identities[1].message_base64 == "/w=="
+        identities += run(main)
+    assert [each.number for each in identities] == [1, 2, 1, 2, 3]
+    assert [each.bytes for each in identities] == [5, 2, 4, 2, 100_001]
+    assert [each.message_base64 for each in identities] == [None, "/w==", None, "/w==", None]
 
 
 @pytest.mark.parametrize("mode", ["message", "stream"])
