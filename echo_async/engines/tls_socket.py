@@ -42,7 +42,8 @@ class TlsSocket:
                 with contextlib.suppress(OSError):
                     self.plain.send(self.tls.output())  # an alert
                 raise error
-            self.plain.sendall(self.tls.output())
+            if output := self.tls.output():
+                self.plain.sendall(output)
         self.plain.settimeout(None)
 
     def recv(self, size: int, flags: int = 0) -> bytes:

@@ -10,29 +10,24 @@ SERVER_NAME, HOST_NAME = 0, 0  # the extension, and the kind of a name in it (RF
 
 
 class ClientHelloReader:
-    """Collects the ClientHello, which can span records.
+    """Collects the ClientHello, which can span records."""
 
-    Attributes:
-        server_name: The name that the client asked for, escaped; None if there is none.
-    """
-
-    __slots__ = ("_is_done", "_received", "server_name")
+    __slots__ = ("_is_done", "_received", "_server_name")
 
     def __init__(self) -> None:
-        self.server_name: str | None = None
+        self._server_name: str | None = None
         self._received = bytearray()
         self._is_done = False
 
-    def feed(self, record: bytes | memoryview) -> None:
-        """Take the next record."""
-        if self._is_done or record[:1] != HANDSHAKE:
-            return
-        self._received += record[HEADER_SIZE:]
-        size = 4 + int.from_bytes(self._received[1:4], "big")  # type, size, message (RFC 8446 section 4)
-        if len(self._received) >= min(size, MAX_SIZE):
-            self.server_name = _find_server_name(bytes(self._received[4:size]))
-            self._received = bytearray()
-            self._is_done = True
+    def feed(self, record: bytes | memoryview) -> str | None:
+        """Take the next record. Return the name that the client asked for, escaped; None as long as there is none."""
+        if not self._is_done and record[:1] == HANDSHAKE:
+            self._received += record[HEADER_SIZE:]
+            size = 4 + int.from_bytes(self._received[1:4], "big")  # type, size, message (RFC 8446 section 4)
+            if len(self._received) >= min(size, MAX_SIZE):
+                self._server_name = _find_server_name(bytes(self._received[4:size]))
+                self._is_done = True
+        return self._server_name
 
 
 def _find_server_name(message: bytes) -> str | None:

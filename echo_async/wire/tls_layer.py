@@ -34,6 +34,7 @@ class TlsLayer:
         is_established: Whether the handshake is complete.
         is_ended: Whether nothing more is received: the client has ended its side, or the connection has failed.
         error: Why it has failed: mostly an :exc:`ssl.SSLError`.
+        server_name: The name that the client asked for (SNI, RFC 6066 section 3), escaped.
         has_input: Whether the client has sent anything.
         has_records: Whether complete records are left for the next turn.
         has_news: Whether one of these has changed with the last :meth:`receive`, or there may be :meth:`output`.
@@ -53,6 +54,7 @@ class TlsLayer:
         "has_records",
         "is_ended",
         "is_established",
+        "server_name",
         "session",
     )
 
@@ -66,7 +68,8 @@ class TlsLayer:
         self.has_input = False
         self.has_records = False
         self.has_news = False
-        self._client_hello = ClientHelloReader()
+        self.server_name: str | None = None
+        self._client_hello = ClientHelloReader()  # until the end of the handshake
         self._data = b""  # empty as soon as everything is processed
         self._position = 0  # of the next record
         self._without_data = 0  # records in a row
@@ -76,11 +79,6 @@ class TlsLayer:
     def unprocessed(self) -> int:
         """The bytes that wait for the next turn."""
         return len(self._data) - self._position if self.has_records else 0
-
-    @property
-    def server_name(self) -> str | None:
-        """The name that the client asked for (SNI, RFC 6066 section 3), escaped."""
-        return self._client_hello.server_name
 
     def receive(self, data: bytes = b"") -> bytes:
         """Take ``data`` from the socket; return the plaintext of a turn's records, of it and of what was left before.
@@ -98,7 +96,6 @@ class TlsLayer:
         if self._data:
             data, position = (self._data[position:] + data, 0) if data else (self._data, position)
         self.has_input = True
-        self.has_news = not self.is_established
         return b"".join(self._process_turn(data, position))
 
     def _process_turn(self, data: bytes, position: int) -> list[bytes]:
@@ -136,10 +133,11 @@ class TlsLayer:
     def _do_handshake(self, record: bytes | memoryview) -> bytes:
         self._incoming.write(record)
         try:
-            self._client_hello.feed(record)
+            self.server_name = self._client_hello.feed(record)
             self.session.do_handshake()
             self.is_established = True
             self._without_data = 0
+            del self._client_hello
         except ssl.SSLError as error:
             self._handle(error)
         self.has_news = True
