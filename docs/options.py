@@ -1,6 +1,7 @@
 """Writes the option tables in docs/*.md, from the definitions that the commands use: ``make docs``.
 
-A table stands between the comments ``<!-- options: server -->`` and ``<!-- /options -->``.
+A table stands between the comments ``<!-- options: server -->`` and ``<!-- /options -->``. That of ``check`` has what
+``client`` does not have.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from echo_async.cli.client import OPTIONS as CLIENT_OPTIONS
 from echo_async.cli.server import OPTIONS as SERVER_OPTIONS
 from echo_async.config import FLAG, Option
 
-COMMANDS = {"server": SERVER_OPTIONS, "client": CLIENT_OPTIONS, "check": CHECK_OPTIONS}
+COMMANDS = {
+    "server": SERVER_OPTIONS,
+    "client": CLIENT_OPTIONS,
+    "check": {name: option for name, option in CHECK_OPTIONS.items() if CLIENT_OPTIONS.get(name) != option},
+}
 TABLE = re.compile(r"(<!-- options: (\w+) -->\n).*?(<!-- /options -->)", re.S)
 
 
