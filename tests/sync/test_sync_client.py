@@ -23,14 +23,14 @@ def test_stream_slow_caller_does_not_cause_timeout(faulty_server: MakeEchoServer
 
     def messages() -> Iterator[bytes]:
         for number in range(5):
-            pause.wait(0.6 if number == 3 else 0)
-            yield b"x" * 500_000
+            pause.wait(1.1 if number == 3 else 0)
+            yield b"x" * 200_000
 
-    with sync.connect(*server.address, timeout=0.5) as client:
+    with sync.connect(*server.address, timeout=1) as client:
         replies = 0
         for _ in client.stream(messages()):
             replies += 1
-            pause.wait(0.6 if replies == 2 else 0)
+            pause.wait(1.1 if replies == 2 else 0)
     assert replies == 5
 
 
