@@ -268,8 +268,8 @@ def test_slow_reply_bytes_do_not_extend_timeout(echo: Echo, faulty_server: MakeE
 
 
 def test_timeout_restarts_for_every_reply(connect: Connect, faulty_server: MakeEchoServer) -> None:
-    server = faulty_server(fault="delay=0.15")
-    with connect(*server.address, timeout=0.5) as client:
+    server = faulty_server(fault="delay=0.3")
+    with connect(*server.address, timeout=1) as client:
         assert list(client.stream("abcde"[at] for at in range(5))) == list("abcde")
 
 

@@ -183,7 +183,7 @@ def test_stream_invalid_arguments_raise(connect: Connect, faulty_server: MakeEch
 def test_stream_failed_reply_follows_earlier_replies(
     connect: Connect, faulty_server: MakeEchoServer, options: Any, error: type[Exception]
 ) -> None:
-    with connect(*faulty_server(**options).address, timeout=0.5) as client:
+    with connect(*faulty_server(**options).address, timeout=1) as client:
         assert_stream_fails(client, map(str, range(9)), ["0", "1", "2", "3", "4"], error)
         assert client.echo("after") == "after"
 
