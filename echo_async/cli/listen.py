@@ -32,16 +32,10 @@ ADDRESS_FORMS = "PORT, HOST:PORT, [ADDRESS]:PORT, unix:PATH, fd:NAME or fd:NUMBE
 def parse_listeners(
     source: str, specs: Sequence[str], values: Mapping[str, Any], inherited: Mapping[int, str]
 ) -> list[ListenerConfig]:
-    """Return the configuration of each listener.
+    """Return the configuration of the listener of each of ``specs``, which are those of the option ``source``.
 
-    Args:
-        source: The option or variable that has the specs, for error messages.
-        specs: The text of each listener.
-        values: The fields of ``ServerConfig`` for the listeners that have no value of their own.
-        inherited: The descriptors and names of inherited sockets, each of which has to belong to a listener.
-
-    Raises:
-        ConfigError: A spec is invalid, two have the same address, or an inherited socket has no listener.
+    ``values`` are the fields of ``ServerConfig`` that a spec does not have. ``inherited`` are the descriptors and names
+    of inherited sockets, each of which has to belong to a listener.
     """
     listeners: list[ListenerConfig] = []
     for spec in specs:

@@ -69,12 +69,11 @@ async def ping(session: AsyncioSession, message: bytes, count: int, interval: fl
                 try:
                     seconds = await session.exchange(message)
                 except (ReplyError, ConnectError) as error:
-                    trips.sent += 1
                     output.print_failure(error)
                 else:
-                    trips.sent += 1
                     trips.add(seconds)
                     output.print_round_trip(session.name, message, seconds)
+                trips.sent += 1
                 if trips.sent == count:
                     break
                 next_send = max(next_send + interval, loop.time())

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
@@ -19,10 +19,12 @@ from ..compat import add_signal_handler, remove_signal_handler
 from ..config import ADDRESS_OPTIONS
 from ..errors import ConfigError, describe_error
 from ..net import Address
-from ..service import Service
 from ..stdio import print_error
 from . import server
 from .common import CONTEXT, ExitCode, options, run_command, version_option
+
+if TYPE_CHECKING:
+    from ..service.supervisor import Service
 
 KILL_DELAY = 10.0  # seconds until a command that ignores SIGTERM is killed
 TERMINAL_SIGNALS = ("SIGINT", "SIGQUIT")  # which the terminal sends to every process in the foreground

@@ -22,7 +22,6 @@ from ..loops import LOOP_CHOICES, LOOP_PATTERN, logged_errors, loop_factory
 from ..net import Address, format_address
 from ..server.listeners import ListenerConfig
 from ..server.server import start_server
-from ..service import Service
 from ..service.signals import ServerSignals
 from ..service.systemd import listen_descriptors, notify
 from ..stats import Stats
@@ -32,6 +31,7 @@ from .listen import LISTEN, parse_listeners
 
 if TYPE_CHECKING:
     from ..service.metrics import MetricsServer
+    from ..service.supervisor import Service
 
 _LOOP_HELP = "Event loop; auto is uvloop if it is installed, else asyncio. MODULE:FACTORY is imported and called."
 
@@ -113,18 +113,12 @@ def serve(
     start: Callable[[], Awaitable[Service]] = partial(start_server, listeners)
     if values["workers"] > 1:
         require_feature(DESCRIPTORS, f"use --workers {values['workers']}")
-        from ..service.supervisor import Supervisor, WorkerSettings
+        from ..service.supervisor import Supervisor
 
-        settings = WorkerSettings(loop, values["log_level"], values["log_format"], labels)
+        settings = {name: values[name] for name in ("log_level", "log_format")} | {"loop": loop, "labels": labels}
         start = partial(Supervisor.start, listeners, values["workers"], settings)
         factory = loop_factory("asyncio")  # the supervisor serves no connections
-    facts = {
-        "engine": engine,
-        "mode": ",".join(modes),
-        "workers": str(values["workers"]),
-        "version": __version__,
-        **labels,
-    }
+    facts = {"engine": engine, "mode": ",".join(modes), "workers": str(values["workers"]), "version": __version__}
     metrics_server = _metrics_server(values["metrics_address"], values["metrics_port"])
     with (
         asyncio.Runner(loop_factory=factory) as runner,
@@ -133,7 +127,7 @@ def serve(
     ):
         configs = [each.config for each in listeners]
         has_names = bool(values["listen"])
-        runner.run(_serve(start, configs, handle_signals, announce, metrics, facts, has_names=has_names))
+        runner.run(_serve(start, configs, handle_signals, announce, metrics, facts | labels, has_names=has_names))
 
 
 def _listeners(context: click.Context) -> list[ListenerConfig]:
@@ -221,12 +215,11 @@ async def _serve(
 
 
 def _print_addresses(addresses: Sequence[Address]) -> None:
-    with contextlib.suppress(ValueError, AttributeError):  # stdout was closed before the start
-        try:
-            for address in addresses:
-                print(f"listening on {format_address(address)}", flush=True)
-        except OSError:
-            discard_output(sys.stdout)
+    try:
+        for address in addresses:
+            print(f"listening on {format_address(address)}", flush=True)
+    except (OSError, ValueError):  # it is full, has no reader, or was closed
+        discard_output(sys.stdout)
 
 
 def _log_start(names: Sequence[str], configs: Sequence[ServerConfig]) -> None:

@@ -4,12 +4,14 @@ A scrape requests the counters that the server keeps anyway, from all workers. I
 answered before it. Only this module requires prometheus-client (extra ``metrics``).
 """
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from email.utils import formatdate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -25,7 +27,9 @@ from ..stats import COUNTERS as STATS_COUNTERS
 from ..stats import ENDS, Stats, combine
 from ..wire.datagrams import REFUSALS
 from ..wire.text import escape
-from . import Service
+
+if TYPE_CHECKING:
+    from .supervisor import Service
 
 BACKLOG = 128  # HTTP connections not yet accepted
 REQUEST_TIMEOUT = 5.0  # seconds from accepting an HTTP connection until the response is sent

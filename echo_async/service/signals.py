@@ -1,14 +1,19 @@
 """Signals of the server: graceful shutdown and certificate reload."""
 
+from __future__ import annotations
+
 import asyncio
 import os
 import signal
+from typing import TYPE_CHECKING
 
 from ..compat import HANGUP_SIGNALS, STOP_SIGNALS, add_signal_handler, remove_signal_handler
 from ..errors import StartError
 from ..logs import log
-from . import Service
 from .systemd import notify
+
+if TYPE_CHECKING:
+    from .supervisor import Service
 
 HANDLED_SIGNALS = (*STOP_SIGNALS, *HANGUP_SIGNALS)
 

@@ -8,24 +8,23 @@ share a socket compete instead, and most connections go to the one that is idle.
 open: the connections in the backlogs of a worker that exits wait for its replacement, which inherits them. Sockets
 that cannot be divided are shared (see :meth:`~echo_async.server.listeners.ListeningSockets.divide`).
 
-Supervisor and worker communicate over a socket pair, in lines of JSON. A worker exits when the supervisor closes its
-end, and is killed if it does not report its counters.
+Supervisor and worker communicate over a socket pair, in lines of JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, zip_longest
-from typing import Self
+from typing import Any, Self
 
 from ..errors import StartError
-from ..logs import LogFormat, LogLevel, log
+from ..logs import log
 from ..server.listeners import ListenerConfig, ListeningSockets
-from ..server.server import listen
+from ..server.server import EchoServer, listen
 from ..stats import Stats
 from ..tls import Certificates
 from .worker_process import Worker
@@ -40,16 +39,6 @@ WorkerSockets = Sequence[ListeningSockets]
 """The listening sockets of one worker and of all its replacements, for each listener."""
 
 
-@dataclass(frozen=True)
-class WorkerSettings:
-    """The settings of a worker besides the configurations of the listeners."""
-
-    loop: str
-    log_level: LogLevel
-    log_format: LogFormat
-    labels: Mapping[str, str]
-
-
 class Supervisor:
     """The parent process of the workers. ``limit_connections`` applies per worker."""
 
@@ -57,7 +46,7 @@ class Supervisor:
         self,
         listeners: Sequence[ListenerConfig],
         workers: int,
-        settings: WorkerSettings,
+        settings: dict[str, Any],
         bound: Sequence[ListeningSockets],
     ) -> None:
         self._configs = [each.config for each in listeners]
@@ -65,7 +54,7 @@ class Supervisor:
         self.addresses = [address for each in bound for address in each.addresses]
         self.listener_names = [each.name for each in bound]
         self._sockets: list[WorkerSockets] = list(zip(*(each.divide(workers) for each in bound), strict=True))
-        self._settings = asdict(settings)
+        self._settings = settings
         self._loop = asyncio.get_running_loop()
         self.worker_restarts = 0
         self._is_stopping = False
@@ -75,15 +64,11 @@ class Supervisor:
         self._kill_timer: asyncio.TimerHandle | None = None  # set during a shutdown
 
     @classmethod
-    async def start(
-        cls,
-        listeners: Sequence[ListenerConfig],
-        workers: int,
-        settings: WorkerSettings,
-    ) -> Self:
+    async def start(cls, listeners: Sequence[ListenerConfig], workers: int, settings: dict[str, Any]) -> Self:
         """Start ``workers`` processes, each of which serves all of ``listeners``.
 
-        :exc:`~echo_async.StartError` if a worker cannot start; it writes the reason to stderr.
+        ``settings`` has ``loop``, ``log_level``, ``log_format`` and ``labels``. :exc:`~echo_async.StartError` if a
+        worker cannot start; it writes the reason to stderr.
         """
         async with listen(listeners) as bound:
             self = cls(listeners, workers, settings, bound)
@@ -226,6 +211,10 @@ class Supervisor:
         await asyncio.gather(*(worker.wait_exited() for worker in self._workers))
         if self._kill_timer is not None:
             self._kill_timer.cancel()
+
+
+Service = EchoServer | Supervisor
+"""What a process serves."""
 
 
 def _has_queue(sockets: WorkerSockets) -> bool:

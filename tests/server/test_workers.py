@@ -44,7 +44,7 @@ from support import (
 
 from echo_async.config import EngineName, ServerConfig, ServerOptions
 from echo_async.server.listeners import ListenerConfig
-from echo_async.service.supervisor import Supervisor, WorkerSettings
+from echo_async.service.supervisor import Supervisor
 from echo_async.service.worker_process import Worker
 
 each_acceptor = pytest.mark.parametrize("engine", ["protocol", "threads"])  # streams has that of protocol
@@ -273,7 +273,8 @@ async def supervised(**options: Unpack[ServerOptions]) -> AsyncIterator[tuple[Su
     defaults: ServerOptions = {"engine": "protocol", "port": 0}
     config = ServerConfig(**(defaults | options))
     others = child_processes(os.getpid())
-    supervisor = await Supervisor.start([ListenerConfig(config)], 2, WorkerSettings("auto", "error", "text", {}))
+    settings = {"loop": "auto", "log_level": "error", "log_format": "text", "labels": {}}
+    supervisor = await Supervisor.start([ListenerConfig(config)], 2, settings)
     try:
         yield supervisor, [each for each in child_processes(os.getpid()) if each not in others]
     finally:
