@@ -1,45 +1,65 @@
-"""A program that ends while something of the library is open: its own error and exit code, at once."""
+"""A program that ends, or forks, while something of the library is open: its own exit code, at once, and free ports."""
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 from time import monotonic
 from typing import Any
 
 import pytest
-from support import MAX_DELAY, TIMEOUT, ChildProcess, is_closed, is_echoed
+from support import MAX_DELAY, TIMEOUT, ChildProcess, connect, is_closed, is_echoed, receive_all, run_process
+
+from echo_async import sync
+from echo_async.testing import HostedServer
 
 PROGRAM = """
-import asyncio, sys
+import asyncio, os, signal, sys, warnings
 import echo_async
 from echo_async import sync
 from echo_async.loops import loop_factory
 from echo_async.testing import HostedServer
 
+warnings.simplefilter("ignore", DeprecationWarning)  # of os.fork, where the process has threads
 start, options = sys.argv[1], {"port": 0, "mode": "stream", **eval(sys.argv[2])}
 
-def fail():
-    raise RuntimeError("a bug of the program")
+def handle(command):
+    "Return whether it is to close the server."
+    if command == "fail\\n":
+        raise RuntimeError("a bug of the program")
+    if command == "fork\\n":
+        child = os.fork()
+        if not child:
+            signal.pause()
+        print(child, flush=True)
+    return command == "close\\n"
 
 async def main():
-    server, read = await echo_async.serve(engine=engine, **options), asyncio.Event()
+    server, commands = await echo_async.serve(engine=engine, **options), asyncio.Queue()
     print(server.port, flush=True)
-    asyncio.get_running_loop().add_reader(0, read.set)
-    await read.wait()
-    fail()
+    asyncio.get_running_loop().add_reader(0, lambda: commands.put_nowait(sys.stdin.readline()))
+    while True:
+        if handle(await commands.get()):
+            server.close()
+            await server.wait_closed()
+            print("closed", flush=True)
 
 if start in ("sync", "hosted"):
     server = sync.serve(**options) if start == "sync" else HostedServer(**options)
     print(server.port, flush=True)
-    sys.stdin.readline()
-    fail()
+    while True:
+        if handle(sys.stdin.readline()):
+            server.close()
+            if start == "sync":
+                server.wait_closed()
+            print("closed", flush=True)
 else:
     engine, loop = start.split("-")
     with asyncio.Runner(loop_factory=loop_factory(loop)) as runner:
@@ -48,35 +68,49 @@ else:
 
 
 class Program:
-    """A program that serves until it gets a line, and then fails."""
+    """A program with a server, which takes commands."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: ChildProcess) -> None:
         self._process = process
-        assert process.stdout is not None
-        self._port = int(process.stdout.readline())
+        port = self._receive()
+        self.address: Any = port if port == "None" else ("127.0.0.1", int(port))
 
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self._port), TIMEOUT)
+    def _receive(self) -> str:
+        line: str = self._process.stdout.readline()
+        return line.rstrip("\n")
+
+    def _send(self, command: str) -> None:
+        self._process.stdin.write(f"{command}\n")
+        self._process.stdin.flush()
 
     def end(self, number: int | None = None) -> tuple[int, str]:
         """Let the program fail, or send it a signal; return its exit code and its output on stderr."""
         start = monotonic()
         if number is not None:
             self._process.send_signal(number)
-        _, stderr = self._process.communicate("" if number else "\n", timeout=TIMEOUT)
+        _, stderr = self._process.communicate("" if number else "fail\n", timeout=TIMEOUT)
         assert monotonic() - start < MAX_DELAY
         return self._process.returncode, stderr
+
+    @contextmanager
+    def forked(self) -> Iterator[None]:
+        """Fork. The child runs until the end of the block."""
+        self._send("fork")
+        child = int(self._receive())
+        try:
+            yield
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+    def close_server(self) -> None:
+        self._send("close")
+        assert self._receive() == "closed"
 
 
 @contextmanager
 def running(start: str, options: dict[str, Any], *, program: str = PROGRAM) -> Iterator[Program]:
-    with ChildProcess(
-        [sys.executable, "-c", program, start, repr(options)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    command = [sys.executable, "-c", program, start, repr(options)]
+    with ChildProcess(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) as process:
         try:
             yield Program(process)
         finally:
@@ -88,6 +122,9 @@ def assert_reported_once(stderr: str, error: str) -> None:
     lines = stderr.splitlines()
     assert lines.count(error) == 1, stderr
     assert not re.search("ignored|never retrieved|Fatal", stderr), stderr
+
+
+# The program fails
 
 
 @pytest.mark.parametrize(
@@ -104,7 +141,7 @@ def assert_reported_once(stderr: str, error: str) -> None:
     ids=str,
 )
 def test_program_that_fails_with_open_clients_ends(start: str, options: dict[str, Any]) -> None:
-    with running(start, options) as program, program.connect() as idle, program.connect() as incomplete:
+    with running(start, options) as program, connect(program) as idle, connect(program) as incomplete:
         assert is_echoed(idle, b"Hola!\n")
         incomplete.sendall(b"no newline")
         code, stderr = program.end()
@@ -120,7 +157,7 @@ def test_program_that_fails_with_open_clients_ends(start: str, options: dict[str
 )
 def test_program_that_fails_within_a_handshake_ends(start: str, has_tls: bool, certificate: Path) -> None:
     options = {"ssl_certfile": str(certificate)} if has_tls else {"proxy_protocol": "auto"}
-    with running(start, options) as program, program.connect() as silent, program.connect() as incomplete:
+    with running(start, options) as program, connect(program) as silent, connect(program) as incomplete:
         incomplete.sendall(b"\x16\x03" if has_tls else b"PROXY ")
         code, stderr = program.end()
         assert is_closed(silent)
@@ -131,7 +168,7 @@ def test_program_that_fails_within_a_handshake_ends(start: str, has_tls: bool, c
 
 @pytest.mark.parametrize("start", ["hosted", "streams-uvloop", "protocol-asyncio"])
 def test_program_interrupted_with_an_open_server_ends(start: str) -> None:
-    with running(start, {"mode": "stream"}) as program, program.connect() as client:
+    with running(start, {}) as program, connect(program) as client:
         assert is_echoed(client)  # in debug mode, asyncio reports a connection that it is about to establish
         code, stderr = program.end(signal.SIGINT)
         assert is_closed(client)
@@ -147,8 +184,7 @@ def test_leaves_a_server_open():
     server = HostedServer(udp=True)
     assert server.port is None
 """)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, cwd=tmp_path)
+    done = run_process([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)], cwd=tmp_path)
     assert done.returncode == 1
     assert "1 failed" in done.stdout
     assert "Traceback" not in done.stderr
@@ -171,7 +207,7 @@ while not server.stats.messages:  # Python 3.12 starts no thread once the main t
 
 
 def test_server_stays_open_for_a_thread_of_the_program() -> None:
-    with running("sync", {}, program=THREAD_PROGRAM) as program, program.connect() as client:
+    with running("sync", {}, program=THREAD_PROGRAM) as program, connect(program) as client:
         assert is_echoed(client)  # the main thread may have ended before or after this
         assert is_echoed(client)
         code, stderr = program.end()
@@ -206,8 +242,7 @@ print("ended")
 
 @pytest.mark.skipif(sys.version_info < (3, 13), reason="asyncio and ssl crash in a subinterpreter of Python 3.12")
 def test_subinterpreter_with_an_open_server_ends() -> None:
-    command = [sys.executable, "-c", SUBINTERPRETER_PROGRAM]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    done = run_process([sys.executable, "-c", SUBINTERPRETER_PROGRAM])
     assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
 
 
@@ -235,7 +270,99 @@ asyncio.run(main())
 
 @pytest.mark.parametrize("function", ["echo_async.serve", "echo_async.connect"])
 def test_program_that_fails_while_resolving_ends(function: str) -> None:
-    code = RESOLVER_PROGRAM.format(function)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT)
+    done = run_process([sys.executable, "-c", RESOLVER_PROGRAM.format(function)])
     assert done.returncode == 1
     assert_reported_once(done.stderr, "RuntimeError: a bug of the program")
+
+
+# The program forks: its child has duplicates of all sockets of a server, and runs on after the server is closed
+
+
+@pytest.mark.parametrize("start", ["sync", "hosted", "streams-asyncio", "protocol-uvloop", "threads-asyncio"])
+def test_close_after_a_fork_ends_connections_and_frees_ports(start: str) -> None:
+    with running(start, {"udp": True}) as program, connect(program) as idle, connect(program) as half_closed:
+        assert is_echoed(idle)
+        assert is_echoed(half_closed)
+        with program.forked():
+            half_closed.shutdown(socket.SHUT_WR)
+            assert receive_all(half_closed) == b""
+            assert is_echoed(idle)
+            program.close_server()
+            assert is_closed(idle)
+            with pytest.raises(ConnectionRefusedError):
+                connect(program)
+            with socket.socket(type=socket.SOCK_DGRAM) as client:
+                client.connect(program.address)
+                client.send(b"late")
+                with pytest.raises(ConnectionRefusedError):
+                    client.recv(65535)
+            with HostedServer(port=program.address[1], udp=True) as again, connect(again) as later:
+                assert is_echoed(later)
+                with socket.socket(type=socket.SOCK_DGRAM) as client:
+                    client.settimeout(TIMEOUT)
+                    client.connect(again.address)
+                    client.send(b"datagram")
+                    assert client.recv(65535) == b"datagram"
+
+
+@pytest.mark.parametrize("start", ["sync", "streams-asyncio"])
+def test_close_after_a_fork_ends_handshakes(start: str) -> None:
+    with (
+        running(start, {"proxy_protocol": "v1"}) as program,
+        connect(program) as silent,
+        connect(program) as invalid,
+        program.forked(),
+    ):
+        invalid.sendall(b"no PROXY header\n")
+        assert is_closed(invalid)
+        program.close_server()
+        assert is_closed(silent)
+
+
+@pytest.mark.parametrize("start", ["hosted", "protocol-uvloop"])
+def test_close_after_a_fork_ends_unix_connections(start: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "echo.sock")
+    with running(start, {"uds": path}) as program:
+        program.address = path
+        os.link(path, tmp_path / "other.sock")  # the server removes the first
+        with connect(program) as client:
+            assert is_echoed(client)
+            with program.forked():
+                program.close_server()
+                assert is_closed(client)
+                with socket.socket(socket.AF_UNIX) as late, pytest.raises(ConnectionRefusedError):
+                    late.connect(str(tmp_path / "other.sock"))
+
+
+CHILD_PROGRAM = """
+import os, sys, warnings
+from echo_async import sync
+from echo_async.testing import HostedServer
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of os.fork, where the process has threads
+start, is_closed = sync.serve if sys.argv[1] == "sync" else HostedServer, sys.argv[2] == "closed"
+server = start(port=0, mode="stream", udp=True)
+if not (child := os.fork()):
+    if is_closed:
+        server.close()
+        if sys.argv[1] == "sync":
+            server.wait_closed()
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+with sync.connect(*server.address) as client:
+    assert client.echo("Hola!") == "Hola!"
+"""
+
+
+@pytest.mark.parametrize(("start", "is_closed"), [("sync", "closed"), ("hosted", "closed"), ("hosted", "open")])
+def test_forked_child_that_ends_leaves_the_server(start: str, is_closed: str) -> None:
+    done = run_process([sys.executable, "-c", CHILD_PROGRAM, start, is_closed])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_close_of_an_inherited_socket_leaves_it_listening() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with sync.serve(fd=os.dup(listener.fileno())):
+            pass
+        with socket.create_connection(listener.getsockname(), TIMEOUT):
+            pass
