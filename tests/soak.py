@@ -11,22 +11,21 @@ import asyncio
 import json
 import os
 import random
+import re
 import resource
 import select
 import signal
 import socket
 import statistics
 import struct
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from support import ChildProcess
+from support import ServerProcess, server_process
 
 BACKENDS = {
     "protocol-uvloop": ["--engine", "protocol", "--loop", "uvloop"],
@@ -39,57 +38,33 @@ TIMEOUT = 60.0
 SOURCES = [f"127.0.1.{number}" for number in range(1, 33)]  # one source address does not have enough ports
 
 
-class Server:
-    """A server process and its resource usage."""
-
-    def __init__(self, process: ChildProcess, log: Path) -> None:
-        self.process = process
-        self._log = log
-        self.port = int(process.stdout.readline().rpartition(b":")[2])
-
-    @property
-    def memory(self) -> int:
-        """Resident memory in KiB."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS"):
-                return int(line.split()[1])
-        raise AssertionError("the server has exited")
-
-    @property
-    def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
-
-    @property
-    def cpu(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def stop(self, number: int = signal.SIGTERM) -> float:
-        """Send a signal and wait for the exit. Return the seconds that it took."""
-        start = time.monotonic()
-        self.process.send_signal(number)
-        code = self.process.wait(TIMEOUT)
-        if code or "Traceback" in self.log:
-            check("clean exit", f"exit code {code}, log:\n{self.log}", False)
-        return time.monotonic() - start
-
-
 @contextmanager
-def server(*args: str) -> Iterator[Server]:
-    command = [sys.executable, "-m", "echo_async.server", "--port", "0", "--no-access-log", *args]
-    with (
-        TemporaryDirectory() as folder,
-        open(Path(folder, "log"), "wb") as log,
-        ChildProcess(command, stdout=subprocess.PIPE, stderr=log) as process,
-    ):
-        try:
-            yield Server(process, Path(folder, "log"))
-        finally:
-            process.kill()
+def server(*args: str) -> Iterator[ServerProcess]:
+    with server_process("--no-access-log", *args) as process:
+        yield process
+
+
+def memory(process: ServerProcess) -> int:
+    """Return the resident memory in KiB."""
+    [line] = re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.process.pid}/status").read_text())
+    return int(line)
+
+
+def descriptors(process: ServerProcess) -> int:
+    return len(os.listdir(f"/proc/{process.process.pid}/fd"))
+
+
+def cpu_time(process: ServerProcess) -> list[str]:
+    return Path(f"/proc/{process.process.pid}/stat").read_text().split()[13:15]
+
+
+def stop(process: ServerProcess) -> float:
+    """Stop the server. Return the seconds that it took."""
+    start = time.monotonic()
+    code, log = process.stop()
+    if code or "Traceback" in log:
+        check("clean exit", f"exit code {code}, log:\n{log}", False)
+    return time.monotonic() - start
 
 
 failures: list[str] = []
@@ -150,14 +125,14 @@ async def idle(backend: str, scale: float) -> None:
     """Thousands of idle clients: all get replies, and one signal closes all connections."""
     count = int((2_000 if backend == "threads" else 10_000) * scale)
     with server(*BACKENDS[backend], "--mode", "stream") as process:
-        before = process.memory
-        async with clients(process.port, count) as opened:
+        before = memory(process)
+        async with clients(process.address[1], count) as opened:
             answers = await asyncio.gather(*(echo(client, b"Hola Server!\n") for client in opened))
             check(f"replies to {count} clients", sum(answers), all(answers))
-            check("memory per client, KiB", (process.memory - before) / count, True)
+            check("memory per client, KiB", (memory(process) - before) / count, True)
             answers = await asyncio.gather(*(echo(client, b"still there\n") for client in opened))
             check("replies to second messages", sum(answers), all(answers))
-            took = await asyncio.to_thread(process.stop)
+            took = await asyncio.to_thread(stop, process)
             check("seconds from the signal to the exit", took, took <= 2, "2")
 
 
@@ -165,39 +140,39 @@ async def non_readers(backend: str, scale: float) -> None:
     """A thousand clients that send and never read: memory is bounded, and another client is not delayed."""
     count = int(1_000 * scale)
     with server(*BACKENDS[backend], "--mode", "stream") as process:
-        await latency(process.port)
-        idle = await latency(process.port)
-        before = process.memory
-        async with clients(process.port, count) as opened:
+        await latency(process.address[1])
+        idle = await latency(process.address[1])
+        before = memory(process)
+        async with clients(process.address[1], count) as opened:
             flood = b"x" * 1023 + b"\n"
             for _, writer in opened:
                 writer.transport.pause_reading()  # type: ignore[attr-defined]
                 writer.write(flood * 4096)
-            cpu = -1.0
-            while cpu != (cpu := process.cpu):  # noqa: ASYNC110 (until the server is idle: there is no event for it)
+            cpu: list[str] = []
+            while cpu != (cpu := cpu_time(process)):  # noqa: ASYNC110 (until the server is idle: there is no event for it)
                 await asyncio.sleep(0.5)
-            growth = (process.memory - before) / count
+            growth = (memory(process) - before) / count
             check("memory per client, KiB", growth, growth <= 512, "512")
-            loaded = await latency(process.port)
+            loaded = await latency(process.address[1])
             check("p99 of another client, ratio to an idle server", loaded / idle, loaded <= 2 * idle, "2")
-        check("seconds to exit", await asyncio.to_thread(process.stop), True)
+        check("seconds to exit", await asyncio.to_thread(stop, process), True)
 
 
 async def churn(backend: str, scale: float) -> None:
     """Connect, echo, close, 100,000 times; 1 % of the clients are faulty. Nothing leaks."""
     rounds = int(100_000 * scale)
     with server(*BACKENDS[backend]) as process:
-        descriptors = process.descriptors
-        failed = await cycles(process.port, rounds // 5)
-        await wait_until(lambda: process.descriptors <= descriptors)
-        memory = process.memory
-        failed += await cycles(process.port, rounds - rounds // 5)
+        opened = descriptors(process)
+        failed = await cycles(process.address[1], rounds // 5)
+        await wait_until(lambda: descriptors(process) <= opened)
+        before = memory(process)
+        failed += await cycles(process.address[1], rounds - rounds // 5)
         check(f"failures of {rounds} healthy clients", failed, failed == 0, "0")
-        await wait_until(lambda: process.descriptors <= descriptors)
-        check("additional descriptors", process.descriptors - descriptors, process.descriptors == descriptors, "0")
-        growth = (process.memory - memory) / 1024
+        await wait_until(lambda: descriptors(process) <= opened)
+        check("additional descriptors", descriptors(process) - opened, descriptors(process) == opened, "0")
+        growth = (memory(process) - before) / 1024
         check("additional memory after the warm-up, MiB", growth, growth <= 5, "5")
-        process.stop()
+        stop(process)
 
 
 async def cycles(port: int, rounds: int) -> int:
@@ -244,20 +219,20 @@ async def workers(backend: str, scale: float) -> None:
     for number in (2, 4):
         count = int(1000 * scale)
         with server(*options, str(number)) as process:
-            async with clients(process.port, count) as opened:
+            async with clients(process.address[1], count) as opened:
                 counts = Counter([await worker_of(each) for each in opened])
             busiest = max(counts.values()) * number / count
             check(f"busiest of {number} workers, {count} connections: times the mean", busiest, busiest <= 1.3, "1.3")
     with server(*options, "2") as process:
-        await kill_workers(process.port, kills=10)
-        async with clients(process.port, 1) as [client]:
+        await kill_workers(process.address[1], kills=10)
+        async with clients(process.address[1], 1) as [client]:
             os.kill(await worker_of(client), signal.SIGSTOP)
             start = time.monotonic()
-            async with clients(process.port, 20) as opened:
+            async with clients(process.address[1], 20) as opened:
                 await asyncio.gather(*map(worker_of, opened))
         took = time.monotonic() - start
         check("seconds until a hung worker is replaced and 20 clients are served", took, took <= 5, "5")
-        await asyncio.to_thread(process.stop)
+        await asyncio.to_thread(stop, process)
 
 
 def kill(process: int) -> None:
@@ -305,36 +280,13 @@ async def large_messages(backend: str, scale: float) -> None:
             assert await client[0].readexactly(len(message)) == message
 
     with server(*BACKENDS[backend], "--mode", "stream", "--chunk-size", "65536") as process:
-        before = process.memory
-        async with clients(process.port, 10) as opened:
+        before = memory(process)
+        async with clients(process.address[1], 10) as opened:
             await asyncio.gather(*map(exchange, opened))
-            grown = (process.memory - before) / 1024
+            grown = (memory(process) - before) / 1024
         limit = {"protocol-uvloop": 8, "protocol-asyncio": 12}.get(backend, 64)
         check("memory afterwards, MiB more than before", grown, grown <= limit, f"{limit}")
-        process.stop()
-
-
-async def idle_tls(backend: str, scale: float) -> None:
-    """Hundreds of idle clients over TLS: memory per client."""
-    import ssl
-
-    import trustme
-
-    count = int(500 * scale)
-    ca = trustme.CA()
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "server.pem")
-        ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(path))
-        context = ssl.create_default_context(cadata=ca.cert_pem.bytes().decode())
-        with server(*BACKENDS[backend], "--mode", "stream", "--ssl-certfile", str(path)) as process:
-            before = process.memory
-            opened = [await asyncio.open_connection("127.0.0.1", process.port, ssl=context) for _ in range(count)]
-            answers = [await echo(client, b"Hola Server!\n") for client in opened]
-            check(f"replies to {count} clients", sum(answers), all(answers))
-            check("memory per client, KiB", (process.memory - before) / count, True)
-            for _, writer in opened:
-                writer.transport.abort()
-            process.stop()
+        stop(process)
 
 
 SCENARIOS: dict[str, Callable[[str, float], Coroutine[None, None, None]]] = {
@@ -343,7 +295,6 @@ SCENARIOS: dict[str, Callable[[str, float], Coroutine[None, None, None]]] = {
     "non-readers": non_readers,
     "workers": workers,
     "large-messages": large_messages,
-    "idle-tls": idle_tls,
 }
 
 
