@@ -8,7 +8,6 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -28,14 +27,6 @@ BACKOFF = 0.005  # seconds of a client between two attempts to connect
 @pytest.fixture
 def make(faulty_server: MakeEchoServer) -> MakeEchoServer:
     return faulty_server
-
-
-@pytest.fixture
-def busy() -> Iterator[None]:
-    """A loop that takes a processor beside the test."""
-    with ChildProcess([sys.executable, "-c", "while True: pass"]) as process:
-        yield
-        process.kill()
 
 
 def test_server_that_pushes_bytes_and_closes(make: MakeEchoServer) -> None:
