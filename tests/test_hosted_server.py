@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import support
-from support import TIMEOUT, receive_all, receive_exactly, receive_line, reset
+from support import TIMEOUT, is_echoed, receive_all, receive_exactly, receive_line, reset
 
 from echo_async import ConfigError
 from echo_async.testing import HostedServer, Peer
@@ -48,8 +48,7 @@ def is_refused(server: HostedServer) -> bool:
 def test_greeting_is_sent_before_any_message(options: dict[str, Any]) -> None:
     with HostedServer(greeting=b"220 ready\r\n", **options) as server, connect(server) as client:
         assert receive_line(client) == b"220 ready\r\n"
-        client.sendall(b"one\n")
-        assert receive_line(client) == b"one\n"
+        assert is_echoed(client, b"one\n")
 
 
 def test_reply_is_sent_instead_of_each_echo(options: dict[str, Any]) -> None:
@@ -166,8 +165,7 @@ def test_disconnect_ends_every_connection(is_reset: bool, options: dict[str, Any
             server.wait_for(accepted=5 * number + 5, active=0)
         assert {each.end for each in server.connections} == {"server"}
         with connect(server) as client:
-            client.sendall(b"one\n")
-            assert receive_line(client) == b"one\n"
+            assert is_echoed(client, b"one\n")
 
 
 def test_disconnect_ends_a_connection_whose_client_does_not_read() -> None:
@@ -206,11 +204,9 @@ def test_refusing_keeps_the_port_and_open_connections(options: dict[str, Any]) -
                 with server.refusing():
                     pass
                 assert is_refused(server)
-                client.sendall(b"one\n")
-                assert receive_line(client) == b"one\n"
+                assert is_echoed(client, b"one\n")
             with connect(server) as other:
-                other.sendall(b"two\n")
-                assert receive_line(other) == b"two\n"
+                assert is_echoed(other, b"two\n")
             assert server.stats.accepted == number + 2
 
 
@@ -482,6 +478,5 @@ def test_calls_from_many_threads_are_safe() -> None:
         for thread in clients:
             thread.join(TIMEOUT)
         with connect(server) as client:
-            client.sendall(b"last\n")
-            assert receive_line(client) == b"last\n"
+            assert is_echoed(client, b"last\n")
         assert server.stats.failed == 0

@@ -11,7 +11,7 @@ import threading
 from contextlib import suppress
 
 import pytest
-from support import TIMEOUT, ChildProcess, connect, receive_all, receive_exactly, receive_line
+from support import TIMEOUT, ChildProcess, connect, is_echoed, receive_all, receive_exactly, receive_line
 
 from echo_async import sync
 from echo_async.pytest_plugin import MakeEchoServer
@@ -61,8 +61,7 @@ def test_server_that_drops_the_first_connection(make: MakeEchoServer) -> None:
         client.sendall(b"one\n")
         assert receive_all(client) == b""
     with connect(server) as client:
-        client.sendall(b"one\n")
-        assert receive_line(client) == b"one\n"
+        assert is_echoed(client, b"one\n")
     assert [each.messages for each in server.connections] == 2 * [[b"one\n"]]
 
 
@@ -181,8 +180,7 @@ def test_server_whose_tls_breaks_within_the_session(make: MakeEchoServer) -> Non
     server = make(tls=True, handler=serve)
     assert server.client_context is not None
     with server.client_context.wrap_socket(connect(server), server_hostname="localhost") as client:
-        client.sendall(b"secret\n")
-        assert receive_line(client) == b"secret\n"
+        assert is_echoed(client, b"secret\n")
         with pytest.raises(ssl.SSLError):
             client.recv(1)
 
@@ -254,8 +252,7 @@ def test_refusing_never_loses_its_port(make: MakeEchoServer) -> None:
             with server.refusing(), pytest.raises(ConnectionRefusedError):
                 connect(server)
             with connect(server) as client:
-                client.sendall(b"one\n")
-                assert receive_line(client) == b"one\n"
+                assert is_echoed(client, b"one\n")
         stop.set()
         thread.join(TIMEOUT)
         process.kill()
