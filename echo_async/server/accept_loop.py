@@ -13,7 +13,7 @@ from typing import cast
 from ..engines.context import Slot
 from ..engines.loop_internals import run_turns
 from ..engines.tls_transport import TlsTransport
-from ..net import format_address, shut_down
+from ..net import shut_down
 from ..tls import Certificates
 from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, Admission, PendingSlot
 from .proxy_reader import read_header
@@ -55,15 +55,7 @@ class AcceptLoop:
             except Exception as error:
                 await asyncio.sleep(ACCEPT_RETRY_DELAY if self._admission.on_accept_error(error) else 0)
                 continue
-            slot = None
-            try:
-                if (slot := self._admission.admit(connection, peername)) is not None:
-                    self._begin(slot)
-            except Exception as error:
-                if slot is not None:
-                    slot.release()
-                self._admission.registry.fail(format_address(peername), error)
-                connection.close()
+            self._admission.admit(connection, peername, self._begin)
 
     def _begin(self, slot: PendingSlot) -> None:
         task = self._loop.create_task(self._establish(slot))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..compat import descriptor_limit, set_reset_on_close
@@ -62,19 +63,23 @@ class Admission:
         self._log_refused(connections)
         return False
 
-    def admit(self, connected: socket.socket, peername: object) -> PendingSlot | None:
-        """Return the slot of a connection that was accepted; None if it is refused, and closed."""
-        refusal = None
-        if self.has_place() and self._is_trusted(peername):
-            slot = PendingSlot(self.registry, connected, peername)
-            refusal = None if self.scripts is None else self.scripts.assign(slot)
-            if refusal is None:
-                self.registry.pending.add(slot)
-                return slot
-            self.registry.report(format_address(peername), refusal)
-            set_reset_on_close(connected)
+    def admit(self, connected: socket.socket, peername: object, serve: Callable[[PendingSlot], None]) -> None:
+        """Call ``serve`` with the slot of a connection that was accepted, or refuse and close it."""
+        slot = None
+        try:
+            if self.has_place() and self._is_trusted(peername):
+                slot = PendingSlot(self.registry, connected, peername)
+                refusal = None if self.scripts is None else self.scripts.assign(slot)
+                if refusal is None:
+                    self.registry.pending.add(slot)
+                    return serve(slot)
+                self.registry.report(format_address(peername), refusal)
+                set_reset_on_close(connected)
+        except Exception as error:
+            if slot is not None:
+                slot.release()
+            self.registry.fail(format_address(peername), error)
         connected.close()
-        return None
 
     def _is_trusted(self, peername: object) -> bool:
         if self._trusted_proxies is None or peername in self._trusted_proxies:

@@ -71,9 +71,10 @@ class Registry(ServerContext):
         if self.on_empty is not None and not connections:
             self.on_empty()
 
-    def withdraw(self, connection: Connection) -> None:
-        """Remove a connection that could not be served after all: it counts as refused."""
-        self.connections.discard(connection)
+    def withdraw(self, taken: Any) -> None:
+        """Remove a connection, or a pending one, that could not be served after all: it counts as refused."""
+        self.connections.discard(taken)
+        self.pending.discard(taken)
         self.counters.increment("refused")
 
     def report(self, peer: str, report: "Report") -> None:

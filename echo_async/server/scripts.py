@@ -9,7 +9,7 @@ from ..config import ServerConfig
 from ..engines.connection import Connection
 from ..engines.context import Slot
 from ..logs import log
-from ..wire.faults import FaultPlan, FaultSchedule, FaultScript
+from ..wire.faults import REFUSE, FaultPlan, FaultSchedule, FaultScript
 from ..wire.script import EchoScript, Report, Script
 
 
@@ -32,8 +32,8 @@ class Scripts:
     def assign(self, slot: Slot) -> Report | None:
         """Give the next connection its script, if it has one; return the report if it is to be reset instead."""
         plan = None if self.schedule is None else self.schedule.next_plan()
-        if plan is not None and plan.fault.is_refusal:
-            return plan.fault.report_refusal()
+        if plan is not None and plan.fault.end == REFUSE:
+            return plan.fault.report(REFUSE)
         if plan is not None or self._wrap is not None or self._config.mode == "identify":
             slot.make_script = partial(self._make_script, plan)
         return None

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from ..config import ServerConfig
 from ..engines.threads import ThreadConnection
 from ..engines.tls_socket import TlsSocket
 from ..errors import StartError, describe_error
-from ..net import format_address, shut_down
+from ..net import shut_down
 from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, PendingSlot
 from .base_server import Acceptor
 from .listeners import ListeningSockets
@@ -64,11 +65,7 @@ class ThreadAcceptor(Acceptor):
         self._calls: deque[Callable[[], None]] = deque()  # for the accept thread
 
     async def start(self) -> None:
-        """The same as :meth:`start_thread`, which does not block."""
-        self.start_thread()
-
-    def start_thread(self) -> None:
-        """Accept connections from now on. Once, after the acceptor is made.
+        """Accept connections from now on. It does not block, and needs no event loop.
 
         :exc:`~echo_async.StartError` for lack of descriptors or threads; then the listeners are closed.
         """
@@ -90,12 +87,10 @@ class ThreadAcceptor(Acceptor):
         with contextlib.ExitStack() as resources:
             self._waker, self._wakened = map(resources.enter_context, socket.socketpair())
             self._waker.setblocking(False)
-            self._listener_selector = resources.enter_context(selectors.DefaultSelector())
-            self._waker_selector = resources.enter_context(selectors.DefaultSelector())
-            for selector in (self._listener_selector, self._waker_selector):
-                selector.register(self._wakened, selectors.EVENT_READ)
+            self._selector = resources.enter_context(selectors.DefaultSelector())
+            self._selector.register(self._wakened, selectors.EVENT_READ)
             for listener in self._accepting:
-                self._listener_selector.register(listener, selectors.EVENT_READ, listener)
+                self._selector.register(listener, selectors.EVENT_READ, listener)
             return resources.pop_all()
 
     def close(self) -> None:
@@ -115,42 +110,28 @@ class ThreadAcceptor(Acceptor):
         return self._thread.is_alive()
 
     async def disconnect(self, *, reset: bool) -> None:
-        self.disconnect_now(reset=reset)
-
-    def disconnect_now(self, *, reset: bool) -> None:
-        """The same without a coroutine."""
-
         def end_connections() -> None:
             self._abort_pending()
             self.registry.abort(reset=reset)
 
         self.call(end_connections)
 
-    def stop_listening(self) -> None:
-        """Refuse connections until :meth:`resume_listening` is called as often. The addresses stay reserved."""
-        self.call(self._stop_listening)
-
-    def resume_listening(self) -> None:
-        """Accept connections again, on the same addresses."""
-        self.call(self._resume_listening)
-
     def call(self, function: Callable[[], object]) -> None:
         """Run ``function`` in the accept thread, once it has accepted all connections that wait; none at a stop."""
-        done, errors = threading.Event(), list[Exception]()
+        done: Future[object] = Future()
 
         def run() -> None:
             try:
-                function()
+                done.set_result(function())
             except Exception as error:
-                errors.append(error)
-            done.set()
+                done.set_exception(error)
 
         self._calls.append(run)
         self._wake()
-        while not self._is_stopping and self.is_running() and not done.wait(CALL_CHECK_INTERVAL):
-            pass
-        if errors:
-            raise errors[0]
+        while not self._is_stopping and self.is_running():
+            with contextlib.suppress(TimeoutError):
+                done.result(CALL_CHECK_INTERVAL)
+                return
 
     def join(self) -> None:
         """Wait for the end of the accept thread, which is the last."""
@@ -161,6 +142,12 @@ class ThreadAcceptor(Acceptor):
             self._waker.send(b"\0")
 
     # The accept thread.
+
+    def _wait(self, seconds: float) -> None:
+        """Wait until it is woken, at most ``seconds``."""
+        self._wakened.settimeout(seconds)
+        with contextlib.suppress(BlockingIOError, TimeoutError):
+            self._wakened.recv(4096)
 
     def _run(self) -> None:
         try:
@@ -184,9 +171,11 @@ class ThreadAcceptor(Acceptor):
         now, interval = self.registry.now, self.registry.sweep_interval
         next_sweep = now() + interval
         while not self._is_stopping:
-            for key, _ in self._listener_selector.select(max(0.0, next_sweep - now())):
-                if key.data is not None and self._accept(key.data) is Accepted.FAILED:
-                    self._waker_selector.select(ACCEPT_RETRY_DELAY)
+            for key, _ in self._selector.select(max(0.0, next_sweep - now())):
+                if key.data is None:
+                    self._wait(0)
+                elif self._accept(key.data) is Accepted.FAILED:
+                    self._wait(ACCEPT_RETRY_DELAY)
             self._forget_finished()
             if self._calls:
                 self._run_calls()
@@ -202,29 +191,27 @@ class ThreadAcceptor(Acceptor):
                 pass
 
     def _run_calls(self) -> None:
-        if self._waker_selector.select(0):
-            self._wakened.recv(4096)
         self._drain_backlog()
         while self._calls:
             self._calls.popleft()()
 
-    def _stop_listening(self) -> None:
+    def stop_listening(self) -> None:
+        """Refuse connections until :meth:`resume_listening` is called as often. The addresses stay reserved."""
         self._refusals += 1
-        if self._refusals > 1:
-            return
-        for listener in self._accepting:
-            self._listener_selector.unregister(listener)
-        self._accepting = ()
-        self.sockets.refuse()
+        if self._refusals == 1:
+            for listener in self._accepting:
+                self._selector.unregister(listener)
+            self._accepting = ()
+            self.sockets.refuse()
 
-    def _resume_listening(self) -> None:
+    def resume_listening(self) -> None:
+        """Accept connections again, on the same addresses."""
         self._refusals -= 1
-        if self._refusals:
-            return
-        self.sockets.listen()
-        self._accepting = self.sockets.sockets
-        for listener in self._accepting:
-            self._listener_selector.register(listener, selectors.EVENT_READ, listener)
+        if not self._refusals:
+            self.sockets.listen()
+            self._accepting = self.sockets.sockets
+            for listener in self._accepting:
+                self._selector.register(listener, selectors.EVENT_READ, listener)
 
     def _accept(self, listener: socket.socket) -> Accepted:
         """Accept what waits, up to ``ACCEPT_BATCH`` connections."""
@@ -237,43 +224,25 @@ class ThreadAcceptor(Acceptor):
                 if self._admission.on_accept_error(error):
                     return Accepted.FAILED
                 continue
-            slot = None
-            try:
-                if (slot := self._admission.admit(connection, peername)) is not None:
-                    slot.connected = accepted_socket(connection)
-                    self._serve(slot)
-            except Exception as error:
-                if slot is not None:
-                    slot.release()
-                self.registry.fail(format_address(peername), error)
-                connection.close()
+            self._admission.admit(connection, peername, self._serve)
         return Accepted.MAYBE_MORE
 
     def _serve(self, slot: PendingSlot) -> None:
         """Serve a connection in a thread of its own; close it if there is none."""
-        run: Callable[[], None]
-        withdraw: Callable[[], None]
+        slot.connected = accepted_socket(slot.connected)
+        taken: PendingSlot | ThreadConnection = slot
+        run: Callable[[], None] = partial(self._establish, slot)
         if self.certificates is None and not self._admission.expects_header:
-            connection = ThreadConnection(self.registry, slot, slot.connected)
+            taken = connection = ThreadConnection(self.registry, slot, slot.connected)
             connection.establish()
             slot.claim()
-            run, withdraw = connection.run, partial(self.registry.withdraw, connection)
-        else:
-            run, withdraw = partial(self._establish, slot), partial(self._withdraw, slot)
+            run = connection.run
         try:
-            self._start_thread(run)
+            self._threads.add(start_thread(partial(self._run_connection, run), "echo-async client"))
         except Exception as error:  # RuntimeError: "can't start new thread"
             self._admission.on_accept_error(error)
-            withdraw()
+            self.registry.withdraw(taken)
             slot.connected.close()
-
-    def _start_thread(self, run: Callable[[], None]) -> None:
-        self._threads.add(start_thread(partial(self._run_connection, run), "echo-async client"))
-
-    def _withdraw(self, slot: PendingSlot) -> None:
-        """Count a pending connection that has no thread as refused."""
-        slot.release()
-        self.registry.counters.increment("refused")
 
     def _abort_pending(self) -> None:
         """End handshakes. A PROXY header that has arrived is still read; a TLS handshake is cut."""
@@ -295,8 +264,8 @@ class ThreadAcceptor(Acceptor):
         while self._threads and now() < deadline and (is_aborted or not self._is_aborting):
             if self._finished:
                 self._finished[0].join()
-            elif self._waker_selector.select(DRAIN_INTERVAL):
-                self._wakened.recv(4096)
+            else:
+                self._wait(DRAIN_INTERVAL)
             self._forget_finished()
             if not is_aborted and now() - swept_at >= DRAIN_INTERVAL:  # not for each thread: that would be quadratic
                 self.registry.sweep()

@@ -16,6 +16,7 @@ from ..server.base_server import BaseServer
 from ..server.listeners import ListeningSockets
 from ..server.registry import Registry
 from ..server.thread_acceptor import ThreadAcceptor
+from .session import run
 
 if TYPE_CHECKING:
     from ..server.scripts import Scripts
@@ -50,7 +51,7 @@ class EchoServer(BaseServer):
         self._closed = threading.Event()
         self._acceptor = ThreadAcceptor(config, ListeningSockets.bind(config), self._closed.set, registry, scripts)
         super().__init__([self._acceptor])
-        self._acceptor.start_thread()
+        run(self._acceptor.start())
 
     def wait_for(self, *, timeout: float = 5.0, **counters: int | Mapping[str, int]) -> None:
         """The same as :meth:`echo_async.EchoServer.wait_for`, but it blocks."""
@@ -59,7 +60,7 @@ class EchoServer(BaseServer):
 
     def disconnect(self, *, reset: bool = False) -> None:
         """The same as :meth:`echo_async.EchoServer.disconnect`, but it blocks."""
-        self._acceptor.disconnect_now(reset=reset)
+        run(self._acceptor.disconnect(reset=reset))
 
     def wait_closed(self) -> None:
         """Wait until no socket, connection or thread of the server is left. Always returns after :meth:`close`."""

@@ -188,11 +188,11 @@ class HostedServer:
     @contextmanager
     def refusing(self) -> Iterator[None]:
         """Refuse connections in the block. The port stays reserved, and connections that are open are served."""
-        self._acceptor.stop_listening()
+        self._acceptor.call(self._acceptor.stop_listening)
         try:
             yield
         finally:
-            self._acceptor.resume_listening()
+            self._acceptor.call(self._acceptor.resume_listening)
 
     @contextmanager
     def holding(self) -> Iterator[None]:

@@ -70,15 +70,6 @@ class Fault:
         """The kind that ends the replies or the connection, if there is one."""
         return next((kind for kind in FINAL_KINDS if kind in self.values), None)
 
-    @property
-    def is_refusal(self) -> bool:
-        """Whether the connection is reset as soon as it is accepted."""
-        return self.end == REFUSE
-
-    def report_refusal(self) -> Report:
-        """Return the report that the connection is reset."""
-        return self.report(REFUSE)
-
     def report(self, kind: str) -> Report:
         """Return the report that ``kind`` takes effect."""
         return Report(kind, f"fault injected: {self.texts[kind]}")

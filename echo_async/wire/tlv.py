@@ -105,10 +105,6 @@ def _decode_text(value: bytes) -> str | None:
         return None
 
 
-def _decode_hex(value: bytes) -> str:
-    return value.hex()
-
-
 def _decode_ssl(value: bytes) -> dict[str, str | int | list[str]] | None:
     if len(value) < SSL_FIXED_PART.size:
         return None
@@ -140,7 +136,7 @@ def _decode_google(value: bytes) -> str | None:
 _DECODERS: dict[int, tuple[str, Callable[[bytes], Value | None]]] = {
     0x01: ("alpn", _decode_text),
     0x02: ("authority", _decode_text),
-    CRC32C: ("crc32c", _decode_hex),
+    CRC32C: ("crc32c", bytes.hex),
     0x05: ("unique_id", lambda value: text if (text := _decode_text(value)) and text.isprintable() else value.hex()),
     SSL: ("ssl", _decode_ssl),
     0x30: ("netns", _decode_text),

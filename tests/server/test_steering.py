@@ -8,10 +8,12 @@ import ssl
 from pathlib import Path
 
 import pytest
-from support import TIMEOUT, Backend, run, serve_in_loop
+from support import TIMEOUT, Backend, run, serve_in_loop, wait_until
 
 import echo_async
 from echo_async import sync
+from echo_async.compat import is_readable
+from echo_async.server.thread_acceptor import ThreadAcceptor
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -75,3 +77,19 @@ def test_blocking_server_waits_and_disconnects() -> None:
         server.wait_for(active=0)
         with pytest.raises(TimeoutError):
             server.wait_for(active=1, timeout=0.01)
+
+
+def test_call_before_its_wake_up_keeps_no_thread_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accept thread wakes up for a client, and makes the call. What wakes it for the call must not stay."""
+    wake = ThreadAcceptor._wake
+
+    def wake_late(acceptor: ThreadAcceptor) -> None:
+        with socket.create_connection(server.address, TIMEOUT):
+            wait_until(lambda: not acceptor._calls)
+        wake(acceptor)
+
+    with sync.serve(port=0) as server:
+        monkeypatch.setattr(ThreadAcceptor, "_wake", wake_late)
+        server.disconnect()
+        monkeypatch.undo()
+        wait_until(lambda: not is_readable([server._acceptor._wakened]))
