@@ -24,10 +24,7 @@ LOOP_PATTERN = r"\w+(\.\w+)*:\w+"  # the form of the last choice
 def loop_factory(name: str = "auto") -> LoopFactory:
     """Return the function that creates an event loop; ``auto`` selects uvloop if it is installed.
 
-    ``MODULE:FACTORY`` is imported and called once, so that an unusable one is found before the start.
-
-    Raises:
-        StartError: ``name`` is ``uvloop``, and it is not installed; or ``MODULE:FACTORY`` creates no event loop.
+    ``MODULE:FACTORY`` is imported and called once. :exc:`~echo_async.StartError` if that gives no event loop.
     """
     if name == "asyncio":
         return asyncio.new_event_loop

@@ -73,7 +73,6 @@ class Acceptor:
     def _stop_udp(self) -> None:
         if self._receiver is not None:
             self._receiver.stop()
-            self._receiver.wait_stopped()
         self.sockets.close_udp()
 
 

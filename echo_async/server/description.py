@@ -15,13 +15,9 @@ from ..wire.proxy import ProxyHeader
 def describe_connection(
     config: ServerConfig, peername: object, header: ProxyHeader | None, get_extra_info: Callable[[str], Any]
 ) -> Describer:
-    """Return what makes the replies of a connection.
+    """Return what makes the replies of a connection. ``peername`` is the client that a PROXY header states.
 
-    Args:
-        config: That of the listener.
-        peername: The client's address, if the PROXY header states one.
-        header: The PROXY header, if there was one.
-        get_extra_info: Returns ``sockname``, ``peername`` and ``tls`` as :class:`asyncio.BaseTransport` does.
+    ``get_extra_info`` returns ``sockname``, ``peername`` and ``tls`` as that of :class:`asyncio.BaseTransport` does.
     """
     server = Responder(
         platform.node(),

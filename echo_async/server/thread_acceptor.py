@@ -97,8 +97,6 @@ class ThreadAcceptor(Acceptor):
         """Begin the graceful shutdown. Returns at once; safe to call twice, from any thread or signal handler."""
         self._is_stopping = True
         if self.is_running():
-            if self._receiver is not None:
-                self._receiver.stop()
             self._wake()
 
     def abort(self) -> None:

@@ -50,9 +50,6 @@ class LoopReceiver:
                 self._loop.remove_reader(each)
             responder.drain()
 
-    def wait_stopped(self) -> None:
-        """Do nothing: :meth:`stop` does not return earlier."""
-
 
 class ThreadReceiver:
     """Calls a responder in a thread. :exc:`OSError` or :exc:`RuntimeError` for lack of descriptors or threads."""
@@ -78,13 +75,10 @@ class ThreadReceiver:
         self._responder.drain()
 
     def stop(self) -> None:
-        """Begin to stop. Returns at once; safe to call twice, from any thread or signal handler."""
+        """Answer what has arrived. Does nothing the second time."""
         self._is_stopping = True
         with contextlib.suppress(OSError):  # it is closed
             self._waker.send(b"\0")
-
-    def wait_stopped(self) -> None:
-        """Wait until what has arrived is answered."""
         self._thread.join()
         self._close_waker()
 

@@ -48,11 +48,7 @@ def is_marked(ancillary: Iterable[tuple[int, int, bytes]]) -> bool:
 class Refusals(dict[SocketAddress, "str | None"]):
     """For each source address, why its datagrams are not answered: a key of ``REFUSALS``, None if they are.
 
-    It remembers some of them, since to find out takes longer than to answer.
-
-    Args:
-        allow_from: Addresses and networks, separated by commas; ``*`` is every address.
-        ports: The server's own ports.
+    It remembers some of them, since to find out takes longer than to answer. ``ports`` are the server's own.
     """
 
     def __init__(self, allow_from: str, ports: Collection[int]) -> None:

@@ -76,11 +76,7 @@ class Fault:
 
 
 def parse_fault(spec: str) -> Fault | None:
-    """Parse ``KIND[=VALUE],...``; return None for ``none``.
-
-    Raises:
-        ValueError: The specification is invalid. The text names the part, and says what is allowed.
-    """
+    """Parse ``KIND[=VALUE],...``; None for ``none``. :exc:`ValueError` names what is invalid, and what is allowed."""
     if spec.strip() == NONE:
         return None
     values: dict[str, Range] = {}
@@ -110,8 +106,7 @@ def parse_fault(spec: str) -> Fault | None:
 def parse_sequence(sequence: str | Sequence[str | None]) -> list[Fault | None]:
     """Parse specifications, separated by semicolons or as a list, in which None stands for ``none``.
 
-    Raises:
-        ValueError: A specification is invalid, or is ``no-accept``, which applies to a whole listener.
+    :exc:`ValueError` if one is invalid, or ``no-accept``, which applies to a whole listener.
     """
     specs = sequence.split(";") if isinstance(sequence, str) else sequence
     faults = [parse_fault(NONE if spec is None else spec.strip()) for spec in specs]
@@ -180,20 +175,16 @@ class FaultPlan(NamedTuple):
 
 
 class FaultSchedule:
-    """Which connections of a server have a fault. Used by one thread at a time.
+    """Which connections of a server have a fault: those of the ``sequence`` first, then ``fault``.
 
-    ``fault`` is for every connection after those of the ``sequence``.
-
-    Attributes:
-        seed: Where all random choices come from, a random number by default.
-        connections: The number of the last connection.
+    Used by one thread at a time. All random choices come from ``seed``, by default a random number.
     """
 
     def __init__(self, fault: str | None, sequence: str | Sequence[str | None] | None, seed: int | None) -> None:
         self._fault = None if fault is None else parse_fault(fault)
         self._sequence = [] if sequence is None else parse_sequence(sequence)
         self.seed = Random().getrandbits(32) if seed is None else seed
-        self.connections = 0
+        self.connections = 0  # so far
 
     def next_plan(self) -> FaultPlan | None:
         """Return the plan of the next connection, None if it has no fault."""

@@ -197,11 +197,7 @@ def max_reply_size(message: bytes) -> int:
 
 
 def check_reply(line: bytes, message: bytes, name: str) -> Identity:
-    """Parse the reply of the server ``name`` to ``message``.
-
-    Raises:
-        ReplyDifferent: It is not a reply of ``identify`` mode, or reports another message.
-    """
+    """Parse the reply of the server ``name`` to ``message``. :exc:`ReplyDifferent` if it is none, or of another."""
     try:
         identity = Identity.parse(line)
     except ValueError as error:

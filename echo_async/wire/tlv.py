@@ -29,11 +29,7 @@ AWS_VPC_ENDPOINT_ID = AZURE_LINK_ID = b"\x01"  # the first byte of the value
 
 
 def parse_tlvs(data: bytes) -> dict[str, Value | list[Value]]:
-    """Return the fields by name; a list of values for one that occurs several times.
-
-    Raises:
-        ValueError: A field is truncated, or there are too many.
-    """
+    """Return the fields by name; those of one name are a list. :exc:`ValueError` as :func:`iterate_tlvs`."""
     return _group_by_name(_decode_tlv(kind, value) for kind, value in iterate_tlvs(data) if kind != NOOP)
 
 
