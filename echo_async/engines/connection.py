@@ -21,6 +21,7 @@ from .timeouts import NEWLINE_DELAY, TimeoutKind, Timeouts
 
 LINES_PER_TURN = 100  # access log lines of one connection before others get their turn
 TURN = Wait(0)
+NO_LINES: Iterator[Wait] = iter(())
 TIMEOUT_DETAILS = {"idle": "", "message": ": incomplete message", "write": ": peer is not reading"}
 
 
@@ -42,13 +43,12 @@ class Connection:
     Attributes:
         context: What all connections of a server share.
         conversation: What the bytes mean.
-        timeouts: Since when the connection waits, and for what.
+        timeouts: Since when the connection waits, and for what; None before the first sweep.
         slot: What is known of the client.
         runner: What sends the replies instead of the engine, if the connection has a script.
     """
 
     conversation: Conversation
-    timeouts: Timeouts
 
     __slots__ = ("_peername", "context", "conversation", "runner", "slot", "timeouts")
 
@@ -56,12 +56,12 @@ class Connection:
         self.context = context
         self.slot = slot
         self.runner: RunningScript | None = None
+        self.timeouts: Timeouts | None = None
         self._peername = slot.peername
 
     def establish(self) -> None:
         """Begin the conversation, and count the connection as open."""
         self.conversation = self.context.make_conversation()
-        self.timeouts = Timeouts(self.context.now())
         self.context.add(self)
 
     @property

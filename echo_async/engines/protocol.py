@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from ..compat import is_readable
 from ..wire.conversation import Conversation
 from ..wire.script import Script, Wait
 from .asyncio_runner import AsyncioRunner
-from .connection import Connection
+from .connection import NO_LINES, Connection
 from .context import ServerContext, Slot
 from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS, abort_transport, reset_transport, write_buffer_size
 
@@ -43,43 +43,34 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     __slots__ = (
         "_drain_target",
-        "_is_working",
+        "_is_lingering",
         "_is_writing_paused",
         "_large_reads",
-        "_lines",
-        "_task",
         "_transport",
-        "_writable",
-        "_write",
+        "_work",
     )
 
     _transport: asyncio.Transport
-    _write: Callable[[bytes], object]
     runner: AsyncioRunner | None
 
     def __init__(self, context: ServerContext, slot: Slot) -> None:
-        super().__init__(context, slot)
+        Connection.__init__(self, context, slot)  # super() would take twice the time on 3.11
         self._is_writing_paused = False
+        self._is_lingering = False
         self._large_reads = 0
         self._drain_target: int | None = None  # bytes that may have been sent to us when the shutdown began
-        self._is_working = False
-        self._task: asyncio.Task[None] | None = None  # the last one; an event loop has a weak reference only
-        self._lines: Iterator[Wait] | None = None  # that the task has to log
-        self._writable: asyncio.Future[None] | None = None  # done when the write buffer has room again
+        self._work: Work | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self._write = self._transport.write
+        self._transport = transport  # type: ignore[assignment]
         try:
             if not self.slot.claim():
                 return self._transport.abort()
             self.establish()
             if self.slot.make_script is not None:
                 self._start_script(self.slot.make_script(self))
-            elif self.context.log_messages:
-                self._write = self._write_and_log
             else:
-                self.conversation.has_parts = True
+                self.conversation.has_parts = not self.context.log_messages
         except Exception as error:  # an event loop would keep the connection open
             self.fail(error)
 
@@ -93,7 +84,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     @property
     def is_delayed(self) -> bool:
         """Whether a task still answers or logs. It ends the connection then, if that is finished."""
-        return self._is_working
+        return self._work is not None
 
     def get_extra_info(self, name: str) -> Any:
         return self._transport.get_extra_info(name)
@@ -107,10 +98,12 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             if reply:
                 if conversation.parts:
                     self._write_parts(conversation)
-                write = self._write  # a local: calling through a slot is slower in CPython
-                write(reply)
-            if conversation.finished and self.timeouts.lingering_since is None:
-                self._linger_if_answered()
+                if conversation.has_parts:
+                    self._transport.write(reply)
+                else:
+                    self._run_script_or_log(reply)
+            if conversation.finished and not self._is_lingering and (self.runner is None or self._is_answered()):
+                self.linger()
             elif len(data) > LARGE_READ:
                 self._count_large_read(reply)
         except Exception as error:
@@ -118,13 +111,12 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def _write_parts(self, conversation: Conversation) -> None:
         for part in conversation.parts:
-            self._write(part)
+            self._transport.write(part)
         conversation.parts = ()
 
-    def _linger_if_answered(self) -> None:
-        """Linger, unless a task still answers, or a script leaves it to the client to close the connection."""
-        if not self._is_working and not self.is_held_open:
-            self.linger()
+    def _is_answered(self) -> bool:
+        """Whether no task still answers, and no script leaves it to the client to close the connection."""
+        return self._work is None and not self.is_held_open
 
     def _count_large_read(self, reply: bytes) -> None:
         """End the turn if it was long enough: libuv reads 32 times in a row (src/unix/stream.c, uv__read)."""
@@ -138,7 +130,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     def eof_received(self) -> bool:
         if not self.conversation.finished:
             self.conversation.end_input()
-        if self.timeouts.lingering_since is None:
+        if not self._is_lingering:
             with contextlib.suppress(*TRANSPORT_ERRORS):  # the client has reset the connection
                 self._transport.write_eof()  # closing is no end if a child process has a duplicate of the socket
         return False  # the transport sends what is left and closes
@@ -147,10 +139,11 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         """Count as open until the task has ended, and so all messages are logged."""
         if error is not None:
             self.log_lost(error)
-        self.end_script()
-        if self._is_working and self._task is not None:
-            self._wake_writer()
-            self._task.add_done_callback(lambda _: self.context.remove(self))
+        if self.runner is not None:
+            self.runner.end()
+        if self._work is not None and self._work.task is not None:
+            self._work.wake()
+            self._work.task.add_done_callback(lambda _: self.context.remove(self))
         else:
             self.context.remove(self)
 
@@ -161,11 +154,12 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._is_writing_paused = False
-        self._wake_writer()
+        if self._work is not None:
+            self._work.wake()
         self._resume_reading()
 
     def _can_read(self) -> bool:
-        return not self._is_writing_paused and not self._is_working and not self.is_stalled
+        return not self._is_writing_paused and self._work is None and not self.is_stalled
 
     def _buffered(self) -> int:
         """Return the most bytes that can wait to be read: in TLS, and in the kernel up to the size of its buffer."""
@@ -185,10 +179,11 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         return write_buffer_size(self._transport)
 
     def linger(self) -> None:
-        self.end_script()
+        if self.runner is not None:
+            self.runner.end()
         if not self.conversation.finished:
             self.conversation.end_input()
-        self.timeouts.lingering_since = self.context.now()
+        self._is_lingering = True
         try:
             self._transport.write_eof()
         except TRANSPORT_ERRORS:  # the client has reset the connection
@@ -203,13 +198,13 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         if not self._can_read() or (conversation.received < self._drain_target and self._buffered()):
             return
         conversation.drain()
-        if conversation.finished and self.timeouts.lingering_since is None:
+        if conversation.finished and not self._is_lingering:
             self.linger()
 
     def abort(self) -> None:
         self.end_script()
-        if self._lines is not None:  # a shutdown does not wait longer
-            self.finish_log(self._lines)
+        if self._work is not None:  # a shutdown does not wait longer
+            self.finish_log(self._work.lines)
         abort_transport(self._transport)
 
     def reset(self) -> None:
@@ -220,33 +215,25 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def _start_script(self, script: Script) -> None:
         self.runner = AsyncioRunner(self, script, self._transport, self._wait_writable)
-        self._write = self._submit
-        self._start_task(self.runner.run())
+        self._start_work(self.runner.run())
 
-    def _submit(self, reply: bytes) -> None:
-        assert self.runner is not None
-        self.runner.submit(reply)
-        if not self._is_working:
-            self._start_task(self.runner.run())
-
-    def _write_and_log(self, reply: bytes) -> None:
+    def _run_script_or_log(self, reply: bytes) -> None:
+        if self.runner is not None:
+            self.runner.submit(reply)
+            if self._work is None:
+                self._start_work(self.runner.run())
+            return
         self._transport.write(reply)
         lines = self.log_reply(reply)
         if next(lines, None) is not None:
-            self._lines = lines
-            self._start_task(self._log_rest(lines))
+            self._start_work(_run_turns(lines), lines)
 
-    async def _log_rest(self, lines: Iterator[Wait]) -> None:
-        for _ in lines:
-            await asyncio.sleep(0)
-        self._lines = None
-
-    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
-        self._is_working = True
+    def _start_work(self, work: Coroutine[Any, Any, None], lines: Iterator[Wait] = NO_LINES) -> None:
+        self._work = Work(lines)
         self._transport.pause_reading()
-        self._task = asyncio.get_running_loop().create_task(self._work(work))
+        self._work.task = asyncio.get_running_loop().create_task(self._run(work))
 
-    async def _work(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             self._transport.pause_reading()  # uvloop starts reading after connection_made, whatever that does
             await work
@@ -256,17 +243,38 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         except Exception as error:
             self.fail(error)
         finally:
-            self._is_working = False
-        if self.conversation.finished and self.timeouts.lingering_since is None and not self._transport.is_closing():
-            self._linger_if_answered()
+            self._work = None
+        must_linger = self.conversation.finished and not self._is_lingering and not self.is_held_open
+        if must_linger and not self._transport.is_closing():
+            self.linger()
         self._resume_reading()
 
     async def _wait_writable(self) -> None:
         """Wait until the write buffer has room, or the connection is lost."""
-        if self._is_writing_paused and not self._transport.is_closing():
-            self._writable = asyncio.get_running_loop().create_future()
-            await self._writable
+        if self._is_writing_paused and self._work is not None and not self._transport.is_closing():
+            await self._work.wait()
 
-    def _wake_writer(self) -> None:
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
+
+class Work:
+    """What a connection does in a task: it runs a script, or logs ``lines``."""
+
+    __slots__ = ("_waiter", "lines", "task")
+
+    def __init__(self, lines: Iterator[Wait]) -> None:
+        self.lines = lines
+        self.task: asyncio.Task[None] | None = None  # an event loop has a weak reference only
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def wait(self) -> None:
+        """Wait until :meth:`wake` is called."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+async def _run_turns(lines: Iterator[Wait]) -> None:
+    for _ in lines:
+        await asyncio.sleep(0)

@@ -76,7 +76,6 @@ class Runner:
     def _begin_stall(self) -> None:
         self.is_stalled = True
         self._connection.conversation.end_input()
-        self._connection.timeouts.restart_idle(self._context.now())
 
     def _expire(self, timer: Timer) -> None:
         """The time of the script is up. Cut its actions, and end the connection as it demands."""

@@ -6,15 +6,14 @@ microsecond of Python per chunk, however small.
 
 import asyncio
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 from ..config import ServerConfig
 from ..net import format_address
-from ..wire.script import Wait
 from .asyncio_runner import AsyncioRunner
 from .chunk_reader import ChunkReader
-from .connection import Connection
+from .connection import NO_LINES, Connection
 from .context import ServerContext, Slot
 from .loop_internals import (
     ACCEPT_BATCH,
@@ -29,7 +28,6 @@ from .loop_internals import (
 CHUNKS_PER_TURN = 50  # chunks of one connection before others get their turn
 DRAIN_THRESHOLD = 16 * 1024  # bytes of unsent replies above which no chunk is read
 DISCARD_SIZE = 64 * 1024  # bytes per read of input that is discarded
-NO_LINES: Iterator[Wait] = iter(())
 
 Reader = ChunkReader | asyncio.StreamReader
 

@@ -166,14 +166,13 @@ class PendingSlot(Slot):
 class NativeSlot(Slot):
     """The place of each connection that an event loop accepts itself: it is taken as soon as there is a transport."""
 
-    __slots__ = ("_admission",)
+    __slots__ = ("claim",)
+
+    claim: Callable[[], bool]
 
     def __init__(self, admission: Admission) -> None:
         super().__init__()
-        self._admission = admission
-
-    def claim(self) -> bool:
-        return self._admission.has_place()
+        self.claim = admission.has_place
 
 
 def _make_scripts(config: ServerConfig) -> Scripts | None:

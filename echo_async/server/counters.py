@@ -24,7 +24,10 @@ class Exchanged:
         self.accepted += 1
         self.messages += conversation.messages
         self.bytes_in += conversation.received
-        self.bytes_out += conversation.answered if runner is None else runner.sent
+        if runner is None:  # as conversation.answered
+            self.bytes_out += conversation.received - conversation.incomplete - conversation.discarded
+        else:
+            self.bytes_out += runner.sent
 
 
 class Counters:

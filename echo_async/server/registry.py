@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import ServerConfig
 from ..engines.connection import Connection
 from ..engines.context import LINGER_TIMEOUT_AT_STOP, ConversationFactory, ServerContext
+from ..engines.timeouts import Timeouts
 from ..logs import RateLimitedLog, log
 from ..stats import Stats
 from .counters import Counters
@@ -58,7 +59,8 @@ class Registry(ServerContext):
 
     def remove(self, connection: Connection) -> None:
         connections, counters = self.connections, self.counters
-        with counters.lock:
+        counters.lock.acquire()  # ``with`` would take twice the time
+        try:
             if connection not in connections:
                 return
             connections.remove(connection)
@@ -66,6 +68,8 @@ class Registry(ServerContext):
             counters.closed.add(connection)
             if self._ends or conversation.incomplete:
                 counters.add_end(conversation, self._ends.pop(connection, None))
+        finally:
+            counters.lock.release()
         if conversation.incomplete or self.log_chunks:
             connection.log_closed()
         if self.on_empty is not None and not connections:
@@ -110,11 +114,13 @@ class Registry(ServerContext):
         self.write_pending_logs()
 
     def _check(self, connection: Connection, now: float) -> None:
-        kind = connection.timeouts.expired(connection, now)
+        if (timeouts := connection.timeouts) is None:
+            timeouts = connection.timeouts = Timeouts()
+        kind = timeouts.expired(connection, now)
         if kind is None:
-            if connection.timeouts.must_report_incomplete(connection, now):
+            if timeouts.must_report_incomplete(connection, now):
                 connection.log_incomplete()
-            if self._is_draining and not connection.timeouts.is_new(connection, now):
+            if self._is_draining and not timeouts.is_new(connection, now):
                 connection.drain()
             return
         if kind != "linger" and connection not in self._ends:

@@ -35,6 +35,6 @@ class Sweeper:
             self._connections, self._checked = list(self._registry.connections), 0
         now = self._registry.now()
         some = self._connections[self._checked : self._checked + SLICE]
-        self._registry.sweep([each for each in some if not each.timeouts.is_still_idle(each, now)])
+        self._registry.sweep([each for each in some if not (each.timeouts and each.timeouts.is_still_idle(each, now))])
         self._checked += SLICE
         self.start()

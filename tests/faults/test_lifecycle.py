@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,8 +21,10 @@ from support import (
     Backend,
     connect,
     is_echoed,
+    receive_all,
     run,
     serve_in_loop,
+    wait_in_loop,
 )
 
 import echo_async
@@ -136,6 +140,42 @@ def test_server_restarted_200_times_leaves_no_resources(backend: Backend) -> Non
         assert len(os.listdir("/proc/self/fd")) == descriptors
         assert memory() - before < 5 * 1024 * 1024
         assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
+
+
+@pytest.mark.parametrize("is_logged", [False, True], ids=["silent", "logged"])
+def test_connections_closed_leave_no_object(backend: Backend, is_logged: bool) -> None:
+    """Nor one that waits for the garbage collector: it is disabled."""
+    access_log = logging.getLogger("echo_async.access")
+    access_log.setLevel(logging.INFO)
+    access_log.propagate = False
+
+    def exchange(address: tuple[str, int], count: int) -> None:
+        for _ in range(count):
+            with socket.create_connection(address, TIMEOUT) as client:
+                assert is_echoed(client)
+                assert receive_all(client) == b""
+
+    def objects() -> Counter[str]:
+        """Count the objects of this package by type."""
+        types = (str(type(each)) for each in gc.get_objects())
+        return Counter(each for each in types if "echo_async" in each)
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_debug(False)  # which keeps tracebacks
+        async with echo_async.serve(port=0, engine=backend.engine, no_access_log=not is_logged) as server:
+            await asyncio.to_thread(exchange, server.address, 10)
+            await wait_in_loop(lambda: server.stats.active == 0)
+            gc.collect()
+            gc.disable()
+            try:
+                before = objects()
+                await asyncio.to_thread(exchange, server.address, 1000)
+                await wait_in_loop(lambda: server.stats.active == 0)
+                assert (objects() - before).total() < 100  # the sweep keeps a list of those that it found open
+            finally:
+                gc.enable()
+
+    run(main, backend.loop)
 
 
 OPTIONS = [["--loop", "asyncio"], ["--loop", "uvloop"], ["--engine", "threads"]]
