@@ -209,6 +209,7 @@ def test_completion_protocol_of_bash(monkeypatch: pytest.MonkeyPatch, capsys: py
     for name, value in {**SERVICE_LINKS, "_ECHO_ASYNC_COMPLETE": "bash_complete"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["echo-async"])
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # click takes the name of the program from both
     for words, expected in (
         ("echo-async ", {"server", "client", "check", "run", "bench"}),
         ("echo-async server --timeout-i", {"--timeout-idle"}),
