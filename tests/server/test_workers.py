@@ -113,14 +113,16 @@ def test_workers_share_connections_and_add_up_counters(engine: EngineName) -> No
 
 
 def test_workers_share_a_unix_socket_and_its_file_is_removed(tmp_path: Path) -> None:
+    """In debug mode, in which asyncio requires a non-blocking socket, also for PROXY headers."""
     path = str(tmp_path / "socket")
-    with two_workers("protocol", "--uds", path) as server:
+    options = ("--uds", path, "--proxy-protocol", "v1")
+    with two_workers("protocol", *options, env={"PYTHONDEVMODE": "1"}) as server:
         assert server.startup_line == f"listening on {path}\n"
         for other in server.worker_pids:
             with paused_processes(other), socket.socket(socket.AF_UNIX) as client:
                 client.settimeout(TIMEOUT)
                 client.connect(path)
-                assert exchange(client, b"hello\n") == b"hello\n"
+                assert exchange(client, b"PROXY UNKNOWN\r\nhello\n") == b"hello\n"
         code, lines = server.stop()
     assert code == 0
     assert counters(lines)["messages"] == 2
@@ -450,11 +452,3 @@ if "echo_async.service.worker" in sys.orig_argv:
         server.process.send_signal(signal.SIGHUP)
         server.wait_for_log("reload failed, keeping the previous certificates: ", 2)
         assert server.stop()[0] == 0
-
-
-def test_workers_in_development_mode_accept_proxy_headers() -> None:
-    """The debug mode of asyncio requires a non-blocking socket object."""
-    options = ("--workers", "2", "--proxy-protocol", "v1")
-    with server_process(*options, env={"PYTHONDEVMODE": "1"}) as server, server.connect() as client:
-        client.sendall(b"PROXY UNKNOWN\r\nHola Server!\n")
-        assert receive_line(client) == b"Hola Server!\n"
