@@ -27,7 +27,6 @@ from echo_async.cli.stdin import has_stdin_lines
 from echo_async.config import ClientOptions
 from echo_async.pytest_plugin import MakeEchoServer
 from echo_async.testing import HostedServer, Peer
-from echo_async.testing.scripts import Handler
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -190,6 +189,13 @@ def failure_of(done: Done, code: int) -> tuple[str, str]:
 def test_json_connect_failure_has_its_kind(
     client: Client, closed_port: int, black_hole_address: tuple[str, int], faulty_server: MakeEchoServer
 ) -> None:
+    def close(peer: Peer) -> None:
+        peer.receive_some()
+
+    def send_text(peer: Peer) -> None:
+        peer.receive_some()
+        peer.send(b"220 mail server ready\r\n")
+
     for port, options, kind, reason in (
         (1, ["--host", "missing.invalid"], "dns", "check the host name"),
         (1, ["--host", "a..b"], "dns", "not a host name"),
@@ -199,26 +205,12 @@ def test_json_connect_failure_has_its_kind(
         (closed_port, [], "refused", "connection refused"),
         (closed_port, ["--count", "2"], "refused", "connection refused"),
         (black_hole_address[1], ["--connect-timeout", "0.2"], "timeout", ""),
-        (faulty_server(tls=True).port or 0, ["--ssl"], "tls", "certificate verify failed"),
+        (faulty_server(tls=True).address[1], ["--ssl"], "tls", "certificate verify failed"),
+        (faulty_server(handler=close).address[1], ["--ssl"], "tls", ": TLS: "),
+        (faulty_server(handler=send_text).address[1], ["--ssl"], "tls", ": TLS: "),
     ):
         error = failure_of(client(port, "--json", *options, "hola"), 3)
         assert (error[0], reason in error[1]) == (kind, True), error
-
-
-def close_at_once(peer: Peer) -> None:
-    peer.receive_some()
-
-
-def send_text(peer: Peer) -> None:
-    peer.receive_some()
-    peer.send(b"220 mail server ready\r\n")
-
-
-@pytest.mark.parametrize("serve", [close_at_once, send_text])
-def test_json_server_without_tls_is_of_kind_tls(serve: Handler, client: Client, faulty_server: MakeEchoServer) -> None:
-    kind, message = failure_of(client(faulty_server(handler=serve), "--json", "--ssl", "hola"), 3)
-    assert kind == "tls"
-    assert ": TLS: " in message
 
 
 @pytest.mark.parametrize(
@@ -245,20 +237,14 @@ def test_connection_refused_exits_with_3(closed_port: int, client: Client) -> No
     assert client(closed_port, "--quiet", "hola") == (3, b"", "")
 
 
-def test_lost_reply_is_reported_and_sending_continues(faulty_server: MakeEchoServer, client: Client) -> None:
-    done = client(faulty_server(fault_sequence="close=7"), *"123456")
-    assert (done.code, done.out) == (1, b"1\n2\n3\n5\n6\n")
-    assert re.fullmatch("error: message 4: .* lost after 1 of 2 bytes of the reply: .*\n", done.err)
-
-
-def test_late_and_different_replies_are_reported(faulty_server: MakeEchoServer, client: Client) -> None:
-    server = faulty_server(fault_sequence="stall=14;corrupt")
-    done = client(server, "--timeout", "0.5", "good 1", "good 2", "late", "good 4", "good 5")
-    assert (done.code, done.out) == (1, b"good 1\ngood 2\ngood 5\n")
-    late, different = done.err.splitlines()
-    assert late.startswith("error: message 3: ")
-    assert "reply timeout: no reply from" in late
-    assert re.search(r'reply mismatch at byte \d: received ".+\\n", expected "good 4\\n"', different)
+def test_lost_late_and_different_replies_are_reported(faulty_server: MakeEchoServer, client: Client) -> None:
+    server = faulty_server(fault_sequence="close=7;stall=4;corrupt")
+    done = client(server, "--timeout", "0.5", *"123456789")
+    assert (done.code, done.out) == (1, b"1\n2\n3\n5\n6\n9\n")
+    lost, late, different = done.err.splitlines()
+    assert re.fullmatch("error: message 4: .* lost after 1 of 2 bytes of the reply: .*", lost)
+    assert re.fullmatch("error: message 7: reply timeout: no reply from .*", late)
+    assert re.fullmatch(r'error: message 8: reply mismatch at byte \d: received ".+\\n", expected "8\\n".*', different)
 
 
 def test_server_gone_between_messages_exits_with_3(
