@@ -259,9 +259,8 @@ def test_alerts_query_existing_metrics_and_labels() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"HOST": "127.0.0.1,::1"},
+        {"HOST": "127.0.0.1,::1", "PROXY_PROTOCOL": "auto", "SSL_CERTFILE": "server.pem"},
         {"UDS": "echo.sock"},
-        {"PROXY_PROTOCOL": "auto", "SSL_CERTFILE": "server.pem"},
         {"LISTEN": "[::]:PORT,tls,mode=identify 127.0.0.1:0", "SSL_CERTFILE": "server.pem"},
         {"LISTEN": "unix:echo.sock,proxy-protocol=v1,tls", "SSL_CERTFILE": "server.pem"},
     ],
