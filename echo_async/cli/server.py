@@ -133,20 +133,24 @@ def serve(
 def _listeners(context: click.Context) -> list[ListenerConfig]:
     """Return the configuration of each listener: those of ``--listen``, or one of the other options."""
     values, inherited = _config_values(context), listen_descriptors()
-    names = ("listen", *ADDRESS_OPTIONS)
-    sources = [context.get_parameter_source(name) for name in names]
-    is_typed = ParameterSource.COMMANDLINE in sources  # which overrides the environment
-    source = ParameterSource.COMMANDLINE if is_typed else ParameterSource.ENVIRONMENT
-    given = [name for name, each in zip(names, sources, strict=True) if each is source]
-    labels = [f"--{name}" if is_typed else f"ECHO_ASYNC_{name.upper()}" for name in given]
-    if "listen" not in given:
+    sources = {name: context.get_parameter_source(name) for name in ("listen", *ADDRESS_OPTIONS)}
+    typed = [name for name, source in sources.items() if source is ParameterSource.COMMANDLINE]
+    if "listen" not in typed and (typed or sources["listen"] is not ParameterSource.ENVIRONMENT):
         config = ServerConfig(**values)
         if inherited and config.has_faults:
             raise ConfigError("--fault and --fault-sequence conflict with LISTEN_FDS; use --host and --port, or --uds")
         return [ListenerConfig(config, list(inherited))]
-    if len(given) > 1 and is_typed:  # in the environment, an image or a service link may have set the others
-        raise ConfigError(f"{labels[0]} and {labels[1]} are mutually exclusive")
-    return parse_listeners(labels[0], context.params["listen"], values, inherited)
+    if len(typed) > 1:  # in the environment, an image or a service link may have set the others
+        raise ConfigError(f"--listen and --{typed[1]} are mutually exclusive")
+    return parse_listeners("--listen" if typed else "ECHO_ASYNC_LISTEN", context.params["listen"], values, inherited)
+
+
+# What an option on the command line overrides, because it conflicts with it, unless that is there as well
+OVERRIDDEN = (
+    (("fault", "fault_sequence"), ("fault", "fault_sequence")),
+    (ADDRESS_OPTIONS, ("uds", "fd")),
+    (("uds",), ("udp", "udp_allow_from")),
+)
 
 
 def _config_values(context: click.Context) -> dict[str, Any]:
@@ -159,12 +163,9 @@ def _config_values(context: click.Context) -> dict[str, Any]:
             raise ConfigError(f"--threaded conflicts with --engine {values['engine']}")
         if "engine" not in typed:
             values["engine"] = "threads"
-    if typed & {"fault", "fault_sequence"}:
-        values.update({name: None for name in ("fault", "fault_sequence") if name not in typed})
-    if typed & {*ADDRESS_OPTIONS}:
-        values.update({name: None for name in ("uds", "fd") if name not in typed})
-    if "uds" in typed:
-        values.update({name: OPTIONS[name].default for name in ("udp", "udp_allow_from") if name not in typed})
+    for names, conflicting in OVERRIDDEN:
+        if typed & {*names}:
+            values |= {name: OPTIONS[name].default for name in conflicting if name not in typed}
     loop = context.params["loop"]
     if values["engine"] == "threads" and loop not in ("auto", "asyncio"):
         raise ConfigError(f"--loop {loop} conflicts with --engine threads, which uses no event loop")
