@@ -22,9 +22,8 @@ import pytest
 from support import TIMEOUT, ChildProcess, run_process, sends_at_once, wait_until
 
 from echo_async.cli import stdin
-from echo_async.cli.client import command, main
+from echo_async.cli.client import main
 from echo_async.cli.stdin import has_stdin_lines
-from echo_async.config import ClientOptions
 from echo_async.pytest_plugin import MakeEchoServer
 from echo_async.testing import HostedServer, Peer
 
@@ -478,8 +477,3 @@ def test_count_continues_after_a_lost_reply(faulty_server: MakeEchoServer, clien
     assert numbers == [*range(1, 11), *range(12, 21)]
     assert re.fullmatch("error: message 11: .* lost after 1 of 2 bytes of the reply: .*\n", done.err)
     assert done.code == 1
-
-
-def test_client_command_has_all_options_of_connect() -> None:
-    of_the_command = {parameter.name for parameter in command.params}
-    assert {"host", "port", *ClientOptions.__annotations__} <= of_the_command

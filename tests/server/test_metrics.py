@@ -26,9 +26,9 @@ from support import (
     command_process,
     connect_to,
     count_events,
+    is_echoed,
     paused_processes,
     receive_all,
-    receive_line,
     scrape_metrics,
     server_process,
     single_error_line,
@@ -93,11 +93,6 @@ def health(server: ServerProcess) -> tuple[int, bytes]:
     return status, body
 
 
-def exchange(client: socket.socket, message: bytes) -> None:
-    client.sendall(message)
-    assert receive_line(client, len(message)) == message
-
-
 @pytest.mark.parametrize(("engine", "workers"), [("threads", 1), ("protocol", 2)])
 def test_metrics_match_what_was_sent_until_the_stop(engine: EngineName, workers: int) -> None:
     with server_with_metrics(engine, workers) as server, ExitStack() as stack, server.connect() as last:
@@ -106,7 +101,7 @@ def test_metrics_match_what_was_sent_until_the_stop(engine: EngineName, workers:
 
         def send(client: socket.socket) -> None:
             for number in range(100):
-                exchange(client, b"%d \xf1\n" % number)
+                assert is_echoed(client, b"%d \xf1\n" % number)
 
         senders = [threading.Thread(target=send, args=(client,), daemon=True) for client in clients]
         for sender in senders:
@@ -172,7 +167,7 @@ def test_metrics_keep_the_counters_of_a_killed_worker() -> None:
     with server_with_metrics("protocol", 2) as server, ExitStack() as stack:
         killed_worker, survivor = server.worker_pids
         for worker in [killed_worker] * 10 + [survivor] * 5:
-            exchange(stack.enter_context(connect_to(worker, server)), b"hello\n")
+            assert is_echoed(stack.enter_context(connect_to(worker, server)), b"hello\n")
         samples = scrape_metrics(server.log)
         accepted = samples["echo_async_connections_accepted_total"]
         assert samples["echo_async_messages_total"] == 15
@@ -298,7 +293,7 @@ def test_idle_http_connections_delay_no_scrape() -> None:
         assert monotonic() - start < MAX_DELAY
         clients = [stack.enter_context(server.connect()) for _ in range(20)]
         for client in clients:
-            exchange(client, b"served\n")
+            assert is_echoed(client, b"served\n")
         assert scrape_metrics(server.log)["echo_async_connections_active"] == 20
 
 
