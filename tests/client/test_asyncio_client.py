@@ -20,7 +20,7 @@ from echo_async.client.client import connect
 from echo_async.engines.loop_internals import run_turns
 from echo_async.loops import LoopName
 from echo_async.pytest_plugin import MakeEchoServer
-from echo_async.testing import Peer
+from echo_async.testing import HostedServer, Peer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -42,10 +42,8 @@ async def test_echo_and_stream_concurrent_on_one_client(mode: Any, number: int) 
 
 
 @on_each_loop
-async def test_echo_canceled_does_not_affect_others(faulty_server: MakeEchoServer) -> None:
-    server = faulty_server()
-
-    async with connect(*server.address) as client:
+async def test_echo_canceled_does_not_affect_others(echo_server: HostedServer) -> None:
+    async with connect(*echo_server.address) as client:
         for first in range(0, 9, 3):  # in the first round, the behavior of the server is unknown
             tasks = [asyncio.create_task(client.echo(str(first + number))) for number in range(3)]
             await asyncio.sleep(0)
@@ -229,16 +227,14 @@ async def test_stream_is_bounded_while_server_is_slow(faulty_server: MakeEchoSer
 
 
 @on_each_loop
-async def test_stream_yields_replies_while_source_waits(faulty_server: MakeEchoServer) -> None:
-    server = faulty_server()
-
+async def test_stream_yields_replies_while_source_waits(echo_server: HostedServer) -> None:
     queue: asyncio.Queue[str] = asyncio.Queue()
 
     async def messages() -> AsyncIterator[str]:
         while (message := await queue.get()) != "end":
             yield message
 
-    async with connect(*server.address) as client, aclosing(client.stream(messages())) as replies:
+    async with connect(*echo_server.address) as client, aclosing(client.stream(messages())) as replies:
         for number in range(5):
             queue.put_nowait(str(number))
             assert await anext(replies) == str(number)
@@ -247,9 +243,7 @@ async def test_stream_yields_replies_while_source_waits(faulty_server: MakeEchoS
 
 
 @on_each_loop
-async def test_stream_closed_early_stops_source_that_ignores_cancel(faulty_server: MakeEchoServer) -> None:
-    server = faulty_server()
-
+async def test_stream_closed_early_stops_source_that_ignores_cancel(echo_server: HostedServer) -> None:
     asked = asyncio.Event()
 
     async def messages() -> AsyncIterator[str]:
@@ -261,7 +255,7 @@ async def test_stream_closed_early_stops_source_that_ignores_cancel(faulty_serve
             except asyncio.CancelledError:  # as asyncio.wait_for can in Python 3.11
                 yield "another"
 
-    async with connect(*server.address) as client, asyncio.timeout(TIMEOUT):
+    async with connect(*echo_server.address) as client, asyncio.timeout(TIMEOUT):
         async with aclosing(client.stream(messages())) as replies:
             assert await anext(replies) == "first"
             await asked.wait()
@@ -284,14 +278,12 @@ async def test_stream_canceled_leaves_no_task(faulty_server: MakeEchoServer, asy
 
 
 @on_each_loop
-async def test_stream_canceled_source_raises_canceled_error(faulty_server: MakeEchoServer) -> None:
-    server = faulty_server()
-
+async def test_stream_canceled_source_raises_canceled_error(echo_server: HostedServer) -> None:
     async def messages() -> AsyncIterator[str]:
         yield "0"
         raise asyncio.CancelledError
 
-    async with connect(*server.address) as client:
+    async with connect(*echo_server.address) as client:
         with pytest.raises(asyncio.CancelledError):
             await collect(client.stream(messages()))
 

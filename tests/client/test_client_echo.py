@@ -18,7 +18,7 @@ from echo_async import sync
 from echo_async.client import client as asyncio_client
 from echo_async.config import EngineName, Mode
 from echo_async.pytest_plugin import MakeEchoServer
-from echo_async.testing import Peer
+from echo_async.testing import HostedServer, Peer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -49,24 +49,22 @@ def test_echo_returns_every_message_on_every_engine(connect: Connect, echo: Echo
             assert echo("once", *server.address) == "once"
 
 
-def test_echo_reply_has_type_and_newline_of_message(connect: Connect, faulty_server: MakeEchoServer) -> None:
-    server = faulty_server()
+def test_echo_reply_has_type_and_newline_of_message(connect: Connect, echo_server: HostedServer) -> None:
     sent = []
     messages: list[Any] = ["Hola\n", b"Hola\n", "Hola", b"Hola", b"\xff\x00", "", b"\n"]
-    with connect(*server.address) as client:
+    with connect(*echo_server.address) as client:
         for message in messages:
             reply = client.echo(message)
             assert reply == message
             assert type(reply) is type(message)
             data = message.encode() if isinstance(message, str) else message
             sent.append(data if data.endswith(b"\n") else data + b"\n")
-    assert server.received == sent
+    assert echo_server.received == sent
 
 
-def test_echo_invalid_message_sends_nothing(connect: Connect, faulty_server: MakeEchoServer) -> None:
-    server = faulty_server()
+def test_echo_invalid_message_sends_nothing(connect: Connect, echo_server: HostedServer) -> None:
     invalid: Any = 5
-    with connect(*server.address) as client:
+    with connect(*echo_server.address) as client:
         with pytest.raises(echo_async.MessageError, match="newline at byte 3"):
             client.echo("one\ntwo")
         with pytest.raises(echo_async.MessageError, match="not valid Unicode"):
@@ -74,7 +72,7 @@ def test_echo_invalid_message_sends_nothing(connect: Connect, faulty_server: Mak
         with pytest.raises(TypeError, match="must be str or bytes, not int"):
             client.echo(invalid)
         assert client.echo("after") == "after"
-    assert [each.messages for each in server.connections] == [[b"after\n"]]
+    assert [each.messages for each in echo_server.connections] == [[b"after\n"]]
 
 
 def test_echo_returns_ten_mebibytes(connect: Connect, faulty_server: MakeEchoServer) -> None:
@@ -85,10 +83,9 @@ def test_echo_returns_ten_mebibytes(connect: Connect, faulty_server: MakeEchoSer
         assert list(client.stream([message[:5_000_000]] * 2)) == [message[:5_000_000]] * 2
 
 
-def test_echo_after_close_raises(connect: Connect, faulty_server: MakeEchoServer) -> None:
-    server = faulty_server()
-    with connect(*server.address) as client:
-        assert client.name == f"127.0.0.1:{server.address[1]}"
+def test_echo_after_close_raises(connect: Connect, echo_server: HostedServer) -> None:
+    with connect(*echo_server.address) as client:
+        assert client.name == f"127.0.0.1:{echo_server.address[1]}"
         assert client.echo("one") == "one"
         client.close()
         client.close()

@@ -18,7 +18,7 @@ from support import MAX_DELAY, TIMEOUT, echo_lines, resolve_to
 import echo_async
 from echo_async import sync
 from echo_async.pytest_plugin import MakeEchoServer
-from echo_async.testing import Peer
+from echo_async.testing import HostedServer, Peer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -71,22 +71,20 @@ def test_connect_that_is_not_accepted_times_out(
 
 def test_connect_tries_every_address(
     echo: Echo,
-    faulty_server: MakeEchoServer,
+    echo_server: HostedServer,
     monkeypatch: pytest.MonkeyPatch,
     black_hole_address: tuple[str, int],
     closed_port: int,
 ) -> None:
-    server = faulty_server()
-    broadcast = ("127.255.255.255", server.address[1])  # connect() fails immediately
-    resolve_to(monkeypatch, broadcast, ("127.0.0.1", closed_port), black_hole_address, server.address)
+    broadcast = ("127.255.255.255", echo_server.address[1])  # connect() fails immediately
+    resolve_to(monkeypatch, broadcast, ("127.0.0.1", closed_port), black_hole_address, echo_server.address)
     assert echo("Hola", "several.example") == "Hola"
 
 
 def test_connect_skips_unsupported_address_family(
-    echo: Echo, faulty_server: MakeEchoServer, monkeypatch: pytest.MonkeyPatch
+    echo: Echo, echo_server: HostedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = faulty_server()
-    resolve_to(monkeypatch, ("127.0.0.1", 1), server.address)
+    resolve_to(monkeypatch, ("127.0.0.1", 1), echo_server.address)
     real, refused = socket.socket, [OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))]
 
     def make(*args: Any, **kwargs: Any) -> socket.socket:
@@ -210,8 +208,8 @@ def test_connection_reset_during_send_raises_reply_lost(echo: Echo, faulty_serve
         echo("x" * 10_000_000, *server.address)
 
 
-def test_message_too_long_for_server_raises_reply_lost(connect: Connect, faulty_server: MakeEchoServer) -> None:
-    with connect(*faulty_server().address) as client:
+def test_message_too_long_for_server_raises_reply_lost(connect: Connect, echo_server: HostedServer) -> None:
+    with connect(*echo_server.address) as client:
         with pytest.raises(echo_async.ReplyLost, match="does the server accept messages of 3000001 bytes"):
             client.echo("x" * 3_000_000)
         assert client.echo("x") == "x"
