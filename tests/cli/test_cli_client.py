@@ -342,8 +342,9 @@ def test_stdin_that_cannot_be_read_exits_with_1(
             assert client(faulty_server(), "-", stdin=file) == (1, b"", f"error: cannot read stdin: {reason}\n")
 
 
-def bytes_in_pipe(pipe: Any) -> int:
-    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+def wait_for_bytes(pipe: Any, count: int) -> None:
+    """Wait until a pipe has ``count`` unread bytes."""
+    wait_until(lambda: int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder) >= count)
 
 
 def test_nonblocking_stdout_receives_all_replies(faulty_server: MakeEchoServer) -> None:
@@ -358,7 +359,7 @@ def test_nonblocking_stdout_receives_all_replies(faulty_server: MakeEchoServer) 
         with ChildProcess(words, stdin=stdin, stdout=writing, stderr=PIPE) as process:
             os.close(writing)
             with open(reading, "rb") as replies:
-                wait_until(lambda: bytes_in_pipe(reading) > 30_000)  # the pipe is nearly full
+                wait_for_bytes(reading, 30_000)  # the pipe is nearly full
                 assert replies.read() == lines
             assert (process.stderr.read(), process.wait(TIMEOUT)) == (b"", 0)
 
@@ -388,7 +389,7 @@ def test_ctrl_c_while_stdout_blocks_exits_with_130(faulty_server: MakeEchoServer
         ChildProcess(["yes"], stdout=PIPE) as lines,
         ChildProcess(words, stdin=lines.stdout, stdout=PIPE, stderr=PIPE) as process,
     ):
-        wait_until(lambda: bytes_in_pipe(process.stdout) >= 60_000)  # the pipe is full
+        wait_for_bytes(process.stdout, 60_000)  # the pipe is full
         process.send_signal(signal.SIGINT)
         assert process.wait(TIMEOUT) == 130
         assert process.stderr.read() == b""
