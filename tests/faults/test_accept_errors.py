@@ -18,7 +18,6 @@ from support import (
     BACKENDS,
     MAX_DELAY,
     TIMEOUT,
-    Backend,
     ServerThread,
     StartServer,
     connect,
@@ -81,7 +80,15 @@ each_acceptor = pytest.mark.parametrize(
     ("backend", "tls"), ACCEPTORS, ids=["-".join(backend) + ("-tls" if tls else "") for backend, tls in ACCEPTORS]
 )
 
-PERSISTENT_ERRORS = [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPERM, errno.EINVAL]
+PERSISTENT_ERRORS: list[int | Exception] = [
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.EPERM,
+    errno.EINVAL,
+]
+PERSISTENT_ERRORS += [MemoryError(), ValueError("a bug")]
 TRANSIENT_ERRORS = [errno.ECONNABORTED, errno.EPROTO, errno.EPERM]
 
 
@@ -96,9 +103,9 @@ def test_accept_error_is_retried_after_a_pause(
     accept = FailingAccept(monkeypatch)
     with start_server(tls=tls) as server:
         started = monotonic()
-        for number in PERSISTENT_ERRORS:
+        for error in PERSISTENT_ERRORS:
             start = monotonic()
-            accept.begin(number)
+            accept.begin(error)
             with connect(server) as plain:
                 accept.wait(failures=3)
                 assert accept.failures <= 4 + (monotonic() - start) / accept.RETRY_DELAY  # no busy waiting
@@ -106,9 +113,9 @@ def test_accept_error_is_retried_after_a_pause(
                 client = client_context.wrap_socket(plain, server_hostname="localhost") if tls else plain
                 assert is_echoed(client)
                 client.close()
-        lines = [line for line in log_lines(caplog, logging.WARNING) if "accept failed" in line]
+        lines = log_lines(caplog, logging.WARNING)
         assert 1 <= len(lines) <= 1 + (monotonic() - started)
-        assert os.strerror(PERSISTENT_ERRORS[0]).lower() in lines[0].lower()
+        assert lines[0] == "accept failed: too many open files; retrying in 0.1 s"
 
 
 @each_acceptor
@@ -129,7 +136,6 @@ def test_accept_aborted_connection_does_not_delay_the_next(
             assert accept.failures == 1
 
 
-ERRORS = [MemoryError(), ValueError("a bug")]
 STEPS: dict[str, dict[str, Any]] = {"plain": {}, "tls": {"tls": True}, "proxy": {"proxy_protocol": "auto"}}
 each_step = pytest.mark.parametrize("step", STEPS)
 
@@ -147,30 +153,6 @@ def connect_through(
             return
         with client_context.wrap_socket(plain, server_hostname="localhost") as client:
             yield client
-
-
-@each_step
-def test_accept_raising_any_exception_is_retried(
-    start_server: StartServer,
-    backend: Backend,
-    step: str,
-    client_context: ssl.SSLContext,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    if step == "plain" and backend.engine != "threads":
-        pytest.skip("the event loop accepts")
-    accept = FailingAccept(monkeypatch, max_failures=1)
-    for error in ERRORS:
-        caplog.clear()
-        with start_server(**STEPS[step]) as server:
-            accept.begin(error)
-            for _ in range(2):
-                with connect_through(server, step, client_context) as client:
-                    assert is_echoed(client)
-            assert accept.failures == 1
-        [line] = log_lines(caplog, logging.WARNING)
-        assert line == f"accept failed: {str(error) or type(error).__name__}; retrying in 0.1 s"
 
 
 def test_accept_raising_in_asyncio_reports_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
