@@ -7,6 +7,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from .compat import HAS_SHARED_PORTS, enable_destination_info, mark_replies, set_exclusive_address, try_lock
@@ -215,7 +216,9 @@ def share_ports(listeners: Sequence[socket.socket], count: int, backlog: int) ->
         for listener in listeners:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             on_failure.callback(listener.setsockopt, socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
-        groups = [[_listen_beside(each, backlog, on_failure) for each in listeners] for _ in range(count)]
+        groups = [[_bind_beside(each, on_failure) for each in listeners] for _ in range(count)]
+        for opened in chain.from_iterable(groups):
+            opened.listen(backlog)
         on_failure.pop_all()
         return groups
 
@@ -233,14 +236,8 @@ def duplicate(sockets: Sequence[socket.socket], count: int) -> list[list[socket.
         return groups
 
 
-def _listen_beside(listener: socket.socket, backlog: int, on_failure: contextlib.ExitStack) -> socket.socket:
-    """Open a socket with the address and the options of ``listener``."""
-    opened = _bind_beside(listener, on_failure)
-    opened.listen(backlog)
-    return opened
-
-
 def _bind_beside(listener: socket.socket, on_failure: contextlib.ExitStack) -> socket.socket:
+    """Open a socket with the address and the options of ``listener``."""
     opened = on_failure.enter_context(socket.socket(listener.family, listener.type, listener.proto))
     options = [(socket.SOL_SOCKET, socket.SO_REUSEADDR), (socket.SOL_SOCKET, socket.SO_REUSEPORT)]
     if listener.family == socket.AF_INET6:

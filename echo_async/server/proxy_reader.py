@@ -69,11 +69,11 @@ def _feed_header(connected: socket.socket, header: ProxyHeader, received: bytes 
 
 
 @contextlib.contextmanager
-def _peer_errors(header: ProxyHeader | None = None) -> Iterator[None]:
+def _peer_errors(header: ProxyHeader) -> Iterator[None]:
     """Distinguish a connection that is lost within ``header`` from one that is lost before any input."""
     try:
         yield
     except ConnectionError as error:
-        if header is not None and header.received:
+        if header.received:
             raise ProxyHeaderError(f"truncated after {header.received} bytes") from error
         raise ClosedBeforeInput(*error.args) from error

@@ -292,10 +292,10 @@ class FaultScript:
             return
         yield from self._report_new("rate", "slice")
         rate = self._value("rate", math.inf)
-        next_size = self._next_size(rate)
+        most = MAX_REPLY_BYTES if rate == math.inf else max(1, int(rate * RATE_INTERVAL))
         start = 0
         while start < len(data):
-            piece = data[start : start + next_size()]
+            piece = data[start : start + int(self._value("slice", most))]
             if rate < math.inf:
                 yield Wait(len(piece) / rate)
             elif start:
@@ -303,13 +303,6 @@ class FaultScript:
             start += len(piece)
             self._sent += len(piece)
             yield Send(piece)
-
-    def _next_size(self, rate: float) -> Callable[[], int]:
-        """Return what returns the size of the next piece."""
-        if "slice" in self._fault.values:
-            return lambda: int(self._value("slice"))
-        size = MAX_REPLY_BYTES if rate == math.inf else max(1, int(rate * RATE_INTERVAL))
-        return lambda: size
 
     def _report_new(self, *kinds: str) -> Iterator[Action]:
         for kind in kinds:

@@ -142,14 +142,10 @@ def _parse_v1(line: bytes) -> tuple[Source, Source]:
     if match and max(int(match[4]), int(match[5])) <= 65535:
         family = AF_INET if match[1] == b"TCP4" else AF_INET6
         with contextlib.suppress(OSError):
-            source, destination = (_normalize(family, address.decode("ascii")) for address in (match[2], match[3]))
+            # inet_pton raises OSError if an address is invalid, or has leading zeros.
+            source, destination = (inet_ntop(family, inet_pton(family, match[each].decode())) for each in (2, 3))
             return (source, int(match[4])), (destination, int(match[5]))
     raise ProxyHeaderError(f"malformed line: {excerpt(line)}")
-
-
-def _normalize(family: int, address: str) -> str:
-    """Return the canonical text form of ``address``. :exc:`OSError` if it is invalid or has leading zeros."""
-    return inet_ntop(family, inet_pton(family, address))
 
 
 def _parse_v2(header: bytes) -> tuple[Source, Source]:

@@ -494,7 +494,7 @@ def test_tls_client_that_leaves_during_a_reply_is_noticed(
         with connect(server) as connected:
             client = TlsSocket(connected, client_context)
             client.sendall(bytes(999) + b"\n")
-            assert client.recv(65536) == b"\0"  # with unread data, the close would be a reset
+            assert client.recv(65536).startswith(b"\0")  # with unread data, the close would be a reset
         wait_for(server, active=0)
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
 
