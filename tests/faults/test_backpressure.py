@@ -69,3 +69,25 @@ def test_large_reply_being_sent_reports_unsent_bytes() -> None:
         thread.join(TIMEOUT)
         assert not thread.is_alive()
     assert connection.unsent() == 0
+
+
+class WaitingSocket(socket.socket):
+    """Counts the reads that wait for input."""
+
+    waits = 0
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        self.waits += not flags & socket.MSG_DONTWAIT
+        return super().recv(size, flags)
+
+
+def test_thread_reads_chunks_that_have_arrived_without_waiting() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, WaitingSocket(fileno=theirs.detach()) as accepted:
+        ours.sendall(59 * b"x" + b"\n")
+        ours.shutdown(socket.SHUT_WR)
+        connection = ThreadConnection(Registry(echo_async.ServerConfig(mode="stream", chunk_size=20)), Slot(), accepted)
+        connection.establish()
+        connection.run()
+        assert ours.recv(100) == 59 * b"x" + b"\n"
+        assert accepted.waits == 0
