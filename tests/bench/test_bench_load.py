@@ -85,7 +85,7 @@ def load_error(capsys: pytest.CaptureFixture[str], *arguments: str, code: int) -
 
 
 def test_load_closed_loop_json_has_all_results(capsys: pytest.CaptureFixture[str], port: str) -> None:
-    options = ("--mode", "stream", "--connections", "3", "--size", "100")
+    options = ("--mode", "stream", "--connections", "3", "--size", "100", "--timeout", "1e11")
     facts = load_until_measured(capsys, lambda: port, *options)
     expected = {
         "address": f"127.0.0.1:{port}",
@@ -118,16 +118,15 @@ def test_load_closed_loop_json_has_all_results(capsys: pytest.CaptureFixture[str
     assert 0 < facts["generator_cpu"][0] <= 1.1
 
 
-@pytest.mark.parametrize(("processes", "connections"), [(1, 10), (2, 5)])
-def test_load_open_loop_keeps_its_rate(processes: int, connections: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_load_open_loop_keeps_its_rate(capsys: pytest.CaptureFixture[str]) -> None:
     """The processes share the connections and the rate."""
-    options = ("--rate", "1000", "--processes", str(processes), "--connections", str(connections))
+    options = ("--rate", "1000", "--processes", "2", "--connections", "5")
     with HostedServer() as server:
         times = ("--duration", "0.1", "--warmup", "0")
         facts = load(capsys, "--port", str(server.port), "--mode", "stream", *options, *times)
-    assert (facts["model"], facts["rate"], len(facts["generator_cpu"])) == ("open", 1000, processes)
-    assert 100 <= server.stats.messages <= 100 + processes
-    assert server.stats.accepted == connections + 1  # the first checks that the server is reachable
+    assert (facts["model"], facts["rate"], len(facts["generator_cpu"])) == ("open", 1000, 2)
+    assert 100 <= server.stats.messages <= 102
+    assert server.stats.accepted == 6  # the first checks that the server is reachable
     check_replies(facts)
     assert facts["response_time"]["p50"] >= facts["service_time"]["p50"]
 
@@ -142,7 +141,7 @@ def test_load_pipeline_keeps_messages_in_flight(
     assert (facts["mode"], facts["pipeline"], facts["lost"], server.stats.messages) == ("stream", 7, 7, 7)
 
 
-@pytest.mark.parametrize("size", [1, 70_000, 300_000])
+@pytest.mark.parametrize("size", [1, 300_000])
 def test_load_message_of_any_size_is_answered(size: int, capsys: pytest.CaptureFixture[str], port: str) -> None:
     facts = load(capsys, "--port", port, "--mode", "stream", "--size", str(size), "--connections", "2", *SHORT)
     check_replies(facts)
@@ -178,9 +177,7 @@ def test_load_shows_its_certificate_to_a_server_that_demands_one(
 ) -> None:
     with HostedServer(host="localhost", ssl_certfile=str(certificate), ssl_ca_certs=str(ca_file)) as server:
         where = ("--host", "localhost", "--port", str(server.port), "--ssl-ca-certs", str(ca_file))
-        for more in ((), ("--processes", "2")):
-            facts = load(capsys, *where, "--ssl-certfile", str(certificate), "--connections", "2", *more, *SHORT)
-            check_replies(facts)
+        check_replies(load(capsys, *where, "--ssl-certfile", str(certificate), "--connections", "2", *SHORT))
         assert main(["load", *where, "--connections", "2", *SHORT]) == 1
 
 
@@ -188,7 +185,7 @@ def test_load_shows_its_certificate_to_a_server_that_demands_one(
 
 
 def test_load_flipped_byte_is_located(capsys: pytest.CaptureFixture[str], faulty_server: MakeEchoServer) -> None:
-    message = 98_765
+    message = 9_876
     server = faulty_server(fault=f"corrupt,after={message - 1}", fault_seed=7)
     where = ("--port", str(server.port), "--connections", "1", "--size", "20", "--pipeline", "1000")
     assert main(["load", "--json", *where, "--duration", "20", "--warmup", "0"]) == 1
@@ -198,12 +195,11 @@ def test_load_flipped_byte_is_located(capsys: pytest.CaptureFixture[str], faulty
     assert f"byte {FLIPPED_WITH_SEED_7} of message {message} on connection 0: received 0x" in err
 
 
-@pytest.mark.parametrize("size", ["1", "19"])
 def test_load_unexpected_bytes_are_a_mismatch(
-    size: str, capsys: pytest.CaptureFixture[str], faulty_server: MakeEchoServer
+    capsys: pytest.CaptureFixture[str], faulty_server: MakeEchoServer
 ) -> None:
     port = str(faulty_server(fault="duplicate").port)
-    facts = load(capsys, "--port", port, "--size", size, "--mode", "stream", "--duration", "9", code=1)
+    facts = load(capsys, "--port", port, "--size", "1", "--mode", "stream", "--duration", "9", code=1)
     assert facts["mismatch"]["message"] >= 1
 
 
@@ -280,7 +276,7 @@ def test_load_stopped_server_is_reported(
             until_the_end.enter_context(stopping.refusing())
 
     stopping = faulty_server(handler=serve)
-    options = ("--mode", mode, "--connections", "1", "--duration", "1", "--warmup", "0")  # enough to reconnect
+    options = ("--mode", mode, "--connections", "1", "--duration", "0.5", "--warmup", "0")  # enough to reconnect
     facts = load(capsys, "--port", str(stopping.address[1]), *options, code=1)
     assert "connection refused" in facts["failures"]
 
@@ -423,24 +419,21 @@ def test_load_unreachable_rate_ends_and_is_reported(capsys: pytest.CaptureFixtur
     assert "load generator could not keep up with the rate" in facts["failures"]
 
 
-@pytest.mark.parametrize(("output", "expect", "code"), [([], "p50<1us", 1), (["--json"], "p50<60s", 0)])
-def test_load_closed_stdout_keeps_the_exit_code(output: list[str], expect: str, code: int, port: str) -> None:
+def test_load_closed_stdout_keeps_the_exit_code(port: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    command = [*LOAD, "--port", port, *SHORT, *output, "--expect", expect]
+    command = [*LOAD, "--port", port, *SHORT, "--expect", "p50<1us"]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=TIMEOUT)
     os.close(writing)
-    assert done.returncode == code
-    assert done.stderr == (b"error: expectation not met: p50<1us\n" if code else b"")
+    assert (done.returncode, done.stderr) == (1, b"error: expectation not met: p50<1us\n")
 
 
 FULL_DISK = "error: cannot write to stdout: no space left on device\n"
 
 
-@pytest.mark.parametrize("output", [[], ["--json"]])
-def test_load_full_disk_is_one_line(output: list[str], capsys: pytest.CaptureFixture[str], port: str) -> None:
+def test_load_full_disk_is_one_line(capsys: pytest.CaptureFixture[str], port: str) -> None:
     with open("/dev/full", "w") as full, redirect_stdout(full):
-        assert main(["load", "--port", port, *SHORT, *output]) == 1
+        assert main(["load", "--port", port, *SHORT]) == 1
     assert capsys.readouterr().err == FULL_DISK
 
 
@@ -455,7 +448,3 @@ def test_load_without_stderr_succeeds(port: str) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, timeout=TIMEOUT)
     assert done.returncode == 0
     check_replies(json.loads(done.stdout))
-
-
-def test_load_timeout_beyond_socket_limit_is_accepted(capsys: pytest.CaptureFixture[str], port: str) -> None:
-    assert load(capsys, "--port", port, "--timeout", "1e11", *SHORT)["lost"] == 0

@@ -63,10 +63,10 @@ def test_udp_load_without_loss_is_answered(start: Any, rate: float | None, size:
 @pytest.mark.parametrize(("rate", "pipeline"), [(None, 4), (500.0, 1)])
 def test_udp_load_lost_is_what_was_dropped(start: Any, rate: float | None, pipeline: int) -> None:
     server = start(drop_tenth)
-    recorder = run_load(server, rate=rate, pipeline=pipeline, timeout=3, connections=1)
+    recorder = run_load(server, rate=rate, pipeline=pipeline, timeout=1.5, connections=1)
     assert recorder.lost == count_dropped(server) > 0
     assert recorder.lost + sum(recorder.counts) == len(server.received)
-    assert all(reason.startswith("reply timeout: no reply within 3 s") for reason in recorder.failures)
+    assert all(reason.startswith("reply timeout: no reply within 1.5 s") for reason in recorder.failures)
 
 
 def test_udp_load_counts_duplicates(start: Any) -> None:
