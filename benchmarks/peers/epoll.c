@@ -4,31 +4,41 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/tcp.h>
-#include <poll.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 static char data[1 << 18];
+static struct { char *start; ssize_t sent, size; } unsent[1 << 20]; /* by descriptor; the client reads too slowly */
 
-/* Blocks the other clients while this one does not read: enough for a benchmark. */
-static int send_all(int client, ssize_t size) {
-    for (ssize_t sent = 0; sent < size;) {
-        ssize_t taken = send(client, data + sent, size - sent, MSG_NOSIGNAL);
-        if (taken >= 0) {
-            sent += taken;
-        } else {
-            struct pollfd writable = {.fd = client, .events = POLLOUT};
-            if (errno != EAGAIN || poll(&writable, 1, 1000) <= 0) return -1;
-        }
-    }
-    return 0;
+static void watch(int poller, int operation, int socket, int events) {
+    struct epoll_event event = {.events = events, .data.fd = socket};
+    epoll_ctl(poller, operation, socket, &event);
 }
 
-static void watch(int poller, int socket) {
-    struct epoll_event event = {.events = EPOLLIN, .data.fd = socket};
-    epoll_ctl(poller, EPOLL_CTL_ADD, socket, &event);
+/* Sends what the client has not taken, or else receives and sends. Receives no more until all is sent. */
+static int echo(int poller, int client) {
+    char *rest = unsent[client].start, *start = rest ? rest + unsent[client].sent : data;
+    ssize_t size = rest ? unsent[client].size - unsent[client].sent : recv(client, data, sizeof data, 0);
+    if (size <= 0) return -1;
+    ssize_t taken = send(client, start, size, MSG_NOSIGNAL);
+    if (taken < 0 && errno != EAGAIN) return -1;
+    if (taken < 0) taken = 0;
+    if (rest) {
+        unsent[client].sent += taken;
+    } else if (taken < size) {
+        unsent[client].start = memcpy(malloc(size - taken), data + taken, size - taken);
+        unsent[client].sent = 0, unsent[client].size = size - taken;
+        watch(poller, EPOLL_CTL_MOD, client, EPOLLOUT);
+    }
+    if (rest && taken == size) {
+        free(rest), unsent[client].start = NULL;
+        watch(poller, EPOLL_CTL_MOD, client, EPOLLIN);
+    }
+    return 0;
 }
 
 int main(void) {
@@ -39,7 +49,7 @@ int main(void) {
     getsockname(listener, (struct sockaddr *)&address, &length);
     printf("listening on 127.0.0.1:%d\n", ntohs(address.sin_port));
     fflush(stdout);
-    watch(poller, listener);
+    watch(poller, EPOLL_CTL_ADD, listener, EPOLLIN);
     for (struct epoll_event events[256];;) {
         int ready = epoll_wait(poller, events, 256, -1);
         for (int each = 0; each < ready; each++) {
@@ -47,11 +57,11 @@ int main(void) {
             if (client == listener) {
                 client = accept4(listener, NULL, NULL, SOCK_NONBLOCK);
                 setsockopt(client, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
-                watch(poller, client);
-                continue;
+                watch(poller, EPOLL_CTL_ADD, client, EPOLLIN);
+            } else if (echo(poller, client)) {
+                free(unsent[client].start), unsent[client].start = NULL;
+                close(client);
             }
-            ssize_t size = recv(client, data, sizeof data, 0);
-            if (size <= 0 || send_all(client, size)) close(client);
         }
     }
 }
