@@ -9,7 +9,7 @@ from typing import Any
 from ..background import call_in_thread
 from ..client.endpoint import UNIX_RETRY_DELAY, Endpoint, closed_on_error, refuse_self_connection, seconds_left
 
-SMALL_BUFFER_SIZE, SMALL_SEGMENT_SIZE = 65_536, 1400  # bytes
+SMALL_SEGMENT_SIZE = 1400  # bytes
 
 Address = tuple[int, Any]
 """The family of a socket, and what it connects to."""
@@ -41,16 +41,14 @@ def connect_first(endpoint: Endpoint, addresses: Sequence[Address], deadline: fl
 def connect(endpoint: Endpoint, address: Address, deadline: float, *, is_small: bool = False) -> socket.socket:
     """Connect to an address, and send the PROXY header, if one is configured.
 
-    ``is_small`` is for a connection that is full soon: its buffer is small, and so are the segments that it receives.
+    ``is_small`` is for a connection that is full soon: Linux sizes the send buffer of the server by the segments.
     """
     family, target = address
     started = perf_counter()
     with closed_on_error(socket.socket(family, socket.SOCK_STREAM)) as connected:
         if isinstance(target, tuple):
             connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if is_small:
-            connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL_BUFFER_SIZE)
-            if isinstance(target, tuple) and hasattr(socket, "TCP_MAXSEG"):  # Linux sizes the send buffer by it
+            if is_small and hasattr(socket, "TCP_MAXSEG"):
                 connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SMALL_SEGMENT_SIZE)
         while True:
             connected.settimeout(seconds_left(deadline))

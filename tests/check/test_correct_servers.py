@@ -5,19 +5,22 @@ from __future__ import annotations
 import shutil
 import ssl
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ChildProcess, StartServer
+from support import TIMEOUT, ChildProcess, StartServer, lines
 
 from echo_async.check.checks import run_checks
-from echo_async.check.context import Settings
+from echo_async.check.context import Context, Settings
+from echo_async.check.load import check_backpressure
+from echo_async.check.opening import check_connect, check_mode
 from echo_async.client.endpoint import Endpoint
-from echo_async.testing import HostedServer
+from echo_async.testing import HostedServer, Peer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -74,6 +77,26 @@ def test_check_of_a_slow_path_waits_for_a_reply_that_arrives() -> None:
         found = next(each for each in results if each.check == "bytes")
         results.close()
     assert found.result == "ok"
+
+
+def test_check_of_backpressure_forgives_one_stall() -> None:
+    """TCP can cause it."""
+    stalls, stopped = iter([True]), threading.Event()
+
+    def serve(peer: Peer) -> None:
+        for number, line in enumerate(lines(peer)):
+            if number > 10 and next(stalls, False):
+                stopped.wait(TIMEOUT)
+            peer.send(line)
+
+    with HostedServer(handler=serve) as server:
+        with closing(Context(Endpoint(*server.address, timeout=0.5), Settings())) as context:
+            check_connect(context)
+            check_mode(context)
+            context.largest = 20_000
+            assert check_backpressure(context).startswith("4,194,304 bytes, ")
+        stopped.set()
+    assert next(stalls, None) is None
 
 
 OTHERS: Sequence[Sequence[str | Path]] = [
