@@ -109,6 +109,13 @@ def client_context(authority: trustme.CA) -> ssl.SSLContext:
     return context
 
 
+@pytest.fixture
+def server_context(certificate: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
 @pytest.fixture(params=BACKENDS, ids="-".join)
 def backend(request: pytest.FixtureRequest) -> Backend:
     backend: Backend = request.param

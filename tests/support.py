@@ -12,7 +12,6 @@ import select
 import shutil
 import signal
 import socket
-import ssl
 import struct
 import subprocess
 import sys
@@ -550,26 +549,6 @@ def lines(peer: Peer) -> Iterator[bytes]:
     """Receive lines until the client ends the connection, which ends the handler."""
     while True:
         yield peer.receive_line()
-
-
-def echo_lines(peer: Peer) -> None:
-    for line in lines(peer):
-        peer.send(line)
-
-
-def echo_line(peer: Peer) -> None:
-    peer.send(peer.receive_line())
-
-
-def over_tls(context: ssl.SSLContext, serve: Handler | None = None) -> Handler:
-    """Return a handler that does a TLS handshake, which may fail, and then serves; an echo by default."""
-
-    def serve_over_tls(peer: Peer) -> None:
-        with suppress(ssl.SSLError):
-            peer.start_tls(context)
-            (serve or echo_lines)(peer)
-
-    return serve_over_tls
 
 
 def over_socket(serve: Callable[[socket.socket], object]) -> Handler:

@@ -322,14 +322,11 @@ def test_handler_that_closes_loses_no_reply() -> None:
         assert receive_all(client) == b"421 busy\n"
 
 
-def test_handler_starts_tls(certificate: Path, client_context: ssl.SSLContext) -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-
+def test_handler_starts_tls(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -> None:
     def serve(peer: Peer) -> None:
         assert peer.receive_line() == b"STARTTLS\n"
         peer.send(b"220 go ahead\n")
-        peer.start_tls(context)
+        peer.start_tls(server_context)
         peer.send(b"secret " + peer.receive_line())
 
     with HostedServer(handler=serve) as server, connect(server) as client:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from clients import disconnected, one_by_one
-from support import LOOPS, MAX_DELAY, TIMEOUT, echo_line, lines, on_each_loop, run, sends_at_once, wait_in_loop
+from support import LOOPS, MAX_DELAY, TIMEOUT, lines, on_each_loop, run, sends_at_once, wait_in_loop
 
 import echo_async
 from echo_async.client.batching import WINDOW_BYTES
@@ -140,7 +140,7 @@ async def test_blocked_event_loop_does_not_cause_timeout(faulty_server: MakeEcho
     replied, never = threading.Event(), threading.Event()
 
     def echo_late(peer: Peer) -> None:
-        echo_line(peer)
+        peer.send(peer.receive_line())
         replied.set()
         peer.receive_line()
 

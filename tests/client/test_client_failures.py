@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from clients import Connect, Echo, wait_disconnected
-from support import MAX_DELAY, TIMEOUT, echo_lines, resolve_to
+from support import MAX_DELAY, TIMEOUT, lines, resolve_to
 
 import echo_async
 from echo_async import sync
@@ -307,7 +307,8 @@ def test_unexpected_bytes_fail_next_reply(connect: Connect, faulty_server: MakeE
     def serve(peer: Peer) -> None:
         if peer.number == 1:
             peer.send(b"220 mail.example ESMTP\r\n")
-        echo_lines(peer)
+        for line in lines(peer):
+            peer.send(line)
 
     server = faulty_server(handler=serve)
     with connect(*server.address) as client:

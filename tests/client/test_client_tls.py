@@ -9,52 +9,34 @@ from pathlib import Path
 import pytest
 import trustme
 from clients import Connect, Echo
-from support import TIMEOUT, echo_line, echo_lines, over_tls
+from support import TIMEOUT
 
 import echo_async
+from echo_async import tls
 from echo_async.cli.client import main
+from echo_async.config import Mode
 from echo_async.pytest_plugin import MakeEchoServer
-from echo_async.testing import Peer
-from echo_async.testing.scripts import Handler
-from echo_async.tls import client_context
+from echo_async.testing import HostedServerOptions, Peer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-class Files:
-    """Files with the certificates of an authority, a server and a client."""
-
-    def __init__(self, folder: Path) -> None:
-        authority = trustme.CA()
-        self.authority = authority
-        self.ca_certs = str(folder / "ca.pem")
-        self.server, self.client = str(folder / "server.pem"), str(folder / "client.pem")
-        authority.cert_pem.write_to_path(self.ca_certs)
-        authority.issue_cert("localhost", "127.0.0.1").private_key_and_cert_chain_pem.write_to_path(self.server)
-        authority.issue_cert("client@example.org").private_key_and_cert_chain_pem.write_to_path(self.client)
-
-    def server_context(self) -> ssl.SSLContext:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(self.server)
-        return context
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return Files(tmp_path_factory.mktemp("tls"))
-
-
 @pytest.fixture
-def context(files: Files) -> ssl.SSLContext:
-    return client_context(ca_certs=files.ca_certs)
+def secured(certificate: Path) -> HostedServerOptions:
+    """The options of a server with a certificate that ``client_context`` trusts."""
+    return {"ssl_certfile": str(certificate), "limit_message_size": 4_000_000, "chunk_size": 65_536}
 
 
-@pytest.mark.parametrize("serve", [echo_line, echo_lines])
+@pytest.mark.parametrize("mode", ["message", "stream"])
 def test_echo_returns_every_message(
-    connect: Connect, faulty_server: MakeEchoServer, files: Files, context: ssl.SSLContext, serve: Handler
+    connect: Connect,
+    faulty_server: MakeEchoServer,
+    secured: HostedServerOptions,
+    client_context: ssl.SSLContext,
+    mode: Mode,
 ) -> None:
-    server = faulty_server(handler=over_tls(files.server_context(), serve))
-    with connect(*server.address, ssl=context) as client:
+    secured["mode"] = mode
+    with connect(*faulty_server(**secured).address, ssl=client_context) as client:
         for message in ("a", "", "ñ 🎉", "x" * 3_000_000):
             assert client.echo(message) == message
         messages = [*map(str, range(4)), "x" * 300_000, "x" * 300_000]
@@ -62,7 +44,7 @@ def test_echo_returns_every_message(
 
 
 def test_close_during_reset_completes(
-    connect: Connect, faulty_server: MakeEchoServer, files: Files, context: ssl.SSLContext
+    connect: Connect, faulty_server: MakeEchoServer, certificate: Path, client_context: ssl.SSLContext
 ) -> None:
     closed = threading.Event()
 
@@ -71,8 +53,8 @@ def test_close_during_reset_completes(
         closed.wait(TIMEOUT)
         peer.reset()
 
-    server = faulty_server(handler=over_tls(files.server_context(), serve))
-    with connect(*server.address, ssl=context) as client:
+    server = faulty_server(handler=serve, ssl_certfile=str(certificate))
+    with connect(*server.address, ssl=client_context) as client:
         assert client.echo("a") == "a"
         client.close()
         client.close()
@@ -80,29 +62,35 @@ def test_close_during_reset_completes(
 
 
 def test_connect_verifies_the_certificate(
-    echo: Echo, faulty_server: MakeEchoServer, files: Files, context: ssl.SSLContext
+    echo: Echo, faulty_server: MakeEchoServer, secured: HostedServerOptions, client_context: ssl.SSLContext
 ) -> None:
-    address = faulty_server(handler=over_tls(files.server_context())).address
+    address = faulty_server(**secured).address
     with pytest.raises(echo_async.ConnectError, match="TLS: certificate verify failed: "):
         echo("Hola", *address, ssl=True, retry=TIMEOUT)  # not retried
     with pytest.raises(echo_async.ConnectError, match=r"'other\.example'"):
-        echo("Hola", *address, ssl=context, server_hostname="other.example")
-    assert echo("Hola", *address, ssl=context, server_hostname="localhost") == "Hola"
-    assert echo("Hola", *address, ssl=client_context(verify=False)) == "Hola"
+        echo("Hola", *address, ssl=client_context, server_hostname="other.example")
+    assert echo("Hola", *address, ssl=client_context, server_hostname="localhost") == "Hola"
+    assert echo("Hola", *address, ssl=tls.client_context(verify=False)) == "Hola"
 
 
 def test_connect_client_certificate_is_sent(
-    echo: Echo, faulty_server: MakeEchoServer, files: Files, context: ssl.SSLContext
+    echo: Echo,
+    faulty_server: MakeEchoServer,
+    secured: HostedServerOptions,
+    authority: trustme.CA,
+    ca_file: Path,
+    tmp_path: Path,
+    client_context: ssl.SSLContext,
 ) -> None:
-    context_with_client_ca = files.server_context()
-    context_with_client_ca.verify_mode = ssl.CERT_REQUIRED
-    context_with_client_ca.load_verify_locations(files.ca_certs)
-    server = faulty_server(handler=over_tls(context_with_client_ca))
-    with_certificate = client_context(ca_certs=files.ca_certs, certfile=files.client)
+    own = tmp_path / "client.pem"
+    authority.issue_cert("client@example.org").private_key_and_cert_chain_pem.write_to_path(str(own))
+    secured["ssl_ca_certs"] = str(ca_file)
+    server = faulty_server(**secured)
+    with_certificate = tls.client_context(ca_certs=str(ca_file), certfile=str(own))
     assert echo("Hola", *server.address, ssl=with_certificate) == "Hola"
     # The alert, the end or the reset can come first, or the write fails because of it.
     with pytest.raises(echo_async.ReplyLost, match=r"certificate required|reset by peer|broken pipe|eof occurred"):
-        echo("Hola", *server.address, ssl=context)
+        echo("Hola", *server.address, ssl=client_context)
 
 
 def test_connect_server_without_tls_raises(echo: Echo, faulty_server: MakeEchoServer) -> None:
@@ -121,14 +109,16 @@ def test_connect_stalled_handshake_times_out(echo: Echo, faulty_server: MakeEcho
         echo("Hola", *server.address, ssl=True, connect_timeout=0.1)
 
 
-def test_command_tls_options(faulty_server: MakeEchoServer, files: Files, capfd: pytest.CaptureFixture[str]) -> None:
-    server = faulty_server(handler=over_tls(files.server_context()))
+def test_command_tls_options(
+    faulty_server: MakeEchoServer, secured: HostedServerOptions, ca_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = faulty_server(**secured)
 
     def client(*args: str) -> tuple[int, str, str]:
         code = main(["--port", str(server.port), *args, "hola"])
         return code, *capfd.readouterr()
 
-    assert client("--ssl-ca-certs", files.ca_certs) == (0, "hola\n", "")
+    assert client("--ssl-ca-certs", str(ca_file)) == (0, "hola\n", "")
     code, _, stderr = client("--ssl")
     assert (code, stderr.count("\n")) == (3, 1)
     assert "certificate verify failed" in stderr
@@ -139,15 +129,15 @@ def test_command_tls_options(faulty_server: MakeEchoServer, files: Files, capfd:
     assert code == 0
 
 
-def test_client_context_invalid_file_raises(files: Files, tmp_path: Path) -> None:
+def test_client_context_invalid_file_raises(certificate: Path, tmp_path: Path) -> None:
     invalid = tmp_path / "invalid.pem"
     invalid.write_text("invalid")
     for options, text in (
         ({"ca_certs": "/nonexistent"}, "ssl_ca_certs /nonexistent: no such file or directory"),
         ({"ca_certs": str(invalid)}, "no certificate or crl found"),
         ({"certfile": str(invalid)}, f"ssl_certfile {invalid}: "),
-        ({"keyfile": files.client}, "ssl_keyfile requires ssl_certfile"),
+        ({"keyfile": str(certificate)}, "ssl_keyfile requires ssl_certfile"),
     ):
         with pytest.raises(echo_async.ConfigError, match=text):
-            client_context(**options)  # type: ignore[arg-type]
-    assert client_context().minimum_version is ssl.TLSVersion.TLSv1_2
+            tls.client_context(**options)  # type: ignore[arg-type]
+    assert tls.client_context().minimum_version is ssl.TLSVersion.TLSv1_2
