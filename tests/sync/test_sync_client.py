@@ -18,13 +18,13 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 def test_stream_slow_caller_does_not_cause_timeout(faulty_server: MakeEchoServer) -> None:
     """Neither a caller that is slow to send nor one that is slow to take replies."""
-    server = faulty_server()
+    server = faulty_server(chunk_size=65_536)
     pause = threading.Event()
 
     def messages() -> Iterator[bytes]:
         for number in range(5):
             pause.wait(1.1 if number == 3 else 0)
-            yield b"x" * 200_000
+            yield b"x" * 500_000
 
     with sync.connect(*server.address, timeout=1) as client:
         replies = 0
