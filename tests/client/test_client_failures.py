@@ -208,8 +208,8 @@ def test_connection_reset_during_send_raises_reply_lost(echo: Echo, faulty_serve
         echo("x" * 10_000_000, *server.address)
 
 
-def test_message_too_long_for_server_raises_reply_lost(connect: Connect, echo_server: HostedServer) -> None:
-    with connect(*echo_server.address) as client:
+def test_message_too_long_for_server_raises_reply_lost(connect: Connect, faulty_server: MakeEchoServer) -> None:
+    with connect(*faulty_server(chunk_size=65_536).address) as client:
         with pytest.raises(echo_async.ReplyLost, match="does the server accept messages of 3000001 bytes"):
             client.echo("x" * 3_000_000)
         assert client.echo("x") == "x"

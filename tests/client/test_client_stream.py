@@ -72,6 +72,7 @@ def test_stream_pipelines_up_to_window(connect: Connect, faulty_server: MakeEcho
     assert taken == 42
 
 
+@pytest.mark.parametrize("echo_server_options", [{"chunk_size": 65_536}], ids=str)
 def test_stream_is_bounded_while_consumer_is_slow(connect: Connect, echo_server: HostedServer) -> None:
     taken = 0
 
