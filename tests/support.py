@@ -394,19 +394,15 @@ def is_stopped(process: int) -> bool:
     return all("\nState:\tT" in each.read_text() for each in Path(f"/proc/{process}/task").glob("*/status"))
 
 
-def command_in_namespace(setup: str, *command: str) -> list[str]:
-    """Return a command in network and mount namespaces that shell commands set up; skip the test where that fails."""
+def run_in_namespace(setup: str, *command: str) -> CompletedProcess[str]:
+    """Run a command in network and mount namespaces that shell commands set up; skip the test where that fails."""
     prefix = ["unshare", "-rnm", "sh", "-c", f'ip link set lo up && {setup} && exec "$@"', "sh"]
     if (
         not all(map(shutil.which, ("unshare", "ip")))
         or subprocess.run([*prefix, "true"], capture_output=True, timeout=TIMEOUT).returncode
     ):
         pytest.skip("this user may not set up a network namespace")
-    return [*prefix, *command]
-
-
-def run_in_namespace(setup: str, *command: str) -> CompletedProcess[str]:
-    return run_process(command_in_namespace(setup, *command))
+    return run_process([*prefix, *command])
 
 
 class HasAddress(Protocol):
