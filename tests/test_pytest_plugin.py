@@ -72,40 +72,6 @@ def test_echo_server_fixture_is_new_for_each_test(
     session.runpytest_inprocess().assert_outcomes(passed=3)
 
 
-def test_echo_server_options_are_overridden_at_each_level(session: pytest.Pytester) -> None:
-    session.makepyfile("""
-        import socket
-        import pytest
-
-        def exchange(server, sent):
-            with socket.create_connection(server.address) as client:
-                client.sendall(sent)
-                client.shutdown(socket.SHUT_WR)
-                return client.makefile("rb").read()
-
-        @pytest.fixture
-        def echo_server_options():
-            return {"mode": "message"}
-
-        def test_module(echo_server):
-            assert exchange(echo_server, b"one\\ntwo\\n") == b"one\\n"
-
-        class TestClass:
-            @pytest.fixture
-            def echo_server_options(self, echo_server_options):
-                return echo_server_options | {"limit_message_size": 4}
-
-            def test_class(self, echo_server):
-                assert exchange(echo_server, b"one\\n") == b"one\\n"
-                assert exchange(echo_server, b"four\\n") == b""
-
-        @pytest.mark.parametrize("echo_server_options", [{}, {"mode": "raw"}])
-        def test_parameter(echo_server):
-            assert exchange(echo_server, b"one\\ntwo\\n") == b"one\\ntwo\\n"
-    """)
-    session.runpytest_inprocess().assert_outcomes(passed=4)
-
-
 def test_make_echo_server_runs_until_closed_or_session_end(
     session: pytest.Pytester, reserved_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
