@@ -84,12 +84,12 @@ def test_tracker_gives_up_the_oldest() -> None:
     assert (tracker.lost, tracker.in_flight, tracker.deadline) == (2, 0, None)
 
 
-@pytest.mark.parametrize(("size", "window"), [(0, 1), (1, 64), (64, 64), (1472, 22), (65_507, 1)])
-def test_tracker_limits_datagrams_in_flight(size: int, window: int) -> None:
-    tracker, sent = sent_tracker(window, size=size)
-    assert not tracker.can_send
-    tracker.receive(sent[-1], 1.0)  # the earlier ones are lost, or were overtaken
-    assert tracker.can_send
+def test_tracker_limits_datagrams_in_flight() -> None:
+    for size, window in ((0, 1), (1, 64), (64, 64), (1472, 22), (65_507, 1)):
+        tracker, sent = sent_tracker(window, size=size)
+        assert not tracker.can_send
+        tracker.receive(sent[-1], 1.0)  # the earlier ones are lost, or were overtaken
+        assert tracker.can_send
 
 
 def test_tracker_without_replies_uses_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
