@@ -45,6 +45,9 @@ class FakeConnection(Connection):
         self.establish()
         self.check()  # as the first sweep, which starts the clock
 
+    def get_extra_info(self, name: str) -> Any:
+        return None
+
     def unsent(self) -> int:
         return self.unsent_bytes
 

@@ -4,9 +4,17 @@ asyncio's StreamReader appends all input to a bytearray, copies each chunk from 
 """
 
 import asyncio
-from typing import cast
+from collections.abc import Callable
+from typing import Protocol, cast
 
 from .loop_internals import is_fed_by, read_buffered
+
+
+class InputConsumer(Protocol):
+    """What a reader has to know of the connection that reads."""
+
+    def start(self) -> object: ...
+    def on_lost(self, error: Exception | None) -> None: ...
 
 
 class ChunkReader(asyncio.Protocol):
@@ -21,7 +29,9 @@ class ChunkReader(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_connection",
         "_data",
+        "_discard",
         "_error",
         "_is_ended",
         "_is_paused",
@@ -44,7 +54,21 @@ class ChunkReader(asyncio.Protocol):
         self._is_ended = False
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._connection: InputConsumer | None = None
+        self._discard: Callable[[bytes], object] | None = None
         transport.set_protocol(self)
+
+    def notify(self, connection: InputConsumer) -> None:
+        """Start ``connection`` if there is something to read and it is not reading; tell it when it is lost."""
+        self._connection = connection
+
+    def discard(self, function: Callable[[bytes], object]) -> None:
+        """Give ``function`` the input from now on, with what is buffered. At its end the transport is closed."""
+        self._discard = function
+        if self._data:
+            function(self.take(len(self._data)))
+        if self._is_ended:
+            self._transport.close()
 
     async def read(self, size: int) -> bytes:
         """Return at most ``size`` bytes as soon as there are any, and none at the end of input."""
@@ -53,6 +77,10 @@ class ChunkReader(asyncio.Protocol):
             await self._waiter
         if self._error is not None:
             raise self._error
+        return self.take(size)
+
+    def take(self, size: int) -> bytes:
+        """Return at most ``size`` bytes of what has arrived, possibly none."""
         data, start = self._data, self._position
         end = start + size
         if end < len(data):
@@ -69,6 +97,9 @@ class ChunkReader(asyncio.Protocol):
         return self._is_ended and not self._data
 
     def data_received(self, data: bytes) -> None:
+        if self._discard is not None:
+            self._discard(data)
+            return
         self._data = self._data[self._position :] + data  # no copy if one of them is empty
         self._position = 0
         self._wake()
@@ -78,14 +109,20 @@ class ChunkReader(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._is_ended = True
+        if self._discard is not None:
+            return False
         self._wake()
         return self._transport.can_write_eof()  # asyncio's own TLS has no half-closed connections
 
     def connection_lost(self, error: Exception | None) -> None:
         self._replaced.connection_lost(error)
-        self._error = error
+        if error is not None:
+            self._error, self._data = error, b""
         self._is_ended = True
+        connection, self._connection = self._connection, None  # which refers to this object
         self._wake()
+        if connection is not None:
+            connection.on_lost(error)
 
     def pause_writing(self) -> None:
         self._replaced.pause_writing()
@@ -94,8 +131,11 @@ class ChunkReader(asyncio.Protocol):
         self._replaced.resume_writing()
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            if not self._waiter.done():
+                self._waiter.set_result(None)
+        elif self._connection is not None:
+            self._connection.start()
 
 
 def take_over(

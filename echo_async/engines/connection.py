@@ -67,7 +67,13 @@ class Connection:
     @property
     def peer(self) -> str:
         """The peer's address, formatted for the log."""
+        self.note_peername()
         return format_address(self._peername)
+
+    def note_peername(self) -> None:
+        """Look up the peer's address, which is on demand if there was no handshake, until the connection is lost."""
+        if self._peername is None:
+            self._peername = self.get_extra_info("peername")
 
     @property
     def answered(self) -> int:

@@ -75,13 +75,6 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             self.fail(error)
 
     @property
-    def peer(self) -> str:
-        """The peer's address. Without a handshake it is looked up on demand, until the connection is lost."""
-        if self._peername is None:
-            self._peername = self._transport.get_extra_info("peername")
-        return super().peer
-
-    @property
     def is_delayed(self) -> bool:
         """Whether a task still answers or logs. It ends the connection then, if that is finished."""
         return self._work is not None

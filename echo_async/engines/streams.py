@@ -57,7 +57,10 @@ def _make_handler(context: ServerContext, slot: Slot) -> Callable[[asyncio.Strea
         try:
             if slot.claim():
                 chunks = ChunkReader(writer.transport, max_size, loop)  # nothing is buffered yet
-                serve_stream(context, slot, chunks, writer)
+                connection = StreamConnection(context, slot, chunks, writer)
+                connection.establish()
+                if slot.make_script is not None:  # else the first input starts it
+                    connection.start()
             else:
                 writer.transport.abort()
         except Exception as error:  # an event loop would keep the connection open
@@ -67,19 +70,10 @@ def _make_handler(context: ServerContext, slot: Slot) -> Callable[[asyncio.Strea
     return handle
 
 
-def serve_stream(
-    context: ServerContext, slot: Slot, reader: Reader, writer: asyncio.StreamWriter
-) -> asyncio.Task[None]:
-    """Serve a connection in a task, which is done when the connection is closed."""
-    connection = StreamConnection(context, slot, reader, writer)
-    connection.establish()
-    return connection.start()
-
-
 class StreamConnection(Connection):
     """One connection of the ``streams`` engine."""
 
-    __slots__ = ("_is_draining", "_is_reading", "_lines", "_reader", "_task", "_transport", "_writer")
+    __slots__ = ("_is_draining", "_is_lost", "_is_reading", "_lines", "_reader", "_task", "_transport", "_writer")
 
     runner: AsyncioRunner | None
 
@@ -88,35 +82,38 @@ class StreamConnection(Connection):
         self._reader = reader
         self._writer = writer
         self._transport = writer.transport
-        if self._peername is None:  # it is logged after the connection is lost
-            self._peername = self._transport.get_extra_info("peername")
+        self._task: asyncio.Task[None] | None = None  # an event loop has a weak reference
+        self._is_lost = not isinstance(reader, ChunkReader)  # which would tell
         self._is_reading = False  # the task may be woken by a cancellation
         self._is_draining = False
         self._lines = NO_LINES  # of the reply that is being logged
 
+        if isinstance(reader, ChunkReader):
+            reader.notify(self)
         if slot.make_script is not None:
             self.runner = AsyncioRunner(
                 self, slot.make_script(self), cast(asyncio.Transport, self._transport), self._wait_writable
             )
 
-    def start(self) -> asyncio.Task[None]:
-        """Serve the connection in a task, which is done when the connection is closed."""
-        task = asyncio.get_running_loop().create_task(self._run())
+    def start(self) -> None:
+        """Serve the connection in a task, once."""
+        if self._task is None:
+            self.serve(is_awaited=False)
+
+    def serve(self, *, is_awaited: bool = True) -> asyncio.Task[None]:
+        """Serve the connection in a task, which is done when the connection is closed if it ``is_awaited``."""
+        task = self._task = asyncio.get_running_loop().create_task(self._run(is_awaited))
         task.add_done_callback(self._on_done)
         return task
 
-    async def _run(self) -> None:
-        # Set here: the program may start tasks eagerly. It keeps the task alive: an event loop has a weak reference.
-        self._task = cast("asyncio.Task[None]", asyncio.current_task())
+    async def _run(self, is_awaited: bool) -> None:
         try:
             if not self._is_draining:
                 await self._echo()
             if self._is_draining:
                 await self._drain_input()
             await self._discard_input()
-            is_sent = self._transport.can_write_eof() and not self.unsent()  # TLS of asyncio sends its close_notify
-            self._transport.close()
-            if not is_sent:
+            if is_awaited:
                 await self._writer.wait_closed()
         except TRANSPORT_ERRORS as error:
             self.log_lost(error)
@@ -129,19 +126,34 @@ class StreamConnection(Connection):
         if task.cancelled():  # maybe before it ran
             abort_transport(self._transport)
         self.end_script()
-        self.context.remove(self)
+        if self._is_lost:
+            self.context.remove(self)
+
+    def on_lost(self, error: Exception | None) -> None:
+        """Count as open until the task has ended, and so all messages are logged."""
+        self._is_lost = True
+        if self._task is None or self._task.done():
+            if error is not None:
+                self.log_lost(error)
+            self.context.remove(self)
+        else:
+            self.note_peername()
 
     async def _echo(self) -> None:
         """Read a chunk, send the replies it completes; until the conversation or the input ends, or :meth:`_wake`."""
         conversation, transport = self.conversation, self._transport
         read, write, size = self._reader.read, transport.write, self.context.config.chunk_size
+        take = self._reader.take if isinstance(self._reader, ChunkReader) else _take_nothing
         log_messages, log_chunks, runner = self.context.log_messages, self.context.log_chunks, self.runner
         chunks = 0
         try:
-            if runner is not None and not await self._run_script(runner):
+            if runner is None:
+                if conversation.finished:  # by a timeout
+                    return
+            elif not await self._run_script(runner):
                 return
             self._is_reading = True
-            while chunk := await read(size):
+            while chunk := take(size) or await read(size):
                 reply = conversation.receive(chunk)
                 if log_chunks:
                     self.log_chunk(chunk)
@@ -167,7 +179,9 @@ class StreamConnection(Connection):
                     await asyncio.sleep(0)
             conversation.end_input()
         except asyncio.CancelledError:
-            if self._is_reading or self._task.uncancel():  # not canceled by _wake, or not by it alone
+            if (
+                self._is_reading or cast("asyncio.Task[None]", self._task).uncancel()
+            ):  # not canceled by _wake, or not by it alone
                 raise
         finally:
             self._is_reading = False
@@ -227,11 +241,14 @@ class StreamConnection(Connection):
             self._lines = NO_LINES  # an idle connection keeps no message
 
     async def _discard_input(self) -> None:
-        """Discard input until the client closes its side. The sweep limits the time."""
+        """Discard input until the client closes its side, then close. The sweep limits the time."""
         if self._transport.can_write_eof():
             self._transport.write_eof()  # closing is no end if a child process has a duplicate of the socket
+            if isinstance(self._reader, ChunkReader):
+                return self._reader.discard(self.conversation.receive)  # without the task
             while chunk := await self._reader.read(DISCARD_SIZE):
                 self.conversation.receive(chunk)
+        self._transport.close()
 
     def get_extra_info(self, name: str) -> Any:
         return self._transport.get_extra_info(name)
@@ -261,6 +278,11 @@ class StreamConnection(Connection):
         reset_transport(self._transport)
 
     def _wake(self) -> None:
-        if self._is_reading:
+        self.start()
+        if self._is_reading and self._task is not None:
             self._is_reading = False
             self._task.cancel()
+
+
+def _take_nothing(_: int) -> bytes:
+    return b""

@@ -6,7 +6,7 @@ from typing import Unpack
 from ..config import ServerConfig, ServerOptions
 from ..engines.chunk_reader import take_over
 from ..engines.context import Slot
-from ..engines.streams import read_ahead, serve_stream
+from ..engines.streams import StreamConnection, read_ahead
 from ..errors import ConfigError
 from .registry import Registry
 from .sweeper import Sweeper
@@ -42,7 +42,9 @@ def handle_echo(
     except BaseException:
         writer.transport.abort()
         raise
-    task = serve_stream(registry, Slot(), chunks, writer)
+    connection = StreamConnection(registry, Slot(writer.get_extra_info("peername")), chunks, writer)
+    connection.establish()
+    task = connection.serve()
     sweeper = Sweeper(registry)
     sweeper.start()
     task.add_done_callback(sweeper.stop)

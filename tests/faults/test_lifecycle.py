@@ -8,28 +8,34 @@ import logging
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import (
+    LOOPS,
     TIMEOUT,
     Backend,
+    StartServer,
     connect,
     is_echoed,
     receive_all,
     run,
     serve_in_loop,
     wait_in_loop,
+    wait_until,
 )
 
 import echo_async
 from echo_async import sync
-from echo_async.loops import loop_factory
+from echo_async.config import Mode
+from echo_async.loops import LoopName, loop_factory
 from echo_async.server.listeners import ListenerConfig
 from echo_async.server.server import start_server as start_in_loop
 
@@ -140,6 +146,67 @@ def test_server_restarted_200_times_leaves_no_resources(backend: Backend) -> Non
         assert len(os.listdir("/proc/self/fd")) == descriptors
         assert memory() - before < 5 * 1024 * 1024
         assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
+
+
+def test_message_with_more_bytes_and_eof_ends_at_once(start_server: StartServer) -> None:
+    """What follows the message is more than is read ahead: to discard it, the server has to resume reading."""
+    message = b"x" * 200_000 + b"\n"
+    with start_server(mode="message") as server, connect(server) as client:
+        client.sendall(message + message)
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == message
+        wait_until(lambda: server.stats.active == 0)
+        assert (server.stats.messages, server.stats.bytes_in) == (1, 2 * len(message))
+        assert server.stats.ended == {"closed": 1}
+
+
+RESETS: dict[str, tuple[Mode, bytes]] = {
+    "silent": ("message", b""),
+    "incomplete": ("message", b"begun"),
+    "answered": ("stream", b"one\n"),
+    "lingering": ("message", b"one\n"),
+    "unsent": ("message", b"x" * 1_000_000 + b"\n"),
+}
+
+
+@pytest.mark.parametrize("state", RESETS)
+def test_reset_in_any_state_ends_the_connection(start_server: StartServer, state: str) -> None:
+    mode, data = RESETS[state]
+    with start_server(mode=mode) as server:
+        with connect(server) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.sendall(data)
+            wait_until(lambda: server.stats.bytes_in == len(data) and server.stats.accepted == 1)
+            if state in ("answered", "lingering"):
+                assert client.recv(100) == data
+        wait_until(lambda: server.stats.active == 0)
+        assert server.stats.ended == {"reset": 1}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_task_canceled_before_its_first_step_closes(loop: LoopName) -> None:
+    """Its coroutine runs nothing then, not even what stands in ``finally``."""
+
+    def cancel_at_once(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
+        task = asyncio.Task(work, loop=loop, **options)
+        if "StreamConnection" in work.__qualname__:
+            task.cancel()
+        return task
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_task_factory(cancel_at_once)
+        async with serve_in_loop(Backend("streams", loop)) as server:
+            reader, writer = await asyncio.open_connection(*server.address)
+            writer.write(b"one\n")
+            with suppress(ConnectionError):
+                assert await reader.read() == b""
+            writer.close()
+            await wait_in_loop(lambda: server.stats.active == 0)
+            assert server.stats.accepted == 1
+            server.close()
+            await server.wait_closed()
+
+    run(main, loop)
 
 
 @pytest.mark.parametrize("is_logged", [False, True], ids=["silent", "logged"])
