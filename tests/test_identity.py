@@ -142,6 +142,7 @@ def test_address_of_a_socket_is_described() -> None:
     assert Address.of("/run/echo") == Address("/run/echo", None)
     assert Address.of(b"\0abstract") == Address("\0abstract", None)
     assert Address.of("") == Address.of(None) == Address()
+    assert Address.of(400 * "\x01") == Address(47 * "\x01" + "...")  # in JSON, a control character takes six bytes
 
 
 def test_other_replies_are_no_identity() -> None:

@@ -129,6 +129,7 @@ def test_click_is_imported_in_cli_only() -> None:
 
 
 TESTS = sorted(Path(__file__).parent.rglob("*.py"))
+WAITS = {"wait", "join", "communicate"}
 PROCESS_CALLS = {"run", "call", "check_call", "check_output"}
 
 
@@ -139,9 +140,11 @@ def calls_without_limit(source: str) -> Iterator[str]:
     for node in nodes:
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
-        owner, name = ast.unparse(node.func.value), node.func.attr
+        if (name := node.func.attr) not in (*WAITS, *PROCESS_CALLS, "Popen", "Thread"):
+            continue
+        owner = ast.unparse(node.func.value)
         options = {each.arg for each in node.keywords}
-        is_endless = name in ("wait", "join", "communicate") and not node.args and not options
+        is_endless = name in WAITS and not node.args and not options
         is_endless &= owner.rpartition(".")[2] not in ("self", "server")  # ``ServerProcess.wait`` has a limit
         is_endless |= owner == "subprocess" and name in PROCESS_CALLS and "timeout" not in options
         is_endless |= (owner, name) == ("subprocess", "Popen")

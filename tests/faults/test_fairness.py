@@ -161,7 +161,7 @@ def test_sweep_of_many_connections_is_done_in_slices(
     monkeypatch.setattr("echo_async.server.sweeper.SLICE", 10)
 
     async def main() -> None:
-        async with echo_async.serve(port=0, mode="stream", engine=engine, timeout_idle=0.7) as server:
+        async with echo_async.serve(port=0, mode="stream", engine=engine, timeout_idle=0.3) as server:
             with Samples(lambda: server.stats.timeouts_idle) as timed_out:
                 # On a busy machine, some time out before all are connected.
                 clients = [await asyncio.open_connection(*server.address) for _ in range(100)]

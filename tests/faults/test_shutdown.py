@@ -60,7 +60,7 @@ def test_shutdown_answers_received_messages(
 ) -> None:
     """Messages that the server has not read yet are answered, and each of them is logged."""
     caplog.set_level(logging.INFO, "echo_async")
-    messages = b"sixteen letters!\n" * 5000
+    messages = b"sixteen letters!\n" * 2000
 
     async def main() -> None:
         options: ServerOptions = {"chunk_size": chunk_size, "no_access_log": no_access_log}
