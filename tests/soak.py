@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -16,16 +17,18 @@ import resource
 import select
 import signal
 import socket
+import ssl
 import statistics
 import struct
 import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
-from support import ServerProcess, server_process
+import trustme
+from support import ServerProcess, command_process, server_process
 
 BACKENDS = {
     "protocol-uvloop": ["--engine", "protocol", "--loop", "uvloop"],
@@ -289,12 +292,103 @@ async def large_messages(backend: str, scale: float) -> None:
         stop(process)
 
 
+@contextmanager
+def memory_cgroup(process: ServerProcess, size: int) -> Iterator[bool]:
+    """Limit a process to ``size`` more bytes; yield whether that is possible here."""
+    parent, limit = Path("/sys/fs/cgroup"), "memory.max"
+    if (parent / "memory").is_dir():  # version 1
+        parent, limit = parent / "memory", "memory.limit_in_bytes"
+    cgroup = parent / f"echo-async-{os.getpid()}"
+    try:
+        is_limited = True
+        cgroup.mkdir()
+        (cgroup / limit).write_text(str(size))
+        (cgroup / "cgroup.procs").write_text(str(process.process.pid))
+    except OSError:
+        is_limited = False
+    try:
+        yield is_limited
+    finally:
+        process.process.kill()
+        process.process.wait(TIMEOUT)
+        if cgroup.is_dir():
+            cgroup.rmdir()
+
+
+async def pod(backend: str, scale: float) -> None:
+    """The pod of the manifest, in each mode: 2,000 clients that send incomplete messages, or read no replies."""
+    manifest = Path(__file__).parent.parent.joinpath("deploy", "kubernetes", "deployment.yaml").read_text()
+    limits = dict(re.findall(r'name: ECHO_ASYNC_(LIMIT_\w+), value: "(\d+)"', manifest))
+    available, size = int(*re.findall(r"limits: {memory: (\d+)Mi}", manifest)), int(limits["LIMIT_MESSAGE_SIZE"])
+    message = b"\x01" * (size - 1)  # which mode identify escapes
+    attacks = {"incomplete": message, "unread": (message + b"\n") * (2**21 // size)}
+    options = [*BACKENDS[backend], *(f"--{name.lower()}={value}".replace("_", "-") for name, value in limits.items())]
+    for listener in ("", ",tls", ",proxy-protocol=auto,proxy-allow-from=127.0.0.1"):
+        options.append(f"--listen=127.0.0.1:0{listener}")
+    authority = trustme.CA()
+    context = ssl.create_default_context(cadata=authority.cert_pem.bytes().decode())
+    with authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.tempfile() as path:
+        for mode, (name, payload) in itertools.product(("message", "stream", "raw", "identify"), attacks.items()):
+            command = [sys.executable, "-m", "echo_async.server", "--no-access-log", *options]
+            with command_process([*command, f"--ssl-certfile={path}", f"--mode={mode}"]) as process:
+                before = memory(process)
+                with memory_cgroup(process, available * 2**20 - before * 1024) as is_limited:
+                    if not is_limited:
+                        return print("    skipped: no memory cgroup can be made here")
+                    await attack_pod(process, f"{mode}, {name}", payload, int(2000 * scale), context)
+
+
+async def attack_pod(process: ServerProcess, name: str, payload: bytes, count: int, context: ssl.SSLContext) -> None:
+    """Attack the server; it must answer another client then, and each client must be accepted or refused."""
+    ports = [process.address[1], *(int(process.process.stdout.readline().rpartition(":")[2]) for _ in range(2))]
+    attackers = [connect_attacker(ports, number, context) for number in range(count)]
+    for _ in range(5):
+        process.process.send_signal(signal.SIGSTOP)  # so that it reads much at once
+        for attacker in attackers:
+            send_unread(attacker, payload)
+        process.process.send_signal(signal.SIGCONT)
+        await asyncio.sleep(2)
+    check(f"MiB, {name}", memory(process) / 1024, True)
+    for attacker in attackers:
+        attacker.close()
+    await wait_until(lambda: descriptors(process) < 100)
+    async with clients(ports[0], 1) as [(reader, writer)]:
+        writer.write(b"alive\n")
+        check("reply to another client", b"alive" in await reader.readline(), True)
+    _, log = process.stop()
+    counted = {name: int(number) for name, number in re.findall(r"(\w+)=(\d+)", log)}
+    total = counted["accepted"] + counted["refused"]
+    check("clients that are accepted or refused", total, total == count + 1, str(count + 1))
+
+
+def connect_attacker(ports: list[int], number: int, context: ssl.SSLContext) -> socket.socket:
+    """Connect to one of the listeners: plain, with TLS, or as a proxy."""
+    client = socket.create_connection(("127.0.0.1", ports[number % 3]), TIMEOUT)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with suppress(OSError):  # it is refused
+        if number % 3 == 1:
+            client = context.wrap_socket(client, server_hostname="127.0.0.1")
+        elif number % 3 == 2:
+            client.sendall(b"PROXY UNKNOWN\r\n")
+        client.setblocking(False)
+    return client
+
+
+def send_unread(attacker: socket.socket, payload: bytes) -> None:
+    """Send as much as fits into the buffers of the kernel."""
+    view = memoryview(payload)
+    with suppress(OSError):
+        while view:
+            view = view[attacker.send(view[: 64 * 1024]) :]
+
+
 SCENARIOS: dict[str, Callable[[str, float], Coroutine[None, None, None]]] = {
     "idle": idle,
     "churn": churn,
     "non-readers": non_readers,
     "workers": workers,
     "large-messages": large_messages,
+    "pod": pod,
 }
 
 
