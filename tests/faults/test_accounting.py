@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -14,8 +15,11 @@ from hypothesis import strategies as st
 from support import StartServer, connect, is_echoed, receive_all, reset, wait_until
 
 import echo_async
+from echo_async.engines.runner import Runner
+from echo_async.server.admission import PendingSlot
 from echo_async.stats import ENDS, Stats
 from echo_async.wire.conversation import StreamConversation
+from echo_async.wire.tls_layer import TlsLayer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -31,14 +35,25 @@ def lack_memory(function: Callable[..., Any], is_lacking: Callable[..., bool]) -
     return call
 
 
+STEPS: list[tuple[type, str]] = [
+    (PendingSlot, "__init__"),
+    (TlsLayer, "__init__"),
+    (TlsLayer, "receive"),
+    (StreamConversation, "__init__"),
+    (Runner, "__init__"),
+]
+"""What a connection begins with, after the event loop or the kernel has accepted it."""
+
+
 @contextmanager
-def limited_memory(without: set[int]) -> Iterator[None]:
-    """Let the conversations of these numbers, and every message ``OUT_OF_MEMORY``, find no memory."""
-    numbers = iter(range(1000))
+def limited_memory(without: set[tuple[int, int]]) -> Iterator[None]:
+    """Let these calls of ``STEPS``, and every message ``OUT_OF_MEMORY``, find no memory."""
     with pytest.MonkeyPatch.context() as patch:
-        begin = lack_memory(StreamConversation.__init__, lambda *_: next(numbers) in without)
+        for step, (owner, name) in enumerate(STEPS):
+            calls = zip(itertools.repeat(step), itertools.count())
+            is_lacking = lambda *_, calls=calls: next(calls) in without  # noqa: E731
+            patch.setattr(owner, name, lack_memory(getattr(owner, name), is_lacking))
         receive = lack_memory(StreamConversation.receive, lambda _, data: OUT_OF_MEMORY in data)
-        patch.setattr(StreamConversation, "__init__", begin)
         patch.setattr(StreamConversation, "receive", receive)
         yield
 
@@ -64,15 +79,17 @@ def snapshots(server: echo_async.EchoServer) -> Iterator[list[Stats]]:
 
 def total(stats: Stats) -> int:
     """Return how many connections are in a counter."""
-    return stats.accepted + stats.refused + stats.tls_failures + stats.failed - stats.ended.get("failed", 0)
+    never_accepted = stats.refused + stats.faults.get("refuse", 0) + stats.tls_failures + stats.failed
+    return stats.accepted + never_accepted - sum(stats.ended.get(end, 0) for end in ("tls_failed", "failed"))
 
 
 ENDINGS = ["echo", "incomplete", "too long", "idle", "unfinished", "no memory", "reset", "silent"]
+FAULTS = ["none", "close", "close=3", "reset=3", "half-close", "corrupt", "drop", "stall", "refuse", "reset=0.05s"]
 
 
 def behave(server: echo_async.EchoServer, ending: str, context: ssl.SSLContext | None) -> None:
     """Connect, and end the connection, or let the server end it."""
-    with connect(server) as plain, suppress(OSError, AssertionError):
+    with suppress(OSError, AssertionError), connect(server) as plain:
         if ending == "silent":
             return
         client = plain if context is None else context.wrap_socket(plain, server_hostname="localhost")
@@ -96,26 +113,28 @@ def behave(server: echo_async.EchoServer, ending: str, context: ssl.SSLContext |
                     reset(client)
 
 
-@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
+    tls=st.booleans(),
     endings=st.lists(st.sampled_from(ENDINGS), min_size=1, max_size=12),
+    faults=st.none() | st.lists(st.sampled_from(FAULTS), min_size=1, max_size=12).map(";".join),
     limit=st.integers(2, 12),
-    without_memory=st.sets(st.integers(0, 11), max_size=3),
+    without_memory=st.sets(st.tuples(st.integers(0, len(STEPS) - 1), st.integers(0, 11)), max_size=4),
 )
 def test_each_connection_is_in_one_counter_in_every_snapshot(
     start_server: StartServer,
     client_context: ssl.SSLContext,
     tls: bool,
     endings: list[str],
+    faults: str | None,
     limit: int,
-    without_memory: set[int],
+    without_memory: set[tuple[int, int]],
 ) -> None:
     context = client_context if tls else None
     options: Any = {"limit_connections": limit, "limit_message_size": 1000, "timeout_idle": 0.1, "timeout_message": 0.1}
     with (
         limited_memory(without_memory),
-        start_server(tls=tls, **options) as server,
+        start_server(tls=tls, fault_sequence=faults, **options) as server,
         snapshots(server) as taken,
     ):
         clients = [threading.Thread(target=behave, args=(server, each, context), daemon=True) for each in endings]
