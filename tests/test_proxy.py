@@ -361,9 +361,7 @@ def test_close_at_the_moment_of_accept_closes_the_connection() -> None:
         loop = asyncio.get_running_loop()
         assert isinstance(loop, SingleAcceptLoop)
         loop.clients = [accepted]
-        loop.on_next_accept = AcceptLoop(
-            admission, loop, accepted, None, lambda establish, origin: asyncio.Protocol()
-        ).close
+        loop.on_next_accept = AcceptLoop(admission, loop, accepted, None, lambda registry, slot: asyncio.Protocol).close
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         await asyncio.sleep(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any
 
@@ -19,20 +19,14 @@ from ..wire.script import Script, Wait
 from .asyncio_runner import AsyncioRunner
 from .connection import NO_LINES, Connection
 from .context import ServerContext, Slot
-from .loop_internals import ACCEPT_BATCH, TRANSPORT_ERRORS, abort_transport, reset_transport, write_buffer_size
+from .loop_internals import TRANSPORT_ERRORS, abort_transport, reset_transport, write_buffer_size
 
 LARGE_READ = 200_000  # bytes; after a read of less, the kernel has no more: event loops read 256,000 at a time
 LARGE_READS_PER_TURN = 4  # without a reply, before other connections get their turn; one with a reply ends the turn
 
 
-async def create_server(context: ServerContext, slot: Slot, listener: socket.socket) -> asyncio.Server:
-    return await asyncio.get_running_loop().create_server(
-        partial(ProtocolConnection, context, slot), sock=listener, backlog=ACCEPT_BATCH, start_serving=False
-    )
-
-
-def create_protocol(context: ServerContext, slot: Slot) -> asyncio.Protocol:
-    return ProtocolConnection(context, slot)
+def protocol_factory(context: ServerContext, slot: Slot) -> Callable[[], asyncio.Protocol]:
+    return partial(ProtocolConnection, context, slot)
 
 
 class ProtocolConnection(Connection, asyncio.Protocol):

@@ -5,7 +5,6 @@ microsecond of Python per chunk, however small.
 """
 
 import asyncio
-import socket
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -16,7 +15,6 @@ from .chunk_reader import ChunkReader
 from .connection import NO_LINES, Connection
 from .context import ServerContext, Slot
 from .loop_internals import (
-    ACCEPT_BATCH,
     READ_AHEAD_TURNS,
     TRANSPORT_ERRORS,
     abort_transport,
@@ -37,15 +35,9 @@ def read_ahead(config: ServerConfig) -> int:
     return 2 * max(config.chunk_size, 16 * 1024)
 
 
-async def create_server(context: ServerContext, slot: Slot, listener: socket.socket) -> asyncio.Server:
-    return await asyncio.start_server(
-        _make_handler(context, slot), sock=listener, backlog=ACCEPT_BATCH, start_serving=False
-    )
-
-
-def create_protocol(context: ServerContext, slot: Slot) -> asyncio.Protocol:
-    loop = asyncio.get_running_loop()
-    return asyncio.StreamReaderProtocol(asyncio.StreamReader(loop=loop), _make_handler(context, slot), loop)
+def protocol_factory(context: ServerContext, slot: Slot) -> Callable[[], asyncio.Protocol]:
+    loop, handle = asyncio.get_running_loop(), _make_handler(context, slot)
+    return lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader(loop=loop), handle, loop)
 
 
 def _make_handler(context: ServerContext, slot: Slot) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:

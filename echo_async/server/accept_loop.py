@@ -29,11 +29,11 @@ class AcceptLoop:
         loop: asyncio.AbstractEventLoop,
         listener: socket.socket,
         certificates: Certificates | None,
-        make_protocol: Callable[[Registry, Slot], asyncio.Protocol],
+        protocol_factory: Callable[[Registry, Slot], Callable[[], asyncio.Protocol]],
     ) -> None:
         self._admission = admission
         self._loop = loop
-        self._make_protocol = make_protocol
+        self._protocol_factory = protocol_factory
         self._certificates = certificates
         self._is_stopping = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -76,7 +76,7 @@ class AcceptLoop:
             if self._admission.expects_header:
                 header, seconds = self._admission.new_header(), self._admission.config.timeout_message
                 slot.set_header(await read_header(self._loop, slot.connected, header, seconds))
-            protocol = self._make_protocol(self._admission.registry, slot)
+            protocol = self._protocol_factory(self._admission.registry, slot)()
             if self._certificates is None:  # takes no time: a shutdown does not cancel it
                 self._tasks.discard(cast(asyncio.Task[None], asyncio.current_task()))
                 await self._loop.connect_accepted_socket(lambda: protocol, slot.connected)

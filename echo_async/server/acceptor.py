@@ -12,7 +12,14 @@ from typing import Protocol, cast
 from ..compat import is_readable
 from ..config import ServerConfig
 from ..engines.context import ServerContext, Slot
-from ..engines.loop_internals import ABORT_TURNS, keep_freed_memory, run_turns, start_serving, stop_accepting
+from ..engines.loop_internals import (
+    ABORT_TURNS,
+    ACCEPT_BATCH,
+    keep_freed_memory,
+    run_turns,
+    start_serving,
+    stop_accepting,
+)
 from ..net import shut_down
 from .accept_loop import AcceptLoop
 from .admission import NativeSlot
@@ -26,11 +33,18 @@ from .udp import start_receiver
 class AsyncioEngine(Protocol):
     """What the modules ``streams`` and ``protocol`` provide."""
 
-    def create_protocol(self, context: ServerContext, slot: Slot) -> asyncio.Protocol:
-        """Return the protocol for one connection, whose transport is made by the caller."""
+    def protocol_factory(self, context: ServerContext, slot: Slot) -> Callable[[], asyncio.Protocol]:
+        """Return what makes the protocol of each connection that takes this slot."""
 
-    async def create_server(self, context: ServerContext, slot: Slot, listener: socket.socket) -> asyncio.Server:
-        """Return a server that makes such protocols, and does not serve yet."""
+
+class Aborted(asyncio.Protocol):
+    """Takes the place of a protocol for which there was no memory."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast(asyncio.Transport, transport).abort()
+
+
+ABORTED = Aborted()
 
 
 class AsyncioAcceptor(Acceptor):
@@ -57,9 +71,23 @@ class AsyncioAcceptor(Acceptor):
 
     async def _serve(self, listener: socket.socket) -> asyncio.Server | AcceptLoop:
         if self.certificates is None and not self._admission.expects_header and not self.config.has_scripts:
-            server = await self._engine.create_server(self.registry, NativeSlot(self._admission), listener)
+            server = await self._loop.create_server(
+                self._protocol_factory(), sock=listener, backlog=ACCEPT_BATCH, start_serving=False
+            )
             return await start_serving(server, listener, self.config.backlog)
-        return AcceptLoop(self._admission, self._loop, listener, self.certificates, self._engine.create_protocol)
+        return AcceptLoop(self._admission, self._loop, listener, self.certificates, self._engine.protocol_factory)
+
+    def _protocol_factory(self) -> Callable[[], asyncio.Protocol]:
+        make, registry = self._engine.protocol_factory(self.registry, NativeSlot(self._admission)), self.registry
+
+        def make_protocol() -> asyncio.Protocol:
+            try:
+                return make()
+            except Exception as error:  # which would end the listener of uvloop, and which asyncio ignores
+                registry.fail("unknown peer", error)
+                return ABORTED
+
+        return make_protocol
 
     def close(self) -> None:
         if _is_running(self._loop):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import ssl
 import threading
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from support import StartServer, connect, is_echoed, receive_all, reset, wait_until
 
 import echo_async
+from echo_async.engines.connection import Connection
 from echo_async.engines.runner import Runner
 from echo_async.server.admission import PendingSlot
 from echo_async.stats import ENDS, Stats
@@ -36,6 +38,8 @@ def lack_memory(function: Callable[..., Any], is_lacking: Callable[..., bool]) -
 
 
 STEPS: list[tuple[type, str]] = [
+    (asyncio.StreamReader, "__init__"),
+    (Connection, "__init__"),
     (PendingSlot, "__init__"),
     (TlsLayer, "__init__"),
     (TlsLayer, "receive"),
