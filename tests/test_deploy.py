@@ -256,6 +256,41 @@ def test_alerts_query_existing_metrics_and_labels() -> None:
         assert set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"])) <= labels
 
 
+ALERT_SERIES = {
+    "EchoDown": ("up", {"job": "echo-async"}, "0x21", "1x21"),
+    "EchoConnectionLimit": ("echo_async_connections_refused_total", {}, "0+120x20", "5x21"),
+    "EchoInternalErrors": ("echo_async_failures_total", {}, "0+120x20", "5x21"),
+    "EchoWorkerRestarts": ("echo_async_worker_restarts_total", {}, "0+120x20", "5x21"),
+    "EchoReloadFailed": ("echo_async_certificate_reloads_total", {"result": "failure"}, "0+120x20", "5x21"),
+    "EchoCertificateExpires": ("echo_async_certificate_expiry_timestamp_seconds", {}, "86400x21", "9999999x21"),
+    "EchoTlsFailures": ("echo_async_tls_failures_total", {}, "0+120x20", "0+30x20"),
+    "EchoProxyFailures": ("echo_async_proxy_failures_total", {}, "0+120x20", "5x21"),
+    "EchoTimeouts": ("echo_async_timeouts_total", {"kind": "message"}, "0+120x20", "0+30x20"),
+    "EchoDatagramsRefused": ("echo_async_datagrams_refused_total", {"reason": "limit"}, "0+1200x20", "0+300x20"),
+}
+"""The metric of each alert with its labels, and its values once per minute that raise the alert, and that do not."""
+
+
+@needs("promtool")
+def test_alerts_are_raised_by_their_metrics_only(tmp_path: Path) -> None:
+    (group,) = manifest(DEPLOY / "alerts.yaml")["groups"]
+    assert [rule["alert"] for rule in group["rules"]] == list(ALERT_SERIES)
+    tests = []
+    for rule in group["rules"]:
+        metric, more, raising, quiet = ALERT_SERIES[rule["alert"]]
+        labels, summary = {"instance": "server:9100", **more}, rule["annotations"]["summary"]
+        for name, value in labels.items():
+            summary = summary.replace(f"{{{{ $labels.{name} }}}}", value)
+        series = metric + "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}"
+        raised = {"exp_labels": labels, "exp_annotations": {"summary": summary}}
+        for values, alerts in ((raising, [raised]), (quiet, [])):
+            case = {"eval_time": "15m", "alertname": rule["alert"], "exp_alerts": alerts}
+            inputs = [{"series": series, "values": values}]
+            tests.append({"interval": "1m", "input_series": inputs, "alert_rule_test": [case]})
+    (tmp_path / "test.yaml").write_text(json.dumps({"rule_files": [str(DEPLOY / "alerts.yaml")], "tests": tests}))
+    check("promtool", "test", "rules", tmp_path / "test.yaml")
+
+
 @pytest.mark.parametrize(
     "options",
     [
