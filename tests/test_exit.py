@@ -184,7 +184,8 @@ def test_leaves_a_server_open():
     server = HostedServer(udp=True)
     assert server.port is None
 """)
-    done = run_process([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)], cwd=tmp_path)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = run_process(command, cwd=tmp_path, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
     assert done.returncode == 1
     assert "1 failed" in done.stdout
     assert "Traceback" not in done.stderr

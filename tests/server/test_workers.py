@@ -211,17 +211,6 @@ def wait_acknowledged(*clients: socket.socket) -> None:
     wait_until(lambda: not any(any(fcntl.ioctl(each, termios.TIOCOUTQ, bytes(4))) for each in clients))
 
 
-def test_stop_under_load_never_sends_a_partial_reply() -> None:
-    with two_workers("streams") as server, Load(server.address, 4) as load:
-        load.wait_for(20)
-        code, lines = server.stop()
-    assert code == 0
-    assert "Traceback" not in lines
-    assert counters(lines)["messages"] >= load.done
-    for _, failure in load.failed:
-        assert isinstance(failure, ConnectionError) or str(failure).startswith("closed after b''"), failure
-
-
 @each_acceptor
 def test_stop_answers_every_message_received(engine: EngineName) -> None:
     """Both of accepted connections and of connections in the backlog."""
