@@ -236,19 +236,17 @@ def _compare(values: dict[str, Any]) -> Comparison:
     names = ("pipeline", "mode", "duration", "warmup")
     connections = values["connections"] or (CONNECTIONS if disturbance is None else 1)
     plan = LoadPlan(connections=connections, **{name: values[name] for name in names})
-    candidates = make_candidates(values["engines"], _installed_loops(values["loops"]), values["chunk_sizes"])
+    candidates = make_candidates(values["engines"], installed_loops(values["loops"]), values["chunk_sizes"])
     measurements = len(candidates) * len(values["sizes"]) * values["rounds"]
     with progress_bar(f"compare {len(candidates)} servers", measurements) as progress:
         return compare(candidates, values["sizes"], plan, values["rounds"], progress, disturbance)
 
 
-def _installed_loops(names: Sequence[str]) -> list[str]:
+def installed_loops(names: Sequence[str]) -> list[str]:
     """Replace ``auto`` by asyncio and uvloop; :exc:`~echo_async.StartError` if a loop cannot be used."""
-    installed = ["asyncio"]
-    for name in names:
-        if loop_factory(name) is not loop_factory("asyncio") and name == "auto":
-            installed.append("uvloop")
-    return list(dict.fromkeys(each for name in names for each in (installed if name == "auto" else [name])))
+    factories = {name: loop_factory(name) for name in ("asyncio", *names)}
+    auto = ["asyncio"] if factories.get("auto") is factories["asyncio"] else ["asyncio", "uvloop"]
+    return list(dict.fromkeys(each for name in names for each in (auto if name == "auto" else [name])))
 
 
 def _make_plan(values: dict[str, Any]) -> LoadPlan:

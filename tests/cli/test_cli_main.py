@@ -15,6 +15,7 @@ from support import TIMEOUT, is_echoed, server_process, single_error_line, witho
 
 import echo_async
 from echo_async.cli import main, server
+from echo_async.cli.bench import installed_loops
 
 ROOT = Path(echo_async.__file__).parent.parent
 SCRIPT = Path(sysconfig.get_path("scripts")) / "echo-async"
@@ -173,6 +174,16 @@ def test_bench_compare_measures_the_given_loop_factory(custom_loop: Path) -> Non
     assert (done.returncode, done.stderr) == (0, "")
     assert '"model": "protocol custom_loop:new_event_loop"' in done.stdout
     assert (custom_loop / "loops").read_text().count("\n") >= 2
+
+
+def test_bench_loops_auto_is_every_installed_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert installed_loops(["uvloop:new_event_loop", "auto", "asyncio"]) == [
+        "uvloop:new_event_loop",
+        "asyncio",
+        "uvloop",
+    ]
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    assert installed_loops(["auto"]) == ["asyncio"]
 
 
 def test_loop_that_cannot_be_used_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
