@@ -238,8 +238,9 @@ def test_refusing_never_loses_its_port(make: MakeEchoServer) -> None:
     def reconnect() -> None:
         while not stop.is_set():
             try:
-                connect(server).close()
-            except (ConnectionRefusedError, ConnectionResetError):
+                with connect(server) as client:
+                    is_echoed(client)
+            except ConnectionError:
                 pass
             except OSError as error:
                 unexpected.append(error)
