@@ -28,7 +28,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import trustme
-from support import ServerProcess, command_process, server_process
+from support import ServerProcess, command_process, server_process, wait_until
 
 BACKENDS = {
     "protocol-uvloop": ["--engine", "protocol", "--loop", "uvloop"],
@@ -115,13 +115,9 @@ async def latency(port: int, count: int = 1000) -> float:
         return statistics.quantiles(times, n=100)[98]
 
 
-async def wait_until(condition: Callable[[], bool], seconds: float = TIMEOUT) -> float:
-    start = time.monotonic()
-    while not condition():
-        if time.monotonic() - start > seconds:
-            raise AssertionError(f"condition not met within {seconds} s")
-        await asyncio.sleep(0.01)
-    return time.monotonic() - start
+async def wait_for_descriptors(process: ServerProcess, limit: int) -> None:
+    """Wait until the server has at most ``limit`` descriptors."""
+    await asyncio.to_thread(wait_until, lambda: descriptors(process) <= limit)
 
 
 async def idle(backend: str, scale: float) -> None:
@@ -167,11 +163,11 @@ async def churn(backend: str, scale: float) -> None:
     with server(*BACKENDS[backend]) as process:
         opened = descriptors(process)
         failed = await cycles(process.address[1], rounds // 5)
-        await wait_until(lambda: descriptors(process) <= opened)
+        await wait_for_descriptors(process, opened)
         before = memory(process)
         failed += await cycles(process.address[1], rounds - rounds // 5)
         check(f"failures of {rounds} healthy clients", failed, failed == 0, "0")
-        await wait_until(lambda: descriptors(process) <= opened)
+        await wait_for_descriptors(process, opened)
         check("additional descriptors", descriptors(process) - opened, descriptors(process) == opened, "0")
         growth = (memory(process) - before) / 1024
         check("additional memory after the warm-up, MiB", growth, growth <= 5, "5")
@@ -264,7 +260,7 @@ async def kill_workers(port: int, kills: int) -> None:
     load = [asyncio.create_task(connect_repeatedly()) for _ in range(8)]
     for _ in range(kills):
         count = len(served)
-        await wait_until(lambda count=count: len(served) > count + 100)  # type: ignore[misc]
+        await asyncio.to_thread(wait_until, lambda: len(served) > count + 100)  # noqa: B023
         kill(served[-1][1])
         killed.append(time.monotonic())
         await asyncio.sleep(1)
@@ -351,7 +347,7 @@ async def attack_pod(process: ServerProcess, name: str, payload: bytes, count: i
     check(f"MiB, {name}", memory(process) / 1024, True)
     for attacker in attackers:
         attacker.close()
-    await wait_until(lambda: descriptors(process) < 100)
+    await wait_for_descriptors(process, 100)
     async with clients(ports[0], 1) as [(reader, writer)]:
         writer.write(b"alive\n")
         check("reply to another client", b"alive" in await reader.readline(), True)

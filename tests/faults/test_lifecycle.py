@@ -28,8 +28,8 @@ from support import (
     receive_all,
     run,
     serve_in_loop,
+    wait_for,
     wait_in_loop,
-    wait_until,
 )
 
 import echo_async
@@ -155,7 +155,7 @@ def test_message_with_more_bytes_and_eof_ends_at_once(start_server: StartServer)
         client.sendall(message + message)
         client.shutdown(socket.SHUT_WR)
         assert receive_all(client) == message
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         assert (server.stats.messages, server.stats.bytes_in) == (1, 2 * len(message))
         assert server.stats.ended == {"closed": 1}
 
@@ -176,10 +176,10 @@ def test_reset_in_any_state_ends_the_connection(start_server: StartServer, state
         with connect(server) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.sendall(data)
-            wait_until(lambda: server.stats.bytes_in == len(data) and server.stats.accepted == 1)
+            wait_for(server, bytes_in=len(data), accepted=1)
             if state in ("answered", "lingering"):
                 assert client.recv(100) == data
-        wait_until(lambda: server.stats.active == 0)
+        wait_for(server, active=0)
         assert server.stats.ended == {"reset": 1}
 
 

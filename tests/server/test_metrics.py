@@ -122,7 +122,8 @@ def test_metrics_match_what_was_sent_until_the_stop(engine: EngineName, workers:
         last.sendall(b"first ")
         wait_for_sample(server, "echo_async_received_bytes_total", size + 16)
         server.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: health(server) == (503, b"not serving\n"))
+        server.wait_for_log(" SIGTERM received: shutting down")
+        assert health(server) == (503, b"not serving\n")
         assert scrape_metrics(server.log)["echo_async_messages_total"] == 800
         last.sendall(b"part\n")
         assert receive_all(last) == b"first part\n"
