@@ -424,13 +424,6 @@ def test_udp_workers_share_the_socket() -> None:
     assert lines.endswith(" datagrams=200\n")
 
 
-def test_udp_of_the_environment_gives_way_to_a_unix_socket(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "echo_async.server", "--uds", str(tmp_path / "echo.sock")]
-    with command_process(command, {"ECHO_ASYNC_UDP": "1", "ECHO_ASYNC_UDP_ALLOW_FROM": "*"}) as server:
-        assert server.startup_line == f"listening on {tmp_path / 'echo.sock'}\n"
-        assert server.stop()[0] == 0
-
-
 def test_udp_of_listeners_has_options_of_its_own() -> None:
     arguments = ("--listen", "0,udp", "--listen", "127.0.0.1:0,udp,udp-allow-from=127.0.0.2", "--listen", "0")
     command = [sys.executable, "-m", "echo_async.server", *arguments, "--log-format", "json"]
