@@ -46,7 +46,6 @@ class TlsLayer:
         "_incoming",
         "_is_closed",
         "_outgoing",
-        "_position",
         "_without_data",
         "error",
         "has_input",
@@ -70,15 +69,14 @@ class TlsLayer:
         self.has_news = False
         self.server_name: str | None = None
         self._client_hello = ClientHelloReader()  # until the end of the handshake
-        self._data = b""  # empty as soon as everything is processed
-        self._position = 0  # of the next record
+        self._data = b""  # that is not processed yet
         self._without_data = 0  # records in a row
         self._is_closed = False
 
     @property
     def unprocessed(self) -> int:
         """The bytes that wait for the next turn."""
-        return len(self._data) - self._position if self.has_records else 0
+        return len(self._data) if self.has_records else 0
 
     def receive(self, data: bytes = b"") -> bytes:
         """Take ``data`` from the socket; return the plaintext of a turn's records, of it and of what was left before.
@@ -92,30 +90,21 @@ class TlsLayer:
             kind, _, size = HEADER.unpack_from(data)
             if kind == APPLICATION_DATA and size == len(data) - HEADER.size:
                 return self._decrypt(data)  # the usual case: one record
-        position = self._position
-        if self._data:
-            data, position = (self._data[position:] + data, 0) if data else (self._data, position)
         self.has_input = True
-        return b"".join(self._process_turn(data, position))
-
-    def _process_turn(self, data: bytes, position: int) -> list[bytes]:
-        """Return the data of each record from ``position`` on."""
-        parts = []
-        view, size = memoryview(data), len(data)
+        data = self._data + data
+        view, position, parts = memoryview(data), 0, []
         for _ in range(RECORDS_PER_TURN):
             end = _end_of_record(data, position)
             if not end:
                 break
-            part = self._decrypt(view[position:end]) if self.is_established else self._do_handshake(view[position:end])
-            position = end
-            if part:
-                parts.append(part)
-            elif self.is_established or self.is_ended:
+            record, position = view[position:end], end
+            parts.append(self._decrypt(record) if self.is_established else self._do_handshake(record))
+            if self.is_ended or (self.is_established and not parts[-1]):
                 break
-            if position == size:
-                break
-        self._keep(data, position)
-        return parts
+        self._data = b"" if self.is_ended else data[position:]
+        self.has_records = _end_of_record(self._data, 0) > 0
+        self.has_news = self.has_news or self.has_records
+        return b"".join(parts)
 
     def _decrypt(self, record: bytes | memoryview) -> bytes:
         """Return the data of a record."""
@@ -159,18 +148,6 @@ class TlsLayer:
     def _fail(self, error: Exception) -> None:
         self.error = error.with_traceback(None)  # which refers to this object
         self.is_ended = True
-
-    def _keep(self, data: bytes, position: int) -> None:
-        """Keep what is left from ``position`` on, for the next turn or until a record is complete."""
-        if position == len(data) or self.is_ended:
-            self._data, self._position, self.has_records = b"", 0, False
-            return
-        self.has_records = _end_of_record(data, position) > 0
-        if self.has_records:
-            self.has_news = True
-            self._data, self._position = data, position
-        else:
-            self._data, self._position = data[position:], 0
 
     def receive_eof(self) -> None:
         """Note that the socket receives nothing more. Without a close_notify this is the end as well."""
