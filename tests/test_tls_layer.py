@@ -75,17 +75,15 @@ def receive(server: TlsLayer, data: bytes, size: int = 1_000_000) -> bytes:
     return plaintext
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6, 7, 21, 100, 1000])
-def test_records_split_anywhere_are_decrypted(
-    size: int, server_context: ssl.SSLContext, client_context: ssl.SSLContext
-) -> None:
-    server, client = connect(server_context, client_context, size)
-    assert server.server_name == "localhost"
-    messages = [b"", b"a", b"Hola Server!\n", bytes(2000), b"end"]
-    sent = b"".join(map(client.record, messages)) + client.close_notify()
-    assert receive(server, sent, size) == b"".join(messages)
-    assert server.is_ended
-    assert server.error is None
+def test_records_split_anywhere_are_decrypted(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -> None:
+    for size in (1, 5, 21, 1000):
+        server, client = connect(server_context, client_context, size)
+        assert server.server_name == "localhost"
+        messages = [b"", b"a", b"Hola Server!\n", bytes(2000), b"end"]
+        sent = b"".join(map(client.record, messages)) + client.close_notify()
+        assert receive(server, sent, size) == b"".join(messages)
+        assert server.is_ended
+        assert server.error is None
 
 
 def test_record_split_at_every_byte_is_decrypted(pair: tuple[TlsLayer, TlsClient]) -> None:
@@ -181,6 +179,7 @@ def test_half_close_of_the_client_leaves_the_other_half(pair: tuple[TlsLayer, Tl
     assert server.receive(client.record(b"request") + client.close_notify()) == b"request"
     while server.has_records:
         assert server.receive() == b""
+    assert receive(server, bytes(100)) == b"", "what follows the end is ignored"
     assert server.is_ended
     assert server.error is None
     assert client.receive(server.send(MEBIBYTE) + server.close())[0] == MEBIBYTE
@@ -199,57 +198,43 @@ def test_half_close_of_the_server_leaves_the_other_half(pair: tuple[TlsLayer, Tl
     assert server.error is None
 
 
-def test_data_after_close_notify_is_ignored(pair: tuple[TlsLayer, TlsClient]) -> None:
-    server, client = pair
-    receive(server, client.close_notify() + bytes(100))
-    assert receive(server, bytes(100)) == b""
-    assert server.is_ended
-    assert server.error is None
+def test_end_without_close_notify_is_an_end(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -> None:
+    for size in (0, 4, 20):
+        server, client = connect(server_context, client_context)
+        assert receive(server, client.record(b"request") + client.record(b"incomplete")[:size]) == b"request"
+        server.receive_eof()
+        assert server.is_ended
+        assert server.error is None
+        assert client.receive(server.send(b"reply") + server.close())[0] == b"reply"
 
 
-@pytest.mark.parametrize("size", [0, 4, 20])
-def test_end_without_close_notify_is_an_end(pair: tuple[TlsLayer, TlsClient], size: int) -> None:
-    server, client = pair
-    assert receive(server, client.record(b"request") + client.record(b"incomplete")[:size]) == b"request"
-    server.receive_eof()
-    assert server.is_ended
-    assert server.error is None
-    assert client.receive(server.send(b"reply") + server.close())[0] == b"reply"
-
-
-@pytest.mark.parametrize("size", [1, 4, 50, None])
-def test_end_within_the_handshake_is_an_error(
-    server_context: ssl.SSLContext, client_context: ssl.SSLContext, size: int | None
-) -> None:
-    server = TlsLayer(server_context)
-    server.receive(TlsClient(client_context).hello()[:size])
-    server.receive_eof()
-    assert server.has_input
-    assert isinstance(server.error, ssl.SSLEOFError)
-
-
-def test_end_before_the_handshake_is_no_error_of_tls(server_context: ssl.SSLContext) -> None:
+def test_end_within_the_handshake_is_an_error(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -> None:
+    for size in (1, 50, None):
+        server = TlsLayer(server_context)
+        server.receive(TlsClient(client_context).hello()[:size])
+        server.receive_eof()
+        assert isinstance(server.error, ssl.SSLEOFError)
     server = TlsLayer(server_context)
     server.receive_eof()
     assert not server.has_input
     assert str(server.error) == "closed by the peer"
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"GET / HTTP/1.1\r\n\r\n", "HTTP_REQUEST"),
-        (b"Hola Server!\n", "WRONG_VERSION_NUMBER"),
-        (b"\x16\x03\x01\x50\x00", "PACKET_LENGTH_TOO_LONG|RECORD_LAYER_FAILURE"),
-        (b"\x17\x03\x03\x00\x05Hola\n", "UNEXPECTED_MESSAGE|BAD_RECORD_TYPE"),
-    ],
-)
-def test_other_protocols_are_refused_at_once(server_context: ssl.SSLContext, data: bytes, reason: str) -> None:
-    server = TlsLayer(server_context)
-    server.receive(data)
-    assert server.is_ended
-    assert isinstance(server.error, ssl.SSLError)
-    assert server.error.reason in reason.split("|")
+OTHER_PROTOCOLS = {
+    b"GET / HTTP/1.1\r\n\r\n": "HTTP_REQUEST",
+    b"Hola Server!\n": "WRONG_VERSION_NUMBER",
+    b"\x16\x03\x01\x50\x00": "PACKET_LENGTH_TOO_LONG|RECORD_LAYER_FAILURE",
+    b"\x17\x03\x03\x00\x05Hola\n": "UNEXPECTED_MESSAGE|BAD_RECORD_TYPE",
+}
+
+
+def test_other_protocols_are_refused_at_once(server_context: ssl.SSLContext) -> None:
+    for data, reason in OTHER_PROTOCOLS.items():
+        server = TlsLayer(server_context)
+        server.receive(data)
+        assert server.is_ended
+        assert isinstance(server.error, ssl.SSLError)
+        assert server.error.reason in reason.split("|")
 
 
 @given(st.lists(st.binary(max_size=2000), max_size=5))
@@ -269,50 +254,40 @@ def server_context_of_session(certificate: Path) -> ssl.SSLContext:
 # Names, certificates, sessions
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        (b"localhost", "localhost"),
-        ("ñandú.e".encode(), "ñandú.e"),
-        (b"\xffbc\x1b[31m\n", "\\\\xffbc\\x1b[31m\\n"),
-    ],
-)
+SERVER_NAMES = {
+    b"localhost": "localhost",
+    "ñandú.e".encode(): "ñandú.e",
+    b"\xffbc\x1b[31m\n": "\\\\xffbc\\x1b[31m\\n",
+}
+
+
 def test_server_name_is_escaped_text(
-    server_context: ssl.SSLContext,
-    client_context: ssl.SSLContext,
-    name: bytes,
-    shown: str,
-    capsys: pytest.CaptureFixture[str],
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server = TlsLayer(server_context)
-    server.receive(TlsClient(client_context).hello().replace(b"localhost", name))
-    assert server.server_name == shown
-    assert server.error is None
+    for name, shown in SERVER_NAMES.items():
+        server = TlsLayer(server_context)
+        server.receive(TlsClient(client_context).hello().replace(b"localhost", name))
+        assert server.server_name == shown
+        assert server.error is None
     assert capsys.readouterr().err == ""
 
 
-def test_client_hello_in_many_records_has_its_name(
+def test_client_hello_may_have_a_limited_number_of_records(
     server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:
     hello = TlsClient(client_context).hello()
-    server = TlsLayer(server_context)
+    server, flooded = TlsLayer(server_context), TlsLayer(server_context)
     receive(server, split_into_records(hello, len(hello) // 25))  # which is longer with newer OpenSSL
     assert server.server_name == "localhost"
     assert server.error is None
     assert server.output(), "a ServerHello"
+    receive(flooded, split_into_records(hello, 1))
+    assert str(flooded.error) == "33 records in a row without data"
 
 
 def split_into_records(hello: bytes, size: int) -> bytes:
     parts = [hello[each : each + size] for each in range(5, len(hello), size)]
     return b"".join(hello[:3] + len(part).to_bytes(2, "big") + part for part in parts)
-
-
-def test_client_hello_in_too_many_records_is_an_error(
-    server_context: ssl.SSLContext, client_context: ssl.SSLContext
-) -> None:
-    server = TlsLayer(server_context)
-    receive(server, split_into_records(TlsClient(client_context).hello(), 1))
-    assert str(server.error) == "33 records in a row without data"
 
 
 def test_session_is_resumed_with_its_client_certificate(

@@ -117,7 +117,7 @@ def behave(server: echo_async.EchoServer, ending: str, context: ssl.SSLContext |
                     reset(client)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tls=st.booleans(),
     endings=st.lists(st.sampled_from(ENDINGS), min_size=1, max_size=12),
