@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import trustme
 from support import ServerProcess, command_process, server_process, wait_until
@@ -378,12 +379,31 @@ def send_unread(attacker: socket.socket, payload: bytes) -> None:
             view = view[attacker.send(view[: 64 * 1024]) :]
 
 
+async def idle_tls(backend: str, scale: float) -> None:
+    """Hundreds of idle clients over TLS: memory per client."""
+    count, ca = int(500 * scale), trustme.CA()
+    context = ssl.create_default_context(cadata=ca.cert_pem.bytes().decode())
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "server.pem")
+        ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(path))
+        with server(*BACKENDS[backend], "--mode", "stream", "--ssl-certfile", str(path)) as process:
+            before = memory(process)
+            opened = [await asyncio.open_connection(*process.address, ssl=context) for _ in range(count)]
+            answers = [await echo(client, b"Hola Server!\n") for client in opened]
+            check(f"replies to {count} clients", sum(answers), all(answers))
+            check("memory per client, KiB", (memory(process) - before) / count, True)
+            for _, writer in opened:
+                writer.transport.abort()
+            stop(process)
+
+
 SCENARIOS: dict[str, Callable[[str, float], Coroutine[None, None, None]]] = {
     "idle": idle,
     "churn": churn,
     "non-readers": non_readers,
     "workers": workers,
     "large-messages": large_messages,
+    "idle-tls": idle_tls,
     "pod": pod,
 }
 
