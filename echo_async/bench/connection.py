@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import count
-from selectors import EVENT_READ, EVENT_WRITE
 from ssl import SSLSocket, SSLWantReadError, SSLWantWriteError
 from time import perf_counter
 from typing import Any
@@ -23,7 +22,7 @@ from ..client.endpoint import refuse_self_connection
 from ..errors import describe_error
 from .pattern import MAX_IO_SIZE, Batches, Pattern
 from .plan import LoadPlan
-from .poller import Callback, Poller
+from .poller import READ, WRITE, Callback, Poller
 from .recorder import Recorder
 
 BLOCKED = (BlockingIOError, SSLWantReadError, SSLWantWriteError)
@@ -162,9 +161,9 @@ class TcpConnection(LoadConnection):
             return self._fail(describe_error(error))
         self._send_offset, self._unsent = offset, unsent
         if unsent:
-            self._watch(EVENT_READ | EVENT_WRITE)
-        elif self._events != EVENT_READ:
-            self._watch(EVENT_READ)
+            self._watch(READ | WRITE)
+        elif self._events != READ:
+            self._watch(READ)
 
     def open(self) -> None:
         """Start to connect."""
@@ -180,7 +179,7 @@ class TcpConnection(LoadConnection):
             self._close_socket()
             self._context.call_later(QUEUE_FULL_DELAY, self.open)
         elif code == errno.EINPROGRESS:
-            self._watch(EVENT_WRITE, self._finish_connecting)
+            self._watch(WRITE, self._finish_connecting)
         else:
             self._fail(describe_error(OSError(code, "")))
 
@@ -232,9 +231,9 @@ class TcpConnection(LoadConnection):
         try:
             self._socket.do_handshake()
         except SSLWantReadError:
-            self._watch(EVENT_READ, self._do_handshake)
+            self._watch(READ, self._do_handshake)
         except SSLWantWriteError:
-            self._watch(EVENT_WRITE, self._do_handshake)
+            self._watch(WRITE, self._do_handshake)
         except OSError as error:
             self._fail(describe_error(error))
         else:
@@ -246,7 +245,7 @@ class TcpConnection(LoadConnection):
         if self._is_message_mode:
             self._flush()
         else:
-            self._watch(EVENT_READ)
+            self._watch(READ)
             self._handle_usable()
 
     def _handle_usable(self) -> None:
@@ -258,7 +257,7 @@ class TcpConnection(LoadConnection):
         assert self._socket is not None
         poller, descriptor = self._context.poller, self._socket.fileno()
         if callback is None:
-            is_plain_read = events == EVENT_READ and self._context.wrap_tls is None
+            is_plain_read = events == READ and self._context.wrap_tls is None
             callback = self._receive if is_plain_read else self._receive_and_send
         if self._events and events:
             poller.modify(descriptor, events, callback)

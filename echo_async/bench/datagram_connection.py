@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import socket
-from selectors import EVENT_READ
 from time import perf_counter
 
 from ..client.datagram_tracker import DatagramFormat, DatagramTracker
 from ..client.endpoint import refuse_self_connection
 from ..errors import describe_error
 from .connection import RECONNECT_DELAY, LoadConnection, LoadContext
+from .poller import READ
 
 READ_SIZE = 65_536  # bytes: no datagram is larger
 
@@ -45,7 +45,7 @@ class DatagramConnection(LoadConnection):
             self.close()
             self._context.recorder.add_loss(describe_error(error), 0)
             return self._context.call_later(RECONNECT_DELAY, self.open)
-        self._context.poller.register(self._socket.fileno(), EVENT_READ, self._receive)
+        self._context.poller.register(self._socket.fileno(), READ, self._receive)
         self._handle_usable()
 
     def _handle_usable(self) -> None:

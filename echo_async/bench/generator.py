@@ -9,14 +9,13 @@ import math
 import select
 from collections.abc import Callable, Sequence
 from itertools import count
-from selectors import EVENT_READ
 from time import perf_counter
 
 from .connection import LoadConnection, LoadContext, SocketFactory, TcpConnection
 from .datagram_connection import DatagramConnection
 from .pattern import MAX_IO_SIZE, Batches, Pattern
 from .plan import LoadPlan
-from .poller import make_poller
+from .poller import READ, Poller
 from .recorder import Recorder
 from .schedule import ClosedLoop, OpenLoop
 
@@ -31,7 +30,7 @@ class LoadGenerator:
     def __init__(self, plan: LoadPlan, *, first: int = 0) -> None:
         self._plan = plan
         self._recorder = Recorder(is_open_loop=plan.rate is not None)
-        self._poller = make_poller()
+        self._poller = Poller()
         self._schedule: ClosedLoop | OpenLoop = (
             ClosedLoop(plan.pipeline, plan.pause, self._call_later)
             if plan.rate is None
@@ -72,7 +71,7 @@ class LoadGenerator:
 
     def stop_on_input(self, descriptor: int) -> None:
         """Stop the load at input or end of input on ``descriptor``."""
-        self._poller.register(descriptor, EVENT_READ, self._stop)
+        self._poller.register(descriptor, READ, self._stop)
 
     def run(self, start: float) -> Recorder:
         """Warm up from ``start`` (of ``time.perf_counter``), measure, and wait for the outstanding replies."""

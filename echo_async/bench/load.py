@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 from ..children import blocked_signals, start_child
+from ..client.connector import connect_first, find_addresses
 from ..client.datagram_tracker import DatagramFormat
 from ..client.endpoint import Endpoint, refuse_self_connection
 from ..errors import EchoError
@@ -33,13 +34,13 @@ MAX_TIMEOUT = 86_400.0  # seconds: sockets accept no timeout as long as options 
 def find_server(plan: LoadPlan, host: str, port: int, uds: str | None = None) -> LoadPlan:
     """Connect to the server once; return the plan with the numeric address that connected."""
     wrap_tls = plan.tls_wrapper()
-    endpoint = Endpoint(host, port, uds=uds)
+    endpoint, deadline = Endpoint(host, port, uds=uds), monotonic() + plan.timeout
     try:
-        with _connect(endpoint, min(plan.timeout, MAX_TIMEOUT)) as connected:
-            found = replace(plan, family=int(connected.family), address=uds or connected.getpeername())
+        (family, address), connected = connect_first(endpoint, find_addresses(endpoint, deadline), deadline)
+        with connected:
             if wrap_tls is not None:
                 wrap_tls(connected).close()
-            return found
+        return replace(plan, family=int(family), address=address)
     except (OSError, UnicodeError) as error:
         raise endpoint.connect_error(error, plan.timeout) from error
 
@@ -69,29 +70,6 @@ def _probe_server(plan: LoadPlan, family: int, address: Any) -> LoadPlan:
                 connected.recv(1)
                 return replace(plan, family=int(family), address=connected.getpeername())
     raise TimeoutError
-
-
-def _connect(endpoint: Endpoint, timeout: float) -> socket.socket:
-    """Return a connection to the first address that accepts one; raise the error of the last if none does."""
-    if (uds := endpoint.config.uds) is not None:
-        return _connect_to(socket.AF_UNIX, uds, timeout)
-    *others, last = [(info[0], info[4]) for info in endpoint.resolve()]
-    for family, address in others:
-        with suppress(OSError):
-            return _connect_to(family, address, timeout)
-    return _connect_to(*last, timeout)
-
-
-def _connect_to(family: socket.AddressFamily, address: Any, timeout: float) -> socket.socket:
-    connected = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        connected.settimeout(timeout)
-        connected.connect(address)
-        refuse_self_connection(connected)
-    except BaseException:
-        connected.close()
-        raise
-    return connected
 
 
 def run_load(plan: LoadPlan, progress: Callable[[float], None] | None = None, cpus: Sequence[int] = ()) -> LoadResult:

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from time import monotonic, perf_counter, sleep
 from typing import Literal
 
+from ..client.connector import Address, connect
 from ..client.endpoint import Endpoint, start_tls
 from ..errors import ConfigError, describe_error
 from ..wire.identity import Identity
 from .connection import Connection, wait
-from .connector import Address, connect
 from .explanation import describe, explain
 from .result import Failure
 
 MIN_MESSAGE_SIZE = 16  # bytes
 CONNECT_THREADS = 4  # connections that are opened at once: they fit into the smallest backlog
-MAX_TIMEOUTS = 5  # for a reply of which bytes are still sent or received
+MAX_TIMEOUTS = 12  # for a reply of which bytes are still sent or received
 ACCEPT_TIME = 0.01  # seconds for a server to accept a connection that does not show it
 
 ModeName = Literal["auto", "message", "stream", "raw", "identify"]

@@ -3,10 +3,10 @@
 import ssl
 from time import monotonic, perf_counter, time
 
+from ..client.connector import connect_first, find_addresses
 from ..client.endpoint import start_tls
 from ..net import format_address
 from .connection import Connection
-from .connector import connect_first, find_addresses
 from .context import IDENTIFY, MESSAGE, RAW, STREAM, Context, Mode
 from .result import Failure
 

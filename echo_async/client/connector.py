@@ -7,7 +7,7 @@ from time import monotonic, perf_counter, sleep
 from typing import Any
 
 from ..background import call_in_thread
-from ..client.endpoint import UNIX_RETRY_DELAY, Endpoint, closed_on_error, refuse_self_connection, seconds_left
+from .endpoint import UNIX_RETRY_DELAY, Endpoint, closed_on_error, refuse_self_connection, seconds_left
 
 SMALL_SEGMENT_SIZE = 1400  # bytes
 
