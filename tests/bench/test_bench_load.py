@@ -368,32 +368,20 @@ def test_load_connection_failure_exits_3(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "options",
     [
-        ("--port", "0"),
-        ("--port", "65536"),
-        ("--connections", "0"),
-        ("--size", "0"),
-        ("--size", "1GB"),
-        ("--pipeline", "0"),
-        ("--mode", "raw"),
-        ("--mode", "message", "--pipeline", "2"),
-        ("--duration", "0"),
-        ("--duration", "nan"),
-        ("--warmup", "-1"),
-        ("--rate", "0"),
-        ("--rate", "nan"),
-        ("--rate", "inf"),
-        ("--rate", "fast"),
-        ("--processes", "11"),
-        ("--expect", "p99<5"),
-        ("--ssl-ca-certs", "/nonexistent"),
-        ("--unknown",),
-        ("surplus",),
+        "--size 1GB",
+        "--mode message --pipeline 2",
+        "--rate nan",
+        "--rate 0",
+        "--processes 11",
+        "--expect p99<5",
+        "--ssl-ca-certs /nonexistent",
+        "surplus",
     ],
 )
-def test_load_invalid_option_is_one_line(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    load_error(capsys, *arguments, code=2)
+def test_load_invalid_option_is_one_line(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    load_error(capsys, *options.split(), code=2)
 
 
 @pytest.mark.parametrize("missing", ["numpy", "rich"])
@@ -428,19 +416,10 @@ def test_load_closed_stdout_keeps_the_exit_code(port: str) -> None:
     assert (done.returncode, done.stderr) == (1, b"error: expectation not met: p50<1us\n")
 
 
-FULL_DISK = "error: cannot write to stdout: no space left on device\n"
-
-
 def test_load_full_disk_is_one_line(capsys: pytest.CaptureFixture[str], port: str) -> None:
     with open("/dev/full", "w") as full, redirect_stdout(full):
         assert main(["load", "--port", port, *SHORT]) == 1
-    assert capsys.readouterr().err == FULL_DISK
-
-
-def test_load_help_on_a_full_disk_is_one_line() -> None:
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run([*LOAD, "--help"], stdout=full, stderr=subprocess.PIPE, timeout=TIMEOUT)
-    assert (done.returncode, done.stderr.decode()) == (1, FULL_DISK)
+    assert capsys.readouterr().err == "error: cannot write to stdout: no space left on device\n"
 
 
 def test_load_without_stderr_succeeds(port: str) -> None:

@@ -101,20 +101,6 @@ def test_poller_reports_what_is_watched(has_epoll: bool, monkeypatch: pytest.Mon
 # Samples and results
 
 
-def test_percentile_is_the_nearest_rank_sample() -> None:
-    times = distribution(*[float(number) for number in range(1000, 0, -1)])
-    assert [times.percentile(percent) for percent in ("0", "0.1", "50", "90", "99", "99.9", "100")] == [
-        *(1, 1, 500, 900, 990, 999, 1000)
-    ]
-    assert (times.min, times.max, times.mean, times.count) == (1, 1000, 500.5, 1000)
-
-
-def test_distribution_sample_counts_for_its_messages() -> None:
-    times = distribution(5.0, 1.0, 2.0, counts=[1, 8, 1])
-    assert [times.percentile(percent) for percent in (50, 80, 81, 90, 91)] == [1, 1, 2, 2, 5]
-    assert (times.count, times.mean) == (10, 1.5)
-
-
 def test_distribution_without_samples_is_zero() -> None:
     times = distribution()
     assert (times.count, times.min, times.mean, times.percentile(99), times.max) == (0, 0, 0, 0, 0)
