@@ -61,13 +61,14 @@ def test_check_of_our_server_finds_nothing(
             pool.submit(check, Endpoint(*address, ssl=client_context, server_hostname="localhost"))
             for address in (start(mode="message", tls=True), start(mode="identify", tls=True))
         ]
-        start(mode="message", uds=path)
+        start(mode="identify", uds=path)
         over_unix = pool.submit(check, Endpoint(uds=path))
         assert {mode: each.result()["mode"] for mode, each in plain.items()} == {mode: mode for mode in plain}
         assert {mode: skipped(each.result()) for mode, each in plain.items()} == NOT_APPLICABLE
         assert [skipped(each.result()) for each in over_tls] == [{"half-close", "identity"}, {"half-close", "close"}]
         assert over_tls[0].result()["tls"].startswith("TLSv1.3, TLS_")
-        assert skipped(over_unix.result()) == {"identity"}
+        assert skipped(over_unix.result()) == {"close"}
+        assert over_unix.result()["identity"].endswith("; Unix socket; no PROXY header; no TLS")
 
 
 def test_check_of_a_slow_path_waits_for_a_reply_that_arrives() -> None:
