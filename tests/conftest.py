@@ -156,14 +156,6 @@ def until_the_end() -> Iterator[ExitStack]:
 
 
 @pytest.fixture
-def bound_socket() -> Iterator[socket.socket]:
-    """A socket that is bound but does not listen, so that its port stays closed and reserved."""
-    with socket.socket() as bound_socket:
-        bound_socket.bind(("127.0.0.1", 0))
-        yield bound_socket
-
-
-@pytest.fixture
 def reserved_port() -> Iterator[int]:
     """A port for one server. No other process gets it, also after the server has stopped: it is closed then."""
     with socket.socket() as bound_socket:

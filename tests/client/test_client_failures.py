@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import resource
 import socket
-import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -108,34 +109,23 @@ def test_connect_resolves_localhost(echo: Echo, faulty_server: MakeEchoServer) -
 
 
 def test_retry_waits_for_starting_server(
-    echo: Echo, bound_socket: socket.socket, caplog: pytest.LogCaptureFixture
+    echo: Echo, echo_server: HostedServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    refused = threading.Event()
+    refusing = ExitStack()
 
-    def serve() -> None:
-        refused.wait(TIMEOUT)
-        bound_socket.listen()
-        with bound_socket.accept()[0] as connected:
-            connected.sendall(connected.recv(100))
-
-    class Watch:
-        """Detect the log line of the first failed attempt."""
-
-        def filter(self, record: Any) -> bool:
-            if "; retrying in " in record.getMessage():
-                refused.set()
-            return True
+    def start(record: logging.LogRecord) -> bool:
+        if "; retrying in " in record.getMessage():
+            refusing.close()
+        return True
 
     caplog.set_level("DEBUG", "echo_async.client")
-    caplog.handler.addFilter(watch := Watch())
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
+    caplog.handler.addFilter(start)
     try:
-        assert echo("Hola", *bound_socket.getsockname(), retry=TIMEOUT) == "Hola"
+        with refusing:
+            refusing.enter_context(echo_server.refusing())
+            assert echo("Hola", *echo_server.address, retry=TIMEOUT) == "Hola"
     finally:
-        thread.join(TIMEOUT)
-        caplog.handler.removeFilter(watch)
-    assert refused.is_set()
+        caplog.handler.removeFilter(start)
 
 
 def test_retry_ends_after_its_time(echo: Echo, closed_port: int, black_hole_address: tuple[str, int]) -> None:

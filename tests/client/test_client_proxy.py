@@ -61,15 +61,13 @@ def test_connection_reset_before_the_header_is_closed(
         peer.reset()
         reset.set()
 
-    class Pause:
+    def pause(record: logging.LogRecord) -> bool:
         """Delay the log line before the header until the reset has arrived."""
-
-        def filter(self, record: logging.LogRecord) -> bool:
-            return not record.getMessage().startswith("connected to ") or reset.wait(TIMEOUT)
+        return not record.getMessage().startswith("connected to ") or reset.wait(TIMEOUT)
 
     server = faulty_server(handler=serve)
     caplog.set_level(logging.DEBUG, "echo_async.client")
-    caplog.handler.addFilter(pause := Pause())
+    caplog.handler.addFilter(pause)
     try:
         with pytest.raises(echo_async.ConnectError, match="cannot connect to"):
             connect(*server.address, send_proxy="v1")
