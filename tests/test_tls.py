@@ -21,6 +21,7 @@ import trustme
 from support import (
     TIMEOUT,
     StartServer,
+    connect,
     receive_all,
     receive_line,
     server_process,
@@ -79,13 +80,8 @@ def start_server(start_server: StartServer, files: CertificateFiles) -> StartSer
     return partial(start_server, ssl_certfile=str(files.server))
 
 
-def connect_plain(server: echo_async.EchoServer) -> socket.socket:
-    assert isinstance(server.address, tuple)
-    return socket.create_connection(server.address, TIMEOUT)
-
-
 def connect_tls(server: echo_async.EchoServer, context: ssl.SSLContext) -> ssl.SSLSocket:
-    return context.wrap_socket(connect_plain(server), server_hostname="localhost")
+    return context.wrap_socket(connect(server), server_hostname="localhost")
 
 
 @pytest.mark.parametrize(("version", "has_fin"), [(V1_2, True), (V1_3, False)])
@@ -95,7 +91,7 @@ def test_client_that_ends_its_side_receives_all_replies(
     context = files.context()
     context.minimum_version = context.maximum_version = version
     message = os.urandom(1_000_000).replace(b"\n", b"") + b"\n"
-    with start_server(mode="stream", chunk_size=65536) as server, connect_plain(server) as plain:
+    with start_server(mode="stream", chunk_size=65536) as server, connect(server) as plain:
         client = TlsClient(context)
         client.handshake(plain)
 
@@ -120,7 +116,7 @@ def test_client_that_ends_its_side_receives_all_replies(
 
 
 def test_server_that_ends_its_side_discards_what_follows(start_server: StartServer, files: CertificateFiles) -> None:
-    with start_server(mode="message") as server, connect_plain(server) as plain:
+    with start_server(mode="message") as server, connect(server) as plain:
         client = TlsClient(files.context())
         client.handshake(plain)
         plain.sendall(client.record(b"Hola Server!\n"))
@@ -140,8 +136,8 @@ def test_silent_tls_clients_use_the_limit_and_time_out(
 ) -> None:
     set_constant(monkeypatch, "HANDSHAKE_TIMEOUT", 0.5)
     with start_server(limit_connections=3) as server:
-        silent = [connect_plain(server) for _ in range(3)]
-        with connect_plain(server) as one_more:
+        silent = [connect(server) for _ in range(3)]
+        with connect(server) as one_more:
             wait_for(server, refused=1)
             one_more.close()
         wait_for(server, timeouts_handshake=3)
@@ -192,7 +188,7 @@ def test_tls_1_1_and_plain_text_are_refused(start_server: StartServer, files: Ce
     with start_server() as server:
         with pytest.raises(OSError, match=r"(?i)alert|reset|EOF|no protocols|version"):
             connect_tls(server, context)
-        with connect_plain(server) as client, suppress(ConnectionError):
+        with connect(server) as client, suppress(ConnectionError):
             client.sendall(b"Hola Server!\n")
             assert not receive_all(client).endswith(b"Hola Server!\n")
         wait_for(server, tls_failures=2)
@@ -203,7 +199,7 @@ def test_tls_1_1_and_plain_text_are_refused(start_server: StartServer, files: Ce
 def test_stop_closes_tls_connections_and_handshakes(start_server: StartServer, files: CertificateFiles) -> None:
     with start_server(mode="stream") as server:
         clients = [connect_tls(server, files.context()) for _ in range(2)]
-        in_handshake = connect_plain(server)
+        in_handshake = connect(server)
         clients[0].sendall(b"answered\n")
         assert receive_line(clients[0]) == b"answered\n"
         wait_for(server, active=2)

@@ -269,6 +269,10 @@ def test_server_name_is_escaped_text(
         server.receive(TlsClient(client_context).hello().replace(b"localhost", name))
         assert server.server_name == shown
         assert server.error is None
+    server, extension = TlsLayer(server_context), b"\0\0\0\x0e\0\x0c\0\0\x09localhost"
+    server.receive(TlsClient(client_context).hello().replace(extension, b"\xfa\xfa" + extension[2:]))  # another kind
+    assert server.server_name is None
+    assert server.error is None
     assert capsys.readouterr().err == ""
 
 

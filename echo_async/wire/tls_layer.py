@@ -89,7 +89,7 @@ class TlsLayer:
         if self.is_established and not self._data and len(data) > HEADER.size:
             kind, _, size = HEADER.unpack_from(data)
             if kind == APPLICATION_DATA and size == len(data) - HEADER.size:
-                return self._decrypt(data)  # the usual case: one record
+                return self._process(data)  # the usual case: one record
         self.has_input = True
         data = self._data + data
         view, position, parts = memoryview(data), 0, []
@@ -98,7 +98,7 @@ class TlsLayer:
             if not end:
                 break
             record, position = view[position:end], end
-            parts.append(self._decrypt(record) if self.is_established else self._do_handshake(record))
+            parts.append(self._process(record))
             if self.is_ended or (self.is_established and not parts[-1]):
                 break
         self._data = b"" if self.is_ended else data[position:]
@@ -106,39 +106,29 @@ class TlsLayer:
         self.has_news = self.has_news or self.has_records
         return b"".join(parts)
 
-    def _decrypt(self, record: bytes | memoryview) -> bytes:
+    def _process(self, record: bytes | memoryview) -> bytes:
         """Return the data of a record."""
-        try:
-            self._incoming.write(record)
-            if data := self.session.read(len(record)):
-                self._without_data = 0
-                return data
-            self.is_ended = True  # by close_notify
-        except ssl.SSLError as error:
-            self._handle(error)
-        self.has_news = True
-        return b""
-
-    def _do_handshake(self, record: bytes | memoryview) -> bytes:
         self._incoming.write(record)
         try:
-            self.server_name = self._client_hello.feed(record)
-            self.session.do_handshake()
-            self.is_established = True
-            self._without_data = 0
-            del self._client_hello
+            if self.is_established:
+                if data := self.session.read(len(record)):
+                    self._without_data = 0
+                    return data
+                self.is_ended = True  # by close_notify
+            else:
+                self.server_name = self._client_hello.feed(record)
+                self.session.do_handshake()
+                self.is_established = True
+                self._without_data = 0
+                del self._client_hello
+        except ssl.SSLWantReadError:
+            self._count_without_data()
+        except ssl.SSLZeroReturnError:
+            self.is_ended = True
         except ssl.SSLError as error:
-            self._handle(error)
+            self._fail(error)
         self.has_news = True
         return b""
-
-    def _handle(self, error: ssl.SSLError) -> None:
-        if isinstance(error, ssl.SSLWantReadError):
-            self._count_without_data()
-        elif isinstance(error, ssl.SSLZeroReturnError):
-            self.is_ended = True
-        else:
-            self._fail(error)
 
     def _count_without_data(self) -> None:
         self._without_data += 1
