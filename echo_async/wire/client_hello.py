@@ -4,34 +4,19 @@ from __future__ import annotations
 
 from .text import escape
 
-HANDSHAKE, HEADER_SIZE = b"\x16", 5  # of a record (RFC 8446 section 5.1)
 MAX_SIZE = 16 * 1024  # bytes of a ClientHello that are searched
 SERVER_NAME, HOST_NAME = 0, 0  # the extension, and the kind of a name in it (RFC 6066 section 3)
 
 
-class ClientHelloReader:
-    """Collects the ClientHello, which can span records."""
+def find_server_name(received: bytearray) -> str | None:
+    """Return the name, escaped, in a handshake that begins with a ClientHello (RFC 8446 section 4).
 
-    __slots__ = ("_is_done", "_received", "_server_name")
-
-    def __init__(self) -> None:
-        self._server_name: str | None = None
-        self._received = bytearray()
-        self._is_done = False
-
-    def feed(self, record: bytes | memoryview) -> str | None:
-        """Take the next record. Return the name that the client asked for, escaped; None as long as there is none."""
-        if not self._is_done and record[:1] == HANDSHAKE:
-            self._received += record[HEADER_SIZE:]
-            size = 4 + int.from_bytes(self._received[1:4], "big")  # type, size, message (RFC 8446 section 4)
-            if len(self._received) >= min(size, MAX_SIZE):
-                self._server_name = _find_server_name(bytes(self._received[4:size]))
-                self._is_done = True
-        return self._server_name
-
-
-def _find_server_name(message: bytes) -> str | None:
-    """Return the name in a ClientHello (RFC 8446 section 4.1.2). It may be invalid: OpenSSL refuses it then."""
+    It may be invalid: OpenSSL refuses it then. None if there is none, or not yet.
+    """
+    size = 4 + int.from_bytes(received[1:4], "big")  # type, size, message
+    if len(received) < min(size, MAX_SIZE):
+        return None
+    message = bytes(received[4:size])
     position = 2 + 32  # version, random
     for length_size in (1, 2, 1):  # session ID, cipher suites, compression methods
         position = _end_of_vector(message, position, length_size)

@@ -11,7 +11,8 @@ import contextlib
 import ssl
 import struct
 
-from .client_hello import ClientHelloReader
+from .client_hello import MAX_SIZE as MAX_HELLO_SIZE
+from .client_hello import find_server_name
 
 RECORDS_PER_TURN = 64  # before other connections get their turn
 MAX_HANDSHAKE_RECORDS = 32  # some ten are enough for the longest chain of certificates that OpenSSL accepts
@@ -41,8 +42,8 @@ class TlsLayer:
     """
 
     __slots__ = (
-        "_client_hello",
         "_data",
+        "_handshake",
         "_incoming",
         "_is_closed",
         "_outgoing",
@@ -68,7 +69,7 @@ class TlsLayer:
         self.has_records = False
         self.has_news = False
         self.server_name: str | None = None
-        self._client_hello = ClientHelloReader()  # until the end of the handshake
+        self._handshake = bytearray()  # the begin of what the client has sent; until the end of the handshake
         self._data = b""  # that is not processed yet
         self._without_data = 0  # records in a row
         self._is_closed = False
@@ -116,11 +117,13 @@ class TlsLayer:
                     return data
                 self.is_ended = True  # by close_notify
             else:
-                self.server_name = self._client_hello.feed(record)
+                if len(self._handshake) < MAX_HELLO_SIZE:
+                    self._handshake += record[HEADER.size :]
+                    self.server_name = find_server_name(self._handshake)
                 self.session.do_handshake()
                 self.is_established = True
                 self._without_data = 0
-                del self._client_hello
+                del self._handshake
         except ssl.SSLWantReadError:
             self._count_without_data()
         except ssl.SSLZeroReturnError:
