@@ -80,7 +80,8 @@ class LoadConnection:
     in_flight: Collection[Any]
     """Has an entry for each send with unanswered messages."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, context: LoadContext, number: int) -> None:
+        self._context = context
         self.number = number
         self.queued: deque[float] = deque()
         """The times at which the messages that wait for room in the pipeline were due."""
@@ -103,16 +104,19 @@ class LoadConnection:
     def close(self) -> None:
         raise NotImplementedError
 
+    def _handle_usable(self) -> None:
+        self.is_usable = True
+        self._context.on_usable(self)
+
 
 class TcpConnection(LoadConnection):
     """Connection ``number`` of the load, counted over all processes."""
 
     def __init__(self, context: LoadContext, number: int) -> None:
-        super().__init__(number)
+        super().__init__(context, number)
         plan = context.plan
         self.in_flight: deque[tuple[float, float, int]] = deque()
         """Time due, time sent and number of the unanswered messages."""
-        self._context = context
         self._pattern = context.pattern
         self._matches = context.pattern.data.startswith
         self._size = plan.size
@@ -247,10 +251,6 @@ class TcpConnection(LoadConnection):
         else:
             self._watch(READ)
             self._handle_usable()
-
-    def _handle_usable(self) -> None:
-        self.is_usable = True
-        self._context.on_usable(self)
 
     def _watch(self, events: int, callback: Callback | None = None) -> None:
         """Register ``callback`` (default: receive and send) for ``events``; 0 unregisters the socket."""

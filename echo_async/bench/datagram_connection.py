@@ -21,10 +21,9 @@ class DatagramConnection(LoadConnection):
     """
 
     def __init__(self, context: LoadContext, number: int) -> None:
-        super().__init__(number)
+        super().__init__(context, number)
         self.in_flight: dict[int, float] = {}
         """Time due of the unanswered datagrams, by their numbers."""
-        self._context = context
         self._timeout = context.plan.timeout
         self._tracker = DatagramTracker(DatagramFormat(context.plan.size, salt=number + 1), self._timeout)
         self._socket: socket.socket | None = None
@@ -47,10 +46,6 @@ class DatagramConnection(LoadConnection):
             return self._context.call_later(RECONNECT_DELAY, self.open)
         self._context.poller.register(self._socket.fileno(), READ, self._receive)
         self._handle_usable()
-
-    def _handle_usable(self) -> None:
-        self.is_usable = True
-        self._context.on_usable(self)
 
     def send(self, due: float, sent: float, messages: int) -> None:
         for _ in range(messages):
