@@ -24,10 +24,9 @@ def find_server_name(received: bytearray) -> str | None:
     while position < len(message):
         end = _end_of_vector(message, position + 2, 2)
         if int.from_bytes(message[position : position + 2], "big") == SERVER_NAME:
-            names = message[position + 6 : end]  # after the kind of extension, its size, and that of the list
-            name = names[3 : _end_of_vector(names, 1, 2)]
-            is_host_name = names[:1] == bytes([HOST_NAME])
-            return escape(name.decode("utf-8", "backslashreplace")) if is_host_name else None
+            name = message[position + 6 : end]  # after the kind of extension, its size, and that of the list
+            is_host_name = name[:1] == bytes([HOST_NAME])
+            return escape(name[3:].decode("utf-8", "backslashreplace")) if is_host_name else None  # OpenSSL allows one
         position = end
     return None
 
