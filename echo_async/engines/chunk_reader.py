@@ -1,4 +1,4 @@
-"""Reads the input of a connection as slices of the bytes that arrived.
+"""Reads the input of a connection as the bytes that arrived.
 
 asyncio's StreamReader appends all input to a bytearray, copies each chunk from its front and moves the rest.
 """
@@ -37,7 +37,6 @@ class ChunkReader(asyncio.Protocol):
         "_is_paused",
         "_loop",
         "_max_size",
-        "_position",
         "_replaced",
         "_transport",
         "_waiter",
@@ -48,8 +47,7 @@ class ChunkReader(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._replaced = cast(asyncio.Protocol, transport.get_protocol())
         self._max_size = max_size
-        self._data = b""  # empty as soon as everything is read
-        self._position = 0  # of the next chunk
+        self._data = b""  # what is not read yet
         self._is_paused = False
         self._is_ended = False
         self._error: Exception | None = None
@@ -66,42 +64,40 @@ class ChunkReader(asyncio.Protocol):
         """Give ``function`` the input from now on, with what is buffered. At its end the transport is closed."""
         self._discard = function
         if self._data:
-            function(self.take(len(self._data)))
+            function(self._data)
+            self._data = b""
+        if self._is_paused:
+            self.receive_more()
         if self._is_ended:
             self._transport.close()
 
-    async def read(self, size: int) -> bytes:
-        """Return at most ``size`` bytes as soon as there are any, and none at the end of input."""
+    async def read(self, _: int) -> bytes:
+        """Return all that has arrived, as soon as there is something, and nothing at the end of input."""
         if not self._data and not self._is_ended:
+            if self._is_paused:
+                self.receive_more()
             self._waiter = self._loop.create_future()
             await self._waiter
         if self._error is not None:
             raise self._error
-        return self.take(size)
+        data, self._data = self._data, b""
+        return data
 
-    def take(self, size: int) -> bytes:
-        """Return at most ``size`` bytes of what has arrived, possibly none."""
-        data, start = self._data, self._position
-        end = start + size
-        if end < len(data):
-            self._position = end
-        else:
-            self._data, self._position = b"", 0
-            if self._is_paused:
-                self._is_paused = False
-                self._transport.resume_reading()
-        return data[start:end]
+    def unread(self, data: bytes) -> None:
+        """Put back ``data``, which was read last."""
+        self._data = data + self._data
 
-    def at_eof(self) -> bool:
-        """Whether the input has ended and is read."""
-        return self._is_ended and not self._data
+    def receive_more(self) -> None:
+        """Resume receiving, if all was read."""
+        if self._is_paused and not self._data:
+            self._is_paused = False
+            self._transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
         if self._discard is not None:
             self._discard(data)
             return
-        self._data = self._data[self._position :] + data  # no copy if one of them is empty
-        self._position = 0
+        self._data += data  # no copy if one of them is empty
         self._wake()
         if len(self._data) > self._max_size and not self._is_paused:
             self._is_paused = True

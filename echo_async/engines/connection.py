@@ -6,6 +6,7 @@ read and sent and how a connection is ended.
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -71,9 +72,10 @@ class Connection:
         return format_address(self._peername)
 
     def note_peername(self) -> None:
-        """Look up the peer's address, which is on demand if there was no handshake, until the connection is lost."""
+        """Look up the peer's address, if there was no handshake: it is not known after the connection is lost."""
         if self._peername is None:
-            self._peername = self.get_extra_info("peername")
+            with contextlib.suppress(OSError, ValueError):  # uvloop: the transport is closed
+                self._peername = self.get_extra_info("peername")
 
     @property
     def answered(self) -> int:

@@ -210,6 +210,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             if self._work is None:
                 self._start_work(self.runner.run())
             return
+        self.note_peername()
         self._transport.write(reply)
         lines = self.log_reply(reply)
         if next(lines, None) is not None:

@@ -1,4 +1,4 @@
-"""One coroutine per connection, on asyncio's streams: read ``chunk_size`` bytes at a time, answer, read on.
+"""One coroutine per connection, on asyncio's streams: take ``chunk_size`` bytes at a time, answer, read on.
 
 The code runs in the order of the conversation, which is what streams are for. The price is some 0.5 to 1
 microsecond of Python per chunk, however small.
@@ -104,7 +104,11 @@ class StreamConnection(Connection):
                 await self._echo()
             if self._is_draining:
                 await self._drain_input()
-            await self._discard_input()
+            if isinstance(self._reader, ChunkReader) and self._transport.can_write_eof():
+                self._transport.write_eof()  # closing is no end if a child process has a duplicate of the socket
+                self._reader.discard(self.conversation.receive)
+            else:
+                await self._discard_input()
             if is_awaited:
                 await self._writer.wait_closed()
         except TRANSPORT_ERRORS as error:
@@ -128,55 +132,63 @@ class StreamConnection(Connection):
             if error is not None:
                 self.log_lost(error)
             self.context.remove(self)
-        else:
-            self.note_peername()
 
     async def _echo(self) -> None:
-        """Read a chunk, send the replies it completes; until the conversation or the input ends, or :meth:`_wake`."""
+        """Take a chunk, send the replies it completes; until the conversation or the input ends, or :meth:`_wake`."""
         conversation, transport = self.conversation, self._transport
         read, write, size = self._reader.read, transport.write, self.context.config.chunk_size
-        take = self._reader.take if isinstance(self._reader, ChunkReader) else _take_nothing
-        log_messages, log_chunks, runner = self.context.log_messages, self.context.log_chunks, self.runner
-        chunks = 0
+        receive = self._receive_and_log if self.context.log_chunks else conversation.receive
+        runner, is_sent_as_is = self.runner, self.runner is None and not self.context.log_messages
+        data, end, chunks = b"", 0, 0
         try:
-            if runner is None:
-                if conversation.finished:  # by a timeout
-                    return
-            elif not await self._run_script(runner):
+            # Before the start a timeout may have ended the conversation.
+            if not (await self._run_script(runner) if runner is not None else not conversation.finished):
                 return
             self._is_reading = True
-            while chunk := take(size) or await read(size):
-                reply = conversation.receive(chunk)
-                if log_chunks:
-                    self.log_chunk(chunk)
-                if reply:
-                    if transport.is_closing():  # the client is gone; its input is still buffered
-                        return
-                    if runner is not None:
-                        runner.submit(reply)
-                        if not await self._run_script(runner):
+            while data := await read(size):
+                for end in range(size, len(data) + size, size):
+                    reply = receive(data[end - size : end])
+                    if reply:
+                        if transport.is_closing():  # the client is gone; its input is still buffered
                             return
-                    else:
-                        write(reply)
-                        if log_messages:
-                            await self._log(reply)
+                        if is_sent_as_is:
+                            write(reply)
+                        elif not await self._run_script_or_log(reply):
+                            return
                         if transport.get_write_buffer_size() > DRAIN_THRESHOLD:
                             await self._writer.drain()
-                if conversation.finished and (not self.is_held_open or not await self._wait_stalled()):
-                    return
-                del chunk, reply  # an idle connection keeps no message
-                chunks += 1
-                if chunks == CHUNKS_PER_TURN:
-                    chunks = 0
-                    await asyncio.sleep(0)
+                    if conversation.finished and (not self.is_held_open or not await self._wait_stalled()):
+                        return
+                    chunks += 1
+                    if chunks == CHUNKS_PER_TURN:
+                        chunks = 0
+                        await asyncio.sleep(0)
+                data = reply = b""  # an idle connection keeps no message
+                if self._peername is None:
+                    self.note_peername()
             conversation.end_input()
         except asyncio.CancelledError:
-            if (
-                self._is_reading or cast("asyncio.Task[None]", self._task).uncancel()
-            ):  # not canceled by _wake, or not by it alone
+            assert self._task is not None
+            if self._is_reading or self._task.uncancel():  # not canceled by _wake, or not by it alone
                 raise
         finally:
             self._is_reading = False
+            if end < len(data):  # more than a StreamReader would return
+                cast(ChunkReader, self._reader).unread(data[end:])
+
+    def _receive_and_log(self, chunk: bytes) -> bytes:
+        self.log_chunk(chunk)
+        return self.conversation.receive(chunk)
+
+    async def _run_script_or_log(self, reply: bytes) -> bool:
+        """Do what else a reply needs than to be sent; return whether to read on."""
+        if self.runner is not None:
+            self.runner.submit(reply)
+            return await self._run_script(self.runner)
+        self.note_peername()
+        self._transport.write(reply)
+        await self._log(reply)
+        return True
 
     async def _run_script(self, runner: AsyncioRunner) -> bool:
         """Run what was submitted, which :meth:`_wake` does not interrupt; return whether to read on."""
@@ -201,6 +213,8 @@ class StreamConnection(Connection):
         conversation = self.conversation
         try:
             while not conversation.finished:
+                if isinstance(self._reader, ChunkReader):
+                    self._reader.receive_more()
                 await run_turns(READ_AHEAD_TURNS)
                 async with asyncio.timeout(None if conversation.incomplete else 0):
                     chunk = await self._reader.read(DISCARD_SIZE)
@@ -233,11 +247,9 @@ class StreamConnection(Connection):
             self._lines = NO_LINES  # an idle connection keeps no message
 
     async def _discard_input(self) -> None:
-        """Discard input until the client closes its side, then close. The sweep limits the time."""
+        """Discard input until the client closes its side, then close: for readers that cannot do it themselves."""
         if self._transport.can_write_eof():
-            self._transport.write_eof()  # closing is no end if a child process has a duplicate of the socket
-            if isinstance(self._reader, ChunkReader):
-                return self._reader.discard(self.conversation.receive)  # without the task
+            self._transport.write_eof()
             while chunk := await self._reader.read(DISCARD_SIZE):
                 self.conversation.receive(chunk)
         self._transport.close()
@@ -274,7 +286,3 @@ class StreamConnection(Connection):
         if self._is_reading and self._task is not None:
             self._is_reading = False
             self._task.cancel()
-
-
-def _take_nothing(_: int) -> bytes:
-    return b""

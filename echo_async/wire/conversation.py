@@ -180,6 +180,10 @@ class StreamConversation(Conversation):
             else:
                 self.messages += _count_newlines(data)
             return data
+        if self._collected is not None and NEWLINE not in data:  # one more part of a message
+            self.received += len(data)
+            self._store_partial(data)
+            return b""
         return self._receive_split(data)
 
     def _receive_split(self, data: bytes) -> bytes:
