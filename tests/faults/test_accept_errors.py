@@ -89,7 +89,7 @@ PERSISTENT_ERRORS: list[int | Exception] = [
     errno.EINVAL,
 ]
 PERSISTENT_ERRORS += [MemoryError(), ValueError("a bug")]
-TRANSIENT_ERRORS = [errno.ECONNABORTED, errno.EPROTO, errno.EPERM]
+TRANSIENT_ERRORS = [errno.ECONNABORTED, errno.EPROTO]
 
 
 @each_acceptor
@@ -125,7 +125,7 @@ def test_accept_aborted_connection_does_not_delay_the_next(
     client_context: ssl.SSLContext,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    accept = FailingAccept(monkeypatch, max_failures=1)
+    accept = FailingAccept(monkeypatch, max_failures=50)  # a second after each would take too long
     with start_server(tls=tls) as server:
         for number in TRANSIENT_ERRORS:
             accept.begin(number)
@@ -133,7 +133,7 @@ def test_accept_aborted_connection_does_not_delay_the_next(
                 client = client_context.wrap_socket(plain, server_hostname="localhost") if tls else plain
                 assert is_echoed(client)
                 client.close()
-            assert accept.failures == 1
+            assert accept.failures == 50
 
 
 STEPS: dict[str, dict[str, Any]] = {"plain": {}, "tls": {"tls": True}, "proxy": {"proxy_protocol": "auto"}}

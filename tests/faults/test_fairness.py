@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from support import (
-    LOOPS,
     fill,
     receive_all,
     run,
@@ -62,22 +61,22 @@ SHARES = {"streams": CHUNKS_PER_TURN * 20, "protocol": 256 * 1024}
 """Bytes of complete messages that one client gets in a turn; ``protocol`` reads four times that without a newline."""
 
 
-@pytest.mark.parametrize(("loop", "tls"), [("asyncio", False), ("uvloop", True)])
 @pytest.mark.parametrize(
-    ("engine", "fault", "line"),
+    ("engine", "loop", "tls", "fault", "line"),
     [
-        ("streams", None, b""),
-        ("protocol", None, b""),
-        ("protocol", None, b"one message of 20 b\n"),
-        ("protocol", "close=100000000", b""),
+        ("streams", "asyncio", False, None, b""),
+        ("streams", "uvloop", True, None, b""),
+        ("protocol", "asyncio", False, None, b""),
+        ("protocol", "uvloop", True, None, b"one message of 20 b\n"),
+        ("protocol", "uvloop", False, "close=100000000", b""),
     ],
 )
 def test_flood_from_one_client_is_read_in_limited_shares(
     engine: EngineName,
-    fault: str | None,
-    line: bytes,
     loop: LoopName,
     tls: bool,
+    fault: str | None,
+    line: bytes,
     certificate: Path,
     client_context: ssl.SSLContext,
 ) -> None:
@@ -112,9 +111,14 @@ def test_flood_from_one_client_is_read_in_limited_shares(
     run(main, loop)
 
 
-@pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize(
-    ("mode", "is_logged"), [("message", False), ("stream", True), ("raw", False), ("identify", False)]
+    ("mode", "is_logged", "loop"),
+    [
+        ("message", False, "asyncio"),
+        ("stream", True, "asyncio"),
+        ("raw", False, "uvloop"),
+        ("identify", False, "uvloop"),
+    ],
 )
 def test_flood_is_drained_in_limited_shares_at_a_stop(mode: Mode, is_logged: bool, loop: LoopName) -> None:
     """What the kernel has buffered at a stop is read as before: in shares."""
