@@ -45,7 +45,7 @@ from support import (
 from echo_async.config import EngineName, ServerConfig, ServerOptions
 from echo_async.server.listeners import ListenerConfig
 from echo_async.service.supervisor import Supervisor
-from echo_async.service.worker_process import Worker
+from echo_async.service.worker_process import MAX_MISSED, Worker
 
 each_acceptor = pytest.mark.parametrize("engine", ["protocol", "threads"])  # streams has that of protocol
 
@@ -364,6 +364,29 @@ def test_busy_worker_is_killed_later(monkeypatch: pytest.MonkeyPatch) -> None:
     with ChildProcess([sys.executable, "-c", "while True: pass"], stdin=worker_channel.fileno()) as process:
         worker_channel.close()
         assert run(lambda: main(process, channel)) > 5 * 0.2
+
+
+def test_worker_that_misses_single_reports_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("echo_async.service.worker_process.HEARTBEAT_INTERVAL", 0.1)
+
+    async def report_to_each_second_request(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(MAX_MISSED + 2):
+            await reader.readline()
+            await reader.readline()
+            writer.write(2 * b'{"stats": []}\n')
+        process.stdin.close()
+        writer.close()
+
+    async def main() -> int:
+        worker = Worker(process, *await asyncio.open_connection(sock=channel))
+        reporting = report_to_each_second_request(*await asyncio.open_connection(sock=worker_channel))
+        async with asyncio.timeout(TIMEOUT):
+            code, _ = await asyncio.gather(worker.run_until_exit(lambda: None), reporting)
+        return code
+
+    channel, worker_channel = socket.socketpair()
+    with ChildProcess(["cat"], stdin=subprocess.PIPE) as process:
+        assert run(main) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
