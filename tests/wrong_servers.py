@@ -90,7 +90,10 @@ def answer_last_chunk(server: Server, client: socket.socket) -> None:
 
 
 def decode_each_chunk(server: Server, client: socket.socket) -> None:
+    """A chunk ends when nothing arrives for a moment."""
     while data := client.recv(READ_SIZE):
+        while select.select([client], [], [], 0.02)[0] and (more := client.recv(READ_SIZE)):
+            data += more
         client.sendall(data.decode("utf-8", "replace").encode())
 
 

@@ -19,7 +19,7 @@ def check_split(context: Context) -> str:
     connection = context.connection()
     for position in range(len(text)):
         connection.send(text[position : position + 1])
-        context.wait(lambda: connection.ending, BYTE_INTERVAL if position else CUT_INTERVAL)
+        context.wait(lambda: connection.ending, BYTE_INTERVAL)
     context.finish(connection, text, FIRST_READ)
     cut = text.index("ñ".encode()) + 1
     connection = context.connection()

@@ -222,13 +222,13 @@ def test_load_open_loop_shows_a_server_pause(
     with HostedServer() as server:
         where = ("--port", str(server.port), "--mode", "stream", "--connections", "1", "--warmup", "0")
         closed = load(capsys, *where, "--duration", "0.6")
-        assert closed["service_time"]["p99"] < 0.25
+        assert closed["service_time"]["p90"] < 0.25  # the pause is one message of many
         assert closed["service_time"]["max"] > 0.25
         wait_for(server, active=0)
         messages = 0
         opened = load(capsys, *where, "--duration", "0.5", "--rate", "1000")
     assert opened["response_time"]["p99"] > 0.25
-    assert opened["service_time"]["p99"] < 0.25
+    assert opened["service_time"]["p90"] < 0.25
     assert opened["late"] > 100
     assert opened["late_by_generator"] < opened["late"]  # the others waited for the pause to end
 

@@ -20,7 +20,7 @@ from echo_async.testing import HostedServer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-CHECK_TIMEOUT = 2.0  # seconds
+CHECK_TIMEOUT = 3.0  # seconds
 SETTINGS = Settings(connections=20, size=70_000, idle=1.0)
 
 DEFECTS = [
@@ -69,6 +69,7 @@ def test_each_defect_is_found_by_its_own_check_only() -> None:
         found = list(pool.map(find_failures, [handler for handler, _, _ in DEFECTS]))
     for (handler, name, reason), failed in zip(DEFECTS, found, strict=True):
         assert [each.check for each in failed] == [name], (handler.__name__, failed)
+        assert failed[0].seen
         assert reason in (failed[0].reason or "")
 
 
