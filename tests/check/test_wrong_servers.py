@@ -58,9 +58,9 @@ def find_failures(handler: wrong.Handler) -> list[Result]:
     return failed
 
 
-def check(*address: Any, settings: Settings = SETTINGS) -> list[Result]:
+def check(*address: Any, settings: Settings = SETTINGS, **options: Any) -> list[Result]:
     """Run all checks; return the failed ones."""
-    endpoint = Endpoint(*address, timeout=CHECK_TIMEOUT)
+    endpoint = Endpoint(*address, timeout=CHECK_TIMEOUT, **options)
     return [each for each in run_checks(endpoint, settings) if each.result == "failed"]
 
 
@@ -71,6 +71,15 @@ def test_each_defect_is_found_by_its_own_check_only() -> None:
         assert [each.check for each in failed] == [name], (handler.__name__, failed)
         assert failed[0].seen
         assert reason in (failed[0].reason or "")
+
+
+def test_connection_limit_is_found_by_the_check_of_concurrent() -> None:
+    """The server ends the handshakes of all others."""
+    with HostedServer(tls=True, limit_connections=10) as server:
+        [failed] = check(*server.address, ssl=server.client_context, server_hostname="localhost")
+    assert failed.check == "concurrent"
+    assert re.match(r"\d+ of 20 connections, then: cannot connect to ", failed.seen)
+    assert "a limit of connections" in (failed.reason or "")
 
 
 def test_dropped_datagrams_are_found_by_the_check_of_udp_only() -> None:
