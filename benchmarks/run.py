@@ -124,14 +124,14 @@ def _peer_candidates(build: Path) -> Iterator[Candidate]:
     yield from _compiled_peer("Go goroutines", "go", ["build", "-o"], "goroutines.go", build)
     if node := shutil.which("node"):
         yield _make_peer("Node net", node, HERE / "peers/node.js")
-    yield from _python_peer("bare uvloop protocol", "uvloop", "uvloop_protocol.py")
-    yield from _python_peer("bare uvloop streams", "uvloop", "streams.py")
-    yield from _python_peer("bare asyncio streams", "asyncio", "streams.py", "asyncio")
+    yield from _python_peer("bare uvloop protocol", "uvloop", "uvloop_protocol.py", lingering="protocol uvloop")
+    yield from _python_peer("bare uvloop streams", "uvloop", "streams.py", lingering="streams uvloop")
+    yield from _python_peer("bare asyncio streams", "asyncio", "streams.py", "asyncio", lingering="streams asyncio")
     yield from _python_peer("trio", "trio", "trio_streams.py")
     yield from _python_peer("Twisted", "twisted", "twisted_protocol.py")
     yield from _python_peer("gevent", "gevent", "gevent_stream.py")
     yield from _python_peer("bare threads 65536 B", "threading", "threads.py", "65536")
-    yield from _python_peer("bare threads 20 B", "threading", "threads.py")
+    yield from _python_peer("bare threads 20 B", "threading", "threads.py", lingering="threads")
 
 
 def _compiled_peer(name: str, compiler: str, options: Sequence[str], source: str, build: Path) -> Iterator[Candidate]:
@@ -141,13 +141,17 @@ def _compiled_peer(name: str, compiler: str, options: Sequence[str], source: str
         yield _make_peer(name, program)
 
 
-def _python_peer(name: str, module: str, script: str, *arguments: str) -> Iterator[Candidate]:
+def _python_peer(name: str, module: str, script: str, *arguments: str, lingering: str = "") -> Iterator[Candidate]:
+    """Return a peer; with one connection per message, ``peers/lingering.py`` with these arguments if there are any."""
     if find_spec(module) is not None:
-        yield _make_peer(name, sys.executable, HERE / "peers" / script, *arguments)
+        closing = (sys.executable, HERE / "peers/lingering.py", *lingering.split()) if lingering else None
+        yield _make_peer(name, sys.executable, HERE / "peers" / script, *arguments, closing=closing)
 
 
-def _make_peer(name: str, *command: object) -> Candidate:
-    start: Callable[[LoadMode, int], Sequence[str]] = lambda mode, size: [str(word) for word in command]  # noqa: E731
+def _make_peer(name: str, *command: object, closing: Sequence[object] | None = None) -> Candidate:
+    start: Callable[[LoadMode, int], Sequence[str]] = lambda mode, size: [  # noqa: E731
+        str(word) for word in (closing if closing and mode == "message" else command)
+    ]
     return Candidate(name=name, engine="peer", command=start)
 
 
