@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from io import BytesIO
 
 NEWLINE = 10  # ord("\n"), to compare with data[-1]; bytes also search for an integer faster than for bytes
-MIN_FIND_SIZE = 1000  # bytes; below this size, counting newlines is as fast as first looking for a single message
+SHORT_LINE = 50  # bytes; newlines that are closer are counted faster by ``count``, on CPython 3.11 to 3.15
 LARGE_MESSAGE = 4096  # bytes; from this size on, newlines are found one by one as fast as counted
 LARGE_CHUNK = 64 * 1024  # bytes; from this size on, a write of its own takes less time than a copy
 
@@ -173,7 +173,9 @@ class StreamConversation(Conversation):
         # Fast path: complete messages only, and none can be over the limit.
         if self._is_at_boundary and data[-1] == NEWLINE and (size := len(data)) <= self.max_message_size:
             self.received += size
-            if size > MIN_FIND_SIZE and size - data.find(b"\n") == 1:
+            if size <= SHORT_LINE or (end := data.find(NEWLINE) + 1) <= SHORT_LINE:
+                self.messages += data.count(NEWLINE)
+            elif end == size:
                 self.messages += 1
             elif size < LARGE_CHUNK:  # bytes.count does not use memchr
                 self.messages += size - len(data.replace(b"\n", b""))
