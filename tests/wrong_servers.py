@@ -60,6 +60,17 @@ def greet(server: Server, client: socket.socket) -> None:
         client.sendall(line)
 
 
+def echo_the_proxy_header(server: Server, client: socket.socket) -> None:
+    client.sendall(b"\r\n\r\n\0\r\nQUIT\n")
+    for line in read_lines(client):
+        client.sendall(line)
+
+
+def answer_each_read(server: Server, client: socket.socket) -> None:
+    while data := client.recv(READ_SIZE):
+        client.sendall(data.strip() + b"\n")
+
+
 def remove_the_newline(server: Server, client: socket.socket) -> None:
     client.sendall(read_message(client).rstrip(b"\n"))
     finish(client)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from ..client.verifier import escape_bytes
+from ..wire.proxy import V1_PREFIX, V2_SIGNATURE
 from .connection import FLOOD
 
 MAX_QUOTED = 24  # bytes
@@ -38,11 +39,16 @@ def _is_reordered(sent: bytes, received: bytes) -> bool:
     return sorted(sent.splitlines()) == sorted(received.splitlines())
 
 
+def _is_proxy_header(sent: bytes, received: bytes) -> bool:
+    return received.startswith(V1_PREFIX) or V2_SIGNATURE.startswith(received[: len(V2_SIGNATURE)])
+
+
 EXPLANATIONS: Sequence[tuple[Callable[[bytes, bytes], bool], str]] = (
     (
         lambda sent, received: received == sent.replace(b"\r", b""),
         "something removes carriage returns, as strip() and text mode do",
     ),
+    (_is_proxy_header, "a proxy sends a PROXY header, which the server takes for a message"),
     (_is_recoded, "something decodes the bytes as text and encodes them again"),
     (lambda sent, received: received.startswith(sent), "something adds to the replies, or sends them twice"),
     (

@@ -8,6 +8,7 @@ from ..client.endpoint import start_tls
 from ..net import format_address
 from .connection import Connection
 from .context import IDENTIFY, MESSAGE, RAW, STREAM, Context, Mode
+from .explanation import quote
 from .result import Failure
 
 SECONDS_PER_DAY = 86_400
@@ -15,6 +16,7 @@ RAW_WAIT, RAW_ROUND_TRIPS = 0.2, 4  # seconds, and more of them, in which mode r
 INVALID_CERTIFICATE = "it has expired, is for another name, or --ssl-ca-certs lacks its CA"
 NO_TLS = "the server does not use TLS, refuses this client, or does not answer the handshake"
 NO_NEWLINE = "the newline is removed: it is a part of the message, and of the reply"
+PER_READ = "each read is answered as if it were a whole message, which ends with a newline"
 SILENCE_HINT = (
     "the server expects something else (TLS, a PROXY header, another protocol), or a proxy has no server behind it"
 )
@@ -85,4 +87,7 @@ def _find_mode(context: Context) -> Mode:
     connection.send(b"three")
     is_given = context.settings.mode == RAW.name
     context.wait(lambda: connection.ending or connection.received, None if is_given else seconds)
-    return RAW if connection.received else STREAM
+    received = bytes(connection.received)
+    if not b"three".startswith(received):
+        raise Failure(f"{quote(received)} for {quote(b'three')}, before its newline is sent", PER_READ)
+    return RAW if received else STREAM

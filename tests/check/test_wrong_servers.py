@@ -25,6 +25,8 @@ SETTINGS = Settings(connections=20, size=70_000, idle=1.0)
 
 DEFECTS = [
     (wrong.greet, "mode", "without a greeting"),
+    (wrong.echo_the_proxy_header, "mode", "a PROXY header"),
+    (wrong.answer_each_read, "mode", "each read"),
     (wrong.remove_the_newline, "mode", "newline is removed"),
     (wrong.answer_first_packet, "split", "first read"),
     (wrong.answer_last_chunk, "split", "last chunk"),
