@@ -185,8 +185,9 @@ class ThreadAcceptor(Acceptor):
     def _drain_backlog(self) -> None:
         """Accept what waits in the backlogs: closing a listener resets it."""
         for listener in self._accepting:
-            while self._accept(listener) is Accepted.MAYBE_MORE:
-                pass
+            for _ in range(self.config.backlog // ACCEPT_BATCH + 1):  # connections that arrive now do not extend this
+                if self._accept(listener) is not Accepted.MAYBE_MORE:
+                    break
 
     def _run_calls(self) -> None:
         self._drain_backlog()

@@ -306,6 +306,27 @@ def test_shutdown_with_slow_readers_ends_after_timeout(start_server: StartServer
         assert monotonic() - start < MAX_DELAY
 
 
+def test_stop_of_threads_ends_while_clients_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a client that connects again and again keeps the server from closing its port."""
+    accept, accepted, closing_begins = socket.socket.accept, 0, threading.Event()
+
+    def connect_and_accept(listener: socket.socket) -> tuple[socket.socket, Any]:
+        nonlocal accepted
+        closing_begins.wait(TIMEOUT)
+        accepted += 1
+        if accepted < 1000:  # the backlog is not empty after this
+            connect(server).close()
+        return accept(listener)
+
+    with sync.serve(port=0, backlog=1) as server:
+        monkeypatch.setattr(socket.socket, "accept", connect_and_accept)
+        connect(server).close()
+        server.close()
+        closing_begins.set()
+        server.wait_closed()
+    assert accepted < 1000
+
+
 def test_stop_of_threads_sweeps_by_time_and_not_per_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the end of thousands of connections takes time that grows with their square."""
     sweeps: list[float] = []
