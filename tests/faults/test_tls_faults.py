@@ -93,6 +93,7 @@ FAULTS_IN_TLS: list[Fault] = [
     send_plain_text_after_the_handshake,
 ]
 OTHER_FAULTS: list[Fault] = [close_notify_before_reading, half_close_within_a_record, reset_within_a_record]
+WITHOUT_RESET = (half_a_client_hello, close_notify_before_reading, send_a_corrupt_record)
 
 
 def test_tls_incomplete_message_is_logged_with_peer(
@@ -134,7 +135,10 @@ def test_tls_faulty_client_in_any_state_affects_only_itself(
                 with connect(server) as plain, suppress(ConnectionError):
                     fault(TlsClient(client_context), plain)
                 wait_for(server, tls_failures=failures)
-                wait_until(lambda: server.stats.active == 1 and count_layers() <= before)
+                if fault in WITHOUT_RESET:
+                    wait_until(lambda: server.stats.active == 1 and count_layers() <= before)
+                else:  # asyncio's StreamReader keeps the error of a write, and so what had it
+                    wait_until(lambda: server.stats.active == 1 and gc.collect() >= 0 and count_layers() <= before)
         finally:
             gc.enable()
         assert is_echoed(healthy)
