@@ -225,7 +225,9 @@ def accepted_socket(accepted: socket.socket) -> socket.socket:
     """Return a blocking socket that supports ``MSG_DONTWAIT``, in place of ``accepted``."""
     if not hasattr(socket, "MSG_DONTWAIT"):
         accepted = _EmulatedSocket(accepted.family, accepted.type, accepted.proto, accepted.detach())
-    accepted.setblocking(True)  # whatever socket.setdefaulttimeout is
+    # Only Linux accepts blocking sockets whatever the listener is (accept(2)); socket.setdefaulttimeout changes them.
+    if sys.platform != "linux" or accepted.gettimeout() is not None:
+        accepted.setblocking(True)
     return accepted
 
 

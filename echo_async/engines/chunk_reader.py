@@ -113,6 +113,7 @@ class ChunkReader(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._replaced.connection_lost(error)
         if error is not None:
+            error.with_traceback(None)  # of a write, which refers to the connection
             self._error, self._data = error, b""
         self._is_ended = True
         connection, self._connection = self._connection, None  # which refers to this object
