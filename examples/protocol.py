@@ -36,7 +36,7 @@ class EchoProtocol(asyncio.Protocol):
 async def main(port: int) -> None:
     server = await asyncio.get_running_loop().create_server(EchoProtocol, "127.0.0.1", port)
     print(f"listening on 127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
-    await server.serve_forever()
+    await asyncio.Event().wait()  # until Ctrl-C; Server.serve_forever would then wait for the clients to leave
 
 
 if __name__ == "__main__":

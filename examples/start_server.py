@@ -33,7 +33,7 @@ async def serve_client(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 async def main(port: int) -> None:
     server = await asyncio.start_server(serve_client, "127.0.0.1", port)
     print(f"listening on 127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
-    await server.serve_forever()
+    await asyncio.Event().wait()  # until Ctrl-C; Server.serve_forever would then wait for the clients to leave
 
 
 if __name__ == "__main__":

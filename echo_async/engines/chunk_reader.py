@@ -111,10 +111,10 @@ class ChunkReader(asyncio.Protocol):
         return self._transport.can_write_eof()  # asyncio's own TLS has no half-closed connections
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._replaced.connection_lost(error)
         if error is not None:
             error.with_traceback(None)  # of a write, which refers to the connection
             self._error, self._data = error, b""
+        self._replaced.connection_lost(error)  # which keeps the error and its traceback
         self._is_ended = True
         connection, self._connection = self._connection, None  # which refers to this object
         self._wake()

@@ -217,9 +217,9 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             self._start_work(_run_turns(lines), lines)
 
     def _start_work(self, work: Coroutine[Any, Any, None], lines: Iterator[Wait] = NO_LINES) -> None:
-        self._work = Work(lines)
+        started = self._work = Work(lines)
         self._transport.pause_reading()
-        self._work.task = asyncio.get_running_loop().create_task(self._run(work))
+        started.task = asyncio.get_running_loop().create_task(self._run(work))  # which may be done at once
 
     async def _run(self, work: Coroutine[Any, Any, None]) -> None:
         try:

@@ -26,6 +26,7 @@ from support import (
     connect,
     is_echoed,
     receive_all,
+    reset,
     run,
     serve_in_loop,
     wait_for,
@@ -35,6 +36,7 @@ from support import (
 import echo_async
 from echo_async import sync
 from echo_async.config import Mode
+from echo_async.engines.connection import Connection
 from echo_async.loops import LoopName, loop_factory
 from echo_async.server.listeners import ListenerConfig
 from echo_async.server.server import start_server as start_in_loop
@@ -243,6 +245,40 @@ def test_connections_closed_leave_no_object(backend: Backend, is_logged: bool) -
                 gc.enable()
 
     run(main, backend.loop)
+
+
+def test_reply_to_a_reset_connection_leaves_no_object(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """asyncio keeps the error of the reply, whose traceback has the connection."""
+    clients: list[socket.socket] = []
+
+    def reset_client(record: logging.LogRecord) -> bool:
+        """Between the message and its reply."""
+        if "chunk received" in record.msg:
+            reset(clients.pop())
+        return True
+
+    def count_connections() -> int:
+        return sum(isinstance(each, Connection) for each in gc.get_objects())
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_debug(False)  # which keeps tracebacks
+        async with echo_async.serve(port=0, engine=backend.engine, mode="stream") as server:
+            for _ in range(20):
+                clients.append(connect(server))
+                clients[0].sendall(b"one\n")
+                await wait_in_loop(lambda: not clients and server.stats.active == 0)
+            await wait_in_loop(lambda: not count_connections())
+
+    caplog.set_level(logging.DEBUG, "echo_async.server")
+    monkeypatch.setattr(logging.getLogger("echo_async.server"), "filters", [reset_client])
+    gc.collect()
+    gc.disable()
+    try:
+        run(main, backend.loop)
+    finally:
+        gc.enable()
 
 
 OPTIONS = [["--loop", "asyncio"], ["--loop", "uvloop"], ["--engine", "threads"]]

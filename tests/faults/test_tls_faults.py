@@ -137,7 +137,7 @@ def test_tls_faulty_client_in_any_state_affects_only_itself(
                 wait_for(server, tls_failures=failures)
                 if fault in WITHOUT_RESET:
                     wait_until(lambda: server.stats.active == 1 and count_layers() <= before)
-                else:  # asyncio's StreamReader keeps the error of a write, and so what had it
+                else:  # a reset has rarely left one to the garbage collector
                     wait_until(lambda: server.stats.active == 1 and gc.collect() >= 0 and count_layers() <= before)
         finally:
             gc.enable()
