@@ -88,10 +88,13 @@ class LoadGenerator:
         self._run_until(perf_counter() + self._plan.timeout, self._is_idle)
         self._run_timers(perf_counter())  # a busy machine may be late for the last timeouts
         self._record_unanswered()
+        self.close()
+        return self._recorder
+
+    def close(self) -> None:
         for connection in self._connections:
             connection.close()
         self._poller.close()
-        return self._recorder
 
     def _call_later(self, delay: float, callback: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (perf_counter() + delay, next(self._timer_numbers), callback))

@@ -28,11 +28,16 @@ def main() -> int:
     request = receive_settings(channel)
     generator = LoadGenerator(LoadPlan.from_json(request["plan"]), first=request["first"])
     generator.connect()
+    start = b""
     with suppress(ConnectionError):  # the parent has ended
         channel.write(b"ready\n")
-        if start := channel.readline():
-            generator.stop_on_input(channel.fileno())
-            generator.run(float(start)).write(BufferedWriter(channel))
+        start = channel.readline()
+    if not start:
+        generator.close()
+        return 0
+    generator.stop_on_input(channel.fileno())
+    with suppress(ConnectionError):
+        generator.run(float(start)).write(BufferedWriter(channel))
     return 0
 
 

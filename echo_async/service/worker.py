@@ -32,21 +32,21 @@ CHANNEL_CLOSED_ERRORS = (ConnectionError, RuntimeError)
 def main() -> int:
     for number in (signal.SIGINT, signal.SIGHUP):  # sent to the process group; the supervisor handles them
         signal.signal(number, signal.SIG_IGN)
-    channel = socket.socket(fileno=int(sys.argv[1]))
-    with channel.makefile("rb", buffering=0) as lines:
-        settings = receive_settings(lines)
-    configure(settings["log_level"], settings["log_format"], settings["labels"])
-    listeners = [ListenerConfig(ServerConfig(**config), numbers) for config, numbers in settings["listeners"]]
-    try:
-        with (
-            asyncio.Runner(loop_factory=loop_factory(settings["loop"])) as runner,
-            logged_errors(runner.get_loop()),
-        ):
-            runner.run(_serve(listeners, channel))
-    except StartError as error:
-        print_error(str(error))
-        return EXIT_START_FAILED
-    return 0
+    with socket.socket(fileno=int(sys.argv[1])) as channel:
+        with channel.makefile("rb", buffering=0) as lines:
+            settings = receive_settings(lines)
+        configure(settings["log_level"], settings["log_format"], settings["labels"])
+        listeners = [ListenerConfig(ServerConfig(**config), numbers) for config, numbers in settings["listeners"]]
+        try:
+            with (
+                asyncio.Runner(loop_factory=loop_factory(settings["loop"])) as runner,
+                logged_errors(runner.get_loop()),
+            ):
+                runner.run(_serve(listeners, channel))
+        except StartError as error:
+            print_error(str(error))
+            return EXIT_START_FAILED
+        return 0
 
 
 async def _serve(listeners: list[ListenerConfig], channel: socket.socket) -> None:
