@@ -191,6 +191,35 @@ def test_leaves_a_server_open():
     assert "Traceback" not in done.stderr
 
 
+BLOCKED_PROGRAM = """
+import logging, socket, threading
+from echo_async import sync
+
+class BlockingHandler(logging.Handler):
+    def createLock(self):
+        self.lock = None
+
+    def emit(self, record):
+        if threading.current_thread().name == "echo-async UDP":
+            blocked.set()
+            threading.Event().wait()
+
+blocked = threading.Event()
+log = logging.getLogger("echo_async")
+log.setLevel(logging.DEBUG)
+log.addHandler(BlockingHandler())
+server = sync.serve(port=0, udp=True)
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+    client.sendto(b"one", server.address)
+    blocked.wait()
+"""
+
+
+def test_program_whose_log_blocks_the_thread_of_udp_ends() -> None:
+    done = run_process([sys.executable, "-c", BLOCKED_PROGRAM])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 THREAD_PROGRAM = """
 import sys, threading, time
 from echo_async import sync

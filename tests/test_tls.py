@@ -115,6 +115,16 @@ def test_client_that_ends_its_side_receives_all_replies(
         assert (server.stats.messages, server.stats.lost, server.stats.tls_failures) == (1, 0, 0)
 
 
+def test_client_that_ends_its_side_receives_a_delayed_reply(start_server: StartServer, files: CertificateFiles) -> None:
+    """The message and the end of input arrive at once."""
+    with start_server(mode="stream", fault="delay=0.05") as server, connect(server) as plain:
+        client = TlsClient(files.context())
+        client.handshake(plain)
+        plain.sendall(client.record(b"one\n") + client.close_notify())
+        assert client.receive(receive_all(plain)) == (b"one\n", b"")
+        wait_for(server, active=0)
+
+
 def test_server_that_ends_its_side_discards_what_follows(start_server: StartServer, files: CertificateFiles) -> None:
     with start_server(mode="message") as server, connect(server) as plain:
         client = TlsClient(files.context())

@@ -61,7 +61,12 @@ class ChunkReader(asyncio.Protocol):
         self._connection = connection
 
     def discard(self, function: Callable[[bytes], object]) -> None:
-        """Give ``function`` the input from now on, with what is buffered. At its end the transport is closed."""
+        """Give ``function`` the input from now on, with what is buffered. At its end the transport is closed.
+
+        The error of a connection that is lost already is raised.
+        """
+        if self._error is not None:
+            raise self._error
         self._discard = function
         if self._data:
             function(self._data)
@@ -84,8 +89,9 @@ class ChunkReader(asyncio.Protocol):
         return data
 
     def unread(self, data: bytes) -> None:
-        """Put back ``data``, which was read last."""
-        self._data = data + self._data
+        """Put back ``data``, which was read last, unless the connection is lost."""
+        if self._error is None:
+            self._data = data + self._data
 
     def receive_more(self) -> None:
         """Resume receiving, if all was read."""

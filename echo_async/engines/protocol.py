@@ -117,6 +117,9 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     def eof_received(self) -> bool:
         if not self.conversation.finished:
             self.conversation.end_input()
+        if self._work is not None:  # TLS has read the message and the end of input at once
+            self._work.is_input_ended = True
+            return True
         if not self._is_lingering:
             with contextlib.suppress(*TRANSPORT_ERRORS):  # the client has reset the connection
                 self._transport.write_eof()  # closing is no end if a child process has a duplicate of the socket
@@ -216,15 +219,15 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         if next(lines, None) is not None:
             self._start_work(_run_turns(lines), lines)
 
-    def _start_work(self, work: Coroutine[Any, Any, None], lines: Iterator[Wait] = NO_LINES) -> None:
-        started = self._work = Work(lines)
+    def _start_work(self, steps: Coroutine[Any, Any, None], lines: Iterator[Wait] = NO_LINES) -> None:
+        work = self._work = Work(lines)
         self._transport.pause_reading()
-        started.task = asyncio.get_running_loop().create_task(self._run(work))  # which may be done at once
+        work.task = asyncio.get_running_loop().create_task(self._run(work, steps))  # which may be done at once
 
-    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _run(self, work: Work, steps: Coroutine[Any, Any, None]) -> None:
         try:
             self._transport.pause_reading()  # uvloop starts reading after connection_made, whatever that does
-            await work
+            await steps
         except TRANSPORT_ERRORS as error:  # the client has reset the connection
             self.log_lost(error)
             self.abort()
@@ -235,6 +238,8 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         must_linger = self.conversation.finished and not self._is_lingering and not self.is_held_open
         if must_linger and not self._transport.is_closing():
             self.linger()
+        if work.is_input_ended and not self.is_held_open:
+            self._transport.close()
         self._resume_reading()
 
     async def _wait_writable(self) -> None:
@@ -246,10 +251,11 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 class Work:
     """What a connection does in a task: it runs a script, or logs ``lines``."""
 
-    __slots__ = ("_waiter", "lines", "task")
+    __slots__ = ("_waiter", "is_input_ended", "lines", "task")
 
     def __init__(self, lines: Iterator[Wait]) -> None:
         self.lines = lines
+        self.is_input_ended = False  # meanwhile
         self.task: asyncio.Task[None] | None = None  # an event loop has a weak reference only
         self._waiter: asyncio.Future[None] | None = None
 

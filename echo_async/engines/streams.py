@@ -163,6 +163,8 @@ class StreamConnection(Connection):
                     if chunks == CHUNKS_PER_TURN:
                         chunks = 0
                         await asyncio.sleep(0)
+                        if transport.is_closing():
+                            return
                 data = reply = b""  # an idle connection keeps no message
                 if self._peername is None:
                     self.note_peername()
@@ -184,11 +186,13 @@ class StreamConnection(Connection):
         """Do what else a reply needs than to be sent; return whether to read on."""
         if self.runner is not None:
             self.runner.submit(reply)
-            return await self._run_script(self.runner)
-        self.note_peername()
-        self._transport.write(reply)
-        await self._log(reply)
-        return True
+            if not await self._run_script(self.runner):
+                return False
+        else:
+            self.note_peername()
+            self._transport.write(reply)
+            await self._log(reply)
+        return not self._transport.is_closing()  # what has arrived since then is not answered
 
     async def _run_script(self, runner: AsyncioRunner) -> bool:
         """Run what was submitted, which :meth:`_wake` does not interrupt; return whether to read on."""

@@ -126,10 +126,12 @@ class ThreadAcceptor(Acceptor):
 
         self._calls.append(run)
         self._wake()
-        while not self._is_stopping and self.is_running():
-            with contextlib.suppress(TimeoutError):
-                done.result(CALL_CHECK_INTERVAL)
+        while not done.done():
+            if self._is_stopping or not self.is_running():
                 return
+            with contextlib.suppress(TimeoutError):
+                done.exception(CALL_CHECK_INTERVAL)
+        done.result()
 
     def join(self) -> None:
         """Wait for the end of the accept thread, which is the last."""

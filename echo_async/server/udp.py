@@ -59,7 +59,7 @@ class ThreadReceiver:
         self._is_stopping = False
         self._waker, self._wakened = socket.socketpair()
         try:
-            self._thread = start_thread(self._run, "echo-async UDP", stop=self.stop)
+            self._thread = start_thread(self._run, "echo-async UDP", stop=self._begin_stop)
         except BaseException:
             self._close_waker()
             raise
@@ -76,11 +76,14 @@ class ThreadReceiver:
 
     def stop(self) -> None:
         """Answer what has arrived. Does nothing the second time."""
+        self._begin_stop()
+        self._thread.join()
+        self._close_waker()
+
+    def _begin_stop(self) -> None:
         self._is_stopping = True
         with contextlib.suppress(OSError):  # it is closed
             self._waker.send(b"\0")
-        self._thread.join()
-        self._close_waker()
 
     def _close_waker(self) -> None:
         self._waker.close()

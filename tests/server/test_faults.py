@@ -469,6 +469,16 @@ def test_client_reset_during_a_delay_is_no_error(start_server: StartServer) -> N
         assert server.stats.failed == 0
 
 
+def test_client_reset_during_a_delay_is_counted(start_server: StartServer) -> None:
+    """It has sent more than is answered."""
+    with start_server(mode="stream", fault="delay=0.2") as server, connect(server) as client:
+        client.sendall(3 * MESSAGE)
+        wait_for(server, faults={"delay": 1})
+        reset(client)
+        wait_for(server, active=0)
+        assert server.stats.ended == {"reset": 1}
+
+
 @pytest.mark.parametrize("tls", [False, True])
 def test_client_reset_before_all_is_sent_is_no_error(
     tls: bool, start_server: StartServer, client_context: ssl.SSLContext

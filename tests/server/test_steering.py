@@ -93,3 +93,11 @@ def test_call_before_its_wake_up_keeps_no_thread_busy(monkeypatch: pytest.Monkey
         server.disconnect()
         monkeypatch.undo()
         wait_until(lambda: not is_readable([server._acceptor._wakened]))
+
+
+def test_call_that_raises_passes_its_error_on() -> None:
+    def fail() -> None:
+        raise TimeoutError("an error of the call")
+
+    with sync.serve(port=0) as server, pytest.raises(TimeoutError, match="an error of the call"):
+        server._acceptor.call(fail)
