@@ -196,10 +196,7 @@ import logging, socket, threading
 from echo_async import sync
 
 class BlockingHandler(logging.Handler):
-    def createLock(self):
-        self.lock = None
-
-    def emit(self, record):
+    def handle(self, record):  # which holds no lock, unlike emit
         if threading.current_thread().name == "echo-async UDP":
             blocked.set()
             threading.Event().wait()
