@@ -264,7 +264,7 @@ async def kill_workers(port: int, kills: int) -> None:
         await asyncio.to_thread(wait_until, lambda: len(served) > count + 100)  # noqa: B023
         kill(served[-1][1])
         killed.append(time.monotonic())
-        await asyncio.sleep(1)
+        await asyncio.sleep(1)  # between two kills, as the clients connect all the time
     await asyncio.gather(*load)
     later = [each for each in failed if not any(each[0] <= kill <= each[1] for kill in killed)]
     check(f"failures of {len(served)} clients that connected after one of {kills} kills", len(later), not later, "0")
@@ -344,7 +344,7 @@ async def attack_pod(process: ServerProcess, name: str, payload: bytes, count: i
         for attacker in attackers:
             send_unread(attacker, payload)
         process.process.send_signal(signal.SIGCONT)
-        await asyncio.sleep(2)
+        await asyncio.sleep(2)  # to read as much as it does: it need not read all
     check(f"MiB, {name}", memory(process) / 1024, True)
     for attacker in attackers:
         attacker.close()

@@ -71,8 +71,7 @@ class ChunkReader(asyncio.Protocol):
         if self._data:
             function(self._data)
             self._data = b""
-        if self._is_paused:
-            self.receive_more()
+        self.receive_more()
         if self._is_ended:
             self._transport.close()
 

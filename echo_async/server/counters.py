@@ -24,7 +24,7 @@ class Exchanged:
         self.accepted += 1
         self.messages += conversation.messages
         self.bytes_in += conversation.received
-        if runner is None:  # as conversation.answered
+        if runner is None:  # conversation.answered, without the call of a property
             self.bytes_out += conversation.received - conversation.incomplete - conversation.discarded
         else:
             self.bytes_out += runner.sent

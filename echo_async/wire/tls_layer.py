@@ -69,7 +69,7 @@ class TlsLayer:
         self.has_records = False
         self.has_news = False
         self.server_name: str | None = None
-        self._handshake = bytearray()  # the begin of what the client has sent; until the end of the handshake
+        self._handshake = bytearray()  # the beginning of what the client has sent, until the handshake is complete
         self._data = b""  # that is not processed yet
         self._without_data = 0  # records in a row
         self._is_closed = False
