@@ -77,9 +77,12 @@ class Endpoint:
 
     def start(self, connected: socket.socket, started: float) -> None:
         """Log a new connection and send the PROXY header, if one is configured."""
-        log.debug("connected to %s in %.3f ms", self.name, 1e3 * (perf_counter() - started))
-        if self.config.send_proxy is not None:
-            with closed_on_error(connected):
+        duration = 1e3 * (perf_counter() - started)
+        with closed_on_error(connected):
+            if log.isEnabledFor(logging.DEBUG):
+                source = format_address(connected.getsockname())  # the peer in the log of the server
+                log.debug("connected to %s from %s in %.3f ms", self.name, source, duration)
+            if self.config.send_proxy is not None:
                 self._send_proxy_header(connected, self.config.send_proxy)
 
     def _send_proxy_header(self, connected: socket.socket, version: str) -> None:
