@@ -1,7 +1,7 @@
 """Writes the option tables in docs/*.md, from the definitions that the commands use: ``make docs``.
 
-A table stands between the comments ``<!-- options: server -->`` and ``<!-- /options -->``. That of ``check`` has what
-``client`` does not have.
+A table stands between the comments ``<!-- options: client -->`` and ``<!-- /options -->``. That of ``check`` has what
+``client`` does not have. The options of ``server`` are listed by hand, by topic; a test compares them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from pathlib import Path
 
 from echo_async.cli.check import OPTIONS as CHECK_OPTIONS
 from echo_async.cli.client import OPTIONS as CLIENT_OPTIONS
-from echo_async.cli.server import OPTIONS as SERVER_OPTIONS
 from echo_async.config import FLAG, Option
 
 COMMANDS = {
-    "server": SERVER_OPTIONS,
     "client": CLIENT_OPTIONS,
     "check": {name: option for name, option in CHECK_OPTIONS.items() if CLIENT_OPTIONS.get(name) != option},
 }
@@ -35,12 +33,19 @@ def table(options: Mapping[str, Option]) -> str:
 
 
 def row(name: str, option: Option) -> str:
-    usage = f"--{(option.flag or name).replace('_', '-')} {option.kind.metavar}".strip()
+    usage = f"{flag(name, option)} {option.kind.metavar}".strip()
+    cells = [f"`{usage}`", default(option), option.help.rstrip(".")]
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("* ", "`*` ") for cell in cells) + " |"
+
+
+def flag(name: str, option: Option) -> str:
+    return f"--{(option.flag or name).replace('_', '-')}"
+
+
+def default(option: Option) -> str:
     has_default = option.kind is not FLAG and option.default is not None
     number_or_text = f"{option.default:g}" if isinstance(option.default, float) else option.default
-    default = f"`{number_or_text}`" if has_default else option.default_text
-    cells = [f"`{usage}`", default, option.help.rstrip(".")]
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("* ", "`*` ") for cell in cells) + " |"
+    return f"`{number_or_text}`" if has_default else option.default_text
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -88,12 +89,25 @@ def test_default_is_valid() -> None:
 # The documentation
 
 
-def test_docs_tables_are_up_to_date() -> None:
-    """Run ``make docs`` if this fails."""
+@pytest.fixture
+def generator() -> Any:
     spec = importlib.util.spec_from_file_location("generator", DOCS / "options.py")
     assert spec is not None
     assert spec.loader is not None
-    generator = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generator)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_docs_tables_are_up_to_date(generator: Any) -> None:
+    """Run ``make docs`` if this fails."""
     for path in DOCS.glob("*.md"):
         assert generator.update(path.read_text()) == path.read_text(), path
+
+
+def test_docs_server_options_have_their_defaults(generator: Any) -> None:
+    section = (DOCS / "server.md").read_text().partition("\n## Options\n")[2].partition("\n## ")[0]
+    listed = re.findall(r"`(--[\w-]+)`(?:\]\([^)]*\))?(?: \(([^)]*)\))?", section.partition("|---|")[2])
+    expected = {generator.flag(name, option): generator.default(option) for name, option in server.OPTIONS.items()}
+    assert {flag: default if expected[flag] else "" for flag, default in listed} == expected
+    assert len(listed) == len(expected)
