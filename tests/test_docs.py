@@ -523,10 +523,8 @@ def test_docs_package_layout_names_every_file_once() -> None:
     documented, folder = [], ""
     for line in layout.splitlines():
         name = line.split()[0]
-        if name.endswith("/"):
-            folder = name
-        else:
-            documented.append(f"{folder}{name}" if line.startswith("    ") else name)
+        folder = name if name.endswith("/") else folder
+        documented += [f"{folder}{name}" for name in re.findall(r"\w+\.py", line)]
     package = ROOT / "echo_async"
     existing = [str(each.relative_to(package)) for each in package.rglob("*.py") if not each.name.startswith("__")]
     assert sorted(documented) == sorted(existing)
