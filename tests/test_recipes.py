@@ -1,4 +1,4 @@
-"""The YAML in docs/recipes.md is valid, and its commands do what the page describes.
+"""The YAML of docs/recipes.md is valid, and its commands do what the page describes.
 
 ``test_docs.py`` runs the other examples of the page.
 """
@@ -19,13 +19,15 @@ from support import TIMEOUT, ChildProcess
 
 from echo_async.testing import HostedServer
 
-RECIPES = Path(__file__).parent.parent / "docs" / "recipes.md"
+ROOT = Path(__file__).parent.parent
 
 
 def recipe(key: str, value: str = "") -> Any:
-    """The YAML block of the page that has ``key``, with ``value`` unless it is empty."""
+    """The YAML of the page, or of the file that it names, that has ``key``, with ``value`` unless it is empty."""
     yaml = pytest.importorskip("yaml", reason="kubernetes-validate is not installed")
-    blocks = map(yaml.safe_load, re.findall(r"^```yaml\n(.*?)^```$", RECIPES.read_text(), re.M | re.S))
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    texts = [*re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S), (ROOT / "deploy/network-probe.yaml").read_text()]
+    blocks = (block for text in texts for block in yaml.safe_load_all(text))
     (found,) = (block for block in blocks if key in block and value in ("", block[key]))
     return found
 
