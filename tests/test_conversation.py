@@ -1,18 +1,17 @@
 """The wire protocol of each mode, without an event loop or a socket.
 
-Every input is fed as a whole, byte by byte and in chunks of 20 bytes, with and without trailing data, and must
-give the same outcome. Hypothesis then searches for a split that makes a difference.
+Every input, in chunks of any size, must have the outcome of a simple model.
 """
 
 from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support import make_conversation
 
@@ -80,31 +79,34 @@ UNUSUAL_BYTES = [
 MESSAGES = [*BOUNDARY_SIZES, *SPLIT_CHARACTERS, *UNUSUAL_BYTES]
 
 
+def model(mode: Mode, sent: bytes, limit: int) -> Outcome:
+    """Reference implementation, simple and slow."""
+    if mode == "raw":
+        return Outcome(reply=sent, messages=0)
+    *messages, rest = sent.split(b"\n")
+    reply = b""
+    for count, message in enumerate(messages):
+        if len(message) + 1 > limit:
+            return too_long(reply, count, sent, limit)
+        reply += message + b"\n"
+        if mode == "message":
+            return Outcome(reply=reply, messages=1, discarded=len(sent) - len(reply), finished=True)
+    if len(rest) + 1 > limit:
+        return too_long(reply, len(messages), sent, limit)
+    return Outcome(reply=reply, messages=len(messages), incomplete=len(rest))
+
+
+def too_long(reply: bytes, messages: int, sent: bytes, limit: int) -> Outcome:
+    discarded = len(sent) - len(reply) - limit
+    return Outcome(reply=reply, messages=messages, incomplete=limit, discarded=discarded, finished=True, too_long=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [1, 19, 20, 21, 20_000])
-def test_message_split_anywhere_is_echoed_unchanged(size: int) -> None:
+def test_message_split_anywhere_is_echoed_unchanged(mode: Mode, size: int) -> None:
     for message in MESSAGES:
-        chunks = list(split_evenly(message, size))
-        assert run_conversation("message", chunks) == Outcome(reply=message, messages=1, finished=True)
-        assert run_conversation("stream", chunks) == Outcome(reply=message, messages=1)
-        assert run_conversation("raw", chunks) == Outcome(reply=message, messages=0)
-
-
-@pytest.mark.parametrize("size", [1, 20, 20_000])
-def test_bytes_after_a_message_depend_on_the_mode(size: int) -> None:
-    for message in MESSAGES:
-        chunks = list(split_evenly(message + b"trailing", size))
-        assert run_conversation("message", chunks) == Outcome(reply=message, messages=1, discarded=8, finished=True)
-        assert run_conversation("stream", chunks) == Outcome(reply=message, messages=1, incomplete=8)
-        assert run_conversation("raw", chunks) == Outcome(reply=message + b"trailing", messages=0)
-
-
-@pytest.mark.parametrize("size", [1, 20, 20_000])
-def test_message_without_newline_is_not_answered(size: int) -> None:
-    for incomplete in (message[:-1] for message in MESSAGES):
-        chunks = list(split_evenly(incomplete, size))
-        assert run_conversation("message", chunks) == Outcome(reply=b"", messages=0, incomplete=len(incomplete))
-        assert run_conversation("stream", chunks) == Outcome(reply=b"", messages=0, incomplete=len(incomplete))
-        assert run_conversation("raw", chunks) == Outcome(reply=incomplete, messages=0)
+        for sent in (message, message + b"trailing", message[:-1]):
+            assert run_conversation(mode, split_evenly(sent, size)) == model(mode, sent, LIMIT)
 
 
 def test_stream_replies_as_soon_as_the_newline_arrives() -> None:
@@ -115,17 +117,12 @@ def test_stream_replies_as_soon_as_the_newline_arrives() -> None:
     assert conversation.receive(b"ree\n") == b"three\n"
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_complete_message_is_returned_without_a_copy(mode: Mode) -> None:
-    conversation = make_conversation(mode, LIMIT)
-    message = b"Hola Server!\n"
-    assert conversation.receive(message) is message
-
-
-def test_stream_after_a_split_message_returns_without_a_copy() -> None:
+def test_complete_messages_are_returned_without_a_copy() -> None:
+    message, several = b"Hola Server!\n", b"one\ntwo\n"
+    for mode in MODES:
+        assert make_conversation(mode, LIMIT).receive(message) is message
     conversation = make_conversation("stream", LIMIT)
     feed(conversation, [b"in ", b"pieces\n"])
-    several = b"one\ntwo\n"
     assert conversation.receive(several) is several
     assert conversation.messages == 3
 
@@ -162,27 +159,11 @@ def test_messages_of_any_size_in_one_chunk_are_counted() -> None:
         assert run_conversation("stream", [sent]) == Outcome(reply=sent, messages=sent.count(b"\n"))
 
 
-@pytest.mark.parametrize("mode", ["message", "stream"])
+@pytest.mark.parametrize("mode", MODES)
 def test_message_one_byte_over_the_limit_is_too_long(mode: Mode) -> None:
     for limit, size in product([1, 19, 20, 21, 64], [1, 20, 1000]):
-        message = b"x" * limit + b"\n"
-        assert run_conversation(mode, split_evenly(message[1:], size), limit).reply == message[1:]
-        outcome = run_conversation(mode, split_evenly(message, size), limit)
-        assert (outcome.reply, outcome.messages, outcome.finished, outcome.too_long) == (b"", 0, True, True)
-
-
-@pytest.mark.parametrize("mode", ["message", "stream"])
-def test_message_without_newline_at_the_limit_is_too_long(mode: Mode) -> None:
-    conversation = make_conversation(mode, 20)
-    feed(conversation, [b"x" * 19])
-    assert not conversation.too_long
-    feed(conversation, [b"x"])  # the newline would be byte 21
-    assert conversation.too_long
-    assert conversation.finished
-
-
-def test_raw_mode_has_no_message_limit() -> None:
-    assert run_conversation("raw", [b"x" * 1000], limit=20) == Outcome(reply=b"x" * 1000, messages=0)
+        for sent in (limit * b"x" + b"\n", limit * b"x", (limit - 1) * b"x" + b"\n", (limit - 1) * b"x"):
+            assert run_conversation(mode, split_evenly(sent, size), limit) == model(mode, sent, limit)
 
 
 def test_long_chunk_completing_a_split_message_is_answered() -> None:
@@ -191,60 +172,14 @@ def test_long_chunk_completing_a_split_message_is_answered() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_input_after_finish_is_discarded(mode: Mode) -> None:
-    conversation = make_conversation(mode, LIMIT)
-    conversation.end_input()
-    assert conversation.receive(b"never\n") == b""
-    assert conversation.receive(b"never") == b""
-    assert conversation.received == conversation.discarded == 11
-    assert conversation.incomplete == conversation.messages == 0
-
-
-@pytest.mark.parametrize("mode", ["message", "stream"])
-def test_eof_within_a_message_keeps_the_incomplete_size(mode: Mode) -> None:
-    conversation = make_conversation(mode, LIMIT)
-    feed(conversation, [b"no newline"])
-    conversation.end_input()
-    assert Outcome.of(conversation, b"") == Outcome(reply=b"", messages=0, incomplete=10, finished=True)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_eof_between_messages_leaves_nothing_incomplete(mode: Mode) -> None:
-    conversation = make_conversation(mode, LIMIT)
-    feed(conversation, [b"whole\n"])
-    conversation.end_input()
-    conversation.end_input()
-    assert conversation.finished
-    assert conversation.incomplete == 0
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_stop_before_the_first_byte_finishes_at_once(mode: Mode) -> None:
-    conversation = make_conversation(mode, LIMIT)
-    conversation.drain()
-    assert conversation.finished
-    assert feed(conversation, [b"late\n"]) == b""
-    assert conversation.discarded == 5
-
-
-@pytest.mark.parametrize("mode", ["message", "stream"])
-@pytest.mark.parametrize("size", [1, 20])
-def test_stop_within_a_message_answers_it_and_no_other(mode: Mode, size: int) -> None:
-    conversation = make_conversation(mode, LIMIT)
-    assert conversation.receive(b"first ") == b""
-    conversation.drain()
-    assert not conversation.finished
-    reply = b"".join(conversation.receive(chunk) for chunk in split_evenly(b"part\nno\nmore", size))
-    assert Outcome.of(conversation, reply) == Outcome(reply=b"first part\n", messages=1, discarded=7, finished=True)
-
-
-def test_message_after_stop_can_be_too_long() -> None:
-    conversation = make_conversation("stream", 20)
-    feed(conversation, [b"first"])
-    conversation.drain()
-    assert conversation.receive(b"x" * 20) == b""
-    assert conversation.finished
-    assert conversation.too_long
+def test_input_after_its_end_is_discarded(mode: Mode) -> None:
+    for sent in (b"", b"whole\n", b"incomplete"):
+        conversation = make_conversation(mode, LIMIT)
+        reply = feed(conversation, [sent])
+        conversation.end_input()
+        conversation.end_input()
+        assert conversation.receive(b"never\n") == conversation.receive(b"never") == b""
+        assert Outcome.of(conversation, reply) == replace(model(mode, sent, LIMIT), finished=True, discarded=11)
 
 
 # Short messages of few byte values, so that newlines, limits and chunk boundaries coincide often.
@@ -262,28 +197,10 @@ def split(data: bytes, sizes: Iterable[int]) -> list[bytes]:
     return [chunk for chunk in [*chunks, data] if chunk]
 
 
-def model(mode: Mode, sent: bytes, limit: int) -> tuple[bytes, int, bool, bool]:
-    """Reference implementation, simple and slow: reply, messages, finished, too_long."""
-    if mode == "raw":
-        return sent, 0, False, False
-    *messages, rest = sent.split(b"\n")
-    reply = b""
-    for count, message in enumerate(messages):
-        if len(message) + 1 > limit:
-            return reply, count, True, True
-        reply += message + b"\n"
-        if mode == "message":
-            return reply, 1, True, False
-    too_long = len(rest) + 1 > limit
-    return reply, len(messages), too_long, too_long
-
-
 @pytest.mark.parametrize("mode", MODES)
 @given(sent=INPUTS, sizes=CHUNK_SIZES, limit=LIMITS)
 def test_any_split_matches_the_reference_model(mode: Mode, sent: bytes, sizes: list[int], limit: int) -> None:
-    outcome = run_conversation(mode, split(sent, sizes), limit)
-    assert (outcome.reply, outcome.messages, outcome.finished, outcome.too_long) == model(mode, sent, limit)
-    assert outcome == run_conversation(mode, [sent] if sent else [], limit)
+    assert run_conversation(mode, split(sent, sizes), limit) == model(mode, sent, limit)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -302,18 +219,28 @@ def test_any_chunk_kept_as_it_is_gives_the_same_outcome(
             reply += b"".join([*conversation.parts, last])
             conversation.parts = ()
             assert len(reply) == conversation.answered
-    assert Outcome.of(conversation, bytes(reply)) == run_conversation(mode, [sent] if sent else [], limit)
+    assert Outcome.of(conversation, bytes(reply)) == model(mode, sent, limit)
+
+
+def stopped_model(mode: Mode, before: bytes, after: bytes, limit: int) -> Outcome:
+    """A stop answers the message that has begun, and no other."""
+    outcome = model(mode, before, limit)
+    if outcome.finished or not outcome.incomplete:
+        return replace(outcome, discarded=outcome.discarded + len(after), finished=True)
+    last = model("message", before[len(outcome.reply) :] + after, limit)
+    return replace(last, reply=outcome.reply + last.reply, messages=outcome.messages + last.messages)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @given(before=INPUTS, after=INPUTS, sizes=CHUNK_SIZES, limit=LIMITS)
-def test_stop_before_any_split_gives_the_same_outcome(
+@example(before=b"", after=b"late\n", sizes=[], limit=LIMIT)
+@example(before=b"first ", after=b"part\nno\nmore", sizes=[20], limit=LIMIT)
+@example(before=b"first", after=b"x" * 20, sizes=[], limit=20)
+def test_stop_answers_the_incomplete_message_and_no_other(
     mode: Mode, before: bytes, after: bytes, sizes: list[int], limit: int
 ) -> None:
-    def run_stopped(chunks: Iterable[bytes]) -> Outcome:
-        conversation = make_conversation(mode, limit)
-        reply = feed(conversation, [before])
-        conversation.drain()
-        return Outcome.of(conversation, reply + b"".join(map(conversation.receive, chunks)))
-
-    assert run_stopped(split(after, sizes)) == run_stopped([after] if after else [])
+    conversation = make_conversation(mode, limit)
+    reply = feed(conversation, [before])
+    conversation.drain()
+    reply += b"".join(map(conversation.receive, split(after, sizes)))
+    assert Outcome.of(conversation, reply) == stopped_model(mode, before, after, limit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -19,7 +19,7 @@ from echo_async.engines.timeouts import Timeouts
 from echo_async.server.admission import Admission
 from echo_async.server.registry import Registry
 
-IDLE, MESSAGE, WRITE = 600.0, 60.0, 30.0
+IDLE, MESSAGE, WRITE = 20.0, 60.0, 30.0
 
 
 class FakeClockRegistry(Registry):
@@ -81,49 +81,68 @@ class FakeConnection(Connection):
             return None
         return self.timeouts.expired(self, self.clock.time)
 
-    def receive_until_expired(self, data: bytes) -> tuple[str, float]:
-        """Receive ``data`` every half second. Return the first timeout that expires, and the seconds until then."""
+    def expire(self, flood: bytes = b"") -> tuple[str, float]:
+        """Receive ``flood`` every half second. Return the first timeout that expires, and the seconds until then."""
         start = self.clock.time
         while True:
-            self.receive(data)
+            if flood:
+                self.receive(flood)
             if expired := self.advance(0.5):
                 return expired, self.clock.time - start
 
 
-def connection(mode: Mode = "stream") -> FakeConnection:
-    return FakeConnection(FakeClockRegistry(ServerConfig(mode=mode)))
+class Unsent(NamedTuple):
+    """The bytes of replies that the kernel has not taken."""
+
+    size: int
 
 
-@pytest.mark.parametrize("mode", ["message", "stream", "raw"])
-def test_idle_timeout_expires_after_exactly_its_time(mode: Mode) -> None:
-    silent = connection(mode)
-    assert silent.advance(IDLE - 0.5) is None
-    assert silent.advance(0.5) == "idle"
+class Case(NamedTuple):
+    """What happens to a connection, which waits between, without a timeout, and the one that expires after it."""
+
+    mode: Mode
+    steps: list[bytes | float | Unsent]
+    expired: str
+    seconds: float  # after the last step
+    flood: bytes = b""  # received all the time after the last step
 
 
-@pytest.mark.parametrize("mode", ["stream", "raw"])
-def test_idle_timeout_restarts_with_any_input(mode: Mode) -> None:
-    active = connection(mode)
-    for _ in range(5):
-        assert active.advance(IDLE - 1) is None
-        active.receive(b"\n")
-    assert active.advance(IDLE) is None
-    assert active.advance(0.5) == "idle"
+CASES = {
+    "idle": Case("stream", [], "idle", IDLE),
+    "idle, message": Case("message", [], "idle", IDLE),
+    "idle, raw": Case("raw", [b"never a newline"], "idle", IDLE + 0.5),  # seen by the next sweep
+    "idle restarts with input": Case("stream", 5 * [IDLE - 1, b"\n"], "idle", IDLE + 0.5),
+    "idle restarts with input, raw": Case("raw", 5 * [IDLE - 1, b"x"], "idle", IDLE + 0.5),
+    "idle starts at the end of a message": Case("stream", [b"begun", MESSAGE - 1, b"\n"], "idle", IDLE + 0.5),
+    "message": Case("message", [], "message", MESSAGE + 0.5, flood=b"."),
+    "message, not idle": Case("stream", [IDLE - 1, b"begun"], "message", MESSAGE + 0.5),
+    "message, despite progress": Case("stream", [], "message", MESSAGE + 0.5, flood=b"."),
+    "message restarts with each": Case("stream", [b"1", *5 * [MESSAGE - 1, b"\n2"]], "message", MESSAGE + 0.5),
+    "write": Case("raw", [1000 * b"x", Unsent(1000)], "write", WRITE + 0.5),
+    "write starts with the first unsent byte": Case("stream", [IDLE - 1, b"one\n", Unsent(4)], "write", WRITE + 0.5),
+    "write restarts with progress": Case(
+        "raw",
+        [3 * b"x", *(step for left in (3, 2, 1) for step in (Unsent(left), WRITE - 1))],
+        "write",
+        1.5,
+    ),
+    "write ignores more output": Case("raw", [b"x", Unsent(1), WRITE - 1, b"y", Unsent(2)], "write", 1.5),
+    "linger": Case("message", [b"one\n"], "linger", LINGER_TIMEOUT + 0.5),
+    "linger, despite input": Case("message", [b"one\n"], "linger", LINGER_TIMEOUT + 0.5, flood=b"more\n"),
+}
 
 
-@pytest.mark.parametrize("mode", ["message", "stream"])
-def test_message_timeout_ignores_progress_within_a_message(mode: Mode) -> None:
-    expired, seconds = connection(mode).receive_until_expired(b".")
-    assert expired == "message"
-    assert MESSAGE <= seconds <= MESSAGE + 1
-
-
-def test_incomplete_message_is_not_subject_to_idle_timeout() -> None:
-    registry = FakeClockRegistry(ServerConfig(timeout_idle=5, timeout_message=60))
-    slow = FakeConnection(registry)
-    slow.receive(b"begun")
-    assert slow.advance(59) is None
-    assert slow.advance(2) == "message"
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_timeout_expires_after_exactly_its_time(case: Case) -> None:
+    connection = FakeConnection(FakeClockRegistry(ServerConfig(mode=case.mode, timeout_idle=IDLE)))
+    for step in case.steps:
+        if isinstance(step, bytes):
+            connection.receive(step)
+        elif isinstance(step, Unsent):
+            connection.unsent_bytes = step.size
+        else:
+            assert connection.advance(step) is None
+    assert connection.expire(case.flood) == (case.expired, case.seconds)
 
 
 def test_missing_newline_is_logged_once_before_the_timeout(caplog: pytest.LogCaptureFixture) -> None:
@@ -141,67 +160,6 @@ def test_missing_newline_is_logged_once_before_the_timeout(caplog: pytest.LogCap
     registry.time += MESSAGE / 2
     registry.sweep()
     assert len(caplog.records) == 1
-
-
-def test_message_timeout_restarts_with_each_message() -> None:
-    slow = connection()
-    slow.receive(b"the first half")
-    for _ in range(5):
-        assert slow.advance(MESSAGE - 1) is None
-        slow.receive(b" and the second half\nthe first half of the next")
-    assert slow.advance(MESSAGE + 1) == "message"
-
-
-def test_idle_timeout_starts_at_the_end_of_a_message() -> None:
-    slow = FakeConnection(FakeClockRegistry(ServerConfig(mode="stream", timeout_idle=10)))
-    slow.receive(b"begun")
-    assert slow.advance(50) is None
-    slow.receive(b", completed\n")
-    assert slow.advance(10) is None
-    assert slow.advance(0.5) == "idle"
-
-
-def test_message_timeout_in_raw_mode_does_not_apply() -> None:
-    talking = connection("raw")
-    talking.receive(b"never a newline")
-    assert talking.advance(IDLE) is None
-
-
-def test_write_timeout_without_progress_expires() -> None:
-    stalled = connection("raw")
-    stalled.receive(b"x" * 1000)
-    stalled.unsent_bytes = 1000
-    assert stalled.advance(WRITE - 1) is None
-    assert stalled.advance(2) == "write"
-
-
-def test_write_timeout_starts_with_the_first_unsent_byte() -> None:
-    stalled = connection()
-    assert stalled.advance(500) is None
-    stalled.receive(b"one\n")
-    stalled.unsent_bytes = 4
-    assert stalled.advance(WRITE - 1) is None
-    assert stalled.advance(2) == "write"
-
-
-def test_write_timeout_restarts_with_any_progress() -> None:
-    slow = connection("raw")
-    slow.receive(b"x" * 1000)
-    slow.unsent_bytes = 1000
-    for _ in range(5):
-        assert slow.advance(WRITE - 1) is None
-        slow.unsent_bytes -= 1
-    assert slow.advance(WRITE + 1) == "write"
-
-
-def test_write_timeout_ignores_additional_output() -> None:
-    stalled = connection("raw")
-    stalled.receive(b"x" * 1000)
-    stalled.unsent_bytes = 1000
-    assert stalled.advance(WRITE - 1) is None
-    stalled.receive(b"y" * 1000)
-    stalled.unsent_bytes += 1000
-    assert stalled.advance(2) == "write"
 
 
 def test_write_timeout_suspends_the_other_timeouts() -> None:
@@ -222,23 +180,8 @@ def test_write_timeout_suspends_the_other_timeouts() -> None:
     assert finished.advance(1.5) == "linger"
 
 
-def test_linger_timeout_expires_after_the_last_reply() -> None:
-    done = connection("message")
-    done.receive(b"one\n")
-    assert done.advance(LINGER_TIMEOUT) is None
-    assert done.advance(0.5) == "linger"
-
-
-def test_linger_timeout_ignores_discarded_input() -> None:
-    chatty = connection("message")
-    chatty.receive(b"one\n")
-    expired, seconds = chatty.receive_until_expired(b"more\n")
-    assert expired == "linger"
-    assert LINGER_TIMEOUT <= seconds <= LINGER_TIMEOUT + 1
-
-
 def test_linger_timeout_during_shutdown_is_shorter() -> None:
-    done = connection("message")
+    done = FakeConnection(FakeClockRegistry(ServerConfig()))
     done.receive(b"one\n")
     done.clock.drain()
     assert done.calls == ["drain"]
@@ -299,7 +242,7 @@ def test_sweep_interval_fits_the_shortest_timeout() -> None:
 def test_sweep_with_a_failing_connection_aborts_only_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    registry = FakeClockRegistry(ServerConfig(mode="stream"))
+    registry = FakeClockRegistry(ServerConfig(mode="stream", timeout_idle=IDLE))
     clients = [FakeConnection(registry) for _ in range(3)]
     monkeypatch.setattr(clients[1], "unsent", None)
     registry.time += IDLE
