@@ -15,6 +15,7 @@ An HTML comment in the line before a code block selects how it is run:
 - ``<!-- given: server -->`` starts a server in ``stream`` mode on that port before a session, and ``tls_server`` one
   in ``message`` mode whose CA certificate is in ``ca.pem``; ``udp_server`` also answers datagrams. Another name is a
   program: without it, the test is skipped.
+- Sessions that only a translation shows, with the commands of the original, run where ``ALL_BACKENDS`` is set.
 - ``<!-- not run -->`` marks a session whose commands are only parsed, as those of ``sh`` are.
 
 The text after ``# ->`` in a Python example is the line that it prints. No example may warn, leave a task or thread
@@ -49,7 +50,7 @@ from typing import Any
 import click
 import pytest
 import trustme
-from support import TIMEOUT, ChildProcess, run, without_slow_callbacks
+from support import ALL_BACKENDS, TIMEOUT, ChildProcess, run, without_slow_callbacks
 
 import echo_async
 import echo_async.testing  # a pytest run inside of pytest removes the modules that it imported first
@@ -61,11 +62,8 @@ pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted(
-    each
-    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "deploy/**/*.md", "tests/*.md")
-    for each in ROOT.glob(pattern)
-)
+PATTERNS = ("*.md", "docs/*.md", "examples/*.md", "deploy/**/*.md", "tests/*.md", "docs/es/*.md")
+DOCUMENTS = [each for pattern in PATTERNS for each in sorted(ROOT.glob(pattern))]
 EXAMPLE_FILES = sorted((ROOT / "examples").glob("*.py"))
 
 BLOCK = re.compile(
@@ -273,7 +271,10 @@ for each in CONSOLE:
     SESSIONS.setdefault(session_of(each), []).append(each)
 
 
-@pytest.mark.parametrize("document", sorted({examples[0].document for examples in SESSIONS.values()}))
+WITH_SESSIONS = dict.fromkeys(examples[0].document for examples in SESSIONS.values())
+
+
+@pytest.mark.parametrize("document", [each for each in WITH_SESSIONS if ALL_BACKENDS or "/es/" not in each])
 def test_docs_sessions_print_the_documented_output(document: str, tmp_path: Path) -> None:
     """A session that several documents show runs once, with the first of them."""
     sessions = [session for session, examples in SESSIONS.items() if examples[0].document == document]
@@ -286,10 +287,8 @@ def test_docs_sessions_print_the_documented_output(document: str, tmp_path: Path
         for example in SESSIONS[session]:
             expected = expected_lines(example)
             assert len(output) == len(expected) or "..." in expected, (example, output)
-            assert re.fullmatch(pattern(expected), "".join(f"{normalize(line)}\n" for line in output)), (
-                example,
-                output,
-            )
+            printed = "".join(f"{normalize(line)}\n" for line in output)
+            assert re.fullmatch(pattern(expected), printed), (example, output)
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
 
