@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +52,7 @@ def count_dropped(server: ScriptedDatagrams) -> int:
     return sum(not drop_tenth(0, data) for data in server.received)
 
 
-@pytest.mark.parametrize(("rate", "size"), [(None, 2), (None, 100), (None, 65_507), (1000.0, 100)])
+@pytest.mark.parametrize(("rate", "size"), [(None, 2), (None, 65_507), (1000.0, 100)])
 def test_udp_load_without_loss_is_answered(start: Any, rate: float | None, size: int) -> None:
     server = start()
     recorder = run_load(server, rate=rate, size=size, connections=1 if size > 100 else 3, duration=0.1)
@@ -148,17 +147,14 @@ def test_udp_port_without_server_exits_with_3(closed_udp_port: int, capsys: Capt
     assert "connection refused; is the server running?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        (["--ssl"], "--udp conflicts with --ssl"),
-        (["--server-hostname", "x"], "--udp conflicts with --server-hostname"),
-        (["--uds", "x"], "--udp conflicts with --uds"),
-        (["--mode", "stream"], "--udp conflicts with --mode"),
-        (["--rate", "1", "--pipeline", "2"], "--udp --rate conflicts with --pipeline"),
-        (["--size", "65508"], r"invalid --size: 65508 \(must be at most 65507 with --udp\)"),
-    ],
-)
-def test_udp_load_conflicting_option_exits_with_2(options: list[str], text: str, capsys: Capture) -> None:
-    assert main(["load", "--udp", *options]) == 2
-    assert re.match(f"error: {text}", capsys.readouterr().err)
+def test_udp_load_conflicting_option_exits_with_2(capsys: Capture) -> None:
+    for options, text in (
+        ("--ssl", "--udp conflicts with --ssl"),
+        ("--server-hostname x", "--udp conflicts with --server-hostname"),
+        ("--uds x", "--udp conflicts with --uds"),
+        ("--mode stream", "--udp conflicts with --mode"),
+        ("--rate 1 --pipeline 2", "--udp --rate conflicts with --pipeline"),
+        ("--size 65508", "invalid --size: 65508 (must be at most 65507 with --udp)"),
+    ):
+        assert main(["load", "--udp", *options.split()]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {text}")
