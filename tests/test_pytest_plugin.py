@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import gc
-import socket
 import subprocess
 import sys
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
@@ -17,7 +15,6 @@ from support import MAX_DELAY, TIMEOUT, connect, receive_all, receive_line, run_
 
 import echo_async
 from echo_async import sync
-from echo_async.config import Mode
 from echo_async.testing import HostedServer
 
 ALREADY_IMPORTED = "ignore::pytest.PytestAssertRewriteWarning"  # by this session; before pytest 9.2 that is a warning
@@ -224,25 +221,6 @@ def test_received_contains_a_message_before_its_reply() -> None:
             assert receive_line(client) == message
             assert server.received[-1] == message
         assert len(server.received) == server.stats.messages == 200
-
-
-def test_received_contains_only_complete_messages() -> None:
-    sent = b"one\n\xff\r\n\na long message, in several chunks\nunfinished"
-    lines = sent.splitlines(keepends=True)
-    modes: dict[Mode, list[bytes]] = {"message": lines[:1], "stream": lines[:-1]}
-    for mode, received in modes.items():
-        with HostedServer(mode=mode) as server, connect(server) as client:
-            client.sendall(sent)
-            client.shutdown(socket.SHUT_WR)
-            assert receive_all(client) == b"".join(received)
-            assert server.received == received
-
-
-def test_received_from_many_clients_contains_each_once() -> None:
-    messages = [str(number) for number in range(50)]
-    with HostedServer() as server, ThreadPoolExecutor(10) as clients:
-        assert list(clients.map(lambda message: sync.echo(message, *server.address), messages)) == messages
-        assert sorted(server.received) == sorted(b"%d\n" % number for number in range(50))
 
 
 def test_address_after_close_is_still_available(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,11 +30,7 @@ from echo_async.service.systemd import listen_descriptors
 
 SERVER = (sys.executable, "-m", "echo_async.server")
 
-VARIANTS = [
-    ["--engine", "protocol"],
-    ["--engine", "threads"],
-    ["--workers", "2"],
-]
+VARIANTS = [["--engine", "threads"], ["--workers", "2"]]
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=" ".join)
 
 
@@ -126,11 +122,10 @@ def activated(*listeners: socket.socket, options: tuple[str, ...] = (), names: s
             os.close(number)
 
 
-@pytest.mark.parametrize("variant", VARIANTS[1:], ids=" ".join)
-def test_all_sockets_from_systemd_are_served(variant: list[str], listener: socket.socket) -> None:
+def test_all_sockets_from_systemd_are_served(listener: socket.socket) -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as second,
-        activated(listener, second, options=(*variant, "--port", "1")) as server,
+        activated(listener, second, options=("--engine", "threads", "--port", "1")) as server,
     ):
         assert server.address == listener.getsockname()
         for each in (listener, second):
@@ -140,21 +135,17 @@ def test_all_sockets_from_systemd_are_served(variant: list[str], listener: socke
     assert "messages=2 " in log
 
 
-@pytest.mark.parametrize(
-    ("pid", "count", "names", "expected"),
-    [
-        (os.getpid, "2", "", {3: "unknown", 4: "unknown"}),  # as for sd_listen_fds_with_names(3)
-        (os.getpid, "3", "web::web:other", {3: "web", 4: "unknown", 5: "web"}),
-        (os.getpid, "x", "web", {}),
-        (os.getppid, "1", "web", {}),
-    ],
-)
-def test_listen_fds_are_those_of_this_process(
-    pid: Callable[[], int], count: str, names: str, expected: dict[int, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    set_environment(monkeypatch, count, names, pid())
-    assert listen_descriptors() == expected
-    assert not any(name.startswith("LISTEN_") for name in os.environ)  # child processes do not get them
+def test_listen_fds_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases: list[tuple[int, str, str, dict[int, str]]] = [
+        (os.getpid(), "2", "", {3: "unknown", 4: "unknown"}),  # as for sd_listen_fds_with_names(3)
+        (os.getpid(), "3", "web::web:other", {3: "web", 4: "unknown", 5: "web"}),
+        (os.getpid(), "x", "web", {}),
+        (os.getppid(), "1", "web", {}),
+    ]
+    for pid, count, names, expected in cases:
+        set_environment(monkeypatch, count, names, pid)
+        assert listen_descriptors() == expected
+        assert not any(name.startswith("LISTEN_") for name in os.environ)  # child processes do not get them
 
 
 def set_environment(monkeypatch: pytest.MonkeyPatch, count: str, names: str, pid: int) -> None:
@@ -165,12 +156,11 @@ def set_environment(monkeypatch: pytest.MonkeyPatch, count: str, names: str, pid
 # LISTEN_FDNAMES, from FileDescriptorName= of socket units
 
 
-@pytest.mark.parametrize("variant", VARIANTS[::2], ids=" ".join)
 def test_listeners_serve_the_inherited_sockets_of_their_name(
-    variant: list[str], listener: socket.socket, certificate: Path, client_context: ssl.SSLContext
+    listener: socket.socket, certificate: Path, client_context: ssl.SSLContext
 ) -> None:
     specs = ("--listen", "fd:secure,tls", "--listen", "fd:plain", "--listen", "127.0.0.1:0,fault=duplicate")
-    options = (*specs, *variant, "--ssl-certfile", str(certificate))
+    options = (*specs, "--workers", "2", "--ssl-certfile", str(certificate))
     with (
         socket.create_server(("127.0.0.1", 0)) as secure,
         socket.create_server(("127.0.0.1", 0)) as second,
@@ -190,22 +180,19 @@ def test_listeners_serve_the_inherited_sockets_of_their_name(
     assert "messages=3 " in log
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
+def test_options_not_matching_inherited_sockets_exit_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, reason in (
         ("--listen fd:web", "'fd:web' (no inherited socket has this name; LISTEN_FDNAMES has plain, secure)"),
         ("--listen fd:plain", "--listen does not include all inherited sockets; add fd:secure"),
         ("--listen 0", "--listen does not include all inherited sockets; add fd:plain, fd:secure"),
         ("--listen fd:plain,fault=drop", "fault and fault_sequence conflict with fd; use host and port, or uds"),
         ("--fault drop", "--fault and --fault-sequence conflict with LISTEN_FDS; use --host and --port, or --uds"),
-    ],
-)
-def test_options_not_matching_inherited_sockets_exit_2(
-    options: str, reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    set_environment(monkeypatch, "2", "plain:secure", os.getpid())
-    assert main(options.split()) == 2
-    assert reason in single_error_line(*capsys.readouterr())
+    ):
+        set_environment(monkeypatch, "2", "plain:secure", os.getpid())
+        assert main(options.split()) == 2
+        assert reason in single_error_line(*capsys.readouterr())
 
 
 # NOTIFY_SOCKET
