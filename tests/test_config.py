@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from echo_async import ConfigError, ServerConfig, connect, serve, sync
+from echo_async.config import ClientConfig
 from echo_async.testing import HostedServer
 
 TIMEOUTS = ["timeout_idle", "timeout_message", "timeout_write", "timeout_graceful_shutdown"]
@@ -60,6 +62,13 @@ def test_range_ends_are_valid() -> None:
         assert getattr(ServerConfig(**{name: value}), name) == value
     for networks in ("*", "10.0.0.0/8, fd00::/8, 192.0.2.1"):
         ServerConfig(proxy_protocol="auto", proxy_allow_from=networks)
+
+
+@pytest.mark.parametrize("config", [ServerConfig, ClientConfig])
+def test_configuration_has_the_text_of_a_path(config: type[ServerConfig]) -> None:
+    assert config(uds=Path("dir/\udcf1.sock")).uds == "dir/\udcf1.sock"
+    with pytest.raises(ConfigError, match="invalid uds: 1 "):
+        config(uds=1)  # type: ignore[arg-type]
 
 
 CONFLICTS: list[tuple[dict[str, Any], str]] = [

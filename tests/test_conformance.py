@@ -217,14 +217,14 @@ def test_write_timeout_closes_a_client_that_never_reads(start_server: StartServe
 
 
 def test_unix_socket_echoes_and_is_removed(start_server: StartServer, tmp_path: Path) -> None:
-    path = str(tmp_path / "echo")
+    path = tmp_path / "echo"
     with start_server(uds=path, mode="stream") as server:
-        assert server.addresses == [path]
+        assert server.addresses == [str(path)]
         with connect(server) as client:
             assert is_echoed(client, b"one\n")
             client.shutdown(socket.SHUT_WR)
             assert receive_all(client) == b""
-    assert not os.path.exists(path)
+    assert not path.exists()
 
 
 def test_ipv6_address_is_served(start_server: StartServer) -> None:

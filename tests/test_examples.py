@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import select
 import signal
 import socket
 import sys
@@ -13,8 +12,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 
-import pytest
-from support import TIMEOUT, ServerProcess, command_process, receive_all, receive_line, reset
+from support import TIMEOUT, ServerProcess, command_process
 
 from echo_async import sync
 from echo_async.check.checks import run_checks
@@ -47,51 +45,16 @@ def test_examples_are_short_and_follow_from_each_other() -> None:
         assert f"``{before}.py`` cannot " in texts[name]
 
 
-MESSAGES = [b"\n", b"\x00\xff\r\x1b\n", b"x" * 20 + b"\n", b"y" * 500_000 + b"\n"]
-
-
-@pytest.mark.parametrize("name", ["one_client", *CONCURRENT])
-def test_example_answers_as_the_exercise_demands(name: str) -> None:
-    """It is interrupted with a client."""
-    with ExitStack() as clients, run_example(name) as server:
-        for message in MESSAGES:
-            assert sync.echo(message, *server.address) == message
-        with server.connect() as client:
-            client.sendall(b"one\ntwo\n" + b"z" * 100_000)
-            assert receive_line(client) == b"one\n"
-            client.sendall(b"three\n")
-            assert receive_all(client) == b""
-        with server.connect() as client:
-            client.sendall(b"no newline")
-            client.shutdown(socket.SHUT_WR)
-            assert receive_all(client) == b""
-        with server.connect() as client:
-            client.sendall(b"begun")
-            reset(client)
-        assert sync.echo("next", *server.address, timeout=TIMEOUT) == "next"
-        silent = clients.enter_context(server.connect())
-        silent.sendall(b"begun")
-        if name != "one_client":
-            assert sync.echo("other", *server.address) == "other"
-
-
-def test_example_one_client_delays_every_other() -> None:
-    with run_example("one_client") as server, server.connect() as silent, server.connect() as other:
-        silent.sendall(b"begun")
-        other.sendall(b"other\n")
-        assert select.select([other], [], [], 0.2)[0] == []
-        silent.sendall(b" and finished\n")
-        assert receive_all(silent) == b"begun and finished\n"
-        silent.close()
-        assert receive_line(other) == b"other\n"
-
-
 def test_examples_are_what_the_page_tells_of_check() -> None:
-    """The lesson of the ladder: only the first server serves one client at a time, and that is all that is wrong."""
+    """Only the first server serves one client at a time, and that is all that is wrong. Each ends with a client."""
     names = ["one_client", *CONCURRENT]
     with ExitStack() as stack, ThreadPoolExecutor(len(names)) as pool:
-        addresses = [stack.enter_context(run_example(name)).address for name in names]
-        failed = dict(zip(names, pool.map(failed_checks, names, addresses), strict=True))
+        clients = stack.enter_context(ExitStack())
+        servers = [stack.enter_context(run_example(name)) for name in names]
+        failed = dict(zip(names, pool.map(failed_checks, names, [each.address for each in servers]), strict=True))
+        for server in servers:
+            assert sync.echo(500_000 * b"y", *server.address) == 500_000 * b"y"
+            clients.enter_context(server.connect()).sendall(b"begun")
     assert failed == {"one_client": ["concurrent"], **{name: [] for name in CONCURRENT}}
 
 

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -72,6 +73,11 @@ def test_sync_server_attributes_describe_it(reserved_port: int) -> None:
     assert server.stats == echo_async.Stats(accepted=1, messages=1, bytes_in=5, bytes_out=5, ended=ended)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(server.address)
+
+
+def test_sync_serve_on_a_path_object_is_reached_by_it(tmp_path: Path) -> None:
+    with sync.serve(uds=tmp_path / "socket"):
+        assert sync.echo("Hola", uds=tmp_path / "socket") == "Hola"
 
 
 def test_serve_forever_ends_when_a_signal_handler_closes_it() -> None:
