@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -97,11 +98,14 @@ class Unsent(NamedTuple):
     size: int
 
 
+Step = bytes | float | Unsent
+
+
 class Case(NamedTuple):
     """What happens to a connection, which waits between, without a timeout, and the one that expires after it."""
 
     mode: Mode
-    steps: list[bytes | float | Unsent]
+    steps: Sequence[Step]
     expired: str
     seconds: float  # after the last step
     flood: bytes = b""  # received all the time after the last step

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,9 +161,9 @@ def test_load_unix_socket_is_measured(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_load_tls_verifies_and_shows_certificates(
     ca_file: Path, certificate: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tls = {"host": "localhost", "ssl_certfile": str(certificate)}
+    serve_tls = partial(HostedServer, host="localhost", ssl_certfile=str(certificate))
     trusting = ("--ssl-ca-certs", str(ca_file), "--connections", "2")
-    with HostedServer(**tls, chunk_size=65536) as server:
+    with serve_tls(chunk_size=65536) as server:
         where = ("--host", "localhost", "--port", str(server.port))
         for more in (("--mode", "message"), ("--pipeline", "4", "--size", "30000")):
             facts = load(capsys, *where, *trusting, *more, *SHORT)
@@ -170,7 +171,7 @@ def test_load_tls_verifies_and_shows_certificates(
             check_replies(facts)
         assert "certificate verify failed" in load_error(capsys, *where, "--ssl", code=3)
         load(capsys, *where, "--ssl-no-verify", *SHORT)
-    with HostedServer(**tls, ssl_ca_certs=str(ca_file)) as server:
+    with serve_tls(ssl_ca_certs=str(ca_file)) as server:
         where = ("--host", "localhost", "--port", str(server.port))
         check_replies(load(capsys, *where, *trusting, "--ssl-certfile", str(certificate), *SHORT))
         assert main(["load", *where, *trusting, *SHORT]) == 1
