@@ -518,12 +518,11 @@ def test_docs_log_event_counters_and_metrics_exist() -> None:
 
 
 def test_docs_package_layout_names_every_file_once() -> None:
-    layout = (ROOT / "docs" / "architecture.md").read_text().partition("\necho_async/\n")[2].partition("```")[0]
-    documented, folder = [], ""
-    for line in layout.splitlines():
-        name = line.split()[0]
-        folder = name if name.endswith("/") else folder
-        documented += [f"{folder}{name}" for name in re.findall(r"\w+\.py", line)]
+    section = (ROOT / "docs" / "architecture.md").read_text().partition("\n## The package\n")[2].partition("\n## ")[0]
+    documented = []
+    for item in section.split("\n- ")[1:]:
+        (folder,) = re.findall(r"^\*\*`(\w+/)`\*\*", item) or [""]
+        documented += [f"{folder}{name}" for name in re.findall(r"`(\w+\.py)`", item)]
     package = ROOT / "echo_async"
     existing = [str(each.relative_to(package)) for each in package.rglob("*.py") if not each.name.startswith("__")]
     assert sorted(documented) == sorted(existing)
