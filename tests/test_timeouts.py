@@ -60,7 +60,7 @@ class FakeConnection(Connection):
         self.conversation.drain()
         self.calls.append("drain")
 
-    def abort(self) -> None:
+    def abort(self, *, reset: bool = False) -> None:
         self.calls.append("abort")
         self.clock.remove(self)
 
@@ -292,7 +292,7 @@ def test_timeout_counted_once_while_thread_ends() -> None:
     registry = FakeClockRegistry(ServerConfig(mode="stream"))
 
     class Slow(FakeConnection):
-        def abort(self) -> None:
+        def abort(self, *, reset: bool = False) -> None:
             self.calls.append("abort")
 
     slow = Slow(registry)

@@ -10,19 +10,20 @@ objects that it holds: its conversation, its timeouts, and a runner if it has a 
 How each of them ends, by the same names everywhere::
 
     name                      called by                      answered               sent      the peer sees
-    Conversation.end_input    engine, at the end of input,   nothing more           -         -
-                              or after the last message
+    Conversation.end_input    engine, at the end of input;   nothing more           -         -
+                              script; Connection.linger
     Conversation.drain        Connection.drain               the message that has   -         -
                                                              begun
-    Connection.linger         engine, after the last reply;  nothing more           all       FIN, later a close
-                              sweep, at a timeout
-    Connection.drain          sweep, during a shutdown       all that was received  all       FIN, later a close
+    Connection.linger         sweep, at a timeout; script,   nothing more           all       FIN, later a close
+                              after its time
+    Connection.drain          sweep, during a shutdown;      all that was received  all       FIN, later a close
+                              Connection.linger
     Connection.abort          sweep, after a write timeout   nothing more           nothing   RST, or FIN if nothing
-                              or a lingering one; shutdown,                         more      was left to send
-                              after its timeout
-    Connection.reset          script; disconnect             nothing more           nothing   RST
-                                                                                    more
+                              or a lingering one; shutdown,                         more      was left to send;
+                              after its timeout; script;                                      RST if ``reset`` is true
+                              disconnect
 
 ``linger`` discards input until the client closes its side: closing with unread input would send a reset, which can
-overtake the last reply (RFC 1122 section 4.2.2.13). ``drain`` ends in ``linger``.
+overtake the last reply (RFC 1122 section 4.2.2.13). ``drain`` does so as well once all is answered, and an engine after
+the last message.
 """

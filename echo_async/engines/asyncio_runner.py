@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Iterator
 
 from ..wire.script import Action, End, Report, Script, Send, Timer, Wait
 from .connection import Connection
-from .loop_internals import reset_transport
 from .runner import Runner
 
 ACTIONS_PER_TURN = 50  # before other connections get their turn
@@ -102,7 +101,7 @@ class AsyncioRunner(Runner):
             case End.CLOSE:
                 self._connection.conversation.end_input()
             case End.RESET:
-                reset_transport(self._transport)
+                self._connection.abort(reset=True)
                 raise ConnectionResetError("reset by the script")
             case End.HALF_CLOSE:
                 self._half_close()

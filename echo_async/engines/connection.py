@@ -107,23 +107,20 @@ class Connection:
         """Return the bytes of replies that the operating system has not taken yet."""
         raise NotImplementedError
 
-    def linger(self) -> None:
-        """Answer nothing more: send replies, close the sending side, discard input until the client closes its side."""
-        raise NotImplementedError
-
     def drain(self) -> None:
-        """Answer what was received, wait for the rest of an incomplete message, then :meth:`linger`."""
+        """Answer what was received, wait for the rest of an incomplete message, then end as :meth:`linger` does."""
         raise NotImplementedError
 
-    def abort(self) -> None:
-        """Close at once; what is not sent yet is lost."""
-        raise NotImplementedError
-
-    def reset(self) -> None:
-        """Close at once with a reset; what is not sent yet is lost."""
+    def abort(self, *, reset: bool = False) -> None:
+        """Close at once, with a reset if ``reset`` is true; what is not sent yet is lost."""
         raise NotImplementedError
 
     # Used by every engine.
+
+    def linger(self) -> None:
+        """Answer nothing more: send replies, close the sending side, discard input until the client closes its side."""
+        self.conversation.end_input()
+        self.drain()
 
     def end_script(self) -> None:
         """End the waits of the script: the server is about to end the connection."""
@@ -149,8 +146,9 @@ class Connection:
     def log_established(self) -> None:
         log.debug("%s connection established", self.peer)
 
-    def log_chunk(self, chunk: bytes) -> None:
+    def log_and_receive(self, chunk: bytes) -> bytes:
         log.debug("%s chunk received: %d bytes: %s", self.peer, len(chunk), excerpt(chunk))
+        return self.conversation.receive(chunk)
 
     def log_reply(self, reply: bytes) -> Iterator[Wait]:
         """Log a line for each message in ``reply``; yield every ``LINES_PER_TURN`` lines.

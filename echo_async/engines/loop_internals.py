@@ -116,13 +116,6 @@ def read_buffered(reader: asyncio.StreamReader) -> bytes:
     return b""
 
 
-def reset_transport(transport: asyncio.WriteTransport) -> None:
-    """Abort ``transport`` with a reset."""
-    set_reset_on_close(transport.get_extra_info("socket"))
-    with contextlib.suppress(AttributeError):
-        transport.abort()
-
-
 def _shut_down_socket(transport: asyncio.WriteTransport, how: int) -> None:
     """Shut down the socket beneath ``transport``, which is open.
 
@@ -145,14 +138,16 @@ def write_buffer_size(transport: asyncio.WriteTransport) -> int:
         return 0
 
 
-def abort_transport(transport: asyncio.WriteTransport) -> None:
-    """Abort ``transport``, if it is not closed yet. Its socket is shut down first: see :func:`.net.shut_down`.
+def abort_transport(transport: asyncio.WriteTransport, *, reset: bool = False) -> None:
+    """Abort ``transport``, with a reset if ``reset`` is true. Else its socket is shut down: see :func:`.net.shut_down`.
 
     A transport of asyncio that was closed with unsent data has no event loop once that is sent (selector_events.py,
     ``_write_ready`` calls ``_call_connection_lost``): aborting it raises AttributeError.
     """
-    if not transport.is_closing():
-        with contextlib.suppress(OSError):  # the client has reset the connection
+    with contextlib.suppress(OSError, AttributeError):  # it is lost: asyncio has a closed socket then, uvloop none
+        if reset:
+            set_reset_on_close(transport.get_extra_info("socket"))
+        elif not transport.is_closing():
             _shut_down_socket(transport, socket.SHUT_RDWR)
     with contextlib.suppress(AttributeError):
         transport.abort()

@@ -19,7 +19,7 @@ from ..wire.script import Script, Wait
 from .asyncio_runner import AsyncioRunner
 from .connection import NO_LINES, Connection
 from .context import ServerContext, Slot
-from .loop_internals import TRANSPORT_ERRORS, abort_transport, reset_transport, write_buffer_size
+from .loop_internals import TRANSPORT_ERRORS, abort_transport, write_buffer_size
 
 LARGE_READ = 200_000  # bytes; after a read of less, the kernel has no more: event loops read 256,000 at a time
 LARGE_READS_PER_TURN = 4  # without a reply, before other connections get their turn; one with a reply ends the turn
@@ -79,9 +79,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         conversation = self.conversation
         try:
-            if self.context.log_chunks:
-                self.log_chunk(data)
-            reply = conversation.receive(data)
+            reply = self.log_and_receive(data) if self.context.log_chunks else conversation.receive(data)
             if reply:
                 if conversation.parts:
                     self._write_parts(conversation)
@@ -89,9 +87,9 @@ class ProtocolConnection(Connection, asyncio.Protocol):
                     self._transport.write(reply)
                 else:
                     self._run_script_or_log(reply)
-            if conversation.finished and not self._is_lingering and (self.runner is None or self._is_answered()):
-                self.linger()
-            elif len(data) > LARGE_READ:
+            if conversation.finished:
+                self._end_if_answered()
+            if len(data) > LARGE_READ:
                 self._count_large_read(reply)
         except Exception as error:
             self.fail(error)
@@ -100,10 +98,6 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         for part in conversation.parts:
             self._transport.write(part)
         conversation.parts = ()
-
-    def _is_answered(self) -> bool:
-        """Whether no task still answers, and no script leaves it to the client to close the connection."""
-        return self._work is None and not self.is_held_open
 
     def _count_large_read(self, reply: bytes) -> None:
         """End the turn if it was long enough: libuv reads 32 times in a row (src/unix/stream.c, uv__read)."""
@@ -168,38 +162,32 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     def unsent(self) -> int:
         return write_buffer_size(self._transport)
 
-    def linger(self) -> None:
-        if self.runner is not None:
-            self.runner.end()
-        if not self.conversation.finished:
-            self.conversation.end_input()
-        self._is_lingering = True
-        try:
-            self._transport.write_eof()
-        except TRANSPORT_ERRORS:  # the client has reset the connection
-            self._transport.abort()
-
     def drain(self) -> None:
         self.end_script()
         conversation = self.conversation
         if self._drain_target is None:
             self._drain_target = conversation.received + self._buffered()
         # Later sweeps call this again until all of that is read. What arrives after it is not answered.
-        if not self._can_read() or (conversation.received < self._drain_target and self._buffered()):
-            return
-        conversation.drain()
-        if conversation.finished and not self._is_lingering:
-            self.linger()
+        if self._can_read() and (conversation.received >= self._drain_target or not self._buffered()):
+            conversation.drain()
+        if conversation.finished:
+            self._end_if_answered()
 
-    def abort(self) -> None:
+    def _end_if_answered(self) -> None:
+        """Close the sending side, once, unless a task still answers or a script leaves the end to the client."""
+        if self._is_lingering or self._work is not None or (self.runner is not None and self.runner.is_held_open):
+            return
+        self._is_lingering = True
+        try:
+            self._transport.write_eof()
+        except TRANSPORT_ERRORS:  # the client has reset the connection
+            self._transport.abort()
+
+    def abort(self, *, reset: bool = False) -> None:
         self.end_script()
         if self._work is not None:  # a shutdown does not wait longer
             self.finish_log(self._work.lines)
-        abort_transport(self._transport)
-
-    def reset(self) -> None:
-        self.end_script()
-        reset_transport(self._transport)
+        abort_transport(self._transport, reset=reset)
 
     # A script, and access log lines in turns.
 
@@ -235,9 +223,8 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             self.fail(error)
         finally:
             self._work = None
-        must_linger = self.conversation.finished and not self._is_lingering and not self.is_held_open
-        if must_linger and not self._transport.is_closing():
-            self.linger()
+        if self.conversation.finished and not self._transport.is_closing():
+            self._end_if_answered()
         if work.is_input_ended and not self.is_held_open:
             self._transport.close()
         self._resume_reading()

@@ -89,7 +89,7 @@ class Runner:
                 case End.CLOSE:
                     self._connection.linger()
                 case End.RESET:
-                    self._connection.reset()
+                    self._connection.abort(reset=True)
                 case End.HALF_CLOSE:
                     self._half_close()
                 case End.STALL:

@@ -18,7 +18,6 @@ from .loop_internals import (
     READ_AHEAD_TURNS,
     TRANSPORT_ERRORS,
     abort_transport,
-    reset_transport,
     run_turns,
     write_buffer_size,
 )
@@ -137,7 +136,7 @@ class StreamConnection(Connection):
         """Take a chunk, send the replies it completes; until the conversation or the input ends, or :meth:`_wake`."""
         conversation, transport = self.conversation, self._transport
         read, write, size = self._reader.read, transport.write, self.context.config.chunk_size
-        receive = self._receive_and_log if self.context.log_chunks else conversation.receive
+        receive = self.log_and_receive if self.context.log_chunks else conversation.receive
         runner, is_sent_as_is = self.runner, self.runner is None and not self.context.log_messages
         data, end, chunks = b"", 0, 0
         try:
@@ -177,10 +176,6 @@ class StreamConnection(Connection):
             self._is_reading = False
             if end < len(data):  # more than a StreamReader would return
                 cast(ChunkReader, self._reader).unread(data[end:])
-
-    def _receive_and_log(self, chunk: bytes) -> bytes:
-        self.log_chunk(chunk)
-        return self.conversation.receive(chunk)
 
     async def _run_script_or_log(self, reply: bytes) -> bool:
         """Do what else a reply needs than to be sent; return whether to read on."""
@@ -264,26 +259,16 @@ class StreamConnection(Connection):
     def unsent(self) -> int:
         return write_buffer_size(self._transport)
 
-    def linger(self) -> None:
-        self.end_script()
-        self.conversation.end_input()
-        self._wake()
-
     def drain(self) -> None:
         self.end_script()
         self._is_draining = True
         self._wake()
 
-    def abort(self) -> None:
+    def abort(self, *, reset: bool = False) -> None:
         self.end_script()
         self.conversation.end_input()  # input that is buffered is not answered
         self.finish_log(self._lines)
-        abort_transport(self._transport)
-
-    def reset(self) -> None:
-        self.end_script()
-        self.conversation.end_input()
-        reset_transport(self._transport)
+        abort_transport(self._transport, reset=reset)
 
     def _wake(self) -> None:
         self.start()

@@ -93,7 +93,7 @@ class ThreadRunner(Runner):
             case End.CLOSE:
                 self._connection.conversation.end_input()
             case End.RESET:
-                self._connection.reset()
+                self._connection.abort(reset=True)
                 raise ConnectionResetError("reset by the script")
             case End.HALF_CLOSE:
                 self._close_write()

@@ -103,7 +103,7 @@ class ThreadConnection(Connection):
     def _answer_input(self) -> bool:
         """Read and answer chunks while there may be more. Return True at the end of the input."""
         conversation, receive, size = self.conversation, self._socket.recv, self.context.config.chunk_size
-        answer = self._answer_and_log if self.context.log_chunks else conversation.receive
+        answer = self.log_and_receive if self.context.log_chunks else conversation.receive
         with self._io_lock:
             try:
                 while chunk := receive(size, MSG_DONTWAIT):
@@ -114,10 +114,6 @@ class ThreadConnection(Connection):
             except BlockingIOError:
                 return False
         return True
-
-    def _answer_and_log(self, chunk: bytes) -> bytes:
-        self.log_chunk(chunk)
-        return self.conversation.receive(chunk)
 
     def _send(self, reply: bytes) -> None:
         if self.runner is not None:
@@ -219,7 +215,7 @@ class ThreadConnection(Connection):
         plain = self._socket.plain if isinstance(self._socket, TlsSocket) else self._socket
         return {"socket": lambda: plain, "sockname": plain.getsockname, "peername": plain.getpeername}[name]()
 
-    def linger(self) -> None:
+    def linger(self) -> None:  # another thread may be in the conversation
         self._linger_requested = True
         self.drain()
 
@@ -230,26 +226,25 @@ class ThreadConnection(Connection):
             return self.abort()
         self._handle_end_request()
 
-    def abort(self) -> None:
+    def abort(self, *, reset: bool = False) -> None:
         self.ended_by = self.ended_by or "server"
-        self.end_script()
-        with contextlib.suppress(OSError):  # it is closed already
+        with contextlib.suppress(OSError, ValueError):  # it is closed already
+            if reset:
+                return self._reset(self.get_extra_info("socket"))
+            self.end_script()
             self._socket.shutdown(socket.SHUT_RDWR)
 
-    def reset(self) -> None:
-        self.ended_by = self.ended_by or "server"
+    def _reset(self, connected: socket.socket) -> None:
         self._is_resetting = True
         if self.runner is not None:
             self.runner.is_cut = True
-        connected = self.get_extra_info("socket")
-        with contextlib.suppress(OSError, ValueError):  # it is closed already
-            set_reset_on_close(connected)
-            self.linger()
-            connected.shutdown(socket.SHUT_RD)  # wakes its thread, which closes the socket
-            for _ in range(SEND_CHECKS):
-                if not self._unsent:
-                    break
-                if not is_writable(connected):  # the client does not see this end, which is behind what it has not read
-                    connected.shutdown(socket.SHUT_WR)
-                    break
-                time.sleep(SEND_CHECK_INTERVAL)
+        set_reset_on_close(connected)
+        self.linger()
+        connected.shutdown(socket.SHUT_RD)  # wakes its thread, which closes the socket
+        for _ in range(SEND_CHECKS):
+            if not self._unsent:
+                break
+            if not is_writable(connected):  # the client does not see this end, which is behind what it has not read
+                connected.shutdown(socket.SHUT_WR)
+                break
+            time.sleep(SEND_CHECK_INTERVAL)

@@ -141,7 +141,4 @@ class Registry(ServerContext):
     def abort(self, *, reset: bool = False) -> None:
         """End every connection at once, with a reset if ``reset`` is true."""
         for connection in list(self.connections):
-            if reset:
-                connection.reset()
-            else:
-                connection.abort()
+            connection.abort(reset=reset)

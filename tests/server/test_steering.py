@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import ssl
 from pathlib import Path
 
 import pytest
-from support import TIMEOUT, Backend, run, serve_in_loop, wait_until
+from support import LOOPS, TIMEOUT, Backend, connect, reset, run, serve_in_loop, wait_in_loop, wait_until
 
 import echo_async
 from echo_async import sync
 from echo_async.compat import is_readable
+from echo_async.loops import LoopName
 from echo_async.server.thread_acceptor import ThreadAcceptor
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -58,6 +60,24 @@ def test_disconnect_ends_connections_and_keeps_listening(
             await server.wait_closed()
 
     run(main, backend.loop)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_disconnect_of_a_lost_connection_raises_nothing(loop: LoopName) -> None:
+    """It is open until all its messages are logged, which takes hundreds of turns here."""
+    access_log = logging.getLogger("echo_async.access")
+    access_log.setLevel(logging.INFO)
+    access_log.propagate = False
+
+    async def main() -> None:
+        async with echo_async.serve(port=0, mode="stream", chunk_size=2**17) as server:
+            client = connect(server)
+            client.sendall(b"x\n" * 30_000)
+            await wait_in_loop(lambda: server.stats.messages > 0)
+            reset(client)
+            await server.disconnect(reset=True)
+
+    run(main, loop)
 
 
 def receive_end(client: socket.socket) -> str:
