@@ -21,11 +21,13 @@ def loop_module(name: str) -> str:
     return run(module, name)
 
 
-def test_loop_auto_selects_uvloop_if_installed() -> None:
+def test_loop_by_name_or_factory_is_created() -> None:
     assert loop_factory("auto") is loop_factory("uvloop")
     assert loop_factory() is loop_factory("uvloop")
     assert loop_module("asyncio").startswith("asyncio.")
     assert loop_module("uvloop").startswith("uvloop")
+    assert loop_factory("asyncio:new_event_loop") is asyncio.new_event_loop
+    assert loop_module("asyncio.events:new_event_loop").startswith("asyncio.")
 
 
 def test_loop_without_uvloop_is_asyncio_or_an_error_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,14 +39,6 @@ def test_loop_without_uvloop_is_asyncio_or_an_error_with_advice(monkeypatch: pyt
     assert text.startswith("cannot use --loop uvloop: ")
     assert "pip install 'echo-async[uvloop]'" in text
     assert "\n" not in text
-
-
-# MODULE:FACTORY
-
-
-def test_loop_of_any_module_is_created() -> None:
-    assert loop_factory("asyncio:new_event_loop") is asyncio.new_event_loop
-    assert loop_module("asyncio.events:new_event_loop").startswith("asyncio.")
 
 
 def test_loop_that_cannot_be_used_raises_one_line() -> None:

@@ -45,27 +45,6 @@ def assert_printable(lines: str) -> None:
 # Output
 
 
-def test_server_prints_address_to_stdout_and_log_to_stderr() -> None:
-    with server_process("--limit-message-size", "100") as server:
-        host, port = server.address
-        assert server.startup_line == f"listening on 127.0.0.1:{port}\n"
-        with server.connect() as client:
-            name = "{}:{}".format(*client.getsockname())
-            client.sendall(b"Hola Server!\n")
-            assert receive_all(client) == b"Hola Server!\n"
-        assert exchange((host, port), "¡Ñandú! 😀\n".encode()) == "¡Ñandú! 😀\n".encode()
-        assert exchange((host, port), b"x" * 101) == b""
-        code, log = server.stop(signal.SIGINT)
-        assert code == 0
-        assert server.process.stdout.read() == ""
-    assert f" INFO {name} 13 bytes: Hola Server!\n" in log
-    assert re.search(r" INFO 127\.0\.0\.1:\d+ 16 bytes: ¡Ñandú! 😀\n", log)
-    assert re.search(r" WARNING 127\.0\.0\.1:\d+ message too long: over 100 bytes", log)
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} [A-Z]+ ", line) for line in log.splitlines())
-    assert log.count(" bytes: ") == 2
-    assert "messages=2 bytes_in=130 bytes_out=29 " in log
-
-
 CONTROL_CHARACTERS = [
     b"\x1b[2J\x1b]0;title\x07\n",
     b"nul\0 return\r tab\t backspace\x08 del\x7f\n",
@@ -77,22 +56,48 @@ CONTROL_CHARACTERS = [
 ]
 
 
-def test_debug_log_shows_connections_and_chunks_escaped() -> None:
-    options = ("--log-level", "debug", "--loop", "asyncio")
+def test_server_prints_address_to_stdout_and_log_to_stderr() -> None:
+    """All that is known of a connection, at level ``debug``, and nothing that a terminal interprets."""
+    options = ("--limit-message-size", "100", "--log-level", "debug", "--loop", "asyncio")
+    messages = [b"a message of more than twenty bytes\n", "¡Ñandú! 😀\n".encode(), *CONTROL_CHARACTERS]
     with server_process(*options, env={"PYTHONIOENCODING": "utf-8"}) as server:
-        messages = [b"a message of more than twenty bytes\n", *CONTROL_CHARACTERS]
-        for message in messages:
-            assert exchange(server.address, message) == message
+        host, port = server.address
+        assert server.startup_line == f"listening on 127.0.0.1:{port}\n"
+        with server.connect() as client:
+            name = "{}:{}".format(*client.getsockname())
+            client.sendall(messages[0])
+            assert receive_all(client) == messages[0]
+        for message in messages[1:]:
+            assert exchange((host, port), message) == message
+        assert exchange((host, port), b"x" * 101) == b""
+        code, log = server.stop(signal.SIGINT)
+        assert code == 0
+        assert server.process.stdout.read() == ""
+    assert_printable(log)
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} [A-Z]+ ", line) for line in log.splitlines())
+    for event in (
+        "DEBUG {} connection established\n",
+        "DEBUG {} chunk received: 20 bytes: a message of more th\n",
+        "DEBUG {} chunk received: 16 bytes: an twenty bytes\n",
+        "INFO {} 36 bytes: a message of more than twenty bytes\n",
+        "DEBUG {} connection closed: 1 messages, 36 bytes received, 36 bytes sent\n",
+    ):
+        assert " " + event.format(name) in log
+    assert re.search(r" INFO 127\.0\.0\.1:\d+ 16 bytes: ¡Ñandú! 😀\n", log)
+    assert re.search(r" WARNING 127\.0\.0\.1:\d+ message too long: over 100 bytes", log)
+    assert len(re.findall(r"^\S+ \S+ INFO \S+ \d+ bytes: ", log, re.M)) == len(messages)
+    size = sum(map(len, messages))
+    assert f"messages={len(messages)} bytes_in={size + 101} bytes_out={size} " in log
+
+
+def test_c_locale_serves_and_escapes_the_log() -> None:
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    with server_process(env=environment) as server:
+        message = "¡Ñandú! 😀\n".encode()
+        assert exchange(server.address, message) == message
         code, log = server.stop()
     assert code == 0
-    assert_printable(log)
-    chunks = re.findall(r" DEBUG 127\.0\.0\.1:\d+ chunk received: (\d+) bytes: (.*)\n", log)
-    assert chunks[:2] == [("20", "a message of more th"), ("16", "an twenty bytes")]
-    name = r"\n\S+ \S+ {} 127\.0\.0\.1:\d+ "
-    assert len(re.findall(name.format("INFO") + r"\d+ bytes: ", log)) == len(messages)
-    assert len(re.findall(name.format("DEBUG") + "connection established", log)) == len(messages)
-    closed = "connection closed: 1 messages, 36 bytes received, 36 bytes sent\n"
-    assert re.search(name.format("DEBUG") + closed, log)
+    assert re.search(r" INFO 127\.0\.0\.1:\d+ 16 bytes: \\xa1\\xd1and\\xfa! \\U0001f600\n", log)
 
 
 def test_unix_peer_path_is_escaped_in_the_log(tmp_path: Path) -> None:
@@ -235,12 +240,12 @@ def test_server_that_cannot_start_exits_with_3(
         assert reason in single_error_line(*capsys.readouterr())
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_failed_start_restores_signal_handlers(loop: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_start_restores_signal_handlers(capsys: pytest.CaptureFixture[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a program that measures coverage handles it
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    assert main(["--port", "0", "--host", "999.1.1.1", "--loop", loop]) == 3
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    for loop in LOOPS:
+        assert main(["--port", "0", "--host", "999.1.1.1", "--loop", loop]) == 3
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_loop_uvloop_not_installed_exits_with_3(
@@ -268,31 +273,17 @@ CONFLICTS: list[tuple[dict[str, str], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("variables", "options", "logged"), CONFLICTS)
 def test_command_line_overrides_the_environment(
-    variables: dict[str, str],
-    options: str,
-    logged: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """``run`` has the options of ``server``, with other defaults."""
-    for name, value in variables.items():
-        monkeypatch.setenv(f"ECHO_ASYNC_{name}", value.replace("{tmp}", str(tmp_path)))
-    words = options.replace("{tmp}", str(tmp_path)).split()
-    assert run(["run", "--log-level", "info", *words, "--", "true"]) == 0
-    assert logged.replace("{tmp}", str(tmp_path)) in capfd.readouterr().err
-
-
-def test_c_locale_serves_and_escapes_the_log() -> None:
-    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    with server_process(env=environment) as server:
-        message = "¡Ñandú! 😀\n".encode()
-        assert exchange(server.address, message) == message
-        code, log = server.stop()
-    assert code == 0
-    assert re.search(r" INFO 127\.0\.0\.1:\d+ 16 bytes: \\xa1\\xd1and\\xfa! \\U0001f600\n", log)
+    for variables, options, logged in CONFLICTS:
+        words = options.replace("{tmp}", str(tmp_path)).split()
+        with monkeypatch.context() as environment:
+            for name, value in variables.items():
+                environment.setenv(f"ECHO_ASYNC_{name}", value.replace("{tmp}", str(tmp_path)))
+            assert run(["run", "--log-level", "info", *words, "--", "true"]) == 0
+        assert logged.replace("{tmp}", str(tmp_path)) in capfd.readouterr().err
 
 
 # Closed and full output
