@@ -17,15 +17,7 @@ from contextlib import ExitStack, suppress
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import (
-    BACKENDS,
-    Backend,
-    ServerThread,
-    connect,
-    receive_all,
-    reset,
-    wait_for,
-)
+from support import BACKENDS, Backend, ServerThread, connect, receive_all, reset, wait_for
 
 import echo_async
 from echo_async.config import Mode, ServerOptions

@@ -17,16 +17,7 @@ from ipaddress import IPv4Address, IPv6Address
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import (
-    StartServer,
-    connect,
-    count_events,
-    is_echoed,
-    receive_all,
-    receive_line,
-    reset,
-    wait_for,
-)
+from support import StartServer, connect, count_events, is_echoed, receive_all, receive_line, reset, wait_for
 
 import echo_async
 from echo_async.server.accept_loop import AcceptLoop

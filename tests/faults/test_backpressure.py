@@ -10,12 +10,7 @@ from contextlib import suppress
 from random import Random
 
 import pytest
-from support import (
-    TIMEOUT,
-    StartServer,
-    connect,
-    wait_until,
-)
+from support import TIMEOUT, StartServer, connect, wait_until
 
 import echo_async
 from echo_async.engines.context import Slot

@@ -11,15 +11,7 @@ from contextlib import closing, suppress
 from time import monotonic, sleep
 
 import pytest
-from support import (
-    StartServer,
-    connect,
-    is_echoed,
-    log_lines,
-    receive_all,
-    wait_for,
-    wait_in_loop,
-)
+from support import StartServer, connect, is_echoed, log_lines, receive_all, wait_for, wait_in_loop
 
 import echo_async
 from echo_async import Stats

@@ -8,14 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support import (
-    StartServer,
-    connect,
-    is_echoed,
-    log_lines,
-    reset,
-    wait_for,
-)
+from support import StartServer, connect, is_echoed, log_lines, reset, wait_for
 
 from echo_async.stats import Stats
 

@@ -14,18 +14,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from support import (
-    LOOPS,
-    TIMEOUT,
-    StartServer,
-    connect,
-    is_echoed,
-    log_lines,
-    receive_all,
-    run,
-    set_constant,
-    wait_for,
-)
+from support import LOOPS, TIMEOUT, StartServer, connect, is_echoed, log_lines, receive_all, run, set_constant, wait_for
 from tls_client import APPLICATION_DATA, V1_3, WITHOUT_DATA, MakeRecord, RecordWriter, TlsClient, make_context
 
 import echo_async

@@ -14,15 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support import (
-    TIMEOUT,
-    Load,
-    ServerProcess,
-    ServerThread,
-    command_process,
-    receive_all,
-    single_error_line,
-)
+from support import TIMEOUT, Load, ServerProcess, ServerThread, command_process, receive_all, single_error_line
 
 from echo_async.cli.server import main
 from echo_async.net import format_address
