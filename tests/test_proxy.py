@@ -263,7 +263,7 @@ def test_invalid_or_missing_header_closes_and_is_counted(
 
 
 def test_missing_or_incomplete_header_times_out(start_server: StartServer) -> None:
-    with start_server(timeout_message=0.3, limit_connections=2) as server:
+    with start_server(timeout_message=0.8, limit_connections=2) as server:
         with connect(server) as silent, connect(server) as slow:
             slow.sendall(v2(0x21, 0x11, TCP4)[:20])
             connect(server).close()

@@ -139,7 +139,7 @@ def test_udp_server_at_the_second_address_is_found(
 ) -> None:
     server = start()
     resolve_to(monkeypatch, ("127.0.0.1", closed_udp_port), server.address)
-    assert find_udp_server(LoadPlan(udp=True, timeout=1), "several.example", 1).address == server.address
+    assert find_udp_server(LoadPlan(udp=True), "several.example", 1).address == server.address
 
 
 def test_udp_port_without_server_exits_with_3(closed_udp_port: int, capsys: Capture) -> None:

@@ -228,10 +228,9 @@ def test_json_connect_failure_has_its_kind(
     ],
 )
 def test_json_reply_failure_has_its_kind(kind: str, fault: str, client: Client, faulty_server: MakeEchoServer) -> None:
-    server = faulty_server(fault=fault)
-    options = ["--json", *(["--timeout", "0.3"] if kind == "late" else [])]
+    server, timeout = faulty_server(fault=fault), "0.3" if kind == "late" else str(TIMEOUT)
     for sender in ([], ["--count", "1"]):
-        assert failure_of(client(server, *options, *sender, "hola"), 1)[0] == kind
+        assert failure_of(client(server, "--json", "--timeout", timeout, *sender, "hola"), 1)[0] == kind
 
 
 def test_connection_refused_exits_with_3(closed_port: int, client: Client) -> None:

@@ -155,7 +155,7 @@ def test_udp_late_reply_is_a_failure_and_not_lost(start: Any, capfd: Capture) ->
         first.append(data)
         return first if number == 2 else []  # after the timeout of number 1
 
-    options = ("--count", "2", "--interval", "0.6", "--timeout", "0.5")
+    options = ("--count", "2", "--interval", "1.1", "--timeout", "1")
     last, objects = counts(capfd, start(answer).address[1], *options, code=1)
     assert (last["sent"], last["received"], last["lost"], last["late"]) == (2, 2, 0, 1)
     assert [(each["seq"], each.get("late"), each.get("error", {}).get("kind")) for each in objects] == [

@@ -124,7 +124,7 @@ async def test_failed_reply_loses_only_those_behind_it(faulty_server: MakeEchoSe
         "bad": (echo_async.ReplyDifferent, "an earlier reply did not match"),
     }
 
-    async with connect(*server.address, timeout=0.5) as client:
+    async with connect(*server.address, timeout=1) as client:
         for message, (error, reason) in failures.items():
             assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
             sent = ("2", message, "3", "4")

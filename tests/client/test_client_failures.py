@@ -227,11 +227,11 @@ def test_lost_reply_on_reused_connection_raises(connect: Connect, faulty_server:
 
 def test_reply_timeout_raises_reply_late(connect: Connect, faulty_server: MakeEchoServer) -> None:
     server = faulty_server(fault_sequence="drop")
-    with connect(*server.address, timeout=0.5) as client:
+    with connect(*server.address, timeout=1) as client:
         started = time.monotonic()
-        with pytest.raises(echo_async.ReplyLate, match=r"reply timeout: no reply from .* within 0\.5 s"):
+        with pytest.raises(echo_async.ReplyLate, match=r"reply timeout: no reply from .* within 1 s"):
             client.echo("Hola")
-        assert 0.49 < time.monotonic() - started < MAX_DELAY
+        assert 0.99 < time.monotonic() - started < MAX_DELAY
         assert client.echo("again") == "again"
     assert server.received == [b"Hola\n", b"again\n"]
     assert server.stats.accepted == 2
@@ -250,8 +250,8 @@ def test_slow_reply_bytes_do_not_extend_timeout(echo: Echo, faulty_server: MakeE
 
 
 def test_timeout_restarts_for_every_reply(connect: Connect, faulty_server: MakeEchoServer) -> None:
-    server = faulty_server(fault="delay=0.25")
-    with connect(*server.address, timeout=0.8) as client:
+    server = faulty_server(fault="delay=0.4")
+    with connect(*server.address, timeout=1.5) as client:
         assert list(client.stream(["a", "b", "c", "d"])) == ["a", "b", "c", "d"]
 
 

@@ -350,7 +350,7 @@ def test_udp_faults_change_replies() -> None:
 @each_receiver
 def test_udp_fault_delay_delays_each_reply(start_server: StartServer) -> None:
     """A datagram without a fault, and one with a shorter delay, overtake those before them."""
-    sequence = "delay=0.2;none;delay=0.1"
+    sequence = "delay=0.8;none;delay=0.1"
     with start_server(udp=True, fault_sequence=sequence) as server, udp_client() as client:
         client.connect(server.address)
         started_at = monotonic()
@@ -358,7 +358,7 @@ def test_udp_fault_delay_delays_each_reply(start_server: StartServer) -> None:
             client.send(message)
         replies = [(client.recv(100), monotonic() - started_at) for _ in range(3)]
     assert [reply for reply, _ in replies] == [b"healthy", b"late", b"slow"]
-    assert [seconds >= delay for (_, seconds), delay in zip(replies, [0, 0.1, 0.2], strict=True)] == [True] * 3
+    assert [seconds >= delay for (_, seconds), delay in zip(replies, [0, 0.1, 0.8], strict=True)] == [True] * 3
 
 
 @each_receiver

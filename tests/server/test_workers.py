@@ -403,8 +403,8 @@ def test_signal_while_a_worker_starts_is_a_graceful_stop() -> None:
 # Exit with the supervisor
 
 
-def test_workers_exit_with_the_supervisor_and_free_the_port() -> None:
-    with two_workers("threads") as server, ExitStack() as clients:
+def test_workers_exit_with_the_supervisor_and_free_the_port(reserved_port: int) -> None:
+    with two_workers("threads", "--port", str(reserved_port)) as server, ExitStack() as clients:
         workers = server.worker_pids
         for worker in workers:
             client = clients.enter_context(connect_to(worker, server))
