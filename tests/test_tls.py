@@ -34,7 +34,10 @@ from tls_client import V1_2, V1_3, TlsClient
 
 import echo_async
 from echo_async.cli.server import main
+from echo_async.config import Mode
 from echo_async.tls import Certificates
+
+RECORD_OVERHEAD = 22  # bytes of a record of TLS 1.3 besides its plaintext
 
 
 class CertificateFiles:
@@ -139,6 +142,24 @@ def test_server_that_ends_its_side_discards_what_follows(start_server: StartServ
         wait_for(server, active=0)
         assert receive_all(plain) == b""  # no reset
         assert (server.stats.bytes_in, server.stats.tls_failures) == (17, 0)
+
+
+@pytest.mark.parametrize(("mode", "rest"), [("stream", b"incomplete"), ("raw", b"")])
+def test_replies_to_chunks_at_hand_are_one_record(
+    start_server: StartServer, files: CertificateFiles, mode: Mode, rest: bytes
+) -> None:
+    """Nor are they one packet each, which shows only in TLS."""
+    replies = b"a chunk of 20 bytes\n" * 40
+    with start_server(mode=mode, chunk_size=20) as server, connect(server) as plain:
+        client = TlsClient(files.context())
+        client.handshake(plain)
+        for sent, expected in ((b"first\n", b"first\n"), (replies + rest, replies)):
+            start, received = len(client.received), b""
+            plain.sendall(client.record(sent))
+            while len(received) < len(expected):
+                received += client.receive(plain.recv(65536))[0]
+            assert received == expected
+        assert len(client.received) - start == len(replies) + RECORD_OVERHEAD
 
 
 def test_silent_tls_clients_use_the_limit_and_time_out(

@@ -20,6 +20,7 @@ from ..wire.text import excerpt
 from .context import ServerContext, Slot
 from .timeouts import NEWLINE_DELAY, TimeoutKind, Timeouts
 
+MIN_WRITE = 4096  # bytes of replies that are sent at once, though more chunks have arrived: else together with theirs
 LINES_PER_TURN = 100  # access log lines of one connection before others get their turn
 TURN = Wait(0)
 NO_LINES: Iterator[Wait] = iter(())

@@ -12,7 +12,7 @@ from ..config import ServerConfig
 from ..net import format_address
 from .asyncio_runner import AsyncioRunner
 from .chunk_reader import ChunkReader
-from .connection import NO_LINES, Connection
+from .connection import MIN_WRITE, NO_LINES, Connection
 from .context import ServerContext, Slot
 from .loop_internals import (
     READ_AHEAD_TURNS,
@@ -133,12 +133,16 @@ class StreamConnection(Connection):
             self.context.remove(self)
 
     async def _echo(self) -> None:
-        """Take a chunk, send the replies it completes; until the conversation or the input ends, or :meth:`_wake`."""
+        """Take chunks, send the replies they complete; until the conversation or the input ends, or :meth:`_wake`.
+
+        Replies to chunks that arrived together are sent together: a packet for each would take most of the time.
+        """
         conversation, transport = self.conversation, self._transport
         read, write, size = self._reader.read, transport.write, self.context.config.chunk_size
         receive = self.log_and_receive if self.context.log_chunks else conversation.receive
         runner, is_sent_as_is = self.runner, self.runner is None and not self.context.log_messages
-        data, end, chunks = b"", 0, 0
+        min_write = MIN_WRITE if is_sent_as_is else 1
+        data, reply, end, chunks = b"", b"", 0, 0
         try:
             # Before the start a timeout may have ended the conversation.
             if not (await self._run_script(runner) if runner is not None else not conversation.finished):
@@ -146,31 +150,34 @@ class StreamConnection(Connection):
             self._is_reading = True
             while data := await read(size):
                 for end in range(size, len(data) + size, size):
-                    reply = receive(data[end - size : end])
+                    reply += receive(data[end - size : end])
+                    chunks += 1
+                    has_more = end < len(data) and not conversation.finished
+                    if has_more and chunks < CHUNKS_PER_TURN and len(reply) < min_write:
+                        continue
+                    if transport.is_closing():  # the client is gone; its input is still buffered
+                        return
                     if reply:
-                        if transport.is_closing():  # the client is gone; its input is still buffered
-                            return
                         if is_sent_as_is:
                             write(reply)
                         elif not await self._run_script_or_log(reply):
                             return
+                        reply = b""
                         if transport.get_write_buffer_size() > DRAIN_THRESHOLD:
                             await self._writer.drain()
                     if conversation.finished and (not self.is_held_open or not await self._wait_stalled()):
                         return
-                    chunks += 1
                     if chunks == CHUNKS_PER_TURN:
                         chunks = 0
                         await asyncio.sleep(0)
-                        if transport.is_closing():
-                            return
-                data = reply = b""  # an idle connection keeps no message
+                data = b""  # an idle connection keeps no message
                 if self._peername is None:
                     self.note_peername()
             conversation.end_input()
         except asyncio.CancelledError:
-            assert self._task is not None
-            if self._is_reading or self._task.uncancel():  # not canceled by _wake, or not by it alone
+            if (
+                self._is_reading or cast(asyncio.Task[None], self._task).uncancel()
+            ):  # not canceled by _wake, or not by it alone
                 raise
         finally:
             self._is_reading = False

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from ..compat import MSG_DONTWAIT, is_writable, set_reset_on_close
-from .connection import Connection
+from .connection import MIN_WRITE, Connection
 from .context import ServerContext, Slot
 from .thread_runner import ThreadRunner
 from .tls_socket import TlsSocket
@@ -101,19 +101,29 @@ class ThreadConnection(Connection):
             conversation.receive(chunk)
 
     def _answer_input(self) -> bool:
-        """Read and answer chunks while there may be more. Return True at the end of the input."""
+        """Read and answer chunks while there may be more. Return True at the end of the input.
+
+        Replies to chunks that arrived together are sent together: a packet for each would take most of the time.
+        """
         conversation, receive, size = self.conversation, self._socket.recv, self.context.config.chunk_size
         answer = self.log_and_receive if self.context.log_chunks else conversation.receive
+        min_write = MIN_WRITE if self.runner is None else 1
+        reply, is_ended = b"", True
         with self._io_lock:
             try:
                 while chunk := receive(size, MSG_DONTWAIT):
-                    if reply := answer(chunk):
+                    reply += answer(chunk)
+                    if len(reply) >= min_write:
                         self._send(reply)
+                        reply = b""
                     if len(chunk) < size or self._drain_requested or conversation.finished:
-                        return False  # less than requested: there was no more
+                        is_ended = False  # less than requested: there was no more
+                        break
             except BlockingIOError:
-                return False
-        return True
+                is_ended = False
+            if reply:
+                self._send(reply)
+        return is_ended
 
     def _send(self, reply: bytes) -> None:
         if self.runner is not None:
