@@ -13,7 +13,7 @@ TEST_ENV ?=
 TEST_PROCESSES ?= 6
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test coverage soak bench docs lint ruff ruff-format mypy codespell format build clean
+.PHONY: help demo serve test coverage soak bench lint ruff ruff-format mypy codespell format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -43,9 +43,6 @@ soak: $(INSTALLED) ## run tests that take minutes: many clients, faulty clients,
 
 bench: $(INSTALLED) ## measure the engines and event loops: table, bench.json, docs/benchmarks.svg
 	@$(BIN)/python -m echo_async.bench compare --save bench.json --plot docs/benchmarks.svg
-
-docs: $(INSTALLED) ## update the option tables in docs/
-	@$(BIN)/python docs/options.py
 
 lint: ruff ruff-format mypy codespell ## check style, types and spelling
 

@@ -134,9 +134,11 @@ def test_identify_behind_haproxy_shows_what_haproxy_had(tmp_path: Path) -> None:
 
 @contextmanager
 def documented_haproxy(name: str, directory: Path, *servers: tuple[str, int]) -> Iterator[tuple[Any, IO[str]]]:
-    """Run a configuration of the docs with other addresses."""
+    """Run a configuration of the docs with other addresses. One without defaults has those of another."""
     pages = "".join(page.read_text() for page in DOCS.glob("*.md"))
-    (text,) = re.findall(rf"^<!-- haproxy: {name} -->\n```\n(.*?)^```$", pages, re.M | re.S)
+    texts = dict(re.findall(r"^<!-- haproxy: ([\w ]+) -->\n```\n(.*?)^```$", pages, re.M | re.S))
+    defaults = "" if "defaults\n" in texts[name] else texts["health check"].partition("listen ")[0]
+    text = defaults + texts[name]
     for port, (host, actual) in zip((5501, 5502), servers, strict=True):
         assert text.count(f"127.0.0.1:{port}") == 1
         text = text.replace(f"127.0.0.1:{port}", f"{host}:{actual}")

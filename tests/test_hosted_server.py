@@ -126,6 +126,16 @@ def test_end_of_a_connection_tells_which_side_ended_it() -> None:
         assert [each.end for each in server.connections[1:]] == ["server"] * 4
 
 
+def test_datagrams_has_each_that_was_answered() -> None:
+    with HostedServer(udp=True) as server, socket.socket(type=socket.SOCK_DGRAM) as client:
+        client.settimeout(TIMEOUT)
+        client.connect(server.address)
+        for data in (b"one", b""):
+            client.send(data)
+            assert client.recv(100) == data
+        assert server.datagrams == [b"one", b""]
+
+
 def test_wait_for_times_out_with_all_counters() -> None:
     with HostedServer(fault="drop") as server, connect(server) as client:
         client.sendall(b"one\n")

@@ -107,6 +107,21 @@ def test_make_echo_server_runs_until_closed_or_session_end(
     result.stdout.fnmatch_lines(["*threads left: 0"])
 
 
+def test_fixtures_serve_tests_on_asyncio_and_trio(session: pytest.Pytester) -> None:
+    for name in ("anyio", "trio"):
+        pytest.importorskip(name)
+    session.makepyfile("""
+        import anyio, pytest
+
+        @pytest.mark.anyio
+        async def test_echo(echo_server):
+            async with await anyio.connect_tcp(*echo_server.address) as stream:
+                await stream.send(b"one\\n")
+                assert await stream.receive() == b"one\\n"
+    """)
+    session.runpytest_inprocess("-p", "anyio.pytest_plugin").assert_outcomes(passed=2)
+
+
 FAILING = """
     import socket
     import pytest
