@@ -187,20 +187,22 @@ class Context:
         connection.send(data)
         self.finish(connection, data, truncated)
 
-    def finish(self, connection: Connection, sent: bytes, truncated: str) -> None:
+    def finish(self, connection: Connection, sent: bytes, truncated: str, min_timeout: float = 0.0) -> None:
         """Receive and compare the replies to messages that were ``sent`` on a connection."""
-        self._wait_for_reply(connection, sent.count(b"\n"))
+        self._wait_for_reply(connection, sent.count(b"\n"), min_timeout)
         self.compare(connection, sent, truncated)
 
-    def _wait_for_reply(self, connection: Connection, lines: int) -> bool:
+    def _wait_for_reply(self, connection: Connection, lines: int, min_timeout: float = 0.0) -> bool:
         """Wait for ``lines``, longer than the timeout if bytes are sent or received; return whether they came."""
+        timeout = max(self.endpoint.config.timeout, min_timeout)
         for _ in range(MAX_TIMEOUTS):
             before = connection.progress
-            if wait([connection], lambda: connection.ending or connection.lines >= lines, self.endpoint.config.timeout):
+            if wait([connection], lambda: connection.ending or connection.lines >= lines, timeout):
                 return True
             if connection.progress == before:
-                break
-        return False
+                return False
+        seen = f"{len(connection.received):,} bytes of replies in {MAX_TIMEOUTS * timeout:g} s, and not the last one"
+        raise Failure(seen, "the path or the server is slow: give a longer --timeout")
 
     def compare(self, connection: Connection, sent: bytes, truncated: str) -> None:
         """Compare what was received with what was ``sent``.

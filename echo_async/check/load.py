@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from statistics import median
+from time import monotonic
 
 from .connection import Connection
 from .context import Context
@@ -22,6 +23,8 @@ PART_INTERVAL = 0.02  # seconds between the halves of messages
 STALL_TIME = 0.1  # seconds without progress after which the path is full, or has taken all
 
 ONE_BLOCKS_OTHERS = "the server waits for one client while others have sent something: a blocking call in a loop"
+
+NOT_ALL_REPLIES = "the connection of a client that does not read is cut, or replies are lost"
 
 
 def check_concurrent(context: Context) -> str:
@@ -119,15 +122,18 @@ def _send_unread(context: Context, size: int) -> tuple[Connection, bytes]:
 
 
 def check_backpressure(context: Context) -> str:
-    """Send without reading, then read. Once, both directions may stay full: Linux can lose a change of the window."""
+    """Send without reading, then read.
+
+    Once, both directions may stay full: Linux can lose a change of the window. It tries again after intervals that
+    double as long as the path is full, so the next one takes at most as long as that was.
+    """
     for is_last in (False, True):
+        started = monotonic()
         connection, data = _send_unread(context, BACKLOG_SIZE)
         left = len(connection.unsent)
         connection.resume()
         try:
-            context.finish(
-                connection, data, "the connection of a client that does not read is cut, or replies are lost"
-            )
+            context.finish(connection, data, NOT_ALL_REPLIES, min_timeout=2 * (monotonic() - started))
             break
         except Failure:
             if connection.ending or is_last:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import ssl
 import sys
@@ -16,9 +17,12 @@ import pytest
 from support import TIMEOUT, ChildProcess, StartServer, lines
 
 from echo_async.check.checks import run_checks
+from echo_async.check.connection import Connection
 from echo_async.check.context import Context, Settings
 from echo_async.check.load import check_backpressure
+from echo_async.check.messages import make_text
 from echo_async.check.opening import check_connect, check_mode
+from echo_async.check.result import Failure
 from echo_async.client.endpoint import Endpoint
 from echo_async.testing import HostedServer, Peer
 
@@ -71,13 +75,39 @@ def test_check_of_our_server_finds_nothing(
         assert over_unix.result()["identity"].endswith("; Unix socket; no PROXY header; no TLS")
 
 
-def test_check_of_a_slow_path_waits_for_a_reply_that_arrives() -> None:
-    """A reply of 15,000 bytes takes longer than the timeout."""
-    with HostedServer(fault="slice=4100,interval=0.4") as server:
-        results = run_checks(Endpoint(*server.address, timeout=1.0), Settings(size=15_000))
-        found = next(each for each in results if each.check == "bytes")
-        results.close()
-    assert found.result == "ok"
+def test_check_of_a_slow_path_waits_for_a_reply_that_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reply of 8,000 bytes takes longer than the timeout, and then than all timeouts together."""
+    with HostedServer(fault="slice=1500,interval=0.3") as server, checking(server, timeout=1.0) as context:
+        context.exchange(context.connection(), make_text(8000), "")
+        monkeypatch.setattr("echo_async.check.context.MAX_TIMEOUTS", 1)
+        with pytest.raises(Failure) as failed:
+            context.exchange(context.connection(), make_text(8000), "")
+    assert re.fullmatch(r"[\d,]{5} bytes of replies in 1 s, and not the last one", failed.value.seen)
+    assert "give a longer --timeout" in failed.value.reason
+
+
+def test_check_of_backpressure_waits_as_long_as_it_has_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TCP tries a full path again after intervals that double."""
+    monkeypatch.setattr("echo_async.check.load.STALL_TIME", 0.6)
+    resumed, stopped, stalls = threading.Event(), threading.Event(), []
+    receive_again = Connection.resume
+
+    def resume(connection: Connection) -> None:
+        receive_again(connection)
+        resumed.set()
+
+    def serve(peer: Peer) -> None:
+        for line in lines(peer):
+            if len(line) > 1000 and peer not in stalls:
+                stalls.append(peer)
+                resumed.wait(TIMEOUT)
+                stopped.wait(0.4)
+            peer.send(line)
+
+    monkeypatch.setattr(Connection, "resume", resume)
+    with HostedServer(handler=serve) as server, checking(server, timeout=0.1) as context:
+        assert check_backpressure(context).startswith("4,194,304 bytes, ")
+    assert len(stalls) == 1
 
 
 def test_check_of_backpressure_forgives_one_stall() -> None:
@@ -91,13 +121,22 @@ def test_check_of_backpressure_forgives_one_stall() -> None:
             peer.send(line)
 
     with HostedServer(handler=serve) as server:
-        with closing(Context(Endpoint(*server.address, timeout=0.5), Settings())) as context:
-            check_connect(context)
-            check_mode(context)
-            context.largest = 20_000
+        with checking(server, timeout=0.5) as context:
             assert check_backpressure(context).startswith("4,194,304 bytes, ")
         stopped.set()
     assert next(stalls, None) is None
+
+
+@contextmanager
+def checking(server: HostedServer, timeout: float) -> Iterator[Context]:
+    """Yield the context of checks after the first ones, with a ``timeout`` for what follows."""
+    with closing(Context(Endpoint(*server.address), Settings())) as context:
+        check_connect(context)
+        check_mode(context)
+        context.close_connections()
+        context.endpoint = Endpoint(*server.address, timeout=timeout)
+        context.largest = 20_000
+        yield context
 
 
 OTHERS: Sequence[Sequence[str | Path]] = [
