@@ -7,9 +7,11 @@ from ..wire.identity import Identity
 from ..wire.proxy import parse_address
 from ..wire.text import escape
 from .context import IDENTIFY, Context
-from .result import Skip
+from .explanation import quote
+from .result import Failure, Skip
 
 SAMPLES = 8  # connections; a load balancer distributes them
+SEVERAL_MODES = "not all servers behind this address are in mode identify"
 
 
 def check_identity(context: Context) -> str:
@@ -24,7 +26,10 @@ def check_identity(context: Context) -> str:
         context.wait(lambda: connection.ending or connection.lines)  # noqa: B023
         line = bytes(connection.received)
         context.compare(connection, b"identity\n", "the server reports no identity")
-        found = Identity.parse(line)
+        try:
+            found = Identity.parse(line)
+        except ValueError as error:
+            raise Failure(f"{quote(line)} without a description", SEVERAL_MODES) from error
         server = found.server
         servers[f"{found.kubernetes.pod or server.hostname} pid {server.pid} at {server.address}"] += 1
     answers = ", ".join(f"{escape(name)} ({count} of {SAMPLES})" for name, count in servers.items())

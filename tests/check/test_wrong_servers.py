@@ -49,6 +49,7 @@ DEFECTS = [
     (wrong.wait_for_a_client_that_does_not_read, "slow", "waits for one client"),
     (wrong.cut_a_client_that_does_not_read, "backpressure", "cut"),
     (wrong.end_an_idle_connection, "idle", "idle timeout"),
+    (wrong.describe_the_first_client, "identity", "not all servers"),
 ]
 
 
