@@ -78,9 +78,10 @@ class FakeConnection(Connection):
     def check(self) -> str | None:
         """Check the timeouts as the sweep of the asyncio engines does."""
         self.timeouts = self.timeouts or Timeouts()
-        if self.is_swept_briefly and self.timeouts.is_still_idle(self, self.clock.time):
+        seconds = self.context.config.timeout_idle
+        if self.is_swept_briefly and self.timeouts.is_still_idle(self.conversation, self.clock.time, seconds):
             return None
-        return self.timeouts.expired(self, self.clock.time)
+        return self.timeouts.expired(self.clock.time, *self.observe())
 
     def expire(self, flood: bytes = b"") -> tuple[str, float]:
         """Receive ``flood`` every half second. Return the first timeout that expires, and the seconds until then."""

@@ -7,6 +7,7 @@ read and sent and how a connection is ended.
 from __future__ import annotations
 
 import contextlib
+import math
 import ssl
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from ..wire.conversation import Conversation
 from ..wire.script import Wait
 from ..wire.text import excerpt
 from .context import ServerContext, Slot
-from .timeouts import NEWLINE_DELAY, TimeoutKind, Timeouts
+from .timeouts import NEWLINE_DELAY, STALLED, TimeoutKind, Timeouts
 
 MIN_WRITE = 4096  # bytes of replies that are sent at once, though more chunks have arrived: else together with theirs
 LINES_PER_TURN = 100  # access log lines of one connection before others get their turn
@@ -97,6 +98,24 @@ class Connection:
     def is_held_open(self) -> bool:
         """Whether a script leaves it to the client to close the connection."""
         return self.runner is not None and self.runner.is_held_open
+
+    def observe(self) -> tuple[TimeoutKind | None, int, float]:
+        """Return the timeout that runs, what changes with progress, and the seconds without any after which it expires.
+
+        A connection waits for one thing at a time.
+        """
+        conversation, config = self.conversation, self.context.config
+        if self.is_stalled:
+            return "idle", STALLED, config.timeout_idle
+        if unsent := self.unsent():
+            return "write", self.answered - unsent, config.timeout_write
+        if self.is_delayed:  # the client has to wait
+            return None, 0, math.inf
+        if conversation.finished and not self.is_held_open:
+            return "linger", 0, self.context.linger_timeout
+        if conversation.incomplete:
+            return "message", conversation.messages, config.timeout_message
+        return "idle", conversation.received, config.timeout_idle
 
     # Provided by the engine.
 

@@ -116,11 +116,11 @@ class Registry(ServerContext):
     def _check(self, connection: Connection, now: float) -> None:
         if (timeouts := connection.timeouts) is None:
             timeouts = connection.timeouts = Timeouts()
-        kind = timeouts.expired(connection, now)
+        kind = timeouts.expired(now, *connection.observe())
         if kind is None:
-            if timeouts.must_report_incomplete(connection, now):
+            if timeouts.must_report_incomplete(connection.conversation, now):
                 connection.log_incomplete()
-            if self._is_draining and not timeouts.is_new(connection, now):
+            if self._is_draining and not timeouts.is_new(connection.conversation, now):
                 connection.drain()
             return
         if kind != "linger" and connection not in self._ends:

@@ -33,8 +33,13 @@ class Sweeper:
     def _sweep(self) -> None:
         if self._checked >= len(self._connections):
             self._connections, self._checked = list(self._registry.connections), 0
-        now = self._registry.now()
-        some = self._connections[self._checked : self._checked + SLICE]
-        self._registry.sweep([each for each in some if not (each.timeouts and each.timeouts.is_still_idle(each, now))])
+        now, seconds = self._registry.now(), self._registry.config.timeout_idle
+        self._registry.sweep(
+            [
+                each
+                for each in self._connections[self._checked : self._checked + SLICE]
+                if each.timeouts is None or not each.timeouts.is_still_idle(each.conversation, now, seconds)
+            ]
+        )
         self._checked += SLICE
         self.start()
