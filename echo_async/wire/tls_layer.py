@@ -20,7 +20,7 @@ MAX_RECORDS_WITHOUT_DATA = 16  # in a row, after the handshake (Go: crypto/tls, 
 MAX_DATA_SIZE = 16 * 1024  # bytes of data in a record (RFC 8446 section 5.1)
 
 HEADER = struct.Struct("!BBxH")  # type, major version, size
-RECORD_TYPES, APPLICATION_DATA, MAJOR_VERSION = range(20, 24), 23, 3
+RECORD_TYPES, APPLICATION_DATA, MAJOR_VERSION = frozenset(range(20, 24)), 23, 3
 MAX_SIZE = MAX_DATA_SIZE + 2048  # bytes of a record after its header (RFC 5246 section 6.2.3)
 
 
@@ -93,17 +93,16 @@ class TlsLayer:
                 return self._process(data)  # the usual case: one record
         self.has_input = True
         data = self._data + data
-        view, position, parts = memoryview(data), 0, []
-        for _ in range(RECORDS_PER_TURN):
-            end = _end_of_record(data, position)
-            if not end:
+        parts: list[bytes] = []
+        view, start, end = memoryview(data), 0, _end_of_record(data, 0)
+        while end and len(parts) < RECORDS_PER_TURN:
+            plaintext = self._process(view[start:end])
+            parts.append(plaintext)
+            start, end = end, _end_of_record(data, end)
+            if not plaintext and (self.is_established or self.is_ended):
                 break
-            record, position = view[position:end], end
-            parts.append(self._process(record))
-            if self.is_ended or (self.is_established and not parts[-1]):
-                break
-        self._data = b"" if self.is_ended else data[position:]
-        self.has_records = _end_of_record(self._data, 0) > 0
+        self._data = b"" if self.is_ended else data[start:]
+        self.has_records = end > 0 and not self.is_ended
         self.has_news = self.has_news or self.has_records
         return b"".join(parts)
 
