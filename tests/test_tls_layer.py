@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,21 @@ def test_turn_has_a_limited_number_of_records(pair: tuple[TlsLayer, TlsClient]) 
     assert server.receive() == b"x"
     assert not server.has_records
     assert not server.has_news
+
+
+def test_records_that_wait_for_a_turn_are_not_copied(pair: tuple[TlsLayer, TlsClient]) -> None:
+    server, client = pair
+    sent = b"".join(client.record(b"x") for _ in range(50 * RECORDS_PER_TURN))
+    tracemalloc.start()
+    try:
+        assert server.receive(sent) + server.receive() == b"x" * 2 * RECORDS_PER_TURN
+        assert tracemalloc.get_traced_memory()[1] < len(sent) / 2
+    finally:
+        tracemalloc.stop()
+    receive(server, b"")
+    while server.has_records:
+        server.receive()
+    assert server.unprocessed == 0
 
 
 # What has no data

@@ -70,7 +70,7 @@ class TlsLayer:
         self.has_news = False
         self.server_name: str | None = None
         self._handshake = bytearray()  # the beginning of what the client has sent, until the handshake is complete
-        self._data = b""  # that is not processed yet
+        self._data: bytes | memoryview = b""  # that is not processed yet
         self._without_data = 0  # records in a row
         self._is_closed = False
 
@@ -92,18 +92,23 @@ class TlsLayer:
             if kind == APPLICATION_DATA and size == len(data) - HEADER.size:
                 return self._process(data)  # the usual case: one record
         self.has_input = True
-        data = self._data + data
+        if data and self._data:
+            data = b"".join((self._data, data))
         parts: list[bytes] = []
-        view, start, end = memoryview(data), 0, _end_of_record(data, 0)
+        view = memoryview(data or self._data)
+        start, end = 0, _end_of_record(view, 0)
         while end and len(parts) < RECORDS_PER_TURN:
             plaintext = self._process(view[start:end])
             parts.append(plaintext)
-            start, end = end, _end_of_record(data, end)
+            start, end = end, _end_of_record(view, end)
             if not plaintext and (self.is_established or self.is_ended):
                 break
-        self._data = b"" if self.is_ended else data[start:]
         self.has_records = end > 0 and not self.is_ended
-        self.has_news = self.has_news or self.has_records
+        if self.has_records:
+            self.has_news = True
+            self._data = view[start:]  # not a copy in every turn
+        else:
+            self._data = b"" if self.is_ended or start == len(view) else bytes(view[start:])
         return b"".join(parts)
 
     def _process(self, record: bytes | memoryview) -> bytes:
@@ -181,7 +186,7 @@ class TlsLayer:
         return data
 
 
-def _end_of_record(data: bytes, position: int) -> int:
+def _end_of_record(data: memoryview, position: int) -> int:
     """Return where the record at ``position`` ends, 0 if it is incomplete. All that is left, if that is no record."""
     if len(data) - position < HEADER.size:
         return 0
