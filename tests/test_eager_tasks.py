@@ -8,6 +8,7 @@ import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.version_info < (3, 12), reason="asyncio.eage
 
 HEADER = b"PROXY TCP4 192.0.2.7 192.0.2.8 4000 5000\r\n"
 OPTIONS: list[ServerOptions] = [{}, {"proxy_protocol": "auto"}, {"mode": "identify"}]
-FAULTS = ["delay=0.001,slice=2", "close=5", "stall=5"]
+FAULTS = {"delay=0.001,slice=2": 13, "close=5": 5, "stall=5": 5}  # and the bytes that a client receives
 
 
 def run_eagerly(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -41,11 +42,9 @@ def engine(request: pytest.FixtureRequest) -> EngineName:
     return engine
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_eager_server_serves_early_and_later_clients(engine: EngineName, options: ServerOptions) -> None:
-    header = HEADER if "proxy_protocol" in options else b""
-
-    async def main() -> None:
+def test_eager_server_serves_early_and_later_clients(engine: EngineName) -> None:
+    async def serve(options: ServerOptions) -> None:
+        header = HEADER if "proxy_protocol" in options else b""
         with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as early:
             early.connect(listener.getsockname())
             early.setblocking(False)
@@ -61,7 +60,8 @@ def test_eager_server_serves_early_and_later_clients(engine: EngineName, options
                 assert b"early" in await asyncio.get_running_loop().sock_recv(early, 4096)
             assert (server.stats.accepted, server.stats.failed) == (4, 0)
 
-    run_eagerly(main)
+    for options in OPTIONS:
+        run_eagerly(partial(serve, options))
 
 
 def test_eager_server_with_tls_serves(engine: EngineName, certificate: Path, client_context: ssl.SSLContext) -> None:
@@ -75,15 +75,16 @@ def test_eager_server_with_tls_serves(engine: EngineName, certificate: Path, cli
     run_eagerly(main)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_eager_server_with_faults_applies_them(engine: EngineName, fault: str) -> None:
+def test_eager_server_with_faults_applies_them(engine: EngineName) -> None:
     async def main() -> None:
-        async with echo_async.serve(port=0, engine=engine, fault=fault, timeout_graceful_shutdown=0.1) as server:
-            reader, writer = await asyncio.open_connection(*server.address)
-            writer.write(b"Hola Server!\n")
-            received = await reader.readexactly(5 if "=5" in fault else 13)
-            assert b"Hola Server!\n".startswith(received)
-            writer.close()
+        async with echo_async.serve(
+            port=0, engine=engine, fault_sequence=list(FAULTS), timeout_graceful_shutdown=0.1
+        ) as server:
+            for size in FAULTS.values():
+                reader, writer = await asyncio.open_connection(*server.address)
+                writer.write(b"Hola Server!\n")
+                assert await reader.readexactly(size) == b"Hola Server!\n"[:size]
+                writer.close()
         assert server.stats.failed == 0
 
     run_eagerly(main)

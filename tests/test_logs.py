@@ -67,15 +67,12 @@ def is_one_printable_line(text: str) -> bool:
 
 
 @given(ANY_TEXT)
-def test_escape_of_any_text_is_one_printable_line(text: str) -> None:
-    assert is_one_printable_line(escape(text))
-
-
-@given(ANY_TEXT)
-def test_escape_of_any_text_can_be_reversed(text: str) -> None:
+def test_escape_of_any_text_is_one_line_and_reversible(text: str) -> None:
     escape_sequence = re.compile(r"\\(?:\\|[abfnrtv]|x[0-9a-f]{2}|u[0-9a-f]{4}|U[0-9a-f]{8})")
-    restored = escape_sequence.sub(lambda match: match[0].encode("ascii").decode("unicode_escape"), escape(text))
+    escaped = escape(text)
+    restored = escape_sequence.sub(lambda match: match[0].encode("ascii").decode("unicode_escape"), escaped)
     assert restored == text
+    assert is_one_printable_line(escaped)
 
 
 @given(st.binary(max_size=500) | ANY_TEXT.map(lambda text: text.encode("utf-8", "surrogatepass") * 9))

@@ -63,12 +63,18 @@ def bind_error(**options: Any) -> str:
     return text
 
 
-def test_bound_socket_is_nonblocking_and_not_inheritable() -> None:
+def test_listening_socket_has_the_options_of_the_server() -> None:
     with bound() as [listener]:
-        assert not listener.getblocking()
         assert not listener.get_inheritable()
         with pytest.raises(BlockingIOError):
             listener.accept()
+    with socket.create_server(("127.0.0.1", 0)) as original:
+        address = original.getsockname()
+        with closing(adopt(original.detach())) as listener, socket.create_connection(address) as client:
+            listener.setblocking(True)
+            with listener.accept()[0] as accepted:
+                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+            client.close()
 
 
 @needs_ipv6
@@ -352,16 +358,6 @@ def test_close_keeps_the_unix_socket_of_a_newer_server(tmp_path: Path) -> None:
 
     run(main)
     assert not os.path.exists(path)
-
-
-def test_adopted_socket_accepts_connections_with_nodelay() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as original:
-        address = original.getsockname()
-        with closing(adopt(original.detach())) as listener, socket.create_connection(address) as client:
-            listener.setblocking(True)
-            with listener.accept()[0] as accepted:
-                assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
-            client.close()
 
 
 def test_bind_of_a_path_that_cannot_be_used_changes_nothing(tmp_path: Path) -> None:

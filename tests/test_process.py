@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TIMEOUT, Backend, connect, is_echoed, run, wait_in_loop, wait_until
+from support import TIMEOUT, Backend, run, wait_in_loop, wait_until
 
 import echo_async
 from echo_async import sync
 from echo_async.config import ServerOptions
+from echo_async.pytest_plugin import MakeEchoServer
 from echo_async.testing import HostedServer
 
 STACK_SIZE = 512 * 1024  # bytes, of the threads of this program
@@ -101,14 +102,6 @@ def stack_size() -> Iterator[None]:
     threading.stack_size(before)
 
 
-def use(server: Any, observer: Observer) -> None:
-    """Let the server start and end connections while the settings are observed."""
-    rounds = observer.rounds + ROUNDS
-    while observer.rounds < rounds:
-        with connect(server) as client:
-            assert is_echoed(client)
-
-
 OPTIONS: list[ServerOptions] = [{}, {"udp": True, "proxy_protocol": "auto"}, {"fault": "delay=0"}]
 
 
@@ -130,28 +123,21 @@ def test_serve_and_connect_change_no_setting(backend: Backend, options: ServerOp
     run(main, backend.loop)
 
 
-def test_sync_server_and_client_change_no_setting() -> None:
+def test_blocking_servers_and_clients_change_no_setting(
+    echo_server: HostedServer, make_echo_server: MakeEchoServer, request: pytest.FixtureRequest
+) -> None:
     with observed() as observer:
-        with sync.serve(port=0, mode="stream") as server:
-            use(server, observer)
-            with sync.connect("localhost", server.port) as client:  # type: ignore[arg-type]
-                assert list(client.stream(["one", "two"])) == ["one", "two"]
+        request.getfixturevalue("black_hole_address")
+        servers: list[Any] = [
+            sync.serve(port=0, mode="stream"),
+            make_echo_server(tls=True, udp=True),
+            make_echo_server(),
+        ]
+        for server in (*servers, echo_server):
+            rounds = observer.rounds + ROUNDS
+            while observer.rounds < rounds:
+                with sync.connect(*server.address, ssl=getattr(server, "client_context", None)) as client:
+                    assert list(client.stream(["one", "two"])) == ["one", "two"]
+            server.close()
         rounds = observer.rounds + 1
         wait_until(lambda: observer.rounds > rounds)
-
-
-def test_hosted_server_with_tls_changes_no_setting() -> None:
-    with observed() as observer, HostedServer(tls=True, udp=True) as server:
-        while observer.rounds < ROUNDS:
-            assert sync.echo("Hola!", *server.address, ssl=server.client_context) == "Hola!"
-
-
-@pytest.mark.parametrize("fixture", ["echo_server", "make_echo_server", "black_hole_address"])
-def test_fixture_changes_no_setting(fixture: str, request: pytest.FixtureRequest) -> None:
-    with observed() as observer:
-        value = request.getfixturevalue(fixture)
-        if fixture == "black_hole_address":
-            return
-        server = value() if fixture == "make_echo_server" else value
-        use(server, observer)
-        server.close()

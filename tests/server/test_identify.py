@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import ssl
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,34 +175,24 @@ def test_clients_return_an_identity() -> None:
     assert [each.message_base64 for each in identities] == [None, "/w==", None, "/w==", None]
 
 
-def test_identify_of_an_echo_is_a_different_reply() -> None:
-    async def main() -> None:
-        async with echo_async.connect(*server.address) as client:
-            await client.identify("Hola")
-
-    with HostedServer() as server:
-        with sync.connect(*server.address) as client, pytest.raises(ReplyDifferent, match="in identify mode"):
-            client.identify("Hola")
-        with pytest.raises(ReplyDifferent, match="in identify mode"):
-            run(main)
-
-
-def test_identify_fails_if_a_line_does_not_end(faulty_server: MakeEchoServer) -> None:
+def test_identify_of_other_replies_fails(faulty_server: MakeEchoServer) -> None:
     def serve(peer: Peer) -> None:
         peer.receive_line()
         while True:
             peer.send(100_000 * b"x")
 
-    async def main() -> None:
+    async def main(server: HostedServer) -> None:
         async with echo_async.connect(*server.address) as client:
             await client.identify("Hola")
 
-    server = faulty_server(handler=serve)
-    error = "too long: over 16414 bytes without a newline"
-    with sync.connect(*server.address) as client, pytest.raises(ReplyDifferent, match=error):
-        client.identify("Hola")
-    with pytest.raises(ReplyDifferent, match=error):
-        run(main)
+    for server, error in (
+        (faulty_server(), "in identify mode"),
+        (faulty_server(handler=serve), "too long: over 16414 bytes without a newline"),
+    ):
+        with sync.connect(*server.address) as client, pytest.raises(ReplyDifferent, match=error):
+            client.identify("Hola")
+        with pytest.raises(ReplyDifferent, match=error):
+            run(partial(main, server))
 
 
 def test_client_command_prints_the_replies(capfd: pytest.CaptureFixture[str]) -> None:
