@@ -400,6 +400,7 @@ PACKAGE_COMMANDS = [words[1:] for words in COMMAND_LINES if words[0] == "echo-as
 
 
 def test_docs_command_lines_are_accepted() -> None:
+    assert {words[0] for words in PACKAGE_COMMANDS} >= {"server", "client", "check", "run", "bench"}
     for words in PACKAGE_COMMANDS:
         command: click.Command = main.command
         arguments = words
@@ -411,21 +412,14 @@ def test_docs_command_lines_are_accepted() -> None:
             command.make_context(words[0], arguments).close()
 
 
-def test_docs_command_lines_cover_every_command() -> None:
-    assert {words[0] for words in PACKAGE_COMMANDS} >= {"server", "client", "check", "run", "bench"}
-
-
 def test_docs_library_lists_the_options_it_does_not_have() -> None:
     section = (ROOT / "docs" / "library.md").read_text().partition("\n### Options\n")[2].partition("```")[0]
     assert set(re.findall(r"`(\w+)`", section)) - {"serve"} == set(server.OPTIONS) - set(ServerOptions.__annotations__)
 
 
-def test_docs_make_targets_exist() -> None:
+def test_docs_programs_and_targets_of_the_repository_exist() -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     assert {word for words in COMMAND_LINES if words[0] == "make" for word in words[1:]} <= set(targets)
-
-
-def test_docs_programs_of_the_repository_exist() -> None:
     paths = {
         word for words in COMMAND_LINES for word in words[:2] if re.match(r"(\.ci|benchmarks|examples|tests)/", word)
     }

@@ -166,9 +166,9 @@ FAILING = """
 """
 
 
-@pytest.mark.parametrize("plugins", [[], ["-p", "xdist", "-n", "2"]], ids=["alone", "xdist"])
+@pytest.mark.parametrize("plugins", [[], ["-p", "xdist", "-n", "1"]], ids=["alone", "xdist"])
 def test_failure_in_a_function_fails_its_test(session: pytest.Pytester, plugins: list[str]) -> None:
-    """With xdist in processes of their own, which report as this one does."""
+    """With xdist in a process of its own, which reports as this one does."""
     session.makepyfile(FAILING)
     result = session.runpytest_inprocess(*plugins, "-rA")
     result.assert_outcomes(passed=3, failed=3, errors=1)

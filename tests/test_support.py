@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -31,8 +32,9 @@ def is_group(number: int) -> bool:
 
 def test_test_that_times_out_ends_its_processes(tmp_path: Path) -> None:
     (tmp_path / "test_endless.py").write_text(ENDLESS_TEST)
-    options = ("-q", "-p", "no:cacheprovider", "-o", "timeout=1", "-o", f"pythonpath={Path(__file__).parent}")
-    done = run_process([sys.executable, "-m", "pytest", *options, "test_endless.py"], cwd=tmp_path)
+    options = ("-q", "-p", "pytest_timeout", "-o", "timeout=1", "-o", f"pythonpath={Path(__file__).parent}")
+    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = run_process([sys.executable, "-m", "pytest", *options, "test_endless.py"], cwd=tmp_path, env=env)
     assert done.returncode == 1
     assert "1 failed" in done.stdout
     group = int(done.stdout.partition("group ")[2].split()[0])

@@ -96,24 +96,21 @@ def test_group_wrong_place_is_told_the_right_one(capfd: pytest.CaptureFixture[st
         assert advice in single_error_line(*capfd.readouterr())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "unused"),
-    [
+def test_group_imports_only_the_subcommand() -> None:
+    for arguments, unused in (
         (["client", "--port", "1"], {"server.server", "cli.run", "cli.bench", "cli.ping", "cli.datagram_ping", "tls"}),
         (["server", "--port", "x"], {"client.client", "cli.run", "cli.bench", "server.supervisor", "engines.threads"}),
-    ],
-)
-def test_group_imports_only_the_subcommand(arguments: list[str], unused: set[str]) -> None:
-    code = f"""
+    ):
+        code = f"""
 import sys
 before = set(sys.modules)  # those of coverage, where it is measured
 from echo_async.cli.main import main
 main({arguments!r})
 print(*set(sys.modules) - before)
 """
-    imported = set(execute(sys.executable, "-c", code).stdout.split())
-    assert f"echo_async.cli.{arguments[0]}" in imported
-    assert imported & {"json", "random", "multiprocessing", *(f"echo_async.{name}" for name in unused)} == set()
+        imported = set(execute(sys.executable, "-c", code).stdout.split())
+        assert f"echo_async.cli.{arguments[0]}" in imported
+        assert imported & {"json", "random", "multiprocessing", *(f"echo_async.{name}" for name in unused)} == set()
 
 
 # Environment variables

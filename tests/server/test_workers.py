@@ -214,7 +214,7 @@ def wait_acknowledged(*clients: socket.socket) -> None:
 def test_stop_answers_every_message_received(engine: EngineName) -> None:
     """Both of accepted connections and of connections in the backlog."""
     sent = b"".join(b"%060d\n" % number for number in range(200))
-    with two_workers(engine) as server, ExitStack() as stack:
+    with two_workers(engine, "--chunk-size", "4096") as server, ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(40)]
         for client in clients:
             assert exchange(client, b"hello\n") == b"hello\n"
