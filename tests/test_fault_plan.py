@@ -169,21 +169,33 @@ ACTIONS: list[tuple[str, list[Action]]] = [
 ]
 
 
-def test_reply_becomes_actions() -> None:
+SEVERAL: list[tuple[str, list[list[Action]]]] = [
+    ("stall", [[]]),
+    ("close=20", [[Send(MESSAGE)], [Send(MESSAGE[:7]), End.CLOSE], []]),
+    ("delay=1", [[Wait(1), Send(MESSAGE)], [Wait(1), Send(MESSAGE), Wait(1), Send(MESSAGE)]]),
+    ("close=5,delay=1,after=2", [[Send(MESSAGE)], [Send(MESSAGE), Wait(1), Send(MESSAGE[:5]), End.CLOSE]]),
+]
+"""The actions of a reply to one message, to two, to three."""
+
+
+def test_replies_become_actions() -> None:
     for spec, actions in ACTIONS:
         script = script_of(spec)
         assert list(script.start()) == []
         assert without_reports(script.reply(MESSAGE)) == actions, spec
+    for spec, replies in SEVERAL:
+        script = script_of(spec)
+        assert without_reports(script.start()) == ([End.STALL] if spec == "stall" else [])
+        for number, actions in enumerate(replies, start=1):
+            assert without_reports(script.reply(number * MESSAGE)) == actions, spec
+    raw = script_of("delay=1", is_raw=True)
+    assert without_reports(raw.reply(b"one\ntwo")) == [Wait(1), Send(b"one\ntwo")]
 
 
 def test_rate_delays_a_long_reply_in_proportion() -> None:
     actions = without_reports(script_of("rate=200000").reply(bytes(50_000)))
     assert [action.seconds for action in actions if isinstance(action, Wait)] == pytest.approx([0.1, 0.1, 0.05])
     assert [len(action.data) for action in actions if isinstance(action, Send)] == [20_000, 20_000, 10_000]
-
-
-def test_stall_after_0_bytes_is_before_the_first_reply() -> None:
-    assert without_reports(script_of("stall").start()) == [End.STALL]
 
 
 def test_end_at_a_time_is_a_timer_whatever_was_sent() -> None:
@@ -195,13 +207,6 @@ def test_end_at_a_time_is_a_timer_whatever_was_sent() -> None:
         assert without_reports(script.reply(MESSAGE)) == [Wait(2), Send(MESSAGE)]
         assert list(timer.then()) == [Report(end.value, f"fault injected: {end.value}=1.5s"), end]
         assert list(script.reply(MESSAGE)) == []
-
-
-def test_after_spares_messages_and_their_bytes() -> None:
-    script = script_of("close=5,delay=1,after=2")
-    assert list(script.start()) == []
-    assert list(script.reply(MESSAGE)) == [Send(MESSAGE)]
-    assert without_reports(script.reply(2 * MESSAGE)) == [Send(MESSAGE), Wait(1), Send(MESSAGE[:5]), End.CLOSE]
 
 
 def test_drop_after_messages_is_silent_from_then_on() -> None:
@@ -218,13 +223,6 @@ def test_garbage_has_one_newline_at_its_end(size: int, seed: int) -> None:
     assert (len(first), first.find(b"\n")) == (size, size - 1)
 
 
-def test_end_counts_the_bytes_of_all_replies() -> None:
-    script = script_of("close=20")
-    assert without_reports(script.reply(MESSAGE)) == [Send(MESSAGE)]
-    assert without_reports(script.reply(2 * MESSAGE)) == [Send(MESSAGE[:7]), End.CLOSE]
-    assert list(script.reply(MESSAGE)) == []
-
-
 def test_each_kind_is_reported_once_when_it_takes_effect() -> None:
     script = script_of("delay=0,slice=20,reset=20")
     assert [action for action in script.reply(MESSAGE) if isinstance(action, Report)] == [
@@ -234,12 +232,6 @@ def test_each_kind_is_reported_once_when_it_takes_effect() -> None:
     assert [action for action in script.reply(MESSAGE) if isinstance(action, Report)] == [
         Report("reset", "fault injected: reset=20")
     ]
-
-
-def test_each_of_several_messages_is_a_reply_except_in_raw_mode() -> None:
-    reply = without_reports(script_of("delay=1").reply(b"one\ntwo\n"))
-    assert reply == [Wait(1), Send(b"one\n"), Wait(1), Send(b"two\n")]
-    assert without_reports(script_of("delay=1", is_raw=True).reply(b"one\ntwo")) == [Wait(1), Send(b"one\ntwo")]
 
 
 @given(st.binary(max_size=30), st.integers(0, 1000))

@@ -8,22 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support import StartServer, connect, is_echoed, log_lines, reset, wait_for
+from support import StartServer, connect, log_lines, reset, wait_for
 
 from echo_async.stats import Stats
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-
-def test_port_scan_is_not_logged(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "echo_async")
-    with start_server() as server, connect(server) as healthy:
-        for number in range(100):
-            client = connect(server)
-            reset(client) if number % 2 else client.close()
-        wait_for(server, accepted=101, active=1)
-        assert log_lines(caplog, logging.INFO) == []
-        assert is_echoed(healthy)
 
 
 HANDSHAKES: dict[str, dict[str, Any]] = {"TLS handshake": {"tls": True}, "PROXY header": {"proxy_protocol": "auto"}}
