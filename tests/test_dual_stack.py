@@ -58,19 +58,19 @@ def assert_echoed(client: socket.socket, message: bytes = b"Hola Server!\n") -> 
 
 
 @needs_ipv6
-@pytest.mark.parametrize("port", PORTS)
 def test_host_unspecified_serves_ipv4_and_ipv6_clients(
-    start_server: StartServer, port: str, client_context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+    start_server: StartServer, client_context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "echo_async")
-    header = b"PROXY UNKNOWN\r\n" if port == "proxy" else b""
     lines = []
-    with start_server(host="::", mode="stream", **PORTS[port]) as server:
-        assert server.addresses == [("::", server.port)]
-        for host in ("127.0.0.1", "::1"):
-            with connect_to((host, server.port or 0), client_context if port == "tls" else None) as client:
-                assert_echoed(client, header + b"Hola Server!\n")
-                lines.append(f"{name_of(client)} 13 bytes: Hola Server!")
+    for port, options in PORTS.items():
+        header = b"PROXY UNKNOWN\r\n" if port == "proxy" else b""
+        with start_server(host="::", mode="stream", **options) as server:
+            assert server.addresses == [("::", server.port)]
+            for host in ("127.0.0.1", "::1"):
+                with connect_to((host, server.port or 0), client_context if port == "tls" else None) as client:
+                    assert_echoed(client, header + b"Hola Server!\n")
+                    lines.append(f"{name_of(client)} 13 bytes: Hola Server!")
     assert {*lines} <= {*caplog.messages}
     assert "::ffff:" not in caplog.text
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import ssl
 import threading
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import pytest
 from clients import Connect, Echo
@@ -20,36 +21,35 @@ from echo_async.wire.proxy import ProxyHeader, build_header, parse_address
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-each_version = pytest.mark.parametrize("version", ["v1", "v2"])
+VERSIONS: tuple[Literal["v1", "v2"], ...] = ("v1", "v2")
 
 
-@each_version
-def test_client_sends_the_proxy_source(echo: Echo, version: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_client_sends_the_proxy_source(echo: Echo, caplog: pytest.LogCaptureFixture) -> None:
     """Its own address by default."""
     caplog.set_level(logging.INFO, "echo_async.access")
     sources = ("192.0.2.1:40000", "[2001:db8::1]:7", None)
-    with sync.serve(port=0, proxy_protocol=version) as server:
-        for source in sources:
-            assert echo("Hola Server!", *server.address, send_proxy=version, proxy_source=source) == "Hola Server!"
-    shown = sorted(line.removesuffix(" 13 bytes: Hola Server!") for line in caplog.messages)
-    assert shown[0].startswith("127.0.0.1:")
-    assert shown[1:] == list(sources[:2])
+    for version in VERSIONS:
+        caplog.clear()
+        with sync.serve(port=0, proxy_protocol=version) as server:
+            for source in sources:
+                assert echo("Hola Server!", *server.address, send_proxy=version, proxy_source=source) == "Hola Server!"
+        shown = sorted(line.removesuffix(" 13 bytes: Hola Server!") for line in caplog.messages)
+        assert shown[0].startswith("127.0.0.1:")
+        assert shown[1:] == list(sources[:2])
 
 
-@each_version
-def test_client_sends_the_header_before_tls(
-    echo: Echo, version: Any, certificate: Path, client_context: ssl.SSLContext
-) -> None:
-    with sync.serve(port=0, proxy_protocol=version, ssl_certfile=str(certificate)) as server:
-        assert echo("secret", *server.address, ssl=client_context, send_proxy=version) == "secret"
+def test_client_sends_the_header_before_tls(echo: Echo, certificate: Path, client_context: ssl.SSLContext) -> None:
+    with sync.serve(port=0, proxy_protocol="auto", ssl_certfile=str(certificate)) as server:
+        for version in VERSIONS:
+            assert echo("secret", *server.address, ssl=client_context, send_proxy=version) == "secret"
 
 
-@each_version
-def test_client_of_a_unix_socket_sends_a_header(echo: Echo, version: Any, tmp_path: Path) -> None:
+def test_client_of_a_unix_socket_sends_a_header(echo: Echo, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
-    with sync.serve(uds=path, proxy_protocol=version):
-        assert echo("hola", uds=path, send_proxy=version) == "hola"
-        assert echo("hola", uds=path, send_proxy=version, proxy_source="192.0.2.1:1") == "hola"
+    with sync.serve(uds=path, proxy_protocol="auto"):
+        for version in VERSIONS:
+            assert echo("hola", uds=path, send_proxy=version) == "hola"
+            assert echo("hola", uds=path, send_proxy=version, proxy_source="192.0.2.1:1") == "hola"
 
 
 def test_connection_reset_before_the_header_is_closed(
@@ -75,16 +75,17 @@ def test_connection_reset_before_the_header_is_closed(
         caplog.handler.removeFilter(pause)
 
 
-@each_version
-def test_header_is_parsed_as_it_was_built(version: str) -> None:
-    for source, destination, parsed in (
-        ("192.0.2.1:1", "192.0.2.2:65535", ("192.0.2.1", 1)),
-        ("[2001:db8::1]:65535", "[::1]:1", ("2001:db8::1", 65535)),
-        ("192.0.2.1:1", "[::1]:1", ("::ffff:192.0.2.1", 1)),
-        ("[2001:db8::1]:1", "127.0.0.1:1", ("2001:db8::1", 1)),
-    ):
+ADDRESSES = [
+    ("192.0.2.1:1", "192.0.2.2:65535", ("192.0.2.1", 1)),
+    ("[2001:db8::1]:65535", "[::1]:1", ("2001:db8::1", 65535)),
+    ("192.0.2.1:1", "[::1]:1", ("::ffff:192.0.2.1", 1)),
+    ("[2001:db8::1]:1", "127.0.0.1:1", ("2001:db8::1", 1)),
+]
+
+
+def test_header_is_parsed_as_it_was_built() -> None:
+    for version, (source, destination, parsed) in product(VERSIONS, ADDRESSES):
         built = build_header(version, parse_address(source), parse_address(destination))
         header = ProxyHeader(version)
         assert header.feed(built + b"message") == len(built)
-        assert header.finished
-        assert header.source == parsed
+        assert (header.finished, header.source) == (True, parsed)
