@@ -396,12 +396,13 @@ def test_injected_fault_is_one_log_line(start_server: StartServer, caplog: pytes
 def test_idle_timeout_ends_a_silent_connection(start_server: StartServer) -> None:
     faults = {"stall": b"", "stall=5": MESSAGE[:5], "drop": b"", "half-close": b""}
     with (
-        start_server(fault_sequence=list(faults), mode="stream", timeout_idle=0.3) as server,
+        start_server(fault_sequence=list(faults), mode="stream", timeout_idle=0.6) as server,
         ExitStack() as stack,
     ):
-        clients = [stack.enter_context(connect(server)) for _ in faults]
-        for client in clients:
-            client.sendall(MESSAGE)
+        clients = []
+        for _ in faults:  # on a busy machine, a client has to send before the timeout
+            clients.append(stack.enter_context(connect(server)))
+            clients[-1].sendall(MESSAGE)
         assert sorted(receive_to_end(client)[0] for client in clients) == sorted(faults.values())
         wait_for(server, timeouts_idle=len(faults))
         for client in clients:

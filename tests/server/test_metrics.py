@@ -134,7 +134,7 @@ def test_metrics_match_what_was_sent_until_the_stop(engine: EngineName, workers:
 
 
 def test_metrics_count_refusals_and_timeouts_by_kind() -> None:
-    with server_with_metrics("streams", 1, "--limit-connections", "1", "--timeout-idle", "0.2") as server:
+    with server_with_metrics("streams", 1, "--limit-connections", "1", "--timeout-idle", "1") as server:
         with server.connect() as idle, server.connect() as refused:
             assert receive_all(refused) == receive_all(idle) == b""
         samples = scrape_metrics(server.log)
