@@ -14,7 +14,8 @@ from support import TIMEOUT
 
 CHUNK_SIZE = 20  # bytes, as in the exercise
 READ_SIZE = 65_536  # bytes
-DESCRIPTION = {"server": {"labels": {}}, "kubernetes": {}, "client": {}}  # the least that mode identify consists of
+# The least that mode identify consists of
+DESCRIPTION: dict[str, object] = {"server": {"labels": {}}, "kubernetes": {}, "client": {}}
 
 
 class Server:
