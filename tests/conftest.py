@@ -81,6 +81,29 @@ def restore_loggers() -> Iterator[None]:
     logging.raiseExceptions = raising
 
 
+class InternalErrors(logging.Handler):
+    """Collects what servers in this process log as internal errors."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "internal error" in str(record.msg):
+            self.records.append(record)
+
+
+@pytest.fixture(autouse=True)
+def no_internal_errors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check that servers had no internal error, which ends a connection as a client may expect it."""
+    handler, logger = InternalErrors(), logging.getLogger("echo_async.server")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    if request.node.get_closest_marker("internal_errors") is None:
+        assert [each.getMessage() for each in handler.records] == []
+
+
 @pytest.fixture(scope="session")
 def authority() -> trustme.CA:
     return trustme.CA()

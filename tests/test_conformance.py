@@ -155,8 +155,9 @@ def test_close_with_idle_clients_frees_the_port(start_server: StartServer, reser
         assert again.address == address
 
 
-def test_close_during_a_message_waits_for_its_end(start_server: StartServer) -> None:
-    with start_server(mode="stream") as server, connect(server) as idle, connect(server) as busy:
+@pytest.mark.parametrize("fault", [None, "slice=3"])
+def test_close_during_a_message_waits_for_its_end(start_server: StartServer, fault: str | None) -> None:
+    with start_server(mode="stream", fault=fault) as server, connect(server) as idle, connect(server) as busy:
         busy.sendall(b"done\nfirst half, ")
         assert receive_line(busy) == b"done\n"
         server.close()

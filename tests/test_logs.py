@@ -91,6 +91,7 @@ def log_a_message(format: LogFormat, message: bytes) -> None:
     list(Connection(context, Slot(("127.0.0.1", 40000))).log_reply(message))
 
 
+@pytest.mark.internal_errors
 def test_log_that_raises_when_it_is_finished_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that is aborted logs the rest of its messages at once; a filter that raises ends only that."""
     configure("info", "text")

@@ -244,6 +244,7 @@ def test_sweep_interval_fits_the_shortest_timeout() -> None:
     assert Registry(ServerConfig(timeout_write=0.5)).sweep_interval <= 0.05
 
 
+@pytest.mark.internal_errors
 def test_sweep_with_a_failing_connection_aborts_only_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -182,6 +182,7 @@ def fail_once(function: Callable[..., Any], error: Exception) -> Callable[..., A
     return call
 
 
+@pytest.mark.internal_errors
 @each_step
 def test_new_connection_raising_ends_only_itself(
     start_server: StartServer,

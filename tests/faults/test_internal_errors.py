@@ -22,6 +22,7 @@ from echo_async.wire.conversation import StreamConversation
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
+@pytest.mark.internal_errors
 @pytest.mark.parametrize(("tls", "error"), [(False, ValueError("a bug")), (True, MemoryError())], ids=["plain", "tls"])
 def test_internal_error_aborts_only_its_connection(
     start_server: StartServer,
@@ -57,6 +58,7 @@ def test_internal_error_aborts_only_its_connection(
     assert re.fullmatch(r"127\.0\.0\.1:\d+ internal error, connection aborted: .*(a bug|Memory).*", line)
 
 
+@pytest.mark.internal_errors
 @pytest.mark.parametrize("engine", ["streams", "protocol"])
 def test_read_without_memory_is_counted_as_failed(engine: EngineName, monkeypatch: pytest.MonkeyPatch) -> None:
     """asyncio ends the connection itself, which was logged at level debug only, as a connection that is lost."""
@@ -79,6 +81,7 @@ def test_read_without_memory_is_counted_as_failed(engine: EngineName, monkeypatc
     assert (stats.accepted, stats.failed, stats.ended["failed"]) == (2, 1, 1)
 
 
+@pytest.mark.internal_errors
 def test_logging_error_aborts_only_its_connection(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -99,6 +99,7 @@ def test_udp_reply_comes_from_the_address_asked(host: str) -> None:
         assert client.recv(100) == b"anybody"
 
 
+@pytest.mark.internal_errors
 @each_receiver
 def test_udp_logging_error_is_counted_and_others_are_answered(
     start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
