@@ -163,9 +163,6 @@ class Connection:
         self.context.note_end(self, "tls_failed" if isinstance(error, ssl.SSLError) else "reset")
         log.debug("%s connection lost: %s", self.peer, describe_error(error))
 
-    def log_established(self) -> None:
-        log.debug("%s connection established", self.peer)
-
     def log_and_receive(self, chunk: bytes) -> bytes:
         log.debug("%s chunk received: %d bytes: %s", self.peer, len(chunk), excerpt(chunk))
         return self.conversation.receive(chunk)

@@ -116,16 +116,6 @@ def read_buffered(reader: asyncio.StreamReader) -> bytes:
     return b""
 
 
-def _shut_down_socket(transport: asyncio.WriteTransport, how: int) -> None:
-    """Shut down the socket beneath ``transport``, which is open.
-
-    uvloop offers no such method for it (pseudosock.pyx): a duplicate of the descriptor has it.
-    """
-    descriptor = transport.get_extra_info("socket").fileno()
-    with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as duplicate:
-        duplicate.shutdown(how)
-
-
 def write_buffer_size(transport: asyncio.WriteTransport) -> int:
     """Return the bytes that the operating system has not taken yet; 0 if ``transport`` is closed.
 
@@ -145,9 +135,11 @@ def abort_transport(transport: asyncio.WriteTransport, *, reset: bool = False) -
     ``_write_ready`` calls ``_call_connection_lost``): aborting it raises AttributeError.
     """
     with contextlib.suppress(OSError, AttributeError):  # it is lost: asyncio has a closed socket then, uvloop none
+        connected = transport.get_extra_info("socket")
         if reset:
-            set_reset_on_close(transport.get_extra_info("socket"))
-        elif not transport.is_closing():
-            _shut_down_socket(transport, socket.SHUT_RDWR)
+            set_reset_on_close(connected)
+        elif not transport.is_closing():  # by a duplicate: uvloop's socket does not allow it (pseudosock.pyx)
+            with socket.fromfd(connected.fileno(), socket.AF_INET, socket.SOCK_STREAM) as duplicate:
+                duplicate.shutdown(socket.SHUT_RDWR)
     with contextlib.suppress(AttributeError):
         transport.abort()

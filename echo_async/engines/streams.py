@@ -165,7 +165,9 @@ class StreamConnection(Connection):
                         reply = b""
                         if transport.get_write_buffer_size() > DRAIN_THRESHOLD:
                             await self._writer.drain()
-                    if conversation.finished and (not self.is_held_open or not await self._wait_stalled()):
+                    if conversation.finished and (
+                        runner is None or not runner.is_held_open or not await self._run_script(runner)
+                    ):
                         return
                     if chunks == CHUNKS_PER_TURN:
                         chunks = 0
@@ -197,17 +199,16 @@ class StreamConnection(Connection):
         return not self._transport.is_closing()  # what has arrived since then is not answered
 
     async def _run_script(self, runner: AsyncioRunner) -> bool:
-        """Run what was submitted, which :meth:`_wake` does not interrupt; return whether to read on."""
+        """Run what was submitted, and wait while the script has stalled the connection; return whether to read on.
+
+        :meth:`_wake` does not interrupt it.
+        """
         self._is_reading = False
         try:
             await runner.run()
         finally:
             self._is_reading = True
         return not self._is_draining and (not self.conversation.finished or self.is_held_open)
-
-    async def _wait_stalled(self) -> bool:
-        """Wait while the script has stalled the connection; return whether to read on."""
-        return self.runner is None or await self._run_script(self.runner)
 
     async def _wait_writable(self) -> None:
         """Wait until the write buffer has room."""

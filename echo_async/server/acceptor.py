@@ -7,7 +7,7 @@ import contextlib
 import socket
 from collections.abc import Callable
 from importlib import import_module
-from typing import Protocol, cast
+from typing import cast
 
 from ..compat import is_readable
 from ..config import ServerConfig
@@ -30,13 +30,6 @@ from .sweeper import Sweeper
 from .udp import start_receiver
 
 
-class AsyncioEngine(Protocol):
-    """What the modules ``streams`` and ``protocol`` provide."""
-
-    def protocol_factory(self, context: ServerContext, slot: Slot) -> Callable[[], asyncio.Protocol]:
-        """Return what makes the protocol of each connection that takes this slot."""
-
-
 class Aborted(asyncio.Protocol):
     """Takes the place of a protocol for which there was no memory."""
 
@@ -52,7 +45,8 @@ class AsyncioAcceptor(Acceptor):
 
     def __init__(self, config: ServerConfig, sockets: ListeningSockets, on_closed: Callable[[], object]) -> None:
         super().__init__(config, sockets, on_closed)
-        self._engine = cast(AsyncioEngine, import_module(f"..engines.{config.engine}", __package__))
+        engine = import_module(f"..engines.{config.engine}", __package__)
+        self._make_factory: Callable[[ServerContext, Slot], Callable[[], asyncio.Protocol]] = engine.protocol_factory
         self._loop = asyncio.get_running_loop()
         self._servers: list[asyncio.Server | AcceptLoop] = []
         self._sweeper = Sweeper(self.registry)
@@ -75,10 +69,10 @@ class AsyncioAcceptor(Acceptor):
                 self._protocol_factory(), sock=listener, backlog=ACCEPT_BATCH, start_serving=False
             )
             return await start_serving(server, listener, self.config.backlog)
-        return AcceptLoop(self._admission, self._loop, listener, self.certificates, self._engine.protocol_factory)
+        return AcceptLoop(self._admission, self._loop, listener, self.certificates, self._make_factory)
 
     def _protocol_factory(self) -> Callable[[], asyncio.Protocol]:
-        make, registry = self._engine.protocol_factory(self.registry, NativeSlot(self._admission)), self.registry
+        make, registry = self._make_factory(self.registry, NativeSlot(self._admission)), self.registry
 
         def make_protocol() -> asyncio.Protocol:
             try:

@@ -54,7 +54,7 @@ class Registry(ServerContext):
 
     def add(self, connection: Connection) -> None:
         if self.log_chunks:
-            connection.log_established()  # first: it can fail
+            log.debug("%s connection established", connection.peer)  # first: it can fail
         self.connections.add(connection)
 
     def remove(self, connection: Connection) -> None:
