@@ -137,6 +137,7 @@ def test_server_that_ends_its_side_discards_what_follows(start_server: StartServ
         while not client.is_ended:
             received += client.receive(plain.recv(65536))[0]
         assert received == b"Hola Server!\n"
+        assert receive_all(plain) == b"", "the connection beneath is half-closed as well"
         assert server.stats.active == 1
         plain.sendall(client.record(b"more") + client.close_notify())
         wait_for(server, active=0)

@@ -176,10 +176,7 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         return self._plain.is_closing()
 
     def close(self) -> None:
-        if not self._plain.is_closing():
-            if close_notify := self.tls.close():
-                self._plain.write(close_notify)
-            self._plain.close()
+        self._plain.close()  # write_eof has sent the close_notify
 
     def abort(self) -> None:
         self._plain.abort()
