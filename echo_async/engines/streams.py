@@ -150,19 +150,22 @@ class StreamConnection(Connection):
             self._is_reading = True
             while data := await read(size):
                 for end in range(size, len(data) + size, size):
-                    reply += receive(data[end - size : end])
+                    if part := receive(data[end - size : end]):
+                        reply += part
                     chunks += 1
-                    has_more = end < len(data) and not conversation.finished
-                    if has_more and chunks < CHUNKS_PER_TURN and len(reply) < min_write:
-                        continue
-                    if transport.is_closing():  # the client is gone; its input is still buffered
-                        return
-                    if reply:
-                        if is_sent_as_is:
-                            write(reply)
-                        elif not await self._run_script_or_log(reply):
+                    if reply and (
+                        end >= len(data)
+                        or chunks == CHUNKS_PER_TURN
+                        or len(reply) >= min_write
+                        or conversation.finished
+                    ):
+                        part, reply = reply, b""
+                        if transport.is_closing():  # the client is gone; its input is still buffered
                             return
-                        reply = b""
+                        if is_sent_as_is:
+                            write(part)
+                        elif not await self._run_script_or_log(part):
+                            return
                         if transport.get_write_buffer_size() > DRAIN_THRESHOLD:
                             await self._writer.drain()
                     if conversation.finished and (
@@ -172,7 +175,7 @@ class StreamConnection(Connection):
                     if chunks == CHUNKS_PER_TURN:
                         chunks = 0
                         await asyncio.sleep(0)
-                data = b""  # an idle connection keeps no message
+                data = part = b""  # an idle connection keeps no message
                 if self._peername is None:
                     self.note_peername()
             conversation.end_input()

@@ -112,10 +112,11 @@ class ThreadConnection(Connection):
         with self._io_lock:
             try:
                 while chunk := receive(size, MSG_DONTWAIT):
-                    reply += answer(chunk)
-                    if len(reply) >= min_write:
-                        self._send(reply)
-                        reply = b""
+                    if part := answer(chunk):
+                        reply += part
+                        if len(reply) >= min_write:
+                            self._send(reply)
+                            reply = b""
                     if len(chunk) < size or self._drain_requested or conversation.finished:
                         is_ended = False  # less than requested: there was no more
                         break
