@@ -250,23 +250,23 @@ def describe_the_first_client(server: Server, client: socket.socket) -> None:
 
 
 @contextlib.contextmanager
-def drop_every_tenth_datagram(address: tuple[str, int]) -> Iterator[None]:
-    """A UDP echo server on the address of a TCP server."""
+def answer_datagrams(address: tuple[str, int], answer: Callable[[int, bytes], bytes]) -> Iterator[None]:
+    """A UDP server on the address of a TCP server. ``answer`` gets the number of a datagram, too; b"" drops it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
         receiver.bind(address)
         receiver.settimeout(TIMEOUT)
 
         def serve() -> None:
             number = 0
-            while data := receiver.recvfrom(READ_SIZE):
+            while (received := receiver.recvfrom(READ_SIZE))[0]:
                 number += 1
-                if not data[0]:
-                    return
-                if number % 10:
-                    receiver.sendto(*data)
+                if reply := answer(number, received[0]):
+                    receiver.sendto(reply, received[1])
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        yield
-        receiver.sendto(b"", address)
-        thread.join(TIMEOUT)
+        try:
+            yield
+        finally:
+            receiver.sendto(b"", address)
+            thread.join(TIMEOUT)

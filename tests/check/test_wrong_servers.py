@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,8 +15,10 @@ import wrong_servers as wrong
 from support import over_socket
 
 from echo_async.check.checks import run_checks
-from echo_async.check.context import Settings
-from echo_async.check.result import Result
+from echo_async.check.context import Context, Settings
+from echo_async.check.datagrams import check_udp
+from echo_async.check.opening import check_connect
+from echo_async.check.result import Failure, Result
 from echo_async.client.endpoint import Endpoint
 from echo_async.testing import HostedServer
 
@@ -85,8 +89,33 @@ def test_connection_limit_is_found_by_the_check_of_concurrent() -> None:
     assert "a limit of connections" in (failed.reason or "")
 
 
+def drop_every_tenth(number: int, data: bytes) -> bytes:
+    return data if number % 10 else b""
+
+
 def test_dropped_datagrams_are_found_by_the_check_of_udp_only() -> None:
-    with HostedServer() as server, wrong.drop_every_tenth_datagram(server.address):
+    with HostedServer() as server, wrong.answer_datagrams(server.address, drop_every_tenth):
         [failed] = check(*server.address, settings=replace(SETTINGS, idle=0.1, udp=True))
     assert failed.check == "udp"
     assert re.match(r"20 of 200 lost", failed.seen)
+
+
+@pytest.mark.parametrize(
+    ("answer", "seen"),
+    [
+        (lambda number, data: data[:-1] + b"?", "datagrams changed"),
+        (lambda number, data: data * (len(data) < 1000), "no datagram of 1,472 bytes, 0 of 200 lost, 0 out of order"),
+    ],
+)
+def test_changed_and_large_datagrams_are_found_by_udp(
+    answer: Callable[[int, bytes], bytes], seen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("echo_async.check.datagrams.SIZES", (1472,))  # each that is lost takes a second
+    with (
+        HostedServer() as server,
+        wrong.answer_datagrams(server.address, answer),
+        closing(Context(Endpoint(*server.address), Settings())) as context,
+    ):
+        check_connect(context)
+        with pytest.raises(Failure, match=seen):
+            check_udp(context)

@@ -147,6 +147,7 @@ def test_check_ctrl_c_ends_with_130(faulty_server: MakeEchoServer) -> None:
     [
         ("--mode x", "error: invalid --mode: "),
         ("--connections 1", "error: invalid --connections: '1' (must be an integer from 2 to 10000)"),
+        ("--size 0", "error: invalid --size: '0' (must be an integer from 1 to 1073741824)"),
         ("--udp --uds path", "error: --udp conflicts with --uds"),
         ("--proxy-source 192.0.2.1:1", "error: proxy_source requires send_proxy"),
     ],
