@@ -109,6 +109,7 @@ def test_turn_has_a_limited_number_of_records(pair: tuple[TlsLayer, TlsClient]) 
     sent = b"".join(client.record(b"x") for _ in range(2 * RECORDS_PER_TURN + 1))
     assert server.receive(sent + b"\x17") == b"x" * RECORDS_PER_TURN
     assert server.has_records
+    assert server.has_news
     assert server.receive() == b"x" * RECORDS_PER_TURN
     assert server.receive() == b"x"
     assert not server.has_records
