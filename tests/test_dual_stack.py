@@ -25,7 +25,6 @@ from support import (
     server_process,
 )
 
-import echo_async
 from echo_async.cli.main import main
 from echo_async.testing import HostedServer
 
@@ -40,10 +39,6 @@ def connect_to(address: tuple[str, int], context: ssl.SSLContext | None = None) 
             return
         with context.wrap_socket(plain, server_hostname="localhost") as client:
             yield client
-
-
-def ipv4_address(server: echo_async.EchoServer) -> tuple[str, int]:
-    return "127.0.0.1", server.address[1]
 
 
 def name_of(client: socket.socket) -> str:
@@ -73,19 +68,6 @@ def test_host_unspecified_serves_ipv4_and_ipv6_clients(
                     lines.append(f"{name_of(client)} 13 bytes: Hola Server!")
     assert {*lines} <= {*caplog.messages}
     assert "::ffff:" not in caplog.text
-
-
-@needs_ipv6
-def test_proxy_allow_from_an_ipv4_address_matches_it(
-    start_server: StartServer, caplog: pytest.LogCaptureFixture
-) -> None:
-    options: dict[str, Any] = {"host": "::", "mode": "stream", "proxy_protocol": "v1"}
-    with start_server(proxy_allow_from="127.0.0.0/8", **options) as server, connect_to(ipv4_address(server)) as client:
-        assert_echoed(client, b"PROXY UNKNOWN\r\nHola Server!\n")
-    with start_server(proxy_allow_from="192.0.2.0/24", **options) as server, connect_to(ipv4_address(server)) as client:
-        assert client.recv(1) == b""
-        refused = name_of(client)
-    assert f"{refused} connection refused: not in proxy_allow_from" in caplog.messages
 
 
 def get_health(host: str, log: str) -> bytes:

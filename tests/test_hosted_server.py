@@ -45,12 +45,6 @@ def is_refused(server: HostedServer) -> bool:
 # Replies
 
 
-def test_greeting_is_sent_before_any_message(options: dict[str, Any]) -> None:
-    with HostedServer(greeting=b"220 ready\r\n", **options) as server, connect(server) as client:
-        assert receive_line(client) == b"220 ready\r\n"
-        assert is_echoed(client, b"one\n")
-
-
 def test_reply_is_sent_instead_of_each_echo(options: dict[str, Any]) -> None:
     """Bytes, or what a function returns: None for no reply."""
 

@@ -120,15 +120,6 @@ def test_client_reuses_connection_that_stays_open(connect: Connect, faulty_serve
     assert server.stats.accepted == 1
 
 
-def test_client_reconnects_for_every_message(connect: Connect, faulty_server: MakeEchoServer) -> None:
-    server = faulty_server(mode="message")
-    expected = [str(number) for number in range(20)]
-    with connect(*server.address) as client:
-        assert [client.echo(message) for message in expected[:10]] == expected[:10]
-        assert list(client.stream(expected[10:])) == expected[10:]
-    assert server.received == [b"%d\n" % number for number in range(20)]
-
-
 def test_client_treats_reset_after_reply_as_close(connect: Connect, faulty_server: MakeEchoServer) -> None:
     def echo_and_reset(peer: Peer) -> None:
         peer.send(peer.receive_line())

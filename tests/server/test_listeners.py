@@ -161,19 +161,6 @@ def test_listeners_identify_with_labels_of_their_own() -> None:
     assert sorted(messages) == sorted(listeners.names)
 
 
-def test_unix_socket_and_proxy_header_on_two_listeners(tmp_path: Path) -> None:
-    path = tmp_path / "socket"
-    with listening(f"unix:{path},proxy-protocol=v1", "0") as listeners:
-        for index, header in ((0, b"PROXY UNKNOWN\r\n"), (1, b"")):
-            with listeners.connect(index) as client:
-                client.sendall(header + b"one\n")
-                assert receive_all(client) == b"one\n"
-        code, parts, _ = listeners.stop()
-    assert code == 0
-    assert [part["messages"] for part in parts] == [1, 1]
-    assert not path.exists()
-
-
 def test_sighup_reloads_the_certificate_of_tls_listeners(tmp_path: Path) -> None:
     served = tmp_path / "served.pem"
 
