@@ -180,9 +180,8 @@ class StreamConnection(Connection):
                     self.note_peername()
             conversation.end_input()
         except asyncio.CancelledError:
-            if (
-                self._is_reading or cast(asyncio.Task[None], self._task).uncancel()
-            ):  # not canceled by _wake, or not by it alone
+            # Not canceled by _wake, or not by it alone
+            if self._is_reading or cast(asyncio.Task[None], self._task).uncancel():
                 raise
         finally:
             self._is_reading = False
