@@ -124,8 +124,8 @@ async def test_failed_reply_loses_only_those_behind_it(faulty_server: MakeEchoSe
         "bad": (echo_async.ReplyDifferent, "an earlier reply did not match"),
     }
 
-    async with connect(*server.address, timeout=1) as client:
-        for message, (error, reason) in failures.items():
+    for message, (error, reason) in failures.items():
+        async with connect(*server.address, timeout=2 if message == "late" else TIMEOUT) as client:
             assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
             sent = ("2", message, "3", "4")
             two, failed, *behind = await asyncio.gather(*map(client.echo, sent), return_exceptions=True)
@@ -133,6 +133,7 @@ async def test_failed_reply_loses_only_those_behind_it(faulty_server: MakeEchoSe
             assert isinstance(failed, error)
             assert [type(each) for each in behind] == [echo_async.ReplyLost] * 2
             assert all(str(each).endswith(f" lost before the reply: {reason}") for each in behind)
+            assert await client.echo("5") == "5"
 
 
 @on_each_loop
