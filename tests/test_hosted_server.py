@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import threading
@@ -419,6 +420,39 @@ def test_handler_conflicts_with_what_it_replaces() -> None:
         pass
     with pytest.raises(ConfigError, match="reply and replies are mutually exclusive"):
         HostedServer(reply=b"ok\n", replies=[b"ok\n"])
+
+
+async def serve_async(peer: Peer) -> None:
+    pytest.fail("never called")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"greeting": "220\n"}, "greeting: '220\\n' (must be bytes)"),
+        ({"reply": "PONG\n"}, "reply: 'PONG\\n' (must be bytes, or a function that returns bytes or None)"),
+        ({"replies": [b"ok\n", "ok\n"]}, "replies: [b'ok\\n', 'ok\\n'] (must be a list of bytes and None)"),
+        ({"replies": b"ok\n"}, "replies: b'ok\\n' (must be a list of bytes and None)"),
+        ({"replies": 1}, "replies: 1 (must be a list of bytes and None)"),
+        ({"handler": b"ok\n"}, "handler: b'ok\\n' (must be a function, and not async)"),
+        ({"handler": serve_async}, "handler: <function serve_async at 0x...> (must be a function, and not async)"),
+        ({"tls": "old"}, "tls: 'old' (choose from False, True, expired, wrong-host, untrusted, stalled, plain)"),
+    ],
+)
+def test_option_of_a_wrong_type_is_an_error_at_start(options: Any, error: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        HostedServer(**options)
+    assert re.sub("0x[0-9a-f]+", "0x...", str(caught.value)) == f"invalid {error}"
+
+
+def test_reply_function_that_returns_text_fails() -> None:
+    function: Any = bytes.decode
+    server = HostedServer(reply=function)
+    with connect(server) as client, suppress(ConnectionResetError):
+        client.sendall(b"one\n")
+        assert client.recv(1) == b"", "no reply"
+    with pytest.raises(TypeError, match=r"^invalid value returned by reply: 'one\\n' \(must be bytes or None\)$"):
+        server.close()
 
 
 # TLS that a client has to refuse

@@ -7,10 +7,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Self, Unpack, cast
+from inspect import iscoroutinefunction
+from typing import TYPE_CHECKING, Self, Unpack, cast, get_args
 
 from ..compat import is_closed_by_peer
-from ..config import ServerConfig, ServerOptions
+from ..config import Kind, Option, ServerConfig, ServerOptions
 from ..errors import ConfigError
 from ..server.base_server import CHECK_INTERVAL
 from ..server.scripts import Scripts
@@ -20,7 +21,7 @@ from ..wire.faults import FaultSchedule, parse_sequence
 from ..wire.script import Script
 from .certificates import Certificates, TlsKind
 from .recorder import RecordedConnection, Recorder
-from .scripts import Handler, HandlerScript, Reply, ReplyOptions, ReplyScript
+from .scripts import Handler, HandlerScript, Reply, ReplyOptions, ReplyScript, is_reply
 
 if TYPE_CHECKING:
     from ..engines.connection import Connection
@@ -28,6 +29,21 @@ if TYPE_CHECKING:
 
 SETTLE_TIMEOUT = 1.0  # seconds for what serves a client that is gone
 NO_TLS_REPLY = b"this server does not speak TLS\n"
+
+_TLS_VALUES = (False, True, *get_args(TlsKind))
+_KINDS = {  # None is allowed as well
+    "tls": Kind("", f"choose from {', '.join(map(str, _TLS_VALUES))}", lambda value: value in _TLS_VALUES),
+    "greeting": Kind("", "must be bytes", is_reply),
+    "reply": Kind(
+        "", "must be bytes, or a function that returns bytes or None", lambda value: callable(value) or is_reply(value)
+    ),
+    "replies": Kind(
+        "", "must be a list of bytes and None", lambda value: isinstance(value, Sequence) and all(map(is_reply, value))
+    ),
+    "handler": Kind(
+        "", "must be a function, and not async", lambda value: callable(value) and not iscoroutinefunction(value)
+    ),
+}
 
 
 class HostedServerOptions(ServerOptions, total=False):
@@ -74,7 +90,10 @@ class HostedServer:
         handler: Handler | None = None,
         **options: Unpack[ServerOptions],
     ) -> None:
-        _check_conflicts(handler, {**options, "greeting": greeting or None, "reply": reply, "replies": replies})
+        own = {"tls": tls, "greeting": greeting or None, "reply": reply, "replies": replies, "handler": handler}
+        for name, kind in _KINDS.items():
+            Option(None, "", kind).validate(name, own[name])
+        _check_conflicts(handler, {**options, **own})
         if reply is not None and replies is not None:
             raise ConfigError("reply and replies are mutually exclusive")
         given: ServerOptions = {"port": 0, "mode": "stream", "engine": "threads", **options}
@@ -208,6 +227,7 @@ class HostedServer:
 
         Raises:
             BaseException: What the handler or the reply function raised, once: a group if there were several.
+            TypeError: The reply function returned neither bytes nor None.
         """
         self._server.abort()
         self._server.wait_closed()

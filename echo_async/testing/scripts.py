@@ -19,6 +19,11 @@ Reply = Callable[[bytes], bytes | None]
 Handler = Callable[[Peer], object]
 
 
+def is_reply(value: object) -> bool:
+    """Return whether ``value`` can be sent instead of an echo: bytes, or None for nothing."""
+    return isinstance(value, bytes | None)
+
+
 @dataclass(slots=True)
 class ReplyOptions:
     """What is sent, and what instead of an echo. In ``raw`` mode each read is a message.
@@ -72,6 +77,8 @@ class ReplyScript:
         elif callable(reply):
             try:
                 reply = reply(message)
+                if not is_reply(reply):
+                    raise TypeError(f"invalid value returned by reply: {reply!r} (must be bytes or None)")
             except BaseException as error:  # also that of pytest.fail
                 self._options.errors.append(error)
                 yield End.RESET
