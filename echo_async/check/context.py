@@ -137,7 +137,7 @@ class Context:
                 return failure
             if self.mode.keeps_open:
                 connection.send(message)
-                is_stuck |= not self._wait_for_reply(connection, 1)
+                is_stuck |= not self.wait_for_reply(connection, 1)
             else:
                 sleep(ACCEPT_TIME)
             return connection, message
@@ -187,13 +187,13 @@ class Context:
         connection.send(data)
         self.finish(connection, data, truncated)
 
-    def finish(self, connection: Connection, sent: bytes, truncated: str, min_timeout: float = 0.0) -> None:
+    def finish(self, connection: Connection, sent: bytes, truncated: str) -> None:
         """Receive and compare the replies to messages that were ``sent`` on a connection."""
-        self._wait_for_reply(connection, sent.count(b"\n"), min_timeout)
+        self.wait_for_reply(connection, sent.count(b"\n"))
         self.compare(connection, sent, truncated)
 
-    def _wait_for_reply(self, connection: Connection, lines: int, min_timeout: float = 0.0) -> bool:
-        """Wait for ``lines``, longer than the timeout if bytes are sent or received; return whether they came."""
+    def wait_for_reply(self, connection: Connection, lines: int, min_timeout: float = 0.0) -> bool:
+        """Wait for ``lines``, longer than the timeout if bytes are sent or received; return whether it is over."""
         timeout = max(self.endpoint.config.timeout, min_timeout)
         for _ in range(MAX_TIMEOUTS):
             before = connection.progress

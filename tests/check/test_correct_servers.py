@@ -127,6 +127,21 @@ def test_check_of_backpressure_forgives_one_stall() -> None:
     assert next(stalls, None) is None
 
 
+def test_check_of_backpressure_forgives_no_changed_byte() -> None:
+    changes = iter([True])
+
+    def serve(peer: Peer) -> None:
+        for number, line in enumerate(lines(peer)):
+            peer.send(b"?" + line[1:] if number > 10 and next(changes, False) else line)
+
+    with (
+        HostedServer(handler=serve) as server,
+        checking(server, timeout=TIMEOUT) as context,
+        pytest.raises(Failure, match="from byte"),
+    ):
+        check_backpressure(context)
+
+
 @contextmanager
 def checking(server: HostedServer, timeout: float) -> Iterator[Context]:
     """Yield the context of checks after the first ones, with a ``timeout`` for what follows."""
