@@ -94,6 +94,14 @@ def answer_first_packet(server: Server, client: socket.socket) -> None:
     finish(client)
 
 
+def answer_all_that_was_read(server: Server, client: socket.socket) -> None:
+    data = b""
+    while b"\n" not in data and (more := client.recv(READ_SIZE)):
+        data += more
+    client.sendall(data)
+    finish(client)
+
+
 def answer_last_chunk(server: Server, client: socket.socket) -> None:
     data = chunk = client.recv(CHUNK_SIZE)
     while data and b"\n" not in chunk:
@@ -208,13 +216,14 @@ def mix_up_clients(server: Server, client: socket.socket) -> None:
 
 
 def swallow_a_reset(server: Server, client: socket.socket) -> None:
-    """``except ConnectionError: break`` in the loop of all connections, which ends it."""
+    """``except ConnectionError: break`` around the answer, in the loop of all connections, which ends it."""
+    line = b""
     try:
         for line in read_lines(client):
             if not server.is_dead:
                 client.sendall(line)
     except ConnectionError:
-        server.is_dead = True
+        server.is_dead |= bool(line)
 
 
 def wait_for_a_slow_client(server: Server, client: socket.socket) -> None:

@@ -41,7 +41,7 @@ CHECKS = (
     Check("bytes", check_bytes, "every byte value and every size unchanged", ("split",)),
     Check("joined", check_joined, "replies in order to messages in one packet; in mode message, to the first"),
     Check("half-close", check_half_close, "all replies, then the end, after the end of input", ("split",)),
-    Check("close", check_close, "the end after the reply, not a reset"),
+    Check("close", check_close, "the end after the reply, not a reset", ("joined",)),
     Check("incomplete", check_incomplete, "nothing or the same bytes, then the end", ("half-close",)),
     Check("concurrent", check_concurrent, "a reply to each of several clients at once", ("split",)),
     Check("reset", check_reset, "replies to all others after a client has reset its connection", ("concurrent",)),

@@ -38,6 +38,7 @@ DEFECTS = [
     (wrong.decode_each_message, "bytes", "decodes"),
     (wrong.strip_carriage_returns, "bytes", "carriage returns"),
     (wrong.cut_at_64_kib, "bytes", "a limit of the message size"),
+    (wrong.answer_all_that_was_read, "joined", "instead of one message"),
     (wrong.lose_what_is_joined, "joined", "loses the others"),
     (wrong.reorder, "joined", "in no order"),
     (wrong.close_at_half_close, "half-close", "closes both directions"),
