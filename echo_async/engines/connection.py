@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from ..errors import describe_error
-from ..logs import access_log, log
+from ..logs import log
 from ..net import format_address
 from ..wire.conversation import Conversation
 from ..wire.script import Wait
@@ -172,12 +172,12 @@ class Connection:
 
         A reply can hold many messages. The engine gives other connections their turn at each yield.
         """
-        peer, listener = self.peer, self.context.listener
+        peer, log_message = self.peer, self.context.log_message
         if self.context.config.mode == "raw":
-            return _log_message(peer, listener, reply)
+            return log_message(peer, reply)
         start = lines = 0
         while end := reply.find(b"\n", start) + 1:
-            _log_message(peer, listener, reply[start:end])
+            log_message(peer, reply[start:end])
             start, lines = end, lines + 1
             if lines % LINES_PER_TURN == 0:
                 yield TURN
@@ -218,9 +218,3 @@ class Connection:
                 conversation.received,
                 self.answered,
             )
-
-
-def _log_message(peer: str, listener: str | None, message: bytes) -> None:
-    text = excerpt(message)
-    facts = {"client": peer, "listener": listener, "bytes": len(message), "text": text}
-    access_log.info("%s %d bytes: %s", peer, len(message), text, extra={"facts": facts})

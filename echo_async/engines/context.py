@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import ServerConfig
 from ..logs import access_log, log
 from ..wire.conversation import MODES, Conversation
+from ..wire.text import excerpt
 
 if TYPE_CHECKING:
     from ..wire.script import Report, Script
@@ -36,6 +37,12 @@ class ServerContext:
         self.linger_timeout = LINGER_TIMEOUT
         self.log_messages = not config.no_access_log and access_log.isEnabledFor(logging.INFO)
         self.log_chunks = log.isEnabledFor(logging.DEBUG)
+
+    def log_message(self, peer: str, message: bytes, kind: str = "") -> None:
+        """Write the line of the access log for a message that is answered, or a datagram."""
+        text = excerpt(message)
+        facts = {"client": peer, "listener": self.listener, "bytes": len(message), "text": text}
+        access_log.info(f"%s {kind}%d bytes: %s", peer, len(message), text, extra={"facts": facts})
 
     def add(self, connection: Any) -> None:
         """Count a connection as open, before it is served."""

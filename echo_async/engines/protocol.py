@@ -15,7 +15,7 @@ from typing import Any
 
 from ..compat import is_readable
 from ..wire.conversation import Conversation
-from ..wire.script import Script, Wait
+from ..wire.script import Wait
 from .asyncio_runner import AsyncioRunner
 from .connection import NO_LINES, Connection
 from .context import ServerContext, Slot
@@ -62,7 +62,9 @@ class ProtocolConnection(Connection, asyncio.Protocol):
                 return self._transport.abort()
             self.establish()
             if self.slot.make_script is not None:
-                self._start_script(self.slot.make_script(self))
+                script = self.slot.make_script(self)
+                self.runner = AsyncioRunner(self, script, self._transport, self._wait_writable)
+                self._start_work(self.runner.run())
             else:
                 self.conversation.has_parts = not self.context.log_messages
         except Exception as error:  # an event loop would keep the connection open
@@ -190,10 +192,6 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         abort_transport(self._transport, reset=reset)
 
     # A script, and access log lines in turns.
-
-    def _start_script(self, script: Script) -> None:
-        self.runner = AsyncioRunner(self, script, self._transport, self._wait_writable)
-        self._start_work(self.runner.run())
 
     def _run_script_or_log(self, reply: bytes) -> None:
         if self.runner is not None:

@@ -35,15 +35,11 @@ def read_ahead(config: ServerConfig) -> int:
 
 
 def protocol_factory(context: ServerContext, slot: Slot) -> Callable[[], asyncio.Protocol]:
-    loop, handle = asyncio.get_running_loop(), _make_handler(context, slot)
-    return lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader(loop=loop), handle, loop)
-
-
-def _make_handler(context: ServerContext, slot: Slot) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], None]:
-    """Return what ``start_server`` calls. Not a coroutine: asyncio logs a traceback if its own task is canceled."""
+    """Return what makes the protocol of each connection, as ``start_server`` does."""
     loop = asyncio.get_running_loop()
     max_size = read_ahead(context.config)
 
+    # Not a coroutine: asyncio logs a traceback if its own task is canceled.
     def handle(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             if slot.claim():
@@ -58,7 +54,7 @@ def _make_handler(context: ServerContext, slot: Slot) -> Callable[[asyncio.Strea
             context.fail(format_address(slot.peername or writer.get_extra_info("peername")), error)
             writer.transport.abort()
 
-    return handle
+    return lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader(loop=loop), handle, loop)
 
 
 class StreamConnection(Connection):

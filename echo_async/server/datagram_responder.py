@@ -14,11 +14,9 @@ from typing import Any, NamedTuple
 
 from ..compat import ANCILLARY_SIZE, find_reply_source, format_reply_source, receive_message
 from ..errors import describe_error
-from ..logs import access_log
 from ..net import UNSPECIFIED, format_address
 from ..wire.datagrams import RECEIVE_SIZE, REFUSALS, Refusals, SocketAddress, is_marked
 from ..wire.script import EchoScript, Report, Send, Wait
-from ..wire.text import excerpt
 from .admission import Admission
 
 BATCH = 32  # datagrams of one socket before other events get their turn
@@ -125,7 +123,7 @@ class DatagramResponder:
         self._counters.answered += 1
         self._counters.received += len(data)
         if self.context.log_messages:
-            self._log(data, source)
+            self.context.log_message(format_address(source), data, "datagram: ")
         plan = None if self._schedule is None else self._schedule.next_plan()
         if plan is None:
             return self._send(reply, route, len(data))
@@ -197,11 +195,6 @@ class DatagramResponder:
         self._counters.refuse(reason)
         text = REFUSALS[reason] if error is None else f"{REFUSALS[reason]}: {describe_error(error)}"
         self._log_refused(format_address(source), text)
-
-    def _log(self, data: bytes, source: SocketAddress) -> None:
-        peer, text = format_address(source), excerpt(data)
-        facts = {"client": peer, "listener": self.context.listener, "bytes": len(data), "text": text}
-        access_log.info("%s datagram: %d bytes: %s", peer, len(data), text, extra={"facts": facts})
 
     def drain(self) -> None:
         """Answer what has arrived without delays, before the sockets are closed. What arrives meanwhile may be lost."""
