@@ -62,6 +62,22 @@ def test_disconnect_ends_connections_and_keeps_listening(
     run(main, backend.loop)
 
 
+def test_disconnect_ends_a_delayed_reply(backend: Backend) -> None:
+    async def main() -> None:
+        async with serve_in_loop(backend, fault="delay=3600") as server:
+            for is_reset in (False, True):
+                client = connect(server)
+                client.sendall(b"one\n")
+                await server.wait_for(active=1, faults={"delay": 1 + is_reset})
+                await server.disconnect(reset=is_reset)
+                await server.wait_for(active=0)
+                assert await asyncio.to_thread(receive_end, client) == ("reset" if is_reset else "closed")
+            server.close()
+            await server.wait_closed()
+
+    run(main, backend.loop)
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_disconnect_of_a_lost_connection_raises_nothing(loop: LoopName) -> None:
     """It is open until all its messages are logged, which takes hundreds of turns here."""
