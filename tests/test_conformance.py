@@ -187,6 +187,9 @@ def test_idle_timeout_closes_only_the_idle_client(start_server: StartServer) -> 
             with suppress(TimeoutError):
                 ended = idle.recv(1) == b""
         assert server.stats.timeouts_idle == 1
+        before = server.stats.bytes_in
+        idle.sendall(b"late")  # is discarded: no reset follows
+        wait_for(server, bytes_in=before + 4)
 
 
 def test_message_timeout_applies_despite_new_bytes(start_server: StartServer) -> None:
