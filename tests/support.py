@@ -53,29 +53,40 @@ def run(main: Callable[[], Coroutine[Any, Any, T]], loop: str = "asyncio") -> T:
         return runner.run(main())
 
 
-def on_each_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Make a test of a coroutine function, on each event loop. It must leave no task and no error of the loop."""
+Test = Callable[..., Coroutine[Any, Any, None]]
 
-    @pytest.mark.parametrize("loop", LOOPS)
+
+def in_its_loop(test: Test) -> Callable[..., None]:
+    """Make a test of a coroutine function, in the event loop of its ``backend``, its ``loop``, or that of asyncio.
+
+    It must leave no task and no error of the loop.
+    """
+
     @functools.wraps(test)
-    def run_test(loop: LoopName, **fixtures: Any) -> None:
+    def run_test(**fixtures: Any) -> None:
         errors: list[dict[str, Any]] = []
+        arguments = {name: fixtures[name] for name in inspect.signature(test).parameters}
 
         async def main() -> None:
             asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
             async with asyncio.timeout(TIMEOUT):
-                await test(**fixtures)
+                await test(**arguments)
             assert asyncio.all_tasks() == {asyncio.current_task()}
 
-        run(main, loop)
+        run(main, fixtures["backend"].loop if "backend" in fixtures else fixtures.get("loop", "asyncio"))
         gc.collect()
         assert errors == []
 
+    return run_test
+
+
+def on_each_loop(test: Test) -> Callable[..., None]:
+    """Make a test of a coroutine function, on each event loop, as :func:`in_its_loop` does."""
+    run_test: Any = in_its_loop(test)
     signature = inspect.signature(test)
     loop = inspect.Parameter("loop", inspect.Parameter.KEYWORD_ONLY)
-    parameters = [*signature.parameters.values(), loop]
-    run_test.__signature__ = signature.replace(parameters=parameters)
-    return cast(Callable[..., None], run_test)
+    run_test.__signature__ = signature.replace(parameters=[*signature.parameters.values(), loop])
+    return cast(Callable[..., None], pytest.mark.parametrize("loop", LOOPS)(run_test))
 
 
 class Backend(NamedTuple):

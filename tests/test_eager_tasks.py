@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import LOOPS, TIMEOUT, fill, run, wait_in_loop
+from support import LOOPS, TIMEOUT, fill, in_its_loop, run, wait_in_loop
 
 import echo_async
 from echo_async.config import EngineName, ServerOptions
@@ -126,20 +126,17 @@ def test_eager_handle_echo_serves() -> None:
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("engine", ["streams", "protocol"])
-def test_eager_server_reads_nothing_while_it_stalls(engine: EngineName, loop: str) -> None:
+@in_its_loop
+async def test_eager_server_reads_nothing_while_it_stalls(engine: EngineName, loop: str) -> None:
     """uvloop starts to read after ``connection_made``, in which the eager task of the connection stalls."""
-
-    async def main() -> None:
-        asyncio.get_running_loop().set_task_factory(start_eagerly)
-        async with (
-            asyncio.timeout(TIMEOUT),
-            echo_async.serve(port=0, engine=engine, fault="stall", timeout_graceful_shutdown=0.1) as server,
-        ):
-            with socket.create_connection(server.address) as client:
-                await wait_in_loop(lambda: server.stats.faults == {"stall": 1})
-                await asyncio.to_thread(fill, client)  # which ends when the server reads no more
-
-    run(main, loop)
+    asyncio.get_running_loop().set_task_factory(start_eagerly)
+    async with (
+        asyncio.timeout(TIMEOUT),
+        echo_async.serve(port=0, engine=engine, fault="stall", timeout_graceful_shutdown=0.1) as server,
+    ):
+        with socket.create_connection(server.address) as client:
+            await wait_in_loop(lambda: server.stats.faults == {"stall": 1})
+            await asyncio.to_thread(fill, client)  # which ends when the server reads no more
 
 
 def start_eagerly(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TIMEOUT, Backend, run, wait_in_loop, wait_until
+from support import TIMEOUT, Backend, in_its_loop, wait_in_loop, wait_until
 
 import echo_async
 from echo_async import sync
@@ -106,21 +106,18 @@ OPTIONS: list[ServerOptions] = [{}, {"udp": True, "proxy_protocol": "auto"}, {"f
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_serve_and_connect_change_no_setting(backend: Backend, options: ServerOptions) -> None:
+@in_its_loop
+async def test_serve_and_connect_change_no_setting(backend: Backend, options: ServerOptions) -> None:
     defaults: ServerOptions = {"engine": backend.engine, "port": 0, "mode": "stream"}
     version = {"send_proxy": "v2"} if "proxy_protocol" in options else {}
-
-    async def main() -> None:
-        with observed() as observer:
-            async with echo_async.serve(**(defaults | options)) as server:
-                while observer.rounds < ROUNDS:
-                    async with echo_async.connect("localhost", server.port, **version) as client:  # type: ignore[arg-type]
-                        assert await client.echo("Hola!") == "Hola!"
-                        assert [reply async for reply in client.stream(["one", "two"])] == ["one", "two"]
-            rounds = observer.rounds + 1
-            await wait_in_loop(lambda: observer.rounds > rounds)
-
-    run(main, backend.loop)
+    with observed() as observer:
+        async with echo_async.serve(**(defaults | options)) as server:
+            while observer.rounds < ROUNDS:
+                async with echo_async.connect("localhost", server.port, **version) as client:  # type: ignore[arg-type]
+                    assert await client.echo("Hola!") == "Hola!"
+                    assert [reply async for reply in client.stream(["one", "two"])] == ["one", "two"]
+        rounds = observer.rounds + 1
+        await wait_in_loop(lambda: observer.rounds > rounds)
 
 
 def test_blocking_servers_and_clients_change_no_setting(

@@ -11,7 +11,7 @@ import threading
 from contextlib import suppress
 
 import pytest
-from support import TIMEOUT, ChildProcess, connect, is_echoed, receive_all, receive_exactly, receive_line
+from support import TIMEOUT, ChildProcess, connect, in_its_loop, is_echoed, receive_all, receive_exactly, receive_line
 
 from echo_async import sync
 from echo_async.pytest_plugin import MakeEchoServer
@@ -195,20 +195,17 @@ def test_server_whose_tls_breaks_within_a_reply(make: MakeEchoServer) -> None:
             assert client.recv(1) == b""
 
 
-def test_server_that_vanishes_while_a_reply_is_outstanding(make: MakeEchoServer) -> None:
+@in_its_loop
+async def test_server_that_vanishes_while_a_reply_is_outstanding(make: MakeEchoServer) -> None:
     server = make()
-
-    async def main() -> None:
-        reader, writer = await asyncio.open_connection(*server.address)
-        with server.holding():
-            writer.write(b"one\n")
-            await asyncio.to_thread(server.wait_for, messages=1)
-            server.disconnect(reset=True)
-            with pytest.raises(ConnectionResetError):
-                await reader.readline()
-        writer.close()
-
-    asyncio.run(main())
+    reader, writer = await asyncio.open_connection(*server.address)
+    with server.holding():
+        writer.write(b"one\n")
+        await asyncio.to_thread(server.wait_for, messages=1)
+        server.disconnect(reset=True)
+        with pytest.raises(ConnectionResetError):
+            await reader.readline()
+    writer.close()
 
 
 # Refusing

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import fill, receive_all, run, wait_in_loop
+from support import fill, in_its_loop, receive_all, wait_in_loop
 
 import echo_async
 from echo_async.config import EngineName, Mode, ServerOptions
@@ -66,7 +66,8 @@ SHARES = {"streams": CHUNKS_PER_TURN * 20, "protocol": 256 * 1024}
         ("protocol", "uvloop", False, "close=100000000", b""),
     ],
 )
-def test_flood_from_one_client_is_read_in_limited_shares(
+@in_its_loop
+async def test_flood_from_one_client_is_read_in_limited_shares(
     engine: EngineName,
     loop: LoopName,
     tls: bool,
@@ -81,107 +82,93 @@ def test_flood_from_one_client_is_read_in_limited_shares(
     share = SHARES[engine] if line or engine == "streams" else LARGE_READS_PER_TURN * SHARES[engine]
     if tls and engine == "protocol":
         share += MAX_DATA_SIZE  # of a record that was incomplete before
-
-    async def main() -> None:
-        options: ServerOptions = {
-            "port": 0,
-            "mode": "stream",
-            "engine": engine,
-            "no_access_log": True,
-            "limit_message_size": size,
-            "fault": fault,
-            "ssl_certfile": str(certificate) if tls else None,
-        }
-        async with echo_async.serve(**options) as server:
-            secured: Any = {"ssl": client_context, "server_hostname": "localhost"} if tls else {}
-            reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=len(flood), **secured)
-            with Samples(lambda: server.stats.bytes_in) as received:
-                writer.write(flood)
-                assert await reader.readexactly(len(flood)) == flood
-            writer.close()
-            await writer.wait_closed()
-            assert received.max_share() <= share
-            assert received[-1] == len(flood)
-
-    run(main, loop)
+    options: ServerOptions = {
+        "port": 0,
+        "mode": "stream",
+        "engine": engine,
+        "no_access_log": True,
+        "limit_message_size": size,
+        "fault": fault,
+        "ssl_certfile": str(certificate) if tls else None,
+    }
+    async with echo_async.serve(**options) as server:
+        secured: Any = {"ssl": client_context, "server_hostname": "localhost"} if tls else {}
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=len(flood), **secured)
+        with Samples(lambda: server.stats.bytes_in) as received:
+            writer.write(flood)
+            assert await reader.readexactly(len(flood)) == flood
+        writer.close()
+        await writer.wait_closed()
+        assert received.max_share() <= share
+        assert received[-1] == len(flood)
 
 
 @pytest.mark.parametrize(("mode", "is_logged", "loop"), [("stream", True, "asyncio"), ("identify", False, "uvloop")])
-def test_flood_is_drained_in_limited_shares_at_a_stop(mode: Mode, is_logged: bool, loop: LoopName) -> None:
+@in_its_loop
+async def test_flood_is_drained_in_limited_shares_at_a_stop(mode: Mode, is_logged: bool, loop: LoopName) -> None:
     """What the kernel has buffered at a stop is read as before: in shares."""
-
-    async def main() -> None:
-        async with echo_async.serve(port=0, mode=mode, engine="protocol", no_access_log=not is_logged) as server:
-            with socket.create_connection(("127.0.0.1", server.port)) as client:
-                await wait_in_loop(lambda: server.stats.accepted == 1)
-                sent = fill(client)
-                with Samples(lambda: server.stats.bytes_in) as received:
-                    server.close()
-                    await asyncio.to_thread(receive_all, client)
-                    await server.wait_closed()
-            assert received.max_share() <= LARGE_READS_PER_TURN * 256 * 1024
-            assert 256 * 1024 < received[-1] <= sent
-
-    run(main, loop)
+    async with echo_async.serve(port=0, mode=mode, engine="protocol", no_access_log=not is_logged) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            await wait_in_loop(lambda: server.stats.accepted == 1)
+            sent = fill(client)
+            with Samples(lambda: server.stats.bytes_in) as received:
+                server.close()
+                await asyncio.to_thread(receive_all, client)
+                await server.wait_closed()
+        assert received.max_share() <= LARGE_READS_PER_TURN * 256 * 1024
+        assert 256 * 1024 < received[-1] <= sent
 
 
 @pytest.mark.parametrize("fault", [None, "duplicate"])
 @each_engine
-def test_flood_in_identify_mode_is_answered_in_shares(engine: EngineName, loop: LoopName, fault: str | None) -> None:
+@in_its_loop
+async def test_flood_in_identify_mode_is_answered_in_shares(
+    engine: EngineName, loop: LoopName, fault: str | None
+) -> None:
     """In one event loop iteration the server sends a limited number of replies, however many messages it has read."""
     flood = b"\n" * 3_000
-
-    async def main() -> None:
-        async with echo_async.serve(port=0, mode="identify", engine=engine, fault=fault, no_access_log=True) as server:
-            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            with Samples(lambda: server.stats.bytes_out) as sent:
-                writer.write(flood)
-                replies = [await reader.readline() for _ in flood]
-            writer.close()
-            await writer.wait_closed()
-            assert sent.max_share() <= 1000 * len(replies[0])
-
-    run(main, loop)
+    async with echo_async.serve(port=0, mode="identify", engine=engine, fault=fault, no_access_log=True) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        with Samples(lambda: server.stats.bytes_out) as sent:
+            writer.write(flood)
+            replies = [await reader.readline() for _ in flood]
+        writer.close()
+        await writer.wait_closed()
+        assert sent.max_share() <= 1000 * len(replies[0])
 
 
 @each_engine
-def test_sweep_of_many_connections_is_done_in_slices(
+@in_its_loop
+async def test_sweep_of_many_connections_is_done_in_slices(
     engine: EngineName, loop: LoopName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All connections time out together. In one event loop iteration the sweep closes some of them."""
     monkeypatch.setattr("echo_async.server.sweeper.SLICE", 10)
-
-    async def main() -> None:
-        async with echo_async.serve(port=0, mode="stream", engine=engine, timeout_idle=0.3) as server:
-            with Samples(lambda: server.stats.timeouts_idle) as timed_out:
-                # On a busy machine, some time out before all are connected.
-                clients = [await asyncio.open_connection(*server.address) for _ in range(100)]
-                await asyncio.gather(*(reader.read() for reader, _ in clients))
-            for _, writer in clients:
-                writer.close()
-            assert timed_out[-1] == len(clients)
-            assert timed_out.max_share() <= 2 * 10  # a slice may be late
-
-    run(main, loop)
+    async with echo_async.serve(port=0, mode="stream", engine=engine, timeout_idle=0.3) as server:
+        with Samples(lambda: server.stats.timeouts_idle) as timed_out:
+            # On a busy machine, some time out before all are connected.
+            clients = [await asyncio.open_connection(*server.address) for _ in range(100)]
+            await asyncio.gather(*(reader.read() for reader, _ in clients))
+        for _, writer in clients:
+            writer.close()
+        assert timed_out[-1] == len(clients)
+        assert timed_out.max_share() <= 2 * 10  # a slice may be late
 
 
 @each_engine
-def test_flood_of_short_messages_is_logged_in_shares(
+@in_its_loop
+async def test_flood_of_short_messages_is_logged_in_shares(
     engine: EngineName, loop: LoopName, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One read can contain thousands of messages. In one iteration the server logs at most 1,000 of them."""
     flood = b"\n" * 5_000
     caplog.set_level(logging.INFO, "echo_async.access")
-
-    async def main() -> None:
-        async with echo_async.serve(port=0, mode="stream", engine=engine, chunk_size=65536) as server:
-            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            with Samples(lambda: len(caplog.records)) as written:
-                writer.write(flood)
-                assert await reader.readexactly(len(flood)) == flood
-                await wait_in_loop(lambda: len(caplog.records) == len(flood))
-            writer.close()
-            await writer.wait_closed()
-            assert written.max_share() <= 1000
-
-    run(main, loop)
+    async with echo_async.serve(port=0, mode="stream", engine=engine, chunk_size=65536) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        with Samples(lambda: len(caplog.records)) as written:
+            writer.write(flood)
+            assert await reader.readexactly(len(flood)) == flood
+            await wait_in_loop(lambda: len(caplog.records) == len(flood))
+        writer.close()
+        await writer.wait_closed()
+        assert written.max_share() <= 1000

@@ -24,6 +24,7 @@ from support import (
     Backend,
     StartServer,
     connect,
+    in_its_loop,
     is_echoed,
     receive_all,
     reset,
@@ -61,58 +62,52 @@ def test_default_socket_timeout_does_not_apply_to_clients() -> None:
         assert is_echoed(client)
 
 
-def test_start_canceled_leaves_no_descriptor(backend: Backend) -> None:
-    async def main() -> None:
-        async with serve_in_loop(backend) as server:  # the event loop has opened its own descriptors afterwards
-            server.close()
-            await server.wait_closed()
-        before = sorted(os.listdir("/proc/self/fd"))
-        for turns in range(6):
-            listener = ListenerConfig(echo_async.ServerConfig(engine=backend.engine, port=0))
-            starting = asyncio.ensure_future(start_in_loop([listener]))
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            starting.cancel()
-            with suppress(asyncio.CancelledError):
-                server = await starting
-                server.close()
-                await server.wait_closed()
-            for _ in range(10):
-                await asyncio.sleep(0)
-            assert sorted(os.listdir("/proc/self/fd")) == before
-
-    run(main, backend.loop)
-
-
-def test_close_called_repeatedly_is_idempotent(backend: Backend) -> None:
-    async def main() -> None:
-        async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT):
-            server.close()
-            await asyncio.gather(*(server.wait_closed() for _ in range(3)))
-            server.close()
-            server.abort()
-            await server.wait_closed()
-            await server.serve_forever()
-
-    run(main, backend.loop)
-
-
-def test_serve_forever_canceled_closes_connections(backend: Backend) -> None:
-    async def main() -> None:
-        async with serve_in_loop(backend) as server, asyncio.timeout(TIMEOUT):
-            assert isinstance(server.address, tuple)
-            reader, writer = await asyncio.open_connection(*server.address)
-            writer.write(b"one\n")
-            assert await reader.readline() == b"one\n"
-            task = asyncio.create_task(server.serve_forever())
+@in_its_loop
+async def test_start_canceled_leaves_no_descriptor(backend: Backend) -> None:
+    async with serve_in_loop(backend) as server:  # the event loop has opened its own descriptors afterwards
+        server.close()
+        await server.wait_closed()
+    before = sorted(os.listdir("/proc/self/fd"))
+    for turns in range(6):
+        listener = ListenerConfig(echo_async.ServerConfig(engine=backend.engine, port=0))
+        starting = asyncio.ensure_future(start_in_loop([listener]))
+        for _ in range(turns):
             await asyncio.sleep(0)
-            task.cancel()
-            assert await reader.read() == b""
-            writer.close()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+        starting.cancel()
+        with suppress(asyncio.CancelledError):
+            server = await starting
+            server.close()
+            await server.wait_closed()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert sorted(os.listdir("/proc/self/fd")) == before
 
-    run(main, backend.loop)
+
+@in_its_loop
+async def test_close_called_repeatedly_is_idempotent(backend: Backend) -> None:
+    async with serve_in_loop(backend) as server:
+        server.close()
+        await asyncio.gather(*(server.wait_closed() for _ in range(3)))
+        server.close()
+        server.abort()
+        await server.wait_closed()
+        await server.serve_forever()
+
+
+@in_its_loop
+async def test_serve_forever_canceled_closes_connections(backend: Backend) -> None:
+    async with serve_in_loop(backend) as server:
+        assert isinstance(server.address, tuple)
+        reader, writer = await asyncio.open_connection(*server.address)
+        writer.write(b"one\n")
+        assert await reader.readline() == b"one\n"
+        task = asyncio.create_task(server.serve_forever())
+        await asyncio.sleep(0)
+        task.cancel()
+        assert await reader.read() == b""
+        writer.close()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 def test_server_restarted_200_times_leaves_no_resources(backend: Backend) -> None:
@@ -185,7 +180,8 @@ def test_reset_in_any_state_ends_the_connection(start_server: StartServer) -> No
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_task_canceled_before_its_first_step_closes(loop: LoopName) -> None:
+@in_its_loop
+async def test_task_canceled_before_its_first_step_closes(loop: LoopName) -> None:
     """Its coroutine runs nothing then, not even what stands in ``finally``."""
 
     def cancel_at_once(loop: asyncio.AbstractEventLoop, work: Any, **options: Any) -> asyncio.Task[Any]:
@@ -194,24 +190,22 @@ def test_task_canceled_before_its_first_step_closes(loop: LoopName) -> None:
             task.cancel()
         return task
 
-    async def main() -> None:
-        asyncio.get_running_loop().set_task_factory(cancel_at_once)
-        async with serve_in_loop(Backend("streams", loop)) as server:
-            reader, writer = await asyncio.open_connection(*server.address)
-            writer.write(b"one\n")
-            with suppress(ConnectionError):
-                assert await reader.read() == b""
-            writer.close()
-            await wait_in_loop(lambda: server.stats.active == 0)
-            assert server.stats.accepted == 1
-            server.close()
-            await server.wait_closed()
-
-    run(main, loop)
+    asyncio.get_running_loop().set_task_factory(cancel_at_once)
+    async with serve_in_loop(Backend("streams", loop)) as server:
+        reader, writer = await asyncio.open_connection(*server.address)
+        writer.write(b"one\n")
+        with suppress(ConnectionError):
+            assert await reader.read() == b""
+        writer.close()
+        await wait_in_loop(lambda: server.stats.active == 0)
+        assert server.stats.accepted == 1
+        server.close()
+        await server.wait_closed()
 
 
 @pytest.mark.parametrize("is_logged", [False, True], ids=["silent", "logged"])
-def test_connections_closed_leave_no_object(backend: Backend, is_logged: bool) -> None:
+@in_its_loop
+async def test_connections_closed_leave_no_object(backend: Backend, is_logged: bool) -> None:
     """Nor one that waits for the garbage collector: it is disabled."""
     access_log = logging.getLogger("echo_async.access")
     access_log.setLevel(logging.INFO)
@@ -228,22 +222,19 @@ def test_connections_closed_leave_no_object(backend: Backend, is_logged: bool) -
         types = (str(type(each)) for each in gc.get_objects())
         return Counter(each for each in types if "echo_async" in each)
 
-    async def main() -> None:
-        asyncio.get_running_loop().set_debug(False)  # which keeps tracebacks
-        async with echo_async.serve(port=0, engine=backend.engine, no_access_log=not is_logged) as server:
-            await asyncio.to_thread(exchange, server.address, 10)
+    asyncio.get_running_loop().set_debug(False)  # which keeps tracebacks
+    async with echo_async.serve(port=0, engine=backend.engine, no_access_log=not is_logged) as server:
+        await asyncio.to_thread(exchange, server.address, 10)
+        await wait_in_loop(lambda: server.stats.active == 0)
+        gc.collect()
+        gc.disable()
+        try:
+            before = objects()
+            await asyncio.to_thread(exchange, server.address, 300)
             await wait_in_loop(lambda: server.stats.active == 0)
-            gc.collect()
-            gc.disable()
-            try:
-                before = objects()
-                await asyncio.to_thread(exchange, server.address, 300)
-                await wait_in_loop(lambda: server.stats.active == 0)
-                assert (objects() - before).total() < 100  # the sweep keeps a list of those that it found open
-            finally:
-                gc.enable()
-
-    run(main, backend.loop)
+            assert (objects() - before).total() < 100  # the sweep keeps a list of those that it found open
+        finally:
+            gc.enable()
 
 
 def test_reply_to_a_reset_connection_leaves_no_object(

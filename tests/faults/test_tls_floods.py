@@ -14,7 +14,18 @@ from pathlib import Path
 
 import pytest
 import trustme
-from support import LOOPS, TIMEOUT, StartServer, connect, is_echoed, log_lines, receive_all, run, set_constant, wait_for
+from support import (
+    LOOPS,
+    TIMEOUT,
+    StartServer,
+    connect,
+    in_its_loop,
+    is_echoed,
+    log_lines,
+    receive_all,
+    set_constant,
+    wait_for,
+)
 from tls_client import APPLICATION_DATA, V1_3, WITHOUT_DATA, MakeRecord, RecordWriter, TlsClient, make_context
 
 import echo_async
@@ -77,7 +88,8 @@ def key_update_and_data(writer: RecordWriter) -> bytes:
 
 @pytest.mark.parametrize(("engine", "loop"), [("streams", "asyncio"), ("protocol", LOOPS[-1])])
 @pytest.mark.parametrize(("make_record", "share"), [(data, RECORDS_PER_TURN), (key_update_and_data, 1)])
-def test_small_records_are_read_in_limited_shares(
+@in_its_loop
+async def test_small_records_are_read_in_limited_shares(
     make_record: MakeRecord,
     share: int,
     engine: EngineName,
@@ -86,30 +98,26 @@ def test_small_records_are_read_in_limited_shares(
     certificate: Path,
 ) -> None:
     """In one event loop iteration the server processes a limited number of records."""
+    running = asyncio.get_running_loop()
+    async with echo_async.serve(
+        port=0, mode="stream", engine=engine, ssl_certfile=str(certificate), no_access_log=True
+    ) as server:
+        received, is_complete = [0], asyncio.Event()
 
-    async def main() -> None:
-        running = asyncio.get_running_loop()
-        async with echo_async.serve(
-            port=0, mode="stream", engine=engine, ssl_certfile=str(certificate), no_access_log=True
-        ) as server:
-            received, is_complete = [0], asyncio.Event()
+        def sample() -> None:
+            received.append(server.stats.bytes_in)
+            if received[-1] < 200:
+                running.call_soon(sample)
+            else:
+                is_complete.set()
 
-            def sample() -> None:
-                received.append(server.stats.bytes_in)
-                if received[-1] < 200:
-                    running.call_soon(sample)
-                else:
-                    is_complete.set()
-
-            with connect(server) as flooding:
-                writer = await asyncio.to_thread(start_flood, flooding)
-                flooding.sendall(b"".join(make_record(writer) for _ in range(200)))
-                sample()
-                async with asyncio.timeout(TIMEOUT):
-                    await is_complete.wait()
-            assert max(after - before for before, after in pairwise(received)) <= share
-
-    run(main, loop)
+        with connect(server) as flooding:
+            writer = await asyncio.to_thread(start_flood, flooding)
+            flooding.sendall(b"".join(make_record(writer) for _ in range(200)))
+            sample()
+            async with asyncio.timeout(TIMEOUT):
+                await is_complete.wait()
+        assert max(after - before for before, after in pairwise(received)) <= share
 
 
 def test_answers_to_key_updates_that_are_not_read_time_out(start_server: StartServer, start_flood: StartFlood) -> None:

@@ -23,12 +23,12 @@ from support import (
     StartServer,
     connect,
     fill,
+    in_its_loop,
     is_echoed,
     receive_all,
     receive_exactly,
     receive_line,
     reset,
-    run,
     serve_in_loop,
     server_process,
     set_constant,
@@ -267,20 +267,18 @@ def test_stall_at_a_time_reads_nothing_more(transport: Transport) -> None:
         wait_for(server, timeouts_idle=2)
 
 
-def test_connection_that_ends_before_its_time_leaves_nothing(backend: Backend, no_leaks: None) -> None:
-    async def main() -> None:
-        async with serve_in_loop(backend, fault="reset=3600s") as server:
-            for _ in range(3):
-                assert await echo_async.echo("Hola", *server.address) == "Hola"
-            await wait_in_loop(lambda: server.stats.active == 0)
-            loop: Any = asyncio.get_running_loop()
-            timers = [each for each in getattr(loop, "_scheduled", []) if not each.cancelled()]
-            assert len(timers) <= 2  # the sweep
-            assert not [each for each in threading.enumerate() if each.name == "echo-async timer"]
-            server.close()
-            await server.wait_closed()
-
-    run(main, backend.loop)
+@in_its_loop
+async def test_connection_that_ends_before_its_time_leaves_nothing(backend: Backend, no_leaks: None) -> None:
+    async with serve_in_loop(backend, fault="reset=3600s") as server:
+        for _ in range(3):
+            assert await echo_async.echo("Hola", *server.address) == "Hola"
+        await wait_in_loop(lambda: server.stats.active == 0)
+        loop: Any = asyncio.get_running_loop()
+        timers = [each for each in getattr(loop, "_scheduled", []) if not each.cancelled()]
+        assert len(timers) <= 2  # the sweep
+        assert not [each for each in threading.enumerate() if each.name == "echo-async timer"]
+        server.close()
+        await server.wait_closed()
 
 
 def test_reset_arrives_after_all_bytes_before_it(start_server: StartServer) -> None:
@@ -346,26 +344,24 @@ def test_workers_have_faults_each() -> None:
 # no-accept
 
 
-def test_no_accept_lets_no_connection_complete(backend: Backend, no_leaks: None) -> None:
+@in_its_loop
+async def test_no_accept_lets_no_connection_complete(backend: Backend, no_leaks: None) -> None:
     async def connect(address: tuple[str, int]) -> None:
         await asyncio.open_connection(*address)
 
-    async def main() -> None:
-        async with serve_in_loop(backend, host=["127.0.0.1", "::"], fault="no-accept") as server:
-            addresses = [address for address in server.addresses if not isinstance(address, str)]
-            attempts = [asyncio.create_task(connect(address)) for address in addresses for _ in range(20)]
-            done, pending = await asyncio.wait(attempts, timeout=0.1)
-            assert not done
-            for attempt in pending:
-                attempt.cancel()
-            await asyncio.wait(pending)
-            started = monotonic()
-            server.close()
-            await server.wait_closed()
-            assert monotonic() - started < 5, "the graceful shutdown takes 10 s"
-            assert (server.stats.accepted, dict(server.stats.faults)) == (0, {})
-
-    run(main, backend.loop)
+    async with serve_in_loop(backend, host=["127.0.0.1", "::"], fault="no-accept") as server:
+        addresses = [address for address in server.addresses if not isinstance(address, str)]
+        attempts = [asyncio.create_task(connect(address)) for address in addresses for _ in range(20)]
+        done, pending = await asyncio.wait(attempts, timeout=0.1)
+        assert not done
+        for attempt in pending:
+            attempt.cancel()
+        await asyncio.wait(pending)
+        started = monotonic()
+        server.close()
+        await server.wait_closed()
+        assert monotonic() - started < 5, "the graceful shutdown takes 10 s"
+        assert (server.stats.accepted, dict(server.stats.faults)) == (0, {})
 
 
 def test_no_accept_with_workers_and_tls(certificate: Path) -> None:
@@ -537,21 +533,18 @@ def test_abort_ends_every_fault_at_once(start_server: StartServer) -> None:
     assert server.stats.active == 0
 
 
-def test_stop_that_times_out_leaves_no_task(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+@in_its_loop
+async def test_stop_that_times_out_leaves_no_task(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stop has shortened the waits of the connection; the abort at its end does not leave the last one."""
     set_constant(monkeypatch, "MAX_WAIT_AT_END", 0.2)
-
-    async def main() -> None:
-        async with serve_in_loop(backend, fault="rate=1", timeout_graceful_shutdown=0.05) as server:
-            _, writer = await asyncio.open_connection(*server.address)
-            writer.write(MESSAGE)
-            await wait_in_loop(lambda: server.stats.faults == {"rate": 1})
-            server.close()
-            await server.wait_closed()
-            assert server.stats.bytes_out < len(MESSAGE)
-            writer.close()
-
-    run(main, backend.loop)
+    async with serve_in_loop(backend, fault="rate=1", timeout_graceful_shutdown=0.05) as server:
+        _, writer = await asyncio.open_connection(*server.address)
+        writer.write(MESSAGE)
+        await wait_in_loop(lambda: server.stats.faults == {"rate": 1})
+        server.close()
+        await server.wait_closed()
+        assert server.stats.bytes_out < len(MESSAGE)
+        writer.close()
 
 
 # What libraries report, as docs/faults.md lists it

@@ -26,6 +26,7 @@ from support import (
     command_process,
     connect_to,
     count_events,
+    in_its_loop,
     is_echoed,
     paused_processes,
     receive_all,
@@ -335,34 +336,31 @@ async def metrics_in_loop(caplog: pytest.LogCaptureFixture) -> AsyncIterator[tup
             yield address_of(caplog.text)
 
 
-def test_new_http_connections_close_idle_ones_only(
+@in_its_loop
+async def test_new_http_connections_close_idle_ones_only(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A scrape that waits for the counters is answered, however many connections come meanwhile."""
+    arrived, release = asyncio.Semaphore(0), asyncio.Event()
 
-    async def main() -> None:
-        arrived, release = asyncio.Semaphore(0), asyncio.Event()
+    async def fetch_stats(self: echo_async.EchoServer) -> list[Stats]:
+        arrived.release()
+        await release.wait()
+        return [self.stats]
 
-        async def fetch_stats(self: echo_async.EchoServer) -> list[Stats]:
-            arrived.release()
-            await release.wait()
-            return [self.stats]
-
-        monkeypatch.setattr(echo_async.EchoServer, "fetch_stats", fetch_stats)
-        async with metrics_in_loop(caplog) as address:
-            scrapes = [await asyncio.open_connection(*address) for _ in range(MAX_CONNECTIONS)]
-            for _, writer in scrapes:
-                writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
-                await arrived.acquire()
-            others = [await asyncio.open_connection(*address) for _ in range(20)]
-            assert [await reader.read() for reader, _ in others] == [b""] * 20
-            release.set()
-            for reader, _ in scrapes:
-                assert (await reader.read()).startswith(b"HTTP/1.0 200 OK\r\n")
-            for _, writer in (*scrapes, *others):
-                writer.close()
-
-    asyncio.run(main())
+    monkeypatch.setattr(echo_async.EchoServer, "fetch_stats", fetch_stats)
+    async with metrics_in_loop(caplog) as address:
+        scrapes = [await asyncio.open_connection(*address) for _ in range(MAX_CONNECTIONS)]
+        for _, writer in scrapes:
+            writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
+            await arrived.acquire()
+        others = [await asyncio.open_connection(*address) for _ in range(20)]
+        assert [await reader.read() for reader, _ in others] == [b""] * 20
+        release.set()
+        for reader, _ in scrapes:
+            assert (await reader.read()).startswith(b"HTTP/1.0 200 OK\r\n")
+        for _, writer in (*scrapes, *others):
+            writer.close()
 
 
 def test_metrics_request_that_fails_is_a_500_and_one_line(
@@ -387,14 +385,13 @@ def test_metrics_request_that_fails_is_a_500_and_one_line(
     assert sum(count_events(line) for line in lines) == 10
 
 
-def test_incomplete_http_request_times_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@in_its_loop
+async def test_incomplete_http_request_times_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(module, "REQUEST_TIMEOUT", 0.05)
-
-    async def main() -> None:
-        async with metrics_in_loop(caplog) as address:
-            reader, writer = await asyncio.open_connection(*address)
-            writer.write(b"GET /metrics HTTP/1.1\r\nHost: a")
-            assert await reader.read() == b""
-            writer.close()
-
-    asyncio.run(main())
+    async with metrics_in_loop(caplog) as address:
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: a")
+        assert await reader.read() == b""
+        writer.close()

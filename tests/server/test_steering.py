@@ -9,7 +9,7 @@ import ssl
 from pathlib import Path
 
 import pytest
-from support import LOOPS, TIMEOUT, Backend, connect, reset, run, serve_in_loop, wait_in_loop, wait_until
+from support import LOOPS, TIMEOUT, Backend, connect, in_its_loop, reset, serve_in_loop, wait_in_loop, wait_until
 
 import echo_async
 from echo_async import sync
@@ -20,46 +20,41 @@ from echo_async.server.thread_acceptor import ThreadAcceptor
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-def test_wait_for_returns_or_times_out(backend: Backend) -> None:
-    async def main() -> None:
-        async with serve_in_loop(backend, fault="drop,after=1") as server:
-            async with echo_async.connect(*server.address) as client:
-                waiting = asyncio.create_task(server.wait_for(messages=1, active=1))
-                assert await client.echo("one") == "one"
-                await waiting
-                with pytest.raises(TimeoutError, match="messages is 1, not 2"):
-                    await server.wait_for(messages=2, timeout=0.01)
-            await server.wait_for(active=0)
-            server.close()
-            await server.wait_closed()
-
-    run(main, backend.loop)
+@in_its_loop
+async def test_wait_for_returns_or_times_out(backend: Backend) -> None:
+    async with serve_in_loop(backend, fault="drop,after=1") as server:
+        async with echo_async.connect(*server.address) as client:
+            waiting = asyncio.create_task(server.wait_for(messages=1, active=1))
+            assert await client.echo("one") == "one"
+            await waiting
+            with pytest.raises(TimeoutError, match="messages is 1, not 2"):
+                await server.wait_for(messages=2, timeout=0.01)
+        await server.wait_for(active=0)
+        server.close()
+        await server.wait_closed()
 
 
 @pytest.mark.parametrize("is_tls", [False, True])
-def test_disconnect_ends_connections_and_keeps_listening(
+@in_its_loop
+async def test_disconnect_ends_connections_and_keeps_listening(
     is_tls: bool, backend: Backend, certificate: Path, client_context: ssl.SSLContext
 ) -> None:
     """Also those that wait to be accepted, and those whose handshake has not begun."""
-
-    async def main() -> None:
-        ssl_certfile = str(certificate) if is_tls else None
-        async with serve_in_loop(backend, ssl_certfile=ssl_certfile) as server:
-            for is_reset in (False, True):
-                clients = [socket.create_connection(server.address, TIMEOUT) for _ in range(5)]
+    ssl_certfile = str(certificate) if is_tls else None
+    async with serve_in_loop(backend, ssl_certfile=ssl_certfile) as server:
+        for is_reset in (False, True):
+            clients = [socket.create_connection(server.address, TIMEOUT) for _ in range(5)]
+            await server.disconnect(reset=is_reset)
+            await server.wait_for(active=0)
+            ends = [await asyncio.to_thread(receive_end, client) for client in clients]
+            assert set(ends) == {"reset" if is_reset and not is_tls else "closed"}
+            context = client_context if is_tls else None
+            async with echo_async.connect("localhost", server.address[1], ssl=context) as client:
+                assert await client.echo("one") == "one"
                 await server.disconnect(reset=is_reset)
-                await server.wait_for(active=0)
-                ends = [await asyncio.to_thread(receive_end, client) for client in clients]
-                assert set(ends) == {"reset" if is_reset and not is_tls else "closed"}
-                context = client_context if is_tls else None
-                async with echo_async.connect("localhost", server.address[1], ssl=context) as client:
-                    assert await client.echo("one") == "one"
-                    await server.disconnect(reset=is_reset)
-            assert server.is_serving()
-            server.close()
-            await server.wait_closed()
-
-    run(main, backend.loop)
+        assert server.is_serving()
+        server.close()
+        await server.wait_closed()
 
 
 def test_disconnect_ends_a_delayed_reply(backend: Backend) -> None:
@@ -79,21 +74,18 @@ def test_disconnect_ends_a_delayed_reply(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_disconnect_of_a_lost_connection_raises_nothing(loop: LoopName) -> None:
+@in_its_loop
+async def test_disconnect_of_a_lost_connection_raises_nothing(loop: LoopName) -> None:
     """It is open until all its messages are logged, which takes hundreds of turns here."""
     access_log = logging.getLogger("echo_async.access")
     access_log.setLevel(logging.INFO)
     access_log.propagate = False
-
-    async def main() -> None:
-        async with echo_async.serve(port=0, mode="stream", chunk_size=2**17) as server:
-            client = connect(server)
-            client.sendall(b"x\n" * 30_000)
-            await wait_in_loop(lambda: server.stats.messages > 0)
-            reset(client)
-            await server.disconnect(reset=True)
-
-    run(main, loop)
+    async with echo_async.serve(port=0, mode="stream", chunk_size=2**17) as server:
+        client = connect(server)
+        client.sendall(b"x\n" * 30_000)
+        await wait_in_loop(lambda: server.stats.messages > 0)
+        reset(client)
+        await server.disconnect(reset=True)
 
 
 def receive_end(client: socket.socket) -> str:

@@ -24,6 +24,7 @@ from support import (
     HasAddress,
     StartServer,
     command_process,
+    in_its_loop,
     run,
     server_process,
     wait_for,
@@ -212,42 +213,36 @@ def test_udp_port_0_is_free_for_both_protocols(monkeypatch: pytest.MonkeyPatch, 
 
 
 @each_receiver
-def test_udp_stop_answers_what_has_arrived(backend: Backend) -> None:
+@in_its_loop
+async def test_udp_stop_answers_what_has_arrived(backend: Backend) -> None:
     """The event loop does not run between the arrival of the datagrams and the stop."""
     messages = [b"%d" % number for number in range(100)]
-
-    async def main() -> None:
-        async with echo_async.serve(port=0, udp=True, engine=backend.engine) as server:
-            with udp_client() as client:
-                for message in messages:
-                    client.sendto(message, server.address)
-                server.close()
-                await server.wait_closed()
-                assert [client.recv(100) for _ in messages] == messages
-                client.connect(server.address)
-                client.send(b"nobody")
-                with pytest.raises(ConnectionRefusedError):
-                    client.recv(1)
-
-    run(main, backend.loop)
+    async with echo_async.serve(port=0, udp=True, engine=backend.engine) as server:
+        with udp_client() as client:
+            for message in messages:
+                client.sendto(message, server.address)
+            server.close()
+            await server.wait_closed()
+            assert [client.recv(100) for _ in messages] == messages
+            client.connect(server.address)
+            client.send(b"nobody")
+            with pytest.raises(ConnectionRefusedError):
+                client.recv(1)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_udp_burst_is_answered_in_shares(loop: LoopName) -> None:
+@in_its_loop
+async def test_udp_burst_is_answered_in_shares(loop: LoopName) -> None:
     """No turn of the event loop answers more than 32 of the 200 datagrams that have arrived."""
-
-    async def main() -> None:
-        async with echo_async.serve(port=0, udp=True) as server:
-            with udp_client() as client:
-                for _ in range(200):
-                    client.sendto(b"burst", server.address)
-                counts = [0]
-                while counts[-1] < 200:
-                    await asyncio.sleep(0)
-                    counts.append(server.stats.datagrams)
-            assert max(after - before for before, after in pairwise(counts)) == BATCH
-
-    run(main, loop)
+    async with echo_async.serve(port=0, udp=True) as server:
+        with udp_client() as client:
+            for _ in range(200):
+                client.sendto(b"burst", server.address)
+            counts = [0]
+            while counts[-1] < 200:
+                await asyncio.sleep(0)
+                counts.append(server.stats.datagrams)
+        assert max(after - before for before, after in pairwise(counts)) == BATCH
 
 
 @contextmanager
@@ -279,26 +274,23 @@ def test_udp_reply_that_cannot_be_sent_is_counted(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.parametrize("engine", ["streams", "threads"])
-def test_udp_error_of_an_earlier_reply_is_counted(engine: EngineName) -> None:
+@in_its_loop
+async def test_udp_error_of_an_earlier_reply_is_counted(engine: EngineName) -> None:
     """A connected socket reports that the previous reply reached no client; so does every socket on Windows."""
-
-    async def main() -> None:
-        with inherited_sockets("127.0.0.1") as (descriptors, receiver):
-            with udp_client(source=("127.0.0.1", 0)) as client:
-                source = client.getsockname()
-                client.sendto(b"gone", receiver.getsockname())
-                receiver.connect(source)
-            config = ServerConfig(udp=True, engine=engine)
-            server = await start_server([ListenerConfig(config, descriptors)])
-            await wait_in_loop(lambda: server.stats.datagrams_refused == {"send": 1})
-            with udp_client(source=source) as client:
-                client.sendto(b"back", receiver.getsockname())
-                assert await asyncio.to_thread(client.recv, 100) == b"back"
-            server.close()
-            await server.wait_closed()
-        assert (server.stats.datagrams, server.stats.failed) == (2, 0)
-
-    run(main)
+    with inherited_sockets("127.0.0.1") as (descriptors, receiver):
+        with udp_client(source=("127.0.0.1", 0)) as client:
+            source = client.getsockname()
+            client.sendto(b"gone", receiver.getsockname())
+            receiver.connect(source)
+        config = ServerConfig(udp=True, engine=engine)
+        server = await start_server([ListenerConfig(config, descriptors)])
+        await wait_in_loop(lambda: server.stats.datagrams_refused == {"send": 1})
+        with udp_client(source=source) as client:
+            client.sendto(b"back", receiver.getsockname())
+            assert await asyncio.to_thread(client.recv, 100) == b"back"
+        server.close()
+        await server.wait_closed()
+    assert (server.stats.datagrams, server.stats.failed) == (2, 0)
 
 
 # Faults
