@@ -304,5 +304,5 @@ def test_image_health_check_follows_the_environment(
 
         assert any(check() == 0 for _ in range(3))  # as containers retry it: on a busy machine its 2 s can be too short
         server.process.kill()
-        server.wait()
+        server.wait(None)
         assert check() == 3

@@ -92,8 +92,7 @@ def test_command_serves_ipv4_and_ipv6(certificate: Path, client_context: ssl.SSL
                 assert_echoed(client)
                 names.append(name_of(client))
             assert get_health(host, server.log) == b"serving\n"
-        code, log = server.stop()
-    assert code == 0
+        log = server.stop()
     for name in names:
         assert f" INFO {name} 13 bytes: Hola Server!\n" in log
 
@@ -149,7 +148,7 @@ def test_command_on_a_kernel_without_ipv6_uses_ipv4() -> None:
             assert_echoed(client)
         server.wait_for_log(" metrics available at ")
         assert get_health("127.0.0.1", server.log) == b"serving\n"
-        assert server.stop()[0] == 0
+        server.stop()
 
 
 @pytest.mark.parametrize("has_ipv6", [pytest.param(True, marks=needs_ipv6), False])

@@ -45,4 +45,4 @@ def test_client_exits_with_0_if_stderr_is_full(echo_server: HostedServer) -> Non
 def test_server_address_is_escaped_if_stdout_lacks_it(tmp_path: Path) -> None:
     with server_process("--uds", str(tmp_path / "ñ😀"), env={"PYTHONIOENCODING": "ascii"}) as server:
         assert server.startup_line == f"listening on {tmp_path}/\\xf1\\U0001f600\n"
-        assert server.stop()[0] == 0
+        server.stop()

@@ -44,8 +44,7 @@ def test_terminal_hang_up_drains_the_server(kind: list[str]) -> None:
         server.wait_for_log("SIGHUP received: shutting down")
         client.sendall(b"message\n")
         assert receive_line(client) == b"incomplete message\n"
-        code, log = server.wait()
-    assert code == 0
+        log = server.wait()
     assert "exited with code" not in log
     assert "server stopped: accepted=1 " in log
 
@@ -56,4 +55,4 @@ def test_terminal_hang_up_with_nohup_keeps_serving() -> None:
         server.wait_for_log("SIGHUP received: nothing to reload")
         client.sendall(b"after\n")
         assert receive_line(client) == b"after\n"
-        assert server.stop()[0] == 0
+        server.stop()

@@ -121,8 +121,7 @@ def test_descriptors_exhausted_serves_some_and_recovers(options: list[str]) -> N
                     served_later.append(client)
         assert monotonic() - room_since < MAX_DELAY
         seconds = monotonic() - start
-        code, log = server.stop()
-    assert code == 0
+        log = server.stop()
     assert "Traceback" not in log
     accepted, refused = (int(re.findall(rf" {counter}=(\d+)", log)[0]) for counter in ("accepted", "refused"))
     assert accepted == len(served) + len(served_later)

@@ -36,8 +36,7 @@ def test_commands_on_limited_platform_exchange_messages() -> None:
         client = run_limited("echo_async.client", "--port", str(server.address[1]), "hola", "ñ")
         assert (client.returncode, client.stdout, client.stderr) == (0, "hola\nñ\n", "")
         connected.close()
-        code, log = server.stop(signal.SIGTERM)
-    assert code == 0
+        log = server.stop(signal.SIGTERM)
     assert "SIGTERM received: shutting down" in log
     assert "server stopped: accepted=2" in log
 

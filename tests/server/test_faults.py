@@ -333,8 +333,7 @@ def test_workers_have_faults_each() -> None:
             for client in clients:
                 client.shutdown(socket.SHUT_WR)
             replies = [receive_all(client) for client in clients]
-        code, log = server.stop()
-    assert code == 0
+        log = server.stop()
     dropped = replies.count(b"")
     assert dropped in (1, 2)  # one worker may have accepted all of them
     assert f" fault_drop={dropped} ended_" in log
@@ -369,7 +368,7 @@ def test_no_accept_with_workers_and_tls(certificate: Path) -> None:
     with server_process(*arguments) as server:
         with pytest.raises(TimeoutError):
             socket.create_connection(server.address, 0.1)
-        assert server.stop()[0] == 0
+        server.stop()
 
 
 # Limits, timeouts, logs

@@ -197,7 +197,6 @@ def test_sync_server_with_64_descriptors_serves_in_turn() -> None:
         assert [receive_line(client) for client in others[:45]] == [b"Hola\n"] * 45
         stack.close()
         assert exchange(server.address, b"room again\n") == b"room again\n"
-        code, log = server.stop()
-    assert code == 0
+        log = server.stop()
     assert "Traceback" not in log
     assert len(log.splitlines()) < 30
