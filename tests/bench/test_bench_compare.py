@@ -28,7 +28,7 @@ def compare(*arguments: str) -> int:
     is_disturbed = "--disturb" in arguments
     if not is_disturbed:
         arguments = ("--connections", "2", *arguments)
-    for duration in ("0.3" if is_disturbed else "0.05", "1", "8"):
+    for duration in ("0.3" if is_disturbed else "0.1", "4"):
         with redirect_stderr(StringIO()) as stderr:
             code = main(["compare", *SHORT, *arguments, "--duration", duration])
         if "no replies within" not in stderr.getvalue():
