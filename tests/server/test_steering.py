@@ -57,20 +57,18 @@ async def test_disconnect_ends_connections_and_keeps_listening(
         await server.wait_closed()
 
 
-def test_disconnect_ends_a_delayed_reply(backend: Backend) -> None:
-    async def main() -> None:
-        async with serve_in_loop(backend, fault="delay=3600") as server:
-            for is_reset in (False, True):
-                client = connect(server)
-                client.sendall(b"one\n")
-                await server.wait_for(active=1, faults={"delay": 1 + is_reset})
-                await server.disconnect(reset=is_reset)
-                await server.wait_for(active=0)
-                assert await asyncio.to_thread(receive_end, client) == ("reset" if is_reset else "closed")
-            server.close()
-            await server.wait_closed()
-
-    run(main, backend.loop)
+@in_its_loop
+async def test_disconnect_ends_a_delayed_reply(backend: Backend) -> None:
+    async with serve_in_loop(backend, fault="delay=3600") as server:
+        for is_reset in (False, True):
+            client = connect(server)
+            client.sendall(b"one\n")
+            await server.wait_for(active=1, faults={"delay": 1 + is_reset})
+            await server.disconnect(reset=is_reset)
+            await server.wait_for(active=0)
+            assert await asyncio.to_thread(receive_end, client) == ("reset" if is_reset else "closed")
+        server.close()
+        await server.wait_closed()
 
 
 @pytest.mark.parametrize("loop", LOOPS)
