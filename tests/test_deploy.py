@@ -56,6 +56,16 @@ def test_systemd_units_are_valid(tmp_path: Path) -> None:
     check("systemd-analyze", "verify", "--man=no", socket, service)
 
 
+def test_systemd_reload_reloads_the_certificates(tmp_path: Path) -> None:
+    [command] = re.findall("^ExecReload=(.+)", (DEPLOY / "echo-async.service").read_text(), re.M)
+    path = tmp_path / "server.pem"
+    trustme.CA().issue_cert("echo.example").private_key_and_cert_chain_pem.write_to_path(str(path))
+    with server_process("--workers", "2", "--ssl-certfile", str(path)) as server:
+        server.wait_for_log("server started")
+        subprocess.run(command, shell=True, check=True, env={"MAINPID": str(server.process.pid)}, timeout=TIMEOUT)
+        server.wait_for_log("SIGHUP received: certificates reloaded\n")
+
+
 @contextmanager
 def haproxy(text: str, directory: Path) -> Iterator[tuple[Any, IO[str]]]:
     """Run HAProxy on a free port; yield the address to connect to, and its log."""
