@@ -17,6 +17,7 @@ INVALID_CERTIFICATE = "it has expired, is for another name, or --ssl-ca-certs la
 NO_TLS = "the server does not use TLS, refuses this client, or does not answer the handshake"
 NO_NEWLINE = "the newline is removed: it is a part of the message, and of the reply"
 PER_READ = "each read is answered as if it were a whole message, which ends with a newline"
+ECHO_PER_READ = "the server returns what each recv gives it, instead of whole messages"
 SILENCE_HINT = (
     "the server expects something else (TLS, a PROXY header, another protocol), or a proxy has no server behind it"
 )
@@ -64,7 +65,8 @@ def check_mode(context: Context) -> str:
     context.mode = _find_mode(context)
     found = context.mode.name
     if expected not in ("auto", found):
-        raise Failure(f"mode {found}", f"the server is not in mode {expected}, or the path changes what it does")
+        mismatch = f"the server is not in mode {expected}, or the path changes what it does"
+        raise Failure(f"mode {found}", ECHO_PER_READ if context.mode is RAW else mismatch)
     return found
 
 

@@ -20,6 +20,7 @@ from echo_async.check.datagrams import check_udp
 from echo_async.check.opening import check_connect
 from echo_async.check.result import Failure, Result
 from echo_async.client.endpoint import Endpoint
+from echo_async.config import Mode
 from echo_async.testing import HostedServer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
@@ -79,6 +80,14 @@ def test_each_defect_is_found_by_its_own_check_only() -> None:
         assert [each.check for each in failed] == [name], (handler.__name__, failed)
         assert failed[0].seen
         assert reason in (failed[0].reason or "")
+
+
+@pytest.mark.parametrize(("mode", "reason"), [("raw", "what each recv gives"), ("message", "not in mode stream")])
+def test_another_mode_is_explained_by_what_the_server_does(mode: Mode, reason: str) -> None:
+    with HostedServer(mode=mode) as server:
+        [failed] = check(*server.address, settings=replace(SETTINGS, mode="stream"))
+    assert (failed.check, failed.seen) == ("mode", f"mode {mode}")
+    assert reason in (failed.reason or "")
 
 
 def test_connection_limit_is_found_by_the_check_of_concurrent() -> None:
