@@ -336,7 +336,10 @@ class ServerConfig(_Config):
     engine: EngineName = _option("streams", _ENGINE_HELP, choice(get_args(EngineName)))
     backlog: int = _option(512, "Connections not yet accepted; at most net.core.somaxconn.", integer(1))
     limit_connections: int | None = _option(
-        None, "Concurrent connections; more are refused.", integer(1), default_text="fits the descriptor limit"
+        None,
+        "Concurrent connections per listener and worker; more are refused.",
+        integer(1),
+        default_text="fits the descriptor limit",
     )
     limit_message_size: int = _option(1_048_576, "Bytes per message, newline included.", integer(1, 2**40))
     timeout_idle: float = _option(600.0, "Seconds until an idle connection is closed.", SECONDS)
