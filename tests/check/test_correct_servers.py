@@ -19,7 +19,7 @@ from support import TIMEOUT, ChildProcess, StartServer, lines
 from echo_async.check.checks import run_checks
 from echo_async.check.connection import Connection
 from echo_async.check.context import Context, Settings
-from echo_async.check.load import check_backpressure, check_concurrent
+from echo_async.check.load import check_backpressure, check_concurrent, check_slow
 from echo_async.check.messages import make_text
 from echo_async.check.opening import check_connect, check_mode
 from echo_async.check.result import Failure
@@ -140,6 +140,23 @@ def test_check_of_backpressure_forgives_no_changed_byte() -> None:
         pytest.raises(Failure, match="from byte"),
     ):
         check_backpressure(context)
+
+
+def test_check_of_slow_forgives_a_server_that_is_busy() -> None:
+    """It processes what a client has sent that does not read. Meanwhile it answers late."""
+    late, stopped = [0], threading.Event()
+
+    def serve(peer: Peer) -> None:
+        for line in lines(peer):
+            if len(line) > 1000:
+                late[0] = 3
+            elif late[0]:
+                late[0] -= 1
+                stopped.wait(0.2)
+            peer.send(line)
+
+    with HostedServer(handler=serve) as server, checking(server, timeout=TIMEOUT) as context:
+        assert check_slow(context).startswith("others were delayed by at most ")
 
 
 @contextmanager
