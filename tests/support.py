@@ -69,7 +69,7 @@ def in_its_loop(test: Test) -> Callable[..., None]:
 
         async def main() -> None:
             asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
-            async with asyncio.timeout(TIMEOUT):
+            async with asyncio.timeout(2 * TIMEOUT):
                 await test(**arguments)
             assert asyncio.all_tasks() == {asyncio.current_task()}
 

@@ -37,6 +37,7 @@ def compare(*arguments: str) -> int:
     return code
 
 
+@pytest.mark.timeout(180)  # on a busy machine, the processes start slowly
 def test_compare_prints_a_table_and_saves_every_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--engines", "threads,protocol", "--loops", "uvloop", "--chunk-sizes", "20", "--sizes", "1000")
     files = (tmp_path / "compare.json", tmp_path / "compare.svg")

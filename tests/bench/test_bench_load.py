@@ -213,16 +213,25 @@ def test_load_open_loop_shows_a_server_pause(
             never.wait(0.3)  # blocks the connection
         return False
 
+    def measure(times: str, value: str, *options: str) -> dict[str, Any]:
+        """Measure again if the pause comes too late, as on a busy machine."""
+        nonlocal messages
+        for _ in range(3):
+            wait_for(server, active=0)
+            messages = 0
+            facts = load(capsys, *where, *options)
+            if facts[times][value] > 0.25:
+                break
+        return facts
+
     monkeypatch.setattr(logging.getLogger("echo_async.access"), "filters", [pause_at_20th])
     caplog.set_level(logging.INFO, "echo_async.access")
     with HostedServer() as server:
         where = ("--port", str(server.port), "--mode", "stream", "--connections", "1", "--warmup", "0")
-        closed = load(capsys, *where, "--duration", "0.6")
+        closed = measure("service_time", "max", "--duration", "0.6")
         assert closed["service_time"]["p90"] < 0.25  # the pause is one message of many
         assert closed["service_time"]["max"] > 0.25
-        wait_for(server, active=0)
-        messages = 0
-        opened = load(capsys, *where, "--duration", "0.5", "--rate", "1000")
+        opened = measure("response_time", "p99", "--duration", "0.5", "--rate", "1000")
     assert opened["response_time"]["p99"] > 0.25
     assert opened["service_time"]["p90"] < 0.25
     assert opened["late"] > 100

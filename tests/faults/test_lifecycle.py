@@ -291,7 +291,7 @@ sys.exit(main(["--port", "0", *sys.argv[1:]]))
 @pytest.mark.parametrize("options", [["--loop", "uvloop"], ["--engine", "threads"], ["--workers", "2"]], ids=" ".join)
 def test_sigterm_during_startup_stops_the_server(options: list[str]) -> None:
     command = [sys.executable, "-c", SIGTERM_DURING_STARTUP, *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * TIMEOUT)
     assert done.returncode == 0
     assert " SIGTERM received: shutting down\n" in done.stderr
     assert "Traceback" not in done.stderr
