@@ -124,7 +124,7 @@ def _peer_candidates(build: Path) -> Iterator[Candidate]:
     yield from _compiled_peer("Go goroutines", "go", ["build", "-o"], "goroutines.go", build)
     if node := shutil.which("node"):
         yield _make_peer("Node net", node, HERE / "peers/node.js")
-    yield from _python_peer("bare uvloop protocol", "uvloop", "uvloop_protocol.py", lingering="protocol uvloop")
+    yield from _python_peer("bare uvloop protocol", "uvloop", "protocol.py", lingering="protocol uvloop")
     yield from _python_peer("bare uvloop streams", "uvloop", "streams.py", lingering="streams uvloop")
     yield from _python_peer("bare asyncio streams", "asyncio", "streams.py", "asyncio", lingering="streams asyncio")
     yield from _python_peer("trio", "trio", "trio_streams.py")
