@@ -1,8 +1,8 @@
 """Count the instructions that the servers of this package execute per connection, with one message on each.
 
 ``python benchmarks/instructions.py`` prints them, and the difference to those that ``instructions.json`` has for the
-same version of Python. ``--save`` writes them there. valgrind counts, so other programs have hardly any influence: two
-runs differ by less than 2 %.
+same version of Python. ``--save`` writes them there, ``--bare`` counts those of ``peers/lingering.py`` instead.
+valgrind counts, so other programs have hardly any influence: two runs differ by less than 2 %.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from echo_async.bench.server import ServerProcess, server_command
 from echo_async.config import EngineName
 
 RECORDED = Path(__file__).with_name("instructions.json")
+LINGERING = RECORDED.parent / "peers" / "lingering.py"
 SERVERS: list[tuple[EngineName, str]] = [
     ("protocol", "uvloop"),
     ("protocol", "asyncio"),
@@ -38,6 +40,7 @@ TIMEOUT = 60.0  # seconds for each step of a client: the server is some 50 times
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true", help=f"record the counts in {RECORDED.name}")
+    parser.add_argument("--bare", action="store_true", help="minimal servers that end a connection in the same way")
     options = parser.parse_args()
     if shutil.which("valgrind") is None:
         sys.exit("skipped: valgrind is not installed")
@@ -46,21 +49,22 @@ def main() -> None:
     counts = recorded.setdefault(version, {})
     print(f"instructions per connection, Python {version}")
     for engine, loop in SERVERS:
-        name = f"{engine} {loop}"
-        count, before = count_instructions(engine, loop), counts.get(name)
+        command = server_command(engine, loop, CHUNK_SIZE, "message", len(MESSAGE))
+        if options.bare:
+            command = [sys.executable, str(LINGERING), engine, loop]
+        name = "bare " * options.bare + f"{engine} {loop}"
+        count, before = count_instructions(command), counts.get(name)
         print(f"{name:18}{count:9,}", "" if before is None else f"{count / before - 1:+7.1%}", flush=True)
         counts[name] = count
     if options.save:
         RECORDED.write_text(json.dumps(recorded, indent=2) + "\n")
 
 
-def count_instructions(engine: EngineName, loop: str) -> int:
-    """Return the instructions in user mode that the server executes per connection."""
+def count_instructions(command: Sequence[str]) -> int:
+    """Return the instructions in user mode that a server executes per connection."""
     with tempfile.TemporaryDirectory() as directory:
         valgrind = ["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--log-file={directory}/%p.log"]
-        command = [*valgrind, f"--callgrind-out-file={directory}/out"]
-        command += server_command(engine, loop, CHUNK_SIZE, "message", len(MESSAGE))
-        with ServerProcess(command) as server:
+        with ServerProcess([*valgrind, f"--callgrind-out-file={directory}/out", *command]) as server:
             process = next(Path(directory).glob("*.log")).stem
             exchange(server.address, WARMUP_ROUNDS)
             switch("on", process)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -64,10 +65,11 @@ def main() -> int:
         comparisons: list[tuple[str, Comparison]] = []
         for name, load in _loads(plan).items():
             if name in options.loads:
+                load = load._replace(size=options.size or load.size)
                 comparisons.append((name, _measure(name, candidates, load, options.rounds)))
                 print_comparison(comparisons[-1][1])
                 # Written after each load, so that a later failure loses no results.
-                _write_results(comparisons, options.rounds, Path(options.output))
+                _write_results(comparisons, Path(options.output))
         if options.plot:
             draw(comparisons[0][1], options.plot)
     return 0
@@ -78,6 +80,7 @@ def _parse_options() -> argparse.Namespace:
     names = list(_loads(LoadPlan()))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--duration", type=float, default=1.0, help="seconds of each result")
+    parser.add_argument("--size", type=int, help="bytes per message, instead of those of each load")
     parser.add_argument("--loads", nargs="+", choices=names, default=names)
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="measure only servers with one of these words in the name"
@@ -125,6 +128,7 @@ def _peer_candidates(build: Path) -> Iterator[Candidate]:
     if node := shutil.which("node"):
         yield _make_peer("Node net", node, HERE / "peers/node.js")
     yield from _python_peer("bare uvloop protocol", "uvloop", "protocol.py", lingering="protocol uvloop")
+    yield from _python_peer("bare asyncio protocol", "asyncio", "protocol.py", "asyncio", lingering="protocol asyncio")
     yield from _python_peer("bare uvloop streams", "uvloop", "streams.py", lingering="streams uvloop")
     yield from _python_peer("bare asyncio streams", "asyncio", "streams.py", "asyncio", lingering="streams asyncio")
     yield from _python_peer("trio", "trio", "trio_streams.py")
@@ -155,7 +159,7 @@ def _make_peer(name: str, *command: object, closing: Sequence[object] | None = N
     return Candidate(name=name, engine="peer", command=start)
 
 
-def _write_results(comparisons: Sequence[tuple[str, Comparison]], rounds: int, directory: Path) -> None:
+def _write_results(comparisons: Sequence[tuple[str, Comparison]], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     machine = comparisons[0][1].machine
     path = directory / machine["date"].split()[0]
@@ -164,9 +168,7 @@ def _write_results(comparisons: Sequence[tuple[str, Comparison]], rounds: int, d
     )
     with ExitStack() as stack:
         out = stack.enter_context(path.with_suffix(".md").open("w"))
-        names = " ".join(name for name, _ in comparisons)
-        duration = comparisons[0][1].plan.duration
-        command = f"python benchmarks/run.py --loads {names} --rounds {rounds} --duration {duration:g}"
+        command = shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])
         print(f"# Echo servers side by side\n\n{format_machine(machine)}. Measured by `{command}`.", file=out)
         for name, comparison in comparisons:
             [size] = comparison.sizes

@@ -1,8 +1,7 @@
-"""A minimal asyncio protocol on uvloop, without framing, limits or timeouts."""
+"""A minimal asyncio protocol, without framing, on uvloop or, with the argument ``asyncio``, on asyncio's loop."""
 
 import asyncio
-
-import uvloop
+import sys
 
 
 class Echo(asyncio.Protocol):
@@ -20,4 +19,9 @@ async def main() -> None:
     await server.serve_forever()
 
 
-uvloop.run(main())
+if "asyncio" in sys.argv:
+    asyncio.run(main())
+else:
+    import uvloop
+
+    uvloop.run(main())
