@@ -239,6 +239,8 @@ class ThreadConnection(Connection):
 
     def abort(self, *, reset: bool = False) -> None:
         self.ended_by = self.ended_by or "server"
+        if self.runner is not None:
+            self.runner.is_cut = True
         with contextlib.suppress(OSError, ValueError):  # it is closed already
             if reset:
                 return self._reset(self.get_extra_info("socket"))
@@ -247,8 +249,6 @@ class ThreadConnection(Connection):
 
     def _reset(self, connected: socket.socket) -> None:
         self._is_resetting = True
-        if self.runner is not None:
-            self.runner.is_cut = True
         set_reset_on_close(connected)
         self.linger()
         connected.shutdown(socket.SHUT_RD)  # wakes its thread, which closes the socket
