@@ -40,6 +40,17 @@ def pytest_configure() -> None:
     logging.getLogger("asyncio").addFilter(lambda record: not str(record.msg).startswith("Executing "))
 
 
+LONG_TESTS = {
+    "test_each_defect_is_found_by_its_own_check_only",
+    "test_docs_sessions_print_the_documented_output[docs/lessons.md]",
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that wait for ten seconds. At the end, all other processes would wait for them."""
+    items.sort(key=lambda item: item.name not in LONG_TESTS)
+
+
 def pytest_collection_finish() -> None:
     """Exclude the objects of the session from later garbage collections."""
     gc.collect()
