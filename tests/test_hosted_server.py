@@ -181,6 +181,24 @@ def test_disconnect_ends_a_connection_whose_client_does_not_read() -> None:
         server.wait_for(active=0)
 
 
+def test_disconnect_answers_no_message_that_is_queued() -> None:
+    begun, release, messages = threading.Event(), threading.Event(), list[bytes]()
+
+    def reply(message: bytes) -> bytes:
+        messages.append(message)
+        begun.set()
+        release.wait(TIMEOUT)
+        return message
+
+    with HostedServer(reply=reply) as server, connect(server) as client:
+        client.sendall(b"a chunk of 20 bytes\n" * 10)
+        assert begun.wait(TIMEOUT)
+        server.disconnect()
+        release.set()
+        server.wait_for(active=0)
+    assert messages == server.received == [b"a chunk of 20 bytes\n"]
+
+
 def test_fault_applies_to_connections_of_its_block(options: dict[str, Any]) -> None:
     def exchange() -> bytes:
         with connect(server) as client:

@@ -20,6 +20,7 @@ import pytest
 import trustme
 from support import (
     TIMEOUT,
+    Backend,
     StartServer,
     connect,
     receive_all,
@@ -145,12 +146,24 @@ def test_server_that_ends_its_side_discards_what_follows(start_server: StartServ
         assert (server.stats.bytes_in, server.stats.tls_failures) == (17, 0)
 
 
-@pytest.mark.parametrize(("mode", "rest"), [("stream", b"incomplete"), ("raw", b"")])
+@pytest.mark.parametrize(
+    ("mode", "replies", "rest", "records"),
+    [
+        ("stream", b"a chunk of 20 bytes\n" * 40, b"incomplete", 1),
+        ("raw", b"a chunk of 20 bytes\n" * 40, b"", 1),
+        ("stream", b"not delayed by\n" + b"x" * 1500 + b"\n", b"", 2),
+    ],
+)
 def test_replies_to_chunks_at_hand_are_one_record(
-    start_server: StartServer, files: CertificateFiles, mode: Mode, rest: bytes
+    mode: Mode,
+    replies: bytes,
+    rest: bytes,
+    records: int,
+    backend: Backend,
+    start_server: StartServer,
+    files: CertificateFiles,
 ) -> None:
-    """Nor are they one packet each, which shows only in TLS."""
-    replies = b"a chunk of 20 bytes\n" * 40
+    """Nor are they one packet each, which shows only in TLS. No reply waits for many chunks of another."""
     with start_server(mode=mode, chunk_size=20) as server, connect(server) as plain:
         client = TlsClient(files.context())
         client.handshake(plain)
@@ -160,7 +173,8 @@ def test_replies_to_chunks_at_hand_are_one_record(
             while len(received) < len(expected):
                 received += client.receive(plain.recv(65536))[0]
             assert received == expected
-        assert len(client.received) - start == len(replies) + RECORD_OVERHEAD
+        records = 1 if backend.engine == "protocol" else records  # which reads more at a time
+        assert len(client.received) - start == len(replies) + records * RECORD_OVERHEAD
 
 
 def test_silent_tls_clients_use_the_limit_and_time_out(

@@ -237,6 +237,10 @@ def test_end_within_the_handshake_is_an_error(server_context: ssl.SSLContext, cl
         server.receive_eof()
         assert isinstance(server.error, ssl.SSLEOFError)
     server = TlsLayer(server_context)
+    server.receive(TlsClient(client_context).hello())
+    server.receive(b"\x15\x03\x03\x00\x02\x01\x00")  # close_notify, not encrypted yet
+    assert isinstance(server.error, ssl.SSLZeroReturnError)
+    server = TlsLayer(server_context)
     server.receive_eof()
     assert not server.has_input
     assert str(server.error) == "closed by the peer"

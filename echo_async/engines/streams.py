@@ -12,7 +12,7 @@ from ..config import ServerConfig
 from ..net import format_address
 from .asyncio_runner import AsyncioRunner
 from .chunk_reader import ChunkReader
-from .connection import MIN_WRITE, NO_LINES, Connection
+from .connection import CHUNKS_PER_TURN, MIN_WRITE, NO_LINES, Connection
 from .context import ServerContext, Slot
 from .loop_internals import (
     READ_AHEAD_TURNS,
@@ -22,7 +22,6 @@ from .loop_internals import (
     write_buffer_size,
 )
 
-CHUNKS_PER_TURN = 50  # chunks of one connection before others get their turn
 DRAIN_THRESHOLD = 16 * 1024  # bytes of unsent replies above which no chunk is read
 DISCARD_SIZE = 64 * 1024  # bytes per read of input that is discarded
 

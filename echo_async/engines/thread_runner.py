@@ -89,6 +89,8 @@ class ThreadRunner(Runner):
     def _apply_end(self, end: End) -> None:
         for wait in self._wait_until_sent(end):
             self._wait(wait.seconds)
+            if self.is_cut:
+                return
         match end:
             case End.CLOSE:
                 self._connection.conversation.end_input()

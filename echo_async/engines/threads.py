@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from ..compat import MSG_DONTWAIT, is_writable, set_reset_on_close
-from .connection import MIN_WRITE, Connection
+from .connection import CHUNKS_PER_TURN, MIN_WRITE, Connection
 from .context import ServerContext, Slot
 from .thread_runner import ThreadRunner
 from .tls_socket import TlsSocket
@@ -108,15 +108,16 @@ class ThreadConnection(Connection):
         conversation, receive, size = self.conversation, self._socket.recv, self.context.config.chunk_size
         answer = self.log_and_receive if self.context.log_chunks else conversation.receive
         min_write = MIN_WRITE if self.runner is None else 1
-        reply, is_ended = b"", True
+        reply, chunks, is_ended = b"", 0, True
         with self._io_lock:
             try:
                 while chunk := receive(size, MSG_DONTWAIT):
                     if part := answer(chunk):
                         reply += part
-                        if len(reply) >= min_write:
-                            self._send(reply)
-                            reply = b""
+                    chunks += 1
+                    if reply and (len(reply) >= min_write or chunks >= CHUNKS_PER_TURN):
+                        self._send(reply)
+                        reply, chunks = b"", 0
                     if len(chunk) < size or self._drain_requested or conversation.finished:
                         is_ended = False  # less than requested: there was no more
                         break
@@ -244,6 +245,7 @@ class ThreadConnection(Connection):
         with contextlib.suppress(OSError, ValueError):  # it is closed already
             if reset:
                 return self._reset(self.get_extra_info("socket"))
+            self._linger_requested = self._drain_requested = True  # input that is queued is not answered
             self.end_script()
             self._socket.shutdown(socket.SHUT_RDWR)
 

@@ -130,8 +130,10 @@ class TlsLayer:
                 del self._handshake
         except ssl.SSLWantReadError:
             self._count_without_data()
-        except ssl.SSLZeroReturnError:
+        except ssl.SSLZeroReturnError as error:
             self.is_ended = True
+            if not self.is_established:
+                self._fail(error)
         except ssl.SSLError as error:
             self._fail(error)
         self.has_news = True

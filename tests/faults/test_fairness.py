@@ -16,8 +16,8 @@ from support import fill, in_its_loop, receive_all, wait_in_loop
 
 import echo_async
 from echo_async.config import EngineName, Mode, ServerOptions
+from echo_async.engines.connection import CHUNKS_PER_TURN
 from echo_async.engines.protocol import LARGE_READS_PER_TURN
-from echo_async.engines.streams import CHUNKS_PER_TURN
 from echo_async.loops import LoopName
 from echo_async.wire.tls_layer import MAX_DATA_SIZE
 
