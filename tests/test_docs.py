@@ -42,7 +42,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import dataclass, fields
 from functools import cache
-from itertools import count, dropwhile
+from itertools import dropwhile
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -277,8 +277,11 @@ def test_docs_sessions_print_the_documented_output(document: str, tmp_path: Path
     programs = {program: shutil.which(program) for session in sessions for program in session.names}
     missing = {program for program, path in programs.items() if path is None} - SERVERS
     runnable = [each for each in sessions if missing.isdisjoint(each.names)]
+    directories = [tmp_path / str(number) for number in range(len(runnable))]
+    for directory in directories:  # first: what is written while another thread starts a process can be busy (ETXTBSY)
+        make_checkout(directory)
     with ThreadPoolExecutor(SESSIONS_AT_ONCE) as pool:
-        outputs = list(pool.map(run_session, runnable, (tmp_path / str(number) for number in count())))
+        outputs = list(pool.map(run_session, runnable, directories))
     for session, output in zip(runnable, outputs, strict=True):
         for example in SESSIONS[session]:
             expected = expected_lines(example)
@@ -290,8 +293,7 @@ def test_docs_sessions_print_the_documented_output(document: str, tmp_path: Path
 
 
 def run_session(session: Session, directory: Path) -> list[str]:
-    """Run a session in the source tree; return what it printed."""
-    make_checkout(directory)
+    """Run a session in a directory made by ``make_checkout``; return what it printed."""
     with ExitStack() as stack:
         port = start_given(session.names, directory, stack)
         environment = {
