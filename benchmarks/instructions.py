@@ -49,10 +49,9 @@ def main() -> None:
     counts = recorded.setdefault(version, {})
     print(f"instructions per connection, Python {version}")
     for engine, loop in SERVERS:
-        command = server_command(engine, loop, CHUNK_SIZE, "message", len(MESSAGE))
+        name, command = f"{engine} {loop}", server_command(engine, loop, CHUNK_SIZE, "message", len(MESSAGE))
         if options.bare:
-            command = [sys.executable, str(LINGERING), engine, loop]
-        name = "bare " * options.bare + f"{engine} {loop}"
+            name, command = f"bare {name}", [sys.executable, str(LINGERING), engine, loop]
         count, before = count_instructions(command), counts.get(name)
         print(f"{name:18}{count:9,}", "" if before is None else f"{count / before - 1:+7.1%}", flush=True)
         counts[name] = count

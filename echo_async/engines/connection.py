@@ -22,7 +22,7 @@ from .context import ServerContext, Slot
 from .timeouts import NEWLINE_DELAY, STALLED, TimeoutKind, Timeouts
 
 CHUNKS_PER_TURN = 50  # chunks of one connection before their replies are sent, and others get their turn
-MIN_WRITE = 4096  # bytes of replies that are sent at once, though more chunks have arrived: else together with theirs
+MIN_WRITE = 4096  # bytes of replies that do not wait for those to the other chunks that have arrived
 LINES_PER_TURN = 100  # access log lines of one connection before others get their turn
 TURN = Wait(0)
 NO_LINES: Iterator[Wait] = iter(())

@@ -177,7 +177,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def _end_if_answered(self) -> None:
         """Close the sending side, once, unless a task still answers or a script leaves the end to the client."""
-        if self._is_lingering or self._work is not None or (self.runner is not None and self.runner.is_held_open):
+        if self._is_lingering or self._work is not None or self.is_held_open:
             return
         self._is_lingering = True
         try:

@@ -25,7 +25,7 @@ class Runner:
         is_busy: Actions are left: replies are delayed.
         is_stalled: Nothing more is read or sent.
         is_ending: The server is about to end the connection.
-        is_cut: The time of the script is up: the actions that are left are not run.
+        is_cut: The actions that are left are not run: the time of the script is up, or the connection is aborted.
     """
 
     def __init__(self, connection: Connection, script: Script) -> None:

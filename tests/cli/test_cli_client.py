@@ -432,7 +432,7 @@ interrupt = ClientInterrupt(Output(quiet=True, verbose=False))
 async def main():
     signal.raise_signal(signal.SIGINT)
     try:
-        await asyncio.sleep(60)
+        await asyncio.Event().wait()
     except asyncio.CancelledError:
         return
 with interrupt.installed(), asyncio.Runner() as runner:
