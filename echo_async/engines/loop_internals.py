@@ -23,7 +23,7 @@ TRANSPORT_ERRORS = (OSError, RuntimeError)
 ACCEPT_TURNS = 10
 """an accepted connection has its transport, and what it sent was read.
 
-asyncio: a task (selector_events.py, ``_accept_connection2``), then ``call_soon`` for ``connection_made`` and for
+asyncio: maybe a task (selector_events.py, ``_accept_connection2``), then ``call_soon`` for ``connection_made`` and for
 ``_add_reader`` (``_SelectorSocketTransport.__init__``), then a select. uvloop: streamserver.pyx, ``_on_listen``.
 """
 ABORT_TURNS = 10
@@ -76,6 +76,16 @@ async def start_serving(server: asyncio.Server, listener: socket.socket, backlog
         raise
     listener.listen(backlog)
     return server
+
+
+def make_transport(
+    loop: asyncio.SelectorEventLoop, connected: socket.socket, protocol: asyncio.Protocol, peername: object
+) -> None:
+    """Let ``protocol`` serve an accepted connection, as a server does in a task (selector_events.py,
+    ``_accept_connection2``): that only waits until ``connection_made`` was called.
+    """
+    connected.setblocking(False)
+    loop._make_socket_transport(connected, protocol, extra={"peername": peername})  # type: ignore[attr-defined]
 
 
 async def stop_accepting(loop: asyncio.AbstractEventLoop, listeners: tuple[socket.socket, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import os
@@ -74,7 +75,7 @@ class FailingAccept:
         self.error = None
 
 
-ACCEPTORS = [(backend, tls) for backend in BACKENDS for tls in (False, True) if tls or backend.engine == "threads"]
+ACCEPTORS = [(backend, tls) for backend in BACKENDS for tls in (False, True) if tls or backend.loop == "asyncio"]
 
 each_acceptor = pytest.mark.parametrize(
     ("backend", "tls"), ACCEPTORS, ids=["-".join(backend) + ("-tls" if tls else "") for backend, tls in ACCEPTORS]
@@ -155,29 +156,14 @@ def connect_through(
             yield client
 
 
-def test_accept_raising_in_asyncio_reports_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without TLS and PROXY headers, asyncio accepts, and reports the exception to the handler of the loop."""
-    accept = FailingAccept(monkeypatch, max_failures=1)
-    thread = ServerThread("asyncio", {"engine": "protocol", "port": 0, "mode": "stream"})
-    with thread as server:
-        accept.begin(ValueError("a bug"))
-        for _ in range(2):
-            with connect(server) as client:
-                assert is_echoed(client)
-        assert accept.failures == 1
-        [reported] = thread.loop_errors
-        thread.loop_errors.clear()
-    assert "ValueError('a bug')" in reported
-
-
 def fail_once(function: Callable[..., Any], error: Exception) -> Callable[..., Any]:
     """Return a function that raises ``error`` at its first call, and then is ``function``."""
     errors = [error]
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
         if errors:
             raise errors.pop()
-        return function(*args)
+        return function(*args, **options)
 
     return call
 
@@ -207,6 +193,18 @@ def test_new_connection_raising_ends_only_itself(
     lines = log_lines(caplog, logging.WARNING)
     assert len(lines) == 2
     assert all(line.endswith(" internal error, connection aborted: MemoryError()") for line in lines)
+
+
+@pytest.mark.internal_errors
+def test_transport_without_memory_ends_only_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = asyncio.SelectorEventLoop._make_socket_transport  # type: ignore[attr-defined]
+    monkeypatch.setattr(asyncio.SelectorEventLoop, "_make_socket_transport", fail_once(make, MemoryError()))
+    with ServerThread("asyncio", {"engine": "protocol", "port": 0, "mode": "stream"}) as server:
+        with connect(server) as client:
+            assert client.recv(1) == b""
+        wait_for(server, failed=1)
+        with connect(server) as client:
+            assert is_echoed(client)
 
 
 def test_accept_by_another_worker_does_not_delay_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
