@@ -12,6 +12,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -296,6 +297,12 @@ class ServerProcess:
         return self.log
 
 
+def counters(log: str, event: str = "server stopped: ") -> dict[str, int]:
+    """Return the counters that are not 0 in the line of the log with ``event``."""
+    [line] = re.findall(f"{re.escape(event)}(.*)", log)
+    return {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", line) if count != "0"}
+
+
 class Load:
     """Threads that repeatedly connect, receive one reply and close. ``failed`` has the start time of each failure."""
 
@@ -389,6 +396,27 @@ def command_process(command: list[str], env: dict[str, str] | None = None, **pop
             server.wait(None)
 
 
+class Listener(NamedTuple):
+    """One of several listeners of a server."""
+
+    name: str  # as in the log
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, _, port = self.name.rpartition(":")
+        return host, int(port)
+
+
+@contextmanager
+def listening(*specs: str, options: Sequence[str] = (), **popen: Any) -> Iterator[tuple[ServerProcess, list[Listener]]]:
+    """Start a server with a listener for each spec."""
+    arguments = [word for spec in specs for word in ("--listen", spec)]
+    command = [sys.executable, "-m", "echo_async.server", *arguments, *options]
+    with command_process(command, **popen) as server:
+        lines = [server.startup_line, *(server.process.stdout.readline() for _ in specs[1:])]
+        yield server, [Listener(line.removeprefix("listening on ").rstrip("\n")) for line in lines]
+
+
 @contextmanager
 def paused_processes(*processes: int) -> Iterator[None]:
     """Stop ``processes`` with SIGSTOP for the duration of the block, so that another worker accepts connections."""
@@ -435,6 +463,10 @@ def connect(server: HasAddress) -> socket.socket:
     client = socket.create_connection(server.address, TIMEOUT)
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return client
+
+
+def connect_tls(server: HasAddress, context: ssl.SSLContext) -> ssl.SSLSocket:
+    return context.wrap_socket(connect(server), server_hostname="localhost")
 
 
 def reset(client: socket.socket) -> None:
