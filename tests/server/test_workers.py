@@ -30,8 +30,10 @@ from support import (
     ServerProcess,
     child_processes,
     connect_to,
+    counters,
     has_exited,
     is_closed,
+    is_echoed,
     log_lines,
     paused_processes,
     receive_all,
@@ -51,33 +53,17 @@ each_acceptor = pytest.mark.parametrize("engine", ["protocol", "threads"])  # st
 
 
 @contextmanager
-def two_workers(
-    engine: EngineName, *args: str, env: dict[str, str] | None = None, group: bool = False
-) -> Iterator[ServerProcess]:
+def two_workers(engine: EngineName, *args: str, env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
     """Start a server of two workers in ``stream`` mode."""
     arguments = ("--workers", "2", "--engine", engine, "--mode", "stream", "--no-access-log", *args)
-    with server_process(*arguments, env=env, start_new_session=group) as server:
+    with server_process(*arguments, env=env) as server:
         assert len(server.worker_pids) == 2
         yield server
-
-
-def counters(lines: str) -> dict[str, int]:
-    """Return the counters in the last line of the log."""
-    return {name: int(count) for name, count in re.findall(r"(\w+)=(\d+)", lines.splitlines()[-1])}
 
 
 def is_running(process: int) -> bool:
     """Return whether it uses the CPU, or waits for it."""
     return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].startswith("R")
-
-
-def wait_for_new_worker(server: ServerProcess, known: list[int]) -> None:
-    wait_until(lambda: not {*server.worker_pids} <= {*known})
-
-
-def exchange(client: socket.socket, message: bytes) -> bytes:
-    client.sendall(message)
-    return receive_line(client)
 
 
 def receive_or_none(client: socket.socket) -> bytes | None:
@@ -97,7 +83,9 @@ def test_workers_share_connections_and_add_up_counters() -> None:
         counts = dict.fromkeys(server.worker_pids, 0)
         size = 0
         for _ in range(200):
-            reply = exchange(clients.enter_context(server.connect()), b"x\n")
+            client = clients.enter_context(server.connect())
+            client.sendall(b"x\n")
+            reply = receive_line(client)
             counts[json.loads(reply)["server"]["pid"]] += 1
             size += len(reply)
         assert min(counts.values()) >= 50
@@ -107,7 +95,7 @@ def test_workers_share_connections_and_add_up_counters() -> None:
         assert server.process.stdout.read() == ""
     assert re.fullmatch(r"listening on 127\.0\.0\.1:\d+\n", server.startup_line)
     expected = {"accepted": 200, "messages": 200, "bytes_in": 400, "bytes_out": size, "ended_closed": 200}
-    assert {name: count for name, count in counters(lines).items() if count} == expected
+    assert counters(lines) == expected
 
 
 def test_workers_share_a_unix_socket_and_its_file_is_removed(tmp_path: Path) -> None:
@@ -120,7 +108,8 @@ def test_workers_share_a_unix_socket_and_its_file_is_removed(tmp_path: Path) -> 
             with paused_processes(other), socket.socket(socket.AF_UNIX) as client:
                 client.settimeout(TIMEOUT)
                 client.connect(path)
-                assert exchange(client, b"PROXY UNKNOWN\r\nhello\n") == b"hello\n"
+                client.sendall(b"PROXY UNKNOWN\r\nhello\n")
+                assert receive_line(client) == b"hello\n"
         lines = server.stop()
     assert counters(lines)["messages"] == 2
     assert not os.path.exists(path)
@@ -141,10 +130,10 @@ def test_killed_worker_is_replaced_and_others_are_unaffected() -> None:
             os.kill(killed_worker, signal.SIGKILL)
             wait_exited(killed_worker)
             killed_at = monotonic()
-            wait_for_new_worker(server, [killed_worker, survivor])
+            wait_until(lambda: not {*server.worker_pids} <= {killed_worker, survivor})
             assert monotonic() - killed_at < MAX_DELAY
             assert is_closed(closed)
-            assert exchange(open_client, b"still there\n") == b"still there\n"
+            assert is_echoed(open_client)
             load.wait_for(20)
         assert [failure for failure in load.failed if failure[0] >= killed_at] == []
         lines = server.stop()
@@ -212,7 +201,7 @@ def test_stop_answers_every_message_received(engine: EngineName) -> None:
     with two_workers(engine, "--chunk-size", "4096") as server, ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(40)]
         for client in clients:
-            assert exchange(client, b"hello\n") == b"hello\n"
+            assert is_echoed(client)
         with paused_processes(*server.worker_pids):
             with paused_processes(server.process.pid):  # otherwise it would kill workers that do not respond
                 clients += [stack.enter_context(server.connect()) for _ in range(100)]
@@ -231,7 +220,8 @@ def test_stop_refuses_connections_and_a_second_signal_aborts() -> None:
     with two_workers("threads") as server, server.connect() as idle, ExitStack() as clients:
         busy = [clients.enter_context(connect_to(each, server)) for each in server.worker_pids]
         for client in busy:
-            assert exchange(client, b"one\nnever finished") == b"one\n"  # the worker has read both
+            client.sendall(b"one\nnever finished")
+            assert receive_line(client) == b"one\n"  # the worker has read both
         server.process.send_signal(signal.SIGTERM)
         assert receive_all(idle) == b""  # the workers are shutting down
 
@@ -285,7 +275,8 @@ def test_command_to_a_worker_that_has_finished_keeps_its_counters() -> None:
                 address = address_of(supervisor)
                 clients = [stack.enter_context(socket.create_connection(address, TIMEOUT)) for _ in range(4)]
                 for client in clients:
-                    assert exchange(client, b"one\nnever finished") == b"one\n"
+                    client.sendall(b"one\nnever finished")
+                    assert receive_line(client) == b"one\n"
                 supervisor.abort()
                 assert all(map(is_closed, clients))
                 wait_until(lambda: not any(map(is_running, workers)))
@@ -383,10 +374,10 @@ def test_worker_that_misses_single_reports_is_not_killed(monkeypatch: pytest.Mon
 
 
 def test_signal_while_a_worker_starts_is_a_graceful_stop() -> None:
-    with two_workers("protocol", group=True) as server:
+    with two_workers("protocol") as server:
         before = server.worker_pids
         os.kill(before[0], signal.SIGKILL)
-        wait_for_new_worker(server, before)
+        wait_until(lambda: not {*server.worker_pids} <= {*before})
         os.killpg(server.process.pid, signal.SIGINT)
         lines = server.wait()
     assert "Traceback" not in lines
@@ -423,15 +414,12 @@ def test_worker_exits_if_the_supervisor_reads_no_report(loop: str, code: int, er
         command = [sys.executable, "-m", "echo_async.service.worker", str(worker_channel.fileno())]
         inherited = (worker_channel.fileno(), listener.fileno())
         with ChildProcess(command, pass_fds=inherited, stderr=subprocess.PIPE, text=True) as worker:
-            try:
-                worker_channel.close()
-                channel.sendall(json.dumps(settings).encode() + b"\n")
-                readable, _, _ = select.select([channel], [], [], TIMEOUT)
-                assert readable  # the worker has reported that it is ready, which is not read, or has failed
-                channel.close()
-                _, lines = worker.communicate(timeout=TIMEOUT)
-            finally:
-                worker.kill()
+            worker_channel.close()
+            channel.sendall(json.dumps(settings).encode() + b"\n")
+            readable, _, _ = select.select([channel], [], [], TIMEOUT)
+            assert readable  # the worker has reported that it is ready, which is not read, or has failed
+            channel.close()
+            _, lines = worker.communicate(timeout=TIMEOUT)
     assert (worker.returncode, lines.count("error: ")) == (code, bool(error))
     assert lines.startswith(error)
 

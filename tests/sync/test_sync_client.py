@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
-from support import TIMEOUT
+from support import run_process
 
 from echo_async import sync
 from echo_async.pytest_plugin import MakeEchoServer
@@ -57,7 +56,5 @@ try:
 except ConnectionError as error:
     print(type(error).__name__)
 """
-    done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", code], capture_output=True, text=True, timeout=TIMEOUT
-    )
+    done = run_process([sys.executable, "-X", "dev", "-W", "error", "-c", code])
     assert (done.returncode, done.stdout, done.stderr) == (0, "ConnectError\n", "")
