@@ -83,24 +83,24 @@ class Program:
         self._process.stdin.write(f"{command}\n")
         self._process.stdin.flush()
 
-    def end(self, number: int | None = None) -> tuple[int, str]:
-        """Let the program fail, or send it a signal; return its exit code and its output on stderr."""
+    def end(self, *clients: socket.socket, code: int = 1, number: int | None = None) -> None:
+        """Let the program fail, or send it a signal: it ends at once, as without clients, whose connections end."""
         start = monotonic()
         if number is not None:
             self._process.send_signal(number)
         _, stderr = self._process.communicate("" if number else "fail\n", timeout=TIMEOUT)
         assert monotonic() - start < MAX_DELAY
-        return self._process.returncode, stderr
+        assert all(map(is_closed, clients))
+        assert self._process.returncode == code
+        assert_reported_once(stderr, "KeyboardInterrupt" if number else "RuntimeError: a bug of the program")
 
     @contextmanager
     def forked(self) -> Iterator[None]:
         """Fork. The child runs until the end of the block."""
         self._send("fork")
         child = int(self._receive())
-        try:
-            yield
-        finally:
-            os.kill(child, signal.SIGKILL)
+        yield
+        os.kill(child, signal.SIGKILL)
 
     def close_server(self) -> None:
         self._send("close")
@@ -111,10 +111,8 @@ class Program:
 def running(start: str, options: dict[str, Any], *, program: str = PROGRAM) -> Iterator[Program]:
     command = [sys.executable, "-c", program, start, repr(options)]
     with ChildProcess(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True) as process:
-        try:
-            yield Program(process)
-        finally:
-            process.kill()
+        yield Program(process)
+        process.kill()
 
 
 def assert_reported_once(stderr: str, error: str) -> None:
@@ -143,11 +141,7 @@ def test_program_that_fails_with_open_clients_ends(start: str, options: dict[str
     with running(start, options) as program, connect(program) as idle, connect(program) as incomplete:
         assert is_echoed(idle, b"Hola!\n")
         incomplete.sendall(b"no newline")
-        code, stderr = program.end()
-        assert is_closed(idle)
-        assert is_closed(incomplete)
-    assert code == 1
-    assert_reported_once(stderr, "RuntimeError: a bug of the program")
+        program.end(idle, incomplete)
 
 
 @pytest.mark.parametrize(
@@ -158,21 +152,14 @@ def test_program_that_fails_within_a_handshake_ends(start: str, has_tls: bool, c
     options = {"ssl_certfile": str(certificate)} if has_tls else {"proxy_protocol": "auto"}
     with running(start, options) as program, connect(program) as silent, connect(program) as incomplete:
         incomplete.sendall(b"\x16\x03" if has_tls else b"PROXY ")
-        code, stderr = program.end()
-        assert is_closed(silent)
-        assert is_closed(incomplete)
-    assert code == 1
-    assert_reported_once(stderr, "RuntimeError: a bug of the program")
+        program.end(silent, incomplete)
 
 
 @pytest.mark.parametrize("start", ["hosted", "streams-uvloop", "protocol-asyncio"])
 def test_program_interrupted_with_an_open_server_ends(start: str) -> None:
     with running(start, {}) as program, connect(program) as client:
         assert is_echoed(client)  # in debug mode, asyncio reports a connection that it is about to establish
-        code, stderr = program.end(signal.SIGINT)
-        assert is_closed(client)
-    assert code == -signal.SIGINT
-    assert_reported_once(stderr, "KeyboardInterrupt")
+        program.end(client, code=-signal.SIGINT, number=signal.SIGINT)
 
 
 def test_pytest_with_an_open_server_reports_and_ends(tmp_path: Path) -> None:
@@ -236,10 +223,7 @@ def test_server_stays_open_for_a_thread_of_the_program() -> None:
     with running("sync", {}, program=THREAD_PROGRAM) as program, connect(program) as client:
         assert is_echoed(client)  # the main thread may have ended before or after this
         assert is_echoed(client)
-        code, stderr = program.end()
-        assert is_closed(client)
-    assert code == 0
-    assert_reported_once(stderr, "RuntimeError: a bug of the program")
+        program.end(client, code=0)
 
 
 SUBINTERPRETER_PROGRAM = """

@@ -8,7 +8,7 @@ import select
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from time import monotonic
@@ -41,7 +41,6 @@ import echo_async
 from echo_async import sync
 from echo_async.config import Mode, ServerOptions
 from echo_async.testing import HostedServer
-from echo_async.wire.faults import FaultSchedule
 
 MESSAGE = b"Hola Server!\n"
 CORRUPTED = b"Hola \x13erver!\n"  # with SEED, as the fourth connection
@@ -220,51 +219,40 @@ def test_after_messages_the_fault_begins(transport: Transport) -> None:
                 assert receive_to_end(client) == (3 * MESSAGE + received, transport.end(end))
 
 
-ENDS_AT_A_TIME = {
+AT_A_TIME = {
     "close=0.5s": (MESSAGE, "closed"),
     "reset=0.5s": (MESSAGE, "reset"),
     "half-close=0.5s": (MESSAGE, "closed"),
     "close=0.5s,delay=3600": (b"", "closed"),
     "reset=0.5s,delay=3600": (b"", "reset"),
     "half-close=0.5s,slice=1,interval=3600": (MESSAGE[:1], "closed"),
+    "stall=0.5s": (MESSAGE, "stop"),
+    "stall=0.5s,delay=3600": (b"", "stop"),
 }
 
 
 @each_transport
-def test_end_at_a_time_is_after_the_acceptance(transport: Transport) -> None:
-    """After a half-close the server still reads."""
-    with transport.serve(fault_sequence=list(ENDS_AT_A_TIME)) as server, ExitStack() as stack:
+def test_fault_at_a_time_is_after_the_acceptance(transport: Transport) -> None:
+    """The server reads what a client sends after a half-close, and nothing after a stall."""
+    with transport.serve(fault_sequence=list(AT_A_TIME)) as server, ExitStack() as stack:
         clients = []
-        for _ in ENDS_AT_A_TIME:
+        for _ in AT_A_TIME:
             started = monotonic()
             clients.append(stack.enter_context(transport.connect(server)))
             clients[-1].sendall(MESSAGE)
-        for client, (received, end) in zip(clients, ENDS_AT_A_TIME.values(), strict=True):
-            assert receive_to_end(client) == (received, transport.end(end))
+        for client, (received, end) in zip(clients, AT_A_TIME.values(), strict=True):
+            if end != "stop":
+                assert receive_to_end(client) == (received, transport.end(end))
+        wait_for(server, faults={"close": 2, "reset": 2, "half-close": 2, "stall": 2})
         assert monotonic() - started >= 0.495
-        wait_for(server, faults={"close": 2, "reset": 2, "half-close": 2})
         read = server.stats.bytes_in
-        for client in (clients[2], clients[5]):
+        *_, stalled, silent = clients
+        for client in (stalled, silent, clients[2], clients[5]):
             client.sendall(100 * MESSAGE)
         wait_for(server, bytes_in=read + 200 * len(MESSAGE))
-        assert server.stats.bytes_out == sum(len(received) for received, _ in ENDS_AT_A_TIME.values())
-
-
-@each_transport
-def test_stall_at_a_time_reads_nothing_more(transport: Transport) -> None:
-    stalls = {"stall=0.5s": MESSAGE, "stall=0.5s,delay=3600": b""}
-    with transport.serve(fault_sequence=list(stalls), timeout_idle=2) as server, ExitStack() as stack:
-        clients = []
-        for _ in stalls:  # on a busy machine, a client has to send before the time
-            clients.append(stack.enter_context(transport.connect(server)))
-            clients[-1].sendall(MESSAGE)
-        wait_for(server, faults={"stall": 2})
-        for client in clients:
-            with suppress(ConnectionError):
-                client.sendall(100 * MESSAGE)
-        assert server.stats.bytes_in == 2 * len(MESSAGE)
-        assert [receive_to_end(client)[0] for client in clients] == list(stalls.values())
-        wait_for(server, timeouts_idle=2)
+        server.close()
+        assert [receive_to_end(client)[0] for client in (stalled, silent)] == [MESSAGE, b""]
+        assert server.stats.bytes_out == sum(len(received) for received, _ in AT_A_TIME.values())
 
 
 @in_its_loop
@@ -309,18 +297,6 @@ def test_slices_are_packets_of_their_own(start_server: StartServer) -> None:
             assert int.from_bytes(segments, "little") >= 90  # over 100 if the kernel sent some twice
             reads.append(len(pieces))
     assert max(reads) >= 90
-
-
-# Which connections
-
-
-def test_seed_gives_the_same_faults_on_every_backend(start_server: StartServer) -> None:
-    expected = FaultSchedule("close,p=0.3", None, 7)
-    with start_server(fault="close,p=0.3", fault_seed=7) as server:
-        for number in range(1, 51):
-            with connect(server) as client:
-                client.sendall(b"\n")
-                assert (client.recv(1) == b"") is (expected.next_plan() is not None), f"connection {number}"
 
 
 def test_workers_have_faults_each() -> None:
@@ -388,17 +364,23 @@ def test_injected_fault_is_one_log_line(start_server: StartServer, caplog: pytes
     assert [line for line in caplog.messages if "bytes" in line] == [f"{peer} 4 bytes: one", f"{peer} 4 bytes: two"]
 
 
+def connect_each(stack: ExitStack, server: echo_async.EchoServer, faults: Iterable[str]) -> list[socket.socket]:
+    """Connect a client for each fault, which sends at once: on a busy machine, a timeout is near for the last one."""
+    clients = []
+    for _ in faults:
+        clients.append(stack.enter_context(connect(server)))
+        clients[-1].sendall(MESSAGE)
+    return clients
+
+
 def test_idle_timeout_ends_a_silent_connection(start_server: StartServer) -> None:
-    faults = {"stall": b"", "stall=5": MESSAGE[:5], "drop": b"", "half-close": b""}
+    faults = {"stall": b"", "stall=5": MESSAGE[:5], "stall=0.5s": MESSAGE, "drop": b"", "half-close": b""}
     with (
         start_server(fault_sequence=list(faults), mode="stream", timeout_idle=0.6) as server,
         ExitStack() as stack,
     ):
-        clients = []
-        for _ in faults:  # on a busy machine, a client has to send before the timeout
-            clients.append(stack.enter_context(connect(server)))
-            clients[-1].sendall(MESSAGE)
-        assert sorted(receive_to_end(client)[0] for client in clients) == sorted(faults.values())
+        clients = connect_each(stack, server, faults)
+        assert [receive_to_end(client)[0] for client in clients] == list(faults.values())
         wait_for(server, timeouts_idle=len(faults))
         for client in clients:
             client.close()
@@ -412,6 +394,7 @@ def test_delay_longer_than_the_timeouts_does_not_time_out(start_server: StartSer
         client.sendall(MESSAGE + b"incomplete")
         assert receive_line(client) == MESSAGE
         client.sendall(b"\n")
+        server.close()  # which ends the delay
         assert receive_line(client) == b"incomplete\n"
         stats = server.stats
     assert (stats.timeouts_idle, stats.timeouts_message, stats.timeouts_write) == (0, 0, 0)
@@ -438,27 +421,17 @@ def test_peer_that_does_not_read_is_ended_in_time(start_server: StartServer) -> 
         assert server.stats.failed == 0
 
 
-def test_client_reset_during_a_delay_is_no_error(start_server: StartServer) -> None:
-    faults = ["delay=0.05", "delay=0.05,close", "delay=0.05,half-close", "delay=0.05,reset"]
-    with start_server(fault_sequence=faults, mode="stream") as server:
-        clients = [connect(server) for _ in faults]
-        for client in clients:
-            client.sendall(MESSAGE)
+def test_client_reset_during_a_delay_is_counted(start_server: StartServer) -> None:
+    """It is no error. The client has sent more than is answered."""
+    faults = ["delay=0.2", "delay=0.2,close", "delay=0.2,half-close", "delay=0.2,reset"]
+    with start_server(fault_sequence=faults, mode="stream") as server, ExitStack() as stack:
+        clients = connect_each(stack, server, faults)
         wait_for(server, faults={"delay": len(faults)})
         for client in clients:
+            client.sendall(2 * MESSAGE)
             reset(client)
-        wait_for(server, active=0)
+        wait_for(server, active=0, ended={"reset": len(faults)})
         assert server.stats.failed == 0
-
-
-def test_client_reset_during_a_delay_is_counted(start_server: StartServer) -> None:
-    """It has sent more than is answered."""
-    with start_server(mode="stream", fault="delay=0.2") as server, connect(server) as client:
-        client.sendall(3 * MESSAGE)
-        wait_for(server, faults={"delay": 1})
-        reset(client)
-        wait_for(server, active=0)
-        assert server.stats.ended == {"reset": 1}
 
 
 @pytest.mark.parametrize("tls", [False, True])
@@ -501,35 +474,22 @@ def test_message_too_long_ends_the_connection(start_server: StartServer) -> None
 # Shutdown
 
 
-def test_stop_ends_waits(start_server: StartServer, no_leaks: None) -> None:
-    """A delayed reply is sent at once; a silent connection is closed. Until then, none of them delays another."""
+@pytest.mark.parametrize("is_aborted", [False, True])
+def test_stop_ends_waits(is_aborted: bool, start_server: StartServer, no_leaks: None) -> None:
+    """A delayed reply is sent at once, unless the server is aborted. Until then, none of them delays another."""
     faults = {"delay=3600": MESSAGE, "rate=1": MESSAGE, "stall": b"", "stall=5": MESSAGE[:5], "drop": b""}
     faults["half-close"] = b""
     with start_server(fault_sequence=list(faults), mode="stream") as server, ExitStack() as stack:
-        clients = [stack.enter_context(connect(server)) for _ in faults]
-        for client in clients:
-            client.sendall(MESSAGE)
+        clients = connect_each(stack, server, faults)
         wait_for(server, faults={"delay": 1, "rate": 1, "stall": 2, "drop": 1, "half-close": 1})
         with connect(server) as healthy:
             assert all(is_echoed(healthy) for _ in range(10))
         started = monotonic()
-        server.close()
-        assert [receive_to_end(client) for client in clients] == [(reply, "closed") for reply in faults.values()]
+        server._loop.call_soon_threadsafe(server.abort if is_aborted else server.close)
+        ends = [receive_to_end(client) for client in clients]
+        assert is_aborted or ends == [(reply, "closed") for reply in faults.values()]
         wait_for(server, active=0)
         assert monotonic() - started < 5, "the graceful shutdown takes 10 s"
-
-
-def test_abort_ends_every_fault_at_once(start_server: StartServer) -> None:
-    faults = ["stall", "delay=3600", "rate=1", "drop"]
-    with start_server(fault_sequence=faults, mode="stream") as server, ExitStack() as stack:
-        clients = [stack.enter_context(connect(server)) for _ in faults]
-        for client in clients:
-            client.sendall(MESSAGE)
-        wait_for(server, faults={"stall": 1, "delay": 1, "rate": 1, "drop": 1})
-        server._loop.call_soon_threadsafe(server.abort)
-        for client in clients:
-            receive_to_end(client)
-    assert server.stats.active == 0
 
 
 @in_its_loop
