@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import socket
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -23,17 +22,16 @@ from support import (
     Backend,
     HasAddress,
     StartServer,
-    command_process,
     in_its_loop,
+    listening,
     run,
-    server_process,
     wait_for,
     wait_in_loop,
 )
 
 import echo_async
-from echo_async import StartError, Stats
-from echo_async.config import EngineName, ServerConfig
+from echo_async import Identity, StartError, Stats
+from echo_async.config import EngineName, ServerConfig, ServerOptions
 from echo_async.loops import LoopName
 from echo_async.net import bind_udp
 from echo_async.server.datagram_responder import BATCH
@@ -43,6 +41,7 @@ from echo_async.testing import HostedServer
 from echo_async.wire.datagrams import REPLY_TRAFFIC_CLASS, Refusals
 
 SIZES = [0, 1, 13, 1472, 65_507]
+PADDED = b"Hola\n".ljust(1400)  # has room for a reply in identify mode
 RECEIVERS = [each for each in BACKENDS if each.engine != "protocol"]  # which receives as streams does
 
 DROPPED_WITH_SEED_7 = {6, 46, 54, 60, 63, 76, 106, 116, 123, 139, 153, 175, 188, 193, 196}  # of 200, with p=0.1
@@ -92,12 +91,16 @@ def test_udp_datagrams_are_echoed_byte_for_byte(start_server: StartServer, caplo
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_udp_reply_comes_from_the_address_asked(host: str) -> None:
     """A connected socket receives only what comes from the address that it is connected to: not from a broadcast."""
-    with HostedServer(udp=True, host=host, fault_sequence="delay=0.01") as server, udp_client() as client:
-        assert is_echoed(server, b"delayed", "127.0.0.2")
-        assert is_echoed(server, b"asked", "127.0.0.2")
+    options: ServerOptions = {"udp": True, "mode": "identify", "host": host, "fault_sequence": "delay=0.01"}
+    with HostedServer(**options) as server, udp_client() as client:
+        for _ in ("delayed", "not delayed"):
+            with udp_client() as asking:
+                asking.connect(("127.0.0.2", server.port))
+                asking.send(PADDED)
+                assert Identity.parse(asking.recv(65_535)).server.address == f"127.0.0.2:{server.port}"
         client.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-        client.sendto(b"anybody", ("127.255.255.255", server.port))
-        assert client.recv(100) == b"anybody"
+        client.sendto(PADDED, ("127.255.255.255", server.port))
+        assert Identity.parse(client.recv(65_535)).message == "Hola"
 
 
 @pytest.mark.internal_errors
@@ -342,25 +345,19 @@ def test_udp_faults_change_replies() -> None:
 
 @each_receiver
 def test_udp_fault_delay_delays_each_reply(start_server: StartServer) -> None:
-    """A datagram without a fault, and one with a shorter delay, overtake those before them."""
-    sequence = "delay=0.8;none;delay=0.1"
-    with start_server(udp=True, fault_sequence=sequence) as server, udp_client() as client:
-        client.connect(server.address)
-        started_at = monotonic()
-        for message in (b"slow", b"healthy", b"late"):
-            client.send(message)
-        replies = [(client.recv(100), monotonic() - started_at) for _ in range(3)]
-    assert [reply for reply, _ in replies] == [b"healthy", b"late", b"slow"]
-    assert [seconds >= delay for (_, seconds), delay in zip(replies, [0, 0.1, 0.8], strict=True)] == [True] * 3
-
-
-@each_receiver
-def test_udp_fault_delay_ends_at_a_stop(start_server: StartServer) -> None:
+    """A datagram without a fault, and one with a shorter delay, overtake those before them. A stop ends the delay."""
+    delays = {b"delayed until the stop": 60, b"slow": 0.8, b"healthy": 0, b"late": 0.1}
+    sequence = [f"delay={seconds}" if seconds else "none" for seconds in delays.values()]
     with udp_client() as client:
-        with start_server(udp=True, fault="delay=60") as server:
-            client.sendto(b"delayed", server.address)
-            wait_for(server, datagrams=1)
-        assert client.recv(100) == b"delayed"
+        with start_server(udp=True, fault_sequence=sequence) as server:
+            client.connect(server.address)
+            started_at = monotonic()
+            for message in delays:
+                client.send(message)
+            for message in (b"healthy", b"late", b"slow"):
+                assert client.recv(100) == message
+                assert monotonic() - started_at >= delays[message]
+        assert client.recv(100) == b"delayed until the stop"
 
 
 def test_udp_fault_delay_holds_limited_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,9 +376,9 @@ def test_udp_identify_answers_what_has_room() -> None:
     """The bytes after the newline are padding. The reply has at most as many as the datagram."""
     with HostedServer(udp=True, mode="identify", labels={"zone": "a"}) as server, udp_client() as client:
         client.connect(server.address)
-        client.send(b"Hola\n".ljust(1400))
+        client.send(PADDED)
         reply = client.recv(65_535)
-        identity = echo_async.Identity.parse(reply)
+        identity = Identity.parse(reply)
         for size in (len(reply) - 1, len(reply), 5, 0):
             client.send(b"Hola\n".ljust(size)[:size])
         client.send(bytes(1400))  # no newline: the whole datagram is the message
@@ -393,47 +390,28 @@ def test_udp_identify_answers_what_has_room() -> None:
     assert (server.stats.datagrams, server.stats.bytes_out) == (2, 2 * len(reply))
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
-def test_udp_identify_reports_the_address_asked(host: str) -> None:
-    with HostedServer(udp=True, mode="identify", host=host) as server, udp_client() as client:
-        client.connect(("127.0.0.2", server.port))
-        client.send(b"Hola\n".ljust(1400))
-        assert echo_async.Identity.parse(client.recv(65_535)).server.address == f"127.0.0.2:{server.port}"
-
-
 # The command
 
 
-def test_udp_workers_share_the_socket() -> None:
-    arguments = ("--workers", "2", "--engine", "protocol", "--udp", "--no-access-log", "--log-level", "info")
-    with server_process(*arguments) as server, udp_client() as client:
-        client.connect(server.address)
-        for number in range(200):
-            client.send(b"%d" % number)
-            assert client.recv(100) == b"%d" % number
-        lines = server.stop()
-    assert " server started: mode message, UDP, engine protocol\n" in lines
-    assert lines.endswith(" datagrams=200\n")
-
-
 def test_udp_of_listeners_has_options_of_its_own() -> None:
-    arguments = ("--listen", "0,udp", "--listen", "127.0.0.1:0,udp,udp-allow-from=127.0.0.2", "--listen", "0")
-    command = [sys.executable, "-m", "echo_async.server", *arguments, "--log-format", "json"]
-    with command_process(command) as server, udp_client() as client:
-        assert server.process.stdout is not None
-        lines = [server.startup_line, server.process.stdout.readline(), server.process.stdout.readline()]
-        ports = [int(each.rpartition(":")[2]) for each in lines]
-        for port in ports[1:]:
-            client.sendto(b"refused", ("127.0.0.1", port))
-        client.sendto(b"answered", ("127.0.0.1", ports[0]))
-        replies = iter(lambda: client.recvfrom(100), None)  # a server of another test may have the third port for UDP
-        assert next(data for data, source in replies if source[1] == ports[0]) == b"answered"
+    """Two workers share each socket."""
+    specs = ("0,udp", "127.0.0.1:0,udp,udp-allow-from=127.0.0.2", "0")
+    options = ("--workers", "2", "--log-format", "json")
+    with listening(*specs, options=options) as (server, listeners), udp_client() as client:
+        for listener in listeners[1:]:
+            client.sendto(b"refused", listener.address)
+        # A server of another test may have the third port for UDP.
+        replies = (data for data, source in iter(lambda: client.recvfrom(100), None) if source == listeners[0].address)
+        for number in range(200):
+            client.sendto(b"%d" % number, listeners[0].address)
+            assert next(replies) == b"%d" % number
         peer = f"127.0.0.1:{client.getsockname()[1]}"
         server.wait_for_log("not in udp_allow_from")
         log = server.stop()
-    [entry] = [each for each in map(json.loads, log.splitlines()) if each["logger"] == "echo_async.access"]
-    facts = {"client": peer, "listener": f"127.0.0.1:{ports[0]}", "bytes": 8, "text": "answered"}
+    entries = [each for each in map(json.loads, log.splitlines()) if each["logger"] == "echo_async.access"]
+    assert sorted(int(each["text"]) for each in entries) == [*range(200)]
+    [entry] = [each for each in entries if each["text"] == "199"]
+    facts = {"client": peer, "listener": listeners[0].name, "bytes": 3, "message": f"{peer} datagram: 3 bytes: 199"}
     assert {key: entry[key] for key in facts} == facts
-    assert entry["message"] == f"{peer} datagram: 8 bytes: answered"
-    assert f"listener 127.0.0.1:{ports[0]} started: mode message, UDP" in log
-    assert " datagrams=1 datagrams_refused_address=1" in log
+    assert f"listener {listeners[0].name} started: mode message, UDP" in log
+    assert " datagrams=200 datagrams_refused_address=1" in log
