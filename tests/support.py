@@ -453,8 +453,8 @@ class HasAddress(Protocol):
     def address(self) -> Any: ...
 
 
-def connect(server: HasAddress) -> socket.socket:
-    """Connect a blocking socket with a timeout and without Nagle's algorithm."""
+def connect(server: HasAddress, context: ssl.SSLContext | None = None) -> socket.socket:
+    """Connect a blocking socket with a timeout and without Nagle's algorithm, over TLS if there is a ``context``."""
     if isinstance(server.address, str):
         with closed_on_error(socket.socket(socket.AF_UNIX)) as client:
             client.settimeout(TIMEOUT)
@@ -462,7 +462,7 @@ def connect(server: HasAddress) -> socket.socket:
             return client
     client = socket.create_connection(server.address, TIMEOUT)
     client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return client
+    return client if context is None else context.wrap_socket(client, server_hostname="localhost")
 
 
 def connect_tls(server: HasAddress, context: ssl.SSLContext) -> ssl.SSLSocket:

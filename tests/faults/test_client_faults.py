@@ -6,11 +6,14 @@ the same time and must not notice the fault.
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
+import ssl
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from typing import Any
 
 import pytest
 from support import (
@@ -26,17 +29,15 @@ from support import (
     receive_line,
     reset,
     wait_for,
+    wait_until,
 )
+from tls_client import TlsClient
+
+import echo_async
+from echo_async.stats import COUNTERS, Stats
+from echo_async.wire.tls_layer import TlsLayer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-
-def connect_and_close(client: socket.socket) -> None:
-    client.close()
-
-
-def connect_and_reset(client: socket.socket) -> None:
-    reset(client)
 
 
 def close_within_a_message(client: socket.socket) -> None:
@@ -103,8 +104,8 @@ def send_urgent_data(client: socket.socket) -> None:
 
 FAULTS: dict[Callable[[socket.socket], None], dict[str, int]] = {
     # what the client does; the counters that increase, other than accepted, messages and bytes
-    connect_and_close: {},
-    connect_and_reset: {},
+    socket.socket.close: {},
+    reset: {},
     close_within_a_message: {"lost": 1},
     reset_after_a_reply: {},
     reset_within_a_message: {"lost": 1},
@@ -118,11 +119,19 @@ FAULTS: dict[Callable[[socket.socket], None], dict[str, int]] = {
     send_urgent_data: {},
 }
 
-PORT_SCANS = {connect_and_close, connect_and_reset}
+UNLOGGED = {socket.socket.close, reset}
 
 # These can end within a message.
 MAY_COUNT_LOST = {reset_with_buffered_replies, close_with_buffered_replies, flood_and_reset}
 MAY_COUNT_LOST |= {pause_and_resume_reading, shut_down_reading}
+
+
+def counted_since(before: Stats, server: echo_async.EchoServer) -> Counter[str]:
+    """Return how many more connections are in each counter, except in ``accepted``."""
+    stats = server.stats
+    assert stats.accepted == stats.active + sum(stats.ended.values())
+    names = set(COUNTERS) - {"accepted", "messages", "bytes_in", "bytes_out"}
+    return +Counter({name: getattr(stats, name) - getattr(before, name) for name in names})
 
 
 def test_faulty_client_in_any_state_affects_only_itself(
@@ -135,20 +144,17 @@ def test_faulty_client_in_any_state_affects_only_itself(
     ):
         assert is_echoed(healthy)
         for number, (fault, counted) in enumerate(FAULTS.items(), start=2):
-            before = asdict(server.stats)
+            before = server.stats
             with connect(server) as client:
                 fault(client)
             wait_for(server, accepted=number, active=1)
             assert is_echoed(healthy)
-            stats = server.stats
-            assert stats.accepted == stats.active + sum(stats.ended.values())
-            changed = {key: value - before[key] for key, value in asdict(stats).items() if isinstance(value, int)}
-            ignored = {"accepted", "messages", "bytes_in", "bytes_out"} | (
-                {"lost"} if fault in MAY_COUNT_LOST else set()
-            )
-            assert {key: value for key, value in changed.items() if value and key not in ignored} == counted
+            changed = counted_since(before, server)
+            if fault in MAY_COUNT_LOST:
+                del changed["lost"]
+            assert changed == counted
             assert log_lines(caplog, logging.ERROR) == []
-            assert len(log_lines(caplog, logging.INFO)) <= (0 if fault in PORT_SCANS else 2)
+            assert len(log_lines(caplog, logging.INFO)) <= (0 if fault in UNLOGGED else 2)
             caplog.clear()
 
 
@@ -189,3 +195,142 @@ def test_reset_with_unread_input_causes_no_asyncio_warning(
             reset(client)
         wait_for(server, active=0)
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+
+
+PORT_SCANS: dict[str, tuple[dict[str, Any], bytes, Callable[[socket.socket], None]]] = {
+    # the log line; the options of the server, what the client sends, how it leaves
+    "{} connection lost before the TLS handshake: connection reset by peer": ({"tls": True}, b"", reset),
+    "{} connection lost before the PROXY header: closed by the peer": (
+        {"proxy_protocol": "auto"},
+        b"",
+        socket.socket.close,
+    ),
+    "192.0.2.1:1 connection lost before the TLS handshake: closed by the peer": (
+        {"tls": True, "proxy_protocol": "auto"},
+        b"PROXY TCP4 192.0.2.1 192.0.2.2 1 2\r\n",
+        socket.socket.close,
+    ),
+}
+
+
+def test_port_scan_before_a_handshake_is_no_failure(
+    start_server: StartServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "echo_async")
+    for line, (options, header, leave) in PORT_SCANS.items():
+        caplog.clear()
+        names = []
+        with start_server(**options) as server:
+            for number in range(1, 4):
+                client = connect(server)
+                names.append("{}:{}".format(*client.getsockname()))
+                client.sendall(header)
+                leave(client)
+                wait_for(server, ended={"closed": number})
+            assert server.stats == Stats(accepted=3, ended={"closed": 3})
+        assert log_lines(caplog, logging.DEBUG) == [line.format(name) for name in names]
+
+
+# TLS
+
+
+def end_within_a_message(client: TlsClient, plain: socket.socket) -> None:
+    client.handshake(plain)
+    plain.sendall(client.record(b"begun") + client.close_notify())
+    receive_all(plain)
+
+
+def client_hello_and_reset(client: TlsClient, plain: socket.socket) -> None:
+    plain.sendall(client.hello())
+    reset(plain)
+
+
+def half_a_client_hello(client: TlsClient, plain: socket.socket) -> None:
+    plain.sendall(client.hello()[:50])
+    plain.shutdown(socket.SHUT_WR)
+    receive_all(plain)
+
+
+def close_notify_before_reading(client: TlsClient, plain: socket.socket) -> None:
+    client.handshake(plain)
+    plain.sendall(client.record(b"a message\n") + client.close_notify())
+    receive_all(plain)
+
+
+def half_close_within_a_record(client: TlsClient, plain: socket.socket) -> None:
+    client.handshake(plain)
+    plain.sendall(client.record(b"a message\n")[:-5])
+    plain.shutdown(socket.SHUT_WR)
+    receive_all(plain)
+
+
+def reset_within_a_record(client: TlsClient, plain: socket.socket) -> None:
+    client.handshake(plain)
+    plain.sendall(client.record(b"a message\n"))
+    assert plain.recv(1)
+    plain.sendall(client.record(b"a message\n")[:-5])
+    reset(plain)
+
+
+def send_a_corrupt_record(client: TlsClient, plain: socket.socket) -> None:
+    client.handshake(plain)
+    record = bytearray(client.record(b"a message\n"))
+    record[-1] ^= 1
+    plain.sendall(record)
+    receive_all(plain)
+
+
+def send_plain_text_after_the_handshake(client: TlsClient, plain: socket.socket) -> None:
+    client.handshake(plain)
+    plain.sendall(b"Hola Server!\n" * 100_000)
+    receive_all(plain)
+
+
+FAULTS_IN_TLS: dict[Callable[[TlsClient, socket.socket], None], dict[str, int]] = {
+    # what the client does; the counters that increase
+    end_within_a_message: {"lost": 1},
+    close_notify_before_reading: {},
+    half_close_within_a_record: {},
+    reset_within_a_record: {},
+    client_hello_and_reset: {"tls_failures": 1},
+    half_a_client_hello: {"tls_failures": 1},
+    send_a_corrupt_record: {"tls_failures": 1},
+    send_plain_text_after_the_handshake: {"tls_failures": 1},
+}
+WITHOUT_RESET = {end_within_a_message, half_a_client_hello, close_notify_before_reading, send_a_corrupt_record}
+
+
+def count_layers() -> int:
+    return sum(isinstance(each, TlsLayer) for each in gc.get_objects())
+
+
+def test_tls_faulty_client_in_any_state_affects_only_itself(
+    start_server: StartServer, client_context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It frees its place, and leaves no garbage: the garbage collector knows nothing of the buffers of OpenSSL."""
+    caplog.set_level(logging.INFO, "echo_async")
+    with (
+        start_server(tls=True, no_access_log=True, limit_connections=2) as server,
+        connect(server, client_context) as healthy,
+    ):
+        assert is_echoed(healthy)
+        gc.collect()
+        layers, expected, names = count_layers(), Counter[str](), []
+        gc.disable()
+        try:
+            for fault, counted in FAULTS_IN_TLS.items():
+                expected.update(counted)
+                with connect(server) as plain, suppress(ConnectionError):
+                    names.append("{}:{}".format(*plain.getsockname()))
+                    fault(TlsClient(client_context), plain)
+                wait_for(server, active=1, **expected)
+                # A reset has rarely left one to the garbage collector.
+                wait_until(lambda: (fault in WITHOUT_RESET or gc.collect() >= 0) and count_layers() <= layers)  # noqa: B023
+        finally:
+            gc.enable()
+        assert is_echoed(healthy)
+        assert counted_since(Stats(active=1), server) == expected
+    assert log_lines(caplog, logging.ERROR) == []
+    lines = log_lines(caplog, logging.INFO)
+    assert lines[0] == f"{names[0]} incomplete message: connection closed after 5 bytes without a newline"
+    assert len(lines) <= expected.total()

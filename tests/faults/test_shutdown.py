@@ -10,7 +10,8 @@ import ssl
 import sys
 import termios
 import threading
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -33,6 +34,7 @@ from support import (
     wait_for,
     wait_in_loop,
 )
+from tls_client import TlsClient
 
 import echo_async
 from echo_async import sync
@@ -40,6 +42,8 @@ from echo_async.compat import is_readable
 from echo_async.config import ServerOptions
 from echo_async.engines.context import Slot
 from echo_async.engines.protocol import ProtocolConnection
+from echo_async.engines.threads import ThreadConnection
+from echo_async.engines.tls_socket import TlsSocket
 from echo_async.engines.tls_transport import TlsTransport
 from echo_async.loops import LoopName
 from echo_async.server.registry import DRAIN_INTERVAL, Registry
@@ -54,32 +58,41 @@ def undelivered_bytes(client: socket.socket) -> int:
     return int.from_bytes(fcntl.ioctl(client, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
-@pytest.mark.parametrize(("chunk_size", "no_access_log"), [(20, False), (65536, True)], ids=["logged", "quiet"])
+MESSAGES = b"sixteen letters!\n" * 2000
+
+
+@pytest.mark.parametrize("case", ["logged", "quiet", "slow reader"])
 @in_its_loop
 async def test_shutdown_answers_received_messages(
-    backend: Backend, chunk_size: int, no_access_log: bool, caplog: pytest.LogCaptureFixture
+    backend: Backend, case: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Messages that the server has not read yet are answered, and each of them is logged."""
     caplog.set_level(logging.INFO, "echo_async")
-    messages = b"sixteen letters!\n" * 2000
-    options: ServerOptions = {"chunk_size": chunk_size, "no_access_log": no_access_log}
+    is_logged = case == "logged"
+    options: ServerOptions = {"chunk_size": 20 if is_logged else 65536, "no_access_log": not is_logged}
     loop = asyncio.get_running_loop()
     async with serve_in_loop(backend, **options) as server:
         with await asyncio.to_thread(connect, server) as client:
             client.setblocking(False)
-            await loop.sock_sendall(client, b"hello\n")
-            assert await loop.sock_recv(client, 6) == b"hello\n"
-            sent = client.send(messages)
-            while undelivered_bytes(client):
-                pass
+            await loop.sock_sendall(client, MESSAGES[:17])
+            assert await loop.sock_recv(client, 17) == MESSAGES[:17]
+            if case == "slow reader":
+                sent = await asyncio.to_thread(fill, client, MESSAGES)
+            else:
+                sent = client.send(MESSAGES)
+                while undelivered_bytes(client):
+                    pass
+            arrived = sent - undelivered_bytes(client)
             server.close()
             client.shutdown(socket.SHUT_WR)
             client.settimeout(TIMEOUT)
-            whole = sent - sent % 17
-            assert await asyncio.to_thread(receive_all, client) == messages[:whole]
+            received = await asyncio.to_thread(receive_all, client)
         await server.wait_closed()
+        assert len(received) % 17 == 0
+        assert arrived - 16 <= len(received) <= sent
+        assert (MESSAGES * (1 + sent // len(MESSAGES))).startswith(received)
         lines = [record for record in caplog.records if record.name == "echo_async.access"]
-        assert len(lines) == (0 if no_access_log else 1 + whole // 17)
+        assert len(lines) == (1 + len(received) // 17 if is_logged else 0)
 
 
 @in_its_loop
@@ -102,7 +115,7 @@ async def test_abort_logs_the_messages_that_were_answered(
 def test_close_with_buffered_replies_delivers_them(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client reads nothing until it has closed its sending side and the server has answered everything."""
     set_constant(monkeypatch, "DRAIN_THRESHOLD", 2**40)
-    messages = b"sixteen letters!\n" * 200_000
+    messages = MESSAGES * 100
     with start_server(no_access_log=True, chunk_size=65536) as server, connect(server) as client:
         sending = threading.Thread(target=client.sendall, args=[messages], daemon=True)
         sending.start()
@@ -114,7 +127,7 @@ def test_close_with_buffered_replies_delivers_them(start_server: StartServer, mo
             wait_for(server, bytes_in=len(messages))
             assert receive_exactly(client, len(messages)) == messages
         assert client.recv(1) == b""
-        wait_for(server, active=0)
+        wait_for(server, active=0, messages=200_000)
 
 
 @sends_at_once
@@ -125,7 +138,7 @@ async def test_shutdown_during_flood_echoes_what_the_kernel_has_buffered(
     loop: LoopName, tls: bool, certificate: Path, client_context: ssl.SSLContext
 ) -> None:
     """In the engine ``protocol`` the event loop reads; the input that the kernel holds must still be answered."""
-    messages = b"sixteen letters!\n" * 500
+    messages = MESSAGES[:8500]
     registry, ended = Registry(echo_async.ServerConfig(mode="stream", no_access_log=True)), asyncio.Event()
     registry.on_empty = ended.set
     running = asyncio.get_running_loop()
@@ -158,27 +171,6 @@ async def test_shutdown_during_flood_echoes_what_the_kernel_has_buffered(
         registry.abort()
         async with asyncio.timeout(TIMEOUT):
             await ended.wait()
-
-
-@in_its_loop
-async def test_shutdown_with_slow_reader_answers_received_messages(backend: Backend) -> None:
-    async with serve_in_loop(backend, chunk_size=65536) as server:
-        with await asyncio.to_thread(connect, server) as client:
-            client.setblocking(False)
-            client.send(b"sixteen letters!\n")  # so that the connection is accepted before the rest is sent
-            received = await asyncio.get_running_loop().sock_recv(client, 17)
-            sent = 0
-            with suppress(BlockingIOError):
-                while True:
-                    sent += client.send(b"sixteen letters!\n" * 1000)
-                    await asyncio.sleep(0)
-            arrived = len(received) + sent - undelivered_bytes(client)
-            server.close()
-            client.shutdown(socket.SHUT_WR)
-            client.settimeout(TIMEOUT)
-            received += await asyncio.to_thread(receive_all, client)
-        await server.wait_closed()
-        assert len(received) >= arrived - arrived % 17
 
 
 @in_its_loop
@@ -219,29 +211,23 @@ async def test_shutdown_between_two_clients_answers_the_second(backend: Backend)
         await server.wait_closed()
 
 
+@pytest.mark.parametrize("case", ["aborted", "aborted with a backlog", "canceled"])
 @in_its_loop
-async def test_shutdown_canceled_aborts_connections(backend: Backend) -> None:
+async def test_stop_with_incomplete_message_does_not_wait(backend: Backend, case: str) -> None:
     async with serve_in_loop(backend, timeout_graceful_shutdown=600) as server:
         with connect(server) as client:
             client.sendall(b"never finished")
-            await wait_in_loop(lambda: server.stats.bytes_in > 0)
-            server.close()
-            waiting = asyncio.create_task(server.wait_closed())
-            await asyncio.sleep(0)
-            waiting.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await waiting
-
-
-@pytest.mark.parametrize("accepted", [True, False], ids=["accepted", "in the backlog"])
-@in_its_loop
-async def test_abort_with_incomplete_message_does_not_wait(backend: Backend, accepted: bool) -> None:
-    async with serve_in_loop(backend, timeout_graceful_shutdown=600) as server:
-        with connect(server) as client:
-            client.sendall(b"never finished")
-            await wait_in_loop(lambda: not accepted or server.stats.bytes_in > 0)
-            server.abort()
-            await server.wait_closed()
+            await wait_in_loop(lambda: case == "aborted with a backlog" or server.stats.bytes_in > 0)
+            if case == "canceled":
+                server.close()
+                waiting = asyncio.create_task(server.wait_closed())
+                await asyncio.sleep(0)
+                waiting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+            else:
+                server.abort()
+                await server.wait_closed()
 
 
 @in_its_loop
@@ -327,3 +313,109 @@ def test_stop_of_threads_sweeps_by_time_and_not_per_thread(monkeypatch: pytest.M
         seconds = monotonic() - start
     assert server.stats.lost == 200
     assert len(sweeps) <= 3 + seconds / DRAIN_INTERVAL
+
+
+# TLS
+
+
+def test_tls_shutdown_during_handshake_does_not_wait(start_server: StartServer, client_context: ssl.SSLContext) -> None:
+    """Nothing, half of a ClientHello, or all of it has been received."""
+    hello = TlsClient(client_context).hello()
+    with start_server(tls=True, timeout_graceful_shutdown=600) as server, ExitStack() as stack:
+        clients = [stack.enter_context(connect(server)) for _ in range(3)]
+        clients[1].sendall(hello[:50])
+        clients[2].sendall(hello)
+        assert clients[2].recv(1)  # the server has accepted all, and replied to the ClientHello
+        start = monotonic()
+        server.close()
+        for client in clients:
+            with suppress(ConnectionError):
+                receive_all(client)
+        assert monotonic() - start < MAX_DELAY
+    assert server.stats.tls_failures == 3
+    assert server.stats.accepted == 0
+
+
+def test_tls_shutdown_does_not_wait_for_close_notify(
+    start_server: StartServer, client_context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_constant(monkeypatch, "LINGER_TIMEOUT_AT_STOP", 0.05)
+    with start_server(tls=True, timeout_graceful_shutdown=1) as server, connect(server) as plain:
+        client = TlsClient(client_context)
+        client.handshake(plain)
+        plain.sendall(client.record(b"a message\n"))
+        wait_for(server, messages=1)
+        start = monotonic()
+        server.close()
+        wait_for(server, active=0)
+        assert monotonic() - start < MAX_DELAY
+
+
+@contextmanager
+def socket_pair(
+    certificate: Path, client_context: ssl.SSLContext, kind: type[TlsSocket] = TlsSocket
+) -> Iterator[tuple[TlsSocket, TlsClient, socket.socket]]:
+    """Complete a handshake; yield the server's socket, the client, and the plain socket of the client."""
+    ours, theirs = socket.socketpair()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with ours, theirs:
+        theirs.settimeout(TIMEOUT)
+        secured, client = kind(ours, context, print), TlsClient(client_context)
+        handshaking = threading.Thread(target=client.handshake, args=[theirs], daemon=True)
+        handshaking.start()
+        secured.handshake(TIMEOUT)
+        handshaking.join(TIMEOUT)
+        yield secured, client, theirs
+
+
+def test_tls_finish_with_full_buffers_does_not_block(certificate: Path, client_context: ssl.SSLContext) -> None:
+    """The sweep calls ``linger`` for every connection, so one with full buffers must not block it."""
+    with socket_pair(certificate, client_context) as (secured, _, theirs):
+        registry = Registry(echo_async.ServerConfig(mode="stream"))
+        connection = ThreadConnection(registry, Slot("client"), secured)
+        connection.establish()
+        with suppress(BlockingIOError):
+            while True:
+                secured.plain.send(bytes(4096), socket.MSG_DONTWAIT)
+        finishing = threading.Thread(target=connection.linger, daemon=True)
+        finishing.start()
+        finishing.join(MAX_DELAY)
+        is_blocked = finishing.is_alive()
+        theirs.close()
+        finishing.join(TIMEOUT)
+        assert not is_blocked
+
+
+def test_tls_shutdown_and_read_never_overlap(certificate: Path, client_context: ssl.SSLContext) -> None:
+    """OpenSSL does not allow two threads on one connection, and both calls release the GIL."""
+    shutting_down, overlapped, waiting = threading.Event(), threading.Event(), threading.Event()
+
+    class OverlapDetector(TlsSocket):
+        def recv(self, size: int, flags: int = 0) -> bytes:
+            if flags == socket.MSG_PEEK and registry.stats.messages == 1:
+                waiting.set()
+            if shutting_down.is_set() and not flags & socket.MSG_PEEK:
+                overlapped.set()
+            return super().recv(size, flags)
+
+        def shutdown(self, how: int) -> None:
+            shutting_down.set()
+            theirs.sendall(client.record(b"too late\n"))  # wakes the thread of the connection
+            overlapped.wait(0.2)
+            shutting_down.clear()
+            super().shutdown(how)
+
+    with socket_pair(certificate, client_context, OverlapDetector) as (secured, client, theirs):
+        registry = Registry(echo_async.ServerConfig(mode="stream", no_access_log=True))
+        connection = ThreadConnection(registry, Slot("client"), secured)
+        connection.establish()
+        serving = threading.Thread(target=connection.run, daemon=True)
+        serving.start()
+        theirs.sendall(client.record(b"in time\n"))
+        assert waiting.wait(TIMEOUT)  # the thread waits for input
+        connection.drain()
+        theirs.shutdown(socket.SHUT_WR)
+        serving.join(TIMEOUT)
+        assert not serving.is_alive()
+        assert not overlapped.is_set()
