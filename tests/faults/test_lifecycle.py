@@ -145,18 +145,6 @@ def test_server_restarted_200_times_leaves_no_resources(backend: Backend) -> Non
         assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
 
 
-def test_message_with_more_bytes_and_eof_ends_at_once(start_server: StartServer) -> None:
-    """What follows the message is more than is read ahead: to discard it, the server has to resume reading."""
-    message = b"x" * 200_000 + b"\n"
-    with start_server(mode="message") as server, connect(server) as client:
-        client.sendall(message + message)
-        client.shutdown(socket.SHUT_WR)
-        assert receive_all(client) == message
-        wait_for(server, active=0)
-        assert (server.stats.messages, server.stats.bytes_in) == (1, 2 * len(message))
-        assert server.stats.ended == {"closed": 1}
-
-
 RESETS: dict[str, tuple[Mode, bytes]] = {
     "silent": ("message", b""),
     "incomplete": ("message", b"begun"),

@@ -1,4 +1,4 @@
-"""Too few descriptors or threads."""
+"""Too few descriptors or threads, or none: at the limits of the system, and in subinterpreters."""
 
 from __future__ import annotations
 
@@ -12,28 +12,38 @@ import select
 import selectors
 import socket
 import ssl
+import sys
 import threading
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 from support import (
     LOOPS,
     MAX_DELAY,
+    Backend,
     connect,
     count_events,
     is_echoed,
     log_lines,
     receive_all,
     receive_exactly,
+    run,
+    run_process,
     server_process,
+    single_error_line,
 )
 
 import echo_async
 from echo_async import sync
+from echo_async.testing import HostedServer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
+
+REASON = "can't start new thread"
+UNRESOLVED = f"cannot resolve the host name: {REASON}; use an address"
 
 
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
@@ -45,7 +55,7 @@ def test_thread_start_failure_refuses_only_that_client(
     tls: bool,
 ) -> None:
     start_thread = threading.Thread.start
-    refused = [RuntimeError("can't start new thread"), MemoryError(), RuntimeError("can't start new thread")]
+    refused = [RuntimeError(REASON), MemoryError(), RuntimeError(REASON)]
 
     def start(self: threading.Thread) -> None:
         if self.name == "echo-async client" and refused:
@@ -57,14 +67,12 @@ def test_thread_start_failure_refuses_only_that_client(
         for _ in range(3):
             with connect(server) as client, suppress(ConnectionError):
                 assert receive_all(client) == b""
-        with connect(server) as plain:
-            client = client_context.wrap_socket(plain, server_hostname="localhost") if tls else plain
+        with connect(server, client_context if tls else None) as client:
             assert is_echoed(client)
-            client.close()
         assert server.stats.refused == 3
         assert server.stats.accepted == 1
     lines = log_lines(caplog, logging.WARNING)
-    assert lines[0] == "accept failed: can't start new thread; retrying in 0.1 s"
+    assert lines[0] == f"accept failed: {REASON}; retrying in 0.1 s"
     assert sum(map(count_events, lines)) == 3
 
 
@@ -153,3 +161,119 @@ def test_large_messages_reuse_the_same_memory(loop: str) -> None:
             faults, memory = usage()
         assert (faults - faults_before) / 20 < 64
         assert memory - memory_before < 8 * 1024 * 1024
+
+
+# No thread can be started
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_to_start(thread: threading.Thread) -> None:
+        raise RuntimeError(REASON)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_to_start)
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_host_name_without_threads_raises(backend: Backend) -> None:
+    with pytest.raises(echo_async.ConnectError) as not_connected:
+        run(lambda: echo_async.echo("hola", "localhost"), backend.loop)
+    assert str(not_connected.value) == "cannot connect to localhost:5500: " + UNRESOLVED
+
+    async def main() -> None:
+        await echo_async.serve(host="localhost", port=0, engine=backend.engine)
+
+    with pytest.raises(echo_async.StartError) as not_started:
+        run(main, backend.loop)
+    assert str(not_started.value) == "cannot listen on host 'localhost': " + UNRESOLVED
+
+
+@pytest.mark.usefixtures("no_threads")
+@pytest.mark.parametrize("options", [{}, {"udp": True}, {"tls": True}], ids=str)
+def test_hosted_server_without_threads_raises_start_error(options: dict[str, Any]) -> None:
+    with pytest.raises(echo_async.StartError, match=f"cannot serve on threads: {REASON}; raise the thread"):
+        HostedServer(**options)
+
+
+COMMAND = """
+import sys, threading
+
+def fail_to_start(thread):
+    raise RuntimeError("can't start new thread")
+
+threading.Thread.start = fail_to_start
+from echo_async.cli.main import main
+sys.exit(main())
+"""
+
+
+def test_commands_without_threads_print_one_error(echo_server: HostedServer) -> None:
+    host, port = echo_server.address
+    for arguments, code, error in (
+        (("client", "--host", "localhost", "hola"), 3, f": {UNRESOLVED}"),
+        (("server", "--port", "0", "--engine", "threads"), 3, f"error: cannot serve on threads: {REASON}; raise the"),
+        (("client", "--host", host, "--port", str(port), "-"), 1, f"error: cannot read stdin: {REASON}\n"),
+    ):
+        done = run_process([sys.executable, "-c", COMMAND, *arguments], "hola\n")
+        assert error in single_error_line(done.stdout, done.stderr)
+        assert done.returncode == code
+
+
+SUBINTERPRETER = """
+import sys
+
+code = "import sys; sys.path[:0] = " + repr(sys.path) + sys.argv[1]
+if sys.version_info >= (3, 14):
+    from concurrent.interpreters import create
+    create().exec(code)
+elif sys.version_info >= (3, 13):
+    import _interpreters
+    failure = _interpreters.exec(_interpreters.create("isolated"), code)
+    assert failure is None, failure
+else:
+    import _xxsubinterpreters
+    _xxsubinterpreters.run_string(_xxsubinterpreters.create(isolated=True), code)
+"""
+CALL = """
+import asyncio
+import echo_async
+from echo_async import sync
+from echo_async.testing import HostedServer
+
+async def serve(**options):
+    async with echo_async.serve(port=0, **options) as server:
+        return server.port
+
+try:
+    print("result:", {}, flush=True)
+except echo_async.EchoError as error:
+    print(type(error).__name__, error, flush=True)
+"""
+
+
+def run_in_subinterpreter(*calls: str) -> list[str]:
+    """Evaluate calls in an isolated subinterpreter of a new process; return the results, or ``EchoError``s."""
+    command = [sys.executable, "-c", SUBINTERPRETER, "".join(CALL.replace("{}", call) for call in calls)]
+    done = run_process(command)
+    if sys.version_info[:2] != (3, 12):  # which crashes at exit if a subinterpreter has imported ssl, whatever it did
+        assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_subinterpreter_works_or_raises() -> None:
+    """Before Python 3.12, it has no threads at all."""
+    asyncio_client, blocking_client, *servers = run_in_subinterpreter(
+        "asyncio.run(echo_async.echo('hola', 'localhost', 1))",
+        "sync.echo('hola', 'localhost', 1)",
+        "asyncio.run(serve(host='localhost'))",
+        "sync.serve(port=0).__exit__()",
+        "HostedServer().close()",
+    )
+    has_threads = sys.version_info >= (3, 12)
+    error = "ConnectError cannot connect to localhost:1: "
+    assert asyncio_client.startswith(
+        error + ("connection refused" if has_threads else "cannot resolve the host name: ")
+    )
+    assert blocking_client.startswith(error + "connection refused")
+    assert len(servers) == 3
+    assert all(each.startswith("result: " if has_threads else "StartError cannot ") for each in servers)
