@@ -7,17 +7,17 @@ import os
 import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from clients import one_by_one
 from support import LOOPS, TIMEOUT, fill, in_its_loop, run, wait_in_loop
 
 import echo_async
 from echo_async.config import EngineName, ServerOptions
-from echo_async.testing import HostedServer
 
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 12), reason="asyncio.eager_task_factory is new in Python 3.12")
 
@@ -64,13 +64,19 @@ def test_eager_server_serves_early_and_later_clients(engine: EngineName) -> None
         run_eagerly(partial(serve, options))
 
 
-def test_eager_server_with_tls_serves(engine: EngineName, certificate: Path, client_context: ssl.SSLContext) -> None:
+def test_eager_client_and_server_with_tls_exchange_messages(
+    engine: EngineName, certificate: Path, client_context: ssl.SSLContext
+) -> None:
+    expected = [str(number) for number in range(5)]
+
     async def main() -> None:
         async with (
             echo_async.serve(port=0, engine=engine, ssl_certfile=str(certificate), mode="stream") as server,
             echo_async.connect("localhost", server.address[1], ssl=client_context) as client,
         ):
             assert await client.echo("Hola!") == "Hola!"
+            assert [each async for each in client.stream(one_by_one(expected))] == expected
+            assert [each async for each in client.stream(expected)] == expected
 
     run_eagerly(main)
 
@@ -97,21 +103,6 @@ def test_eager_server_closed_within_a_handshake_ends(engine: EngineName) -> None
             server.close()
             assert await reader.read() == b""
             writer.close()
-
-    run_eagerly(main)
-
-
-def test_eager_client_streams_both_kinds_of_messages() -> None:
-    async def messages() -> AsyncIterator[str]:
-        for number in range(5):
-            yield str(number)
-
-    async def main() -> None:
-        with HostedServer() as server:
-            async with echo_async.connect(*server.address) as client:
-                expected = [str(number) for number in range(5)]
-                assert [each async for each in client.stream(messages())] == expected
-                assert [each async for each in client.stream(expected)] == expected
 
     run_eagerly(main)
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
 
 import pytest
 from clients import CLIENTS, Connect, Echo, client_functions
-
-T = TypeVar("T")
 
 
 @pytest.fixture(params=CLIENTS)

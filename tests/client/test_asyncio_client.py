@@ -29,6 +29,12 @@ async def collect(replies: Any) -> list[Any]:
     return [reply async for reply in replies]
 
 
+async def take_from(queue: asyncio.Queue[str]) -> AsyncIterator[str]:
+    """Return the messages of ``queue`` until one is empty."""
+    while message := await queue.get():
+        yield message
+
+
 # Concurrent tasks
 
 
@@ -56,7 +62,6 @@ async def test_echo_canceled_does_not_affect_others(echo_server: HostedServer) -
 @on_each_loop
 async def test_close_with_message_in_flight_raises_reply_lost(faulty_server: MakeEchoServer) -> None:
     server = faulty_server(fault="drop")
-
     client = await connect(*server.address)
     waiting = asyncio.create_task(client.echo("one"))
     await asyncio.sleep(0)
@@ -69,7 +74,6 @@ async def test_close_with_message_in_flight_raises_reply_lost(faulty_server: Mak
 @on_each_loop
 async def test_close_while_reconnecting_raises(faulty_server: MakeEchoServer) -> None:
     server = faulty_server(mode="message")
-
     client = await connect(*server.address)
     for message in ("one", "two"):
         await client.echo(message)
@@ -93,7 +97,6 @@ async def test_replies_received_before_failed_write_are_kept(faulty_server: Make
         closed.set()
 
     server = faulty_server(handler=serve)
-
     async with connect(*server.address) as client:
         assert [await client.echo("0"), await client.echo("1")] == ["0", "1"]
         replied = asyncio.create_task(client.echo("2"))
@@ -146,7 +149,6 @@ async def test_blocked_event_loop_does_not_cause_timeout(faulty_server: MakeEcho
         peer.receive_line()
 
     server = faulty_server(handler=echo_late)
-
     async with connect(*server.address, timeout=0.1) as client:
         waiting = asyncio.create_task(client.echo("Hola"))
         await run_turns(2)  # uvloop before 0.23 sends at the end of a turn
@@ -212,12 +214,8 @@ async def test_stream_is_bounded_while_server_is_slow(faulty_server: MakeEchoSer
             taken += 1
             yield b"x" * 999
 
-    async def async_messages() -> AsyncIterator[bytes]:
-        for message in messages():
-            yield message
-
     async with connect(*server.address) as client:
-        task = asyncio.create_task(collect(client.stream(async_messages() if asynchronous else messages())))
+        task = asyncio.create_task(collect(client.stream(one_by_one(messages()) if asynchronous else messages())))
         await asyncio.to_thread(blocked.wait)
         for _ in range(100):
             await asyncio.sleep(0)
@@ -230,16 +228,11 @@ async def test_stream_is_bounded_while_server_is_slow(faulty_server: MakeEchoSer
 @on_each_loop
 async def test_stream_yields_replies_while_source_waits(echo_server: HostedServer) -> None:
     queue: asyncio.Queue[str] = asyncio.Queue()
-
-    async def messages() -> AsyncIterator[str]:
-        while (message := await queue.get()) != "end":
-            yield message
-
-    async with connect(*echo_server.address) as client, aclosing(client.stream(messages())) as replies:
+    async with connect(*echo_server.address) as client, aclosing(client.stream(take_from(queue))) as replies:
         for number in range(5):
             queue.put_nowait(str(number))
             assert await anext(replies) == str(number)
-        queue.put_nowait("end")
+        queue.put_nowait("")
         assert [reply async for reply in replies] == []
 
 
@@ -267,7 +260,6 @@ async def test_stream_closed_early_stops_source_that_ignores_cancel(echo_server:
 @on_each_loop
 async def test_stream_canceled_leaves_no_task(faulty_server: MakeEchoServer, asynchronous: bool) -> None:
     server = faulty_server(fault="stall=10")
-
     messages = [str(number) for number in range(1000)]
     async with connect(*server.address) as client:
         task = asyncio.create_task(collect(client.stream(one_by_one(messages) if asynchronous else messages)))
@@ -298,16 +290,9 @@ async def test_unexpected_bytes_fail_next_reply_of_stream(faulty_server: MakeEch
                 resume.wait(TIMEOUT)
                 peer.send(b"extra")
 
-    server = faulty_server(handler=serve)
-    resume = threading.Event()
-
+    server, resume = faulty_server(handler=serve), threading.Event()
     queue: asyncio.Queue[str] = asyncio.Queue()
-
-    async def messages() -> AsyncIterator[str]:
-        while True:
-            yield await queue.get()
-
-    async with connect(*server.address) as client, aclosing(client.stream(messages())) as replies:
+    async with connect(*server.address) as client, aclosing(client.stream(take_from(queue))) as replies:
         for message in ("0", "1"):
             queue.put_nowait(message)
             assert await anext(replies) == message

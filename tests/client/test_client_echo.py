@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import socket
+import ssl
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from support import TIMEOUT, ServerThread
 import echo_async
 from echo_async import sync
 from echo_async.client import client as asyncio_client
-from echo_async.config import EngineName, Mode
+from echo_async.config import EngineName, Mode, ServerOptions
 from echo_async.pytest_plugin import MakeEchoServer
-from echo_async.testing import HostedServer, Peer
+from echo_async.testing import HostedServer, HostedServerOptions, Peer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -34,19 +35,23 @@ def test_blocking_client_has_the_interface_of_the_asyncio_client() -> None:
     assert members[1] == members[0] | {"wait_closed"}
 
 
-def test_echo_returns_every_message_on_every_engine(connect: Connect, echo: Echo) -> None:
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_echo_returns_every_message_on_every_engine(
+    connect: Connect, echo: Echo, tls: bool, certificate: Path, client_context: ssl.SSLContext
+) -> None:
+    context = client_context if tls else None
     engines: list[tuple[EngineName, Mode]] = [("streams", "message"), ("protocol", "stream"), ("threads", "message")]
     for engine, mode in engines:
-        with (
-            ServerThread("asyncio", {"port": 0, "engine": engine, "mode": mode}) as server,
-            connect(*server.address) as client,
-        ):
+        options: ServerOptions = {"port": 0, "engine": engine, "mode": mode}
+        if tls:
+            options["ssl_certfile"] = str(certificate)
+        with ServerThread("asyncio", options) as server, connect(*server.address, ssl=context) as client:
             for message in MESSAGES:
                 assert client.echo(message) == message
                 assert client.echo(message.encode()) == message.encode()
             assert list(client.stream(MESSAGES)) == MESSAGES
             assert 0 < client.ping() < TIMEOUT
-            assert echo("once", "localhost", server.address[1]) == "once"
+            assert echo("once", "localhost", server.address[1], ssl=context) == "once"
 
 
 def test_echo_reply_has_type_and_newline_of_message(connect: Connect, echo_server: HostedServer) -> None:
@@ -59,7 +64,9 @@ def test_echo_reply_has_type_and_newline_of_message(connect: Connect, echo_serve
             assert type(reply) is type(message)
             data = message.encode() if isinstance(message, str) else message
             sent.append(data if data.endswith(b"\n") else data + b"\n")
-    assert echo_server.received == sent
+        client.ping()
+    assert echo_server.received == [*sent, b"ping\n"]
+    assert echo_server.stats.accepted == 1
 
 
 def test_echo_invalid_message_sends_nothing(connect: Connect, echo_server: HostedServer) -> None:
@@ -75,10 +82,15 @@ def test_echo_invalid_message_sends_nothing(connect: Connect, echo_server: Hoste
     assert [each.messages for each in echo_server.connections] == [[b"after\n"]]
 
 
-def test_echo_returns_ten_mebibytes(connect: Connect, faulty_server: MakeEchoServer) -> None:
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_echo_returns_ten_mebibytes(
+    connect: Connect, faulty_server: MakeEchoServer, tls: bool, certificate: Path, client_context: ssl.SSLContext
+) -> None:
     message = bytes(range(11, 256)) * 42_800
-    server = faulty_server(limit_message_size=2**30, chunk_size=65_536, no_access_log=True)
-    with connect(*server.address) as client:
+    options: HostedServerOptions = {"limit_message_size": 2**30, "chunk_size": 65_536, "no_access_log": True}
+    if tls:
+        options["ssl_certfile"] = str(certificate)
+    with connect(*faulty_server(**options).address, ssl=client_context if tls else None) as client:
         assert client.echo(message) == message
         assert list(client.stream([message[:5_000_000]] * 2)) == [message[:5_000_000]] * 2
 
@@ -108,16 +120,6 @@ def test_connect_unix_socket_waits_for_room_in_the_backlog(echo: Echo, tmp_path:
 
 
 # Reconnecting
-
-
-def test_client_reuses_connection_that_stays_open(connect: Connect, faulty_server: MakeEchoServer) -> None:
-    server = faulty_server(fault="slice=1")
-    with connect(*server.address) as client:
-        assert [client.echo(message) for message in ("one", "two", "three")] == ["one", "two", "three"]
-        assert list(client.stream(["four", "five"])) == ["four", "five"]
-        client.ping()
-    assert server.received == [b"one\n", b"two\n", b"three\n", b"four\n", b"five\n", b"ping\n"]
-    assert server.stats.accepted == 1
 
 
 def test_client_treats_reset_after_reply_as_close(connect: Connect, faulty_server: MakeEchoServer) -> None:
