@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 import socket
 import ssl
+import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import PIPE
 from time import monotonic
 from typing import Any
 
 import pytest
 import support
-from support import TIMEOUT, is_echoed, receive_all, receive_exactly, receive_line, reset
+from support import TIMEOUT, ChildProcess, is_echoed, receive_all, receive_exactly, receive_line, reset
 
 from echo_async import ConfigError
 from echo_async.testing import HostedServer, Peer
@@ -35,12 +38,30 @@ def options(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     return {"tls": request.param == "tls"}
 
 
-def is_refused(server: HostedServer) -> bool:
-    try:
-        support.connect(server).close()
-    except ConnectionRefusedError:
-        return True
-    return False
+@contextmanager
+def reconnecting(server: HostedServer, threads: int = 1) -> Iterator[None]:
+    """Connect and exchange a message all the time; the server may refuse or end a connection."""
+    stop, unexpected = threading.Event(), list[OSError]()
+
+    def reconnect() -> None:
+        while not stop.is_set():
+            try:
+                with connect(server) as client:
+                    client.sendall(b"one\n")
+                    client.recv(10)
+            except ConnectionError:
+                pass
+            except OSError as error:
+                unexpected.append(error)
+
+    clients = [threading.Thread(target=reconnect, daemon=True) for _ in range(threads)]
+    for thread in clients:
+        thread.start()
+    yield
+    stop.set()
+    for thread in clients:
+        thread.join(TIMEOUT)
+    assert unexpected == []
 
 
 # Replies
@@ -220,23 +241,50 @@ def test_fault_applies_to_connections_of_its_block(options: dict[str, Any]) -> N
                 pass
 
 
-def test_refusing_keeps_the_port_and_open_connections(options: dict[str, Any]) -> None:
+def test_refusing_keeps_the_port_and_open_connections(options: dict[str, Any], tmp_path: Path) -> None:
     with HostedServer(**options) as server, connect(server) as client:
         for number in range(3):
             with server.refusing():
                 with server.refusing():
                     pass
-                assert is_refused(server)
-                assert is_echoed(client, b"one\n")
+                with pytest.raises(ConnectionRefusedError):
+                    connect(server)
+                assert is_echoed(client)
             with connect(server) as other:
-                assert is_echoed(other, b"two\n")
+                assert is_echoed(other)
             assert server.stats.accepted == number + 2
-
-
-def test_refusing_ends_with_the_server(options: dict[str, Any], tmp_path: Path) -> None:
-    with HostedServer(**options) as server, server.refusing():
-        server.close()
+        with server.refusing():
+            server.close()
     assert not (tmp_path / "echo.sock").exists()
+
+
+TAKE_PORTS = """
+import socket
+held = []
+print("ready", flush=True)
+while True:
+    held.append(socket.socket())
+    held[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held[-1].bind(("127.0.0.1", 0))
+    if len(held) > 500:
+        for each in held:
+            each.close()
+        held.clear()
+"""
+
+
+def test_refusing_never_loses_its_port() -> None:
+    """A client reconnects all the time, and another process takes free ports."""
+    command = [sys.executable, "-c", TAKE_PORTS]
+    with HostedServer() as server, ChildProcess(command, stdout=PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        with reconnecting(server):
+            for _ in range(100):
+                with server.refusing(), pytest.raises(ConnectionRefusedError):
+                    connect(server)
+                with connect(server) as client:
+                    assert is_echoed(client)
+        process.kill()
 
 
 def test_holding_receives_messages_and_replies_later(options: dict[str, Any]) -> None:
@@ -335,14 +383,21 @@ def test_handler_resets_after_what_it_sent() -> None:
             client.recv(1)
 
 
-def test_handler_that_closes_loses_no_reply() -> None:
-    def serve(peer: Peer) -> None:
-        peer.send(b"421 busy\n")
-        peer.close()
+BANNER = b"421 busy\n"
 
-    with HostedServer(handler=serve) as server, connect(server) as client:
+
+def send_and_close(peer: Peer) -> None:
+    peer.send(BANNER)
+    peer.close()
+
+
+@pytest.mark.parametrize(
+    "options", [{"handler": send_and_close}, {"greeting": BANNER, "replies": []}], ids=["handler", "replies"]
+)
+def test_close_with_input_unread_loses_no_reply(options: dict[str, Any]) -> None:
+    with HostedServer(**options) as server, connect(server) as client:
         client.sendall(b"x" * 100_000)
-        assert receive_all(client) == b"421 busy\n"
+        assert receive_all(client) == BANNER
 
 
 def test_handler_starts_tls(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -> None:
@@ -351,6 +406,7 @@ def test_handler_starts_tls(server_context: ssl.SSLContext, client_context: ssl.
         peer.send(b"220 go ahead\n")
         peer.start_tls(server_context)
         peer.send(b"secret " + peer.receive_line())
+        peer.socket.sendall(b"beneath TLS, no record\n")
 
     with HostedServer(handler=serve) as server, connect(server) as client:
         client.sendall(b"STARTTLS\n")
@@ -358,6 +414,8 @@ def test_handler_starts_tls(server_context: ssl.SSLContext, client_context: ssl.
         with client_context.wrap_socket(client, server_hostname="localhost") as secured:
             secured.sendall(b"word\n")
             assert receive_line(secured) == b"secret word\n"
+            with pytest.raises(ssl.SSLError):
+                secured.recv(1)
         server.wait_for(active=0)
         assert server.connections[0].messages == [b"STARTTLS\n", b"word\n"]
 
@@ -385,6 +443,12 @@ def test_handler_whose_client_is_gone_ends_quietly(method: str, options: dict[st
             assert ended == [f"connection 1 ended by the client {place}"]
 
 
+def exchange_without_reply(server: HostedServer) -> None:
+    with suppress(ConnectionError), connect(server) as client:  # the reset may come before the message is sent
+        client.sendall(b"one\n")
+        assert client.recv(1) == b"", "no reply"
+
+
 def failing(peer: Peer) -> None:
     assert peer.receive_line() == b"expected\n"
 
@@ -407,9 +471,7 @@ def leave_pytest(peer: Peer) -> None:
 )
 def test_error_of_a_function_is_raised_by_close(options: Any, error: type[BaseException], place: str) -> None:
     server = HostedServer(**options)
-    with suppress(ConnectionError), connect(server) as client:  # the reset may come before the message is sent
-        client.sendall(b"one\n")
-        assert client.recv(1) == b"", "no reply"
+    exchange_without_reply(server)
     with pytest.raises(error) as caught:
         server.close()
     assert place in [each.name for each in caught.traceback]
@@ -420,10 +482,7 @@ def test_error_of_a_function_is_raised_by_close(options: Any, error: type[BaseEx
 def test_errors_of_several_connections_are_a_group() -> None:
     server = HostedServer(handler=failing)
     for _ in range(2):
-        with connect(server) as client:
-            client.sendall(b"one\n")
-            with pytest.raises(ConnectionResetError):
-                client.recv(1)
+        exchange_without_reply(server)
     with pytest.raises(BaseExceptionGroup, match="2 connections failed"):
         server.close()
 
@@ -454,6 +513,7 @@ async def serve_async(peer: Peer) -> None:
         ({"replies": 1}, "replies: 1 (must be a list of bytes and None)"),
         ({"handler": b"ok\n"}, "handler: b'ok\\n' (must be a function, and not async)"),
         ({"handler": serve_async}, "handler: <function serve_async at 0x...> (must be a function, and not async)"),
+        ({"engine": "protocol"}, "engine: 'protocol' (must be 'threads')"),
         ({"tls": "old"}, "tls: 'old' (choose from False, True, expired, wrong-host, untrusted, stalled, plain)"),
     ],
 )
@@ -466,9 +526,7 @@ def test_option_of_a_wrong_type_is_an_error_at_start(options: Any, error: str) -
 def test_reply_function_that_returns_text_fails() -> None:
     function: Any = bytes.decode
     server = HostedServer(reply=function)
-    with connect(server) as client, suppress(ConnectionResetError):
-        client.sendall(b"one\n")
-        assert client.recv(1) == b"", "no reply"
+    exchange_without_reply(server)
     with pytest.raises(TypeError, match=r"^invalid value returned by reply: 'one\\n' \(must be bytes or None\)$"):
         server.close()
 
@@ -503,16 +561,6 @@ def test_server_without_a_handshake_is_refused_by_a_client() -> None:
 
 def test_calls_from_many_threads_are_safe() -> None:
     """Clients connect all the time, while the server refuses, has faults, and holds replies."""
-    stop = threading.Event()
-
-    def reconnect() -> None:
-        while not stop.is_set():
-            try:
-                with connect(server) as client:
-                    client.sendall(b"one\n")
-                    client.recv(10)
-            except ConnectionError:
-                pass
 
     def change(begin: Callable[[], Any]) -> None:
         for _ in range(30):
@@ -520,16 +568,8 @@ def test_calls_from_many_threads_are_safe() -> None:
                 pass
 
     with HostedServer() as server:
-        clients = [threading.Thread(target=reconnect, daemon=True) for _ in range(3)]
-        changes = [server.refusing, lambda: server.fault("reset"), server.holding]
-        changers = [threading.Thread(target=change, args=[each], daemon=True) for each in changes]
-        for thread in (*clients, *changers):
-            thread.start()
-        for thread in changers:
-            thread.join(TIMEOUT)
-        stop.set()
-        for thread in clients:
-            thread.join(TIMEOUT)
+        with reconnecting(server, threads=3), ThreadPoolExecutor(3) as pool:
+            list(pool.map(change, [server.refusing, lambda: server.fault("reset"), server.holding], timeout=TIMEOUT))
         with connect(server) as client:
-            assert is_echoed(client, b"last\n")
+            assert is_echoed(client)
         assert server.stats.failed == 0

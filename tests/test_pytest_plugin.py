@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-import tomllib
 from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
@@ -220,11 +219,6 @@ def test_plugin_import_loads_no_other_module() -> None:
     assert set(done.stdout.split()) == {"echo_async", "echo_async.pytest_plugin"}
 
 
-def test_plugin_is_registered_as_an_entry_point() -> None:
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["pytest11"] == {"echo_async": "echo_async.pytest_plugin"}
-
-
 # HostedServer
 
 
@@ -270,8 +264,3 @@ def test_tls_without_trustme_names_the_missing_package(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "trustme", None)
     with pytest.raises(echo_async.StartError, match="pip install trustme"):
         HostedServer(tls=True)
-
-
-def test_engine_other_than_threads_is_rejected() -> None:
-    with pytest.raises(echo_async.ConfigError, match="invalid engine: 'protocol'"):
-        HostedServer(engine="protocol")
