@@ -562,6 +562,21 @@ async def serve_in_loop(backend: Backend, **options: Unpack[ServerOptions]) -> A
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
+PROXY_SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
+TCP4_ADDRESSES = socket.inet_aton("192.0.2.1") + socket.inet_aton("192.0.2.9") + struct.pack("!HH", 4711, 443)
+
+
+def proxy_header(*fields: bytes, command: int = 0x21, family: int = 0x11, addresses: bytes = TCP4_ADDRESSES) -> bytes:
+    """Return a PROXY header of version 2."""
+    rest = addresses + b"".join(fields)
+    return PROXY_SIGNATURE + struct.pack("!BBH", command, family, len(rest)) + rest
+
+
+def tlv(kind: int, value: bytes) -> bytes:
+    """Return a field of a PROXY header of version 2."""
+    return struct.pack("!BH", kind, len(value)) + value
+
+
 def receive_exactly(client: socket.socket, size: int) -> bytes:
     """Read ``size`` bytes; fewer only at the end of the stream."""
     received = bytearray()
