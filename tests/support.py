@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import gc
 import inspect
@@ -446,6 +447,15 @@ def run_in_namespace(setup: str, *command: str) -> CompletedProcess[str]:
     return run_process([*prefix, *command])
 
 
+class OldKernel(socket.socket):
+    """A socket of a kernel without IPv6."""
+
+    def __init__(self, family: int = -1, *args: Any, **more: Any) -> None:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        super().__init__(family, *args, **more)
+
+
 class HasAddress(Protocol):
     """A running server."""
 
@@ -670,6 +680,8 @@ def resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> 
     def resolve(host: str, *args: Any, **kwargs: Any) -> Any:
         if host != "several.example" or kwargs.get("flags"):
             return real(host, *args, **kwargs)
-        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address) for address in addresses]
+        families = (socket.AF_INET6 if ":" in each[0] else socket.AF_INET for each in addresses)
+        known = zip(families, addresses, strict=True)
+        return [(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", address) for family, address in known]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)

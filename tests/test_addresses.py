@@ -1,4 +1,4 @@
-"""Addresses that need care, in network namespaces: a client connected to itself, zones, names with a final dot."""
+"""Addresses that need care, most in network namespaces: a client connected to itself, zones, names with a final dot."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import run_in_namespace
+from support import resolve_to, run_in_namespace
 
 import echo_async
 from echo_async import sync
+from echo_async.client.endpoint import Endpoint
 
 PYTHON = sys.executable
 COMMAND = (PYTHON, "-m", "echo_async")
@@ -52,6 +53,14 @@ def run_code(setup: str, code: str, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+def test_resolve_interleaves_address_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unreachable family delays a connection by one attempt, however many addresses it has (RFC 8305)."""
+    addresses = ["2001:db8::1", "2001:db8::2", "2001:db8::3", "192.0.2.1", "192.0.2.2", "192.0.2.1"]
+    resolve_to(monkeypatch, *((each, 7) for each in addresses))
+    found = [info[4][0] for info in Endpoint("several.example", 7).resolve()]
+    assert found == ["2001:db8::1", "192.0.2.1", "2001:db8::2", "192.0.2.2", "2001:db8::3"]
+
+
 # A client connected to itself
 
 CONNECT_TO_ITSELF = """
@@ -84,35 +93,27 @@ class StartServer(logging.Handler):
 log = logging.getLogger("echo_async.client")
 log.setLevel(logging.DEBUG)
 log.addHandler(StartServer())
-print(echo(sys.argv[1], "127.0.0.1", 40000, retry=10))
-with servers[0] as server:
-    print(server.stats.messages)
+for client in ("asyncio", "sync"):
+    print(echo(client, "127.0.0.1", 40000, retry=10))
+    with servers.pop() as server:
+        print(server.stats.messages)
 """
 
 
-@pytest.mark.parametrize("client", ["asyncio", "sync"])
-def test_connection_to_itself_is_retried(client: str) -> None:
-    assert run_code(TWO_PORTS, RETRY, client) == ["hola", "1"]
+def test_connection_to_itself_is_retried() -> None:
+    assert run_code(TWO_PORTS, RETRY) == ["hola", "1"] * 2
 
 
-REFUSED = """
-for words in ("client hola", "client --udp", "client --count 2", "bench load", "bench load --udp"):
-    code, out, err = command([*words.split(), "--json", "--port", "40000"])
-    assert err == "error: cannot connect to 127.0.0.1:40000: connection refused; is the server running?\\n", err
-    print(code, json.loads(out)["error"]["kind"] if out else "")
-"""
-
-
-def test_command_connected_to_itself_is_refused() -> None:
-    assert run_code(ONE_PORT, REFUSED) == ["3 refused"] * 3 + ["3 "] * 2
-
-
-LOADS = """
+COMMANDS_AND_LOADS = """
 from time import perf_counter
 from echo_async.bench.disturbance import open_idle_connections
 from echo_async.bench.generator import LoadGenerator
 from echo_async.bench.plan import LoadPlan
 
+for words in ("client hola", "client --udp", "client --count 2", "bench load", "bench load --udp"):
+    code, out, err = command([*words.split(), "--json", "--port", "40000"])
+    assert err == "error: cannot connect to 127.0.0.1:40000: connection refused; is the server running?\\n", err
+    print(code, json.loads(out)["error"]["kind"] if out else "")
 try:
     with open_idle_connections(LoadPlan(family=socket.AF_INET6, address=("::1", 40000, 0, 0)), 1):
         print("opened")
@@ -134,10 +135,10 @@ for address, options in (
 """
 
 
-def test_load_connected_to_itself_is_refused() -> None:
-    idle, *loads = run_code(ONE_PORT, LOADS)
-    assert idle == "cannot open 1 idle connections: connection refused"
-    assert loads == ["0 connection refused"] * 5
+def test_command_or_load_connected_to_itself_is_refused() -> None:
+    commands = ["3 refused"] * 3 + ["3 "] * 2
+    idle = "cannot open 1 idle connections: connection refused"
+    assert run_code(ONE_PORT, COMMANDS_AND_LOADS) == [*commands, idle, *["0 connection refused"] * 5]
 
 
 # Zones

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 import socket
@@ -16,16 +15,17 @@ from typing import Any
 import pytest
 from support import (
     TIMEOUT,
+    OldKernel,
     StartServer,
-    command_process,
+    is_echoed,
     needs_ipv6,
     receive_all,
-    receive_line,
     run_in_namespace,
     server_process,
 )
 
 from echo_async.cli.main import main
+from echo_async.net import format_address
 from echo_async.testing import HostedServer
 
 PORTS: dict[str, dict[str, Any]] = {"plain": {}, "tls": {"tls": True}, "proxy": {"proxy_protocol": "auto"}}
@@ -41,17 +41,6 @@ def connect_to(address: tuple[str, int], context: ssl.SSLContext | None = None) 
             yield client
 
 
-def name_of(client: socket.socket) -> str:
-    """Return the address that the log shows for this client."""
-    host, port = client.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def assert_echoed(client: socket.socket, message: bytes = b"Hola Server!\n") -> None:
-    client.sendall(message)
-    assert receive_line(client) == message.rpartition(b"\r\n")[2]
-
-
 @needs_ipv6
 def test_host_unspecified_serves_ipv4_and_ipv6_clients(
     start_server: StartServer, client_context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
@@ -59,13 +48,13 @@ def test_host_unspecified_serves_ipv4_and_ipv6_clients(
     caplog.set_level(logging.DEBUG, "echo_async")
     lines = []
     for port, options in PORTS.items():
-        header = b"PROXY UNKNOWN\r\n" if port == "proxy" else b""
         with start_server(host="::", mode="stream", **options) as server:
             assert server.addresses == [("::", server.port)]
             for host in ("127.0.0.1", "::1"):
                 with connect_to((host, server.port or 0), client_context if port == "tls" else None) as client:
-                    assert_echoed(client, header + b"Hola Server!\n")
-                    lines.append(f"{name_of(client)} 13 bytes: Hola Server!")
+                    client.sendall(b"PROXY UNKNOWN\r\n" if port == "proxy" else b"")
+                    assert is_echoed(client, b"Hola Server!\n")
+                    lines.append(f"{format_address(client.getsockname())} 13 bytes: Hola Server!")
     assert {*lines} <= {*caplog.messages}
     assert "::ffff:" not in caplog.text
 
@@ -89,8 +78,8 @@ def test_command_serves_ipv4_and_ipv6(certificate: Path, client_context: ssl.SSL
         server.wait_for_log(" metrics available at ")
         for host in ("127.0.0.1", "::1"):
             with connect_to((host, port), client_context) as client:
-                assert_echoed(client)
-                names.append(name_of(client))
+                assert is_echoed(client, b"Hola Server!\n")
+                names.append(format_address(client.getsockname()))
             assert get_health(host, server.log) == b"serving\n"
         log = server.stop()
     for name in names:
@@ -121,46 +110,12 @@ def test_command_with_several_hosts_uses_one_port(arguments: list[str], environm
         assert server.process.stdout.readline() == f"listening on 127.0.0.2:{port}\n"
         for host in ("127.0.0.1", "127.0.0.2"):
             with connect_to((host, port)) as client:
-                assert_echoed(client)
-
-
-OLD_KERNEL = """
-import errno, socket, sys
-
-class OldKernel(socket.socket):
-    def __init__(self, family=-1, *args, **more):
-        if family == socket.AF_INET6:
-            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
-        super().__init__(family, *args, **more)
-
-socket.socket = OldKernel
-from echo_async.cli.main import main
-sys.exit(main())
-"""
-
-
-def test_command_on_a_kernel_without_ipv6_uses_ipv4() -> None:
-    options = ["--loop", "asyncio", "--workers", "2", "--metrics-port", "0", "--metrics-address", "::"]
-    command = [sys.executable, "-c", OLD_KERNEL, "server", "--host", "::", "--port", "0", *options]
-    with command_process(command) as server:
-        assert server.startup_line.startswith("listening on 0.0.0.0:")
-        with connect_to(("127.0.0.1", server.address[1])) as client:
-            assert_echoed(client)
-        server.wait_for_log(" metrics available at ")
-        assert get_health("127.0.0.1", server.log) == b"serving\n"
-        server.stop()
+                assert is_echoed(client)
 
 
 @pytest.mark.parametrize("has_ipv6", [pytest.param(True, marks=needs_ipv6), False])
 def test_commands_with_host_unspecified_try_ipv4(has_ipv6: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether connecting over IPv6 is refused, or the kernel does not know it."""
-
-    class OldKernel(socket.socket):
-        def __init__(self, family: int = -1, *args: Any, **more: Any) -> None:
-            if family == socket.AF_INET6:
-                raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
-            super().__init__(family, *args, **more)
-
     if has_ipv6:
         with HostedServer(host="::") as server:
             assert_reached("::1", server)
@@ -172,48 +127,28 @@ def test_commands_with_host_unspecified_try_ipv4(has_ipv6: bool, monkeypatch: py
 
 
 WITHOUT_IPV6 = "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6"
-IN_NAMESPACE = """
-import asyncio, logging
+SERVE = """
+import asyncio, logging, sys
 import echo_async
 from echo_async import sync
 from echo_async.loops import loop_factory
+from echo_async.testing import HostedServer
 
 logging.basicConfig(level=logging.INFO)
 
-async def serve(engine):
-    async with echo_async.serve(host="::", port=0, engine=engine) as server:
-        for host in ("127.0.0.1", "::"):
-            print(await echo_async.echo("Hola Server!", host, server.port))
+async def serve(*clients, **options):
+    async with echo_async.serve(port=0, **options) as server:
+        replies = [await echo_async.echo("Hola Server!", host, server.port) for host in clients]
+        print([host for host, _ in server.addresses], *replies)
 
 for engine, loop in (("streams", "asyncio"), ("protocol", "uvloop"), ("threads", "asyncio")):
     with asyncio.Runner(loop_factory=loop_factory(loop)) as runner:
-        runner.run(serve(engine))
-with sync.serve(host="::", port=0) as server:
-    print(sync.echo("Hola Server!", "::", server.port))
-"""
-
-
-def test_server_in_a_namespace_without_ipv6_serves_ipv4() -> None:
-    done = run_in_namespace(WITHOUT_IPV6, sys.executable, "-c", IN_NAMESPACE)
-    assert done.stdout == "Hola Server!\n" * 7, done.stderr
-    assert done.stderr.count(":127.0.0.1:") == 7
-    assert "::ffff:" not in done.stderr
-
-
-SERVE_NAME = """
-import asyncio, sys
-import echo_async
-from echo_async import sync
-from echo_async.testing import HostedServer
-
-async def serve(**options):
-    async with echo_async.serve(port=0, **options) as server:
-        print("asyncio", [host for host, _ in server.addresses])
-
+        runner.run(serve("127.0.0.1", "::", host="::", engine=engine))
 asyncio.run(serve(host="localhost"))
 asyncio.run(serve(host=["127.0.0.2", "localhost"], udp=True, engine="threads"))
-with sync.serve(host="localhost", port=0) as server:
-    print("sync", server.address[0], sync.echo("one", "localhost", server.port))
+for host in ("::", "localhost"):
+    with sync.serve(host=host, port=0) as server:
+        print("sync", server.address[0], sync.echo("Hola Server!", host, server.port))
 with HostedServer(host="localhost", tls=True) as server:
     print("hosted", server.address[0])
 for host in ("::1", "missing.test"):
@@ -234,18 +169,21 @@ def names(tmp_path: Path) -> str:
     return f"mount --bind '{hosts}' /etc/hosts && {WITHOUT_IPV6}"
 
 
-def test_name_is_served_on_the_addresses_that_exist(names: str) -> None:
-    done = run_in_namespace(names, sys.executable, "-c", SERVE_NAME)
+def test_server_in_a_namespace_without_ipv6_serves_ipv4(names: str) -> None:
+    done = run_in_namespace(names, sys.executable, "-c", SERVE)
     *lines, given, missing = done.stdout.splitlines()
     assert lines == [
-        "asyncio ['127.0.0.1']",
-        "asyncio ['127.0.0.2', '127.0.0.1']",
-        "sync 127.0.0.1 one",
+        *["['::'] Hola Server! Hola Server!"] * 3,
+        "['127.0.0.1']",
+        "['127.0.0.2', '127.0.0.1']",
+        "sync :: Hola Server!",
+        "sync 127.0.0.1 Hola Server!",
         "hosted 127.0.0.1",
-    ]
+    ], done.stderr
     assert given.startswith("cannot listen on [::1]:"), "an address that is given as such is required"
     assert missing.startswith("cannot listen on [::")
-    assert done.stderr == ""
+    assert done.stderr.count(":127.0.0.1:") == 8
+    assert "::ffff:" not in done.stderr
 
 
 GET_HEALTH = """
