@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import BACKENDS, Backend, ServerThread, connect, receive_all, reset, wait_for
+from support import BACKENDS, Backend, ServerThread, connect, expected_replies, receive_all, reset, wait_for
 
 import echo_async
 from echo_async.config import Mode, ServerOptions
@@ -26,24 +26,6 @@ MODES: list[Mode] = ["message", "stream", "raw"]
 
 # Any bytes, with frequent newlines.
 BYTES = st.lists(st.one_of(st.just(b"\n"), st.binary(max_size=12), st.just(b"x" * 40)), max_size=12).map(b"".join)
-
-
-def expected_replies(mode: Mode, sent: bytes, limit: int) -> bytes:
-    """Return the replies to ``sent``, by the simplest reading of the wire protocol."""
-    if mode == "raw":
-        return sent
-    messages = [message + b"\n" for message in sent.split(b"\n")[:-1]]
-    if mode == "message":
-        messages = messages[:1]
-    answered = b""
-    for message in messages:
-        if len(message) > limit:
-            break
-        answered += message
-    return answered
-
-
-# Running servers
 
 LIMIT = 200
 
