@@ -642,10 +642,10 @@ Answer = Callable[[int, bytes], Iterable[bytes]]
 class ScriptedDatagrams:
     """A UDP server that sends what ``answer`` returns to where the last datagram came from."""
 
-    def __init__(self, answer: Answer, host: str = "127.0.0.1") -> None:
+    def __init__(self, answer: Answer, host: str = "127.0.0.1", port: int = 0) -> None:
         self._answer = answer
         self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind((host, 0))
+        self._socket.bind((host, port))
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
         self.received: list[bytes] = []
         self._thread = threading.Thread(target=self._serve, daemon=True)

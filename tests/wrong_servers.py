@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import select
 import socket
@@ -10,7 +9,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 
-from support import TIMEOUT
+from support import TIMEOUT, ScriptedDatagrams
 
 CHUNK_SIZE = 20  # bytes, as in the exercise
 READ_SIZE = 65_536  # bytes
@@ -258,24 +257,6 @@ def describe_the_first_client(server: Server, client: socket.socket) -> None:
         client.sendall(json.dumps(reply).encode() + b"\n" if is_first else line)
 
 
-@contextlib.contextmanager
-def answer_datagrams(address: tuple[str, int], answer: Callable[[int, bytes], bytes]) -> Iterator[None]:
+def answer_datagrams(address: tuple[str, int], answer: Callable[[int, bytes], bytes]) -> ScriptedDatagrams:
     """A UDP server on the address of a TCP server. ``answer`` gets the number of a datagram, too; b"" drops it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
-        receiver.bind(address)
-        receiver.settimeout(TIMEOUT)
-
-        def serve() -> None:
-            number = 0
-            while (received := receiver.recvfrom(READ_SIZE))[0]:
-                number += 1
-                if reply := answer(number, received[0]):
-                    receiver.sendto(reply, received[1])
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            receiver.sendto(b"", address)
-            thread.join(TIMEOUT)
+    return ScriptedDatagrams(lambda number, data: filter(None, [answer(number, data)]), *address)
