@@ -78,27 +78,36 @@ def test_pure_modules_import_nothing_that_does_io() -> None:
         assert bool(froms) is ("socket" in names), module
 
 
-# Each folder may import those to the left of it, and modules at the top.
-LAYERS = ("wire", "engines", "server", "service")
+# Folders that those of another folder must not import: the layers are wire, engines, server, service, and their users.
+ABOVE_SERVICE = ("client", "sync", "check", "cli", "bench")
+FORBIDDEN = {
+    "wire": ("engines", "server", "service", *ABOVE_SERVICE),
+    "engines": ("server", "service", *ABOVE_SERVICE),
+    "server": ("service", *ABOVE_SERVICE),
+    "service": ABOVE_SERVICE,
+    "check": ("engines", "server", "service", "sync", "cli", "bench"),  # it judges any echo server
+}
+# What only these folders and modules import.
+POSIX = ("fcntl", "grp", "pwd", "resource", "termios", "tty")
+USERS = {"click": {"cli"}, "echo_async.check": {"cli", "check"}, **{each: {"compat"} for each in POSIX}}
 
 
-def test_folder_imports_no_folder_above_it() -> None:
-    for number, folder in enumerate(LAYERS, start=1):
-        above = tuple(f"echo_async.{each}" for each in (*LAYERS[number:], "client", "sync", "check", "cli", "bench"))
+def imports(module: str, package: str) -> bool:
+    return any(f"{name}.".startswith(f"{package}.") for name in imported_names(module))
+
+
+def test_folder_imports_no_folder_that_it_must_not_know() -> None:
+    for folder, others in FORBIDDEN.items():
         for module in FILES:
-            if module.startswith(f"echo_async.{folder}") and not module.endswith("__main__"):
-                assert not [name for name in imported_names(module) if name.startswith(above)], module
+            if f"{module}.".startswith(f"echo_async.{folder}.") and not module.endswith("__main__"):
+                assert not [each for each in others if imports(module, f"echo_async.{each}")], module
 
 
-def test_check_is_known_to_cli_only_and_knows_no_server() -> None:
-    """It judges any echo server: it depends on the protocol, and on what a client needs."""
-    for module in FILES:
-        names = imported_names(module)
-        if module.startswith("echo_async.check"):
-            others = tuple(f"echo_async.{each}." for each in ("engines", "server", "service", "sync", "cli", "bench"))
-            assert not [name for name in names if f"{name}.".startswith(others)], module
-        elif not module.startswith("echo_async.cli"):
-            assert not [name for name in names if name.startswith("echo_async.check")], module
+def test_package_with_few_users_is_imported_by_no_other() -> None:
+    for package, users in USERS.items():
+        found = {f"{module}.".split(".")[1] for module in FILES if imports(module, package)}
+        assert found <= users, package
+        assert found or package in POSIX
 
 
 def test_engines_know_neither_faults_nor_identify() -> None:
@@ -117,12 +126,6 @@ def test_engines_have_one_connection_class_each() -> None:
     assert classes.pop("Connection") == []
     assert sorted(classes) == ["ProtocolConnection", "StreamConnection", "ThreadConnection"]
     assert {bases[0] for bases in classes.values()} == {"Connection"}
-
-
-def test_click_is_imported_in_cli_only() -> None:
-    users = {module for module in FILES if any(f"{name}.".startswith("click.") for name in imported_names(module))}
-    assert users
-    assert [module for module in users if not module.startswith("echo_async.cli.")] == []
 
 
 # The tests

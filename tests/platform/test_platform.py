@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -11,11 +10,8 @@ from pathlib import Path
 
 from support import TIMEOUT, command_process, is_echoed, run_process
 
-import echo_async
-
 HERE = Path(__file__).parent
 LIMITED = [sys.executable, "-W", "error", str(HERE / "limited.py")]
-PACKAGE = Path(echo_async.__file__).parent
 
 
 def run_limited(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,10 +54,3 @@ print(*(main(command.split()) for command in {list(missing)}))
     done = run_process([*LIMITED[:-1], "-c", code], cwd=HERE)
     assert (done.returncode, done.stdout) == (0, "2 2 2 2 2\n")
     assert done.stderr == "".join(f"error: cannot {reason}\n" for reason in missing.values())
-
-
-def test_modules_of_posix_are_imported_in_one_place() -> None:
-    imports = re.compile(r"^\s*(?:import|from) (?:fcntl|grp|pwd|resource|termios|tty)\b", re.MULTILINE)
-    paths = (path for path in PACKAGE.rglob("*.py") if imports.search(path.read_text()))
-    importers = {path.relative_to(PACKAGE).as_posix() for path in paths}
-    assert importers == {"compat.py"}
