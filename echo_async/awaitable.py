@@ -1,7 +1,7 @@
-"""Resources that can be opened with ``await`` or with ``async with``."""
+"""Resources that can be opened with ``await`` or with ``async with``, and coroutines that block instead of waiting."""
 
 from collections.abc import Callable, Coroutine, Generator
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar, cast
 
 
 class Closeable(Protocol):
@@ -10,6 +10,16 @@ class Closeable(Protocol):
 
 
 T = TypeVar("T", bound=Closeable)
+R = TypeVar("R")
+
+
+def run(coroutine: Coroutine[Any, Any, R]) -> R:
+    """Return the result of a coroutine in which everything blocks."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return cast(R, end.value)
+    raise RuntimeError("the coroutine waits for an event loop")
 
 
 class AwaitableContextManager(Generic[T]):

@@ -2,15 +2,13 @@
 
 import asyncio
 import contextlib
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
-from ..wire.script import Action, End, Report, Script, Send, Timer, Wait
+from ..wire.script import Script, Timer
 from .connection import Connection
 from .runner import Runner
 
-ACTIONS_PER_TURN = 50  # before other connections get their turn
-LOST_CHECK_INTERVAL = 1.0  # seconds of a wait between two checks whether the client is gone
+SENDS_PER_TURN = 50  # before other connections get their turn
 
 
 class AsyncioRunner(Runner):
@@ -26,65 +24,18 @@ class AsyncioRunner(Runner):
         super().__init__(connection, script)
         self._transport = transport
         self._wait_writable = wait_writable
-        self._queue: deque[Iterator[Action]] = deque([script.start()])
         self._wake = asyncio.Event()  # ends the current wait
         self._timer: asyncio.TimerHandle | None = None
-        self._steps = 0
+        self._sends = 0
 
-    def submit(self, reply: bytes) -> None:
-        """Let :meth:`run` do what takes the place of sending ``reply``."""
-        self._queue.append(self._actions(reply))
-
-    async def run(self) -> None:
-        """Run what was submitted."""
-        self.is_busy = True
-        self._due = self._context.now()
-        try:
-            while self._queue and not self.is_cut:
-                for action in self._queue.popleft():
-                    await self._run(action)
-                    if self._transport.is_closing():
-                        return
-                    if self.is_cut:
-                        break
-            while self.is_stalled and not self._transport.is_closing():
-                await self._sleep(LOST_CHECK_INTERVAL)
-        finally:
-            self.is_busy = False
-
-    async def _run(self, action: Action) -> None:
-        match action:
-            case Send():
-                self.sent += len(action.data)
-                self._transport.write(action.data)
-                await self._wait_writable()
-            case Wait():
-                return await self._wait(action.seconds)
-            case Report():
-                self._report(action)
-            case Timer():
-                self._timer = asyncio.get_running_loop().call_later(action.seconds, self._expire, action)
-            case End():
-                await self._apply_end(action)
-        self._steps += 1
-        if self._steps % ACTIONS_PER_TURN == 0:
+    async def _send(self, data: bytes) -> None:
+        self._transport.write(data)
+        await self._wait_writable()
+        self._sends += 1
+        if self._sends % SENDS_PER_TURN == 0:
             await asyncio.sleep(0)
-
-    async def _wait(self, seconds: float) -> None:
-        """Wait, at most until :meth:`end` is called or the connection is lost."""
-        left = self._next_wait(seconds)
-        if not left:
-            await asyncio.sleep(0)
-        while left > 0 and await self._wait_on(left):
-            left = self._due - self._context.now()
-
-    async def _wait_on(self, seconds: float) -> bool:
-        """Sleep; return whether to wait on."""
-        is_woken = await self._sleep(min(seconds, LOST_CHECK_INTERVAL))
-        return not (self.is_cut or self._transport.is_closing() or (is_woken and self.is_ending))
 
     async def _sleep(self, seconds: float) -> bool:
-        """Sleep, at most until :meth:`wake` is called; return whether it was."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
@@ -92,26 +43,11 @@ class AsyncioRunner(Runner):
         self._wake.clear()
         return is_woken
 
-    async def _apply_end(self, end: End) -> None:
-        for wait in self._wait_until_sent(end):
-            await self._wait(wait.seconds)
-            if self._transport.is_closing() or self.is_cut:
-                return
-        match end:
-            case End.CLOSE:
-                self._connection.conversation.end_input()
-            case End.RESET:
-                self._connection.abort(reset=True)
-                raise ConnectionResetError("reset by the script")
-            case End.HALF_CLOSE:
-                self._half_close()
-            case End.STALL:
-                await self._stall()
+    def _is_lost(self) -> bool:
+        return self._transport.is_closing()
 
-    async def _stall(self) -> None:
-        await asyncio.sleep(0)  # uvloop starts reading after connection_made, in which an eager task runs
-        if not self._transport.is_closing() and not self.is_ending:
-            self._begin_stall()
+    def _start_timer(self, timer: Timer) -> None:
+        self._timer = asyncio.get_running_loop().call_later(timer.seconds, self._expire, timer)
 
     def _begin_stall(self) -> None:
         super()._begin_stall()
@@ -119,6 +55,8 @@ class AsyncioRunner(Runner):
 
     def _half_close(self) -> None:
         self._transport.write_eof()
+
+    _close_write = _half_close
 
     def wake(self) -> None:
         self._wake.set()

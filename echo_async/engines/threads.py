@@ -4,17 +4,23 @@ A thread that waits for its client is woken through its socket: once the sending
 client closes its own, which ends the read; shutting down both sides ends it in any case.
 """
 
+from __future__ import annotations
+
 import contextlib
 import socket
 import ssl
 import threading
 import time
+from functools import partial
 from typing import Any
 
+from ..awaitable import run
+from ..background import start_thread
 from ..compat import MSG_DONTWAIT, is_writable, set_reset_on_close
+from ..wire.script import Script, Timer
 from .connection import CHUNKS_PER_TURN, MIN_WRITE, Connection
 from .context import ServerContext, Slot
-from .thread_runner import ThreadRunner
+from .runner import Runner
 from .tls_socket import TlsSocket
 
 SEND_SIZE = 64 * 1024  # bytes per send, which blocks until the kernel has taken all: small enough to show progress
@@ -54,9 +60,7 @@ class ThreadConnection(Connection):
         self._unsent = 0
         self.ended_by: str | None = None  # "eof" or "reset" of the client, or the "server": what was first
         if slot.make_script is not None:
-            self.runner = ThreadRunner(
-                self, slot.make_script(self), self._send_all, self._close_write, self._half_close
-            )
+            self.runner = ThreadRunner(self, slot.make_script(self))
 
     def run(self) -> None:
         """Serve the connection until it is closed, in a thread of its own."""
@@ -81,7 +85,7 @@ class ThreadConnection(Connection):
         conversation = self.conversation
         if self.runner is not None:
             with self._io_lock:
-                self.runner.start()
+                run(self.runner.run())
             if conversation.finished:
                 self._handle_end_request()
         receive = self._socket.recv
@@ -94,7 +98,7 @@ class ThreadConnection(Connection):
             if not conversation.finished:
                 receive(1, socket.MSG_PEEK)  # wait
         if self.runner is not None:
-            self.runner.wait_stalled()
+            run(self.runner.run())  # the time of the script may have stalled the connection
         with self._io_lock:  # another thread may be closing the sending side, and TLS allows one at a time
             pass
         while chunk := receive(DISCARD_SIZE):
@@ -129,7 +133,8 @@ class ThreadConnection(Connection):
 
     def _send(self, reply: bytes) -> None:
         if self.runner is not None:
-            return self.runner.send(reply)
+            self.runner.submit(reply)
+            return run(self.runner.run())
         self._send_all(reply)
         if self.context.log_messages:
             for _ in self.log_reply(reply):
@@ -261,3 +266,55 @@ class ThreadConnection(Connection):
                 connected.shutdown(socket.SHUT_WR)
                 break
             time.sleep(SEND_CHECK_INTERVAL)
+
+
+class ThreadRunner(Runner):
+    """Runs the actions of a script in the thread of its connection: what a coroutine would await blocks."""
+
+    _connection: ThreadConnection
+
+    def __init__(self, connection: ThreadConnection, script: Script) -> None:
+        super().__init__(connection, script)
+        self._wake = threading.Event()  # ends the current wait
+        self._ended = threading.Event()  # ends the timer
+        self._timer: threading.Thread | None = None
+
+    async def _send(self, data: bytes) -> None:
+        self._connection._send_all(data)
+
+    async def _sleep(self, seconds: float) -> bool:
+        is_woken = self._wake.wait(seconds)
+        self._wake.clear()
+        return is_woken
+
+    def _is_lost(self) -> bool:
+        return False  # to send raises an error then
+
+    def _start_timer(self, timer: Timer) -> None:
+        self._timer = start_thread(partial(self._expire_at, timer), "echo-async timer")
+
+    def _expire_at(self, timer: Timer) -> None:
+        if not self._ended.wait(timer.seconds):
+            self._expire(timer)
+
+    def _close_write(self) -> None:
+        self._connection._close_write()
+
+    def _half_close(self) -> None:
+        self.wake()  # the thread of the connection holds its lock during an action
+        self._connection._half_close()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def end(self) -> None:
+        self.is_ending = True
+        self.is_stalled = False
+        self._ended.set()
+        self.wake()
+
+    def close(self) -> None:
+        """The connection is closed: leave no thread."""
+        self.end()
+        if self._timer is not None:
+            self._timer.join()

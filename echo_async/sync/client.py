@@ -11,11 +11,12 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Self, Unpack, cast
 
+from ..awaitable import run
 from ..client.batching import WINDOW_MESSAGES, M, Messages, check_stream, encode
 from ..client.endpoint import Endpoint
 from ..client.stream import send_batches
 from ..config import HOST, PORT, ClientOptions
-from .session import BlockingSession, iterate, run
+from .session import BlockingSession, iterate
 
 if TYPE_CHECKING:
     from ..wire.identity import Identity

@@ -10,13 +10,13 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Self, Unpack
 
+from ..awaitable import run
 from ..config import ServerConfig, ServerOptions
 from ..errors import ConfigError
 from ..server.base_server import BaseServer
 from ..server.listeners import ListeningSockets
 from ..server.registry import Registry
 from ..server.thread_acceptor import ThreadAcceptor
-from .session import run
 
 if TYPE_CHECKING:
     from ..server.scripts import Scripts

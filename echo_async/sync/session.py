@@ -1,19 +1,20 @@
 """A session whose connections block, and how these are opened.
 
 A session is written as coroutines (:mod:`echo_async.client.session`). What they wait for here blocks instead: they are
-never suspended, and :func:`run` returns their results without an event loop.
+never suspended, and :func:`.awaitable.run` returns their results without an event loop.
 
 Every wait has a deadline, except that of the resolver, which has its own.
 """
 
 import os
 import socket
-from collections.abc import AsyncGenerator, Coroutine, Generator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import nullcontext, suppress
 from selectors import EVENT_WRITE
 from time import monotonic, perf_counter, sleep
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
+from ..awaitable import run
 from ..client.endpoint import (
     CONNECTION_ATTEMPT_DELAY,
     Endpoint,
@@ -30,15 +31,6 @@ from ..net import AddressInfo
 from .connection import BlockingConnection
 
 T = TypeVar("T")
-
-
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Return the result of a coroutine in which everything blocks."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        return cast(T, end.value)
-    raise RuntimeError("the coroutine waits for an event loop")
 
 
 def iterate(generator: AsyncGenerator[T, None]) -> Generator[T, None, None]:

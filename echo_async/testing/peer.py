@@ -6,6 +6,7 @@ import socket
 import ssl
 from typing import TYPE_CHECKING, Any
 
+from ..awaitable import run
 from ..wire.script import Action, End, Send
 from .recorder import record_of
 
@@ -116,6 +117,6 @@ class Peer:
         assert self._connection.runner is not None
         self._check_end()
         try:
-            self._connection.runner.perform(action)
+            run(self._connection.runner.perform(action))
         except OSError as error:
             raise ClientEnded(f"connection {self.number} lost: {error}") from error
