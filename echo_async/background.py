@@ -13,6 +13,7 @@ import atexit
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from time import monotonic
 from typing import TypeVar
 
@@ -54,17 +55,18 @@ def call_in_thread(function: Callable[[], T], name: str) -> Future[T]:
     """
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            result = function()
-        except Exception as error:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    start_thread(run, name)
+    start_thread(partial(complete, future, function), name)
     return future
+
+
+def complete(future: Future[T], function: Callable[[], T]) -> None:
+    """Give ``future`` what ``function`` returns or raises."""
+    try:
+        result = function()
+    except Exception as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
 
 
 def _stop_all() -> None:

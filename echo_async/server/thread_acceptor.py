@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import selectors
 import socket
 import threading
@@ -13,7 +12,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..background import start_thread
+from ..background import complete, start_thread
 from ..compat import accepted_socket
 from ..config import ServerConfig
 from ..engines.threads import ThreadConnection
@@ -35,14 +34,6 @@ CALL_CHECK_INTERVAL = 0.1  # seconds of waiting for the accept thread between tw
 JOIN_TIMEOUT = 5.0  # seconds for threads whose sockets were shut down to end
 
 
-class Accepted(enum.Enum):
-    """The result of accepting a batch."""
-
-    ALL = enum.auto()
-    MAYBE_MORE = enum.auto()
-    FAILED = enum.auto()
-
-
 class ThreadAcceptor(Acceptor):
     """Serves connections with one thread each; ``on_closed`` is called in the accept thread.
 
@@ -59,7 +50,6 @@ class ThreadAcceptor(Acceptor):
     ) -> None:
         super().__init__(config, sockets, on_closed, registry, scripts)
         self._refusals = 0
-        self._accepting = self.sockets.sockets if self.config.accepts else ()
         self._threads: set[threading.Thread] = set()
         self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
         self._calls: deque[Callable[[], None]] = deque()  # for the accept thread
@@ -69,29 +59,28 @@ class ThreadAcceptor(Acceptor):
 
         :exc:`~echo_async.StartError` for lack of descriptors or threads; then the listeners are closed.
         """
-        with contextlib.ExitStack() as on_failure:
-            on_failure.callback(self.sockets.close)
-            try:
-                self._resources = on_failure.enter_context(self._open_resources())
-                self._receiver = start_receiver(self._admission, self.sockets.datagram_sockets)
-                on_failure.callback(self._stop_udp)
-                self._thread = start_thread(self._run, "echo-async accept", stop=self.abort)
-            except (OSError, RuntimeError) as error:
-                raise StartError(
-                    f"cannot serve on threads: {describe_error(error)}; raise the thread or descriptor limit"
-                ) from error
-            on_failure.pop_all()
-
-    def _open_resources(self) -> contextlib.ExitStack:
-        """Open every descriptor that serving needs besides those of connections: a lack of them shows at the start."""
-        with contextlib.ExitStack() as resources:
+        resources = self._resources = contextlib.ExitStack()
+        resources.callback(self.sockets.close)
+        resources.callback(self._stop_udp)
+        try:  # to open each descriptor that serving needs besides those of connections: a lack of them shows here
             self._waker, self._wakened = map(resources.enter_context, socket.socketpair())
             self._waker.setblocking(False)
             self._selector = resources.enter_context(selectors.DefaultSelector())
             self._selector.register(self._wakened, selectors.EVENT_READ)
-            for listener in self._accepting:
-                self._selector.register(listener, selectors.EVENT_READ, listener)
-            return resources.pop_all()
+            self._watch_listeners()
+            self._receiver = start_receiver(self._admission, self.sockets.datagram_sockets)
+            self._thread = start_thread(self._run, "echo-async accept", stop=self.abort)
+        except BaseException as error:
+            resources.close()
+            if not isinstance(error, OSError | RuntimeError):
+                raise
+            reason = describe_error(error)
+            raise StartError(f"cannot serve on threads: {reason}; raise the thread or descriptor limit") from error
+
+    def _watch_listeners(self) -> None:
+        self._accepting = self.sockets.sockets if self.config.accepts else ()
+        for listener in self._accepting:
+            self._selector.register(listener, selectors.EVENT_READ, listener)
 
     def close(self) -> None:
         """Begin the graceful shutdown. Returns at once; safe to call twice, from any thread or signal handler."""
@@ -117,14 +106,7 @@ class ThreadAcceptor(Acceptor):
     def call(self, function: Callable[[], object]) -> None:
         """Run ``function`` in the accept thread, once it has accepted all connections that wait; none at a stop."""
         done: Future[object] = Future()
-
-        def run() -> None:
-            try:
-                done.set_result(function())
-            except Exception as error:
-                done.set_exception(error)
-
-        self._calls.append(run)
+        self._calls.append(partial(complete, done, function))
         self._wake()
         while not done.done():
             if self._is_stopping or not self.is_running():
@@ -174,11 +156,13 @@ class ThreadAcceptor(Acceptor):
             for key, _ in self._selector.select(max(0.0, next_sweep - now())):
                 if key.data is None:
                     self._wait(0)
-                elif self._accept(key.data) is Accepted.FAILED:
-                    self._wait(ACCEPT_RETRY_DELAY)
+                else:
+                    self._accept(key.data)
             self._forget_finished()
             if self._calls:
-                self._run_calls()
+                self._drain_backlog()
+            while self._calls:
+                self._calls.popleft()()
             if now() >= next_sweep:
                 self.registry.sweep()
                 next_sweep = now() + interval
@@ -188,13 +172,8 @@ class ThreadAcceptor(Acceptor):
         """Accept what waits in the backlogs: closing a listener resets it."""
         for listener in self._accepting:
             for _ in range(self.config.backlog // ACCEPT_BATCH + 1):  # connections that arrive now do not extend this
-                if self._accept(listener) is not Accepted.MAYBE_MORE:
+                if not self._accept(listener):
                     break
-
-    def _run_calls(self) -> None:
-        self._drain_backlog()
-        while self._calls:
-            self._calls.popleft()()
 
     def stop_listening(self) -> None:
         """Refuse connections until :meth:`resume_listening` is called as often. The addresses stay reserved."""
@@ -210,23 +189,22 @@ class ThreadAcceptor(Acceptor):
         self._refusals -= 1
         if not self._refusals:
             self.sockets.listen()
-            self._accepting = self.sockets.sockets
-            for listener in self._accepting:
-                self._selector.register(listener, selectors.EVENT_READ, listener)
+            self._watch_listeners()
 
-    def _accept(self, listener: socket.socket) -> Accepted:
-        """Accept what waits, up to ``ACCEPT_BATCH`` connections."""
+    def _accept(self, listener: socket.socket) -> bool:
+        """Accept what waits, up to ``ACCEPT_BATCH`` connections; return whether there may be more."""
         for _ in range(ACCEPT_BATCH):
             try:
                 connection, peername = listener.accept()
             except BlockingIOError:
-                return Accepted.ALL
+                return False
             except Exception as error:
                 if self._admission.on_accept_error(error):
-                    return Accepted.FAILED
+                    self._wait(ACCEPT_RETRY_DELAY)
+                    return False
                 continue
             self._admission.admit(connection, peername, self._serve)
-        return Accepted.MAYBE_MORE
+        return True
 
     def _serve(self, slot: PendingSlot) -> None:
         """Serve a connection in a thread of its own; close it if there is none."""
