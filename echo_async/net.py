@@ -20,8 +20,8 @@ from .wire.text import escape
 Address = tuple[str, int] | str
 """Host and port, or the path of a Unix socket."""
 
-AddressInfo = tuple[socket.AddressFamily, Any, int, str, tuple[Any, ...]]
-"""An item of the result of :func:`socket.getaddrinfo`."""
+AddressInfo = tuple[socket.AddressFamily, Any, int, str, Any]
+"""An item of the result of :func:`socket.getaddrinfo`, or the same for a Unix socket."""
 
 
 IPV4_MAPPED = "::ffff:"

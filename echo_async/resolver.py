@@ -1,7 +1,7 @@
-"""The resolver, called by an event loop: it blocks, so it runs in a thread."""
+"""The resolver, which blocks, in a thread."""
 
-import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import TypeVar
 
 from .background import call_in_thread
@@ -9,9 +9,9 @@ from .background import call_in_thread
 T = TypeVar("T")
 
 
-async def run_resolver(resolve: Callable[[], T]) -> T:
-    """Return ``resolve()``. :exc:`OSError` if no thread can be started."""
+def start_resolver(resolve: Callable[[], T]) -> Future[T]:
+    """Start ``resolve()``; return its future. :exc:`OSError` if no thread can be started."""
     try:
-        return await asyncio.wrap_future(call_in_thread(resolve, "echo-async resolver"))
+        return call_in_thread(resolve, "echo-async resolver")
     except RuntimeError as error:
         raise OSError(f"cannot resolve the host name: {error}; use an address") from error

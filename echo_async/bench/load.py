@@ -16,7 +16,7 @@ from time import monotonic, perf_counter
 from typing import Any
 
 from ..children import blocked_signals, start_child
-from ..client.connector import connect_first, find_addresses
+from ..client.connector import connect_first, find_addresses, seconds_left
 from ..client.datagram_tracker import DatagramFormat
 from ..client.endpoint import Endpoint, refuse_self_connection
 from ..errors import EchoError
@@ -36,11 +36,12 @@ def find_server(plan: LoadPlan, host: str, port: int, uds: str | None = None) ->
     wrap_tls = plan.tls_wrapper()
     endpoint, deadline = Endpoint(host, port, uds=uds), monotonic() + plan.timeout
     try:
-        (family, address), connected = connect_first(endpoint, find_addresses(endpoint, deadline), deadline)
+        info, connected = connect_first(endpoint, find_addresses(endpoint, deadline), deadline)
         with connected:
+            connected.settimeout(seconds_left(deadline))
             if wrap_tls is not None:
                 wrap_tls(connected).close()
-        return replace(plan, family=int(family), address=address)
+        return replace(plan, family=int(info[0]), address=info[4])
     except (OSError, UnicodeError) as error:
         raise endpoint.connect_error(error, plan.timeout) from error
 

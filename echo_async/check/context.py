@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from time import monotonic, perf_counter, sleep
 from typing import Literal
 
-from ..client.connector import Address, connect
-from ..client.endpoint import Endpoint, start_tls
+from ..client.connector import connect_first, start_tls
+from ..client.endpoint import Endpoint
 from ..errors import ConfigError, describe_error
+from ..net import AddressInfo
 from ..wire.identity import Identity
 from .connection import Connection, wait
 from .explanation import describe, explain
@@ -83,7 +84,7 @@ class Context:
 
     def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
         self.endpoint, self.settings = endpoint, settings
-        self.address: Address | None = None
+        self.address: AddressInfo | None = None
         self.first: socket.socket | None = None
         self.mode = STREAM
         self.largest = MIN_MESSAGE_SIZE
@@ -151,7 +152,7 @@ class Context:
         assert self.address is not None
         deadline = monotonic() + self.endpoint.config.connect_timeout
         try:
-            connected = connect(self.endpoint, self.address, deadline, is_small=is_small)
+            _, connected = connect_first(self.endpoint, [self.address], deadline, is_small=is_small)
             return start_tls(self.endpoint, connected, deadline) if self.endpoint.ssl else connected
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):

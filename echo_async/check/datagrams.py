@@ -21,9 +21,8 @@ def check_udp(context: Context) -> str:
     if context.mode is IDENTIFY:
         raise Skip("a server in mode identify describes a datagram instead of returning it")
     assert context.address is not None
-    family, target = context.address
-    with socket.socket(family, socket.SOCK_DGRAM) as sender:
-        sender.connect(target)  # sends nothing
+    with socket.socket(context.address[0], socket.SOCK_DGRAM) as sender:
+        sender.connect(context.address[4])  # sends nothing
         counted = _exchange(sender, SIZE, COUNT)
         lost = counted.lost / counted.sent
         facts = f"{counted.lost} of {counted.sent} lost, {counted.reordered} out of order"

@@ -3,8 +3,7 @@
 import ssl
 from time import monotonic, perf_counter, time
 
-from ..client.connector import connect_first, find_addresses
-from ..client.endpoint import start_tls
+from ..client.connector import connect_first, find_addresses, start_tls
 from ..net import format_address
 from .connection import Connection
 from .context import IDENTIFY, MESSAGE, RAW, STREAM, Context, Mode
@@ -32,7 +31,7 @@ def check_connect(context: Context) -> str:
         context.address, context.first = connect_first(endpoint, addresses, deadline)
     except (OSError, UnicodeError) as error:
         raise context.connect_failure(error, "") from error
-    name = format_address(context.address[1])
+    name = format_address(context.address[4])
     details = "" if name == endpoint.name else f"{name}, name resolved in {_milliseconds(resolved - started)}, "
     return f"{details}connected in {_milliseconds(perf_counter() - resolved)}"
 

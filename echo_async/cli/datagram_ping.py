@@ -13,7 +13,7 @@ from ..client.datagram_tracker import MAX_PAYLOAD, MAX_PAYLOAD_IPV4, DatagramFor
 from ..client.endpoint import Endpoint, log, refuse_self_connection
 from ..errors import ConfigError, ConnectError, ReplyDifferent, ReplyLate
 from ..net import AddressInfo, format_address
-from ..resolver import run_resolver
+from ..resolver import start_resolver
 from .output import Output
 from .ping import RoundTrips
 
@@ -37,7 +37,7 @@ async def ping(endpoint: Endpoint, size: int, count: int, interval: float, outpu
 async def _resolve(endpoint: Endpoint) -> list[AddressInfo]:
     try:
         async with asyncio.timeout(endpoint.config.connect_timeout):
-            return list(endpoint.numeric or await run_resolver(endpoint.resolve))
+            return list(endpoint.numeric or await asyncio.wrap_future(start_resolver(endpoint.resolve)))
     except (OSError, UnicodeError) as error:
         raise endpoint.connect_error(error, endpoint.config.connect_timeout) from error
 

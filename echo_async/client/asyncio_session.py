@@ -1,21 +1,21 @@
 """A session whose connections are those of an event loop, and how these are opened."""
 
 import asyncio
-import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from ssl import SSL_ERROR_EOF, SSLEOFError
 from time import perf_counter
 from typing import Self
 
 from ..net import AddressInfo, get_host
-from ..resolver import run_resolver
+from ..resolver import start_resolver
 from .connection import ClientConnection
 from .endpoint import (
     CONNECTION_ATTEMPT_DELAY,
+    UNIX_RETRY_DELAY,
     Endpoint,
     closed_on_error,
-    connect_unix,
     log_tls,
     new_socket,
     refuse_self_connection,
@@ -81,20 +81,24 @@ async def _create_connection(endpoint: Endpoint, connected: socket.socket) -> Cl
 
 
 async def _connect(endpoint: Endpoint) -> socket.socket:
-    if endpoint.config.uds is not None:
-        return await connect_unix(os.fspath(endpoint.config.uds), asyncio.sleep)
-    infos = endpoint.numeric or await run_resolver(endpoint.resolve)
-    return await _connect_tcp(infos[0]) if len(infos) == 1 else await _race_addresses(infos)
+    infos = endpoint.numeric or await asyncio.wrap_future(start_resolver(endpoint.resolve))
+    return await _connect_address(infos[0]) if len(infos) == 1 else await _race_addresses(infos)
 
 
-async def _connect_tcp(info: AddressInfo) -> socket.socket:
+async def _connect_address(info: AddressInfo) -> socket.socket:
     loop, address = asyncio.get_running_loop(), info[4]
-    if not isinstance(loop, asyncio.BaseEventLoop):  # uvloop drops the scope ID (loop.pyx, sock_connect)
-        address = get_host(address), address[1]
     with closed_on_error(new_socket(info)) as connecting:
-        await loop.sock_connect(connecting, address)
-        refuse_self_connection(connecting)
-        return connecting
+        if isinstance(address, tuple):
+            if not isinstance(loop, asyncio.BaseEventLoop):  # uvloop drops the scope ID (loop.pyx, sock_connect)
+                address = get_host(address), address[1]
+            await loop.sock_connect(connecting, address)
+            refuse_self_connection(connecting)
+            return connecting
+        while True:
+            with suppress(BlockingIOError):  # the backlog of a Unix socket is full
+                connecting.connect(address)
+                return connecting
+            await asyncio.sleep(UNIX_RETRY_DELAY)
 
 
 async def _race_addresses(infos: Sequence[AddressInfo]) -> socket.socket:
@@ -105,7 +109,7 @@ async def _race_addresses(infos: Sequence[AddressInfo]) -> socket.socket:
     try:
         while running or waiting:
             if waiting:
-                running.add(asyncio.create_task(_connect_tcp(waiting.pop(0))))
+                running.add(asyncio.create_task(_connect_address(waiting.pop(0))))
             delay = CONNECTION_ATTEMPT_DELAY if waiting else None
             done, running = await asyncio.wait(running, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
             for task in done:

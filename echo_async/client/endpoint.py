@@ -19,7 +19,6 @@ from ..wire.text import escape
 
 CONNECTION_ATTEMPT_DELAY = 0.25  # seconds until the next address is tried as well (RFC 8305)
 MIN_RETRY_DELAY, MAX_RETRY_DELAY = 0.02, 0.5  # seconds between attempts, doubled each time
-MAX_WAIT = 2_000_000.0  # seconds; poll takes milliseconds as a 32-bit integer
 UNIX_RETRY_DELAY = 0.005  # seconds until a Unix socket with a full backlog is tried again
 
 SocketT = TypeVar("SocketT", bound=socket.socket)
@@ -37,15 +36,17 @@ class Endpoint:
         self.ssl = create_default_context() if config.ssl is True else config.ssl or None
         self.server_hostname = tls_hostname(config.server_hostname, host, config.uds) if self.ssl else None
         self.name = format_address((escape(host), port) if config.uds is None else config.uds)
-        self.numeric: Sequence[AddressInfo] = ()  # the address, if the host is one and needs no resolver
+        self.numeric: Sequence[AddressInfo] = ()  # the address, if it needs no resolver
         with suppress(OSError, UnicodeError):
             self.numeric = self.resolve(socket.AI_NUMERICHOST)
 
     def resolve(self, flags: int = 0) -> Sequence[AddressInfo]:
-        """Return each address of the host once, the families in turn (RFC 8305 section 4).
+        """Return each address of the host once, the families in turn (RFC 8305 section 4), or that of the Unix socket.
 
         Blocks while the resolver is asked, if the host is a name.
         """
+        if self.config.uds is not None:
+            return [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", os.fspath(self.config.uds))]
         # A server that listens on :: is on this machine, which may have no IPv6 address.
         hosts = ("::", "127.0.0.1") if self.config.host == "::" else (self.config.host,)
         families: dict[int, dict[AddressInfo, None]] = {}
@@ -143,23 +144,13 @@ def closed_on_error(connecting: SocketT) -> Iterator[SocketT]:
         raise
 
 
-async def connect_unix(path: str, sleep: Callable[[float], Awaitable[object]]) -> socket.socket:
-    """Return a nonblocking socket that is connected to a Unix socket. A full backlog is tried again."""
-    with closed_on_error(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as connecting:
-        connecting.setblocking(False)
-        while True:
-            with suppress(BlockingIOError):
-                connecting.connect(path)
-                return connecting
-            await sleep(UNIX_RETRY_DELAY)
-
-
 def new_socket(info: AddressInfo) -> socket.socket:
-    """Create a nonblocking TCP socket for an address."""
-    family, kind, protocol, _, _ = info
+    """Create a nonblocking socket for an address."""
+    family, kind, protocol, _, address = info
     created = socket.socket(family, kind, protocol)
     created.setblocking(False)
-    created.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if isinstance(address, tuple):
+        created.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return created
 
 
@@ -186,24 +177,3 @@ def log_tls(connection: SSLObject | SSLSocket, started: float) -> None:
         cipher = connection.cipher()
         duration = 1e3 * (perf_counter() - started)
         log.debug("TLS handshake completed in %.3f ms: %s, %s", duration, connection.version(), cipher and cipher[0])
-
-
-def start_tls(endpoint: Endpoint, connected: socket.socket, deadline: float) -> SSLSocket:
-    """Return ``connected`` after the TLS handshake, which blocks."""
-    assert endpoint.ssl is not None
-    started, name = perf_counter(), endpoint.server_hostname
-    with closed_on_error(connected):
-        secured = endpoint.ssl.wrap_socket(connected, server_hostname=name, do_handshake_on_connect=False)
-    with closed_on_error(secured):
-        secured.settimeout(seconds_left(deadline))  # of the whole handshake (docs of SSLSocket)
-        secured.do_handshake()
-    log_tls(secured, started)
-    return secured
-
-
-def seconds_left(deadline: float) -> float:
-    """Return the seconds until the deadline, at most MAX_WAIT; raise TimeoutError if it has passed."""
-    left = deadline - monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return min(left, MAX_WAIT)

@@ -19,7 +19,7 @@ from .. import net
 from ..awaitable import AwaitableContextManager
 from ..config import EngineName, ServerConfig, ServerOptions
 from ..errors import StartError, describe_error
-from ..resolver import run_resolver
+from ..resolver import start_resolver
 from ..stats import Stats
 from .admission import max_connections
 from .base_server import Acceptor, BaseServer
@@ -77,7 +77,7 @@ async def _bind(config: ServerConfig, descriptors: Sequence[int]) -> ListeningSo
         infos = net.resolve(config, socket.AI_NUMERICHOST)
     except StartError:  # it is a name
         try:
-            infos = await run_resolver(partial(net.resolve, config))
+            infos = await asyncio.wrap_future(start_resolver(partial(net.resolve, config)))
         except OSError as error:
             raise StartError(f"cannot listen on host {config.host!r}: {describe_error(error)}") from error
     return ListeningSockets.bind(config, infos)

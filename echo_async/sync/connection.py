@@ -8,7 +8,8 @@ from selectors import EVENT_READ, EVENT_WRITE
 from ssl import SSLSocket, SSLWantReadError, SSLWantWriteError
 from time import monotonic
 
-from ..client.endpoint import MAX_WAIT, Endpoint, log
+from ..client.connector import MAX_WAIT
+from ..client.endpoint import Endpoint, log
 from ..client.verifier import Exchange, ReplyVerifier
 from ..compat import PollSelector
 from ..errors import describe_error
