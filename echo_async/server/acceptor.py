@@ -135,8 +135,11 @@ class AsyncioAcceptor(Acceptor):
         return make_protocol
 
     def close(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and everything with it
-            self._loop.call_soon_threadsafe(self._begin_shutdown)
+        if _is_running(self._loop):
+            self._begin_shutdown()
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and everything with it
+                self._loop.call_soon_threadsafe(self._begin_shutdown)
 
     def abort(self) -> None:
         self._is_aborting = True
@@ -212,3 +215,10 @@ class AsyncioAcceptor(Acceptor):
             server.close()
         self._servers.clear()
         self.sockets.close()
+
+
+def _is_running(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False

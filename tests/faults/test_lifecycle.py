@@ -94,6 +94,23 @@ async def test_close_called_repeatedly_is_idempotent(backend: Backend) -> None:
         await server.serve_forever()
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_close_before_the_loop_ends_closes_everything(loop: LoopName) -> None:
+    """Nobody waits for the shutdown, so it is canceled: even then, no socket and no connection is left."""
+    clients: list[socket.socket] = []
+
+    async def main() -> None:
+        server = await echo_async.serve(port=0, mode="stream")
+        clients.append(socket.create_connection(server.address, TIMEOUT))
+        await server.wait_for(active=1)
+        server.close()
+
+    with asyncio.Runner(loop_factory=loop_factory(loop)) as runner:
+        runner.run(main())
+    with clients[0] as client, suppress(ConnectionResetError):
+        assert client.recv(1) == b""
+
+
 @in_its_loop
 async def test_serve_forever_canceled_closes_connections(backend: Backend) -> None:
     async with serve_in_loop(backend) as server:
