@@ -65,6 +65,8 @@ def limit_platform() -> None:
 
     for name in MISSING_LOOP_METHODS:
         setattr(asyncio.SelectorEventLoop, name, for_asyncio_only(getattr(asyncio.SelectorEventLoop, name)))
+    # The default event loop is of another class there.
+    asyncio.SelectorEventLoop = type("SelectorEventLoop", (asyncio.SelectorEventLoop,), {})  # type: ignore[misc, assignment]
 
 
 if __name__ == "__main__":
