@@ -18,7 +18,20 @@ from typing import Unpack
 import pytest
 import trustme
 from hypothesis import settings
-from support import ALL_BACKENDS, BACKENDS, LOOPS, Backend, ServerThread, StartServer, run, wait_until
+from support import (
+    ALL_BACKENDS,
+    BACKENDS,
+    LOOPS,
+    Backend,
+    Cli,
+    ScriptedDatagrams,
+    ServerThread,
+    StartDatagrams,
+    StartServer,
+    echo_datagram,
+    run,
+    wait_until,
+)
 
 import echo_async
 from echo_async.config import ServerOptions
@@ -180,6 +193,18 @@ def faulty_server() -> Iterator[MakeEchoServer]:
             return stack.enter_context(HostedServer(**options))
 
         yield start
+
+
+@pytest.fixture
+def cli(capfdbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    return Cli(capfdbinary, monkeypatch)
+
+
+@pytest.fixture
+def start_datagrams() -> Iterator[StartDatagrams]:
+    """Start UDP servers for one test; by default each is an echo."""
+    with ExitStack() as stack:
+        yield lambda answer=echo_datagram, *host: stack.enter_context(ScriptedDatagrams(answer, *host))
 
 
 @pytest.fixture

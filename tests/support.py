@@ -17,6 +17,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, closing, contextmanager, suppress
@@ -33,6 +34,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import echo_async
 from echo_async import sync
+from echo_async.cli.main import main
 from echo_async.client.endpoint import closed_on_error
 from echo_async.config import EngineName, Mode, ServerOptions
 from echo_async.loops import LoopName, loop_factory
@@ -238,7 +240,48 @@ def run_process(command: Sequence[str | Path], input: str | None = None, **optio
     options |= {} if input is None else {"stdin": PIPE}
     with ChildProcess(command, stdout=PIPE, stderr=PIPE, text=True, **options) as process:
         out, err = process.communicate(input, TIMEOUT)
-    return CompletedProcess(command, process.returncode, out, err)
+    return CompletedProcess(command, process.returncode, out, without_slow_callbacks(err))
+
+
+class Done(NamedTuple):
+    """The exit code and the output of a command. Bytes that are not UTF-8 are surrogates, as in arguments."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Cli:
+    """Runs ``echo-async`` in this process, with the words of a text, and with further arguments.
+
+    stdin is a file, a pipe or what these bytes are in a file, or there is none.
+    """
+
+    def __init__(self, capture: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+        self._capture, self._monkeypatch = capture, monkeypatch
+
+    def __call__(self, words: str, *arguments: str, stdin: bytes | IO[Any] | None = None) -> Done:
+        with tempfile.TemporaryFile() as file:
+            if isinstance(stdin, bytes):
+                file.write(stdin)
+                file.seek(0)
+                stdin = file
+            self._monkeypatch.setattr(sys, "stdin", stdin)
+            code = main([*words.split(), *arguments])
+        out, err = (each.decode(errors="surrogateescape") for each in self._capture.readouterr())
+        return Done(code, out, without_slow_callbacks(err))
+
+    def output(self, words: str, *arguments: str, code: int = 0) -> str:
+        """Run a command that exits with ``code`` and prints no error; return what it prints."""
+        done = self(words, *arguments)
+        assert (done.code, done.err) == (code, "")
+        return done.out
+
+    def error(self, words: str, *arguments: str, code: int) -> str:
+        """Run a command that exits with ``code`` and prints one line, an error; return that line."""
+        done = self(words, *arguments)
+        assert done.code == code, done
+        return single_error_line(done.out, done.err)
 
 
 class ServerProcess:
@@ -679,6 +722,9 @@ class ScriptedDatagrams:
 
 def echo_datagram(number: int, data: bytes) -> Iterable[bytes]:
     return [data]
+
+
+StartDatagrams = Callable[..., ScriptedDatagrams]
 
 
 def resolve_to(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> None:

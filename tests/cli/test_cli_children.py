@@ -11,16 +11,15 @@ import sys
 import zipapp
 from dataclasses import asdict
 from pathlib import Path
-from subprocess import PIPE, CompletedProcess
+from subprocess import PIPE
 
 import click
 import pytest
-from support import TIMEOUT, run_process, single_error_line, without_slow_callbacks
+from support import TIMEOUT, run_process
 
 import echo_async
 from echo_async.bench.plan import LoadPlan
 from echo_async.children import start_child
-from echo_async.cli import server
 from echo_async.testing import HostedServer
 
 SHORT = ("--rounds", "1", "--duration", "0.5", "--warmup", "0", "--json")
@@ -30,19 +29,13 @@ WORKERS = ("run", "--workers", "2", "--", "sh", "-c", 'echo "$ECHO_ASYNC_PORT"')
 BARE = (getattr(sys, "_base_executable", sys.executable), "-S")
 
 
-def execute(*command: str, cwd: Path) -> CompletedProcess[str]:
-    done = run_process(command, cwd=cwd)
-    done.stderr = without_slow_callbacks(done.stderr)
-    return done
-
-
 @pytest.mark.parametrize("arguments", [WORKERS, COMPARE], ids=["workers", "compare"])
 def test_children_do_not_import_files_of_the_directory(arguments: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "echo_async").mkdir()
     for file in ("selectors", "json", "logging", "queue", "runpy", "echo_async/__init__"):
         (tmp_path / f"{file}.py").write_text("raise SystemExit(__file__)")
     script = Path(sys.executable).with_name("echo-async")
-    done = execute(sys.executable, "-W", "error", str(script), *arguments, cwd=tmp_path)
+    done = run_process([sys.executable, "-W", "error", script, *arguments], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -51,7 +44,7 @@ def test_children_find_the_package_in_a_zipapp(tmp_path: Path) -> None:
         folder = Path(module.__file__ or "").parent
         shutil.copytree(folder, tmp_path / "app" / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     zipapp.create_archive(tmp_path / "app", tmp_path / "app.pyz", main="echo_async.cli.main:main")
-    done = execute(*BARE, "app.pyz", *WORKERS, cwd=tmp_path)
+    done = run_process([*BARE, "app.pyz", *WORKERS], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip().isdecimal()
 
@@ -75,19 +68,10 @@ import probe
 from echo_async.children import child_command
 sys.exit(subprocess.call(child_command("probe")))
 """
-    done = execute(sys.executable, *flags, "-c", code, cwd=tmp_path)
+    done = run_process([sys.executable, *flags, "-c", code], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     parent, child = done.stdout.splitlines()
     assert child == parent
-
-
-def test_children_that_cannot_start_are_one_error_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
-    assert server.main(["--port", "0", "--workers", "2"]) == 3
-    reason = "error: cannot start /nonexistent/python: no such file or directory\n"
-    assert single_error_line(*capsys.readouterr()) == reason
 
 
 @pytest.mark.parametrize("module", ["echo_async.bench.worker", "echo_async.service.worker"])

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support import single_error_line
+from support import Cli
 
 from echo_async import ConfigError
 from echo_async.cli.listen import NAMES, parse_listeners
-from echo_async.cli.server import main
 from echo_async.config import ServerConfig, options_of
 
 DEFAULTS = {name: option.default for name, option in options_of(ServerConfig).items()}
@@ -59,32 +58,24 @@ def test_listen_option_not_given_comes_from_the_others() -> None:
         "backlog": 5,
         "timeout_idle": 1.0,
         "limit_connections": 9,
+        "labels": {"zone": "eu-1", "tier": "web"},
     }
-    assert parse("1,timeout-idle=2", "2", **others) == [
-        ServerConfig(port=1, **{**others, "timeout_idle": 2.0}),
+    assert parse("1,timeout-idle=2,label=tier=db,label=role=main", "2", **others) == [
+        ServerConfig(
+            port=1, **{**others, "timeout_idle": 2.0, "labels": {"zone": "eu-1", "tier": "db", "role": "main"}}
+        ),
         ServerConfig(port=2, **others),
     ]
 
 
-def test_listen_labels_are_added_to_those_of_the_command() -> None:
-    labels = {"zone": "eu-1", "tier": "web"}
-    assert parse("1,label=tier=db,label=role=main", "2", labels=labels) == [
-        ServerConfig(port=1, labels={"zone": "eu-1", "tier": "db", "role": "main"}),
-        ServerConfig(port=2, labels=labels),
-    ]
-
-
-def test_listen_without_tls_is_plain_despite_a_certificate() -> None:
+def test_listen_ignores_options_that_it_cannot_use() -> None:
+    """As given for another listener, which has what they require, or asks for them."""
     files: dict[str, Any] = {"ssl_certfile": "server.pem", "ssl_keyfile": "server.key", "ssl_ca_certs": "ca.pem"}
     assert parse("1", "2,tls", "3,tls=false", **files) == [
         ServerConfig(port=1),
         ServerConfig(port=2, **files),
         ServerConfig(port=3),
     ]
-
-
-def test_listen_ignores_options_that_it_cannot_use() -> None:
-    """As given for another listener, which has what they require."""
     assert parse("1", "2,proxy-protocol=auto", proxy_allow_from="*") == [
         ServerConfig(port=1),
         ServerConfig(port=2, proxy_protocol="auto", proxy_allow_from="*"),
@@ -141,30 +132,23 @@ INVALID = [
 ]
 
 
-def test_invalid_listen_spec_is_one_line_with_the_reason(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_listen_spec_is_one_line_with_the_reason(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     for spec, reason in INVALID:
-        assert main(["--listen", "0", "--listen", spec]) == 2
-        assert single_error_line(*capsys.readouterr()).startswith(f"error: invalid --listen: {spec!r} ({reason}")
+        error = cli.error("server --listen 0 --listen", spec, code=2)
+        assert error.startswith(f"error: invalid --listen: {spec!r} ({reason}")
     monkeypatch.setenv("ECHO_ASYNC_LISTEN", "0 5500,mode=x")
-    assert main([]) == 2
-    line = single_error_line(*capsys.readouterr())
-    assert line.startswith("error: invalid ECHO_ASYNC_LISTEN: '5500,mode=x' (mode: choose from ")
+    assert cli.error("server", code=2).startswith("error: invalid ECHO_ASYNC_LISTEN: '5500,mode=x' (mode: choose from ")
 
 
-def test_two_listeners_on_one_address_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_listeners_on_one_address_are_an_error(cli: Cli) -> None:
     for first, second in (
         *(("5500", "127.0.0.1:5500,mode=raw"), ("unix:a", "unix:a"), ("fd:7", "fd:7"), ("[::]:1", "[::]:1")),
     ):
-        assert main(["--listen", first, "--listen", "0", "--listen", second]) == 2
-        assert single_error_line(*capsys.readouterr()) == (
-            f"error: invalid --listen: {second!r} (another listener has this address)\n"
-        )
+        error = cli.error(f"server --listen {first} --listen 0 --listen {second}", code=2)
+        assert error == f"error: invalid --listen: {second!r} (another listener has this address)\n"
 
 
-def test_listen_with_another_address_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    for option in ("--host=::1", "--port=0", "--uds=a", "--fd=9"):
-        assert main(["--listen", "0", option]) == 2
-        name = option.partition("=")[0]
-        assert single_error_line(*capsys.readouterr()) == f"error: --listen and {name} are mutually exclusive\n"
+def test_listen_with_another_address_is_an_error(cli: Cli) -> None:
+    for name, value in (("--host", "::1"), ("--port", "0"), ("--uds", "a"), ("--fd", "9")):
+        error = cli.error(f"server --listen 0 {name} {value}", code=2)
+        assert error == f"error: --listen and {name} are mutually exclusive\n"

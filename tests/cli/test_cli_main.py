@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 import pytest
-from support import TIMEOUT, is_echoed, server_process, single_error_line, without_slow_callbacks
+from support import Cli, is_echoed, run_process, server_process
 
 import echo_async
-from echo_async.cli import main, server
+from echo_async.cli import main
 from echo_async.cli.bench import installed_loops
 
 ROOT = Path(echo_async.__file__).parent.parent
 SCRIPT = Path(sysconfig.get_path("scripts")) / "echo-async"
 GROUP = (sys.executable, "-m", "echo_async")
-MODULES = {name: (sys.executable, "-m", f"echo_async.{name}") for name in ("server", "client", "bench")}
 
 # What Kubernetes sets, among others, in every container of a namespace with the Service echo-async.
 SERVICE_LINKS = {
@@ -30,36 +27,20 @@ SERVICE_LINKS = {
     "ECHO_ASYNC_PORT_5500_TCP": "tcp://10.96.113.7:5500",
     "ECHO_ASYNC_PORT_5500_TCP_PROTO": "tcp",
 }
-WARNING = (
-    "warning: ignoring ECHO_ASYNC_PORT=tcp://10.96.113.7:5500: set by Kubernetes for a Service (enableServiceLinks)\n"
-)
-
-
-def execute(*command: str, env: dict[str, str] | None = None, **more: Any) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **(env or {})}
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT, **more
-    )
-    done.stderr = without_slow_callbacks(done.stderr)
-    return done
-
-
 # Subcommands
 
 
-def test_help_without_docstrings_is_the_same(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_without_docstrings_is_the_same(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """``-OO`` removes docstrings."""
     monkeypatch.setenv("COLUMNS", "80")
     names = ["", "server", "client", "check", "run", "bench", "bench load", "bench compare"]
     code = f"import echo_async.cli.main as cli; exit(sum(cli.main([*name.split(), '--help']) for name in {names}))"
-    done = execute(sys.executable, "-OO", "-c", code)
+    done = run_process([sys.executable, "-OO", "-c", code])
     assert (done.returncode, done.stderr) == (0, "")
-    assert sum(main.main([*name.split(), "--help"]) for name in names) == 0
+    help_texts = "".join(cli.output(f"{name} --help") for name in names)
     expected, found = (
         [line for line in text.splitlines() if not line.startswith("Usage: ")]  # which has the name of the program
-        for text in (capsys.readouterr().out, done.stdout)
+        for text in (help_texts, done.stdout)
     )
     assert expected.count("  Examples:") == len(names)
     assert found == expected
@@ -67,7 +48,7 @@ def test_help_without_docstrings_is_the_same(
 
 def test_commands_without_assertions_work() -> None:
     optimized = (sys.executable, "-OO", *GROUP[1:])
-    done = execute(*optimized, "run", "--mode", "stream", "--", *optimized, "client", "one", "two")
+    done = run_process([*optimized, "run", "--mode", "stream", "--", *optimized, "client", "one", "two"])
     assert (done.returncode, done.stdout, done.stderr) == (0, "one\ntwo\n", "")
 
 
@@ -75,25 +56,10 @@ def test_commands_without_assertions_work() -> None:
 def test_group_names_the_program(program: tuple[str, ...]) -> None:
     if not Path(program[0]).exists():
         pytest.skip("the package is not installed")
-    done = execute(*program, "client", "--help")
+    done = run_process([*program, "client", "--help"])
     assert (done.returncode, done.stderr) == (0, "")
     name = "python -m echo_async" if program is GROUP else "echo-async"
     assert done.stdout.startswith(f"Usage: {name} client ")
-
-
-def test_group_wrong_place_is_told_the_right_one(capfd: pytest.CaptureFixture[str]) -> None:
-    for arguments, advice in (
-        ("", "missing command (choose from server, client, check, run, bench)"),
-        ("sever", "invalid command: 'sever' (choose from server, client, check, run, bench)"),
-        ("bench", "missing command (choose from compare, load)"),
-        ("bench laod", "invalid command: 'laod' (choose from compare, load)"),
-        ("client --mode stream", "invalid option: --mode (an option of echo-async server, echo-async check, "),
-        ("server --rounds 3", "invalid option: --rounds (an option of echo-async bench compare)"),
-        ("--missing", "No such option"),
-        ("client --missing", "No such option"),
-    ):
-        assert main.main(arguments.split()) == 2
-        assert advice in single_error_line(*capfd.readouterr())
 
 
 def test_group_imports_only_the_subcommand() -> None:
@@ -108,27 +74,9 @@ from echo_async.cli.main import main
 main({arguments!r})
 print(*set(sys.modules) - before)
 """
-        imported = set(execute(sys.executable, "-c", code).stdout.split())
+        imported = set(run_process([sys.executable, "-c", code]).stdout.split())
         assert f"echo_async.cli.{arguments[0]}" in imported
         assert imported & {"json", "random", "multiprocessing", *(f"echo_async.{name}" for name in unused)} == set()
-
-
-# Environment variables
-
-
-def test_command_reads_its_options_from_the_environment(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    for command, name, value in (
-        ("bench load", "PORT", "70000"),
-        ("bench load", "RATE", "x"),
-        ("bench compare", "ROUNDS", "0"),
-        ("server", "PORT", "70000"),
-    ):
-        with monkeypatch.context() as environment:
-            environment.setenv(f"ECHO_ASYNC_{name}", value)
-            assert main.main(command.split()) == 2
-        assert f"{value!r} (must be" in single_error_line(*capfd.readouterr())
 
 
 # Event loops
@@ -163,16 +111,13 @@ def test_server_runs_on_the_given_loop_factory(workers: int, custom_loop: Path) 
 
 
 def test_bench_compare_measures_the_given_loop_factory(
-    custom_loop: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    custom_loop: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     pytest.importorskip("numpy")
     monkeypatch.syspath_prepend(custom_loop)
     monkeypatch.chdir(custom_loop)
-    options = ("--engines", "protocol", "--loops", "custom_loop:new_event_loop", "--sizes", "64", "--json")
-    assert main.main(["bench", "compare", *options, "--rounds", "1", "--duration", "0.5", "--warmup", "0"]) == 0
-    out, err = capfd.readouterr()
-    assert '"model": "protocol custom_loop:new_event_loop"' in out
-    assert err == ""
+    options = "--engines protocol --loops custom_loop:new_event_loop --rounds 1 --duration 0.5 --warmup 0 --json"
+    assert '"model": "protocol custom_loop:new_event_loop"' in cli.output(f"bench compare --sizes 64 {options}")
     processes = (custom_loop / "loops").read_text().split()
     assert len({*processes} - {str(os.getpid())}) == 1  # the server
 
@@ -187,44 +132,23 @@ def test_bench_loops_auto_is_every_installed_loop(monkeypatch: pytest.MonkeyPatc
     assert installed_loops(["auto"]) == ["asyncio"]
 
 
-def test_loop_that_cannot_be_used_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
-    for command, code, reason in (
-        ("server --loop custom", 2, "invalid --loop"),
-        ("server --loop custom:", 2, "invalid --loop"),
-        ("bench compare --loops :new", 2, "invalid --loop"),
-        ("server --workers 2 --loop missing:new", 3, "cannot use --loop missing:new: No module named 'missing'"),
-        ("run --loop os:getcwd -- true", 3, "cannot use --loop os:getcwd: it returned "),
-        ("bench compare --loops os:getcwd", 3, "cannot use --loop os:getcwd: it returned "),
-    ):
-        assert main.main(command.split()) == code
-        assert reason in single_error_line(*capfd.readouterr())
-
-
 # Kubernetes
 
 
-def test_commands_ignore_service_links_with_one_warning(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("scheme", "workers"), [("tcp", 2), ("udp", 1), ("sctp", 1)])
+def test_service_links_are_ignored_with_a_warning_each(
+    scheme: str, workers: int, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers and the command of ``run`` get no such variable, or they would warn as well."""
-    for name, value in SERVICE_LINKS.items():
+    link = f"{scheme}://10.96.113.7:5500"
+    for name, value in {**SERVICE_LINKS, "ECHO_ASYNC_PORT": link, "ECHO_ASYNC_METRICS_PORT": link}.items():
         monkeypatch.setenv(name, value)
-    assert main.main(["run", "--workers", "2", "--", *MODULES["client"]]) == 0
-    out, err = capfd.readouterr()
-    assert (out, without_slow_callbacks(err)) == ("Hola Server!\n", WARNING)
-
-
-def test_service_link_of_any_port_option_is_ignored(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    for name, scheme in (("PORT", "tcp"), ("PORT", "udp"), ("METRICS_PORT", "sctp")):
-        monkeypatch.setenv(f"ECHO_ASYNC_{name}", f"{scheme}://10.96.113.8:9100")
-        context = server.command.make_context("server", [], **server.command.context_settings)
-        assert context.params[name.lower()] == server.OPTIONS[name.lower()].default
-        assert capfd.readouterr().err == (
-            f"warning: ignoring ECHO_ASYNC_{name}={scheme}://10.96.113.8:9100: "
-            "set by Kubernetes for a Service (enableServiceLinks)\n"
-        )
+    done = cli(f"run --workers {workers} --", *GROUP, "client")
+    assert (done.code, done.out) == (0, "Hola Server!\n")
+    assert sorted(done.err.splitlines()) == [
+        f"warning: ignoring ECHO_ASYNC_{name}={link}: set by Kubernetes for a Service (enableServiceLinks)"
+        for name in ("METRICS_PORT", "PORT")
+    ]
 
 
 # Shell completion
@@ -274,6 +198,6 @@ def test_completion_in_the_shell(shell: str, tmp_path: Path) -> None:
     if shutil.which(shell) is None or not SCRIPT.exists():
         pytest.skip(f"{shell} or the script echo-async is not installed")
     env = {"PATH": f"{SCRIPT.parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
-    done = execute(shell, "-c", SHELLS[shell], env=env, cwd=tmp_path)
+    done = run_process([shell, "-c", SHELLS[shell]], env={**os.environ, **env}, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.split("\t")[0] for line in done.stdout.splitlines()] == ["--timeout-idle"]

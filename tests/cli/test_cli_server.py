@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import pytest
-from support import LOOPS, MAX_DELAY, TIMEOUT, ChildProcess, receive_all, server_process, single_error_line
+from support import (
+    LOOPS,
+    MAX_DELAY,
+    TIMEOUT,
+    ChildProcess,
+    Cli,
+    ServerProcess,
+    command_process,
+    receive_all,
+    receive_line,
+    server_process,
+)
 
 import echo_async
 from echo_async import sync
-from echo_async.cli.main import main as run
-from echo_async.cli.server import main
 
 SERVER = (sys.executable, "-m", "echo_async.server")
 
@@ -44,22 +55,15 @@ def assert_printable(lines: str) -> None:
 
 # Output
 
-
-CONTROL_CHARACTERS = [
-    b"\x1b[2J\x1b]0;title\x07\n",
-    b"nul\0 return\r tab\t backspace\x08 del\x7f\n",
-    b"\x9b31m \xc2\x9b31m \xc2\x85 \xe2\x80\xa8 \x0b \x0c \x1c\n",
-    "\u202eright to left\u2066 \u200f \ufeff\n".encode(),
-    b"\xff\xfe\xed\xa0\x80\n",
-    b"fake\r2026-01-01 00:00:00.000 INFO 10.0.0.1:1 5 bytes: fake\n",
-    b"%s %d {} \\x1b \\\n",
-]
+CONTROL_CHARACTERS = (
+    b"\x1b[2J\x1b]0;title\x07 \x9b31m \xc2\x85 \r2026-01-01 INFO fake \xe2\x80\xae %s %d {} \\x1b \xff\n"
+)
 
 
 def test_server_prints_address_to_stdout_and_log_to_stderr() -> None:
     """All that is known of a connection, at level ``debug``, and nothing that a terminal interprets."""
     options = ("--limit-message-size", "100", "--log-level", "debug", "--loop", "asyncio")
-    messages = [b"a message of more than twenty bytes\n", "¡Ñandú! 😀\n".encode(), *CONTROL_CHARACTERS]
+    messages = [b"a message of more than twenty bytes\n", "¡Ñandú! 😀\n".encode(), CONTROL_CHARACTERS]
     with server_process(*options, env={"PYTHONIOENCODING": "utf-8"}) as server:
         host, port = server.address
         assert server.startup_line == f"listening on 127.0.0.1:{port}\n"
@@ -174,82 +178,58 @@ def test_signals_after_the_stop_keep_exit_code_0(variant: tuple[str, str]) -> No
     assert_printable(log)
 
 
-# Errors at startup
+# Makes stdin the controlling terminal of the session, then becomes the server.
+WITH_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execv(sys.executable, [sys.executable, "-m", "echo_async.server", "--port", "0", "--mode", "stream", *sys.argv[2:]])
+"""
 
 
-# Values that the command line converts, one of each type; tests/test_config.py has the ranges.
-BAD_OPTIONS = {
-    "--port": "abc",
-    "--mode": "echo",
-    "--loop": "trio",
-    "--workers": "0",
-    "--limit-message-size": "1M",
-    "--timeout-idle": "nan",
-    "--log-level": "loud",
-    "--host": "",
-    "--uds": "",
-    "--fault": "delay=0.1,rate=fast",
-    "--fault-sequence": "reset;no-accept",
-    "--fault-seed": "x",
-}
+@contextmanager
+def server_on_terminal(handling: str, *args: str) -> Iterator[tuple[ServerProcess, int]]:
+    """Start a server whose controlling terminal hangs up when the returned descriptor is closed."""
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-c", WITH_TERMINAL, handling, *args]
+    with command_process(command, stdin=terminal, start_new_session=True) as server:
+        os.close(terminal)
+        yield server, master
 
 
-def test_invalid_value_is_reported_with_its_option(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for option, value in BAD_OPTIONS.items():
-        assert main([f"{option}={value}"]) == 2
-        assert single_error_line(*capsys.readouterr()).startswith(f"error: invalid {option}: {value!r} (")
-    for name, value in {"PORT": "65536", "MODE": "echo", "TIMEOUT_IDLE": "-1", "NO_ACCESS_LOG": "perhaps"}.items():
-        with monkeypatch.context() as environment:
-            environment.setenv(f"ECHO_ASYNC_{name}", value)
-            assert main(["--host", "192.0.2.1"]) == 2
-        assert single_error_line(*capsys.readouterr()).startswith(f"error: invalid ECHO_ASYNC_{name}: {value!r} (")
+@pytest.mark.parametrize("kind", [[], ["--threaded"], ["--workers", "2"]], ids=" ".join)
+def test_terminal_hang_up_drains_the_server(kind: list[str]) -> None:
+    """SIGHUP that is sent otherwise closes no connection."""
+    with server_on_terminal("default", *kind) as (server, master), server.connect() as client:
+        client.sendall(b"first\nincomplete ")
+        assert receive_line(client) == b"first\n"
+        os.killpg(server.process.pid, signal.SIGHUP)  # workers included
+        server.wait_for_log("SIGHUP received: nothing to reload")
+        os.close(master)
+        server.wait_for_log("SIGHUP received: shutting down")
+        client.sendall(b"message\n")
+        assert receive_line(client) == b"incomplete message\n"
+        log = server.wait()
+    assert "exited with code" not in log
+    assert "server stopped: accepted=1 " in log
 
 
-def test_invalid_arguments_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for arguments, reason in (
-        ("--prot 80", "--port"),
-        ("--threaded --engine protocol", "--threaded conflicts with --engine protocol"),
-        ("--threaded --loop uvloop", "--loop uvloop conflicts with --engine threads"),
-        ("--engine threads --loop uvloop:new_event_loop", "--loop uvloop:new_event_loop conflicts with --engine thr"),
-        ("5500", "5500"),
-    ):
-        assert main(["--port", "0", *arguments.split()]) == 2
-        assert reason in single_error_line(*capsys.readouterr())
-    monkeypatch.setattr(sys, "stderr", None)
-    assert main(["5500"]) == 2
-    assert capsys.readouterr() == ("", "")
+def test_terminal_hang_up_with_nohup_keeps_serving() -> None:
+    with server_on_terminal("nohup") as (server, master), server.connect() as client:
+        os.close(master)
+        server.wait_for_log("SIGHUP received: nothing to reload")
+        client.sendall(b"after\n")
+        assert receive_line(client) == b"after\n"
+        server.stop()
 
 
-def test_server_that_cannot_start_exits_with_3(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, closed_port: int
-) -> None:
-    monkeypatch.setenv("ECHO_ASYNC_PORT", str(closed_port))
-    for options, reason in (
-        ((), f" 127.0.0.1:{closed_port}: address already in use"),
-        (("--host", "no-such-host.invalid"), "no-such-host.invalid"),
-        (("--host", os.fsdecode(b"\xff\xfe")), r"\udcff\udcfe"),
-    ):
-        assert main(options) == 3
-        assert reason in single_error_line(*capsys.readouterr())
-
-
-def test_failed_start_restores_signal_handlers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_start_restores_signal_handlers(cli: Cli) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a program that measures coverage handles it
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for loop in LOOPS:
-        assert main(["--port", "0", "--host", "999.1.1.1", "--loop", loop]) == 3
+        cli.error(f"server --port 0 --host 999.1.1.1 --loop {loop}", code=3)
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-def test_loop_uvloop_not_installed_exits_with_3(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "uvloop", None)
-    assert main(["--port", "0", "--loop", "uvloop"]) == 3
-    assert "install it (pip install 'echo-async[uvloop]')" in single_error_line(*capsys.readouterr())
-    assert run(["run", "--", "true"]) == 0  # auto
 
 
 # The environment
@@ -263,22 +243,20 @@ CONFLICTS: list[tuple[dict[str, str], str, str]] = [
     ({"LISTEN": "1 2", "UDS": "/missing/socket", "FD": "9"}, "--port 0", "server started: mode message, engine"),
     ({"PORT": "1", "HOST": "missing.invalid", "UDS": "a"}, "--listen 0,mode=raw", "server started: mode raw, engine"),
     ({"LISTEN": "127.0.0.1:0,mode=raw", "HOST": "::", "PORT": "1"}, "", "server started: mode raw, engine"),
-    ({"LISTEN": " unix:{tmp}/a,mode=raw  0,udp "}, "", "listener {tmp}/a started: mode raw\n"),
-    ({"UDP": "1", "UDP_ALLOW_FROM": "*"}, "--uds {tmp}/a", "server started: mode message, engine"),
+    ({"LISTEN": " unix:a,mode=raw  0,udp "}, "", "listener a started: mode raw\n"),
+    ({"UDP": "1", "UDP_ALLOW_FROM": "*"}, "--uds a", "server started: mode message, engine"),
 ]
 
 
-def test_command_line_overrides_the_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line_overrides_the_environment(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``run`` has the options of ``server``, with other defaults."""
+    monkeypatch.chdir(tmp_path)
     for variables, options, logged in CONFLICTS:
-        words = options.replace("{tmp}", str(tmp_path)).split()
         with monkeypatch.context() as environment:
             for name, value in variables.items():
-                environment.setenv(f"ECHO_ASYNC_{name}", value.replace("{tmp}", str(tmp_path)))
-            assert run(["run", "--log-level", "info", *words, "--", "true"]) == 0
-        assert logged.replace("{tmp}", str(tmp_path)) in capfd.readouterr().err
+                environment.setenv(f"ECHO_ASYNC_{name}", value)
+            done = cli(f"run --log-level info {options} -- true")
+        assert (done.code, logged in done.err) == (0, True)
 
 
 # Closed and full output
@@ -314,16 +292,12 @@ def test_help_to_broken_pipe_exits_with_0() -> None:
 # Help and version
 
 
-def test_help_fits_100_columns_and_has_the_exit_codes(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_fits_100_columns_and_has_the_exit_codes(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert main(["--help"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = cli.output("server --help").splitlines()
     text = " ".join(" ".join(lines).split())
     assert "[env var: ECHO_ASYNC_PORT; default: 5500;" in text
     assert "default: (fits the descriptor limit)" in text
     assert "Exit codes: 0 " in text
     assert max(map(len, lines)) <= 100
-    assert main(["--version"]) == 0
-    assert capsys.readouterr() == (f"echo-async, version {echo_async.__version__}\n", "")
+    assert cli.output("server --version") == f"echo-async, version {echo_async.__version__}\n"
