@@ -6,44 +6,41 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-from contextlib import redirect_stderr, suppress
-from io import StringIO
+from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
-from support import TIMEOUT, ChildProcess, single_error_line, wait_until
+from support import TIMEOUT, ChildProcess, Cli, Done, wait_until
 
-from echo_async import StartError
+from echo_async import EchoError, StartError
+from echo_async.bench.disturbance import Disturbance
+from echo_async.bench.load import find_server
+from echo_async.bench.plan import LoadPlan
 from echo_async.bench.server import ServerProcess
-from echo_async.cli.bench import main
+from echo_async.pytest_plugin import MakeEchoServer
+from echo_async.testing import HostedServer
 
-SHORT = ("--rounds", "1", "--warmup", "0.02")
 
-
-def compare(*arguments: str) -> int:
-    """Run a short comparison; return the exit code. Measure longer if a busy machine answers no message in time."""
-    is_disturbed = "--disturb" in arguments
-    if not is_disturbed:
-        arguments = ("--connections", "2", *arguments)
+def compare(cli: Cli, options: str) -> Done:
+    """Run a short comparison. Measure longer if a busy machine answers no message in time."""
+    is_disturbed = "--disturb" in options
+    connections = "" if is_disturbed else "--connections 2"
     for duration in ("0.3" if is_disturbed else "0.1", "4"):
-        with redirect_stderr(StringIO()) as stderr:
-            code = main(["compare", *SHORT, *arguments, "--duration", duration])
-        if "no replies within" not in stderr.getvalue():
+        done = cli(f"bench compare --warmup 0.02 {connections} {options} --duration {duration}")
+        if "no replies within" not in done.err:
             break
-    sys.stderr.write(stderr.getvalue())
-    return code
+    return done
 
 
 @pytest.mark.timeout(180)  # on a busy machine, the processes start slowly
-def test_compare_prints_a_table_and_saves_every_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--engines", "threads,protocol", "--loops", "uvloop", "--chunk-sizes", "20", "--sizes", "1000")
+def test_compare_prints_a_table_and_saves_every_round(tmp_path: Path, cli: Cli) -> None:
+    options = "--engines threads,protocol --loops uvloop --chunk-sizes 20 --sizes 1000 --rounds 2"
     files = (tmp_path / "compare.json", tmp_path / "compare.svg")
-    assert compare(*options, "--rounds", "2", "--save", str(files[0]), "--plot", str(files[1])) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
+    code, out, err = compare(cli, f"{options} --save {files[0]} --plot {files[1]}")
+    assert (code, err) == (0, "")
     assert re.search(r"1,000 bytes per message, 2 connections, 1 in flight on each; 2 rounds of [0-9.]+ s\n", out)
     titles = ["server", "messages/s", "ratio", "CPU µs", "p50 ms", "p99 ms"]
     assert any(all(title in line for title in titles) for line in out.splitlines())
@@ -73,14 +70,11 @@ def check_results(facts: dict[str, Any]) -> None:
     assert results[0]["messages_per_second_ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
 
 
-def test_compare_beside_a_flood_reports_round_trips_and_its_rate(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ("--disturb", "flood", "--engines", "protocol", "--loops", "asyncio", "--sizes", "64")
+def test_compare_beside_a_flood_reports_round_trips_and_its_rate(tmp_path: Path, cli: Cli) -> None:
+    options = "--disturb flood --engines protocol --loops asyncio --sizes 64 --rounds 1"
     files = (tmp_path / "flood.json", tmp_path / "flood.svg")
-    assert compare(*options, "--save", str(files[0]), "--plot", str(files[1])) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
+    code, out, err = compare(cli, f"{options} --save {files[0]} --plot {files[1]}")
+    assert (code, err) == (0, "")
     assert re.search("^64 bytes per message, 1 connection, 1 in flight on each beside a flood; 1 round of", out, re.M)
     titles = ["server", "p50 ms", "p99 ms", "ratio", "max ms", "flood MB/s"]
     assert any(all(title in line for title in titles) for line in out.splitlines())
@@ -94,10 +88,12 @@ def test_compare_beside_a_flood_reports_round_trips_and_its_rate(
     assert "<svg" in files[1].read_text()
 
 
-def test_compare_beside_idle_connections_reports_idle_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--disturb", "idle=150", "--engines", "protocol", "--loops", "asyncio", "--json")
-    assert compare(*options) == 0
-    facts = json.loads(capsys.readouterr().out)
+def test_compare_beside_idle_connections_reports_idle_cpu(cli: Cli) -> None:
+    """They are printed although the file that is to have them cannot be written."""
+    options = "--disturb idle=150 --engines protocol --loops asyncio --rounds 1 --json --save /proc/facts.json"
+    code, out, err = compare(cli, options)
+    assert (code, err) == (1, "error: cannot write /proc/facts.json: no such file or directory\n")
+    facts = json.loads(out)
     [result] = facts["results"]
     assert (facts["disturbance"], result["flood_bytes_per_second"]) == ("idle=150", None)
     assert 0 <= result["idle_cpu"] < 1
@@ -106,7 +102,7 @@ def test_compare_beside_idle_connections_reports_idle_cpu(capsys: pytest.Capture
 
 def test_compare_sigint_exits_130_without_output() -> None:
     command = [sys.executable, "-m", "echo_async.bench", "compare", "--engines", "protocol", "--duration", "60"]
-    with ChildProcess(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with ChildProcess(command, stdout=PIPE, stderr=PIPE) as process:
         wait_until(
             lambda: any("echo_async.bench.worker" in each and sockets >= 10 for each, sockets in children(process.pid))
         )
@@ -125,38 +121,10 @@ def children(pid: int) -> list[tuple[str, int]]:
     return found
 
 
-def test_compare_server_without_replies_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--engines", "protocol", "--loops", "asyncio", "--sizes", "10000")
-    assert main(["compare", *options, "--duration", "1e-6", "--warmup", "0"]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "cannot measure protocol asyncio: no replies within 1e-06 s; increase --duration" in err
-
-
-INVALID = [
-    *("--engines fibers", "--loops asyncio,", "--sizes 1,x", "--plot picture.txt", "--plot /nonexistent/picture.svg"),
-    *("--disturb waves", "--disturb idle=0", "--disturb idle=3000000000", "--disturb flood --mode message"),
-]
-
-
-def test_compare_invalid_option_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for options in INVALID:
-        assert main(["compare", *options.split()]) == 2
-        single_error_line(*capsys.readouterr())
-
-
-def test_compare_plot_without_matplotlib_exits_3(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["compare", "--plot", str(tmp_path / "picture.svg")]) == 3
-    assert "pip install 'echo-async[bench]'" in capsys.readouterr().err
-
-
-def test_compare_unwritable_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--engines", "protocol", "--loops", "asyncio", "--sizes", "100")
-    assert compare(*options, "--save", "/proc/facts.json") == 1
-    assert capsys.readouterr().err == "error: cannot write /proc/facts.json: no such file or directory\n"
+def test_compare_server_without_replies_is_an_error(cli: Cli) -> None:
+    options = "--engines protocol --loops asyncio --sizes 10000 --duration 1e-6 --warmup 0"
+    error = cli.error(f"bench compare {options}", code=1)
+    assert "cannot measure protocol asyncio: no replies within 1e-06 s; increase --duration" in error
 
 
 def test_server_process_failed_start_shows_its_output() -> None:
@@ -167,3 +135,34 @@ def test_server_process_failed_start_shows_its_output() -> None:
     ):
         with pytest.raises(StartError, match=output), ServerProcess(command):
             pass
+
+
+# Disturbances, with servers that do not serve them
+
+
+def plan_for(server: HostedServer) -> LoadPlan:
+    return find_server(LoadPlan(), *server.address)
+
+
+def test_flood_with_a_wrong_reply_is_an_error(faulty_server: MakeEchoServer) -> None:
+    server = faulty_server(fault="corrupt")
+    with Disturbance.parse("flood").run(plan_for(server), []) as finish:
+        server.wait_for(messages=1, active=0, timeout=TIMEOUT)  # the client has left
+        with pytest.raises(EchoError, match="the flood failed: reply mismatch at byte"):
+            finish()
+
+
+def test_idle_connections_over_the_limit_are_an_error() -> None:
+    disturbance = Disturbance.parse("idle=3")
+    with HostedServer(limit_connections=2) as server:
+        idle = disturbance.run(plan_for(server), [])
+        with pytest.raises(EchoError, match="cannot open 3 idle connections: "), idle:
+            pass
+
+
+def test_idle_connections_closed_by_the_server_are_an_error() -> None:
+    with HostedServer() as server, Disturbance.parse("idle=3").run(plan_for(server), []) as finish:
+        assert finish() is None
+        server.close()
+        with pytest.raises(EchoError, match="the server closed 3 of 3 idle connections"):
+            finish()

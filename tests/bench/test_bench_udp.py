@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from time import perf_counter
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import ScriptedDatagrams, echo_datagram, resolve_to
+from support import Cli, ScriptedDatagrams, StartDatagrams, resolve_to
 
 from echo_async.bench.generator import LoadGenerator
 from echo_async.bench.load import find_udp_server
@@ -22,17 +21,7 @@ from echo_async.bench.plan import LoadPlan
 from echo_async.bench.recorder import Recorder
 from echo_async.bench.report import print_load
 from echo_async.bench.result import Distribution, LoadResult
-from echo_async.cli.bench import main
 from echo_async.errors import ConnectTimeout
-
-Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def start() -> Iterator[Any]:
-    """Return a function that starts a UDP server, which stops after the test."""
-    with ExitStack() as stack:
-        yield lambda answer=echo_datagram: stack.enter_context(ScriptedDatagrams(answer))
 
 
 def run_load(server: ScriptedDatagrams, **options: Any) -> Recorder:
@@ -53,17 +42,17 @@ def count_dropped(server: ScriptedDatagrams) -> int:
 
 
 @pytest.mark.parametrize(("rate", "size"), [(None, 2), (None, 65_507), (1000.0, 100)])
-def test_udp_load_without_loss_is_answered(start: Any, rate: float | None, size: int) -> None:
-    server = start()
+def test_udp_load_without_loss_is_answered(start_datagrams: StartDatagrams, rate: float | None, size: int) -> None:
+    server = start_datagrams()
     recorder = run_load(server, rate=rate, size=size, connections=1 if size > 100 else 3, duration=0.1)
     assert (recorder.lost, recorder.failures, recorder.mismatch, recorder.duplicated) == (0, {}, None, 0)
     assert len(server.received) == sum(recorder.counts) > 0
     assert {len(data) for data in server.received} == {size}
 
 
-def test_udp_load_lost_is_what_was_dropped(start: Any) -> None:
+def test_udp_load_lost_is_what_was_dropped(start_datagrams: StartDatagrams) -> None:
     """In a closed loop and in an open one, at the same time."""
-    servers = [start(drop_tenth), start(drop_tenth)]
+    servers = [start_datagrams(drop_tenth), start_datagrams(drop_tenth)]
     options: list[dict[str, Any]] = [{"pipeline": 4}, {"rate": 500.0}]
     with ThreadPoolExecutor() as pool:
         load = partial(run_load, timeout=1.5, connections=1)
@@ -74,45 +63,43 @@ def test_udp_load_lost_is_what_was_dropped(start: Any) -> None:
         assert all(reason.startswith("reply timeout: no reply within 1.5 s") for reason in recorder.failures)
 
 
-def test_udp_load_counts_duplicates(start: Any) -> None:
-    recorder = run_load(start(lambda number, data: [data] * (2 if number == 1 else 1)))
+def test_udp_load_counts_duplicates(start_datagrams: StartDatagrams) -> None:
+    recorder = run_load(start_datagrams(lambda number, data: [data] * (2 if number == 1 else 1)))
     assert (recorder.duplicated, recorder.lost, recorder.mismatch) == (1, 0, None)
 
 
-def test_udp_load_reply_to_another_socket_stops(start: Any) -> None:
+def test_udp_load_reply_to_another_socket_stops(start_datagrams: StartDatagrams) -> None:
     first: list[bytes] = []
 
     def answer(number: int, data: bytes) -> Iterable[bytes]:
         first.append(data)
         return [first[0]] if number == 2 else [] if number == 1 else [data]
 
-    recorder = run_load(start(answer), connections=2)
+    recorder = run_load(start_datagrams(answer), connections=2)
     assert recorder.mismatch is not None
     assert recorder.mismatch["what"] == "received 100 bytes that were not sent"
 
 
-def test_udp_load_server_gone_is_a_loss(start: Any) -> None:
+def test_udp_load_server_gone_is_a_loss(start_datagrams: StartDatagrams) -> None:
     def answer(number: int, data: bytes) -> Iterable[bytes]:
         if number == 1:
             server.stop_soon()
         return [data]
 
-    server = start(answer)
+    server = start_datagrams(answer)
     recorder = run_load(server, rate=100.0, timeout=0.1, duration=0.4)
     assert recorder.failures["connection refused"] > 0
     assert recorder.lost > 0
 
 
-def test_udp_load_json_has_no_mode(start: Any, capsys: Capture) -> None:
-    server = start()
-    options = ["--connections", "1", "--warmup", "0", "--duration", "0.2", "--rate", "200", "--timeout", "5"]
-    assert main(["load", "--udp", "--json", "--port", str(server.address[1]), *options]) == 0
-    facts = json.loads(capsys.readouterr().out)
+def test_udp_load_json_has_no_mode(start_datagrams: StartDatagrams, cli: Cli) -> None:
+    options = "--connections 1 --warmup 0 --duration 0.2 --rate 200 --timeout 5"
+    facts = json.loads(cli.output(f"bench load --udp --json --port {start_datagrams().address[1]} {options}"))
     expected = {"udp": True, "mode": None, "tls": False, "lost": 0, "lost_share": 0, "duplicated": 0}
     assert {name: facts[name] for name in expected} == expected
 
 
-def test_udp_load_table_has_the_share_of_losses(capsys: Capture) -> None:
+def test_udp_load_table_has_the_share_of_losses(capsys: pytest.CaptureFixture[str]) -> None:
     plan = LoadPlan(udp=True, family=socket.AF_INET, address=("127.0.0.1", 1), connections=1, size=20, rate=200)
     times = Distribution(np.array([0.001]), np.array([36], dtype=np.uint64))
     print_load(LoadResult(plan=plan, answered=36, lost=4, duplicated=2, service=times, response=times), [])
@@ -124,37 +111,19 @@ def test_udp_load_table_has_the_share_of_losses(capsys: Capture) -> None:
 # The server
 
 
-def test_udp_server_that_drops_the_first_is_found(start: Any) -> None:
-    server = start(lambda number, data: [data] if number > 1 else [])
+def test_udp_server_that_drops_the_first_is_found(start_datagrams: StartDatagrams) -> None:
+    server = start_datagrams(lambda number, data: [data] if number > 1 else [])
     assert find_udp_server(LoadPlan(udp=True), *server.address).address == server.address
 
 
-def test_udp_server_without_reply_times_out(start: Any) -> None:
+def test_udp_server_without_reply_times_out(start_datagrams: StartDatagrams) -> None:
     with pytest.raises(ConnectTimeout, match=r"timed out after 0\.15 s"):
-        find_udp_server(LoadPlan(udp=True, timeout=0.15), *start(lambda number, data: []).address)
+        find_udp_server(LoadPlan(udp=True, timeout=0.15), *start_datagrams(lambda number, data: []).address)
 
 
 def test_udp_server_at_the_second_address_is_found(
-    start: Any, closed_udp_port: int, monkeypatch: pytest.MonkeyPatch
+    start_datagrams: StartDatagrams, closed_udp_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = start()
+    server = start_datagrams()
     resolve_to(monkeypatch, ("127.0.0.1", closed_udp_port), server.address)
     assert find_udp_server(LoadPlan(udp=True), "several.example", 1).address == server.address
-
-
-def test_udp_port_without_server_exits_with_3(closed_udp_port: int, capsys: Capture) -> None:
-    assert main(["load", "--udp", "--port", str(closed_udp_port)]) == 3
-    assert "connection refused; is the server running?" in capsys.readouterr().err
-
-
-def test_udp_load_conflicting_option_exits_with_2(capsys: Capture) -> None:
-    for options, text in (
-        ("--ssl", "--udp conflicts with --ssl"),
-        ("--server-hostname x", "--udp conflicts with --server-hostname"),
-        ("--uds x", "--udp conflicts with --uds"),
-        ("--mode stream", "--udp conflicts with --mode"),
-        ("--rate 1 --pipeline 2", "--udp --rate conflicts with --pipeline"),
-        ("--size 65508", "invalid --size: 65508 (must be at most 65507 with --udp)"),
-    ):
-        assert main(["load", "--udp", *options.split()]) == 2
-        assert capsys.readouterr().err.startswith(f"error: {text}")
