@@ -34,7 +34,7 @@ from echo_async.wire.tls_layer import (
 MEBIBYTE = bytes(range(256)) * 4096
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def server_context(certificate: Path) -> ssl.SSLContext:
     return Certificates(ServerConfig(ssl_certfile=certificate)).context
 
@@ -90,23 +90,6 @@ def test_records_split_anywhere_are_decrypted(server_context: ssl.SSLContext, cl
         assert receive(server, sent, size) == b"".join(messages)
         assert server.is_ended
         assert server.error is None
-
-
-def test_record_split_at_every_byte_is_decrypted(pair: tuple[TlsLayer, TlsClient]) -> None:
-    server, client = pair
-    record = client.record(b"Hola")
-    assert server.receive(record) == b"Hola"
-    for position in range(len(record)):
-        record = client.record(b"Hola")
-        assert server.receive(record[:position]) == b""
-        assert not server.has_news
-        assert server.receive(record[position:]) == b"Hola"
-
-
-def test_mebibyte_arrives_in_both_directions(pair: tuple[TlsLayer, TlsClient]) -> None:
-    server, client = pair
-    assert receive(server, client.record(MEBIBYTE), 65536) == MEBIBYTE
-    assert client.receive(server.send(MEBIBYTE))[0] == MEBIBYTE
 
 
 def test_turn_has_a_limited_number_of_records(pair: tuple[TlsLayer, TlsClient]) -> None:
@@ -264,17 +247,12 @@ def test_other_protocols_are_refused_at_once(server_context: ssl.SSLContext) -> 
 
 
 @given(st.lists(st.binary(max_size=2000), max_size=5))
-def test_random_input_is_an_error_at_most(server_context_of_session: ssl.SSLContext, chunks: list[bytes]) -> None:
-    server = TlsLayer(server_context_of_session)
+def test_random_input_is_an_error_at_most(server_context: ssl.SSLContext, chunks: list[bytes]) -> None:
+    server = TlsLayer(server_context)
     for chunk in chunks:
         assert receive(server, chunk) == b""
     server.receive_eof()
     assert isinstance(server.error, ssl.SSLError if any(chunks) else ConnectionError)
-
-
-@pytest.fixture(scope="session")
-def server_context_of_session(certificate: Path) -> ssl.SSLContext:
-    return Certificates(ServerConfig(ssl_certfile=certificate)).context
 
 
 # Names, certificates, sessions

@@ -6,17 +6,20 @@ import json
 import os
 import socket
 import ssl
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
-from support import StartServer, connect, receive_line, run
+from cryptography import x509
+from support import StartServer, connect, connect_tls, receive_line, run
 
 import echo_async
 from echo_async import Identity, ReplyDifferent, sync
 from echo_async.cli.client import main as client_main
+from echo_async.config import ServerOptions
 from echo_async.pytest_plugin import MakeEchoServer
 from echo_async.testing import HostedServer, Peer
 from echo_async.wire.proxy import build_header
@@ -69,16 +72,15 @@ def test_reply_reports_the_proxy_header(
 
 
 def test_reply_reports_the_tls_session(
-    start_server: StartServer, authority: trustme.CA, client_context: ssl.SSLContext, tmp_path: Path
+    start_server: StartServer, authority: trustme.CA, ca_file: Path, client_context: ssl.SSLContext
 ) -> None:
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     issued = authority.issue_cert("client.example", common_name="client")
     issued.configure_cert(client_context)
     client_context.set_alpn_protocols(["h2", "echo"])
-    options: Any = {"ssl_ca_certs": str(tmp_path / "ca.pem"), "ssl_alpn": "echo, raw"}
+    options: ServerOptions = {"ssl_ca_certs": str(ca_file), "ssl_alpn": "echo, raw"}
     with (
         start_server(mode="identify", tls=True, **options) as server,
-        client_context.wrap_socket(connect(server), server_hostname="localhost") as client,
+        connect_tls(server, client_context) as client,
     ):
         identity = identify(client, b"x\n")
         version, cipher = client.version(), client.cipher()
@@ -88,16 +90,10 @@ def test_reply_reports_the_tls_session(
     assert (identity.tls.sni, identity.tls.alpn) == ("localhost", "echo")
     certificate = identity.tls.client_certificate
     assert certificate is not None
-    assert certificate.subject is not None
-    assert certificate.subject.endswith(",CN=client")
+    assert (certificate.subject or "").endswith(",CN=client")
     assert certificate.sans == ["DNS:client.example"]
-    assert int(certificate.serial or "", 16) == trustme_serial(issued)
-
-
-def trustme_serial(issued: trustme.LeafCert) -> int:
-    cryptography = pytest.importorskip("cryptography.x509")
-    serial: int = cryptography.load_pem_x509_certificate(issued.cert_chain_pems[0].bytes()).serial_number
-    return serial
+    own = x509.load_pem_x509_certificate(issued.cert_chain_pems[0].bytes())
+    assert int(certificate.serial or "", 16) == own.serial_number
 
 
 def test_reply_without_sni_and_alpn_has_null(start_server: StartServer, client_context: ssl.SSLContext) -> None:
@@ -123,16 +119,12 @@ def test_pipelined_messages_are_answered_in_order_and_logged(
     assert [line.partition(" bytes: ")[2] for line in caplog.messages] == [str(number) for number in range(500)]
 
 
-def send_endlessly(client: socket.socket) -> None:
-    while True:
-        client.sendall(10_000 * b"\n")
-
-
 def test_replies_of_a_flood_are_not_collected(start_server: StartServer) -> None:
     """A reply is 300 times as long as its message: each is made when the previous one is sent."""
     with start_server(mode="identify", timeout_write=0.3) as server, connect(server) as client:
-        with pytest.raises(ConnectionError):
-            send_endlessly(client)
+        with suppress(ConnectionError):
+            while True:
+                client.sendall(10_000 * b"\n")
         assert server.stats.timeouts_write == 1
         assert server.stats.bytes_out < 20_000_000
 
@@ -222,10 +214,11 @@ def test_client_command_escapes_what_a_server_reports(
 
 def test_client_command_checks_the_reply(capfd: pytest.CaptureFixture[str]) -> None:
     with HostedServer() as server:
-        assert client_main(["--port", str(server.port), "--identify", "one"]) == 1
+        arguments = ["--port", str(server.port), "--identify", "one"]
+        assert client_main(arguments) == 1
         out, err = capfd.readouterr()
         assert (out, "in identify mode?" in err) == ("", True)
-        assert client_main(["--port", str(server.port), "--identify", "--json", "one"]) == 1
+        assert client_main([*arguments, "--json"]) == 1
         assert json.loads(capfd.readouterr().out)["error"]["kind"] == "mismatch"
     assert client_main(["--identify", "--count", "1"]) == 2
     assert "--identify and --count are mutually exclusive" in capfd.readouterr().err

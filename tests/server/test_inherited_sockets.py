@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import resource
@@ -10,12 +11,23 @@ import socket
 import ssl
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from support import TIMEOUT, Load, ServerProcess, ServerThread, command_process, receive_all, single_error_line
+from support import (
+    TIMEOUT,
+    Load,
+    ServerProcess,
+    ServerThread,
+    command_process,
+    connect_tls,
+    is_echoed,
+    receive_all,
+    single_error_line,
+)
 
+from echo_async import sync
 from echo_async.cli.server import main
 from echo_async.net import format_address
 from echo_async.service.systemd import listen_descriptors
@@ -32,18 +44,10 @@ def listener() -> Iterator[socket.socket]:
         yield listener
 
 
-@contextmanager
-def server_on(listener: socket.socket, *options: str, env: dict[str, str] | None = None) -> Iterator[ServerProcess]:
+def server_on(listener: socket.socket, *options: str) -> AbstractContextManager[ServerProcess]:
     """Start a server with ``--fd``."""
     number = listener.fileno()
-    with command_process([*SERVER, "--fd", str(number), *options], env, pass_fds=[number]) as server:
-        yield server
-
-
-def exchange(address: tuple[str, int], message: bytes) -> bytes:
-    with socket.create_connection(address, TIMEOUT) as client:
-        client.sendall(message)
-        return receive_all(client)
+    return command_process([*SERVER, "--fd", str(number), *options], pass_fds=[number])
 
 
 # --fd
@@ -54,12 +58,9 @@ def test_inherited_unix_socket_file_is_not_removed(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(512)
-        with server_on(listener) as server, socket.socket(socket.AF_UNIX) as client:
+        with server_on(listener) as server:
             assert server.startup_line == f"listening on {path}\n"
-            client.settimeout(TIMEOUT)
-            client.connect(str(path))
-            client.sendall(b"one\n")
-            assert receive_all(client) == b"one\n"
+            assert sync.echo("one", uds=path) == "one"
             server.stop()
         assert path.exists()
 
@@ -100,18 +101,15 @@ os.execv(command[0], command)
 @contextmanager
 def activated(*listeners: socket.socket, options: tuple[str, ...] = (), names: str = "") -> Iterator[ServerProcess]:
     """Start a server as systemd does, with ``listeners`` as descriptors from 3 on, and ``names`` in LISTEN_FDNAMES."""
-    duplicates = [os.dup(listener.fileno()) for listener in listeners]
-    inherited = [os.dup2(number, 100 + place) for place, number in enumerate(duplicates)]  # clear of 3 and up
-    for number in duplicates:
-        os.close(number)
-    try:
+    with ExitStack() as stack:
+        inherited = [fcntl.fcntl(each, fcntl.F_DUPFD, 100) for each in listeners]  # clear of 3 and up
+        for number in inherited:
+            stack.callback(os.close, number)
         numbers = ",".join(map(str, inherited))
         command = [sys.executable, "-c", SOCKET_ACTIVATION, str(len(listeners)), numbers, *SERVER, *options]
-        with command_process(command, {"LISTEN_FDNAMES": names} if names else None, pass_fds=inherited) as server:
-            yield server
-    finally:
-        for number in inherited:
-            os.close(number)
+        yield stack.enter_context(
+            command_process(command, {"LISTEN_FDNAMES": names} if names else None, pass_fds=inherited)
+        )
 
 
 def test_all_sockets_from_systemd_are_served(listener: socket.socket) -> None:
@@ -121,7 +119,7 @@ def test_all_sockets_from_systemd_are_served(listener: socket.socket) -> None:
     ):
         assert server.address == listener.getsockname()
         for each in (listener, second):
-            assert exchange(each.getsockname(), b"one\n") == b"one\n"
+            assert sync.echo("one", *each.getsockname()) == "one"
         log = server.stop()
     assert "messages=2 " in log
 
@@ -159,11 +157,10 @@ def test_listeners_serve_the_inherited_sockets_of_their_name(
     ):
         names = [format_address(each.getsockname()) for each in (secure, listener)]
         assert server.startup_line == f"listening on {names[0]}\n"
-        with client_context.wrap_socket(server.connect(), server_hostname="localhost") as client:
-            client.sendall(b"one\n")
-            assert client.recv(100) == b"one\n"
+        with connect_tls(server, client_context) as client:
+            assert is_echoed(client)
         for each in (listener, second):
-            assert exchange(each.getsockname(), b"one\n") == b"one\n"
+            assert sync.echo("one", *each.getsockname()) == "one"
         log = server.stop()
     for name, messages in zip(names, (1, 2), strict=True):
         assert re.search(rf"listener {name} stopped: .* messages={messages} ", log)
@@ -196,7 +193,7 @@ def test_service_manager_is_notified_of_start_and_stop(variant: list[str], abstr
         manager.settimeout(TIMEOUT)
         with command_process([*SERVER, "--port", "0", *variant], {"NOTIFY_SOCKET": name}) as server:
             assert manager.recv(100) == b"READY=1"
-            assert exchange(server.address, b"one\n") == b"one\n"  # READY=1: the server is reachable
+            assert sync.echo("one", *server.address) == "one"  # READY=1: the server is reachable
             server.process.send_signal(signal.SIGTERM)
             assert manager.recv(100) == b"STOPPING=1"
             log = server.wait()
@@ -208,7 +205,7 @@ def test_service_manager_is_notified_of_start_and_stop(variant: list[str], abstr
 
 def test_missing_service_manager_is_only_a_warning(tmp_path: Path) -> None:
     with command_process([*SERVER, "--port", "0"], {"NOTIFY_SOCKET": str(tmp_path / "missing")}) as server:
-        assert exchange(server.address, b"one\n") == b"one\n"
+        assert sync.echo("one", *server.address) == "one"
         log = server.stop()
     assert log.count("cannot notify the service manager at ") == 2
     assert "Traceback" not in log

@@ -98,16 +98,6 @@ def receive_end(client: socket.socket) -> str:
         return "closed"
 
 
-def test_blocking_server_waits_and_disconnects() -> None:
-    with sync.serve(port=0, mode="stream") as server, sync.connect(*server.address) as client:
-        assert client.echo("one") == "one"
-        server.wait_for(messages=1)
-        server.disconnect()
-        server.wait_for(active=0)
-        with pytest.raises(TimeoutError):
-            server.wait_for(active=1, timeout=0.01)
-
-
 def test_call_before_its_wake_up_keeps_no_thread_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The accept thread wakes up for a client, and makes the call. What wakes it for the call must not stay."""
     wake = ThreadAcceptor._wake
