@@ -112,6 +112,8 @@ class Case(NamedTuple):
     flood: bytes = b""  # received all the time after the last step
 
 
+SLOW_WRITE: list[Step] = [Unsent(4), WRITE - 1, Unsent(3), WRITE - 1, Unsent(2), WRITE - 1]  # takes 87 s
+
 CASES = {
     "idle": Case("stream", [], "idle", IDLE),
     "idle, message": Case("message", [], "idle", IDLE),
@@ -125,13 +127,11 @@ CASES = {
     "message restarts with each": Case("stream", (b"1", *5 * (MESSAGE - 1, b"\n2")), "message", MESSAGE + 0.5),
     "write": Case("raw", [1000 * b"x", Unsent(1000)], "write", WRITE + 0.5),
     "write starts with the first unsent byte": Case("stream", [IDLE - 1, b"one\n", Unsent(4)], "write", WRITE + 0.5),
-    "write restarts with progress": Case(
-        "raw",
-        [b"xxx", Unsent(3), WRITE - 1, Unsent(2), WRITE - 1, Unsent(1), WRITE - 1],
-        "write",
-        1.5,
-    ),
+    "write restarts with progress": Case("raw", [b"xxxx", *SLOW_WRITE], "write", 1.5),
     "write ignores more output": Case("raw", [b"x", Unsent(1), WRITE - 1, b"y", Unsent(2)], "write", 1.5),
+    "write suspends idle": Case("stream", [b"one\n", *SLOW_WRITE, Unsent(0)], "idle", IDLE + 0.5),
+    "write suspends message": Case("stream", [b"one\nbegun", *SLOW_WRITE, Unsent(0)], "message", MESSAGE + 0.5),
+    "write suspends linger": Case("message", [b"one\n", *SLOW_WRITE, Unsent(0)], "linger", LINGER_TIMEOUT + 0.5),
     "linger": Case("message", [b"one\n"], "linger", LINGER_TIMEOUT + 0.5),
     "linger, despite input": Case("message", [b"one\n"], "linger", LINGER_TIMEOUT + 0.5, flood=b"more\n"),
 }
@@ -165,24 +165,6 @@ def test_missing_newline_is_logged_once_before_the_timeout(caplog: pytest.LogCap
     registry.time += MESSAGE / 2
     registry.sweep()
     assert len(caplog.records) == 1
-
-
-def test_write_timeout_suspends_the_other_timeouts() -> None:
-    registry = FakeClockRegistry(ServerConfig(mode="stream", timeout_idle=5, timeout_message=5, timeout_write=30))
-    slow, incomplete, finished = (FakeConnection(registry) for _ in range(3))
-    for each in (slow, incomplete, finished):
-        each.receive(b"one\n")
-    incomplete.receive(b"begun")
-    finished.conversation.end_input()
-    for each in (slow, incomplete, finished):
-        each.advance(1)
-        each.unsent_bytes = 4
-        assert each.advance(29) is None
-        each.unsent_bytes = 0
-        assert each.advance(4) is None
-    assert slow.advance(1.5) == "idle"
-    assert incomplete.advance(1.5) == "message"
-    assert finished.advance(1.5) == "linger"
 
 
 def test_linger_timeout_during_shutdown_is_shorter() -> None:

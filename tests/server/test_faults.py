@@ -19,7 +19,6 @@ from support import (
     BACKENDS,
     TIMEOUT,
     Backend,
-    ServerThread,
     StartServer,
     connect,
     fill,
@@ -321,12 +320,9 @@ def test_workers_have_faults_each() -> None:
 
 @in_its_loop
 async def test_no_accept_lets_no_connection_complete(backend: Backend, no_leaks: None) -> None:
-    async def connect(address: tuple[str, int]) -> None:
-        await asyncio.open_connection(*address)
-
     async with serve_in_loop(backend, host=["127.0.0.1", "::"], fault="no-accept") as server:
         addresses = [address for address in server.addresses if not isinstance(address, str)]
-        attempts = [asyncio.create_task(connect(address)) for address in addresses for _ in range(20)]
+        attempts = [asyncio.create_task(asyncio.open_connection(*address)) for address in addresses for _ in range(20)]
         done, pending = await asyncio.wait(attempts, timeout=0.1)
         assert not done
         for attempt in pending:
@@ -400,14 +396,14 @@ def test_delay_longer_than_the_timeouts_does_not_time_out(start_server: StartSer
     assert (stats.timeouts_idle, stats.timeouts_message, stats.timeouts_write) == (0, 0, 0)
 
 
-def send_until_reset(client: socket.socket) -> None:
-    with suppress(ConnectionError):
-        while True:
-            client.sendall(bytes(100_000) + b"\n")
-
-
 def test_peer_that_does_not_read_is_ended_in_time(start_server: StartServer) -> None:
     """By the write timeout, also if a reset is still to come, and by a reset at a time."""
+
+    def send_until_reset(client: socket.socket) -> None:
+        with suppress(ConnectionError):
+            while True:
+                client.sendall(bytes(100_000) + b"\n")
+
     faults = ["slice=30000", "duplicate", "rate=100000000", "reset=100000000", "reset=0.2s"]
     options: ServerOptions = {"mode": "stream", "chunk_size": 65536, "timeout_write": 0.3}
     with start_server(fault_sequence=faults, **options) as server, ExitStack() as stack:
@@ -554,18 +550,13 @@ def test_refuse_on_a_unix_socket_is_seen_as_documented(tmp_path: Path) -> None:
                 client.sendall(MESSAGE)
 
 
-def test_stalled_connection_that_is_lost_ends(backend: Backend, tmp_path: Path) -> None:
-    """What the kernel has no room for tells the transport that the client is gone."""
-    if backend.engine == "threads":
-        pytest.skip("a thread has sent everything before it stalls")
-    path = str(tmp_path / "echo.sock")
+def test_stalled_connection_that_is_lost_ends(start_server: StartServer, tmp_path: Path) -> None:
+    """What the kernel has no room for tells a transport that the client is gone. A thread sends it before it stalls."""
     size = 25_000  # of a message: a transport accepts another one below 64 KiB
-    options: ServerOptions = {"engine": backend.engine, "uds": path, "fault": f"stall={10 * size}", "mode": "stream"}
-    with (
-        ServerThread(backend.loop, options) as server,
-        socket.socket(socket.AF_UNIX) as client,
-    ):
-        client.connect(path)
+    options: ServerOptions = {"uds": tmp_path / "echo.sock", "fault": f"stall={10 * size}", "mode": "stream"}
+    with start_server(**options) as server, connect(server) as client:
+        if server.config.engine == "threads":
+            pytest.skip("it notices the end of a client when it reads")
         client.sendall(10 * (b"a" * (size - 1) + b"\n"))
         wait_for(server, faults={"stall": 1})
         client.close()
