@@ -122,9 +122,6 @@ def assert_reported_once(stderr: str, error: str) -> None:
     assert not re.search("ignored|never retrieved|Fatal", stderr), stderr
 
 
-# The program fails
-
-
 @pytest.mark.parametrize(
     ("start", "options"),
     [

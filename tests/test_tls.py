@@ -247,9 +247,6 @@ def test_reload_during_handshakes_fails_none(
         connect_tls(server, client_context).close()
 
 
-# Invalid certificates: an error at startup that names the file
-
-
 def test_invalid_certificate_is_one_error_line_with_the_path(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

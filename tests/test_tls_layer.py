@@ -119,9 +119,6 @@ def test_records_that_wait_for_a_turn_are_not_copied(pair: tuple[TlsLayer, TlsCl
     assert server.unprocessed == 0
 
 
-# What has no data
-
-
 without_data = pytest.mark.parametrize(
     ("make_record", "client_context"), WITHOUT_DATA.values(), ids=WITHOUT_DATA, indirect=["client_context"]
 )
@@ -176,41 +173,33 @@ def test_data_before_an_invalid_record_is_received(pair: tuple[TlsLayer, TlsClie
     assert server.send(b"too late") == b""
 
 
-# Ends
-
-
-def test_half_close_of_the_client_leaves_the_other_half(pair: tuple[TlsLayer, TlsClient]) -> None:
-    server, client = pair
-    assert server.receive(client.record(b"request") + client.close_notify()) == b"request"
-    while server.has_records:
-        assert server.receive() == b""
-    assert receive(server, bytes(100)) == b"", "what follows the end is ignored"
-    assert server.is_ended
-    assert server.error is None
-    assert client.receive(server.send(MEBIBYTE) + server.close())[0] == MEBIBYTE
-    assert client.is_ended
+def test_half_close_of_the_client_leaves_the_other_half(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext
+) -> None:
+    """By close_notify, after which everything is ignored, or without it, also within a record."""
+    for size in (None, 0, 4, 20):
+        server, client = connect(server_context, client_context)
+        sent = client.record(MEBIBYTE)
+        rest = client.close_notify() + bytes(100) if size is None else client.record(b"incomplete")[:size]
+        assert receive(server, sent + rest, 65536) == MEBIBYTE
+        if size is not None:
+            server.receive_eof()
+        assert server.is_ended
+        assert server.error is None
+        assert client.receive(server.send(MEBIBYTE) + server.close())[0] == MEBIBYTE
+        assert client.is_ended
 
 
 def test_half_close_of_the_server_leaves_the_other_half(pair: tuple[TlsLayer, TlsClient]) -> None:
     server, client = pair
-    record = client.record(MEBIBYTE)
+    record = client.record(b"request")
     client.receive(server.send(b"reply") + server.close())
     assert client.is_ended
-    assert receive(server, record) == MEBIBYTE
+    assert receive(server, record) == b"request"
     assert not server.is_ended
     receive(server, client.close_notify())
     assert server.is_ended
     assert server.error is None
-
-
-def test_end_without_close_notify_is_an_end(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -> None:
-    for size in (0, 4, 20):
-        server, client = connect(server_context, client_context)
-        assert receive(server, client.record(b"request") + client.record(b"incomplete")[:size]) == b"request"
-        server.receive_eof()
-        assert server.is_ended
-        assert server.error is None
-        assert client.receive(server.send(b"reply") + server.close())[0] == b"reply"
 
 
 def test_end_within_the_handshake_is_an_error(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -> None:
@@ -253,9 +242,6 @@ def test_random_input_is_an_error_at_most(server_context: ssl.SSLContext, chunks
         assert receive(server, chunk) == b""
     server.receive_eof()
     assert isinstance(server.error, ssl.SSLError if any(chunks) else ConnectionError)
-
-
-# Names, certificates, sessions
 
 
 SERVER_NAMES = {

@@ -140,9 +140,6 @@ def _prf_1_2(secret: bytes, label: bytes, seed: bytes, size: int) -> bytes:
     return result[:size]
 
 
-# Records without data
-
-
 def empty_record(writer: RecordWriter) -> bytes:
     return writer.record(APPLICATION_DATA, b"")
 

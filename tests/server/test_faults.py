@@ -122,9 +122,6 @@ def receive_to_end(client: Client) -> tuple[bytes, str]:
     return received, "closed"
 
 
-# Every kind
-
-
 class Case(NamedTuple):
     """A fault, what a client receives for one message in ``message`` mode, and how the connection ends."""
 
@@ -208,17 +205,10 @@ def test_stall_sends_and_reads_nothing_more(start_server: StartServer) -> None:
         assert (server.stats.active, server.stats.bytes_out) == (3, sum(map(len, stalls.values())))
 
 
-@each_transport
-def test_after_messages_the_fault_begins(transport: Transport) -> None:
-    cases = {"reset": (b"", "reset"), "close=5": (MESSAGE[:5], "closed"), "duplicate,close=26": (2 * MESSAGE, "closed")}
-    with transport.serve(fault_sequence=[f"{fault},after=3" for fault in cases]) as server:
-        for received, end in cases.values():
-            with transport.connect(server) as client:
-                client.sendall(5 * MESSAGE)
-                assert receive_to_end(client) == (3 * MESSAGE + received, transport.end(end))
-
-
-AT_A_TIME = {
+BEGIN_LATER = {
+    "reset,after=3": (3 * MESSAGE, "reset"),
+    "close=5,after=3": (3 * MESSAGE + MESSAGE[:5], "closed"),
+    "duplicate,close=26,after=3": (5 * MESSAGE, "closed"),
     "close=0.5s": (MESSAGE, "closed"),
     "reset=0.5s": (MESSAGE, "reset"),
     "half-close=0.5s": (MESSAGE, "closed"),
@@ -231,27 +221,27 @@ AT_A_TIME = {
 
 
 @each_transport
-def test_fault_at_a_time_is_after_the_acceptance(transport: Transport) -> None:
-    """The server reads what a client sends after a half-close, and nothing after a stall."""
-    with transport.serve(fault_sequence=list(AT_A_TIME)) as server, ExitStack() as stack:
-        clients = []
-        for _ in AT_A_TIME:
+def test_fault_begins_after_messages_or_at_its_time(transport: Transport) -> None:
+    """The server reads what a client sends after a half-close at a time, and nothing after a stall."""
+    with transport.serve(fault_sequence=list(BEGIN_LATER)) as server, ExitStack() as stack:
+        clients = {}
+        for fault in BEGIN_LATER:
             started = monotonic()
-            clients.append(stack.enter_context(transport.connect(server)))
-            clients[-1].sendall(MESSAGE)
-        for client, (received, end) in zip(clients, AT_A_TIME.values(), strict=True):
+            clients[fault] = stack.enter_context(transport.connect(server))
+            clients[fault].sendall(5 * MESSAGE if "after" in fault else MESSAGE)
+        for fault, (received, end) in BEGIN_LATER.items():
             if end != "stop":
-                assert receive_to_end(client) == (received, transport.end(end))
-        wait_for(server, faults={"close": 2, "reset": 2, "half-close": 2, "stall": 2})
+                assert (fault, *receive_to_end(clients[fault])) == (fault, received, transport.end(end))
+        wait_for(server, faults={"close": 4, "reset": 3, "half-close": 2, "stall": 2, "duplicate": 1})
         assert monotonic() - started >= 0.495
         read = server.stats.bytes_in
-        *_, stalled, silent = clients
-        for client in (stalled, silent, clients[2], clients[5]):
+        *_, half_closed, stalled, silent = clients.values()
+        for client in (stalled, silent, half_closed, clients["half-close=0.5s"]):
             client.sendall(100 * MESSAGE)
         wait_for(server, bytes_in=read + 200 * len(MESSAGE))
         server.close()
         assert [receive_to_end(client)[0] for client in (stalled, silent)] == [MESSAGE, b""]
-        assert server.stats.bytes_out == sum(len(received) for received, _ in AT_A_TIME.values())
+        assert server.stats.bytes_out == sum(len(received) for received, _ in BEGIN_LATER.values())
 
 
 @in_its_loop
@@ -315,9 +305,6 @@ def test_workers_have_faults_each() -> None:
     assert log.count(" fault injected: drop\n") == dropped
 
 
-# no-accept
-
-
 @in_its_loop
 async def test_no_accept_lets_no_connection_complete(backend: Backend, no_leaks: None) -> None:
     async with serve_in_loop(backend, host=["127.0.0.1", "::"], fault="no-accept") as server:
@@ -341,9 +328,6 @@ def test_no_accept_with_workers_and_tls(certificate: Path) -> None:
         with pytest.raises(TimeoutError):
             socket.create_connection(server.address, 0.1)
         server.stop()
-
-
-# Limits, timeouts, logs
 
 
 def test_injected_fault_is_one_log_line(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -465,9 +449,6 @@ def test_message_too_long_ends_the_connection(start_server: StartServer) -> None
         client.sendall(MESSAGE + bytes(30))
         assert receive_to_end(client)[0] == MESSAGE
         wait_for(server, too_long=1)
-
-
-# Shutdown
 
 
 @pytest.mark.parametrize("is_aborted", [False, True])

@@ -140,9 +140,6 @@ def test_faults_apply_to_the_replies(start_server: StartServer) -> None:
             assert lines.readline() == lines.readline()
 
 
-# Clients
-
-
 def test_clients_return_an_identity() -> None:
     with HostedServer(mode="identify") as server:
         with sync.connect(*server.address) as client:

@@ -50,9 +50,6 @@ def server_on(listener: socket.socket, *options: str) -> AbstractContextManager[
     return command_process([*SERVER, "--fd", str(number), *options], pass_fds=[number])
 
 
-# --fd
-
-
 def test_inherited_unix_socket_file_is_not_removed(tmp_path: Path) -> None:
     path = tmp_path / "echo"
     with socket.socket(socket.AF_UNIX) as listener:
@@ -182,9 +179,6 @@ def test_options_not_matching_inherited_sockets_exit_2(
         assert reason in single_error_line(*capsys.readouterr())
 
 
-# NOTIFY_SOCKET
-
-
 @pytest.mark.parametrize(("variant", "abstract"), [(["--engine", "threads"], True), (["--workers", "2"], False)])
 def test_service_manager_is_notified_of_start_and_stop(variant: list[str], abstract: bool, tmp_path: Path) -> None:
     name = f"@echo-async-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
@@ -209,9 +203,6 @@ def test_missing_service_manager_is_only_a_warning(tmp_path: Path) -> None:
         log = server.stop()
     assert log.count("cannot notify the service manager at ") == 2
     assert "Traceback" not in log
-
-
-# Restarts
 
 
 @each_variant

@@ -41,9 +41,6 @@ def add(parts: Sequence[dict[str, int]]) -> dict[str, int]:
     return {name: sum(part.get(name, 0) for part in parts) for name in set().union(*parts)}
 
 
-# Each does its own, and all stop together
-
-
 @pytest.mark.parametrize(
     "variant", [("--engine", "streams", "--loop", "asyncio"), ("--engine", "threads", "--workers", "2")], ids=" ".join
 )
@@ -103,9 +100,6 @@ def test_listeners_identify_with_labels_of_their_own() -> None:
     assert sorted(messages) == sorted(each.name for each in listeners)
 
 
-# Starting: all or none
-
-
 def test_group_that_fails_at_the_last_server_starts_nothing(
     backend: Backend, tmp_path: Path, no_leaks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,9 +139,6 @@ def test_listener_that_cannot_start_exits_with_3(
             assert not path.exists()
 
 
-# Limits
-
-
 def test_listeners_share_the_descriptor_limit() -> None:
     """One listener that is full leaves the connections of the others to them."""
 
@@ -171,9 +162,6 @@ def test_listeners_share_the_descriptor_limit() -> None:
     parts = [counters(log, f"listener {each.name} stopped: ") for each in listeners]
     assert [(part["accepted"], part["refused"]) for part in parts] == [(each, 60 - each) for each in places]
     assert "accept failed" not in log
-
-
-# Counters and metrics
 
 
 def test_workers_counters_of_each_listener_add_up() -> None:

@@ -208,9 +208,6 @@ def test_missing_prometheus_client_error_names_the_extra(
     assert "pip install 'echo-async[metrics]'" in single_error_line(*capsys.readouterr())
 
 
-# StatsCollector
-
-
 def test_every_stats_field_is_a_metric() -> None:
     assert {field for field, _ in COUNTERS.values()} | {*TIMEOUTS, "active", *COUNTERS_BY_KIND} == {
         each.name for each in fields(Stats)

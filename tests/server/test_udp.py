@@ -70,9 +70,6 @@ def is_echoed(server: HasAddress, data: bytes, host: str = "127.0.0.1") -> bool:
         return client.recv(65_535) == data
 
 
-# Replies
-
-
 @each_receiver
 def test_udp_datagrams_are_echoed_byte_for_byte(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "echo_async.access")
@@ -121,9 +118,6 @@ def test_udp_logging_error_is_counted_and_others_are_answered(
         assert client.recv(100) == b"second"
     stats = server.stats
     assert (stats.failed, stats.bytes_in, stats.bytes_out, stats.datagrams_refused) == (1, 11, 6, {})
-
-
-# Refusals
 
 
 @each_receiver
@@ -175,9 +169,6 @@ def test_udp_refusals_of_the_defaults() -> None:
     not_allowed = [("fe80::1%lo", 5501), ("::ffff:192.0.2.1", 5501), ("192.0.2.1", 5500)]
     assert [refusals[source] for source in not_allowed] == 3 * ["address"]
     assert [refusals[source] for source in (("127.0.0.1", 5500), ("::1", 1023), ("::1", 0))] == ["loop", "port", "port"]
-
-
-# Start, stop, errors
 
 
 def test_udp_port_in_use_raises_start_error(reserved_port: int) -> None:
@@ -296,9 +287,6 @@ async def test_udp_error_of_an_earlier_reply_is_counted(engine: EngineName) -> N
     assert (server.stats.datagrams, server.stats.failed) == (2, 0)
 
 
-# Faults
-
-
 def exchange(server: HostedServer, messages: Sequence[bytes], count: int) -> list[bytes]:
     """Send datagrams from one socket. Return the ``count`` replies; no more may come until the server is closed."""
     with udp_client() as client:
@@ -369,9 +357,6 @@ def test_udp_fault_delay_holds_limited_memory(monkeypatch: pytest.MonkeyPatch) -
         assert server.stats.datagrams_refused == {"limit": 3}
 
 
-# Identify
-
-
 def test_udp_identify_answers_what_has_room() -> None:
     """The bytes after the newline are padding. The reply has at most as many as the datagram."""
     with HostedServer(udp=True, mode="identify", labels={"zone": "a"}) as server, udp_client() as client:
@@ -388,9 +373,6 @@ def test_udp_identify_answers_what_has_room() -> None:
     assert (identity.client.address, identity.server.labels) == ("127.0.0.1", {"zone": "a"})
     assert identity.server.address == f"127.0.0.1:{server.port}"
     assert (server.stats.datagrams, server.stats.bytes_out) == (2, 2 * len(reply))
-
-
-# The command
 
 
 def test_udp_of_listeners_has_options_of_its_own() -> None:

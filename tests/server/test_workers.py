@@ -74,9 +74,6 @@ def receive_or_none(client: socket.socket) -> bytes | None:
         return None
 
 
-# Serving
-
-
 def test_workers_share_connections_and_add_up_counters() -> None:
     """Each of two accepts at least a quarter of 200, except once in 10**12 times (the sum of binomials)."""
     with two_workers("threads", "--mode", "identify") as server, ExitStack() as clients:
@@ -113,9 +110,6 @@ def test_workers_share_a_unix_socket_and_its_file_is_removed(tmp_path: Path) -> 
         lines = server.stop()
     assert counters(lines)["messages"] == 2
     assert not os.path.exists(path)
-
-
-# Replacement of workers
 
 
 def test_killed_worker_is_replaced_and_others_are_unaffected() -> None:
@@ -184,9 +178,6 @@ def test_replacement_failing_to_start_stops_the_server(tmp_path: Path) -> None:
     assert lines.count("restarting") == 1
     assert "Traceback" not in lines
     assert has_exited(survivor)
-
-
-# Graceful shutdown
 
 
 def wait_acknowledged(*clients: socket.socket) -> None:
@@ -382,9 +373,6 @@ def test_signal_while_a_worker_starts_is_a_graceful_stop() -> None:
         lines = server.wait()
     assert "Traceback" not in lines
     assert lines.count("SIGINT received: shutting down") == lines.count("server stopped: ") == 1
-
-
-# Exit with the supervisor
 
 
 def test_workers_exit_with_the_supervisor_and_free_the_port(reserved_port: int) -> None:

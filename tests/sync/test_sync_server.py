@@ -36,9 +36,6 @@ def thread(function: Any) -> Iterator[None]:
         assert not running.is_alive()
 
 
-# Starting and stopping
-
-
 def test_sync_servers_started_by_several_threads_echo() -> None:
     def start_and_stop(times: int) -> None:
         for _ in range(times):
@@ -137,17 +134,11 @@ def test_close_by_many_threads_with_active_clients_ends() -> None:
         assert server.stats.active == 0
 
 
-# Errors at startup
-
-
 def test_sync_serve_invalid_option_is_rejected() -> None:
     with pytest.raises(echo_async.ConfigError, match="engine 'streams' requires an event loop; use "):
         sync.serve(engine="streams")
     with pytest.raises(echo_async.ConfigError, match="invalid mode: 'loud' "):
         sync.serve(mode=cast(Any, "loud"))
-
-
-# Resource limits
 
 
 def test_sync_server_with_64_descriptors_serves_in_turn() -> None:
