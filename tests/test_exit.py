@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 from support import MAX_DELAY, TIMEOUT, ChildProcess, connect, is_closed, is_echoed, receive_all, run_process
 
-from echo_async import sync
 from echo_async.testing import HostedServer
 
 PROGRAM = """
@@ -369,11 +368,3 @@ with sync.connect(*server.address) as client:
 def test_forked_child_that_ends_leaves_the_server(start: str, is_closed: str) -> None:
     done = run_process([sys.executable, "-c", CHILD_PROGRAM, start, is_closed])
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_close_of_an_inherited_socket_leaves_it_listening() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with sync.serve(fd=os.dup(listener.fileno())):
-            pass
-        with socket.create_connection(listener.getsockname(), TIMEOUT):
-            pass

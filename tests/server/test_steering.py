@@ -1,4 +1,4 @@
-"""``wait_for`` and ``disconnect`` of a server on each engine and event loop."""
+"""``disconnect`` of a server on each engine and event loop, and calls in the accept thread."""
 
 from __future__ import annotations
 
@@ -18,20 +18,6 @@ from echo_async.loops import LoopName
 from echo_async.server.thread_acceptor import ThreadAcceptor
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-
-@in_its_loop
-async def test_wait_for_returns_or_times_out(backend: Backend) -> None:
-    async with serve_in_loop(backend, fault="drop,after=1") as server:
-        async with echo_async.connect(*server.address) as client:
-            waiting = asyncio.create_task(server.wait_for(messages=1, active=1))
-            assert await client.echo("one") == "one"
-            await waiting
-            with pytest.raises(TimeoutError, match="messages is 1, not 2"):
-                await server.wait_for(messages=2, timeout=0.01)
-        await server.wait_for(active=0)
-        server.close()
-        await server.wait_closed()
 
 
 @pytest.mark.parametrize("is_tls", [False, True])

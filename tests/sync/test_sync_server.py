@@ -46,26 +46,6 @@ def test_sync_servers_started_by_several_threads_echo() -> None:
         list(threads.map(start_and_stop, [20] * 5))
 
 
-def test_sync_server_attributes_describe_it(reserved_port: int) -> None:
-    with sync.serve(port=reserved_port, mode="stream") as server:
-        assert server.is_serving()
-        assert server.address == ("127.0.0.1", server.port)
-        assert server.addresses == [server.address]
-        assert [each.fileno() >= 0 for each in server.sockets] == [True]
-        with connect(server) as client:
-            assert is_echoed(client, b"Hola\n")
-        server.wait_for(active=0)
-        server.close()
-        server.wait_closed()
-    server.abort()  # harmless, as the second close
-    assert not server.is_serving()
-    assert server.sockets == ()
-    ended = {"closed": 1}
-    assert server.stats == echo_async.Stats(accepted=1, messages=1, bytes_in=5, bytes_out=5, ended=ended)
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(server.address)
-
-
 def test_serve_forever_ends_when_a_signal_handler_closes_it() -> None:
     server = sync.serve(port=0)
     before = signal.signal(signal.SIGUSR1, lambda *_: server.close())
@@ -96,23 +76,22 @@ def test_serve_forever_interrupted_closes_and_waits() -> None:
         assert server.stats.active == 0
 
 
-def test_close_from_a_connection_thread_ends_the_server() -> None:
-    class CloseAtFirstMessage(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            server.close()
+def test_close_from_a_connection_thread_ends_the_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which is about to log the first message."""
+    caplog.set_level(logging.INFO, "echo_async.access")
+    server = sync.serve(port=0, mode="stream")
 
-    access, handler = logging.getLogger("echo_async.access"), CloseAtFirstMessage()
-    access.addHandler(handler)
-    access.setLevel(logging.INFO)
-    try:
-        server = sync.serve(port=0, mode="stream")
-        with socket.create_connection(server.address, TIMEOUT) as client:
-            client.sendall(b"Hola\n")
-            assert receive_all(client) == b"Hola\n"
-        server.wait_closed()
-    finally:
-        access.removeHandler(handler)
-        access.setLevel(logging.NOTSET)
+    def close_server(record: logging.LogRecord) -> bool:
+        server.close()
+        return True
+
+    monkeypatch.setattr(logging.getLogger("echo_async.access"), "filters", [close_server])
+    with connect(server) as client:
+        client.sendall(b"Hola\n")
+        assert receive_all(client) == b"Hola\n"
+    server.wait_closed()
 
 
 def test_close_by_many_threads_with_active_clients_ends() -> None:
