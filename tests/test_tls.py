@@ -84,8 +84,7 @@ def test_client_that_ends_its_side_receives_all_replies(
     client_context.minimum_version = client_context.maximum_version = version
     message = os.urandom(10_000 if fault else 1_000_000).replace(b"\n", b"") + b"\n"
     with start_server(mode="stream", chunk_size=65536, fault=fault) as server, connect(server) as plain:
-        client = TlsClient(client_context)
-        client.handshake(plain)
+        client = TlsClient(client_context).handshake(plain)
 
         def send() -> None:
             plain.sendall(client_bytes)
@@ -106,8 +105,7 @@ def test_server_that_ends_its_side_discards_what_follows(
     start_server: StartServer, client_context: ssl.SSLContext
 ) -> None:
     with start_server(mode="message") as server, connect(server) as plain:
-        client = TlsClient(client_context)
-        client.handshake(plain)
+        client = TlsClient(client_context).handshake(plain)
         plain.sendall(client.record(b"Hola Server!\n"))
         received = b""
         while not client.is_ended:
@@ -140,8 +138,7 @@ def test_replies_to_chunks_at_hand_are_one_record(
 ) -> None:
     """Nor are they one packet each, which shows only in TLS. No reply waits for many chunks of another."""
     with start_server(mode=mode, chunk_size=20) as server, connect(server) as plain:
-        client = TlsClient(client_context)
-        client.handshake(plain)
+        client = TlsClient(client_context).handshake(plain)
         for sent, expected in ((b"first\n", b"first\n"), (replies + rest, replies)):
             start, received = len(client.received), b""
             plain.sendall(client.record(sent))

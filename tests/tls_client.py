@@ -9,6 +9,7 @@ import ssl
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import trustme
@@ -63,11 +64,12 @@ class TlsClient:
                 self.is_ended = True
         return plaintext, self._outgoing.read()
 
-    def handshake(self, connected: socket.socket) -> None:
+    def handshake(self, connected: socket.socket) -> TlsClient:
         """Complete the handshake on a socket that blocks."""
         connected.sendall(self.hello())
         while not self.is_established:
             connected.sendall(self.receive(connected.recv(65536))[1])
+        return self
 
     def record(self, data: bytes) -> bytes:
         """Return ``data`` as records of at most 16 KiB."""
@@ -140,27 +142,13 @@ def _prf_1_2(secret: bytes, label: bytes, seed: bytes, size: int) -> bytes:
     return result[:size]
 
 
-def empty_record(writer: RecordWriter) -> bytes:
-    return writer.record(APPLICATION_DATA, b"")
-
-
-def key_update(writer: RecordWriter) -> bytes:
-    return writer.key_update()
-
-
-def requested_key_update(writer: RecordWriter) -> bytes:
-    return writer.key_update(is_requested=True)
-
-
-def renegotiation(writer: RecordWriter) -> bytes:
-    return writer.record(HANDSHAKE, CLIENT_HELLO)
-
-
 MakeRecord = Callable[[RecordWriter], bytes]
+empty_record: MakeRecord = partial(RecordWriter.record, kind=APPLICATION_DATA, content=b"")
+renegotiation: MakeRecord = partial(RecordWriter.record, kind=HANDSHAKE, content=CLIENT_HELLO)
 WITHOUT_DATA: dict[str, tuple[MakeRecord, ssl.TLSVersion]] = {
     "empty record, TLS 1.2": (empty_record, V1_2),
     "empty record, TLS 1.3": (empty_record, V1_3),
-    "key update": (key_update, V1_3),
-    "requested key update": (requested_key_update, V1_3),
+    "key update": (RecordWriter.key_update, V1_3),
+    "requested key update": (partial(RecordWriter.key_update, is_requested=True), V1_3),
     "renegotiation": (renegotiation, V1_2),
 }

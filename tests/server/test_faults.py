@@ -52,8 +52,7 @@ class TlsSocket:
     """Shows how the TCP connection beneath ends: Python's sockets report a reset as end of input."""
 
     def __init__(self, connected: socket.socket, context: ssl.SSLContext) -> None:
-        self._socket, self._client = connected, TlsClient(context)
-        self._client.handshake(connected)
+        self._socket, self._client = connected, TlsClient(context).handshake(connected)
 
     def sendall(self, data: bytes) -> None:
         self._socket.sendall(self._client.record(data))
