@@ -156,6 +156,12 @@ def client_context(authority: trustme.CA) -> ssl.SSLContext:
     return context
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "tls"])
+def context(request: pytest.FixtureRequest, client_context: ssl.SSLContext) -> ssl.SSLContext | None:
+    """Run the test without TLS, and with it: the TLS context of its clients."""
+    return client_context if request.param else None
+
+
 @pytest.fixture
 def server_context(certificate: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -35,16 +35,13 @@ def test_blocking_client_has_the_interface_of_the_asyncio_client() -> None:
     assert members[1] == members[0] | {"wait_closed"}
 
 
-@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_echo_returns_every_message_on_every_engine(
-    connect: Connect, echo: Echo, tls: bool, certificate: Path, client_context: ssl.SSLContext
+    connect: Connect, echo: Echo, context: ssl.SSLContext | None, certificate: Path
 ) -> None:
-    context = client_context if tls else None
+    ssl_certfile = certificate if context else None
     engines: list[tuple[EngineName, Mode]] = [("streams", "message"), ("protocol", "stream"), ("threads", "message")]
     for engine, mode in engines:
-        options: ServerOptions = {"port": 0, "engine": engine, "mode": mode}
-        if tls:
-            options["ssl_certfile"] = str(certificate)
+        options: ServerOptions = {"port": 0, "engine": engine, "mode": mode, "ssl_certfile": ssl_certfile}
         with ServerThread("asyncio", options) as server, connect(*server.address, ssl=context) as client:
             for message in MESSAGES:
                 assert client.echo(message) == message
@@ -82,15 +79,14 @@ def test_echo_invalid_message_sends_nothing(connect: Connect, echo_server: Hoste
     assert [each.messages for each in echo_server.connections] == [[b"after\n"]]
 
 
-@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_echo_returns_ten_mebibytes(
-    connect: Connect, faulty_server: MakeEchoServer, tls: bool, certificate: Path, client_context: ssl.SSLContext
+    connect: Connect, faulty_server: MakeEchoServer, context: ssl.SSLContext | None, certificate: Path
 ) -> None:
     message = bytes(range(11, 256)) * 42_800
     options: HostedServerOptions = {"limit_message_size": 2**30, "chunk_size": 65_536, "no_access_log": True}
-    if tls:
-        options["ssl_certfile"] = str(certificate)
-    with connect(*faulty_server(**options).address, ssl=client_context if tls else None) as client:
+    options["ssl_certfile"] = certificate if context else None
+    server = faulty_server(**options)
+    with connect(*server.address, ssl=context) as client:
         assert client.echo(message) == message
         assert list(client.stream([message[:5_000_000]] * 2)) == [message[:5_000_000]] * 2
 

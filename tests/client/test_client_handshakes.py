@@ -18,16 +18,10 @@ import echo_async
 from echo_async import sync, tls
 from echo_async.cli.client import main
 from echo_async.pytest_plugin import MakeEchoServer
-from echo_async.testing import HostedServerOptions, Peer
+from echo_async.testing import Peer
 from echo_async.wire.proxy import ProxyHeader, build_header, parse_address
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-
-@pytest.fixture
-def secured(certificate: Path) -> HostedServerOptions:
-    """The options of a server with a certificate that ``client_context`` trusts."""
-    return {"ssl_certfile": str(certificate)}
 
 
 def test_close_during_reset_completes(
@@ -49,9 +43,9 @@ def test_close_during_reset_completes(
 
 
 def test_connect_verifies_the_certificate(
-    echo: Echo, faulty_server: MakeEchoServer, secured: HostedServerOptions, client_context: ssl.SSLContext
+    echo: Echo, faulty_server: MakeEchoServer, certificate: Path, client_context: ssl.SSLContext
 ) -> None:
-    address = faulty_server(**secured).address
+    address = faulty_server(ssl_certfile=certificate).address
     with pytest.raises(echo_async.ConnectError, match="TLS: certificate verify failed: "):
         echo("Hola", *address, ssl=True, retry=TIMEOUT)  # not retried
     with pytest.raises(echo_async.ConnectError, match=r"'other\.example'"):
@@ -63,7 +57,7 @@ def test_connect_verifies_the_certificate(
 def test_connect_client_certificate_is_sent(
     echo: Echo,
     faulty_server: MakeEchoServer,
-    secured: HostedServerOptions,
+    certificate: Path,
     authority: trustme.CA,
     ca_file: Path,
     tmp_path: Path,
@@ -71,8 +65,7 @@ def test_connect_client_certificate_is_sent(
 ) -> None:
     own = tmp_path / "client.pem"
     authority.issue_cert("client@example.org").private_key_and_cert_chain_pem.write_to_path(str(own))
-    secured["ssl_ca_certs"] = str(ca_file)
-    server = faulty_server(**secured)
+    server = faulty_server(ssl_certfile=certificate, ssl_ca_certs=ca_file)
     with_certificate = tls.client_context(ca_certs=str(ca_file), certfile=str(own))
     assert echo("Hola", *server.address, ssl=with_certificate) == "Hola"
     # The alert, the end or the reset can come first, or the write fails because of it.
@@ -97,9 +90,9 @@ def test_connect_stalled_handshake_times_out(echo: Echo, faulty_server: MakeEcho
 
 
 def test_command_tls_options(
-    faulty_server: MakeEchoServer, secured: HostedServerOptions, ca_file: Path, capfd: pytest.CaptureFixture[str]
+    faulty_server: MakeEchoServer, certificate: Path, ca_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    server = faulty_server(**secured)
+    server = faulty_server(ssl_certfile=certificate)
 
     def client(*args: str) -> tuple[int, str, str]:
         code = main(["--port", str(server.port), *args, "hola"])

@@ -12,6 +12,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from time import monotonic, sleep
 from typing import Any
@@ -361,25 +362,6 @@ def limited_memory(without: set[tuple[int, int]]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def snapshots(server: echo_async.EchoServer) -> Iterator[list[Stats]]:
-    """Take snapshots all the time, in another thread."""
-    taken, stop = [server.stats], threading.Event()
-
-    def take() -> None:
-        while not stop.wait(0.001):
-            taken.append(server.stats)
-
-    thread = threading.Thread(target=take, daemon=True)
-    thread.start()
-    try:
-        yield taken
-    finally:
-        stop.set()
-        thread.join(10)
-        taken.append(server.stats)
-
-
 def total(stats: Stats) -> int:
     """Return how many connections are in a counter."""
     never_accepted = stats.refused + stats.faults.get("refuse", 0) + stats.tls_failures + stats.failed
@@ -425,17 +407,21 @@ def test_each_connection_is_in_one_counter_in_every_snapshot(
 ) -> None:
     context = client_context if tls else None
     options: Any = {"limit_connections": limit, "limit_message_size": 1000, "timeout_idle": 0.1, "timeout_message": 0.1}
-    with (
-        limited_memory(without_memory),
-        start_server(tls=tls, fault_sequence=faults, **options) as server,
-        snapshots(server) as taken,
-    ):
-        clients = [threading.Thread(target=behave, args=(server, each, context), daemon=True) for each in endings]
-        for each in clients:
-            each.start()
-        for each in clients:
-            each.join(20)
-        wait_until(lambda: server.stats.active == 0 and total(server.stats) >= len(endings))
+    with limited_memory(without_memory), start_server(tls=tls, fault_sequence=faults, **options) as server:
+        taken, is_done = [server.stats], threading.Event()
+
+        def take_snapshots() -> None:
+            while not is_done.wait(0.001):
+                taken.append(server.stats)
+
+        with ThreadPoolExecutor(1 + len(endings)) as threads:
+            threads.submit(take_snapshots)
+            try:
+                list(threads.map(lambda ending: behave(server, ending, context), endings))
+                wait_until(lambda: server.stats.active == 0 and total(server.stats) >= len(endings))
+            finally:
+                is_done.set()
+        taken.append(server.stats)
     for stats in taken:
         assert stats.accepted == stats.active + sum(stats.ended.values())
         assert set(stats.ended) <= set(ENDS)

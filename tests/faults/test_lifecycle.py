@@ -134,12 +134,7 @@ def test_server_restarted_200_times_leaves_no_resources(backend: Backend) -> Non
 
     async def serve_once(port: int) -> int:
         async with echo_async.serve(engine=engine, port=port) as server:
-            assert isinstance(server.address, tuple)
-            reader, writer = await asyncio.open_connection(*server.address)
-            writer.write(b"hello\n")
-            assert await reader.read() == b"hello\n"
-            writer.close()
-            await writer.wait_closed()
+            assert await echo_async.echo("hello", *server.address) == "hello"
         assert asyncio.all_tasks() == {asyncio.current_task()}
         assert server.port is not None
         return server.port

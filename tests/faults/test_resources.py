@@ -46,13 +46,8 @@ REASON = "can't start new thread"
 UNRESOLVED = f"cannot resolve the host name: {REASON}; use an address"
 
 
-@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 def test_thread_start_failure_refuses_only_that_client(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    certificate: Path,
-    client_context: ssl.SSLContext,
-    tls: bool,
+    context: ssl.SSLContext | None, certificate: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     start_thread = threading.Thread.start
     refused = [RuntimeError(REASON), MemoryError(), RuntimeError(REASON)]
@@ -63,11 +58,11 @@ def test_thread_start_failure_refuses_only_that_client(
         start_thread(self)
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    with sync.serve(port=0, ssl_certfile=str(certificate) if tls else None) as server:
+    with sync.serve(port=0, ssl_certfile=str(certificate) if context else None) as server:
         for _ in range(3):
             with connect(server) as client, suppress(ConnectionError):
                 assert receive_all(client) == b""
-        with connect(server, client_context if tls else None) as client:
+        with connect(server, context) as client:
             assert is_echoed(client)
         assert server.stats.refused == 3
         assert server.stats.accepted == 1

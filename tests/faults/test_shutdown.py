@@ -132,10 +132,9 @@ def test_close_with_buffered_replies_delivers_them(start_server: StartServer, mo
 
 @sends_at_once
 @pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
 @in_its_loop
 async def test_shutdown_during_flood_echoes_what_the_kernel_has_buffered(
-    loop: LoopName, tls: bool, certificate: Path, client_context: ssl.SSLContext
+    loop: LoopName, context: ssl.SSLContext | None, certificate: Path
 ) -> None:
     """In the engine ``protocol`` the event loop reads; the input that the kernel holds must still be answered."""
     messages = MESSAGES[:8500]
@@ -143,13 +142,13 @@ async def test_shutdown_during_flood_echoes_what_the_kernel_has_buffered(
     registry.on_empty = ended.set
     running = asyncio.get_running_loop()
     protocol: asyncio.Protocol = ProtocolConnection(registry, Slot())
-    if tls:
-        context = Certificates(echo_async.ServerConfig(ssl_certfile=certificate)).context
-        protocol = TlsTransport(context, protocol, running.create_future(), print)
+    if context:
+        server_context = Certificates(echo_async.ServerConfig(ssl_certfile=certificate)).context
+        protocol = TlsTransport(server_context, protocol, running.create_future(), print)
     ours, theirs = socket.socketpair()
     connecting = asyncio.create_task(running.connect_accepted_socket(lambda: protocol, theirs))
     reader, writer = await asyncio.open_connection(
-        sock=ours, ssl=client_context if tls else None, server_hostname="localhost" if tls else None
+        sock=ours, ssl=context, server_hostname="localhost" if context else None
     )
     await connecting
     try:
