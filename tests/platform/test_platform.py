@@ -20,8 +20,9 @@ def run_limited(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_library_on_limited_platform_passes_smoke_tests() -> None:
-    options = ["-q", "-W", "error", "-c", os.devnull, "--noconftest", "-p", "no:cacheprovider"]
-    result = run_limited("pytest", *options, "-p", "echo_async.pytest_plugin", str(HERE / "smoke.py"))
+    options = ["-W", "error", "-c", os.devnull, "--noconftest", "-o", f"pythonpath={HERE.parent}"]
+    plugins = ["-p", "no:cacheprovider", "-p", "echo_async.pytest_plugin"]
+    result = run_limited("pytest", "-q", *options, *plugins, str(HERE / "smoke.py"))
     assert result.returncode == 0, result.stdout + result.stderr
 
 
