@@ -63,7 +63,7 @@ def failed_checks(name: str, address: tuple[str, int]) -> list[str]:
 
 
 def test_example_udp_returns_every_datagram() -> None:
-    with run_example("udp") as server, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+    with run_example("udp") as server, socket.socket(type=socket.SOCK_DGRAM) as client:
         client.settimeout(TIMEOUT)
         client.connect(server.address)
         for size in (0, 1, 1472, 65_507):

@@ -57,10 +57,12 @@ def reconnecting(server: HostedServer, threads: int = 1) -> Iterator[None]:
     clients = [threading.Thread(target=reconnect, daemon=True) for _ in range(threads)]
     for thread in clients:
         thread.start()
-    yield
-    stop.set()
-    for thread in clients:
-        thread.join(TIMEOUT)
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in clients:
+            thread.join(TIMEOUT)
     assert unexpected == []
 
 

@@ -18,12 +18,6 @@ from echo_async.config import FLAG, ClientConfig, ClientOptions, Option, ServerC
 
 DOCS = Path(__file__).parent.parent / "docs"
 
-COMMAND_OPTIONS = [
-    *((server.command, name, option) for name, option in server.OPTIONS.items()),
-    *((client.command, name, option) for name, option in client.OPTIONS.items()),
-    *((check.command, name, option) for name, option in check.OPTIONS.items()),
-]
-
 # The library
 
 
@@ -52,29 +46,20 @@ def test_connect_defaults_match_config(connect: Any) -> None:
 # The commands
 
 
-def parameter(command: click.Command, name: str) -> click.Option:
-    [found] = [each for each in command.params if each.name == name]
-    assert isinstance(found, click.Option)
-    return found
-
-
-def test_command_line_options_match_their_definitions() -> None:
-    for command, name, definition in COMMAND_OPTIONS:
-        option = parameter(command, name)
-        assert option.opts == ["--" + (definition.flag or name).replace("_", "-")]
-        context = command.make_context("command", [], **command.context_settings)
+@pytest.mark.parametrize("module", [server, client, check], ids=lambda module: module.__name__)
+def test_command_line_options_match_their_definitions(module: Any) -> None:
+    options = [each for each in module.command.params if isinstance(each, click.Option)]
+    assert [each.name for each in options] == [*module.OPTIONS, "version"]
+    context = module.command.make_context("command", [], **module.command.context_settings)
+    for option, (name, definition) in zip(options, module.OPTIONS.items(), strict=False):
+        flag = definition.flag or name
+        assert option.opts == ["--" + flag.replace("_", "-")]
         assert context.params[name] == definition.default
         record = option.get_help_record(context)
         assert record is not None
         text = " ".join(record[1].split())
         assert definition.help in text
-        assert f"env var: ECHO_ASYNC_{(definition.flag or name).upper()}" in text
-
-
-def test_command_has_no_other_options() -> None:
-    for module in (server, client, check):
-        names = [each.name for each in module.command.params if isinstance(each, click.Option)]
-        assert names == [*module.OPTIONS, "version"]
+        assert f"env var: ECHO_ASYNC_{flag.upper()}" in text
 
 
 def test_default_is_valid() -> None:

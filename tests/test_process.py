@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TIMEOUT, Backend, in_its_loop, wait_in_loop, wait_until
+from support import TIMEOUT, Backend, in_its_loop, wait_until
 
 import echo_async
 from echo_async import sync
@@ -60,38 +60,36 @@ def settings() -> dict[str, object]:
 
 
 class Observer:
-    """A thread that compares the settings with those of the beginning, again and again."""
+    """Compares the settings with those of the beginning, again and again, in a thread."""
 
     def __init__(self) -> None:
         self.rounds = 0
         self.changes: dict[str, object] = {}
         self._before = settings()
-        self._is_stopping = False
-        self._thread = threading.Thread(target=self._observe, daemon=True)
 
-    def _observe(self) -> None:
-        while not self._is_stopping:
-            self._compare()
+    def observe(self, is_stopping: threading.Event) -> None:
+        while not is_stopping.is_set():
+            self.compare()
 
-    def _compare(self) -> None:
+    def compare(self) -> None:
         self.changes |= {name: value for name, value in settings().items() if value != self._before[name]}
         self.rounds += 1
-
-    def __enter__(self) -> Observer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._is_stopping = True
-        self._thread.join(TIMEOUT)
-        self._compare()
 
 
 @contextmanager
 def observed() -> Iterator[Observer]:
     """Check that no setting of the process differs within the block, nor after it."""
-    with Observer() as observer:
+    observer, stop = Observer(), threading.Event()
+    thread = threading.Thread(target=observer.observe, args=[stop], daemon=True)
+    thread.start()
+    try:
         yield observer
+        rounds = observer.rounds + 1
+        wait_until(lambda: observer.rounds > rounds)
+    finally:
+        stop.set()
+        thread.join(TIMEOUT)
+    observer.compare()
     assert observer.changes == {}
 
 
@@ -116,8 +114,6 @@ async def test_serve_and_connect_change_no_setting(backend: Backend, options: Se
                 async with echo_async.connect("localhost", server.port, **version) as client:  # type: ignore[arg-type]
                     assert await client.echo("Hola!") == "Hola!"
                     assert [reply async for reply in client.stream(["one", "two"])] == ["one", "two"]
-        rounds = observer.rounds + 1
-        await wait_in_loop(lambda: observer.rounds > rounds)
 
 
 def test_blocking_servers_and_clients_change_no_setting(
@@ -125,16 +121,10 @@ def test_blocking_servers_and_clients_change_no_setting(
 ) -> None:
     with observed() as observer:
         request.getfixturevalue("black_hole_address")
-        servers: list[Any] = [
-            sync.serve(port=0, mode="stream"),
-            make_echo_server(tls=True, udp=True),
-            make_echo_server(),
-        ]
-        for server in (*servers, echo_server):
+        servers: list[Any] = [sync.serve(port=0, mode="stream"), make_echo_server(tls=True, udp=True), echo_server]
+        for server in servers:
             rounds = observer.rounds + ROUNDS
             while observer.rounds < rounds:
                 with sync.connect(*server.address, ssl=getattr(server, "client_context", None)) as client:
                     assert list(client.stream(["one", "two"])) == ["one", "two"]
             server.close()
-        rounds = observer.rounds + 1
-        wait_until(lambda: observer.rounds > rounds)
