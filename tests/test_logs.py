@@ -17,7 +17,6 @@ from echo_async import ServerConfig
 from echo_async.engines.connection import Connection
 from echo_async.engines.context import ServerContext, Slot
 from echo_async.logs import LogFormat, access_log, configure, log
-from echo_async.server.registry import Registry
 from echo_async.wire.text import escape, excerpt
 
 
@@ -89,17 +88,6 @@ def log_a_message(format: LogFormat, message: bytes) -> None:
     configure("info", format)
     context = ServerContext(ServerConfig(mode="raw"))
     list(Connection(context, Slot(("127.0.0.1", 40000))).log_reply(message))
-
-
-@pytest.mark.internal_errors
-def test_log_that_raises_when_it_is_finished_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that is aborted logs the rest of its messages at once; a filter that raises ends only that."""
-    configure("info", "text")
-    monkeypatch.setattr(access_log, "filters", [lambda record: 1 / 0])
-    registry = Registry(ServerConfig(mode="stream"))
-    connection = Connection(registry, Slot(("127.0.0.1", 40000)))
-    connection.finish_log(connection.log_reply(b"one\ntwo\n"))
-    assert registry.stats.failed == 1
 
 
 def test_text_format_has_time_level_peer_size_and_text(capsys: Captured) -> None:

@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
-from ..wire.script import Script, Timer
+from ..wire.script import Script, Timer, Wait
 from .connection import Connection
 from .runner import Runner
 
@@ -35,7 +35,7 @@ class AsyncioRunner(Runner):
         if self._sends % SENDS_PER_TURN == 0:
             await asyncio.sleep(0)
 
-    async def _sleep(self, seconds: float) -> bool:
+    async def sleep(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
@@ -70,3 +70,14 @@ class AsyncioRunner(Runner):
             self.is_stalled = False
             if not self._transport.is_closing():
                 self._transport.resume_reading()
+
+
+async def log_in_turns(lines: Iterator[Wait], transport: asyncio.WriteTransport) -> None:
+    """Log the messages of one reply, in turns with other connections; the rest at once if canceled or closed."""
+    try:
+        for _ in lines:
+            if not transport.is_closing():
+                await asyncio.sleep(0)
+    finally:
+        for _ in lines:
+            pass

@@ -25,7 +25,6 @@ CHUNKS_PER_TURN = 50  # chunks of one connection before their replies are sent, 
 MIN_WRITE = 4096  # bytes of replies that do not wait for those to the other chunks that have arrived
 LINES_PER_TURN = 100  # access log lines of one connection before others get their turn
 TURN = Wait(0)
-NO_LINES: Iterator[Wait] = iter(())
 TIMEOUT_DETAILS = {"idle": "", "message": ": incomplete message", "write": ": peer is not reading"}
 
 
@@ -183,14 +182,6 @@ class Connection:
             if lines % LINES_PER_TURN == 0:
                 yield TURN
         return None
-
-    def finish_log(self, lines: Iterator[Wait]) -> None:
-        """Log the rest of a reply at once."""
-        try:
-            for _ in lines:
-                pass
-        except Exception as error:  # of a logging filter, for instance
-            self.context.fail(self.peer, error)
 
     def log_timeout(self, kind: TimeoutKind) -> None:
         seconds = getattr(self.context.config, f"timeout_{kind}")

@@ -9,17 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
 from ..compat import is_readable
-from ..wire.conversation import Conversation
-from ..wire.script import Wait
-from .asyncio_runner import AsyncioRunner
-from .connection import NO_LINES, Connection
+from .asyncio_runner import AsyncioRunner, log_in_turns
+from .connection import Connection
 from .context import ServerContext, Slot
 from .loop_internals import TRANSPORT_ERRORS, abort_transport, write_buffer_size
+from .runner import LOST_CHECK_INTERVAL
 
 LARGE_READ = 200_000  # bytes; after a read of less, the kernel has no more: event loops read 256,000 at a time
 LARGE_READS_PER_TURN = 4  # without a reply, before other connections get their turn; one with a reply ends the turn
@@ -35,14 +34,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
     While a task runs the actions of a script, or logs many messages in turns, nothing is read.
     """
 
-    __slots__ = (
-        "_drain_target",
-        "_is_lingering",
-        "_is_writing_paused",
-        "_large_reads",
-        "_transport",
-        "_work",
-    )
+    __slots__ = ("_drain_target", "_is_lingering", "_is_writing_paused", "_large_reads", "_transport", "_work")
 
     _transport: asyncio.Transport
     runner: AsyncioRunner | None
@@ -84,7 +76,9 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             reply = self.log_and_receive(data) if self.context.log_chunks else conversation.receive(data)
             if reply:
                 if conversation.parts:
-                    self._write_parts(conversation)
+                    for part in conversation.parts:
+                        self._transport.write(part)
+                    conversation.parts = ()
                 if conversation.has_parts:
                     self._transport.write(reply)
                 else:
@@ -95,11 +89,6 @@ class ProtocolConnection(Connection, asyncio.Protocol):
                 self._count_large_read(reply)
         except Exception as error:
             self.fail(error)
-
-    def _write_parts(self, conversation: Conversation) -> None:
-        for part in conversation.parts:
-            self._transport.write(part)
-        conversation.parts = ()
 
     def _count_large_read(self, reply: bytes) -> None:
         """End the turn if it was long enough: libuv reads 32 times in a row (src/unix/stream.c, uv__read)."""
@@ -128,7 +117,6 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         if self.runner is not None:
             self.runner.end()
         if self._work is not None and self._work.task is not None:
-            self._work.wake()
             self._work.task.add_done_callback(lambda _: self.context.remove(self))
         else:
             self.context.remove(self)
@@ -140,8 +128,8 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._is_writing_paused = False
-        if self._work is not None:
-            self._work.wake()
+        if self.runner is not None:
+            self.runner.wake()
         self._resume_reading()
 
     def _can_read(self) -> bool:
@@ -187,8 +175,6 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     def abort(self, *, reset: bool = False) -> None:
         self.end_script()
-        if self._work is not None:  # a shutdown does not wait longer
-            self.finish_log(self._work.lines)
         abort_transport(self._transport, reset=reset)
 
     # A script, and access log lines in turns.
@@ -203,10 +189,10 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         self._transport.write(reply)
         lines = self.log_reply(reply)
         if next(lines, None) is not None:
-            self._start_work(_run_turns(lines), lines)
+            self._start_work(log_in_turns(lines, self._transport))
 
-    def _start_work(self, steps: Coroutine[Any, Any, None], lines: Iterator[Wait] = NO_LINES) -> None:
-        work = self._work = Work(lines)
+    def _start_work(self, steps: Coroutine[Any, Any, None]) -> None:
+        work = self._work = Work()
         self._transport.pause_reading()
         work.task = asyncio.get_running_loop().create_task(self._run(work, steps))  # which may be done at once
 
@@ -229,31 +215,15 @@ class ProtocolConnection(Connection, asyncio.Protocol):
 
     async def _wait_writable(self) -> None:
         """Wait until the write buffer has room, or the connection is lost."""
-        if self._is_writing_paused and self._work is not None and not self._transport.is_closing():
-            await self._work.wait()
+        while self._is_writing_paused and self.runner is not None and not self._transport.is_closing():
+            await self.runner.sleep(LOST_CHECK_INTERVAL)
 
 
 class Work:
-    """What a connection does in a task: it runs a script, or logs ``lines``."""
+    """What a connection does in a task: it runs a script, or logs."""
 
-    __slots__ = ("_waiter", "is_input_ended", "lines", "task")
+    __slots__ = ("is_input_ended", "task")
 
-    def __init__(self, lines: Iterator[Wait]) -> None:
-        self.lines = lines
+    def __init__(self) -> None:
         self.is_input_ended = False  # meanwhile
         self.task: asyncio.Task[None] | None = None  # an event loop has a weak reference only
-        self._waiter: asyncio.Future[None] | None = None
-
-    async def wait(self) -> None:
-        """Wait until :meth:`wake` is called."""
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
-
-    def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-async def _run_turns(lines: Iterator[Wait]) -> None:
-    for _ in lines:
-        await asyncio.sleep(0)

@@ -67,7 +67,7 @@ class Runner:
                     if self._is_over():
                         break
             while self.is_stalled and not self._is_lost():
-                await self._sleep(LOST_CHECK_INTERVAL)
+                await self.sleep(LOST_CHECK_INTERVAL)
         finally:
             self.is_busy = False
 
@@ -93,7 +93,7 @@ class Runner:
             case End.HALF_CLOSE:
                 self._close_write()
             case End.STALL:
-                await self._sleep(0)  # uvloop starts reading after connection_made, in which an eager task runs
+                await self.sleep(0)  # uvloop starts reading after connection_made, in which an eager task runs
                 if not self.is_ending and not self._is_over():
                     self._begin_stall()
 
@@ -112,7 +112,7 @@ class Runner:
             self._due = max(self._due + seconds, now + MIN_WAIT * seconds)
         left = self._due - now
         while True:
-            is_woken = await self._sleep(min(max(left, 0), LOST_CHECK_INTERVAL))
+            is_woken = await self.sleep(min(max(left, 0), LOST_CHECK_INTERVAL))
             left = self._due - self._context.now()
             if left <= 0 or self._is_over() or (is_woken and self.is_ending):
                 return
@@ -157,7 +157,7 @@ class Runner:
         """Send ``data``, and wait while the client does not read."""
         raise NotImplementedError
 
-    async def _sleep(self, seconds: float) -> bool:
+    async def sleep(self, seconds: float) -> bool:
         """Sleep, at most until :meth:`wake` is called; return whether it was."""
         raise NotImplementedError
 

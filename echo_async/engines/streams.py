@@ -10,9 +10,9 @@ from typing import Any, cast
 
 from ..config import ServerConfig
 from ..net import format_address
-from .asyncio_runner import AsyncioRunner
+from .asyncio_runner import AsyncioRunner, log_in_turns
 from .chunk_reader import ChunkReader
-from .connection import CHUNKS_PER_TURN, MIN_WRITE, NO_LINES, Connection
+from .connection import CHUNKS_PER_TURN, MIN_WRITE, Connection
 from .context import ServerContext, Slot
 from .loop_internals import (
     READ_AHEAD_TURNS,
@@ -59,7 +59,7 @@ def protocol_factory(context: ServerContext, slot: Slot) -> Callable[[], asyncio
 class StreamConnection(Connection):
     """One connection of the ``streams`` engine."""
 
-    __slots__ = ("_is_draining", "_is_lost", "_is_reading", "_lines", "_reader", "_task", "_transport", "_writer")
+    __slots__ = ("_is_draining", "_is_lost", "_is_reading", "_reader", "_task", "_transport", "_writer")
 
     runner: AsyncioRunner | None
 
@@ -72,7 +72,6 @@ class StreamConnection(Connection):
         self._is_lost = not isinstance(reader, ChunkReader)  # which would tell
         self._is_reading = False  # the task may be woken by a cancellation
         self._is_draining = False
-        self._lines = NO_LINES  # of the reply that is being logged
 
         if isinstance(reader, ChunkReader):
             reader.notify(self)
@@ -159,7 +158,7 @@ class StreamConnection(Connection):
                             return
                         if is_sent_as_is:
                             write(part)
-                        elif not await self._run_script_or_log(part):
+                        elif not await self._answer(part):
                             return
                         if transport.get_write_buffer_size() > DRAIN_THRESHOLD:
                             await self._writer.drain()
@@ -183,16 +182,15 @@ class StreamConnection(Connection):
             if end < len(data):  # more than a StreamReader would return
                 cast(ChunkReader, self._reader).unread(data[end:])
 
-    async def _run_script_or_log(self, reply: bytes) -> bool:
-        """Do what else a reply needs than to be sent; return whether to read on."""
+    async def _answer(self, reply: bytes) -> bool:
+        """Send and log ``reply``, or do what takes its place; return whether to read on."""
         if self.runner is not None:
             self.runner.submit(reply)
-            if not await self._run_script(self.runner):
-                return False
-        else:
-            self.note_peername()
-            self._transport.write(reply)
-            await self._log(reply)
+            return await self._run_script(self.runner) and not self._transport.is_closing()
+        self.note_peername()
+        self._transport.write(reply)
+        if self.context.log_messages:
+            await log_in_turns(self.log_reply(reply), self._transport)
         return not self._transport.is_closing()  # what has arrived since then is not answered
 
     async def _run_script(self, runner: AsyncioRunner) -> bool:
@@ -200,11 +198,11 @@ class StreamConnection(Connection):
 
         :meth:`_wake` does not interrupt it.
         """
-        self._is_reading = False
+        is_reading, self._is_reading = self._is_reading, False
         try:
             await runner.run()
         finally:
-            self._is_reading = True
+            self._is_reading = is_reading
         return not self._is_draining and (not self.conversation.finished or self.is_held_open)
 
     async def _wait_writable(self) -> None:
@@ -227,28 +225,11 @@ class StreamConnection(Connection):
                 reply = conversation.receive(chunk)
                 if self._transport.is_closing():
                     return
-                await self._send(reply)
+                if reply:
+                    await self._answer(reply)
                 await self._writer.drain()
         except TimeoutError:
             conversation.end_input()
-
-    async def _send(self, reply: bytes) -> None:
-        if self.runner is not None:
-            self.runner.submit(reply)
-            return await self.runner.run()
-        self._transport.write(reply)
-        if reply and self.context.log_messages:
-            await self._log(reply)
-
-    async def _log(self, reply: bytes) -> None:
-        """Log the messages of one reply, in turns with other connections; the rest at once if woken or aborted."""
-        self._lines = self.log_reply(reply)
-        try:
-            for _ in self._lines:
-                await asyncio.sleep(0)
-        finally:
-            self.finish_log(self._lines)
-            self._lines = NO_LINES  # an idle connection keeps no message
 
     async def _discard_input(self) -> None:
         """Discard input until the client closes its side, then close: for readers that cannot do it themselves."""
@@ -272,7 +253,6 @@ class StreamConnection(Connection):
     def abort(self, *, reset: bool = False) -> None:
         self.end_script()
         self.conversation.end_input()  # input that is buffered is not answered
-        self.finish_log(self._lines)
         abort_transport(self._transport, reset=reset)
 
     def _wake(self) -> None:

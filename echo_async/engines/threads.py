@@ -282,7 +282,7 @@ class ThreadRunner(Runner):
     async def _send(self, data: bytes) -> None:
         self._connection._send_all(data)
 
-    async def _sleep(self, seconds: float) -> bool:
+    async def sleep(self, seconds: float) -> bool:
         is_woken = self._wake.wait(seconds)
         self._wake.clear()
         return is_woken
