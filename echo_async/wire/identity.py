@@ -32,14 +32,6 @@ SHORT_NAMES = {  # RFC 4514 section 3
     "stateOrProvinceName": "ST",
 }
 JSON_TYPES: dict[Any, type] = {Mapping: dict, Sequence: list}
-KUBERNETES_VARIABLES = {
-    "pod": ("POD_NAME",),
-    "namespace": ("POD_NAMESPACE", "NAMESPACE"),
-    "node": ("NODE_NAME",),
-    "ip": ("POD_IP",),
-    "service": ("SERVICE_NAME",),
-}
-"""Environment variables that a manifest sets from the downward API."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +65,7 @@ class Responder:
 
 @dataclass(frozen=True, slots=True)
 class Kubernetes:
-    """Where it runs, from the downward API."""
+    """Where it runs, from environment variables that a manifest sets from the downward API."""
 
     pod: str | None = None
     namespace: str | None = None
@@ -83,11 +75,9 @@ class Kubernetes:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Kubernetes:
-        values = {
-            name: next((_shorten(environment[each]) for each in variables if environment.get(each)), None)
-            for name, variables in KUBERNETES_VARIABLES.items()
-        }
-        return cls(**values)
+        namespace = "POD_NAMESPACE" if environment.get("POD_NAMESPACE") else "NAMESPACE"
+        names = ("POD_NAME", namespace, "NODE_NAME", "POD_IP", "SERVICE_NAME")
+        return cls(*(_shorten(environment[name]) if environment.get(name) else None for name in names))
 
 
 @dataclass(frozen=True, slots=True)
