@@ -71,8 +71,9 @@ class Acceptor:
         """Wait for what is left after ``on_closed``: the thread that called it."""
 
     def _stop_udp(self) -> None:
-        if self._receiver is not None:
-            self._receiver.stop()
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            receiver.stop()
         self.sockets.close_udp()
 
 

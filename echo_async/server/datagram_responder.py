@@ -51,10 +51,7 @@ class ReplyRoute(NamedTuple):
 
 
 class DatagramResponder:
-    """Answers the datagrams of one server, each with a fault plan of its own if there are any. Used by one thread.
-
-    ``has_faults`` is whether replies can be delayed.
-    """
+    """Answers the datagrams of one server, each with a fault plan of its own if there are any. Used by one thread."""
 
     def __init__(self, admission: Admission, sockets: Sequence[socket.socket]) -> None:
         config = admission.config
@@ -63,13 +60,12 @@ class DatagramResponder:
         self._counters = self.context.counters.datagrams
         self._refusals = Refusals(config.udp_allow_from, [each.getsockname()[1] for each in sockets])
         self._schedule = None if admission.scripts is None else admission.scripts.datagram_schedule()
-        self.has_faults = self._schedule is not None
         self._delayed: list[tuple[float, int, int | None, bytes, ReplyRoute]] = []  # a heap, by time and number
         self._delayed_size = 0
         self._numbers = count()
         self._identifies = config.mode == "identify"
         is_on_all_addresses = any(each.getsockname()[0] in UNSPECIFIED for each in sockets)
-        is_changed = self._identifies or self.has_faults or self.context.on_datagram is not None
+        is_changed = self._identifies or self._schedule is not None or self.context.on_datagram is not None
         self._is_plain = not (is_changed or is_on_all_addresses or self.context.log_messages)
         self._expected = 1  # datagrams that one call answers
         self._full_calls = 0  # that answered as many as expected

@@ -24,31 +24,28 @@ class LoopReceiver:
         from asyncio import get_running_loop  # a server on threads imports no asyncio
 
         self._loop = get_running_loop()
-        self._responder: DatagramResponder | None = responder
+        self._responder = responder
         self._timer: asyncio.TimerHandle | None = None
         for each in responder.sockets:
-            self._loop.add_reader(each, self._receive if responder.has_faults else responder.receive, each)
+            self._loop.add_reader(each, self._receive, each)
 
     def _receive(self, receiver: socket.socket) -> None:
-        if self._responder is not None:
-            self._responder.receive(receiver)
-            self._send_due()
+        self._responder.receive(receiver)
+        self._send_due()
 
     def _send_due(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        if self._responder is not None and (seconds := self._responder.send_due()) is not None:
+        if (seconds := self._responder.send_due()) is not None:
             self._timer = self._loop.call_later(seconds, self._send_due)
 
     def stop(self) -> None:
-        """Answer what has arrived. Does nothing the second time."""
-        responder, self._responder = self._responder, None
+        """Answer what has arrived."""
         if self._timer is not None:
             self._timer.cancel()
-        if responder is not None:
-            for each in responder.sockets:
-                self._loop.remove_reader(each)
-            responder.drain()
+        for each in self._responder.sockets:
+            self._loop.remove_reader(each)
+        self._responder.drain()
 
 
 class ThreadReceiver:
@@ -75,7 +72,7 @@ class ThreadReceiver:
         self._responder.drain()
 
     def stop(self) -> None:
-        """Answer what has arrived. Does nothing the second time."""
+        """Answer what has arrived."""
         self._begin_stop()
         self._thread.join()
         self._close_waker()
