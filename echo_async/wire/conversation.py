@@ -11,6 +11,7 @@ an incomplete message if the engine takes a reply in parts.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from io import BytesIO
 
 NEWLINE = 10  # ord("\n"), to compare with data[-1]; bytes also search for an integer faster than for bytes
@@ -19,6 +20,7 @@ LARGE_MESSAGE = 4096  # bytes; from this size on, newlines are found one by one 
 LARGE_CHUNK = 64 * 1024  # bytes; from this size on, a write of its own takes less time than a copy
 
 
+@dataclass(slots=True, eq=False)
 class Conversation:
     """The state of one connection's message exchange. ``MODES`` has the class of each mode.
 
@@ -35,36 +37,19 @@ class Conversation:
         parts: The parts of a reply before the one that ``receive`` returned, if there are any.
     """
 
-    __slots__ = (
-        "_collected",
-        "_is_at_boundary",
-        "_is_draining",
-        "_parts",
-        "discarded",
-        "finished",
-        "has_parts",
-        "incomplete",
-        "max_message_size",
-        "messages",
-        "parts",
-        "received",
-        "too_long",
-    )
-
-    def __init__(self, max_message_size: int) -> None:
-        self.max_message_size = max_message_size
-        self.messages = 0
-        self.received = 0
-        self.discarded = 0
-        self.incomplete = 0
-        self.finished = False
-        self.too_long = False
-        self._is_at_boundary = True  # no message is incomplete: the next byte starts one
-        self._is_draining = False  # finish after the incomplete message
-        self._parts: list[bytes] | None = None  # the incomplete message, up to its last large chunk
-        self._collected: BytesIO | None = None  # the rest of it
-        self.has_parts = False
-        self.parts: Sequence[bytes] = ()
+    max_message_size: int
+    messages: int = 0
+    received: int = 0
+    discarded: int = 0
+    incomplete: int = 0
+    finished: bool = False
+    too_long: bool = False
+    has_parts: bool = False
+    parts: Sequence[bytes] = ()
+    _is_at_boundary: bool = True  # no message is incomplete: the next byte starts one
+    _is_draining: bool = False  # finish after the incomplete message
+    _parts: list[bytes] | None = None  # the incomplete message, up to its last large chunk
+    _collected: BytesIO | None = None  # the rest of it
 
     @property
     def answered(self) -> int:
