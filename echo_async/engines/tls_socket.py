@@ -22,8 +22,6 @@ class TlsSocket:
     ``on_error`` is called if TLS fails after the handshake.
     """
 
-    __slots__ = ("_on_error", "_plaintext", "_position", "_unsent", "plain", "tls")
-
     def __init__(self, plain: socket.socket, context: ssl.SSLContext, on_error: Callable[[Exception], object]) -> None:
         self.plain = plain
         self.tls = TlsLayer(context)
