@@ -14,13 +14,7 @@ from .asyncio_runner import AsyncioRunner, log_in_turns
 from .chunk_reader import ChunkReader
 from .connection import CHUNKS_PER_TURN, MIN_WRITE, Connection
 from .context import ServerContext, Slot
-from .loop_internals import (
-    READ_AHEAD_TURNS,
-    TRANSPORT_ERRORS,
-    abort_transport,
-    run_turns,
-    write_buffer_size,
-)
+from .loop_internals import READ_AHEAD_TURNS, TRANSPORT_ERRORS, abort_transport, run_turns, write_buffer_size
 
 DRAIN_THRESHOLD = 16 * 1024  # bytes of unsent replies above which no chunk is read
 DISCARD_SIZE = 64 * 1024  # bytes per read of input that is discarded
