@@ -9,7 +9,6 @@ Servers are of two kinds, and a client detects which it is connected to:
   and a connection that ends with a message in flight raises :exc:`~echo_async.ReplyLost`.
 """
 
-import enum
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Generic, TypeVar
 
@@ -19,31 +18,20 @@ from .verifier import ReplyVerifier
 C = TypeVar("C", bound=ReplyVerifier)
 
 
-class ServerBehavior(enum.Enum):
-    """What the client knows about the server."""
-
-    UNKNOWN = enum.auto()
-    CLOSES_AFTER_REPLY = enum.auto()
-    KEEPS_OPEN = enum.auto()
-
-
 class Session(Generic[C]):
     """Exchange messages with one server, reconnecting where necessary.
 
     The server has a ``name``. ``lock`` is held while connecting, and while only one message may be in flight.
     """
 
+    keeps_open: bool | None = None
+    """Whether the server replies to several messages on one connection; None until that is known."""
+
     def __init__(self, name: str, lock: AbstractAsyncContextManager[Any]) -> None:
         self.name = name
         self.connection: C | None = None
         self._is_closed = False
         self._lock = lock
-        self._server_behavior = ServerBehavior.UNKNOWN
-
-    @property
-    def keeps_open(self) -> bool:
-        """Whether the server is known to reply to several messages on one connection."""
-        return self._server_behavior is ServerBehavior.KEEPS_OPEN
 
     def pipelined_connection(self) -> C | None:
         """Return the connection on which a message can be sent immediately, if there is one."""
@@ -112,11 +100,11 @@ class Session(Generic[C]):
         except ReplyLost:
             if self.keeps_open or connection.replies != 1 or connection.is_partial or self._is_closed:
                 raise
-            self._server_behavior = ServerBehavior.CLOSES_AFTER_REPLY
+            self.keeps_open = False
             connection = await self._connect()
             seconds = await connection.exchange(data)
-        if self._server_behavior is ServerBehavior.CLOSES_AFTER_REPLY:
+        if self.keeps_open is False:
             connection.close()
         elif connection.replies > 1:
-            self._server_behavior = ServerBehavior.KEEPS_OPEN
+            self.keeps_open = True
         return seconds
