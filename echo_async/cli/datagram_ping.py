@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import Any
 
 from ..client.datagram_tracker import MAX_PAYLOAD, MAX_PAYLOAD_IPV4, DatagramFormat, DatagramTracker, Reply
-from ..client.endpoint import Endpoint, log, refuse_self_connection
+from ..client.endpoint import Endpoint, closed_on_error, log, refuse_self_connection
 from ..errors import ConfigError, ConnectError, ReplyDifferent, ReplyLate
 from ..net import AddressInfo, format_address
 from ..resolver import start_resolver
@@ -47,18 +47,24 @@ async def _ping_address(
 ) -> bool:
     tracker = DatagramTracker(DatagramFormat(size), endpoint.config.timeout)
     try:
-        opened = socket.socket(info[0], socket.SOCK_DGRAM)
-    except OSError as error:  # the kernel does not support the address family
-        raise endpoint.connect_error(error, endpoint.config.connect_timeout) from error
-    with opened as connected:
-        pinging = DatagramPing(endpoint, connected, tracker, output)
-        try:
-            await pinging.connect(info[4])
-            await pinging.run(count, interval)
-        except asyncio.CancelledError:  # Ctrl-C
-            pass
-        finally:
-            await pinging.close()
+        connected = socket.socket(info[0], socket.SOCK_DGRAM)
+        with closed_on_error(connected):
+            connected.setblocking(False)
+            connected.connect(info[4])
+            refuse_self_connection(connected)
+    except OSError as error:  # also if the kernel does not support the address family
+        raise endpoint.connect_error(error, 0) from error
+    log.debug("sending datagrams to %s", format_address(info[4]))
+    transport, pinging = await asyncio.get_running_loop().create_datagram_endpoint(
+        lambda: DatagramPing(endpoint, connected, tracker, output), sock=connected
+    )
+    try:
+        await pinging.run(count, interval)
+    except asyncio.CancelledError:  # Ctrl-C
+        pass
+    finally:
+        transport.close()
+        await pinging.closed
     pinging.print_summary()
     return not (tracker.lost or tracker.late or tracker.corrupted)
 
@@ -74,25 +80,7 @@ class DatagramPing(asyncio.DatagramProtocol):
         self._trips = RoundTrips()
         self._unprinted_results: deque[Reply | OSError | int] = deque()  # an integer: the size of a corrupted datagram
         self._is_changed = asyncio.Event()
-        self._has_any_result = False
-        self._transport: asyncio.BaseTransport | None = None
-        self._closed = asyncio.get_running_loop().create_future()
-
-    async def connect(self, address: Any) -> None:
-        self._socket.setblocking(False)
-        try:
-            self._socket.connect(address)
-            refuse_self_connection(self._socket)
-        except OSError as error:
-            raise self._endpoint.connect_error(error, 0) from error
-        log.debug("sending datagrams to %s", format_address(address))
-        loop = asyncio.get_running_loop()
-        self._transport, _ = await loop.create_datagram_endpoint(lambda: self, sock=self._socket)
-
-    async def close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
-            await self._closed
+        self.closed = asyncio.get_running_loop().create_future()
 
     def datagram_received(self, data: bytes, address: Any) -> None:
         reply = self._tracker.receive(data, perf_counter())
@@ -105,7 +93,7 @@ class DatagramPing(asyncio.DatagramProtocol):
         self._is_changed.set()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._closed.set_result(None)
+        self.closed.set_result(None)
 
     async def run(self, count: int, interval: float) -> None:
         """Send, and wait for each datagram until its reply or its timeout."""
@@ -156,27 +144,26 @@ class DatagramPing(asyncio.DatagramProtocol):
                     self._handle_error(error)
                 case corrupted:
                     text = f"reply mismatch: received {corrupted} bytes that were not sent; is {name} an echo server?"
-                    self._output.print_datagram_failure(ReplyDifferent(text, 0), None)
-            self._has_any_result = True
+                    self._output.print_numbered_failure(ReplyDifferent(text, 0), None)
         timeout = self._endpoint.config.timeout
         for number in self._tracker.expire(perf_counter()):
-            self._has_any_result = True
             error = ReplyLate(f"reply timeout: no reply from {name} within {timeout:g} s")
-            self._output.print_datagram_failure(error, number)
+            self._output.print_numbered_failure(error, number)
 
     def _handle_error(self, error: OSError) -> None:
         """Raise if this is the first result; else a datagram is lost: the oldest, because errors do not name it."""
+        tracker = self._tracker
         if error.errno == errno.EMSGSIZE:
             limit = f"a datagram has at most {MAX_PAYLOAD_IPV4} bytes over IPv4, {MAX_PAYLOAD} over IPv6"
-            where = f"{self._tracker.size} bytes to {self._endpoint.name}"
+            where = f"{tracker.size} bytes to {self._endpoint.name}"
             raise ConfigError(f"cannot send {where}: message too long; {limit}")
-        number = self._tracker.give_up_oldest()
         failure = self._endpoint.connect_error(error, 0)
         failure.__cause__ = error
-        if not self._has_any_result:
+        if not (tracker.received or tracker.lost or tracker.corrupted):
             raise failure
+        number = tracker.give_up_oldest()
         if number is not None:
-            self._output.print_datagram_failure(failure, number)
+            self._output.print_numbered_failure(failure, number)
 
     def print_summary(self) -> None:
         tracker, trips = self._tracker, self._trips

@@ -56,14 +56,11 @@ class Output:
     def print_failure(self, error: EchoError, what: str = "message") -> None:
         """Print that the next message failed; the text names it as ``what``, or does not if that is empty."""
         self.number += 1
-        self._report(error, self.number, what)
+        self.print_numbered_failure(error, self.number, what)
 
-    def print_datagram_failure(self, error: EchoError, number: int | None) -> None:
+    def print_numbered_failure(self, error: EchoError, number: int | None, what: str = "datagram") -> None:
         """Print that a datagram is lost, or a received one corrupted: then ``number`` is None."""
-        self._report(error, number, "" if number is None else "datagram")
-
-    def _report(self, error: EchoError, number: int | None, what: str) -> None:
-        self.print_error(f"{what} {number}: {error}" if what else str(error))
+        self.print_error(str(error) if number is None or not what else f"{what} {number}: {error}")
 
     def print_heading(self, text: str) -> None:
         if not self._quiet:
@@ -140,8 +137,8 @@ class Output:
 class JsonOutput(Output):
     """Prints each reply and each failure as a JSON object; a reply of ``identify`` mode as its ``identity``."""
 
-    def _report(self, error: EchoError, number: int | None, what: str) -> None:
-        super()._report(error, number, what)
+    def print_numbered_failure(self, error: EchoError, number: int | None, what: str = "datagram") -> None:
+        super().print_numbered_failure(error, number, what)
         details = {"kind": failure_kind(error), "message": str(error)}
         self._write_line(_to_json({"seq": number, "ok": False, "error": details}))
 
