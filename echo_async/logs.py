@@ -3,6 +3,7 @@
 The library only writes to the loggers below ``echo_async``. Only the commands call :func:`configure`.
 """
 
+import contextlib
 import logging
 import math
 import os
@@ -54,7 +55,10 @@ class RateLimitedLog:
         return self._unwritten
 
     def write_pending(self, *, at_once: bool = False) -> None:
-        """Log the events that no line accounts for, if there was no line within a second or ``at_once``."""
+        """Log the events that no line accounts for, if there was no line within a second or ``at_once``.
+
+        An error of the log, such as that of a filter, is none of whoever reports the event.
+        """
         now = time.monotonic()
         with self._lock:
             events, arguments = self._unwritten, self._arguments
@@ -62,7 +66,8 @@ class RateLimitedLog:
                 return
             self._written_at, self._unwritten = now, 0
         suffix = f" (repeated {events} times)" if events > 1 else ""
-        self._write(self._template + suffix, *arguments)
+        with contextlib.suppress(Exception):
+            self._write(self._template + suffix, *arguments)
 
 
 class JsonFormatter(logging.Formatter):

@@ -49,8 +49,7 @@ class Registry(ServerContext):
 
     def write_pending_logs(self, *, at_once: bool = False) -> None:
         for each in self._limited_logs:
-            with contextlib.suppress(Exception):  # of a logging filter, for instance
-                each.write_pending(at_once=at_once)
+            each.write_pending(at_once=at_once)
 
     def add(self, connection: Connection) -> None:
         if self.log_chunks:
@@ -87,7 +86,8 @@ class Registry(ServerContext):
 
     def fail(self, peer: str, error: Exception) -> None:
         self.counters.increment("failed")
-        log.error("%s internal error, connection aborted: %r", peer, error)
+        with contextlib.suppress(Exception):  # of a logging filter, for instance: the caller ends the connection
+            log.error("%s internal error, connection aborted: %r", peer, error)
 
     def note_end(self, connection: Connection, reason: str) -> None:
         if connection in self.connections:

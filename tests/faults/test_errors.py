@@ -314,6 +314,42 @@ def test_logging_error_aborts_only_its_connection(
         assert is_echoed(healthy)
 
 
+def divide_by_zero(record: logging.LogRecord) -> bool:
+    return 1 // 0 == 1
+
+
+@pytest.mark.internal_errors
+def test_log_that_raises_does_not_end_the_server(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the line about the error cannot be logged."""
+    monkeypatch.setattr(logging.getLogger("echo_async.server"), "filters", [divide_by_zero])
+    with start_server(mode="stream", limit_connections=1) as server:
+        with connect(server) as served:
+            assert is_echoed(served)
+            with connect(server) as refused:
+                assert receive_all(refused) == b""
+            assert is_echoed(served)
+        wait_for(server, active=0)
+        with connect(server) as served:
+            assert is_echoed(served)
+
+
+@pytest.mark.internal_errors
+def test_log_that_raises_leaves_no_connection_open(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first line about a connection, at level debug, precedes its end."""
+    caplog.set_level(logging.DEBUG, "echo_async.server")
+    with start_server(mode="stream") as server:
+        monkeypatch.setattr(logging.getLogger("echo_async.server"), "filters", [divide_by_zero])
+        for number in (1, 2):
+            with connect(server) as client, suppress(ConnectionError):
+                assert client.recv(100) == b""
+            wait_for(server, failed=number, active=0)
+        monkeypatch.undo()
+        with connect(server) as client:
+            assert is_echoed(client)
+
+
 def accept_slowly(record: logging.LogRecord) -> bool:
     sleep(0.02)
     return True

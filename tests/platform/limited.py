@@ -66,7 +66,7 @@ def limit_platform() -> None:
     for name in MISSING_LOOP_METHODS:
         setattr(asyncio.SelectorEventLoop, name, for_asyncio_only(getattr(asyncio.SelectorEventLoop, name)))
     # The default event loop is of another class there.
-    asyncio.SelectorEventLoop = type("SelectorEventLoop", (asyncio.SelectorEventLoop,), {})  # type: ignore[misc, assignment]
+    asyncio.SelectorEventLoop = type("SelectorEventLoop", (asyncio.SelectorEventLoop,), {})  # type: ignore[assignment]
 
 
 if __name__ == "__main__":
