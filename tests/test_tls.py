@@ -28,6 +28,7 @@ from support import (
     is_echoed,
     listening,
     receive_all,
+    receive_line,
     run_process,
     scrape_metrics,
     server_process,
@@ -99,6 +100,19 @@ def test_client_that_ends_its_side_receives_all_replies(
         assert client.is_ended
         wait_for(server, active=0)
         assert (server.stats.messages, server.stats.lost, server.stats.tls_failures) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(("data", "end"), [(b"one\n", "closed"), (b"one\nrest", "lost")])
+def test_client_that_closes_without_close_notify_is_no_reset(
+    start_server: StartServer, client_context: ssl.SSLContext, data: bytes, end: str
+) -> None:
+    """As ``ssl.SSLSocket.close`` does. It answers the server's own close_notify with a reset."""
+    with start_server(mode="stream") as server:
+        with connect(server, client_context) as client:
+            client.sendall(data)
+            assert receive_line(client) == b"one\n"
+        wait_for(server, active=0)
+        assert server.stats.ended == {end: 1}
 
 
 def test_server_that_ends_its_side_discards_what_follows(

@@ -5,6 +5,7 @@ microsecond of Python per chunk, however small.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -92,7 +93,8 @@ class StreamConnection(Connection):
             if self._is_draining:
                 await self._drain_input()
             if isinstance(self._reader, ChunkReader) and self._transport.can_write_eof():
-                self._transport.write_eof()  # closing is no end if a child process has a duplicate of the socket
+                with contextlib.suppress(*TRANSPORT_ERRORS):  # the client is gone, which is no error after its end
+                    self._transport.write_eof()  # closing is no end if a child process has a duplicate of the socket
                 self._reader.discard(self.conversation.receive)
             else:
                 await self._discard_input()
