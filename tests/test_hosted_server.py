@@ -286,6 +286,29 @@ def test_holding_receives_messages_and_replies_later(options: dict[str, Any]) ->
         assert receive_line(other) == b"two\n"
 
 
+def test_blocks_that_overlap_end_on_their_own() -> None:
+    """As those of several threads, or one within another."""
+    with HostedServer() as server, connect(server) as client:
+        first, second, fault = server.holding(), server.holding(), server.fault("drop")
+        for each in (first, fault, second):
+            each.__enter__()
+        client.sendall(b"one\n")
+        server.wait_for(messages=1)
+        first.__exit__(None, None, None)
+        client.settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        second.__exit__(None, None, None)
+        client.settimeout(TIMEOUT)
+        assert receive_line(client) == b"one\n"
+        with server.fault("garbage=2"):
+            fault.__exit__(None, None, None)
+            with connect(server) as other:
+                assert not is_echoed(other, b"two\n")
+        with connect(server) as other:
+            assert is_echoed(other, b"three\n")
+
+
 def test_holding_keeps_replies_for_a_client_that_ended_its_side() -> None:
     with HostedServer(mode="message") as server, connect(server) as client:
         with server.holding():

@@ -16,22 +16,23 @@ from ..wire.script import EchoScript, Report, Script
 class Scripts:
     """Used by one thread at a time.
 
-    ``schedule`` decides which of the next connections have a fault. With ``wrap``, each connection has a script: what
-    it makes of the one that replies as the mode demands.
+    The last of ``schedules`` decides which of the next connections have a fault. With ``wrap``, each connection has a
+    script: what it makes of the one that replies as the mode demands.
     """
 
     def __init__(self, config: ServerConfig, wrap: Callable[[Connection, Script], Script] | None = None) -> None:
         self._config = config
         self._wrap = wrap
         self._is_raw = config.mode == "raw"
-        self.schedule: FaultSchedule | None = None
+        self.schedules: list[FaultSchedule] = []
         if config.has_faults:
-            self.schedule = FaultSchedule(config.fault, config.fault_sequence, config.fault_seed)
-            log.info("faults configured: %s, seed %d", config.fault or config.fault_sequence, self.schedule.seed)
+            schedule = FaultSchedule(config.fault, config.fault_sequence, config.fault_seed)
+            self.schedules.append(schedule)
+            log.info("faults configured: %s, seed %d", config.fault or config.fault_sequence, schedule.seed)
 
     def assign(self, slot: Slot) -> Report | None:
         """Give the next connection its script, if it has one; return the report if it is to be reset instead."""
-        plan = None if self.schedule is None else self.schedule.next_plan()
+        plan = self.schedules[-1].next_plan() if self.schedules else None
         if plan is not None and plan.fault.end == REFUSE:
             return plan.fault.report(REFUSE)
         if plan is not None or self._wrap is not None or self._config.mode == "identify":
@@ -40,9 +41,9 @@ class Scripts:
 
     def datagram_schedule(self) -> FaultSchedule | None:
         """Return a schedule with the same faults for datagrams, which are numbered apart; None if there are none."""
-        if self.schedule is None:
+        if not self.schedules:
             return None
-        return FaultSchedule(self._config.fault, self._config.fault_sequence, self.schedule.seed)
+        return FaultSchedule(self._config.fault, self._config.fault_sequence, self.schedules[0].seed)
 
     def _make_script(self, plan: FaultPlan | None, connection: Connection) -> Script:
         script = self._make_replies(connection)

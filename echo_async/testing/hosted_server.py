@@ -183,6 +183,8 @@ class HostedServer:
     def fault(self, spec: str) -> Iterator[None]:
         """Give the connections that are accepted in the block a fault instead of that of the options.
 
+        Of several blocks, also of several threads, the one that began last decides.
+
         Args:
             spec: Such as "reset=5", or "none". Not "no-accept".
 
@@ -194,15 +196,12 @@ class HostedServer:
         except ValueError as error:
             raise ConfigError(f"invalid fault: {spec!r} ({error})") from error
         _check_conflicts(self._handler, {"fault": spec})
-        previous = self._scripts.schedule
-        self._set_schedule(FaultSchedule(spec, None, self._seed))
+        schedules, schedule = self._scripts.schedules, FaultSchedule(spec, None, self._seed)
+        self._acceptor.call(partial(schedules.append, schedule))
         try:
             yield
         finally:
-            self._set_schedule(previous)
-
-    def _set_schedule(self, schedule: FaultSchedule | None) -> None:
-        self._acceptor.call(partial(setattr, self._scripts, "schedule", schedule))
+            self._acceptor.call(partial(schedules.remove, schedule))
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
@@ -215,12 +214,13 @@ class HostedServer:
 
     @contextmanager
     def holding(self) -> Iterator[None]:
-        """Receive messages in the block, and reply at its end."""
-        self._replies.is_held = True
+        """Receive messages in the block, and reply at its end: of several blocks, at that of the last."""
+        holds, hold = self._replies.holds, object()
+        holds.append(hold)
         try:
             yield
         finally:
-            self._replies.is_held = False
+            holds.remove(hold)
 
     def close(self) -> None:
         """Abort all connections, stop listening, and return when the threads have ended. Idempotent.

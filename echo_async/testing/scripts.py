@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..wire.script import Action, End, Script, Send, Wait, split_messages
@@ -28,7 +28,7 @@ def is_reply(value: object) -> bool:
 class ReplyOptions:
     """What is sent, and what instead of an echo. In ``raw`` mode each read is a message.
 
-    What ``reply`` raises is added to ``errors``. While ``is_held`` is true, replies wait.
+    What ``reply`` raises is added to ``errors``. While there are ``holds``, replies wait.
     """
 
     greeting: bytes
@@ -36,7 +36,7 @@ class ReplyOptions:
     replies: Sequence[bytes | None] | None
     is_raw: bool
     errors: list[BaseException]
-    is_held: bool = False
+    holds: list[object] = field(default_factory=list)  # of blocks, which can overlap
 
 
 class ReplyScript:
@@ -60,7 +60,7 @@ class ReplyScript:
             yield End.CLOSE
 
     def reply(self, data: bytes) -> Iterator[Action]:
-        while self._options.is_held and not self._connection.is_ending:
+        while self._options.holds and not self._connection.is_ending:
             yield Wait(HOLD_INTERVAL)
             if len(data) < MAX_HELD_SIZE:
                 data += self._connection.receive_waiting()
