@@ -81,11 +81,14 @@ def make_echo_server(pytestconfig: pytest.Config) -> Iterator[MakeEchoServer]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Fail a test whose handler or reply function has failed in a server that outlives the test."""
+    from contextlib import ExitStack
+
     try:
         return (yield)
     finally:
-        for server in item.config.stash.get(_servers, []):
-            server.raise_errors()
+        with ExitStack() as checks:  # of all servers: an error that is left would fail the next test
+            for server in item.config.stash.get(_servers, []):
+                checks.callback(server.raise_errors)
 
 
 @pytest.fixture(scope="session")

@@ -145,8 +145,12 @@ FAILING = """
     def test_after_it(shared):
         pass
 
-    def test_that_makes_one(make_echo_server):
+    def test_that_makes_two(make_echo_server):
         exchange(make_echo_server(handler=failing))
+        exchange(make_echo_server(reply=lambda message: pytest.fail("from the second")))
+
+    def test_after_them():
+        pass
 
     def test_of_a_waiting_handler(make_echo_server):
         with socket.create_connection(make_echo_server(handler=waiting).address) as client:
@@ -170,11 +174,13 @@ def test_failure_in_a_function_fails_its_test(session: pytest.Pytester, plugins:
     """With xdist in a process of its own, which reports as this one does."""
     session.makepyfile(FAILING)
     result = session.runpytest_inprocess(*plugins, "-rA")
-    result.assert_outcomes(passed=3, failed=3, errors=1)
-    failed = ["of_a_shared_server", "that_makes_one", "of_a_reply"]
+    result.assert_outcomes(passed=4, failed=3, errors=1)
+    failed = ["of_a_shared_server", "that_makes_two", "of_a_reply"]
     result.stdout.fnmatch_lines_random([f"FAILED *::test_{name}*" for name in failed])
     result.stdout.fnmatch_lines_random(["ERROR *::test_of_its_own_server*"])
-    result.stdout.fnmatch_lines_random(["PASSED *::test_after_it", "PASSED *::test_of_a_waiting_handler"])
+    passed = ["after_it", "after_them", "of_a_waiting_handler"]
+    result.stdout.fnmatch_lines_random([f"PASSED *::test_{name}" for name in passed])
+    result.stdout.fnmatch_lines_random(["E *Failed: from the second"])
     assert result.outlines.count("E       AssertionError: from the handler") == 3
     result.stdout.fnmatch_lines_random(['>*assert peer.receive_line() == b"expected\\n", "from the handler"'])
 
