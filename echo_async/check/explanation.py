@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from ..client.verifier import escape_bytes
+from ..client.verifier import common_prefix, escape_bytes
 from ..wire.proxy import V1_PREFIX, V2_SIGNATURE
 from .connection import FLOOD
 
@@ -18,8 +18,7 @@ def describe(sent: bytes, received: bytes, ending: str) -> str:
         return f"{len(received):,} of {total}, then {ending}"
     if sent.endswith(received):
         return f"the last {len(received):,} of {total}"
-    pairs = enumerate(zip(sent, received, strict=False))
-    start = next((i for i, (one, other) in pairs if one != other), min(len(sent), len(received)))
+    start = common_prefix(sent, received)
     expected, seen = (quote(data[start:]) for data in (sent, received))
     return f"{len(received):,} instead of {total}, from byte {start:,} on {seen} instead of {expected}"
 

@@ -98,8 +98,10 @@ class Endpoint:
 
     def connect_error(self, error: OSError | UnicodeError, seconds: float) -> ConnectError:
         """Translate the ``error`` of an attempt to connect that had ``seconds``."""
-        kind, reason, hint = ConnectError, describe_error(error), _connect_hint(error)
-        if isinstance(error, TimeoutError):
+        kind, reason, hint = ConnectError, describe_error(error), _HINTS.get(getattr(error, "errno", None) or 0, "")
+        if isinstance(error, socket.gaierror | UnicodeError):
+            hint = "; check the host name"
+        elif isinstance(error, TimeoutError):
             kind, hint = ConnectTimeout, "; check the address"
             reason = reason if error.errno else f"timed out after {seconds:g} s"
         elif isinstance(error, SSLError):
@@ -112,12 +114,6 @@ _HINTS = {
     errno.ENOENT: "; is the server running?",
     errno.ECONNRESET: "; does the server use TLS?",
 }
-
-
-def _connect_hint(error: OSError | UnicodeError) -> str:
-    if isinstance(error, socket.gaierror | UnicodeError):
-        return "; check the host name"
-    return _HINTS.get(error.errno or 0, "")
 
 
 def tls_hostname(server_hostname: str | None, host: str, uds: StrPath | None) -> str:

@@ -45,7 +45,8 @@ class Session(Generic[C]):
 
     async def exchange(self, data: bytes) -> float:
         """Send one encoded message; return the round-trip time in seconds."""
-        self._receive_pending()
+        if self.connection is not None:
+            self.connection.receive_pending()
         connection = self.pipelined_connection()
         if connection is None:
             async with self._lock:
@@ -68,12 +69,7 @@ class Session(Generic[C]):
         """Open a connection."""
         raise NotImplementedError
 
-    def _receive_pending(self) -> None:
-        if self.connection is not None:
-            self.connection.receive_pending()
-
     async def _connect(self) -> C:
-        self._receive_pending()
         connection = self._usable_connection()
         if connection is None:
             connection = self.connection = await self._open()
@@ -84,12 +80,13 @@ class Session(Generic[C]):
 
     def _usable_connection(self) -> C | None:
         """Return the current connection if it is open; raise if it received unexpected bytes, or is closed."""
-        connection = self.connection
-        if connection is not None and connection.unexpected is not None:
-            error, connection.unexpected = connection.unexpected, None
-            raise error
-        if connection is not None and connection.is_open:
-            return connection
+        if (connection := self.connection) is not None:
+            connection.receive_pending()
+            if connection.unexpected is not None:
+                error, connection.unexpected = connection.unexpected, None
+                raise error
+            if connection.is_open:
+                return connection
         if self._is_closed:
             raise EchoError(f"cannot send to {self.name}: the client is closed; connect again")
         return None

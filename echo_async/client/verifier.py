@@ -133,7 +133,8 @@ class ReplyVerifier:
                     return self._fail_in_flight("an earlier reply was too long")
             else:
                 size = min(len(exchange.data) - exchange.received, len(data) - position)
-                if not _equal(exchange.data, exchange.received, data, position, size):
+                expected = exchange.data[exchange.received : exchange.received + size]  # a copy, unless it is all
+                if not data.startswith(expected, position):
                     self._notify(completed)
                     return self._fail_mismatch(exchange, data[position:])
                 position += size
@@ -157,7 +158,7 @@ class ReplyVerifier:
     def _fail_mismatch(self, exchange: Exchange, data: bytes) -> None:
         """Fail ``exchange``: ``data`` is not the next part of its replies."""
         sent = exchange.data
-        equal = _common_prefix(data, sent[exchange.received :])
+        equal = common_prefix(data, sent[exchange.received :])
         exchange.received += equal
         start, end = exchange.pending_message()
         context = sent[max(start, exchange.received - MAX_QUOTED // 2) : exchange.received]
@@ -204,16 +205,7 @@ class ReplyVerifier:
             exchange.on_progress()
 
 
-def _equal(sent: bytes, start: int, data: bytes, position: int, size: int) -> bool:
-    """Compare ``size`` bytes, without copying if all of ``sent`` or of ``data`` is compared."""
-    if size == len(data):
-        return sent.startswith(data, start)
-    if size == len(sent):
-        return data.startswith(sent, position)
-    return sent[start : start + size] == data[position : position + size]
-
-
-def _common_prefix(one: bytes, other: bytes) -> int:
+def common_prefix(one: bytes, other: bytes) -> int:
     """Return the number of bytes that both begin with."""
     different = (at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
     return next(different, min(len(one), len(other)))
