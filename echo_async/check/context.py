@@ -4,6 +4,7 @@ import errno
 import socket
 from base64 import b64decode
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import monotonic, perf_counter, sleep
 from typing import Literal
@@ -18,8 +19,9 @@ from .explanation import describe, explain
 from .result import Failure
 
 MIN_MESSAGE_SIZE = 16  # bytes
+CONNECT_THREADS = 4  # connections that are opened at once: they fit into the smallest backlog
 MAX_TIMEOUTS = 12  # for a reply of which bytes are still sent or received
-ACCEPT_TIME = 0.0025  # seconds for a server to accept a connection that does not show it
+ACCEPT_TIME = 0.01  # seconds for a server to accept a connection that does not show it
 
 ModeName = Literal["auto", "message", "stream", "raw", "identify"]
 
@@ -77,6 +79,7 @@ class Context:
         first: The first connection, which ``connect``, ``tls`` and ``mode`` use one after the other.
         mode: The mode of the server.
         largest: Bytes of the largest message that came back.
+        silent: A connection on which nothing is sent, and since when. ``idle`` uses it after other checks have run.
     """
 
     def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
@@ -85,6 +88,7 @@ class Context:
         self.first: socket.socket | None = None
         self.mode = STREAM
         self.largest = MIN_MESSAGE_SIZE
+        self.silent: tuple[Connection, float] | None = None
         self._connections: list[Connection] = []
         self._reusable: Connection | None = None
 
@@ -99,10 +103,17 @@ class Context:
         self.close_connections()
         if self.first is not None:
             self.first.close()
+        if self.silent is not None:
+            self.silent[0].close()
 
     def adopt(self, connection: Connection) -> Connection:
         """Let the current check use an open connection, and close it."""
         self._connections.append(connection)
+        return connection
+
+    def release(self, connection: Connection) -> Connection:
+        """Let a later check use a connection."""
+        self._connections.remove(connection)
         return connection
 
     def open(self, *, is_small: bool = False) -> Connection:
@@ -110,25 +121,32 @@ class Context:
         return self.adopt(Connection(self._connect(is_small)))
 
     def open_many(self, messages: Sequence[bytes]) -> tuple[Sequence[tuple[Connection, bytes]], Failure | None]:
-        """Open a connection for each of ``messages``, one after the other: the smallest backlog has room for it.
+        """Open a connection for each of ``messages``, a few at a time: a small backlog has room for these.
 
         If the mode permits it, the message is sent, so that the connection is known to be accepted. Return the
-        connections with their messages, and the failure of the last one. After one without a reply, none is opened.
+        connections with their messages, and the first failure to connect. After one without a reply, none is opened.
         """
-        opened: list[tuple[Connection, bytes]] = []
-        for message in messages:
+        is_stuck = False
+
+        def open_one(message: bytes) -> tuple[Connection, bytes] | Failure | None:
+            nonlocal is_stuck
+            if is_stuck:
+                return None
             try:
                 connection = self.open()
             except Failure as failure:
-                return opened, failure
-            opened.append((connection, message))
-            if not self.mode.keeps_open:
+                return failure
+            if self.mode.keeps_open:
+                connection.send(message)
+                is_stuck |= not self.wait_for_reply(connection, 1)
+            else:
                 sleep(ACCEPT_TIME)
-                continue
-            connection.send(message)
-            if not self.wait_for_reply(connection, 1):
-                break
-        return opened, None
+            return connection, message
+
+        with ThreadPoolExecutor(CONNECT_THREADS) as pool:
+            results = list(pool.map(open_one, messages))
+        failures = [each for each in results if isinstance(each, Failure)]
+        return [each for each in results if isinstance(each, tuple)], failures[0] if failures else None
 
     def _connect(self, is_small: bool) -> socket.socket:
         assert self.address is not None
@@ -157,7 +175,7 @@ class Context:
         """
         if self._reusable is None or self._reusable.ending or not self.mode.keeps_open:
             if self._reusable is not None:
-                self._reusable.close()
+                self.release(self._reusable).close()
             self._reusable = self.open()
         return self._reusable
 

@@ -49,7 +49,7 @@ def check_close(context: Context) -> str:
         context.compare(connection, message, unread)
         if ending != END:
             raise Failure(f"the reply, then {ending}, with {len(rest):,} more bytes sent", unread)
-        connection.close()  # a server may wait for that before it accepts another
+        context.release(connection).close()  # a server may wait for that before it accepts another
     return f"the reply, then the end, also with {UNREAD_SIZE:,} more bytes sent"
 
 
@@ -64,12 +64,21 @@ def check_incomplete(context: Context) -> str:
     return f"{len(received)} of {len(message)} bytes, then {ending}"
 
 
-def check_idle(context: Context) -> str:
+def begin_silence(context: Context) -> None:
+    """Open the connection that is silent until :func:`check_idle`, and use it before, if the mode permits that."""
     connection = context.open()
     if context.mode.keeps_open:
-        context.exchange(connection, IDLE_MESSAGE, "a new connection is not served")
-    since = monotonic()
-    context.wait(lambda: connection.ending or connection.received, context.settings.idle)
+        context.exchange(connection, IDLE_MESSAGE, "a connection beside others is not served")
+    context.silent = (context.release(connection), monotonic())
+
+
+def check_idle(context: Context) -> str:
+    if context.silent is None:
+        begin_silence(context)
+    assert context.silent is not None
+    connection, since = context.silent
+    context.adopt(connection)
+    context.wait(lambda: connection.ending or connection.received, since + context.settings.idle - monotonic())
     silence = monotonic() - since
     if connection.ending or connection.received:
         seen = f"{len(connection.received)} bytes, then {connection.ending or 'nothing'}, within {silence:.1f} s"

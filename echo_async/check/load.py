@@ -7,6 +7,7 @@ from time import monotonic
 
 from .connection import Connection
 from .context import Context
+from .endings import begin_silence
 from .explanation import quote
 from .messages import make_lines, make_text
 from .result import Failure
@@ -46,6 +47,7 @@ def check_concurrent(context: Context) -> str:
     context.wait(lambda: all(client.ending or client.lines for client, _ in pairs))
     _compare_all(context, pairs)
     context.exchange(first, b"the first client\n", "a connection that is silent at first is not served")
+    begin_silence(context)
     return f"{len(opened)} connections, each with its own reply"
 
 

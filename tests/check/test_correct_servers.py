@@ -19,7 +19,7 @@ from support import TIMEOUT, ChildProcess, StartServer, lines
 from echo_async.check.checks import run_checks
 from echo_async.check.connection import Connection
 from echo_async.check.context import Context, Settings
-from echo_async.check.load import check_backpressure, check_slow
+from echo_async.check.load import check_backpressure, check_concurrent, check_slow
 from echo_async.check.messages import make_text
 from echo_async.check.opening import check_connect, check_mode
 from echo_async.check.result import Failure
@@ -169,6 +169,13 @@ def checking(server: HostedServer, timeout: float) -> Iterator[Context]:
         context.endpoint = Endpoint(*server.address, timeout=timeout)
         context.largest = 20_000
         yield context
+
+
+def test_check_of_concurrent_begins_the_silence_of_idle() -> None:
+    """So that it takes no time of its own."""
+    with HostedServer(mode="message") as server, checking(server, timeout=TIMEOUT) as context:
+        check_concurrent(context)
+        assert context.silent is not None
 
 
 OTHERS: Sequence[Sequence[str | Path]] = [
