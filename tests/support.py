@@ -489,6 +489,30 @@ def run_in_namespace(setup: str, *command: str) -> CompletedProcess[str]:
     return run_process([*prefix, *command])
 
 
+def needs(program: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(shutil.which(program) is None, reason=f"{program} is not installed")
+
+
+@contextmanager
+def haproxy(configuration: str, directory: Path) -> Iterator[tuple[list[Any], IO[str]]]:
+    """Run HAProxy with a free port for each port 5500 to bind; yield the addresses to connect to, and its log."""
+    path, listeners = directory / "haproxy.cfg", []
+    output = {"stdout": PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with ExitStack() as stack:
+
+        def bind(_: re.Match[str]) -> str:
+            listeners.append(stack.enter_context(socket.create_server(("127.0.0.1", 0))))
+            return f"bind fd@{listeners[-1].fileno()}"
+
+        path.write_text(re.sub(r"bind \S*:5500", bind, configuration))
+        descriptors = [each.fileno() for each in listeners]
+        with ChildProcess(["haproxy", "-db", "-f", str(path)], pass_fds=descriptors, **output) as process:
+            try:
+                yield [each.getsockname() for each in listeners], process.stdout
+            finally:
+                process.terminate()
+
+
 class OldKernel(socket.socket):
     """A socket of a kernel without IPv6."""
 

@@ -1,4 +1,7 @@
-"""The files in deploy/: each is checked with the program that uses it, if that is installed."""
+"""The files in deploy/, and the YAML of docs/recipes.md: each is checked with the program that uses it, if installed.
+
+``test_docs.py`` runs the other examples of docs/recipes.md.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
 import trustme
-from support import TIMEOUT, ChildProcess, command_process, receive_line, server_process
+from support import TIMEOUT, command_process, haproxy, needs, receive_line, run_process, server_process
 
 from echo_async import Identity, sync
 from echo_async.cli.server import command
@@ -30,20 +34,31 @@ from echo_async.testing import HostedServer
 DEPLOY = Path(__file__).parent.parent / "deploy"
 DOCS = DEPLOY.parent / "docs"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
-
-
-def needs(program: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(shutil.which(program) is None, reason=f"{program} is not installed")
+PATH = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 def check(*arguments: str | Path) -> None:
     """Run a program that validates a file; it must succeed."""
-    done = subprocess.run(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20)
-    assert done.returncode == 0, done.stdout
+    done = run_process(arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def yaml_documents(text: str) -> list[Any]:
+    yaml = pytest.importorskip("yaml", reason="kubernetes-validate is not installed")
+    return list(yaml.safe_load_all(text))
 
 
 def manifest(path: Path) -> Any:
-    return pytest.importorskip("yaml", reason="kubernetes-validate is not installed").safe_load(path.read_text())
+    [document] = yaml_documents(path.read_text())
+    return document
+
+
+def recipe(key: str, value: str = "") -> Any:
+    """The YAML of docs/recipes.md, or of the file that it names, with ``key``, whose value is ``value`` if given."""
+    page, probe = (DOCS / "recipes.md").read_text(), (DEPLOY / "network-probe.yaml").read_text()
+    texts = [*re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S), probe]
+    [found] = [each for each in yaml_documents("---\n".join(texts)) if key in each and value in ("", each[key])]
+    return found
 
 
 @needs("systemd-analyze")
@@ -66,20 +81,6 @@ def test_systemd_reload_reloads_the_certificates(tmp_path: Path) -> None:
         server.wait_for_log("SIGHUP received: certificates reloaded\n")
 
 
-@contextmanager
-def haproxy(text: str, directory: Path) -> Iterator[tuple[Any, IO[str]]]:
-    """Run HAProxy on a free port; yield the address to connect to, and its log."""
-    path = directory / "haproxy.cfg"
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        path.write_text(re.sub(r"bind \S*:5500", f"bind fd@{listener.fileno()}", text))
-        command, output = ["haproxy", "-db", "-f", str(path)], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with ChildProcess(command, pass_fds=[listener.fileno()], text=True, **output) as process:
-            try:
-                yield listener.getsockname(), process.stdout
-            finally:
-                process.terminate()
-
-
 def wait_for_line(log: IO[str], text: str) -> str:
     while text not in (line := log.readline()):
         assert line, "haproxy ended"
@@ -93,7 +94,7 @@ def test_log_behind_haproxy_shows_the_client_addresses(tmp_path: Path) -> None:
     with server_process(*options) as first, server_process(*options) as second, ExitStack() as stack:
         for number, server in enumerate((first, second), 1):
             text = text.replace(f"192.0.2.1{number}:5500", "{}:{}".format(*server.address))
-        address, _ = stack.enter_context(haproxy(text, tmp_path))
+        [address], _ = stack.enter_context(haproxy(text, tmp_path))
         for server in (first, second):
             server.wait_for_log(" 8 bytes: healthy")
         client_addresses = set()
@@ -122,7 +123,7 @@ def test_identify_behind_haproxy_shows_what_haproxy_had(tmp_path: Path) -> None:
     text = text.replace("bind :5500", f"{tls}\n    log-format '{facts}'").replace("notice", "info")
     with server_process("--mode", "identify", "--proxy-protocol", "v2") as server:
         text = text.replace("192.0.2.11:5500", "{}:{}".format(*server.address))
-        with haproxy(text, tmp_path) as (listening, log):
+        with haproxy(text, tmp_path) as ([listening], log):
             plain = socket.create_connection(listening, TIMEOUT)
             with context.wrap_socket(plain, server_hostname="echo.example") as client:
                 client.sendall(b"Hola Server!\n")
@@ -152,8 +153,8 @@ def documented_haproxy(name: str, directory: Path, *servers: tuple[str, int]) ->
     for port, (host, actual) in zip((5501, 5502), servers, strict=True):
         assert text.count(f"127.0.0.1:{port}") == 1
         text = text.replace(f"127.0.0.1:{port}", f"{host}:{actual}")
-    with haproxy(text, directory) as running:
-        yield running
+    with haproxy(text, directory) as ([address], log):
+        yield address, log
 
 
 def is_echoed(address: tuple[str, int]) -> bool:
@@ -206,8 +207,8 @@ def test_identify_behind_haproxy_names_server_and_client(tmp_path: Path) -> None
 
 def test_kubernetes_manifests_are_valid() -> None:
     validate = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed").validate
-    for path in MANIFESTS:
-        validate(manifest(path), "1.31", strict=True)
+    for each in (*map(manifest, MANIFESTS), recipe("kind", "NetworkPolicy"), recipe("kind", "Job")):
+        validate(each, "1.31", strict=True)
 
 
 def test_deploy_files_agree_with_each_other() -> None:
@@ -221,6 +222,9 @@ def test_deploy_files_agree_with_each_other() -> None:
     unit = (DEPLOY / "echo-async.socket").read_text()
     assert "\nListenStream=5500\n" in unit
     assert "\nBindIPv6Only=both\n" in unit
+    [rule] = recipe("kind", "NetworkPolicy")["spec"]["ingress"]
+    permitted = rule["from"][0]["podSelector"]["matchLabels"]
+    assert recipe("kind", "Job")["spec"]["template"]["metadata"]["labels"] == permitted
 
 
 def test_environment_variables_in_deploy_files_are_options() -> None:
@@ -307,7 +311,7 @@ def test_image_health_check_follows_the_environment(
     values = {"PORT": str(reserved_port), **options}
     environment = {f"ECHO_ASYNC_{name}": value.replace("PORT", str(reserved_port)) for name, value in values.items()}
     with command_process([sys.executable, "-m", "echo_async.server"], environment, cwd=tmp_path) as server:
-        environment = {**os.environ, **environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        environment = {**os.environ, **environment, **PATH}
 
         def check() -> int:
             return subprocess.run([DEPLOY / "healthcheck"], env=environment, cwd=tmp_path, timeout=TIMEOUT).returncode
@@ -316,3 +320,37 @@ def test_image_health_check_follows_the_environment(
         server.process.kill()
         server.wait(None)
         assert check() == 3
+
+
+def run_client(command: list[str], host: str, port: int | None) -> CompletedProcess[str]:
+    """Run a client command of the page with another address: the last ``--host`` counts."""
+    assert command[:2] == ["echo-async", "client"]
+    return run_process([*command, "--host", host], env={**os.environ, **PATH, "ECHO_ASYNC_PORT": str(port)})
+
+
+def test_compose_health_check_follows_the_server(reserved_port: int) -> None:
+    services = recipe("services")["services"]
+    kind, *command = services["echo"]["healthcheck"]["test"]
+    assert kind == "CMD"
+    assert services["tests"]["depends_on"] == {"echo": {"condition": "service_healthy"}}
+    with HostedServer(port=reserved_port) as server:
+        assert run_client(command, *server.address).returncode == 0
+        assert run_client(services["tests"]["command"], *server.address).stdout == "Hola Server!\n"
+    assert run_client(command, *server.address).returncode == 3
+
+
+def test_github_steps_print_every_reply(tmp_path: Path, reserved_port: int) -> None:
+    """Each step is a shell of its own, with the options that a runner gives to bash."""
+    steps = [step["run"] for step in recipe("steps")["steps"]]
+    script = 'for step; do bash -e -o pipefail -c "$step" || exit; done'
+    environment = {**os.environ, **PATH, "ECHO_ASYNC_PORT": str(reserved_port)}
+    done = run_process(["bash", "-c", script, "runner", *steps], cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout) == (0, "Hola Server!\nready?\none\ntwo\n")
+
+
+def test_network_probe_exit_code_shows_the_policy(black_hole_address: tuple[str, int]) -> None:
+    command = recipe("kind", "Job")["spec"]["template"]["spec"]["containers"][0]["command"]
+    with HostedServer() as server:
+        assert run_client(command, *server.address).returncode == 0
+    blocked = run_client([*command, "--connect-timeout", "0.2"], *black_hole_address)
+    assert (blocked.returncode, json.loads(blocked.stdout)["error"]["kind"]) == (3, "timeout")

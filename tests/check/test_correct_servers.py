@@ -1,4 +1,4 @@
-"""``echo-async check`` finds nothing in correct servers: each engine and mode, TLS, Unix sockets, others."""
+"""``echo-async check`` finds nothing in correct servers: each engine and mode, TLS, Unix sockets, others, relays."""
 
 from __future__ import annotations
 
@@ -7,36 +7,39 @@ import shutil
 import ssl
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import TIMEOUT, ChildProcess, StartServer, lines
+from support import TIMEOUT, ChildProcess, StartServer, command_process, haproxy, lines, needs
 
 from echo_async.check.checks import run_checks
 from echo_async.check.connection import Connection
 from echo_async.check.context import Context, Settings
+from echo_async.check.identity import check_identity
 from echo_async.check.load import check_backpressure, check_concurrent, check_slow
 from echo_async.check.messages import make_text
 from echo_async.check.opening import check_connect, check_mode
 from echo_async.check.result import Failure
 from echo_async.client.endpoint import Endpoint
+from echo_async.config import Mode
+from echo_async.net import format_address
 from echo_async.testing import HostedServer, Peer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
-PEERS = Path(__file__).parent.parent.parent / "benchmarks" / "peers"
 Results = dict[str, str]
+Address = tuple[str, int]
 
 
 def check(endpoint: Endpoint, *, udp: bool = False) -> Results:
     """Run all checks, none of which fails; return what they saw, or ``skipped``, by name."""
-    results = {each.check: each for each in run_checks(endpoint, Settings(connections=20, idle=0.2, udp=udp))}
-    assert [each for each in results.values() if each.result == "failed"] == []
-    return {name: each.seen or "skipped" for name, each in results.items()}
+    results = list(run_checks(endpoint, Settings(connections=20, size=70_000, idle=0.2, udp=udp)))
+    assert [each for each in results if each.result == "failed"] == []
+    return {each.check: each.seen or "skipped" for each in results}
 
 
 def skipped(results: Results) -> set[str]:
@@ -77,7 +80,7 @@ def test_check_of_our_server_finds_nothing(
 
 def test_check_of_a_slow_path_waits_for_a_reply_that_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reply of 8,000 bytes takes longer than the timeout, and then than all timeouts together."""
-    with HostedServer(fault="slice=1500,interval=0.3") as server, checking(server, timeout=1.0) as context:
+    with HostedServer(fault="slice=1500,interval=0.3") as server, checking(server.address, timeout=1.0) as context:
         context.exchange(context.connection(), make_text(8000), "")
         monkeypatch.setattr("echo_async.check.context.MAX_TIMEOUTS", 1)
         with pytest.raises(Failure) as failed:
@@ -105,7 +108,7 @@ def test_check_of_backpressure_waits_as_long_as_it_has_sent(monkeypatch: pytest.
             peer.send(line)
 
     monkeypatch.setattr(Connection, "resume", resume)
-    with HostedServer(handler=serve) as server, checking(server, timeout=0.1) as context:
+    with HostedServer(handler=serve) as server, checking(server.address, timeout=0.1) as context:
         assert check_backpressure(context).startswith("4,194,304 bytes, ")
     assert len(stalls) == 1
 
@@ -121,7 +124,7 @@ def test_check_of_backpressure_forgives_one_stall() -> None:
             peer.send(line)
 
     with HostedServer(handler=serve) as server:
-        with checking(server, timeout=0.5) as context:
+        with checking(server.address, timeout=0.5) as context:
             assert check_backpressure(context).startswith("4,194,304 bytes, ")
         stopped.set()
     assert next(stalls, None) is None
@@ -136,7 +139,7 @@ def test_check_of_backpressure_forgives_no_changed_byte() -> None:
 
     with (
         HostedServer(handler=serve) as server,
-        checking(server, timeout=TIMEOUT) as context,
+        checking(server.address, timeout=TIMEOUT) as context,
         pytest.raises(Failure, match="from byte"),
     ):
         check_backpressure(context)
@@ -155,18 +158,18 @@ def test_check_of_slow_forgives_a_server_that_is_busy() -> None:
                 stopped.wait(0.2)
             peer.send(line)
 
-    with HostedServer(handler=serve) as server, checking(server, timeout=TIMEOUT) as context:
+    with HostedServer(handler=serve) as server, checking(server.address, timeout=TIMEOUT) as context:
         assert check_slow(context).startswith("others were delayed by at most ")
 
 
 @contextmanager
-def checking(server: HostedServer, timeout: float) -> Iterator[Context]:
+def checking(address: Address, timeout: float) -> Iterator[Context]:
     """Yield the context of checks after the first ones, with a ``timeout`` for what follows."""
-    with closing(Context(Endpoint(*server.address), Settings())) as context:
+    with closing(Context(Endpoint(*address), Settings())) as context:
         check_connect(context)
         check_mode(context)
         context.close_connections()
-        context.endpoint = Endpoint(*server.address, timeout=timeout)
+        context.endpoint = Endpoint(*address, timeout=timeout)
         context.largest = 20_000
         yield context
 
@@ -178,39 +181,87 @@ def test_check_of_concurrent_begins_the_silence_of_idle() -> None:
         assert context.silent is not None
 
 
-OTHERS: Sequence[Sequence[str | Path]] = [
-    ["node", PEERS / "node.js"],
-    [sys.executable, PEERS / "trio_streams.py"],
-    [sys.executable, PEERS / "threads.py"],
+PEERS = Path(__file__).parent.parent.parent / "benchmarks" / "peers"
+OTHERS = [
+    ["node", str(PEERS / "node.js")],
+    [sys.executable, str(PEERS / "trio_streams.py")],
+    [sys.executable, str(PEERS / "threads.py")],
 ]
 
 
 @contextmanager
-def running(command: Sequence[str | Path]) -> Iterator[Endpoint]:
-    """Run a server that prints its address; yield the address."""
-    with ChildProcess(command, stdout=-1, stderr=-3, text=True) as process:
-        host, _, port = process.stdout.readline().removeprefix("listening on ").rpartition(":")
-        try:
-            yield Endpoint(host, int(port))
-        finally:
-            process.kill()
-
-
-@contextmanager
-def running_socat(port: int) -> Iterator[Endpoint]:
+def running_socat(port: int) -> Iterator[Address]:
     command = ["socat", "-d", "-d", f"TCP-LISTEN:{port},bind=127.0.0.1,reuseaddr,fork", "EXEC:cat"]
     with ChildProcess(command, stderr=-1, text=True) as process:
         assert any("listening" in line for line in process.stderr)
         process.stderr.close()
-        yield Endpoint("127.0.0.1", port)
+        yield "127.0.0.1", port
         process.kill()
 
 
 def test_check_of_other_servers_finds_nothing(reserved_port: int) -> None:
     with ExitStack() as stack:
-        endpoints = [stack.enter_context(running(each)) for each in OTHERS if shutil.which(str(each[0]))]
+        commands = [each for each in OTHERS if shutil.which(each[0])]
+        addresses = [stack.enter_context(command_process(each)).address for each in commands]
         if shutil.which("socat"):
-            endpoints.append(stack.enter_context(running_socat(reserved_port)))
-        with ThreadPoolExecutor(len(endpoints)) as pool:
-            modes = {each["mode"] for each in pool.map(check, endpoints)}
+            addresses.append(stack.enter_context(running_socat(reserved_port)))
+        with ThreadPoolExecutor(len(addresses)) as pool:
+            modes = {each["mode"] for each in pool.map(lambda address: check(Endpoint(*address)), addresses)}
     assert modes == {"raw", "stream"}
+
+
+CONFIGURATION = """
+global
+    maxconn 1000
+defaults
+    mode tcp
+    retries 0
+    timeout connect 10s
+    timeout client 60s
+    timeout server 60s
+"""
+
+
+@contextmanager
+def relaying(directory: Path, *relays: list[str]) -> Iterator[list[Address]]:
+    """Run HAProxy in front of each list of servers, which are addresses with options; yield its addresses."""
+    configuration = CONFIGURATION
+    for number, servers in enumerate(relays):
+        configuration += f"listen relay{number}\n    bind :5500\n    balance roundrobin\n"
+        configuration += "".join(f"    server s{number} {each}\n" for number, each in enumerate(servers))
+    with haproxy(configuration, directory) as (addresses, _):
+        yield addresses
+
+
+@needs("haproxy")
+def test_check_through_haproxy_fails_only_without_a_server(tmp_path: Path, closed_port: int) -> None:
+    modes: list[Mode] = ["message", "stream", "raw"]
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        servers = [stack.enter_context(HostedServer(mode=mode, chunk_size=4096)) for mode in modes]
+        relays = [[format_address(each.address)] for each in servers]
+        *addresses, alone = stack.enter_context(relaying(tmp_path, *relays, [f"127.0.0.1:{closed_port}"]))
+        found = list(pool.map(lambda address: check(Endpoint(*address)), addresses))
+        connect, mode = run_checks(Endpoint(*alone), Settings())
+    assert [each["mode"] for each in found] == modes
+    assert (connect.result, mode.check, mode.result) == ("ok", "mode", "failed")
+    assert "a proxy has no server behind it" in (mode.reason or "")
+
+
+@needs("haproxy")
+def test_identity_through_haproxy_shows_both_servers(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        servers = [stack.enter_context(HostedServer(mode="identify")).address for _ in range(2)]
+        informed = [stack.enter_context(HostedServer(mode="identify", proxy_protocol="v2")).address for _ in range(2)]
+        headers = [f"{format_address(each)} send-proxy-v2" for each in informed]
+        seen = []
+        for address in stack.enter_context(relaying(tmp_path, [*map(format_address, servers)], headers)):
+            with checking(address, TIMEOUT) as context:
+                seen.append(check_identity(context).split("; "))
+    for (names, *_), addresses in zip(seen, (servers, informed), strict=True):
+        assert set(re.findall(r" at (\S+) \(4 of 8\)", names)) == set(map(format_address, addresses))
+    plain, v2 = seen
+    ours = r"127\.0\.0\.1:\d+"
+    assert re.fullmatch(rf"client address {ours} is not ours \({ours}\), but that of a proxy or NAT", plain[1])
+    assert re.fullmatch(rf"client address {ours} is ours", v2[1])
+    assert plain[2:] == ["no PROXY header", "no TLS"]
+    assert v2[2:] == ["PROXY v2 from 127.0.0.1", "no TLS"]
