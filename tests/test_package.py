@@ -6,34 +6,30 @@ import ast
 import importlib
 import pkgutil
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+from support import run_process
 
 import echo_async
 
 ROOT = Path(echo_async.__file__).parent
-MODULES = sorted(
-    found.name
-    for found in pkgutil.walk_packages(echo_async.__path__, "echo_async.")
-    if not found.name.endswith("__main__")
-)
+PACKAGES = pkgutil.walk_packages(echo_async.__path__, "echo_async.")
+MODULES = sorted(found.name for found in PACKAGES if not found.name.endswith("__main__"))
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a new interpreter in which warnings are errors."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", *arguments], capture_output=True, text=True, timeout=20, cwd=ROOT.parent
-    )
+def python(code: str) -> CompletedProcess[str]:
+    """Run a program in a new interpreter in which warnings are errors."""
+    return run_process([sys.executable, "-W", "error", "-c", code], cwd=ROOT.parent)
 
 
 def test_package_import_is_light() -> None:
     """Of what every public name imports, beyond asyncio."""
     code = "import asyncio, sys; before = set(sys.modules); from echo_async import *; print(*set(sys.modules) - before)"
-    result = python("-c", code)
+    result = python(code)
     assert result.stderr == ""
     imported = set(result.stdout.split())
     assert "echo_async.wire.conversation" in imported
@@ -53,7 +49,7 @@ for options in ({}, {"fault": "delay=0"}):
         asyncio.run(main(engine, options))
     print(*(name for name in sys.modules if name.endswith((".faults", ".scripts"))))
 """
-    result = python("-c", code)
+    result = python(code)
     assert result.stderr == ""
     without, with_faults = result.stdout.split("\n")[:2]
     assert without == ""
@@ -74,7 +70,7 @@ assert logging.raiseExceptions
 assert asyncio.events._event_loop_policy is None
 print(*(name for name in sys.modules if 'echo_async' in name))
 """
-    result = python("-c", code)
+    result = python(code)
     assert (result.returncode, result.stdout, result.stderr) == (0, "echo_async\n", "")  # submodules: on first use
     assert set(echo_async.__all__) <= set(dir(echo_async))
     with pytest.raises(AttributeError, match="no attribute 'missing'"):
@@ -89,7 +85,7 @@ def test_package_exports_match_its_typed_imports() -> None:
 
 
 def test_old_python_is_told_which_one_is_needed() -> None:
-    result = python("-c", "import sys; sys.version_info = (3, 10, 13); import echo_async")
+    result = python("import sys; sys.version_info = (3, 10, 13); import echo_async")
     required = "ImportError: echo-async requires Python 3.11 or newer; this is 3.10"
     assert result.stderr.splitlines()[-1] == required
 
@@ -104,7 +100,7 @@ with sync.serve(port=0, fault="delay=0.001", mode="stream") as server, sync.conn
     assert list(client.stream(["one", "two"])) == ["one", "two"]
 assert "asyncio" not in sys.modules
 """
-    result = python("-c", code)
+    result = python(code)
     assert (result.returncode, result.stderr) == (0, "")
 
 

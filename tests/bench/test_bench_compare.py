@@ -71,7 +71,7 @@ def check_results(facts: dict[str, Any]) -> None:
 
 
 def test_compare_beside_a_flood_reports_round_trips_and_its_rate(tmp_path: Path, cli: Cli) -> None:
-    options = "--disturb flood --engines protocol --loops asyncio --sizes 64 --rounds 1"
+    options = "--disturb flood --engines protocol --loops uvloop:new_event_loop --sizes 64 --rounds 1"
     files = (tmp_path / "flood.json", tmp_path / "flood.svg")
     code, out, err = compare(cli, f"{options} --save {files[0]} --plot {files[1]}")
     assert (code, err) == (0, "")
@@ -80,6 +80,7 @@ def test_compare_beside_a_flood_reports_round_trips_and_its_rate(tmp_path: Path,
     assert any(all(title in line for title in titles) for line in out.splitlines())
     facts = json.loads(files[0].read_text())
     [result] = facts["results"]
+    assert result["model"] == "protocol uvloop:new_event_loop"
     assert (facts["disturbance"], facts["connections"], result["idle_cpu"]) == ("flood", 1, None)
     assert len(result["flood_bytes_per_second_rounds"]) == len(result["p99_rounds"]) == 1
     assert result["flood_bytes_per_second"] > 0
@@ -135,9 +136,6 @@ def test_server_process_failed_start_shows_its_output() -> None:
     ):
         with pytest.raises(StartError, match=output), ServerProcess(command):
             pass
-
-
-# Disturbances, with servers that do not serve them
 
 
 def plan_for(server: HostedServer) -> LoadPlan:

@@ -70,9 +70,6 @@ def check_replies(facts: dict[str, Any]) -> None:
     assert facts["service_time"]["min"] > 0
 
 
-# Measurements
-
-
 def test_load_closed_loop_json_has_all_results(load: Load, port: int) -> None:
     options = "--mode stream --connections 3 --size 100 --timeout 1e11"
     facts = load_until_measured(load, lambda: port, options)
@@ -158,9 +155,6 @@ def test_load_tls_verifies_and_shows_certificates(ca_file: Path, certificate: Pa
         where = f"--host localhost --port {server.port}"
         check_replies(load(f"{where} {trusting} --ssl-certfile {certificate}"))
         load(f"{where} {trusting}", code=1)
-
-
-# Faulty servers
 
 
 def test_load_flipped_byte_is_located(cli: Cli, faulty_server: MakeEchoServer) -> None:
@@ -268,9 +262,6 @@ def test_load_stopped_server_is_reported(
     pytest.fail(f"not refused: {facts}")
 
 
-# Output
-
-
 def test_load_prints_a_table_and_expectations(cli: Cli, port: int) -> None:
     expectations = "--expect p99<9s --expect lost<1 --expect p50<0.1us"
     done = cli(f"bench load --port {port} --mode stream --rate 300 --size 2048 {SHORT} {expectations}")
@@ -329,9 +320,6 @@ def test_load_killed_worker_is_an_error() -> None:
         out, err = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, out) == (1, b"")
     assert err == b"error: load generator process exited with code -9; try fewer --connections\n"
-
-
-# Errors
 
 
 def test_load_json_without_rich_and_stderr_succeeds(load: Load, port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,9 +45,6 @@ def result(*times: float, messages: int = 0, lost: int = 0) -> LoadResult:
     return LoadResult(plan=PLAN, seconds=2.0, messages=messages, lost=lost, service=distribution(*times), response=None)
 
 
-# Pattern
-
-
 def test_pattern_repeats_whole_messages() -> None:
     for size in (1, 2, 20, 1024, 100_000, 300_000):
         pattern = Pattern(size)
@@ -73,9 +70,6 @@ def test_pattern_mismatch_is_located(at: int, length: int, wrong: int) -> None:
     assert pattern.matching_prefix_length(bytes(data), at) == wrong % length
 
 
-# Poller
-
-
 @pytest.mark.parametrize("has_epoll", [True, False])
 def test_poller_reports_what_is_watched(has_epoll: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_epoll:
@@ -96,9 +90,6 @@ def test_poller_reports_what_is_watched(has_epoll: bool, monkeypatch: pytest.Mon
             assert select.select([poller.fileno()], (), (), 0)[0]
         poller.unregister(descriptor)
         assert (list(poller.poll(0)), poller.callbacks) == ([], {})
-
-
-# Samples and results
 
 
 def test_distribution_without_samples_is_zero() -> None:
@@ -154,9 +145,6 @@ def test_load_result_busy_generator_is_the_limit(capsys: pytest.CaptureFixture[s
     assert "the load generator was the limit, not the server (it used 50 %, 99 % of a core)" in out
 
 
-# Expectations
-
-
 MET = ["p50<21ms", "p50 <= 20 ms", "max<=30000us", "min>=10ms", "mean>19ms", "rate>=1500", "late<1"]
 NOT_MET = ["p50<20ms", "p99.9<0.03s", "max<30000µs", "rate>1.5e3", "lost<1"]
 INVALID = ["", "p99", "p99<", "p99<5", "p99<5 min", "p101<5ms", "p99=5ms", "q<5ms", "rate>5ms", "p99<1.2.3ms", "lost<x"]
@@ -177,9 +165,6 @@ def test_expectation_invalid_text_is_an_error() -> None:
         assert "\n" not in str(caught.value)
 
 
-# Plans and candidates
-
-
 def test_plan_split_shares_connections_and_rate() -> None:
     plan = LoadPlan(connections=5, rate=100.0, processes=2)
     assert [(each.connections, each.rate) for each in plan.split()] == [(3, 60.0), (2, 40.0)]
@@ -193,15 +178,13 @@ def test_plan_json_round_trip_is_equal() -> None:
 def test_candidates_are_distinct_combinations() -> None:
     candidates = make_candidates(["threads", "streams", "protocol"], ["asyncio", "uvloop"], [20, 4096])
     assert [each.name for each in candidates] == [
-        "threads 20 B",
-        "threads 4096 B",
-        "streams asyncio 20 B",
-        "streams asyncio 4096 B",
-        "streams uvloop 20 B",
-        "streams uvloop 4096 B",
-        "protocol asyncio",
-        "protocol uvloop",
+        *("threads 20 B", "threads 4096 B"),
+        *("streams asyncio 20 B", "streams asyncio 4096 B", "streams uvloop 20 B", "streams uvloop 4096 B"),
+        *("protocol asyncio", "protocol uvloop"),
     ]
+    for each, (loop, chunk_size) in zip(candidates[1:3], [("auto", "4096"), ("asyncio", "20")], strict=True):
+        command = each.command("stream", 64)
+        assert (command[command.index("--loop") + 1], command[command.index("--chunk-size") + 1]) == (loop, chunk_size)
 
 
 def test_spread_is_median_minimum_maximum() -> None:

@@ -108,9 +108,6 @@ def test_udp_load_table_has_the_share_of_losses(capsys: pytest.CaptureFixture[st
     assert out.endswith("lost: 4 messages (10 %) duplicated: 2 datagrams")
 
 
-# The server
-
-
 def test_udp_server_that_drops_the_first_is_found(start_datagrams: StartDatagrams) -> None:
     server = start_datagrams(lambda number, data: [data] if number > 1 else [])
     assert find_udp_server(LoadPlan(udp=True), *server.address).address == server.address

@@ -44,9 +44,6 @@ def check(cli: Cli, options: str, *, code: int = 0) -> list[dict[str, Any]]:
     return [json.loads(line) for line in cli.output(f"check --json {options}", code=code).splitlines()]
 
 
-# Output
-
-
 def test_check_json_prints_one_object_per_check(cli: Cli) -> None:
     with HostedServer(mode="message", udp=True) as server:
         quick = "--connections 5 --size 20000 --idle 0.1"
@@ -117,9 +114,6 @@ def test_check_with_more_connections_than_descriptors_is_one_line() -> None:
         done = run_process(["bash", "-c", script, "bash", *COMMAND, "--port", str(server.port), "--quiet"])
     assert done.returncode == 2
     assert "too many open files" in single_error_line(done.stdout, done.stderr)
-
-
-# Peers with which nothing can be checked
 
 
 def accept_in_silence(peer: Peer) -> None:

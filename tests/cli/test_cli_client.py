@@ -45,9 +45,6 @@ def terminal() -> Iterator[tuple[io.FileIO, io.TextIOWrapper]]:
         yield user, program
 
 
-# Messages and replies
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_arguments_and_stdin_lines_are_messages(mode: Mode, faulty_server: MakeEchoServer, cli: Cli) -> None:
     words = ["one", "", "ñandú 🎉", "two\nthree\n", "\udcff\udcfe", "-", "--", "--four"]
@@ -137,9 +134,6 @@ def test_json_prints_one_object_per_reply(faulty_server: MakeEchoServer, cli: Cl
     assert (second["seq"], second["ok"], second["error"]["kind"]) == (2, False, "mismatch")
     assert (third["seq"], third["text"]) == (3, "\\xff")
     assert done.code == 1
-
-
-# Failures
 
 
 def failure_of(done: Done, code: int) -> tuple[str, str]:
@@ -241,9 +235,6 @@ def test_server_gone_is_reported_by_the_exit_code(
     assert re.fullmatch(errors, done.err)
 
 
-# Standard streams
-
-
 def test_stdout_closed_by_its_reader_exits_with_141(faulty_server: MakeEchoServer) -> None:
     line = '{ yes | "$@" -; echo "$?" >&2; } | head -1'
     done = run_process(["sh", "-c", line, "sh", *command(faulty_server())])
@@ -297,9 +288,6 @@ def test_nonblocking_stdout_receives_all_replies(faulty_server: MakeEchoServer) 
                 wait_for_bytes(reading, 30_000)  # the pipe is nearly full
                 assert replies.read() == lines
             assert (process.stderr.read(), process.wait(TIMEOUT)) == (b"", 0)
-
-
-# Ctrl-C
 
 
 def test_ctrl_c_exits_with_130_and_no_output(faulty_server: MakeEchoServer) -> None:
@@ -372,9 +360,6 @@ signal.raise_signal(signal.SIGINT)
 """
     done = run_process([sys.executable, "-c", code])
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
-
-
-# --count
 
 
 @pytest.mark.parametrize("mode", MODES)

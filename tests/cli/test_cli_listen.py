@@ -107,8 +107,6 @@ def test_listen_name_has_all_sockets_of_that_name() -> None:
             parse(*specs, inherited=inherited)
 
 
-# Errors
-
 ADDRESS_FORMS = "the address must be PORT, HOST:PORT, [ADDRESS]:PORT, unix:PATH, fd:NAME or fd:NUMBER"
 OPTIONS = ", ".join(NAMES)
 INVALID = [

@@ -91,48 +91,24 @@ def new_event_loop():
 """
 
 
-@pytest.fixture
-def custom_loop(tmp_path: Path) -> Path:
-    """A directory with the module ``custom_loop``."""
-    (tmp_path / "custom_loop.py").write_text(CUSTOM_LOOP)
-    return tmp_path
-
-
 @pytest.mark.parametrize("workers", [1, 2])
-def test_server_runs_on_the_given_loop_factory(workers: int, custom_loop: Path) -> None:
+def test_server_runs_on_the_given_loop_factory(workers: int, tmp_path: Path) -> None:
+    (tmp_path / "custom_loop.py").write_text(CUSTOM_LOOP)
     options = ("--loop", "custom_loop:new_event_loop", "--workers", str(workers), "--log-level", "error")
-    with server_process(*options, cwd=custom_loop, env={"PYTHONPATH": str(ROOT)}) as running:
+    with server_process(*options, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}) as running:
         with running.connect() as client:
             assert is_echoed(client)
         serving = set(running.worker_pids) or {running.process.pid}
         assert running.stop() == ""
     assert len(serving) == workers
-    assert serving <= {int(line) for line in (custom_loop / "loops").read_text().split()}
-
-
-def test_bench_compare_measures_the_given_loop_factory(
-    custom_loop: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
-) -> None:
-    pytest.importorskip("numpy")
-    monkeypatch.syspath_prepend(custom_loop)
-    monkeypatch.chdir(custom_loop)
-    options = "--engines protocol --loops custom_loop:new_event_loop --rounds 1 --duration 0.5 --warmup 0 --json"
-    assert '"model": "protocol custom_loop:new_event_loop"' in cli.output(f"bench compare --sizes 64 {options}")
-    processes = (custom_loop / "loops").read_text().split()
-    assert len({*processes} - {str(os.getpid())}) == 1  # the server
+    assert serving <= {int(line) for line in (tmp_path / "loops").read_text().split()}
 
 
 def test_bench_loops_auto_is_every_installed_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert installed_loops(["uvloop:new_event_loop", "auto", "asyncio"]) == [
-        "uvloop:new_event_loop",
-        "asyncio",
-        "uvloop",
-    ]
+    named = "uvloop:new_event_loop"
+    assert installed_loops([named, "auto", "asyncio"]) == [named, "asyncio", "uvloop"]
     monkeypatch.setitem(sys.modules, "uvloop", None)
     assert installed_loops(["auto"]) == ["asyncio"]
-
-
-# Kubernetes
 
 
 @pytest.mark.parametrize(("scheme", "workers"), [("tcp", 2), ("udp", 1), ("sctp", 1)])
@@ -149,9 +125,6 @@ def test_service_links_are_ignored_with_a_warning_each(
         f"warning: ignoring ECHO_ASYNC_{name}={link}: set by Kubernetes for a Service (enableServiceLinks)"
         for name in ("METRICS_PORT", "PORT")
     ]
-
-
-# Shell completion
 
 
 def test_completion_protocol_of_bash(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,9 +73,6 @@ def worker_pids(process: ChildProcess) -> list[int]:
     return [pid for pid, line in command_lines.items() if "echo_async.service.worker" in line]
 
 
-# The command and its environment
-
-
 def test_run_keeps_server_options_from_the_command(
     run: Run, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,9 +146,6 @@ def test_run_log_is_on_stderr(run: Run) -> None:
     assert events[-1].startswith("server stopped: accepted=0 ")
 
 
-# Servers in the command
-
-
 @pytest.mark.parametrize("outer", [["--host", "::1"], ["--uds", "outer.sock"]])
 def test_run_in_run_has_a_server_of_its_own(outer: list[str], run: Run) -> None:
     done = run(*outer, "--", *RUN, "--mode", "raw", "--", "sh", "-c", f"{PRINT_ADDRESS[2]}; exit 7")
@@ -167,18 +161,12 @@ def test_server_in_run_keeps_what_the_command_changed(closed_port: int, run: Run
     assert f"cannot listen on 127.0.0.1:{closed_port}: address already in use" in done.err
 
 
-# Errors
-
-
 def test_run_command_that_cannot_start_is_one_line(run: Run) -> None:
     for command, code, reason in (
         ("/missing/command", 127, "no such file or directory"),
         ("/dev/null", 126, "permission denied"),
     ):
         assert run("--", command) == (code, "", f"error: cannot run {command}: {reason}; check the command\n")
-
-
-# Signals
 
 
 def test_run_forwards_signals_to_the_command() -> None:
@@ -230,9 +218,6 @@ def test_run_signal_ignored_by_nohup_stays_ignored() -> None:
         process.terminate()
         finish(process)
     assert process.returncode == 128 + signal.SIGTERM
-
-
-# The server
 
 
 def test_run_server_that_fails_ends_the_command(tmp_path: Path) -> None:

@@ -53,8 +53,6 @@ def assert_printable(lines: str) -> None:
     assert "Traceback" not in lines
 
 
-# Output
-
 CONTROL_CHARACTERS = (
     b"\x1b[2J\x1b]0;title\x07 \x9b31m \xc2\x85 \r2026-01-01 INFO fake \xe2\x80\xae %s %d {} \\x1b \xff\n"
 )
@@ -115,9 +113,6 @@ def test_unix_peer_path_is_escaped_in_the_log(tmp_path: Path) -> None:
         log = server.stop()
     assert_printable(log)
     assert len(re.findall(r" INFO .*evil.* 9 bytes: number \d\n", log)) == 2
-
-
-# Signals
 
 
 @each_variant
@@ -232,8 +227,6 @@ def test_failed_start_restores_signal_handlers(cli: Cli) -> None:
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-# The environment
-
 CONFLICTS: list[tuple[dict[str, str], str, str]] = [
     ({"PORT": "1", "MODE": "stream", "LOG_FORMAT": "json"}, "--port 0", '"server started: mode stream, engine'),
     ({"LOG_FORMAT": "json"}, "--log-format text", " INFO server started: mode message, engine streams\n"),
@@ -257,9 +250,6 @@ def test_command_line_overrides_the_environment(cli: Cli, tmp_path: Path, monkey
                 environment.setenv(f"ECHO_ASYNC_{name}", value)
             done = cli(f"run --log-level info {options} -- true")
         assert (done.code, logged in done.err) == (0, True)
-
-
-# Closed and full output
 
 
 @pytest.mark.parametrize("redirection", [">&PIPE", "2>&PIPE", "<&- >&- 2>&-"])
@@ -287,9 +277,6 @@ def test_help_to_broken_pipe_exits_with_0() -> None:
         os.close(writer)
         assert process.communicate(timeout=TIMEOUT)[1] == b""
     assert process.returncode == 0
-
-
-# Help and version
 
 
 def test_help_fits_100_columns_and_has_the_exit_codes(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,9 +43,6 @@ def test_udp_any_size_comes_back(
         assert counters in re.sub(r"\d+ ms\n", "t ms\n", capfd.readouterr().out, count=1)
 
 
-# What can happen to datagrams
-
-
 def test_udp_lost_is_what_the_server_dropped(start_datagrams: StartDatagrams, cli: Cli) -> None:
     dropped = sorted(Random(7).sample(range(1, 1001), 100))
     server = start_datagrams(lambda number, data: [] if number in dropped else [data])
@@ -94,9 +91,6 @@ def test_udp_late_reply_is_a_failure_and_not_lost(start_datagrams: StartDatagram
     assert [(each["seq"], each.get("late"), each.get("error", {}).get("kind")) for each in objects] == [
         *((1, None, "late"), (1, True, None), (2, False, None))
     ]
-
-
-# Refusal
 
 
 def test_udp_refused_exits_with_3(closed_udp_port: int, cli: Cli) -> None:
