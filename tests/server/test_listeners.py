@@ -10,6 +10,7 @@ import signal
 import ssl
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +142,11 @@ def test_listener_that_cannot_start_exits_with_3(
 
 def test_listeners_share_the_descriptor_limit() -> None:
     """One listener that is full leaves the connections of the others to them."""
-
-    def limit_descriptors() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
-
+    limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (128, 128))
     share = (128 - 32 - 3 * 8 - 10) // 2  # reserved for the process, and for each listener; the third has 10
     specs, places = ("0", "0", "0,limit-connections=10"), [share, share, 10]
     options = ("--mode", "stream")
-    with listening(*specs, options=options, preexec_fn=limit_descriptors) as (server, listeners), ExitStack() as stack:
+    with listening(*specs, options=options, preexec_fn=limit) as (server, listeners), ExitStack() as stack:
         for listener, expected in zip(listeners, places, strict=True):
             clients = [stack.enter_context(connect(listener)) for _ in range(60)]
             answered = 0

@@ -14,6 +14,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import fields
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -245,11 +246,8 @@ def test_http_methods_and_their_headers(idle_server: ServerProcess) -> None:
 
 def test_idle_http_connections_delay_no_scrape() -> None:
     """They use neither the descriptors of echo clients nor the time of a scrape."""
-
-    def limit_descriptors() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-
-    with server_with_metrics("streams", 1, preexec_fn=limit_descriptors) as server, ExitStack() as stack:
+    limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (64, 64))
+    with server_with_metrics("streams", 1, preexec_fn=limit) as server, ExitStack() as stack:
         for _ in range(100):
             stack.enter_context(socket.create_connection(address_of(server.log), TIMEOUT))
         start = monotonic()

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -122,12 +123,9 @@ def test_sync_serve_invalid_option_is_rejected() -> None:
 
 def test_sync_server_with_64_descriptors_serves_in_turn() -> None:
     """No client is refused, as with the default limit: all others are served after the first."""
-
-    def limit_descriptors() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-
+    limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (64, 64))
     args = ("--threaded", "--mode", "stream", "--no-access-log", "--limit-connections", "1000")
-    with server_process(*args, preexec_fn=limit_descriptors) as server, ExitStack() as stack:
+    with server_process(*args, preexec_fn=limit) as server, ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(100)]
         server.wait_for_log("accept failed")
         for client in clients:
