@@ -9,10 +9,10 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from time import monotonic
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import pytest
 from support import (
@@ -65,32 +65,6 @@ class TlsSocket:
         return plaintext
 
 
-Client = socket.socket | TlsSocket
-
-
-class Transport:
-    """Starts servers with faults on TCP, TLS or a Unix socket, and connects clients to them."""
-
-    def __init__(self, name: str, start: StartServer, path: Path, context: ssl.SSLContext) -> None:
-        self.name = name
-        self._start, self._path = start, str(path / "echo.sock")
-        self._context = context if name == "tls" else None
-
-    def serve(self, **options: Unpack[ServerOptions]) -> AbstractContextManager[echo_async.EchoServer]:
-        if self.name == "unix":
-            options["uds"] = self._path
-        return self._start(tls=self.name == "tls", mode=options.pop("mode", "stream"), fault_seed=SEED, **options)
-
-    @contextmanager
-    def connect(self, server: echo_async.EchoServer) -> Iterator[Client]:
-        with connect(server) as connected:
-            yield connected if self._context is None else TlsSocket(connected, self._context)
-
-    def end(self, expected: str) -> str:
-        """Return how a connection ends that should end as ``expected``: a Unix socket has no reset (unix(7))."""
-        return "closed" if self.name == "unix" else expected
-
-
 # Every backend over TCP; TLS where a transport and where a thread sends the records; a Unix socket, which has no reset.
 TRANSPORTS = [
     *((backend, "tcp") for backend in BACKENDS),
@@ -104,13 +78,26 @@ each_transport = pytest.mark.parametrize(
 
 
 @pytest.fixture
-def transport(
-    request: pytest.FixtureRequest, start_server: StartServer, tmp_path: Path, client_context: ssl.SSLContext
-) -> Transport:
-    return Transport(request.param, start_server, tmp_path, client_context)
+def transport(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    """What makes a server use TCP, TLS or a Unix socket."""
+    kinds: dict[str, dict[str, Any]] = {"tcp": {}, "tls": {"tls": True}, "unix": {"uds": tmp_path / "echo.sock"}}
+    return kinds[request.param]
 
 
-def receive_to_end(client: Client) -> tuple[bytes, str]:
+@contextmanager
+def connect_over(
+    transport: dict[str, Any], server: echo_async.EchoServer, context: ssl.SSLContext
+) -> Iterator[socket.socket | TlsSocket]:
+    with connect(server) as connected:
+        yield TlsSocket(connected, context) if "tls" in transport else connected
+
+
+def end_over(transport: dict[str, Any], expected: str) -> str:
+    """Return how a connection ends that should end as ``expected``: a Unix socket has no reset (unix(7))."""
+    return "closed" if "uds" in transport else expected
+
+
+def receive_to_end(client: socket.socket | TlsSocket) -> tuple[bytes, str]:
     """Read until the connection ends; return what was received, and how it ended."""
     received = b""
     try:
@@ -151,13 +138,16 @@ COUNTED |= {"close": 3, "reset": 2, "half-close": 2}
 
 
 @each_transport
-def test_fault_is_observed_by_a_client(transport: Transport) -> None:
-    with transport.serve(fault_sequence=[case.fault for case in CASES], mode="message") as server:
+def test_fault_is_observed_by_a_client(
+    transport: dict[str, Any], start_server: StartServer, client_context: ssl.SSLContext
+) -> None:
+    faults = [case.fault for case in CASES]
+    with start_server(fault_sequence=faults, fault_seed=SEED, mode="message", **transport) as server:
         for case in CASES:
-            with transport.connect(server) as client:
+            with connect_over(transport, server, client_context) as client:
                 started = monotonic()
                 client.sendall(MESSAGE)
-                assert receive_to_end(client) == (case.received, transport.end(case.end))
+                assert receive_to_end(client) == (case.received, end_over(transport, case.end))
                 assert monotonic() - started >= case.seconds
         wait_for(server, active=0)
         stats = server.stats
@@ -220,17 +210,19 @@ BEGIN_LATER = {
 
 
 @each_transport
-def test_fault_begins_after_messages_or_at_its_time(transport: Transport) -> None:
+def test_fault_begins_after_messages_or_at_its_time(
+    transport: dict[str, Any], start_server: StartServer, client_context: ssl.SSLContext
+) -> None:
     """The server reads what a client sends after a half-close at a time, and nothing after a stall."""
-    with transport.serve(fault_sequence=list(BEGIN_LATER)) as server, ExitStack() as stack:
+    with start_server(fault_sequence=list(BEGIN_LATER), mode="stream", **transport) as server, ExitStack() as stack:
         clients = {}
         for fault in BEGIN_LATER:
             started = monotonic()
-            clients[fault] = stack.enter_context(transport.connect(server))
+            clients[fault] = stack.enter_context(connect_over(transport, server, client_context))
             clients[fault].sendall(5 * MESSAGE if "after" in fault else MESSAGE)
         for fault, (received, end) in BEGIN_LATER.items():
             if end != "stop":
-                assert (fault, *receive_to_end(clients[fault])) == (fault, received, transport.end(end))
+                assert (fault, *receive_to_end(clients[fault])) == (fault, received, end_over(transport, end))
         wait_for(server, faults={"close": 4, "reset": 3, "half-close": 2, "stall": 2, "duplicate": 1})
         assert monotonic() - started >= 0.495
         read = server.stats.bytes_in
