@@ -139,14 +139,6 @@ def test_close_during_a_message_waits_for_its_end(start_server: StartServer, fau
         assert receive_all(busy) == b"first half, second half\n"
 
 
-def test_close_with_incomplete_message_ends_after_timeout(start_server: StartServer) -> None:
-    with start_server(mode="stream", timeout_graceful_shutdown=0.3) as server, connect(server) as client:
-        client.sendall(b"never finished")
-        wait_for(server, bytes_in=14)
-    assert server.stats.active == 0
-    assert server.stats.lost == 1
-
-
 def test_connection_over_the_limit_is_closed_and_counted(start_server: StartServer) -> None:
     with start_server(mode="stream", limit_connections=2) as server:
         with connect(server) as first, connect(server) as second:

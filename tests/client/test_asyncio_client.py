@@ -60,29 +60,21 @@ async def test_echo_canceled_does_not_affect_others(echo_server: HostedServer) -
 
 
 @on_each_loop
-async def test_close_with_message_in_flight_raises_reply_lost(faulty_server: MakeEchoServer) -> None:
-    server = faulty_server(fault="drop")
-    client = await connect(*server.address)
-    waiting = asyncio.create_task(client.echo("one"))
-    await asyncio.sleep(0)
-    client.close()
-    with pytest.raises(echo_async.ReplyLost, match="lost before the reply: closed by this client"):
-        await waiting
-    await client.wait_closed()
-
-
-@on_each_loop
-async def test_close_while_reconnecting_raises(faulty_server: MakeEchoServer) -> None:
-    server = faulty_server(mode="message")
-    client = await connect(*server.address)
-    for message in ("one", "two"):
-        await client.echo(message)
-    waiting = asyncio.create_task(client.echo("three"))
-    await asyncio.sleep(0)
-    client.close()
-    with pytest.raises(echo_async.EchoError, match="is closed"):
-        await waiting
-    await client.wait_closed()
+async def test_close_with_message_in_flight_raises(faulty_server: MakeEchoServer) -> None:
+    """Whether it is sent, or the client connects again to send it."""
+    for server, before, error, text in (
+        (faulty_server(fault="drop"), (), echo_async.ReplyLost, "lost before the reply: closed by this client"),
+        (faulty_server(mode="message"), ("one", "two"), echo_async.EchoError, "is closed"),
+    ):
+        client = await connect(*server.address)
+        for message in before:
+            await client.echo(message)
+        waiting = asyncio.create_task(client.echo("in flight"))
+        await asyncio.sleep(0)
+        client.close()
+        with pytest.raises(error, match=text):
+            await waiting
+        await client.wait_closed()
 
 
 @sends_at_once

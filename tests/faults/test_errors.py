@@ -110,6 +110,7 @@ def test_accept_error_is_retried_after_a_pause(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """A stop does not wait for it."""
     accept = FailingAccept(monkeypatch)
     with start_server(tls=tls) as server:
         started = monotonic()
@@ -126,6 +127,13 @@ def test_accept_error_is_retried_after_a_pause(
         lines = log_lines(caplog, logging.WARNING)
         assert 1 <= len(lines) <= 1 + (monotonic() - started)
         assert lines[0] == "accept failed: too many open files; retrying in 0.1 s"
+        accept.begin(errno.EMFILE)
+        with connect(server):
+            accept.wait(failures=1)
+            stopped = monotonic()
+            server.close()
+    assert accept.failures <= 4 + (monotonic() - stopped) / accept.RETRY_DELAY
+    assert monotonic() - stopped < MAX_DELAY
 
 
 @each_acceptor
@@ -152,21 +160,6 @@ def test_accept_by_another_worker_does_not_delay_the_next(monkeypatch: pytest.Mo
         with connect(server) as client:
             assert is_echoed(client)
         assert accept.failures == 1
-
-
-@each_acceptor
-def test_accept_error_during_shutdown_does_not_delay_it(
-    start_server: StartServer, tls: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    accept = FailingAccept(monkeypatch)
-    with start_server(tls=tls) as server:
-        start = monotonic()
-        accept.begin(errno.EMFILE)
-        with connect(server):
-            accept.wait(failures=1)
-            server.close()
-    assert accept.failures <= 4 + (monotonic() - start) / accept.RETRY_DELAY
-    assert monotonic() - start < MAX_DELAY
 
 
 @pytest.mark.parametrize("is_stopped", [False, True], ids=["running", "stopped"])
@@ -235,16 +228,13 @@ def test_new_connection_raising_ends_only_itself(
 
 
 @pytest.mark.internal_errors
-@pytest.mark.parametrize(("tls", "error"), [(False, ValueError("a bug")), (True, MemoryError())], ids=["plain", "tls"])
 def test_internal_error_aborts_only_its_connection(
     start_server: StartServer,
-    tls: bool,
-    error: Exception,
-    client_context: ssl.SSLContext,
+    context: ssl.SSLContext | None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    receive = StreamConversation.receive
+    receive, error = StreamConversation.receive, MemoryError() if context else ValueError("a bug")
 
     def fail(self: StreamConversation, data: bytes) -> bytes:
         if data == b"trigger\n":
@@ -252,8 +242,11 @@ def test_internal_error_aborts_only_its_connection(
         return receive(self, data)
 
     monkeypatch.setattr(StreamConversation, "receive", fail)
-    context = client_context if tls else None
-    with start_server(tls=tls) as server, connect(server, context) as healthy, connect(server, context) as failing:
+    with (
+        start_server(tls=context is not None) as server,
+        connect(server, context) as healthy,
+        connect(server, context) as failing,
+    ):
         assert is_echoed(healthy)
         assert is_echoed(failing)
         failing.sendall(b"trigger\n")
@@ -303,7 +296,7 @@ def test_logging_error_aborts_only_its_connection(
     monkeypatch.setattr("echo_async.engines.connection.LINES_PER_TURN", 1)
     monkeypatch.setattr(logging.getLogger("echo_async.access"), "filters", [fail])
     caplog.set_level(logging.INFO, "echo_async.access")
-    with start_server(mode="stream") as server, connect(server) as healthy:
+    with start_server() as server, connect(server) as healthy:
         with connect(server) as failing:
             failing.sendall(b"one\ntwo\nlast\n")
             with suppress(ConnectionError):
@@ -362,7 +355,7 @@ def test_log_in_turns_delays_no_end_after_a_sweep(
     monkeypatch.setattr("echo_async.engines.connection.LINES_PER_TURN", 1)
     monkeypatch.setattr(logging.getLogger("echo_async.access"), "filters", [accept_slowly])
     caplog.set_level(logging.INFO, "echo_async.access")
-    with start_server(mode="stream", timeout_idle=2, limit_message_size=100) as server, connect(server) as client:
+    with start_server(timeout_idle=2, limit_message_size=100) as server, connect(server) as client:
         client.sendall(20 * b"a\n" + 200 * b"x")
         started = monotonic()
         assert receive_all(client) == 20 * b"a\n"
