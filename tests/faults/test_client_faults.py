@@ -1,7 +1,6 @@
 """Faulty clients: each affects only its own connection, is counted, and leaves no resources behind.
 
-A row of ``FAULTS`` is one fault: what the client does, and which counters increase. A healthy client is connected at
-the same time and must not notice the fault.
+A row of ``FAULTS`` is one fault. A healthy client is connected at the same time and must not notice it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import ssl
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from support import (
@@ -26,6 +25,7 @@ from support import (
     is_echoed,
     log_lines,
     receive_all,
+    receive_exactly,
     receive_line,
     reset,
     wait_for,
@@ -34,26 +34,16 @@ from support import (
 from tls_client import TlsClient
 
 import echo_async
+from echo_async.config import Mode
 from echo_async.stats import COUNTERS, Stats
 from echo_async.wire.tls_layer import TlsLayer
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-def close_within_a_message(client: socket.socket) -> None:
-    client.sendall(b"begun")
-    client.close()
-
-
-def reset_after_a_reply(client: socket.socket) -> None:
-    assert is_echoed(client)
-    reset(client)
-
-
-def reset_within_a_message(client: socket.socket) -> None:
-    client.sendall(b"one\nbegun")
-    assert receive_line(client) == b"one\n"
-    reset(client)
+def half_close(client: socket.socket) -> None:
+    client.shutdown(socket.SHUT_WR)
+    assert receive_all(client) == b""
 
 
 def reset_with_buffered_replies(client: socket.socket) -> None:
@@ -66,28 +56,17 @@ def close_with_buffered_replies(client: socket.socket) -> None:
     client.close()
 
 
-def half_close_without_a_message(client: socket.socket) -> None:
-    client.shutdown(socket.SHUT_WR)
-    assert receive_all(client) == b""
-
-
-def half_close_within_a_message(client: socket.socket) -> None:
-    client.sendall(b"one\nbegun")
-    client.shutdown(socket.SHUT_WR)
-    assert receive_all(client) == b"one\n"
-
-
-def flood_and_reset(client: socket.socket) -> None:
-    client.sendall(b"x" * 399_999 + b"\n")
-    reset(client)
-
-
 def pause_and_resume_reading(client: socket.socket) -> None:
     """Close the receive window for less than ``timeout_write``, then read all replies."""
     line = bytes(range(32, 127)) * 10 + b"\n"
     sent = fill(client, line)
     client.shutdown(socket.SHUT_WR)
     assert receive_all(client) == line * (sent // len(line))
+
+
+def flood_and_reset(client: socket.socket) -> None:
+    client.sendall(b"x" * 399_999 + b"\n")
+    reset(client)
 
 
 def shut_down_reading(client: socket.socket) -> None:
@@ -102,60 +81,74 @@ def send_urgent_data(client: socket.socket) -> None:
     assert is_echoed(client)
 
 
-FAULTS: dict[Callable[[socket.socket], None], dict[str, int]] = {
-    # what the client does; the counters that increase, other than accepted, messages and bytes
-    socket.socket.close: {},
-    reset: {},
-    close_within_a_message: {"lost": 1},
-    reset_after_a_reply: {},
-    reset_within_a_message: {"lost": 1},
-    reset_with_buffered_replies: {},
-    close_with_buffered_replies: {},
-    half_close_without_a_message: {},
-    half_close_within_a_message: {"lost": 1},
-    flood_and_reset: {},
-    pause_and_resume_reading: {},
-    shut_down_reading: {},
-    send_urgent_data: {},
+class Fault(NamedTuple):
+    """What a client sends and receives, and what it does then; how it is counted, or None if that is not certain."""
+
+    end: Callable[[socket.socket], None]
+    sent: bytes = b""
+    received: bytes = b""
+    is_lost: bool | None = False
+    ended: str | None = "closed"
+
+
+FAULTS: dict[Mode, list[Fault]] = {
+    "stream": [
+        Fault(socket.socket.close),
+        Fault(socket.socket.close, b"begun", b"", True, "lost"),
+        Fault(half_close),
+        Fault(half_close, b"one\nbegun", b"one\n", True, "lost"),
+        Fault(reset, b"one\n", b"one\n", False, "reset"),
+        Fault(reset, b"one\nbegun", b"one\n", True, "reset"),
+        *(Fault(each, is_lost=None, ended=None) for each in (reset_with_buffered_replies, close_with_buffered_replies)),
+        *(Fault(each, is_lost=None, ended=None) for each in (flood_and_reset, shut_down_reading)),
+        Fault(pause_and_resume_reading, is_lost=None, ended=None),
+        Fault(send_urgent_data),
+    ],
+    "message": [
+        Fault(reset, ended="reset"),
+        Fault(reset, b"begun", b"", True, "reset"),
+        Fault(reset, b"one\n", b"one\n", False, "reset"),
+        Fault(reset, b"x" * 999_999 + b"\n", b"", False, "reset"),
+    ],
 }
 
-UNLOGGED = {socket.socket.close, reset}
 
-# These can end within a message.
-MAY_COUNT_LOST = {reset_with_buffered_replies, close_with_buffered_replies, flood_and_reset}
-MAY_COUNT_LOST |= {pause_and_resume_reading, shut_down_reading}
-
-
-def counted_since(before: Stats, server: echo_async.EchoServer) -> Counter[str]:
-    """Return how many more connections are in each counter, except in ``accepted``."""
-    stats = server.stats
-    assert stats.accepted == stats.active + sum(stats.ended.values())
-    names = set(COUNTERS) - {"accepted", "messages", "bytes_in", "bytes_out"}
-    return +Counter({name: getattr(stats, name) - getattr(before, name) for name in names})
-
-
+@pytest.mark.parametrize("mode", FAULTS)
 def test_faulty_client_in_any_state_affects_only_itself(
-    start_server: StartServer, caplog: pytest.LogCaptureFixture
+    mode: Mode, start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "echo_async")
     with (
-        start_server(limit_connections=2, limit_message_size=500_000, chunk_size=4096, no_access_log=True) as server,
+        start_server(mode=mode, limit_connections=2, chunk_size=4096, no_access_log=True) as server,
         connect(server) as healthy,
     ):
-        assert is_echoed(healthy)
-        for number, (fault, counted) in enumerate(FAULTS.items(), start=2):
+        for number, fault in enumerate(FAULTS[mode], start=2):
+            wait_for(server, accepted=number - 1)
             before = server.stats
             with connect(server) as client:
-                fault(client)
-            wait_for(server, accepted=number, active=1)
-            assert is_echoed(healthy)
-            changed = counted_since(before, server)
-            if fault in MAY_COUNT_LOST:
-                del changed["lost"]
-            assert changed == counted
+                client.sendall(fault.sent)
+                assert receive_exactly(client, len(fault.received)) == fault.received
+                wait_for(server, accepted=number, bytes_in=before.bytes_in + len(fault.sent))
+                fault.end(client)
+            wait_for(server, active=1)
+            assert mode == "message" or is_echoed(healthy)
+            changed, ended = counted_since(before, server)
+            assert changed.pop("lost", 0) == fault.is_lost or fault.is_lost is None, fault
+            assert changed == {}, fault
+            assert ended == {fault.ended: 1} or fault.ended is None, fault
             assert log_lines(caplog, logging.ERROR) == []
-            assert len(log_lines(caplog, logging.INFO)) <= (0 if fault in UNLOGGED else 2)
+            assert len(log_lines(caplog, logging.INFO)) <= (2 if fault.sent or fault.is_lost is None else 0)
             caplog.clear()
+        assert is_echoed(healthy)
+
+
+def counted_since(before: Stats, server: echo_async.EchoServer) -> tuple[Counter[str], Counter[str]]:
+    """Return how many more connections are in each counter except ``accepted``, and the reasons in ``ended``."""
+    stats = server.stats
+    assert stats.accepted == stats.active + sum(stats.ended.values())
+    names = set(COUNTERS) - {"accepted", "messages", "bytes_in", "bytes_out"}
+    changed = +Counter({name: getattr(stats, name) - getattr(before, name) for name in names})
+    return changed, Counter(stats.ended) - Counter(before.ended)
 
 
 def test_backlog_with_closed_connections_is_served(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
@@ -329,7 +322,7 @@ def test_tls_faulty_client_in_any_state_affects_only_itself(
         finally:
             gc.enable()
         assert is_echoed(healthy)
-        assert counted_since(Stats(active=1), server) == expected
+        assert counted_since(Stats(active=1), server)[0] == expected
     assert log_lines(caplog, logging.ERROR) == []
     lines = log_lines(caplog, logging.INFO)
     assert lines[0] == f"{names[0]} incomplete message: connection closed after 5 bytes without a newline"

@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -22,7 +21,6 @@ from support import (
     LOOPS,
     TIMEOUT,
     Backend,
-    StartServer,
     connect,
     in_its_loop,
     is_echoed,
@@ -30,13 +28,11 @@ from support import (
     reset,
     run,
     serve_in_loop,
-    wait_for,
     wait_in_loop,
 )
 
 import echo_async
 from echo_async import sync
-from echo_async.config import Mode
 from echo_async.engines.connection import Connection
 from echo_async.loops import LoopName, loop_factory
 from echo_async.server.listeners import ListenerConfig
@@ -155,28 +151,6 @@ def test_server_restarted_200_times_leaves_no_resources(backend: Backend) -> Non
         assert len(os.listdir("/proc/self/fd")) == descriptors
         assert memory() - before < 5 * 1024 * 1024
         assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
-
-
-RESETS: dict[str, tuple[Mode, bytes]] = {
-    "silent": ("message", b""),
-    "incomplete": ("message", b"begun"),
-    "answered": ("stream", b"one\n"),
-    "lingering": ("message", b"one\n"),
-    "unsent": ("message", b"x" * 1_000_000 + b"\n"),
-}
-
-
-def test_reset_in_any_state_ends_the_connection(start_server: StartServer) -> None:
-    for state, (mode, data) in RESETS.items():
-        with start_server(mode=mode) as server:
-            with connect(server) as client:
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                client.sendall(data)
-                wait_for(server, bytes_in=len(data), accepted=1)
-                if state in ("answered", "lingering"):
-                    assert client.recv(100) == data
-            wait_for(server, active=0)
-            assert server.stats.ended == {"reset": 1}, state
 
 
 @pytest.mark.parametrize("loop", LOOPS)
