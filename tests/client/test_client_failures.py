@@ -87,23 +87,18 @@ def test_connect_tries_every_address(
 
 
 def test_retry_waits_for_starting_server(
-    echo: Echo, echo_server: HostedServer, caplog: pytest.LogCaptureFixture
+    echo: Echo, echo_server: HostedServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    refusing = ExitStack()
-
     def start(record: logging.LogRecord) -> bool:
         if "; retrying in " in record.getMessage():
             refusing.close()
         return True
 
-    caplog.set_level("DEBUG", "echo_async.client")
-    caplog.handler.addFilter(start)
-    try:
-        with refusing:
-            refusing.enter_context(echo_server.refusing())
-            assert echo("Hola", *echo_server.address, retry=TIMEOUT) == "Hola"
-    finally:
-        caplog.handler.removeFilter(start)
+    caplog.set_level(logging.DEBUG, "echo_async.client")
+    monkeypatch.setattr(logging.getLogger("echo_async.client"), "filters", [start])
+    with ExitStack() as refusing:
+        refusing.enter_context(echo_server.refusing())
+        assert echo("Hola", *echo_server.address, retry=TIMEOUT) == "Hola"
 
 
 def test_retry_ends_after_its_time(echo: Echo, closed_port: int, black_hole_address: tuple[str, int]) -> None:

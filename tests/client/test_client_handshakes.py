@@ -157,7 +157,10 @@ def test_client_of_a_unix_socket_sends_a_header(echo: Echo, tmp_path: Path) -> N
 
 
 def test_connection_reset_before_the_header_is_closed(
-    connect: Connect, faulty_server: MakeEchoServer, caplog: pytest.LogCaptureFixture
+    connect: Connect,
+    faulty_server: MakeEchoServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     reset = threading.Event()
 
@@ -171,12 +174,9 @@ def test_connection_reset_before_the_header_is_closed(
 
     server = faulty_server(handler=serve)
     caplog.set_level(logging.DEBUG, "echo_async.client")
-    caplog.handler.addFilter(pause)
-    try:
-        with pytest.raises(echo_async.ConnectError, match="cannot connect to"):
-            connect(*server.address, send_proxy="v1")
-    finally:
-        caplog.handler.removeFilter(pause)
+    monkeypatch.setattr(logging.getLogger("echo_async.client"), "filters", [pause])
+    with pytest.raises(echo_async.ConnectError, match="cannot connect to"):
+        connect(*server.address, send_proxy="v1")
 
 
 ADDRESSES = [
