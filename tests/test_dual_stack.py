@@ -7,16 +7,15 @@ import re
 import socket
 import ssl
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from support import (
     TIMEOUT,
     OldKernel,
     StartServer,
+    connect,
     is_echoed,
     needs_ipv6,
     receive_all,
@@ -31,14 +30,10 @@ from echo_async.testing import HostedServer
 PORTS: dict[str, dict[str, Any]] = {"plain": {}, "tls": {"tls": True}, "proxy": {"proxy_protocol": "auto"}}
 
 
-@contextmanager
-def connect_to(address: tuple[str, int], context: ssl.SSLContext | None = None) -> Iterator[socket.socket]:
-    with socket.create_connection(address, TIMEOUT) as plain:
-        if context is None:
-            yield plain
-            return
-        with context.wrap_socket(plain, server_hostname="localhost") as client:
-            yield client
+class At(NamedTuple):
+    """Where a server is reached."""
+
+    address: tuple[str, int]
 
 
 @needs_ipv6
@@ -51,7 +46,7 @@ def test_host_unspecified_serves_ipv4_and_ipv6_clients(
         with start_server(host="::", mode="stream", **options) as server:
             assert server.addresses == [("::", server.port)]
             for host in ("127.0.0.1", "::1"):
-                with connect_to((host, server.port or 0), client_context if port == "tls" else None) as client:
+                with connect(At((host, server.port or 0)), client_context if port == "tls" else None) as client:
                     client.sendall(b"PROXY UNKNOWN\r\n" if port == "proxy" else b"")
                     assert is_echoed(client, b"Hola Server!\n")
                     lines.append(f"{format_address(client.getsockname())} 13 bytes: Hola Server!")
@@ -77,7 +72,7 @@ def test_command_serves_ipv4_and_ipv6(certificate: Path, client_context: ssl.SSL
         assert server.startup_line == f"listening on [::]:{port}\n"
         server.wait_for_log(" metrics available at ")
         for host in ("127.0.0.1", "::1"):
-            with connect_to((host, port), client_context) as client:
+            with connect(At((host, port)), client_context) as client:
                 assert is_echoed(client, b"Hola Server!\n")
                 names.append(format_address(client.getsockname()))
             assert get_health(host, server.log) == b"serving\n"
@@ -109,7 +104,7 @@ def test_command_with_several_hosts_uses_one_port(arguments: list[str], environm
         assert server.process.stdout is not None
         assert server.process.stdout.readline() == f"listening on 127.0.0.2:{port}\n"
         for host in ("127.0.0.1", "127.0.0.2"):
-            with connect_to((host, port)) as client:
+            with connect(At((host, port))) as client:
                 assert is_echoed(client)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import support
-from support import TIMEOUT, ChildProcess, is_closed, is_echoed, receive_all, receive_exactly, receive_line, reset
+from support import TIMEOUT, ChildProcess, is_echoed, receive_all, receive_exactly, receive_line, reset
 
 from echo_async import ConfigError
 from echo_async.testing import HostedServer, Peer
@@ -26,8 +26,7 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 def connect(server: HostedServer) -> socket.socket:
-    client, context = support.connect(server), server.client_context
-    return client if context is None else context.wrap_socket(client, server_hostname="localhost")
+    return support.connect(server, server.client_context)
 
 
 @pytest.fixture(params=["tcp", "tls", "unix"])
@@ -140,12 +139,15 @@ def test_end_of_a_connection_tells_which_side_ended_it() -> None:
             with server.fault(fault), connect(server) as client, suppress(ConnectionResetError):
                 client.sendall(b"one\n")
                 receive_all(client)
-        for is_reset in (False, True):
-            with connect(server) as client:
-                server.disconnect(reset=is_reset)
-                assert is_closed(client)
-        server.wait_for(accepted=7, active=0)
-        assert [each.end for each in server.connections[1:]] == ["server"] * 6
+        with connect(server) as client, connect(server) as other:
+            server.disconnect(reset=False)
+            assert client.recv(1) == other.recv(1) == b""
+        with connect(server) as client:
+            server.disconnect(reset=True)
+            with pytest.raises(ConnectionResetError):
+                client.recv(1)
+        server.wait_for(accepted=8, active=0)
+        assert [each.end for each in server.connections[1:]] == ["server"] * 7
 
 
 def test_datagrams_has_each_that_was_answered() -> None:
