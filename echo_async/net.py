@@ -99,14 +99,12 @@ def _existing_addresses(infos: Sequence[AddressInfo]) -> Sequence[AddressInfo]:
 
 
 def bind(config: ServerConfig, infos: Sequence[AddressInfo]) -> list[socket.socket]:
-    """Open the listening sockets of ``config``: one per address, one Unix socket, or the inherited socket.
+    """Open the listening sockets of ``config``: one per address, or one Unix socket.
 
     With port 0 all sockets get the same port. :exc:`~echo_async.StartError` if any cannot be opened; then all are
     closed.
     """
     backlog = config.backlog if config.accepts else 0
-    if config.fd is not None:
-        return [adopt(config.fd)]
     if config.uds is not None:
         return [_bind_unix(os.fspath(config.uds), backlog)]
     infos = _replace_unspecified(list(dict.fromkeys(infos)))
@@ -237,7 +235,6 @@ def duplicate(sockets: Sequence[socket.socket], count: int) -> list[list[socket.
 
 
 def _bind_beside(listener: socket.socket, on_failure: contextlib.ExitStack) -> socket.socket:
-    """Open a socket with the address and the options of ``listener``."""
     opened = on_failure.enter_context(socket.socket(listener.family, listener.type, listener.proto))
     options = [(socket.SOL_SOCKET, socket.SO_REUSEADDR), (socket.SOL_SOCKET, socket.SO_REUSEPORT)]
     if listener.family == socket.AF_INET6:

@@ -214,7 +214,6 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         self._resume_reading()
 
     async def _wait_writable(self) -> None:
-        """Wait until the write buffer has room, or the connection is lost."""
         while self._is_writing_paused and self.runner is not None and not self._transport.is_closing():
             await self.runner.sleep(LOST_CHECK_INTERVAL)
 

@@ -202,7 +202,6 @@ class StreamConnection(Connection):
         return not self._is_draining and (not self.conversation.finished or self.is_held_open)
 
     async def _wait_writable(self) -> None:
-        """Wait until the write buffer has room."""
         if self.unsent() > DRAIN_THRESHOLD:
             await self._writer.drain()
 

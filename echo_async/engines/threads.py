@@ -206,7 +206,6 @@ class ThreadConnection(Connection):
             self._close_write()
 
     def _has_input(self) -> bool:
-        """Whether input waits in the kernel."""
         try:
             return bool(self._socket.recv(1, socket.MSG_PEEK | MSG_DONTWAIT))
         except BlockingIOError:

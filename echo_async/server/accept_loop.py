@@ -88,7 +88,7 @@ class AcceptLoop:
                 async with asyncio.timeout(HANDSHAKE_TIMEOUT):
                     await self._do_handshake(slot.connected, secured, handshake)
         except (Exception, asyncio.CancelledError) as error:
-            if slot.is_pending:  # else the connection ends as its engine ends it; a shutdown drains it
+            if slot in self._admission.registry.pending:  # else its engine ends it; a shutdown drains it
                 fail(slot, error if isinstance(error, Exception) and not slot.is_aborted else SHUTTING_DOWN)
                 _close(slot.connected)
             error.with_traceback(None)  # which refers to the connection, which has the error

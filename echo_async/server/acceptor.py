@@ -10,7 +10,6 @@ from importlib import import_module
 from typing import cast
 
 from ..compat import is_readable
-from ..config import ServerConfig
 from ..engines.context import ServerContext, Slot
 from ..engines.loop_internals import (
     ABORT_TURNS,
@@ -25,7 +24,6 @@ from ..net import format_address, shut_down
 from .accept_loop import AcceptLoop
 from .admission import ACCEPT_RETRY_DELAY, Admission, NativeSlot
 from .base_server import Acceptor
-from .listeners import ListeningSockets
 from .registry import DRAIN_INTERVAL
 from .sweeper import Sweeper
 from .udp import start_receiver
@@ -92,15 +90,12 @@ class SelectorServer:
 class AsyncioAcceptor(Acceptor):
     """Serves connections in the running event loop, and sweeps them for timeouts meanwhile."""
 
-    def __init__(self, config: ServerConfig, sockets: ListeningSockets, on_closed: Callable[[], object]) -> None:
-        super().__init__(config, sockets, on_closed)
-        engine = import_module(f"..engines.{config.engine}", __package__)
+    async def start(self) -> None:
+        engine = import_module(f"..engines.{self.config.engine}", __package__)
         self._make_factory: Callable[[ServerContext, Slot], Callable[[], asyncio.Protocol]] = engine.protocol_factory
         self._loop = asyncio.get_running_loop()
         self._servers: list[asyncio.Server | SelectorServer | AcceptLoop] = []
         self._sweeper = Sweeper(self.registry)
-
-    async def start(self) -> None:
         keep_freed_memory()
         try:
             for listener in self.sockets.sockets if self.config.accepts else ():
@@ -191,7 +186,6 @@ class AsyncioAcceptor(Acceptor):
             self._on_closed()
 
     async def _accept_waiting(self) -> None:
-        """Accept what waits in the backlogs."""
         listeners = self.sockets.sockets
         turns = len(listeners) * self.config.backlog  # connections that arrive now do not extend this
         while turns and is_readable(listeners) and not self._is_aborting:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..compat import descriptor_limit, set_reset_on_close
-from ..config import ServerConfig
 from ..engines.context import Slot
 from ..errors import describe_error
 from ..logs import log
@@ -40,7 +39,11 @@ class Admission:
         self.config = config = registry.config
         self.limit = config.limit_connections or max_connections()
         self.expects_header = config.proxy_protocol != "off"
-        self.scripts = scripts or _make_scripts(config)
+        if scripts is None and config.has_scripts:
+            from .scripts import Scripts  # only for a server with faults, or in identify mode
+
+            scripts = Scripts(config)
+        self.scripts = scripts
         self._trusted_proxies = Networks(config.proxy_allow_from) if self.expects_header else None
         self._counters = registry.counters
         self._log_accept_error = registry.limit_log(f"accept failed: %s; retrying in {ACCEPT_RETRY_DELAY:g} s")
@@ -151,10 +154,6 @@ class PendingSlot(Slot):
         self.connected = connected
         self.is_aborted = False  # by a shutdown
 
-    @property
-    def is_pending(self) -> bool:
-        return self in self._pending
-
     def claim(self) -> bool:
         self.release()
         return True
@@ -173,14 +172,6 @@ class NativeSlot(Slot):
     def __init__(self, admission: Admission) -> None:
         super().__init__()
         self.claim = admission.has_place
-
-
-def _make_scripts(config: ServerConfig) -> Scripts | None:
-    if not config.has_scripts:
-        return None
-    from .scripts import Scripts
-
-    return Scripts(config)
 
 
 def max_connections() -> int:

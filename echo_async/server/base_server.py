@@ -52,7 +52,7 @@ class Acceptor:
         self._is_stopping = self._is_aborting = False
 
     async def start(self) -> None:
-        """Accept connections from now on. Once, after the acceptor is made."""
+        """Accept connections from now on. Once, before any other method."""
         raise NotImplementedError
 
     def close(self) -> None:

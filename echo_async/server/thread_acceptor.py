@@ -10,24 +10,18 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING
 
 from ..background import complete, start_thread
 from ..compat import accepted_socket
-from ..config import ServerConfig
 from ..engines.threads import ThreadConnection
 from ..engines.tls_socket import TlsSocket
 from ..errors import StartError, describe_error
 from ..net import shut_down
 from .admission import ACCEPT_RETRY_DELAY, HANDSHAKE_TIMEOUT, SHUTTING_DOWN, PendingSlot
 from .base_server import Acceptor
-from .listeners import ListeningSockets
 from .proxy_reader import receive_header
-from .registry import DRAIN_INTERVAL, Registry
+from .registry import DRAIN_INTERVAL
 from .udp import start_receiver
-
-if TYPE_CHECKING:
-    from .scripts import Scripts
 
 ACCEPT_BATCH = 16  # connections that are accepted between two checks of the clock
 CALL_CHECK_INTERVAL = 0.1  # seconds of waiting for the accept thread between two checks that it still runs
@@ -40,25 +34,15 @@ class ThreadAcceptor(Acceptor):
     Its threads do not keep the program running: it is aborted when the interpreter exits.
     """
 
-    def __init__(
-        self,
-        config: ServerConfig,
-        sockets: ListeningSockets,
-        on_closed: Callable[[], object],
-        registry: Registry | None = None,
-        scripts: Scripts | None = None,
-    ) -> None:
-        super().__init__(config, sockets, on_closed, registry, scripts)
-        self._refusals = 0
-        self._threads: set[threading.Thread] = set()
-        self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
-        self._calls: deque[Callable[[], None]] = deque()  # for the accept thread
-
     async def start(self) -> None:
         """Accept connections from now on. It does not block, and needs no event loop.
 
         :exc:`~echo_async.StartError` for lack of descriptors or threads; then the listeners are closed.
         """
+        self._refusals = 0
+        self._threads: set[threading.Thread] = set()
+        self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
+        self._calls: deque[Callable[[], None]] = deque()  # for the accept thread
         resources = self._resources = contextlib.ExitStack()
         resources.callback(self.sockets.close)
         resources.callback(self._stop_udp)

@@ -205,7 +205,6 @@ class MetricsServer:
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one request, and close the connection."""
         try:
             with contextlib.suppress(*TRANSPORT_ERRORS, EOFError):  # lost, timed out, or ended within the request
                 async with asyncio.timeout(REQUEST_TIMEOUT):

@@ -40,7 +40,6 @@ class RecordedConnection:
         return self.end is None
 
     def add(self, data: bytes) -> None:
-        """Note what was received."""
         self._received += data
 
     def __repr__(self) -> str:

@@ -102,7 +102,6 @@ class Conversation:
             self._collected.write(data)
 
     def _take_parts(self) -> list[bytes]:
-        """Return the parts of the incomplete message, and forget them."""
         parts = self._parts or []
         if self._collected is not None:
             parts.append(self._collected.getvalue())
@@ -125,7 +124,6 @@ class Conversation:
         return collected.getvalue()
 
     def _receive_single(self, data: bytes) -> bytes:
-        """Answer one message, then finish."""
         if self.finished:
             return self._discard(data)
         size, end = len(data), data.find(b"\n") + 1

@@ -95,7 +95,6 @@ class TlsLayer:
         return b"".join(parts)
 
     def _process(self, record: bytes | memoryview) -> bytes:
-        """Return the data of a record."""
         self._incoming.write(record)
         try:
             if self.is_established:
