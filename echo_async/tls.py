@@ -37,10 +37,19 @@ class Certificates:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION
-        _load_certificate(context, config.ssl_certfile, config.ssl_keyfile, config.ssl_keyfile_password)
-        expires_at = _validate(context, config.ssl_certfile)
+        certfile, keyfile = config.ssl_certfile, config.ssl_keyfile or config.ssl_certfile
+        _check_readable("ssl_certfile", certfile)
+        _check_readable("ssl_keyfile", keyfile)
+        files = f"the certificate {certfile} with the key {keyfile}"
+        with _loading_errors(StartError, files, "both must be PEM; an encrypted key requires ssl_keyfile_password"):
+            # A function, not None, so that OpenSSL never prompts for the password on the terminal.
+            context.load_cert_chain(certfile, keyfile, lambda: config.ssl_keyfile_password or "")
+        expires_at = _validate(context, certfile)
         if config.ssl_ca_certs is not None:
-            _require_client_certificates(context, config.ssl_ca_certs)
+            _check_readable("ssl_ca_certs", config.ssl_ca_certs)
+            with _loading_errors(StartError, f"the CA certificates {config.ssl_ca_certs}", "they must be PEM"):
+                context.load_verify_locations(config.ssl_ca_certs)
+            context.verify_mode = ssl.CERT_REQUIRED
         if config.ssl_alpn is not None:
             context.set_alpn_protocols([each.strip() for each in config.ssl_alpn.split(",")])
         self.context, self.expires_at = context, expires_at
@@ -53,25 +62,6 @@ def _loading_errors(error_type: type[EchoError], files: str, advice: str) -> Ite
         yield
     except (OSError, ValueError) as error:
         raise error_type(f"cannot load {files}: {describe_error(error)}; {advice}") from error
-
-
-def _load_certificate(
-    context: ssl.SSLContext, certfile: StrPath, keyfile: StrPath | None, password: str | None
-) -> None:
-    _check_readable("ssl_certfile", certfile)
-    if keyfile is not None:
-        _check_readable("ssl_keyfile", keyfile)
-    files = f"the certificate {certfile} with the key {keyfile or certfile}"
-    with _loading_errors(StartError, files, "both must be PEM; an encrypted key requires ssl_keyfile_password"):
-        # A function, not None, so that OpenSSL never prompts for the password on the terminal.
-        context.load_cert_chain(certfile, keyfile, lambda: password or "")
-
-
-def _require_client_certificates(context: ssl.SSLContext, ca_certs: StrPath) -> None:
-    _check_readable("ssl_ca_certs", ca_certs)
-    with _loading_errors(StartError, f"the CA certificates {ca_certs}", "they must be PEM"):
-        context.load_verify_locations(ca_certs)
-    context.verify_mode = ssl.CERT_REQUIRED
 
 
 def _check_readable(option: str, path: StrPath) -> None:

@@ -158,7 +158,7 @@ class DatagramResponder:
 
     def _identify(self, data: bytes, route: ReplyRoute) -> bytes:
         """Return the reply to the message in ``data``: up to its first newline, what follows makes room."""
-        from .description import describe_connection  # only for the mode identify
+        from .scripts import describe_connection  # only for the mode identify
 
         describer = describe_connection(self.context.config, None, None, route.get_extra_info)
         return describer.describe(data[: data.find(b"\n") + 1] or data + b"\n", self._counters.answered + 1)

@@ -1,15 +1,22 @@
-"""Which connections of a server have a script: faults, and the replies in ``identify`` mode."""
+"""Which connections of a server have a script: faults, and the replies in ``identify`` mode, with their facts."""
 
 from __future__ import annotations
 
+import os
+import platform
+import sys
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from ..config import ServerConfig
 from ..engines.connection import Connection
 from ..engines.context import Slot
 from ..logs import log
+from ..net import format_address, get_host
 from ..wire.faults import REFUSE, FaultPlan, FaultSchedule, FaultScript
+from ..wire.identity import Address, Describer, IdentifyScript, Kubernetes, Proxy, Responder, Tls
+from ..wire.proxy import ProxyHeader
 from ..wire.script import EchoScript, Report, Script
 
 
@@ -54,10 +61,36 @@ class Scripts:
     def _make_replies(self, connection: Connection) -> Script:
         if self._config.mode != "identify":
             return EchoScript(is_raw=self._is_raw)
-        from ..wire.identity import IdentifyScript
-        from .description import describe_connection
-
         slot = connection.slot
         return IdentifyScript(
             partial(describe_connection, self._config, slot.peername, slot.header, connection.get_extra_info)
         )
+
+
+def describe_connection(
+    config: ServerConfig, peername: object, header: ProxyHeader | None, get_extra_info: Callable[[str], Any]
+) -> Describer:
+    """Return what makes the replies of a connection. ``peername`` is the client that a PROXY header states.
+
+    ``get_extra_info`` returns ``sockname``, ``peername`` and ``tls`` as that of :class:`asyncio.BaseTransport` does.
+    """
+    server = Responder(
+        platform.node(),
+        os.getpid(),
+        format_address(get_extra_info("sockname")),
+        sys.modules[__name__.partition(".")[0]].__version__,  # not imported: the package imports this module
+        config.engine,
+        dict(config.labels or {}),
+    )
+    peer, tls = get_extra_info("peername"), get_extra_info("tls")
+    return Describer(
+        server,
+        Kubernetes.of(os.environ),
+        Address.of(_with_zone(peername or peer)),
+        None if header is None else Proxy.of(_with_zone(peer), header),
+        None if tls is None else Tls.of(tls.session, tls.server_name),
+    )
+
+
+def _with_zone(name: Any) -> Any:
+    return (get_host(name), name[1]) if isinstance(name, tuple) else name

@@ -59,15 +59,13 @@ class Refusals(dict[SocketAddress, "str | None"]):
     def __missing__(self, source: SocketAddress) -> str | None:
         if len(self) >= MAX_CACHED_SOURCES:
             self.clear()
-        self[source] = reason = self._find_refusal(source)
-        return reason
-
-    def _find_refusal(self, source: SocketAddress) -> str | None:
+        reason = "loop" if source[1] in self._ports else None
         if source not in self._networks:
-            return "address"
-        if source[1] < MIN_SOURCE_PORT:
-            return "port"
-        return "loop" if source[1] in self._ports else None
+            reason = "address"
+        elif source[1] < MIN_SOURCE_PORT:
+            reason = "port"
+        self[source] = reason
+        return reason
 
 
 class DatagramCounters:
