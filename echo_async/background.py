@@ -69,6 +69,14 @@ def complete(future: Future[T], function: Callable[[], T]) -> None:
         future.set_result(result)
 
 
+def start_resolver(resolve: Callable[[], T]) -> Future[T]:
+    """Start ``resolve()``, which blocks while it asks the system's resolver. :exc:`OSError` if there is no thread."""
+    try:
+        return call_in_thread(resolve, "echo-async resolver")
+    except RuntimeError as error:
+        raise OSError(f"cannot resolve the host name: {error}; use an address") from error
+
+
 def _stop_all() -> None:
     # In a child process that was forked no thread is alive: there is nothing to stop, and the sockets are its parent's.
     running = [(thread, stop) for thread, stop in list(_stop_functions.items()) if thread.is_alive()]

@@ -9,11 +9,11 @@ from contextlib import suppress
 from time import perf_counter
 from typing import Any
 
+from ..background import start_resolver
 from ..client.datagram_tracker import MAX_PAYLOAD, MAX_PAYLOAD_IPV4, DatagramFormat, DatagramTracker, Reply
 from ..client.endpoint import Endpoint, closed_on_error, log, refuse_self_connection
 from ..errors import ConfigError, ConnectError, ReplyDifferent, ReplyLate
 from ..net import AddressInfo, format_address
-from ..resolver import start_resolver
 from .output import Output
 from .ping import RoundTrips
 

@@ -8,8 +8,8 @@ from ssl import SSL_ERROR_EOF, SSLEOFError
 from time import perf_counter
 from typing import Self
 
+from ..background import start_resolver
 from ..net import AddressInfo, get_host
-from ..resolver import start_resolver
 from .connection import ClientConnection
 from .endpoint import (
     CONNECTION_ATTEMPT_DELAY,

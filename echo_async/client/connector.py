@@ -9,9 +9,9 @@ from ssl import SSLSocket
 from time import monotonic, perf_counter, sleep
 from typing import cast
 
+from ..background import start_resolver
 from ..compat import CONNECT_IN_PROGRESS, PollSelector
 from ..net import AddressInfo
-from ..resolver import start_resolver
 from .endpoint import (
     CONNECTION_ATTEMPT_DELAY,
     UNIX_RETRY_DELAY,

@@ -17,9 +17,9 @@ from typing import Self, Unpack
 
 from .. import net
 from ..awaitable import AwaitableContextManager
+from ..background import start_resolver
 from ..config import EngineName, ServerConfig, ServerOptions
 from ..errors import StartError, describe_error
-from ..resolver import start_resolver
 from ..stats import Stats
 from .admission import max_connections
 from .base_server import Acceptor, BaseServer

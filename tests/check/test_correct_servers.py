@@ -176,7 +176,7 @@ def checking(address: Address, timeout: float) -> Iterator[Context]:
 
 def test_check_of_concurrent_begins_the_silence_of_idle() -> None:
     """So that it takes no time of its own."""
-    with HostedServer(mode="message") as server, checking(server, timeout=TIMEOUT) as context:
+    with HostedServer(mode="message") as server, checking(server.address, timeout=TIMEOUT) as context:
         check_concurrent(context)
         assert context.silent is not None
 
