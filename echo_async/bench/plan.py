@@ -5,20 +5,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Self, TypedDict
+from typing import Any, Literal, Self
 
 from ..errors import ConfigError
 from ..tls import client_context
 
 LoadMode = Literal["stream", "message"]
-
-
-class TLSOptions(TypedDict):
-    ca_certs: str | None
-    certfile: str | None
-    keyfile: str | None
-    verify: bool
-    server_hostname: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +33,8 @@ class LoadPlan:
     processes: int = 1
     timeout: float = 10.0
     """For connecting, and for outstanding replies after the end of the measurement."""
-    tls: TLSOptions | None = None
+    tls: dict[str, Any] | None = None
+    """The arguments of ``client_context``, and ``server_hostname``."""
     udp: bool = False
     """Datagrams; ``connections`` are sockets then, and ``mode`` means nothing."""
 
@@ -71,11 +64,9 @@ class LoadPlan:
         """Return the function that wraps a connected socket in TLS; None without TLS."""
         if self.tls is None:
             return None
-        tls = self.tls
-        context = client_context(
-            ca_certs=tls["ca_certs"], certfile=tls["certfile"], keyfile=tls["keyfile"], verify=tls["verify"]
-        )
-        return partial(context.wrap_socket, server_hostname=tls["server_hostname"])
+        arguments = {**self.tls}
+        name = arguments.pop("server_hostname")
+        return partial(client_context(**arguments).wrap_socket, server_hostname=name)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

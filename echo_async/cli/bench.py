@@ -14,7 +14,7 @@ from ..bench.comparison import Comparison, compare, make_candidates
 from ..bench.disturbance import Disturbance
 from ..bench.expectation import Expectation
 from ..bench.load import find_server, find_udp_server, run_load
-from ..bench.plan import LoadMode, LoadPlan, TLSOptions
+from ..bench.plan import LoadMode, LoadPlan
 from ..bench.plot import SUFFIXES, draw
 from ..bench.report import load_json, print_comparison, print_load, progress_bar
 from ..bench.result import LoadResult
@@ -27,7 +27,7 @@ from ..loops import LOOP_CHOICES, LOOP_PATTERN, loop_factory
 from ..net import format_address
 from ..stdio import ignore_broken_pipe, print_error
 from .client import OPTIONS as CLIENT_OPTIONS
-from .client import TLS_OPTIONS
+from .client import TLS_OPTIONS, tls_arguments
 from .common import CONTEXT, ExitCode, Group, options, refuse_conflicts, run_command, version_option
 
 MAX_MESSAGE_SIZE = 2**26  # bytes
@@ -254,7 +254,9 @@ def _make_plan(values: dict[str, Any]) -> LoadPlan:
     names = ("connections", "size", "pipeline", "duration", "warmup", "rate", "processes", "udp")
     options = {name: values[name] for name in names}
     timeout = values["timeout"] or (UDP_TIMEOUT if values["udp"] else CONNECT_TIMEOUT)
-    plan = LoadPlan(mode="stream" if values["udp"] else mode, tls=_tls_options(values), timeout=timeout, **options)
+    if (tls := tls_arguments(values)) is not None:
+        tls["server_hostname"] = tls_hostname(values["server_hostname"], values["host"], values["uds"])
+    plan = LoadPlan(mode="stream" if values["udp"] else mode, tls=tls, timeout=timeout, **options)
     if plan.udp:
         _check_udp_options(values)
         return find_udp_server(plan, values["host"], values["port"])
@@ -267,19 +269,6 @@ def _check_udp_options(values: dict[str, Any]) -> None:
         raise ConfigError("--udp --rate conflicts with --pipeline: datagrams are sent when they are due")
     if values["size"] > MAX_PAYLOAD_IPV4:
         raise ConfigError(f"invalid --size: {values['size']} (must be at most {MAX_PAYLOAD_IPV4} with --udp)")
-
-
-def _tls_options(values: dict[str, Any]) -> TLSOptions | None:
-    if not any(values[name] for name in TLS_OPTIONS):
-        return None
-    name = tls_hostname(values["server_hostname"], values["host"], values["uds"])
-    return {
-        "ca_certs": values["ssl_ca_certs"],
-        "certfile": values["ssl_certfile"],
-        "keyfile": values["ssl_keyfile"],
-        "verify": not values["ssl_no_verify"],
-        "server_hostname": name,
-    }
 
 
 def _report_load(result: LoadResult, expectations: Sequence[Expectation], as_json: bool) -> ExitCode:

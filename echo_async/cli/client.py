@@ -179,20 +179,23 @@ async def _send_messages(session: AsyncioSession, messages: LineSource, output: 
     return all_matched
 
 
+def tls_arguments(values: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments of ``tls.client_context`` that the options demand; None without TLS."""
+    if not any(values[name] for name in TLS_OPTIONS):
+        return None
+    files = {name: values[f"ssl_{name}"] for name in ("ca_certs", "certfile", "keyfile")}
+    return {**files, "verify": not values["ssl_no_verify"]}
+
+
 def make_ssl_context(values: dict[str, Any], print_message: Callable[[str, str], object]) -> SSLContext | None:
     """Return the TLS context that the options demand; print a warning if it verifies nothing."""
-    if not any(values[name] for name in TLS_OPTIONS):
+    if (arguments := tls_arguments(values)) is None:
         return None
     from ..tls import client_context
 
     if values["ssl_no_verify"]:
         print_message("the server certificate is not verified (--ssl-no-verify)", "warning")
-    return client_context(
-        ca_certs=values["ssl_ca_certs"],
-        certfile=values["ssl_certfile"],
-        keyfile=values["ssl_keyfile"],
-        verify=not values["ssl_no_verify"],
-    )
+    return client_context(**arguments)
 
 
 def _log_steps() -> None:
