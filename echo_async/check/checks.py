@@ -18,13 +18,9 @@ from .result import Failure, Outcome, Result, Skip
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One check.
+    """One check: ``run`` returns what was seen, or raises :exc:`Failure` or :exc:`Skip`.
 
-    Attributes:
-        name: Its name.
-        run: Returns what was seen; raises :exc:`Failure` or :exc:`Skip`.
-        expected: What a path that passes does.
-        requires: The checks without which its result would mean nothing.
+    ``expected`` is what a path that passes does. ``requires`` are the checks without which it would mean nothing.
     """
 
     name: str
@@ -60,14 +56,8 @@ def run_checks(
     """Run the checks one after the other, and yield the result of each.
 
     Each reply has ``timeout`` seconds. A failure to connect, and a server that is no echo server, are the last result.
-
-    Args:
-        endpoint: Where and how to connect.
-        settings: The options of the checks.
-        on_start: Called with the name of each check that begins.
-
-    Raises:
-        ConfigError: This process cannot open that many connections.
+    ``on_start`` is called with the name of each check that begins. :exc:`~echo_async.ConfigError` if this process
+    cannot open that many connections.
     """
     context = Context(endpoint, settings)
     is_selected = {"tls": endpoint.ssl is not None, "udp": settings.udp}

@@ -52,13 +52,7 @@ def _decode_identities(lines: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """What a server does with messages.
-
-    Attributes:
-        name: The name of the mode.
-        keeps_open: Whether it answers more than one message per connection.
-        decode: Returns the messages in its replies.
-    """
+    """What a server does with messages: ``decode`` returns those in its replies."""
 
     name: str
     keeps_open: bool = True

@@ -10,13 +10,8 @@ Outcome = Literal["ok", "failed", "skipped"]
 class Result:
     """The result of one check.
 
-    Attributes:
-        check: Its name.
-        result: How it ended.
-        expected: What a path that passes does.
-        seen: What was seen; empty if it was skipped.
-        reason: The behavior that usually explains a failure, or why the check was skipped; None if it passed.
-        seconds: How long it took.
+    ``expected`` is what a path that passes does; ``seen`` is empty if it was skipped. The ``reason`` is the behavior
+    that usually explains a failure, or why it was skipped; None if it passed.
     """
 
     check: str

@@ -71,10 +71,10 @@ class Output:
             self._write(f"{name} ...\r")
 
     def print_result(self, result: Result) -> None:
-        is_hidden = self._is_quiet and result.result != "failed"
-        line = self._format(result) + "\n" if not is_hidden else " " * (WIDTH + len(" ...")) + "\r"
-        if not is_hidden or (self._is_terminal and not self._is_json):
-            self._write(line)
+        if not self._is_quiet or result.result == "failed":
+            self._write(self._format(result) + "\n")
+        elif self._is_terminal and not self._is_json:
+            self._write(" " * (WIDTH + len(" ...")) + "\r")
 
     def _format(self, result: Result) -> str:
         if self._is_json:
@@ -82,17 +82,14 @@ class Output:
         outcome = f"{result.result:<7}"
         if self._has_colors:
             outcome = click.style(outcome, COLORS[result.result])
-        return f"{result.check:<{WIDTH}}  {outcome}  {_describe(result)}"
+        details = result.reason or result.seen
+        if result.result == "failed":
+            details = f"expected {result.expected}; seen {result.seen}: {result.reason}"
+        return f"{result.check:<{WIDTH}}  {outcome}  {details}"
 
     def _write(self, text: str) -> None:
         if sys.stdout is not None:
             print(text, end="", flush=True)
-
-
-def _describe(result: Result) -> str:
-    if result.result == "failed":
-        return f"expected {result.expected}; seen {result.seen}: {result.reason}"
-    return result.reason or result.seen
 
 
 @click.command(help=HELP, context_settings=CONTEXT)
