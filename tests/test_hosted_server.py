@@ -365,6 +365,20 @@ def test_handler_has_a_blocking_peer(options: dict[str, Any]) -> None:
         assert (server.stats.bytes_in, server.stats.bytes_out, server.stats.failed) == (24, 24, 0)
 
 
+def test_handler_receives_much_more_than_one_read_has() -> None:
+    received: list[bytes] = []
+
+    def serve(peer: Peer) -> None:
+        received.extend([peer.receive(len(body)), peer.receive_line(), peer.receive(4)])
+
+    body = bytes(range(256)) * 20_000
+    with HostedServer(handler=serve) as server, connect(server) as client:
+        client.sendall(body + body.replace(b"\n", b"") + b"\n" + b"rest")
+        assert receive_all(client) == b""
+        assert received == [body, body.replace(b"\n", b"") + b"\n", b"rest"]
+        assert b"".join(server.received) + b"rest" == server.connections[0].received
+
+
 def test_handler_ends_its_side_and_still_receives() -> None:
     def serve(peer: Peer) -> None:
         peer.end()

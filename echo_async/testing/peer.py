@@ -37,7 +37,7 @@ class Peer:
         self.number: int = record.number
         self.peer: Any = record.peer
         self._connection = connection
-        self._received = b""  # and not returned
+        self._received = bytearray()  # and not returned
 
     @property
     def socket(self) -> socket.socket:
@@ -59,8 +59,10 @@ class Peer:
 
     def receive_line(self) -> bytes:
         """Return the bytes up to the next newline, and the newline."""
-        while not (size := self._received.find(b"\n") + 1):
-            self._receive_more(f"within a line, after {len(self._received)} bytes")
+        searched = 0
+        while not (size := self._received.find(b"\n", searched) + 1):
+            searched = len(self._received)
+            self._receive_more(f"within a line, after {searched} bytes")
         return self._take(size)
 
     def send(self, data: bytes) -> None:
@@ -92,7 +94,8 @@ class Peer:
         self._connection.start_tls(context, HANDSHAKE_TIMEOUT)
 
     def _take(self, size: int) -> bytes:
-        data, self._received = self._received[:size], self._received[size:]
+        data = bytes(self._received[:size])
+        del self._received[:size]  # which moves nothing
         return data
 
     def _receive_more(self, progress: str) -> None:

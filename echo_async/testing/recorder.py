@@ -95,15 +95,19 @@ class HandlerConversation(RawConversation):
 
     def __init__(self, max_message_size: int) -> None:
         super().__init__(max_message_size)
-        self._rest = b""
+        self._rest = bytearray()
 
     def receive(self, data: bytes) -> bytes:
         """Return the messages that ``data`` completes."""
         self.received += len(data)
         self.discarded += len(data)
-        complete, newline, self._rest = (self._rest + data).rpartition(b"\n")
-        self.messages += complete.count(b"\n") + len(newline)
-        return complete + newline
+        self.messages += data.count(b"\n")
+        end = data.rfind(b"\n") + 1
+        complete = bytes(self._rest + data[:end]) if end else b""
+        if end:
+            self._rest.clear()
+        self._rest += data[end:]
+        return complete
 
 
 def _derive_recording(base: type[Conversation], *, is_raw: bool, recorder: Recorder) -> type[Conversation]:
