@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import support
 from support import TIMEOUT, ChildProcess, is_echoed, receive_all, receive_exactly, receive_line, reset
+from tls_client import TlsClient
 
 from echo_async import ConfigError
 from echo_async.testing import HostedServer, Peer
@@ -440,6 +441,47 @@ def test_handler_starts_tls(server_context: ssl.SSLContext, client_context: ssl.
                 secured.recv(1)
         server.wait_for(active=0)
         assert server.connections[0].messages == [b"STARTTLS\n", b"word\n"]
+
+
+def test_handler_starts_tls_with_a_client_that_does_not_wait(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext
+) -> None:
+    """As clients of MySQL do: the handshake begins in the segment that asks for it."""
+
+    def serve(peer: Peer) -> None:
+        assert peer.receive(4) == b"tls\n"
+        peer.start_tls(server_context)
+        peer.send(b"secret " + peer.receive_line())
+
+    with HostedServer(handler=serve) as server, connect(server) as plain:
+        client = TlsClient(client_context)
+        plain.sendall(b"tls\n" + client.hello())
+        client.handshake(plain)
+        plain.sendall(client.record(b"word\n"))
+        assert client.receive(receive_all(plain))[0] == b"secret word\n"
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+@pytest.mark.parametrize("end", ["eof", "reset", "server"])
+def test_handler_whose_handshake_is_cut_ends_quietly(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext, end: str, has_begun: bool
+) -> None:
+    def serve(peer: Peer) -> None:
+        peer.start_tls(server_context)
+
+    with HostedServer(handler=serve) as server, connect(server) as client:
+        if has_begun:
+            client.sendall(TlsClient(client_context).hello())
+            assert client.recv(1, socket.MSG_PEEK)
+        server.wait_for(active=1)
+        if end == "eof":
+            client.shutdown(socket.SHUT_WR)
+        elif end == "reset":
+            reset(client)
+        else:
+            server.disconnect()
+        server.wait_for(active=0)
+        assert server.connections[0].end == end
 
 
 @pytest.mark.parametrize("method", ["receive", "receive_line"])

@@ -168,10 +168,14 @@ class ThreadConnection(Connection):
                 reply += self.conversation.receive(chunk)
         return reply
 
-    def start_tls(self, context: ssl.SSLContext, seconds: float) -> None:
-        """Do the TLS handshake of a server, within ``seconds``."""
+    def start_tls(self, context: ssl.SSLContext, seconds: float, received: bytes) -> None:
+        """Do the TLS handshake of a server, within ``seconds``, which begins with what was ``received`` before."""
         secured = TlsSocket(self.get_extra_info("socket"), context, self.log_lost)
-        secured.handshake(seconds)
+        try:
+            secured.handshake(seconds, received)
+        except (ConnectionError, ssl.SSLEOFError) as error:
+            self.ended_by = self.ended_by or ("reset" if isinstance(error, ConnectionResetError) else "eof")
+            raise
         self._socket = secured
 
     # The end.

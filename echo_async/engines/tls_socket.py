@@ -30,12 +30,19 @@ class TlsSocket:
         self._position = 0  # of what is read next
         self._unsent = b""  # that the kernel had no room for
 
-    def handshake(self, seconds: float) -> None:
-        """:exc:`OSError` (of which :exc:`ssl.SSLError` is one) if it fails, :exc:`TimeoutError` if it takes longer."""
+    def handshake(self, seconds: float, received: bytes = b"") -> None:
+        """Do the handshake, which begins with what was ``received`` before.
+
+        :exc:`OSError` (of which :exc:`ssl.SSLError` is one) if it fails, :exc:`TimeoutError` if it takes longer.
+        """
         deadline = time.monotonic() + seconds
         while not self.tls.is_established:
-            self.plain.settimeout(max(0.001, deadline - time.monotonic()))
-            self._receive(0)
+            if received:
+                self.tls.receive(received)
+                received = b""
+            else:
+                self.plain.settimeout(max(0.001, deadline - time.monotonic()))
+                self._receive(0)
             if (error := self.tls.error) is not None:
                 with contextlib.suppress(OSError):
                     self.plain.send(self.tls.output())  # an alert

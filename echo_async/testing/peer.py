@@ -87,11 +87,16 @@ class Peer:
     def start_tls(self, context: ssl.SSLContext) -> None:
         """Do the TLS handshake of a server. What follows is encrypted.
 
+        What was received and not returned belongs to the handshake: some clients begin it without waiting.
+
         Raises:
             ssl.SSLError: The handshake fails.
             TimeoutError: It takes more than 10 s.
         """
-        self._connection.start_tls(context, HANDSHAKE_TIMEOUT)
+        try:
+            self._connection.start_tls(context, HANDSHAKE_TIMEOUT, self._take(len(self._received)))
+        except (ConnectionError, ssl.SSLEOFError) as error:
+            raise ClientEnded(f"connection {self.number} ended within the TLS handshake") from error
 
     def _take(self, size: int) -> bytes:
         data = bytes(self._received[:size])
