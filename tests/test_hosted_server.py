@@ -380,6 +380,39 @@ def test_handler_receives_much_more_than_one_read_has() -> None:
         assert b"".join(server.received) + b"rest" == server.connections[0].received
 
 
+def test_handler_can_set_a_timeout(options: dict[str, Any]) -> None:
+    def serve(peer: Peer) -> None:
+        peer.socket.settimeout(0.01)
+        with pytest.raises(TimeoutError):
+            peer.receive(1)
+        peer.send(b"nothing was sent\n")
+        peer.receive(1)
+
+    with HostedServer(**options, handler=serve) as server:
+        with connect(server) as client:
+            assert receive_line(client) == b"nothing was sent\n"
+            server.wait_for(active=0)
+            assert server.connections[0].end == "server"
+        with pytest.raises(TimeoutError):
+            server.close()
+
+
+def test_timeout_of_a_handler_ends_with_it() -> None:
+    """The server waits for the client to close, so that no reset overtakes the reply."""
+
+    def serve(peer: Peer) -> None:
+        peer.socket.settimeout(0.01)
+        peer.send(b"bye\n")
+
+    with HostedServer(handler=serve) as server:
+        with connect(server) as client:
+            assert receive_all(client) == b"bye\n"
+            with pytest.raises(TimeoutError):
+                server.wait_for(active=0, timeout=0.1)
+        server.wait_for(active=0)
+        assert server.stats.ended == {"closed": 1}
+
+
 def test_handler_ends_its_side_and_still_receives() -> None:
     def serve(peer: Peer) -> None:
         peer.end()

@@ -151,6 +151,8 @@ class ThreadConnection(Connection):
         """Wait for input, and return at most ``size`` bytes of it; none at its end."""
         try:
             data = self._socket.recv(size)
+        except TimeoutError:  # of a timeout that a test has set
+            raise
         except OSError:
             self.ended_by = self.ended_by or "reset"
             raise

@@ -29,7 +29,7 @@ class Peer:
         peer: The address of the client, as ``getpeername`` returns it.
 
     Each method raises a :exc:`ConnectionError` if the connection has ended. Unless the handler catches it, the handler
-    ends, and the test does not fail by it.
+    ends, and the test does not fail by it. With a timeout of the socket, each can raise a :exc:`TimeoutError` as well.
     """
 
     def __init__(self, connection: ThreadConnection) -> None:
@@ -112,6 +112,8 @@ class Peer:
     def _read(self) -> bytes:
         try:
             data = self._connection.receive(READ_SIZE)
+        except TimeoutError:
+            raise
         except OSError as error:
             raise ClientEnded(f"connection {self.number} lost: {error}") from error
         self._check_end()
@@ -126,5 +128,7 @@ class Peer:
         self._check_end()
         try:
             run(self._connection.runner.perform(action))
+        except TimeoutError:
+            raise
         except OSError as error:
             raise ClientEnded(f"connection {self.number} lost: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,8 @@ class HandlerScript:
         except BaseException as error:  # also that of pytest.fail
             self._errors.append(error)
             end = End.RESET
+        with suppress(OSError):  # it is closed
+            self._connection.get_extra_info("socket").settimeout(None)  # that of the handler, if it has set one
         yield end
 
     def reply(self, data: bytes) -> Iterator[Action]:
