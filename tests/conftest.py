@@ -29,6 +29,7 @@ from support import (
     StartDatagrams,
     StartServer,
     echo_datagram,
+    reserve_port,
     run,
     wait_until,
 )
@@ -222,11 +223,8 @@ def until_the_end() -> Iterator[ExitStack]:
 
 @pytest.fixture
 def reserved_port() -> Iterator[int]:
-    """A port for one server. No other process gets it, also after the server has stopped: it is closed then."""
-    with socket.socket() as bound_socket:
-        bound_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server can bind it as well
-        bound_socket.bind(("127.0.0.1", 0))
-        yield bound_socket.getsockname()[1]
+    with reserve_port() as port:
+        yield port
 
 
 @pytest.fixture

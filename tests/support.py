@@ -522,6 +522,15 @@ class OldKernel(socket.socket):
         super().__init__(family, *args, **more)
 
 
+@contextmanager
+def reserve_port() -> Iterator[int]:
+    """A port for one server. No other process gets it, also after the server has stopped: it is closed then."""
+    with socket.socket() as bound_socket:
+        bound_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server can bind it as well
+        bound_socket.bind(("127.0.0.1", 0))
+        yield bound_socket.getsockname()[1]
+
+
 class HasAddress(Protocol):
     """A running server."""
 

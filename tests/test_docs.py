@@ -3,7 +3,7 @@
 An HTML comment in the line before a code block selects how it is run:
 
 - ``python`` without a comment is a program. ``await`` outside of functions runs in an event loop.
-- ``<!-- given: server, client -->`` defines these names first; :class:`Given` creates them.
+- ``<!-- given: server, client -->`` defines these names first; :func:`given` creates them.
 - ``<!-- pytest -->`` marks a test module, which passes with the fixtures of this package alone.
 - ``<!-- pytest: trio -->`` requires the module ``trio`` as well. Without it the example is only compiled, and its
   test is skipped.
@@ -34,23 +34,22 @@ import re
 import shlex
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import dropwhile
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT
 from types import CodeType
 from typing import Any
 
 import click
 import pytest
 import trustme
-from support import ALL_BACKENDS, TIMEOUT, ChildProcess, run, without_slow_callbacks
+from support import ALL_BACKENDS, TIMEOUT, ChildProcess, reserve_port, run, without_slow_callbacks
 
 import echo_async
 import echo_async.testing  # a pytest run inside of pytest removes the modules that it imported first
@@ -138,27 +137,14 @@ def test_docs_files_are_used_by_what_follows() -> None:
 # Programs
 
 
-class Given:
-    """What an example may use without creating it; each value is created on first use."""
-
-    def __init__(self, stack: AsyncExitStack) -> None:
-        self._stack = stack
-        self._values: dict[str, Any] = {}
-
-    async def __call__(self, name: str) -> Any:
-        if name not in self._values:
-            self._values[name] = await getattr(self, f"_{name}")()
-        return self._values[name]
-
-    async def _server(self) -> echo_async.EchoServer:
-        return await self._stack.enter_async_context(echo_async.serve(port=0, mode="stream"))
-
-    async def _client(self) -> echo_async.EchoClient:
-        address: Any = (await self("server")).address
-        return await self._stack.enter_async_context(echo_async.connect(*address))
-
-    async def _certificates(self) -> None:
-        write_certificates(Path())
+@asynccontextmanager
+async def given(names: Sequence[str]) -> AsyncIterator[dict[str, Any]]:
+    """Create what an example may use without creating it."""
+    async with echo_async.serve(port=0, mode="stream") as server, echo_async.connect(*server.address) as client:
+        if "certificates" in names:
+            write_certificates(Path())
+        values = {"server": server, "client": client, "certificates": None}
+        yield {name: values[name] for name in names}
 
 
 def write_certificates(directory: Path) -> None:
@@ -170,15 +156,6 @@ def write_certificates(directory: Path) -> None:
         blob.write_to_path(str(directory / "server.pem"), append=True)
 
 
-def reserve_port(stack: ExitStack) -> int:
-    """A port on which nothing listens, and which no other program gets."""
-    bound = stack.enter_context(socket.socket())
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind(("127.0.0.1", 0))
-    port: int = bound.getsockname()[1]
-    return port
-
-
 def compile_example(example: Example) -> CodeType:
     """Compile an example with the line numbers of its document."""
     source = "\n" * (example.line - 1) + example.code
@@ -187,12 +164,11 @@ def compile_example(example: Example) -> CodeType:
     return code
 
 
-async def run_in_loop(code: CodeType, names: tuple[str, ...]) -> None:
+async def run_in_loop(code: CodeType, names: Sequence[str]) -> None:
     errors: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
-    async with asyncio.timeout(TIMEOUT), AsyncExitStack() as stack:
-        given = Given(stack)
-        coroutine = eval(code, {"__name__": "__main__", **{name: await given(name) for name in names}})
+    async with asyncio.timeout(TIMEOUT), given(names) as values:
+        coroutine = eval(code, {"__name__": "__main__", **values})
         await coroutine
     if tasks := asyncio.all_tasks() - {asyncio.current_task()}:  # handlers of asyncio.start_server, about to end
         _, running = await asyncio.wait(tasks, timeout=TIMEOUT)
@@ -332,21 +308,13 @@ def start_given(names: tuple[str, ...], directory: Path, stack: ExitStack) -> in
         write_certificates(directory)
         certfile, keyfile = str(directory / "server.pem"), str(directory / "server.key")
         return stack.enter_context(HostedServer(mode="message", ssl_certfile=certfile, ssl_keyfile=keyfile)).port
-    return reserve_port(stack)
+    return stack.enter_context(reserve_port())
 
 
 def run_script(script: str, directory: Path, environment: dict[str, str], lines: int) -> list[str]:
     """Run a script; interrupt it if it still runs after ``lines`` lines. Returns what it printed."""
-    command = ["bash", "-c", script]
-    with ChildProcess(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=directory,
-        env=environment,
-    ) as process:
+    streams = {"stdin": DEVNULL, "stdout": PIPE, "stderr": STDOUT, "text": True}
+    with ChildProcess(["bash", "-c", script], cwd=directory, env=environment, **streams) as process:
         output = [line for _, line in zip(range(lines), process.stdout, strict=False)]
         if script.startswith("exec "):
             process.send_signal(signal.SIGINT)
@@ -423,11 +391,10 @@ def test_docs_library_lists_the_options_it_does_not_have() -> None:
 def test_docs_programs_and_targets_of_the_repository_exist() -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     assert {word for words in COMMAND_LINES if words[0] == "make" for word in words[1:]} <= set(targets)
-    paths = {
-        word for words in COMMAND_LINES for word in words[:2] if re.match(r"(\.ci|benchmarks|examples|tests)/", word)
-    }
+    words = {word for words in COMMAND_LINES for word in words[:2]}
+    paths = sorted(filter(re.compile(r"(\.ci|benchmarks|examples|tests)/").match, words))
     assert paths
-    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_example_files_import_existing_names() -> None:
