@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from support import TIMEOUT
+from support import ALL_BACKENDS, TIMEOUT
 
 import echo_async
 from echo_async import sync
@@ -16,7 +16,8 @@ from echo_async.loops import loop_factory
 
 T = TypeVar("T")
 
-CLIENTS = ("blocking", "asyncio", "uvloop")
+# As with servers, each once: what only the asyncio client has is tested on each event loop.
+CLIENTS = ("blocking", "asyncio", *(["uvloop"] if ALL_BACKENDS else []))
 ASYNC_SOURCE = "asyncio with asynchronous messages"
 
 Connect = Callable[..., "sync.EchoClient | AsyncioClient"]

@@ -10,7 +10,7 @@ from clients import CLIENTS, Connect, Echo, client_functions
 
 @pytest.fixture(params=CLIENTS)
 def client(request: pytest.FixtureRequest) -> str:
-    """The blocking client, and the asyncio client on each event loop."""
+    """The blocking client, and the asyncio client."""
     kind: str = request.param
     return kind
 
