@@ -93,6 +93,15 @@ def no_leaks(warm_up_loops: None) -> Iterator[None]:
     wait_until(lambda: all(now <= then for now, then in zip(count_resources(), before, strict=True)))
 
 
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    """Cycles of references stay, so that a test can count them."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def restore_loggers() -> Iterator[None]:
     """Undo the logging configuration of a command or an example that runs in this process."""

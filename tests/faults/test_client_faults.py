@@ -297,6 +297,7 @@ def count_layers() -> int:
     return sum(isinstance(each, TlsLayer) for each in gc.get_objects())
 
 
+@pytest.mark.usefixtures("no_garbage_collection")
 def test_tls_faulty_client_in_any_state_affects_only_itself(
     start_server: StartServer, client_context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -307,20 +308,15 @@ def test_tls_faulty_client_in_any_state_affects_only_itself(
         connect(server, client_context) as healthy,
     ):
         assert is_echoed(healthy)
-        gc.collect()
         layers, expected, names = count_layers(), Counter[str](), []
-        gc.disable()
-        try:
-            for fault, counted in FAULTS_IN_TLS.items():
-                expected.update(counted)
-                with connect(server) as plain, suppress(ConnectionError):
-                    names.append("{}:{}".format(*plain.getsockname()))
-                    fault(TlsClient(client_context), plain)
-                wait_for(server, active=1, **expected)
-                # A reset has rarely left one to the garbage collector.
-                wait_until(lambda: (fault in WITHOUT_RESET or gc.collect() >= 0) and count_layers() <= layers)  # noqa: B023
-        finally:
-            gc.enable()
+        for fault, counted in FAULTS_IN_TLS.items():
+            expected.update(counted)
+            with connect(server) as plain, suppress(ConnectionError):
+                names.append("{}:{}".format(*plain.getsockname()))
+                fault(TlsClient(client_context), plain)
+            wait_for(server, active=1, **expected)
+            # A reset has rarely left one to the garbage collector.
+            wait_until(lambda: (fault in WITHOUT_RESET or gc.collect() >= 0) and count_layers() <= layers)  # noqa: B023
         assert is_echoed(healthy)
         assert counted_since(Stats(active=1), server)[0] == expected
     assert log_lines(caplog, logging.ERROR) == []

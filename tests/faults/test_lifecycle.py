@@ -177,10 +177,11 @@ async def test_task_canceled_before_its_first_step_closes(loop: LoopName) -> Non
         await server.wait_closed()
 
 
+@pytest.mark.usefixtures("no_garbage_collection")
 @pytest.mark.parametrize("is_logged", [False, True], ids=["silent", "logged"])
 @in_its_loop
 async def test_connections_closed_leave_no_object(backend: Backend, is_logged: bool) -> None:
-    """Nor one that waits for the garbage collector: it is disabled."""
+    """Nor one that waits for the garbage collector."""
     access_log = logging.getLogger("echo_async.access")
     access_log.setLevel(logging.INFO)
     access_log.propagate = False
@@ -201,16 +202,13 @@ async def test_connections_closed_leave_no_object(backend: Backend, is_logged: b
         await asyncio.to_thread(exchange, server.address, 10)
         await wait_in_loop(lambda: server.stats.active == 0)
         gc.collect()
-        gc.disable()
-        try:
-            before = objects()
-            await asyncio.to_thread(exchange, server.address, 300)
-            await wait_in_loop(lambda: server.stats.active == 0)
-            assert (objects() - before).total() < 100  # the sweep keeps a list of those that it found open
-        finally:
-            gc.enable()
+        before = objects()
+        await asyncio.to_thread(exchange, server.address, 300)
+        await wait_in_loop(lambda: server.stats.active == 0)
+        assert (objects() - before).total() < 100  # the sweep keeps a list of those that it found open
 
 
+@pytest.mark.usefixtures("no_garbage_collection")
 def test_reply_to_a_reset_connection_leaves_no_object(
     backend: Backend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -237,13 +235,8 @@ def test_reply_to_a_reset_connection_leaves_no_object(
 
     caplog.set_level(logging.DEBUG, "echo_async.server")
     monkeypatch.setattr(logging.getLogger("echo_async.server"), "filters", [reset_client])
-    gc.collect()
     before = count_connections()
-    gc.disable()
-    try:
-        run(main, backend.loop)
-    finally:
-        gc.enable()
+    run(main, backend.loop)
 
 
 SIGTERM_DURING_STARTUP = """

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import platform
-import re
 import resource
 import select
 import selectors
@@ -15,6 +14,7 @@ import ssl
 import sys
 import threading
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -26,6 +26,7 @@ from support import (
     Backend,
     connect,
     count_events,
+    counters,
     is_echoed,
     log_lines,
     receive_all,
@@ -88,12 +89,9 @@ OPTIONS = [["--loop", "asyncio"], ["--loop", "uvloop"], ["--engine", "threads"]]
 @pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
 def test_descriptors_exhausted_serves_some_and_recovers(options: list[str]) -> None:
     """With 64 descriptors and 200 clients, the server serves some, counts the others, and uses no CPU time."""
-
-    def limit_descriptors() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-
+    limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (64, 64))
     arguments = (*options, "--mode", "stream", "--no-access-log")
-    with server_process(*arguments, preexec_fn=limit_descriptors) as server, ExitStack() as clients:
+    with server_process(*arguments, preexec_fn=limit) as server, ExitStack() as clients:
         start = monotonic()
         served = []
         for _ in range(200):
@@ -126,12 +124,12 @@ def test_descriptors_exhausted_serves_some_and_recovers(options: list[str]) -> N
         seconds = monotonic() - start
         log = server.stop()
     assert "Traceback" not in log
-    accepted, refused = (int(re.findall(rf" {counter}=(\d+)", log)[0]) for counter in ("accepted", "refused"))
-    assert accepted == len(served) + len(served_later)
-    assert refused >= 200 - len(served)
+    counted = counters(log)
+    assert counted["accepted"] == len(served) + len(served_later)
+    assert counted["refused"] >= 200 - len(served)
     lines = [line for line in log.splitlines() if " WARNING " in line or " ERROR " in line]
     assert 1 <= len(lines) <= 2 + seconds  # one of them at the stop
-    assert sum(count_events(line) for line in lines if "connection refused" in line) == refused
+    assert sum(count_events(line) for line in lines if "connection refused" in line) == counted["refused"]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="relies on its malloc")

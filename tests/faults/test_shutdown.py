@@ -320,37 +320,28 @@ def test_stop_of_threads_sweeps_by_time_and_not_per_thread(monkeypatch: pytest.M
 # TLS
 
 
-def test_tls_shutdown_during_handshake_does_not_wait(start_server: StartServer, client_context: ssl.SSLContext) -> None:
-    """Nothing, half of a ClientHello, or all of it has been received."""
-    hello = TlsClient(client_context).hello()
-    with start_server(tls=True, timeout_graceful_shutdown=600) as server, ExitStack() as stack:
-        clients = [stack.enter_context(connect(server)) for _ in range(3)]
-        clients[1].sendall(hello[:50])
-        clients[2].sendall(hello)
-        assert clients[2].recv(1)  # the server has accepted all, and replied to the ClientHello
-        start = monotonic()
-        server.close()
-        for client in clients:
-            with suppress(ConnectionError):
-                receive_all(client)
-        assert monotonic() - start < MAX_DELAY
-    assert server.stats.tls_failures == 3
-    assert server.stats.accepted == 0
-
-
-def test_tls_shutdown_does_not_wait_for_close_notify(
+def test_tls_shutdown_waits_for_no_client(
     start_server: StartServer, client_context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nothing, half of a ClientHello, all of it, or everything but the close_notify has been received."""
     set_constant(monkeypatch, "LINGER_TIMEOUT_AT_STOP", 0.05)
-    with start_server(tls=True, timeout_graceful_shutdown=1) as server, connect(server) as plain:
-        client = TlsClient(client_context)
-        client.handshake(plain)
-        plain.sendall(client.record(b"a message\n"))
+    hello, client = TlsClient(client_context).hello(), TlsClient(client_context)
+    with start_server(tls=True, timeout_graceful_shutdown=600) as server, ExitStack() as stack:
+        *in_handshake, established = (stack.enter_context(connect(server)) for _ in range(4))
+        client.handshake(established)
+        established.sendall(client.record(b"a message\n"))
         wait_for(server, messages=1)
+        in_handshake[1].sendall(hello[:50])
+        in_handshake[2].sendall(hello)
+        assert in_handshake[2].recv(1)  # the server has accepted all, and replied to the ClientHello
         start = monotonic()
         server.close()
+        for each in in_handshake:
+            with suppress(ConnectionError):
+                receive_all(each)
         wait_for(server, active=0)
         assert monotonic() - start < MAX_DELAY
+    assert (server.stats.tls_failures, server.stats.accepted) == (3, 1)
 
 
 @contextmanager
