@@ -24,9 +24,6 @@ def sent_tracker(count: int, *, size: int = 64, timeout: float = 1.0) -> tuple[D
     return tracker, sent
 
 
-# The format
-
-
 def test_format_decodes_what_it_encodes() -> None:
     for size, number in product(SIZES, (1, 2, 255, 256, 65_536, 2**32 - 1, 2**32, 2**32 + 5)):
         format = DatagramFormat(size)
@@ -61,9 +58,6 @@ def test_format_short_numbers_stand_for_the_latest() -> None:
     assert format.decode(b"\x05", 4) is None
     assert [format.decode(b"\x05", last) for last in (5, 260, 261, 300)] == [5, 5, 261, 261]
     assert [DatagramFormat(0).decode(b"", last) for last in (0, 1, 9)] == [None, 1, 9]
-
-
-# The tracker
 
 
 def test_tracker_counts_each_kind_of_reply() -> None:

@@ -30,9 +30,6 @@ def sent(actions: list[Action]) -> bytes:
     return b"".join(action.data for action in actions if isinstance(action, Send))
 
 
-# Specifications
-
-
 INVALID = [
     ("", "fault kind missing; choose from delay, rate, slice, drop,"),
     ("reset,", "fault kind missing; choose from"),
@@ -97,9 +94,6 @@ def test_sequence_is_a_text_or_a_list() -> None:
         parse_sequence("reset;no-accept")
 
 
-# Which connections have a fault
-
-
 def test_sequence_faults_the_first_connections_only() -> None:
     faults = FaultSchedule(None, ["reset", None, "drop"], None)
     plans = [faults.next_plan() for _ in range(6)]
@@ -135,9 +129,6 @@ def test_random_choices_do_not_depend_on_how_replies_are_grouped(groups: list[in
         actual += list(apart.reply(b"".join(messages[:size])))
         del messages[:size]
     assert actual == expected
-
-
-# Actions
 
 
 ACTIONS: list[tuple[str, list[Action]]] = [

@@ -35,9 +35,6 @@ async def take_from(queue: asyncio.Queue[str]) -> AsyncIterator[str]:
         yield message
 
 
-# Concurrent tasks
-
-
 @pytest.mark.parametrize(("mode", "number"), [("message", 10), ("stream", 50)])
 @on_each_loop
 async def test_echo_and_stream_concurrent_on_one_client(mode: Any, number: int) -> None:
@@ -149,9 +146,6 @@ async def test_blocked_event_loop_does_not_cause_timeout(faulty_server: MakeEcho
         assert await waiting == "Hola"
 
 
-# Connecting
-
-
 @pytest.mark.parametrize("loop", LOOPS)
 def test_connect_resolver_blocked_times_out(loop: LoopName, monkeypatch: pytest.MonkeyPatch) -> None:
     resume, resolve = threading.Event(), socket.getaddrinfo
@@ -180,9 +174,6 @@ async def test_connect_can_be_canceled(black_hole_address: tuple[str, int]) -> N
         async with asyncio.timeout(0.05):
             await connect(*black_hole_address)
     assert not isinstance(caught.value, echo_async.EchoError)
-
-
-# Streams
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -115,9 +115,6 @@ def test_connect_unix_socket_waits_for_room_in_the_backlog(echo: Echo, tmp_path:
         assert waiting.result(TIMEOUT) == "Hola"
 
 
-# Reconnecting
-
-
 def test_client_treats_reset_after_reply_as_close(connect: Connect, faulty_server: MakeEchoServer) -> None:
     def echo_and_reset(peer: Peer) -> None:
         peer.send(peer.receive_line())

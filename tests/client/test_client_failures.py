@@ -22,9 +22,6 @@ from echo_async.testing import HostedServer, Peer
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-# Connecting
-
-
 def test_connect_refused_raises(echo: Echo, closed_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At once. So does a name of several addresses that all refuse."""
     started = time.monotonic()
@@ -142,9 +139,6 @@ def test_connect_invalid_option_raises() -> None:
                 connect(**options)
 
 
-# Lost replies
-
-
 LOST = {
     "close": "lost before the reply: closed by the server",
     "close=5": "lost after 5 of 13 bytes of the reply: closed by the server",
@@ -197,9 +191,6 @@ def test_lost_reply_on_reused_connection_raises(connect: Connect, faulty_server:
         assert client.echo("3") == "3"
 
 
-# Late replies
-
-
 def test_reply_timeout_raises_reply_late(connect: Connect, faulty_server: MakeEchoServer) -> None:
     server = faulty_server(fault_sequence="drop")
     with connect(*server.address, timeout=1) as client:
@@ -224,9 +215,6 @@ def test_timeout_restarts_for_every_reply(connect: Connect, faulty_server: MakeE
     server = faulty_server(fault="delay=0.4")
     with connect(*server.address, timeout=1.5) as client:
         assert list(client.stream(["a", "b", "c", "d"])) == ["a", "b", "c", "d"]
-
-
-# Different replies
 
 
 DIFFERENT = [

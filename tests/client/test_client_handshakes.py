@@ -123,8 +123,6 @@ def test_client_context_invalid_file_raises(certificate: Path, tmp_path: Path) -
     assert tls.client_context().minimum_version is ssl.TLSVersion.TLSv1_2
 
 
-# PROXY headers
-
 VERSIONS: tuple[Literal["v1", "v2"], ...] = ("v1", "v2")
 
 

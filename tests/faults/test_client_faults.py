@@ -224,9 +224,6 @@ def test_port_scan_before_a_handshake_is_no_failure(
         assert log_lines(caplog, logging.DEBUG) == [line.format(name) for name in names]
 
 
-# TLS
-
-
 def end_within_a_message(client: TlsClient, plain: socket.socket) -> None:
     client.handshake(plain)
     plain.sendall(client.record(b"begun") + client.close_notify())

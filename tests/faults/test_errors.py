@@ -51,9 +51,6 @@ from echo_async.wire.tls_layer import TlsLayer
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
-# accept
-
-
 class FailingAccept:
     """Replaces ``socket.accept``: after ``begin`` it fails up to ``max_failures`` times, until ``end``."""
 
@@ -180,9 +177,6 @@ def test_log_lines_account_for_every_refusal(
         if not is_stopped:
             wait_until(lambda: logged() == 20)
     assert logged() == server.stats.refused == 20
-
-
-# Memory, and errors in the code
 
 
 def lack_memory(function: Callable[..., Any], is_lacking: Callable[..., bool]) -> Callable[..., Any]:

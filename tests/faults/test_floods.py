@@ -190,9 +190,6 @@ async def test_sweep_of_many_connections_is_done_in_slices(
         assert timed_out.max_share() <= 2 * 5  # a slice may be late
 
 
-# TLS records
-
-
 StartFlood = Callable[..., RecordWriter]
 
 
@@ -290,9 +287,6 @@ def test_handshake_in_single_bytes_times_out(
             receive_all(trickling)
         wait_for(server, timeouts_handshake=1)
         assert is_echoed(healthy)
-
-
-# Slow readers
 
 
 def test_slow_reader_receives_ten_mebibytes_unchanged(

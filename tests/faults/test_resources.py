@@ -156,9 +156,6 @@ def test_large_messages_reuse_the_same_memory(loop: str) -> None:
         assert memory - memory_before < 8 * 1024 * 1024
 
 
-# No thread can be started
-
-
 @pytest.fixture
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail_to_start(thread: threading.Thread) -> None:

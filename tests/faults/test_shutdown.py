@@ -317,9 +317,6 @@ def test_stop_of_threads_sweeps_by_time_and_not_per_thread(monkeypatch: pytest.M
     assert len(sweeps) <= 3 + seconds / DRAIN_INTERVAL
 
 
-# TLS
-
-
 def test_tls_shutdown_waits_for_no_client(
     start_server: StartServer, client_context: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
