@@ -81,14 +81,17 @@ def make_echo_server(pytestconfig: pytest.Config) -> Iterator[MakeEchoServer]:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Fail a test whose handler or reply function has failed in a server that outlives the test."""
-    from contextlib import ExitStack
-
     try:
         return (yield)
     finally:
-        with ExitStack() as checks:  # of all servers: an error that is left would fail the next test
-            for server in item.config.stash.get(_servers, []):
-                checks.callback(server.raise_errors)
+        errors: list[BaseException] = []
+        for server in item.config.stash.get(_servers, []):  # each: an error that is left would fail the next test
+            try:
+                server.raise_errors()
+            except BaseException as error:
+                errors.append(error)
+        if errors:
+            raise errors[0] if len(errors) == 1 else BaseExceptionGroup(f"{len(errors)} servers failed", errors)
 
 
 @pytest.fixture(scope="session")
