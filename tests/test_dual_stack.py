@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import pytest
 from support import (
-    TIMEOUT,
     OldKernel,
     StartServer,
     connect,
@@ -54,15 +53,6 @@ def test_host_unspecified_serves_ipv4_and_ipv6_clients(
     assert "::ffff:" not in caplog.text
 
 
-def get_health(host: str, log: str) -> bytes:
-    """Request ``/healthz`` at ``host`` and the port of the metrics, which the log shows."""
-    found = re.search(r"metrics available at http://(?:\[::\]|0\.0\.0\.0):(\d+)/metrics\n", log)
-    assert found
-    with socket.create_connection((host, int(found[1])), TIMEOUT) as client:
-        client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-        return receive_all(client).rpartition(b"\r\n")[2]
-
-
 @needs_ipv6
 def test_command_serves_ipv4_and_ipv6(certificate: Path, client_context: ssl.SSLContext) -> None:
     options = ("--host", "::", "--workers", "2", "--engine", "protocol", "--ssl-certfile", str(certificate))
@@ -71,11 +61,14 @@ def test_command_serves_ipv4_and_ipv6(certificate: Path, client_context: ssl.SSL
         port = server.address[1]
         assert server.startup_line == f"listening on [::]:{port}\n"
         server.wait_for_log(" metrics available at ")
+        [metrics] = re.findall(r" metrics available at http://\[::\]:(\d+)/metrics\n", server.log)
         for host in ("127.0.0.1", "::1"):
             with connect(At((host, port)), client_context) as client:
                 assert is_echoed(client, b"Hola Server!\n")
                 names.append(format_address(client.getsockname()))
-            assert get_health(host, server.log) == b"serving\n"
+            with connect(At((host, int(metrics)))) as client:
+                client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+                assert receive_all(client).endswith(b"\r\nserving\n")
         log = server.stop()
     for name in names:
         assert f" INFO {name} 13 bytes: Hola Server!\n" in log

@@ -620,12 +620,11 @@ def test_option_of_a_wrong_type_is_an_error_at_start(options: Any, error: str) -
     assert re.sub("0x[0-9a-f]+", "0x...", str(caught.value)) == f"invalid {error}"
 
 
-def test_reply_function_that_returns_text_fails() -> None:
+def test_reply_function_that_returns_text_fails_the_block() -> None:
     function: Any = bytes.decode
-    server = HostedServer(reply=function)
-    exchange_without_reply(server)
-    with pytest.raises(TypeError, match=r"^invalid value returned by reply: 'one\\n' \(must be bytes or None\)$"):
-        server.close()
+    reason = r"^invalid value returned by reply: 'one\\n' \(must be bytes or None\)$"
+    with pytest.raises(TypeError, match=reason), HostedServer(reply=function) as server:
+        exchange_without_reply(server)
 
 
 # TLS that a client has to refuse

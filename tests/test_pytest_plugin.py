@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import re
-import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -187,26 +186,6 @@ def test_failure_in_a_function_fails_its_test(session: pytest.Pytester, plugins:
     result.stdout.fnmatch_lines_random(['>*assert peer.receive_line() == b"expected\\n", "from the handler"'])
 
 
-def test_failure_in_a_handler_fails_a_unittest(tmp_path: Path) -> None:
-    (tmp_path / "test_it.py").write_text("""
-import socket, unittest
-from echo_async.testing import HostedServer
-
-def failing(peer):
-    assert peer.receive_line() == b"expected\\n", "from the handler"
-
-class Test(unittest.TestCase):
-    def test_it(self):
-        server = self.enterContext(HostedServer(handler=failing))
-        with socket.create_connection(server.address) as client:
-            client.sendall(b"other\\n")
-            server.wait_for(messages=1)
-""")
-    result = run_process([sys.executable, "-W", "error", "-m", "unittest", "discover", "-s", tmp_path])
-    assert result.returncode == 1
-    assert "AssertionError: from the handler" in result.stderr
-
-
 def test_servers_in_a_row_leave_nothing() -> None:
     """No thread and no descriptor, as ``no_leaks`` checks, and no object."""
     for number in range(100):
@@ -222,7 +201,7 @@ def test_servers_in_a_row_leave_nothing() -> None:
 
 def test_plugin_import_loads_no_other_module() -> None:
     code = "import sys, pytest; old = {*sys.modules}; import echo_async.pytest_plugin; print(*{*sys.modules} - old)"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=TIMEOUT)
+    done = run_process([sys.executable, "-W", "error", "-c", code])
     assert done.stderr == ""
     assert set(done.stdout.split()) == {"echo_async", "echo_async.pytest_plugin"}
 
