@@ -29,21 +29,18 @@ def tree(module: str) -> ast.Module:
 
 @cache
 def imported_names(module: str) -> set[str]:
-    return set(find_imported_names(module))
-
-
-def find_imported_names(module: str) -> Iterator[str]:
     """Absolute names, wherever in the file they are imported: at the top, for types only, inside a function."""
     package = module if FILES[module].name == "__init__.py" else module.rpartition(".")[0]
+    names: set[str] = set()
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package.rsplit(".", node.level - 1)[0] if node.level else ""
             source = ".".join(filter(None, (base, node.module)))
-            for alias in node.names:
-                submodule = f"{source}.{alias.name}"
-                yield submodule if submodule in FILES else source
+            submodules = (f"{source}.{alias.name}" for alias in node.names)
+            names |= {each if each in FILES else source for each in submodules}
+    return names
 
 
 def test_package_imports_have_no_circle() -> None:
