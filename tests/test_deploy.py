@@ -27,7 +27,7 @@ from support import TIMEOUT, command_process, haproxy, needs, receive_line, run_
 from echo_async import Identity, sync
 from echo_async.cli.server import command
 from echo_async.config import ServerOptions
-from echo_async.service.metrics import ServiceCollector, StatsCollector
+from echo_async.service.metrics import ServiceCollector
 from echo_async.stats import Stats
 from echo_async.testing import HostedServer
 
@@ -239,8 +239,8 @@ def existing_metrics() -> set[str]:
     """The names of all samples, without those of each listener."""
     certificate = SimpleNamespace(reloads={"success": 0, "failure": 0}, expires_at=0.0)
     service: Any = SimpleNamespace(certificates=[certificate], worker_restarts=0)
-    collectors = StatsCollector(lambda: [Stats()], {}, []), ServiceCollector(service)
-    return {sample.name for each in collectors for metric in each.collect() for sample in metric.samples}
+    collector = ServiceCollector(service, lambda: [Stats()], {}, [])
+    return {sample.name for metric in collector.collect() for sample in metric.samples}
 
 
 def test_dashboard_queries_exactly_the_existing_metrics() -> None:

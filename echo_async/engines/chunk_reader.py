@@ -5,18 +5,13 @@ asyncio's StreamReader appends all input to a bytearray, copies each chunk from 
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol, cast
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 from .loop_internals import is_fed_by, read_buffered
 
 
-class InputConsumer(Protocol):
-    """What a reader has to know of the connection that reads."""
-
-    def start(self) -> object: ...
-    def on_lost(self, error: Exception | None) -> None: ...
-
-
+@dataclass(slots=True, eq=False)
 class ChunkReader(asyncio.Protocol):
     """Replaces the protocol of a transport, with the :meth:`read` of a StreamReader.
 
@@ -28,35 +23,23 @@ class ChunkReader(asyncio.Protocol):
         loop: The running event loop.
     """
 
-    __slots__ = (
-        "_connection",
-        "_data",
-        "_discard",
-        "_error",
-        "_is_ended",
-        "_is_paused",
-        "_loop",
-        "_max_size",
-        "_replaced",
-        "_transport",
-        "_waiter",
-    )
+    _transport: asyncio.Transport
+    _max_size: int
+    _loop: asyncio.AbstractEventLoop
+    _data: bytes = b""  # what is not read yet
+    _is_paused: bool = False
+    _is_ended: bool = False
+    _error: Exception | None = None
+    _waiter: asyncio.Future[None] | None = None
+    _connection: Any = None  # a StreamConnection, whose module imports this one
+    _discard: Callable[[bytes], object] | None = None
+    _replaced: asyncio.Protocol = field(init=False)
 
-    def __init__(self, transport: asyncio.WriteTransport, max_size: int, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._transport = cast(asyncio.Transport, transport)
-        self._replaced = cast(asyncio.Protocol, transport.get_protocol())
-        self._max_size = max_size
-        self._data = b""  # what is not read yet
-        self._is_paused = False
-        self._is_ended = False
-        self._error: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._connection: InputConsumer | None = None
-        self._discard: Callable[[bytes], object] | None = None
-        transport.set_protocol(self)
+    def __post_init__(self) -> None:
+        self._replaced = cast(asyncio.Protocol, self._transport.get_protocol())
+        self._transport.set_protocol(self)
 
-    def notify(self, connection: InputConsumer) -> None:
+    def notify(self, connection: Any) -> None:
         """Start ``connection`` if there is something to read and it is not reading; tell it when it is lost."""
         self._connection = connection
 
@@ -149,7 +132,7 @@ def take_over(
     """
     if not is_fed_by(reader, transport):
         return reader
-    chunks = ChunkReader(transport, max_size, loop)
+    chunks = ChunkReader(cast(asyncio.Transport, transport), max_size, loop)
     if data := read_buffered(reader):
         chunks.data_received(data)
     if reader.at_eof():

@@ -10,7 +10,7 @@ import contextlib
 import math
 import ssl
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import describe_error
 from ..logs import log
@@ -28,18 +28,6 @@ TURN = Wait(0)
 TIMEOUT_DETAILS = {"idle": "", "message": ": incomplete message", "write": ": peer is not reading"}
 
 
-class RunningScript(Protocol):
-    """What a connection has to know of its :class:`~echo_async.engines.runner.Runner`."""
-
-    sent: int
-    is_busy: bool
-    is_stalled: bool
-
-    @property
-    def is_held_open(self) -> bool: ...
-    def end(self) -> None: ...
-
-
 class Connection:
     """One connection of any engine.
 
@@ -48,7 +36,8 @@ class Connection:
         conversation: What the bytes mean.
         timeouts: Since when the connection waits, and for what; None before the first sweep.
         slot: What is known of the client.
-        runner: What sends the replies instead of the engine, if the connection has a script.
+        runner: Sends the replies instead of the engine, if the connection has a script: a
+            :class:`~echo_async.engines.runner.Runner`, whose module imports this one.
     """
 
     conversation: Conversation
@@ -58,7 +47,7 @@ class Connection:
     def __init__(self, context: ServerContext, slot: Slot) -> None:
         self.context = context
         self.slot = slot
-        self.runner: RunningScript | None = None
+        self.runner: Any = None
         self.timeouts: Timeouts | None = None
         self._peername = slot.peername
 

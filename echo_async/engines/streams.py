@@ -37,7 +37,8 @@ def protocol_factory(context: ServerContext, slot: Slot) -> Callable[[], asyncio
     def handle(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             if slot.claim():
-                chunks = ChunkReader(writer.transport, max_size, loop)  # nothing is buffered yet
+                transport = cast(asyncio.Transport, writer.transport)
+                chunks = ChunkReader(transport, max_size, loop)  # nothing is buffered yet
                 connection = StreamConnection(context, slot, chunks, writer)
                 connection.establish()
                 if slot.make_script is not None:  # else the first input starts it

@@ -67,13 +67,17 @@ COUNTERS_BY_KIND = {
 TIMEOUTS = [name for name in STATS_COUNTERS if name.startswith("timeouts_")]
 
 
-class StatsCollector(Collector):
-    """Converts the counters of the listeners, which ``read`` returns, to metrics, and ``labels`` to the info metric.
+class ServiceCollector(Collector):
+    """Converts what a service counts to metrics: of its listeners, which ``read`` returns, and besides these.
 
-    The metrics are sums, and those of each listener as well if the listeners have ``names``.
+    The metrics of listeners are sums, and those of each as well if they have ``names``. ``labels`` are of the info
+    metric.
     """
 
-    def __init__(self, read: Callable[[], Sequence[Stats]], labels: Mapping[str, str], names: Sequence[str]) -> None:
+    def __init__(
+        self, service: Service, read: Callable[[], Sequence[Stats]], labels: Mapping[str, str], names: Sequence[str]
+    ) -> None:
+        self._service = service
         self._read = read
         self._labels = dict(labels)
         self._names = names
@@ -87,19 +91,9 @@ class StatsCollector(Collector):
         if self._names:
             listeners = [([name], each) for name, each in zip(self._names, stats, strict=True)]
             yield from _families("echo_async_listener", ["listener"], listeners)
-
-
-class ServiceCollector(Collector):
-    """Converts what a service counts besides the statistics of its listeners."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    def collect(self) -> Iterable[Metric]:
+        restarts = self._service.worker_restarts
+        yield CounterMetricFamily("echo_async_worker_restarts", "Workers that exited and were replaced.", restarts)
         certificates = self._service.certificates
-        yield CounterMetricFamily(
-            "echo_async_worker_restarts", "Workers that exited and were replaced.", self._service.worker_restarts
-        )
         reloads = CounterMetricFamily(
             "echo_async_certificate_reloads", "Certificates that were reloaded on SIGHUP.", labels=["result"]
         )
@@ -171,8 +165,7 @@ class MetricsServer:
         self._service = service
         self._stats = [Stats() for _ in service.listener_names]
         registry = CollectorRegistry(auto_describe=True)
-        registry.register(StatsCollector(lambda: self._stats, labels, names))
-        registry.register(ServiceCollector(service))
+        registry.register(ServiceCollector(service, lambda: self._stats, labels, names))
         self._metrics: Callable[..., Iterable[bytes]] = make_wsgi_app(registry)
         for each in self._sockets:
             try:

@@ -16,6 +16,7 @@ from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import fields
 from functools import partial
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ from echo_async.cli.server import main
 from echo_async.config import EngineName
 from echo_async.loops import logged_errors
 from echo_async.service import metrics as module
-from echo_async.service.metrics import COUNTERS, MAX_CONNECTIONS, TIMEOUTS, MetricsServer, StatsCollector
+from echo_async.service.metrics import COUNTERS, MAX_CONNECTIONS, TIMEOUTS, MetricsServer, ServiceCollector
 from echo_async.service.worker_process import Worker
 from echo_async.stats import COUNTERS_BY_KIND
 
@@ -217,7 +218,8 @@ def test_every_stats_field_is_a_metric() -> None:
 
 def test_counters_never_decrease() -> None:
     seen = iter([Stats(bytes_out=10, active=5), Stats(bytes_out=9, active=4, lost=1), Stats(bytes_out=11, active=6)])
-    collector = StatsCollector(lambda: [next(seen)], {}, [])
+    service: Any = SimpleNamespace(certificates=[], worker_restarts=0)
+    collector = ServiceCollector(service, lambda: [next(seen)], {}, [])
 
     def collected() -> dict[str, float]:
         return {sample.name: sample.value for metric in collector.collect() for sample in metric.samples}
