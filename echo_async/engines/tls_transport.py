@@ -24,6 +24,18 @@ class TlsTransport(asyncio.Transport, asyncio.Protocol):
         on_error: Is called with an error after the handshake, which ends the connection.
     """
 
+    __slots__ = (
+        "_handshake",
+        "_is_reading_paused",
+        "_is_turn_scheduled",
+        "_is_writing_paused",
+        "_loop",
+        "_on_error",
+        "_plain",
+        "_protocol",
+        "tls",
+    )
+
     _plain: asyncio.Transport
 
     def __init__(

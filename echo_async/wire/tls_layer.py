@@ -41,6 +41,23 @@ class TlsLayer:
         has_news: Whether one of these has changed with the last :meth:`receive`, or there may be :meth:`output`.
     """
 
+    __slots__ = (
+        "_data",
+        "_handshake",
+        "_incoming",
+        "_is_closed",
+        "_outgoing",
+        "_without_data",
+        "error",
+        "has_input",
+        "has_news",
+        "has_records",
+        "is_ended",
+        "is_established",
+        "server_name",
+        "session",
+    )
+
     def __init__(self, context: ssl.SSLContext) -> None:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
