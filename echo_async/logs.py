@@ -57,7 +57,7 @@ class RateLimitedLog:
     def write_pending(self, *, at_once: bool = False) -> None:
         """Log the events that no line accounts for, if there was no line within a second or ``at_once``.
 
-        An error of the log, such as that of a filter, is none of whoever reports the event.
+        An error of the log, such as that of a filter, does not reach the caller.
         """
         now = time.monotonic()
         with self._lock:

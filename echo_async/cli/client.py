@@ -67,7 +67,7 @@ Examples:
 Exit codes:
   0 all replies matched           1 a reply was lost, late or different
   2 invalid option                3 could not connect
-  130 Ctrl-C                      141 stdout was closed by its reader
+  130 Ctrl-C, without --count     141 stdout was closed by its reader
 """
 
 
