@@ -92,6 +92,17 @@ def test_replies_end_with_the_connection(options: dict[str, Any]) -> None:
         assert [each.end for each in server.connections] == ["server", "server"]
 
 
+@pytest.mark.parametrize("fault", ["slice=1", "delay=0.01", "corrupt"])
+def test_messages_after_the_last_reply_have_none(fault: str, options: dict[str, Any]) -> None:
+    """Also with a fault, which takes the messages of one read one by one."""
+    with HostedServer(replies=[b"1\n"], fault=fault, **options) as server:
+        with connect(server) as client:
+            client.sendall(b"one\ntwo\nthree\n")
+            assert len(receive_all(client)) == 2
+        server.wait_for(active=0)
+        assert (server.stats.failed, server.stats.ended) == (0, {"closed": 1})
+
+
 def test_faults_and_limits_apply_to_greeting_and_replies() -> None:
     with HostedServer(greeting=b"220 ready\n", reply=b"ok\n", fault="reset=12") as server, connect(server) as client:
         assert receive_line(client) == b"220 ready\n"

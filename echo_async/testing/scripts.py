@@ -65,6 +65,8 @@ class ReplyScript:
             yield Wait(HOLD_INTERVAL)
             if len(data) < MAX_HELD_SIZE:
                 data += self._connection.receive_waiting()
+        if self._left == []:  # a fault asks for the reply to each message
+            return
         for message in [data] if self._options.is_raw else split_messages(data):
             yield from self._reply_to(message)
             if self._left == []:
