@@ -40,19 +40,14 @@ class RateLimitedLog:
         self._template = template
         self._lock = threading.RLock()  # an event can occur while another is logged, in a destructor
         self._written_at = -math.inf
-        self._unwritten = 0
+        self.pending = 0  # events that no line accounts for yet
         self._arguments: tuple[object, ...] = ()  # of the last event
 
     def __call__(self, *arguments: object) -> None:
         with self._lock:
-            self._unwritten += 1
+            self.pending += 1
             self._arguments = arguments
         self.write_pending()
-
-    @property
-    def pending(self) -> int:
-        """The events that no line accounts for yet."""
-        return self._unwritten
 
     def write_pending(self, *, at_once: bool = False) -> None:
         """Log the events that no line accounts for, if there was no line within a second or ``at_once``.
@@ -61,10 +56,10 @@ class RateLimitedLog:
         """
         now = time.monotonic()
         with self._lock:
-            events, arguments = self._unwritten, self._arguments
+            events, arguments = self.pending, self._arguments
             if not events or (now - self._written_at < LOG_INTERVAL and not at_once):
                 return
-            self._written_at, self._unwritten = now, 0
+            self._written_at, self.pending = now, 0
         suffix = f" (repeated {events} times)" if events > 1 else ""
         with contextlib.suppress(Exception):
             self._write(self._template + suffix, *arguments)
