@@ -51,7 +51,6 @@ class Connection:
         self._flush()
 
     def take(self) -> bytes:
-        """Return what was received, and forget it."""
         data, self.received, self.lines = bytes(self.received), bytearray(), 0
         return data
 
@@ -61,7 +60,6 @@ class Connection:
         self._receive()
 
     def reset(self) -> None:
-        """Close with a reset."""
         set_reset_on_close(self.socket)
         self.close()
 
@@ -76,13 +74,11 @@ class Connection:
 
     @property
     def events(self) -> int:
-        """What to wait for."""
         if self.ending:
             return 0
         return EVENT_READ * self.is_reading | EVENT_WRITE * bool(self.unsent)
 
     def handle(self, events: int) -> None:
-        """Receive and send as far as possible."""
         if events & EVENT_READ and self.is_reading:
             self._receive()
         if events & EVENT_WRITE and not self.ending:

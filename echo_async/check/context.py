@@ -87,7 +87,6 @@ class Context:
         self._reusable: Connection | None = None
 
     def close_connections(self) -> None:
-        """Close the connections of a check."""
         for each in self._connections:
             each.close()
         self._connections.clear()

@@ -37,7 +37,6 @@ def check_identity(context: Context) -> str:
 
 
 def _describe_path(found: Identity, own: object) -> list[str]:
-    """Describe the client address, the PROXY header and the TLS session that the server saw."""
     client = found.client
     address = format_address((client.address, client.port) if client.port is not None else client.address)
     if not isinstance(own, tuple):

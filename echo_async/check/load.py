@@ -52,7 +52,6 @@ def check_concurrent(context: Context) -> str:
 
 
 def _compare_all(context: Context, pairs: Sequence[tuple[Connection, bytes]]) -> None:
-    """Compare what each connection received with its message."""
     messages = {message for _, message in pairs}
     if not all(client.received for client, _ in pairs):
         context.wait(lambda: False, PART_INTERVAL)  # a reply that is missing may have reached another client

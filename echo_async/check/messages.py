@@ -11,7 +11,6 @@ def _pattern(size: int) -> bytes:
 
 
 def make_text(size: int) -> bytes:
-    """Return a message of ``size`` bytes of text."""
     return _pattern(size)[: size - 1] + b"\n"
 
 

@@ -272,7 +272,6 @@ def _check_udp_options(values: dict[str, Any]) -> None:
 
 
 def _report_load(result: LoadResult, expectations: Sequence[Expectation], as_json: bool) -> ExitCode:
-    """Print the result; return the exit code."""
     with ignore_broken_pipe():
         if as_json:
             print(json.dumps(load_json(result, expectations), indent=2))

@@ -12,12 +12,11 @@ import click
 from ..check.checks import CHECKS, FIRST_CHECKS, run_checks
 from ..check.context import ModeName, Settings
 from ..check.result import Result
-from ..client.endpoint import Endpoint
 from ..compat import raise_descriptor_limit
-from ..config import FLAG, SECONDS, ClientConfig, Option, choice, integer, options_of
+from ..config import FLAG, SECONDS, Option, choice, integer
 from ..stdio import discard_output, print_error
 from .client import OPTIONS as CLIENT_OPTIONS
-from .client import make_ssl_context
+from .client import make_endpoint
 from .common import CONTEXT, ExitCode, options, refuse_conflicts, run_command, version_option
 
 SHARED_OPTIONS = (
@@ -99,8 +98,7 @@ def command(**values: Any) -> int:
     if values["udp"]:
         refuse_conflicts(values, "udp", ["uds"])
     output = Output(quiet=values["quiet"], json=values["json"])
-    given = {name: values[name] for name in options_of(ClientConfig) if name in values}
-    endpoint = Endpoint(**{**given, "ssl": make_ssl_context(values, print_error)})
+    endpoint = make_endpoint(values, print_error)
     settings = Settings(**{name: values[name] for name in ("mode", "connections", "size", "idle", "udp")})
     raise_descriptor_limit()
     code = ExitCode.SUCCESS

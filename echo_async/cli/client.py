@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from functools import partial
-from ssl import SSLContext
 from time import perf_counter
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..loops import loop_factory
 from ..stdio import discard_output
 from .common import CONTEXT, ExitCode, options, refuse_conflicts, run_command, version_option
 from .interrupt import ClientInterrupt
-from .output import JsonOutput, Output, OutputClosed, OutputInterrupted
+from .output import JsonOutput, Output, OutputClosed
 from .stdin import LineSource, has_stdin_lines
 
 DEFAULT_MESSAGE = "Hola Server!"
@@ -96,7 +95,7 @@ def _make_main(
 ) -> Coroutine[Any, Any, bool]:
     if values["udp"]:
         return _ping_datagrams(messages, values, output)
-    session = _make_session(values, output)
+    session = (IdentifySession if values["identify"] else AsyncioSession)(make_endpoint(values, output.print_error))
     if not is_ping:
         return _send_messages(session, _line_source(messages), output)
     from .ping import ping
@@ -110,8 +109,7 @@ def _ping_datagrams(messages: Sequence[str], values: dict[str, Any], output: Out
         raise ConfigError("--udp conflicts with MESSAGE: datagrams are generated; use --size")
     from .datagram_ping import ping
 
-    names = ("host", "port", "timeout", "connect_timeout")
-    endpoint = Endpoint(**{name: values[name] for name in names})
+    endpoint = make_endpoint(values, output.print_error)
     return ping(endpoint, values["size"], values["count"], values["interval"], output)
 
 
@@ -133,12 +131,6 @@ def _line_source(messages: Sequence[str]) -> LineSource:
 def _encode_message(message: str) -> bytes:
     data = message.encode("utf-8") if message.isascii() else os.fsencode(message)  # the bytes of the command line
     return data if data.endswith(b"\n") else data + b"\n"
-
-
-def _make_session(values: dict[str, Any], output: Output) -> AsyncioSession:
-    arguments = {name: values[name] for name in options_of(ClientConfig)}
-    endpoint = Endpoint(**{**arguments, "ssl": make_ssl_context(values, output.print_error)})
-    return IdentifySession(endpoint) if values["identify"] else AsyncioSession(endpoint)
 
 
 class IdentifySession(AsyncioSession):
@@ -187,19 +179,19 @@ def tls_arguments(values: dict[str, Any]) -> dict[str, Any] | None:
     return {**files, "verify": not values["ssl_no_verify"]}
 
 
-def make_ssl_context(values: dict[str, Any], print_message: Callable[[str, str], object]) -> SSLContext | None:
-    """Return the TLS context that the options demand; print a warning if it verifies nothing."""
-    if (arguments := tls_arguments(values)) is None:
-        return None
-    from ..tls import client_context
+def make_endpoint(values: dict[str, Any], print_message: Callable[[str, str], object]) -> Endpoint:
+    """Return where and how to connect; print a warning if the certificate of the server is not verified."""
+    given = {name: values[name] for name in options_of(ClientConfig) if name in values} | {"ssl": None}
+    if (arguments := tls_arguments(values)) is not None:
+        from ..tls import client_context
 
-    if values["ssl_no_verify"]:
-        print_message("the server certificate is not verified (--ssl-no-verify)", "warning")
-    return client_context(**arguments)
+        if values["ssl_no_verify"]:
+            print_message("the server certificate is not verified (--ssl-no-verify)", "warning")
+        given["ssl"] = client_context(**arguments)
+    return Endpoint(**given)
 
 
 def _log_steps() -> None:
-    """Print the debug log of the client to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("* %(message)s"))
     logging.raiseExceptions = False  # if stderr is closed: no traceback
@@ -222,7 +214,7 @@ def _run(main: Coroutine[Any, Any, bool], output: Output) -> ExitCode:
     except EchoError as error:
         output.print_error(str(error))
         return ExitCode.FAILURE
-    except (asyncio.CancelledError, KeyboardInterrupt, OutputInterrupted):
+    except (asyncio.CancelledError, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
     except OutputClosed:
         discard_output(sys.stdout)

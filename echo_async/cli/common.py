@@ -118,7 +118,6 @@ def _click_type(kind: Kind) -> "click.ParamType[Any] | None":  # no generic type
 
 
 def refuse_conflicts(values: dict[str, Any], option: str, others: Iterable[str]) -> None:
-    """Raise :exc:`~echo_async.ConfigError` if one of ``others`` is given, with which ``option`` conflicts."""
     for name in others:
         if values[name]:
             raise ConfigError(f"--{option} conflicts with --{name.replace('_', '-')}")

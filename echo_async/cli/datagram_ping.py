@@ -126,7 +126,6 @@ class DatagramPing(asyncio.DatagramProtocol):
         return True
 
     async def _wait(self, seconds: float) -> None:
-        """Wait until something is received, at most ``seconds``."""
         self._is_changed.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):

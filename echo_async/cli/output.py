@@ -27,10 +27,6 @@ class OutputClosed(Exception):
     """The reader of stdout has closed it."""
 
 
-class OutputInterrupted(Exception):
-    """Ctrl-C while a write to stdout was blocked."""
-
-
 class Output:
     """Prints replies as lines. ``number`` is that of the last message whose result was printed.
 
@@ -119,9 +115,9 @@ class Output:
         except OSError as error:
             discard_output(self._stdout)
             raise EchoError(f"cannot write to stdout: {describe_error(error)}") from error
-        except KeyboardInterrupt as error:
+        except KeyboardInterrupt:
             discard_output(self._stdout)
-            raise OutputInterrupted from error
+            raise
         finally:
             self._is_writing = False
 

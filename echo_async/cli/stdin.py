@@ -56,7 +56,6 @@ class LineSource(AsyncSource[bytes]):
 
 
 async def _read_parts(parts: Sequence[bytes | None], default: bytes) -> AsyncIterator[bytes]:
-    """Yield blocks of complete lines."""
     for part in parts:
         if part is not None:
             yield part

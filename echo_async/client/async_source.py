@@ -59,8 +59,6 @@ class AsyncSource(Source[T]):
 
 
 class AsyncMessages(AsyncSource[Message]):
-    """The messages of an asynchronous iterable."""
-
     def take(self, count: int) -> Batch | None:
         batch, _, failure = take_batch(self._pop_all(), count)
         if failure is not None:

@@ -43,7 +43,6 @@ def encode(message: Message) -> bytes:
 
 
 def check_stream(messages: object, window: int) -> None:
-    """Validate the arguments of ``EchoClient.stream``."""
     if isinstance(messages, str | bytes):
         raise TypeError(f"messages must be an iterable of messages, not {type(messages).__name__}; use echo() for one")
     if window < 1:

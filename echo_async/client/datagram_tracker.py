@@ -114,7 +114,6 @@ class DatagramTracker:
         return self._format.encode(self.sent + 1)
 
     def record_sent(self, now: float) -> None:
-        """Record that :meth:`next_datagram` was sent."""
         self.sent += 1
         self._in_flight[self.sent] = now
 

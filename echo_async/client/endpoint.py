@@ -132,7 +132,6 @@ def tls_hostname(server_hostname: str | None, host: str, uds: StrPath | None) ->
 
 @contextmanager
 def closed_on_error(connecting: SocketT) -> Iterator[SocketT]:
-    """Close the socket if the block raises."""
     try:
         yield connecting
     except BaseException:
@@ -141,7 +140,6 @@ def closed_on_error(connecting: SocketT) -> Iterator[SocketT]:
 
 
 def new_socket(info: AddressInfo) -> socket.socket:
-    """Create a nonblocking socket for an address."""
     family, kind, protocol, _, address = info
     created = socket.socket(family, kind, protocol)
     created.setblocking(False)

@@ -66,7 +66,6 @@ class Session(Generic[C]):
             self.connection.close()
 
     async def _open(self) -> C:
-        """Open a connection."""
         raise NotImplementedError
 
     async def _connect(self) -> C:

@@ -88,7 +88,6 @@ class ReplyVerifier:
         raise NotImplementedError
 
     def _close_socket(self) -> None:
-        """Close the socket immediately."""
         raise NotImplementedError
 
     def send(self, exchange: Exchange) -> None:
@@ -119,7 +118,6 @@ class ReplyVerifier:
         return exchange.result()
 
     def _verify(self, data: bytes) -> None:
-        """Compare ``data``: any part of one reply, or of several."""
         in_flight, position = self._in_flight, 0
         completed: list[Exchange] = []
         while in_flight and position < len(data):
@@ -206,7 +204,6 @@ class ReplyVerifier:
 
 
 def common_prefix(one: bytes, other: bytes) -> int:
-    """Return the number of bytes that both begin with."""
     different = (at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
     return next(different, min(len(one), len(other)))
 
