@@ -204,17 +204,8 @@ def is_closed_by_peer(connected: Any) -> bool:
     return hasattr(select, "POLLRDHUP") and _poll(connected, select.POLLRDHUP)
 
 
-def is_readable(sockets: Iterable[Any]) -> bool:
-    """Return whether one of ``sockets`` has input, a connection to accept, or an error."""
-    return _is_ready(sockets, selectors.EVENT_READ)
-
-
-def is_writable(connected: Any) -> bool:
-    """Return whether ``connected`` has room for output, or an error."""
-    return _is_ready([connected], selectors.EVENT_WRITE)
-
-
-def _is_ready(sockets: Iterable[Any], events: int) -> bool:
+def is_ready(sockets: Iterable[Any], events: int = selectors.EVENT_READ) -> bool:
+    """Return whether one of ``sockets`` has input, a connection to accept, or an error; or room for output."""
     with PollSelector() as selector:
         for each in sockets:
             selector.register(each, events)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from ..compat import is_readable
+from ..compat import is_ready
 from .asyncio_runner import AsyncioRunner, log_in_turns
 from .connection import Connection
 from .context import ServerContext, Slot
@@ -141,7 +141,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             return 0
         tls, connected = map(self._transport.get_extra_info, ("tls", "socket"))
         size: int = 0 if tls is None else tls.unprocessed
-        if is_readable([connected]):
+        if is_ready([connected]):
             size += connected.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         return size
 

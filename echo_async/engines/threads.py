@@ -12,11 +12,12 @@ import ssl
 import threading
 import time
 from functools import partial
+from selectors import EVENT_WRITE
 from typing import Any
 
 from ..awaitable import run
 from ..background import start_thread
-from ..compat import MSG_DONTWAIT, is_writable, set_reset_on_close
+from ..compat import MSG_DONTWAIT, is_ready, set_reset_on_close
 from ..wire.script import Script, Timer
 from .connection import CHUNKS_PER_TURN, MIN_WRITE, Connection
 from .context import ServerContext, Slot
@@ -256,7 +257,7 @@ class ThreadConnection(Connection):
         for _ in range(SEND_CHECKS):
             if not self._unsent:
                 break
-            if not is_writable(connected):  # the client does not see this end, which is behind what it has not read
+            if not is_ready([connected], EVENT_WRITE):  # the client does not see this end, behind what it has not read
                 connected.shutdown(socket.SHUT_WR)
                 break
             time.sleep(SEND_CHECK_INTERVAL)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import cast
 
-from ..compat import is_readable
+from ..compat import is_ready
 from ..engines.context import ServerContext, Slot
 from ..engines.loop_internals import (
     ABORT_TURNS,
@@ -188,7 +188,7 @@ class AsyncioAcceptor(Acceptor):
     async def _accept_waiting(self) -> None:
         listeners = self.sockets.sockets
         turns = len(listeners) * self.config.backlog  # connections that arrive now do not extend this
-        while turns and is_readable(listeners) and not self._is_aborting:
+        while turns and is_ready(listeners) and not self._is_aborting:
             turns -= 1
             await run_turns(1)
 

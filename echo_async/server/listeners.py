@@ -8,7 +8,7 @@ from itertools import chain
 from typing import NamedTuple, Self
 
 from .. import net
-from ..compat import HAS_BALANCED_PORTS, is_readable
+from ..compat import HAS_BALANCED_PORTS, is_ready
 from ..config import ServerConfig
 from ..errors import StartError
 
@@ -103,7 +103,7 @@ class ListeningSockets:
 
     def has_queue(self) -> bool:
         """Whether a connection waits to be accepted; False if the sockets are closed."""
-        return is_readable(self._sockets)
+        return is_ready(self._sockets)
 
     def refuse(self) -> None:
         """Refuse connections, and keep the addresses for :meth:`listen`. Those in the backlog are reset."""

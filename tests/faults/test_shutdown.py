@@ -38,7 +38,7 @@ from tls_client import TlsClient
 
 import echo_async
 from echo_async import sync
-from echo_async.compat import is_readable
+from echo_async.compat import is_ready
 from echo_async.config import ServerOptions
 from echo_async.engines.context import Slot
 from echo_async.engines.protocol import ProtocolConnection
@@ -106,7 +106,7 @@ async def test_abort_logs_the_messages_that_were_answered(
         with await asyncio.to_thread(connect, server) as client:
             client.sendall(b"a\n" * 1000)
             client.setblocking(False)
-            await wait_in_loop(lambda: is_readable([client]) and len(client.recv(2001, socket.MSG_PEEK)) == 2000)
+            await wait_in_loop(lambda: is_ready([client]) and len(client.recv(2001, socket.MSG_PEEK)) == 2000)
             server.abort()
             await server.wait_closed()
             assert sum(each.name == "echo_async.access" for each in caplog.records) == 1000

@@ -13,7 +13,7 @@ from support import LOOPS, TIMEOUT, Backend, connect, in_its_loop, reset, serve_
 
 import echo_async
 from echo_async import sync
-from echo_async.compat import is_readable
+from echo_async.compat import is_ready
 from echo_async.loops import LoopName
 from echo_async.server.thread_acceptor import ThreadAcceptor
 
@@ -97,7 +97,7 @@ def test_call_before_its_wake_up_keeps_no_thread_busy(monkeypatch: pytest.Monkey
         monkeypatch.setattr(ThreadAcceptor, "_wake", wake_late)
         server.disconnect()
         monkeypatch.undo()
-        wait_until(lambda: not is_readable([server._acceptor._wakened]))
+        wait_until(lambda: not is_ready([server._acceptor._wakened]))
 
 
 def test_call_that_raises_passes_its_error_on() -> None:
