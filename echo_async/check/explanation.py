@@ -34,27 +34,25 @@ def _is_recoded(sent: bytes, received: bytes) -> bool:
     return received in (sent.decode("utf-8", "ignore").encode(), sent.decode("latin-1").encode())
 
 
-def _is_reordered(sent: bytes, received: bytes) -> bool:
-    return sorted(sent.splitlines()) == sorted(received.splitlines())
-
-
-def _is_proxy_header(sent: bytes, received: bytes) -> bool:
-    return received.startswith(V1_PREFIX) or V2_SIGNATURE.startswith(received[: len(V2_SIGNATURE)])
-
-
 EXPLANATIONS: Sequence[tuple[Callable[[bytes, bytes], bool], str]] = (
     (
         lambda sent, received: received == sent.replace(b"\r", b""),
         "something removes carriage returns, as strip() and text mode do",
     ),
-    (_is_proxy_header, "a proxy sends a PROXY header, which the server takes for a message"),
+    (
+        lambda sent, received: received.startswith((V1_PREFIX, V2_SIGNATURE[: len(received)])),
+        "a proxy sends a PROXY header, which the server takes for a message",
+    ),
     (_is_recoded, "something decodes the bytes as text and encodes them again"),
     (lambda sent, received: received.startswith(sent), "something adds to the replies, or sends them twice"),
     (
         lambda sent, received: sent.endswith(received),
         "the reply is the last chunk that was read instead of the whole message",
     ),
-    (_is_reordered, "replies are sent by several tasks or connections, in no order"),
+    (
+        lambda sent, received: sorted(sent.splitlines()) == sorted(received.splitlines()),
+        "replies are sent by several tasks or connections, in no order",
+    ),
 )
 """Conditions on what was sent and received, and what each means. The first one that holds applies."""
 

@@ -102,14 +102,8 @@ def _measure_beside(context: Context, disturb: Callable[[], None]) -> float:
 
 
 def _send_slowly(context: Context) -> Callable[[], None]:
-    slow = context.open()
-    text = cycle(SLOW_TEXT)
-
-    def send_byte() -> None:
-        slow.send(bytes([next(text)]))
-
-    send_byte()
-    return send_byte
+    slow, text = context.open(), cycle(SLOW_TEXT)
+    return lambda: slow.send(bytes([next(text)]))
 
 
 def _read_nothing(context: Context) -> Callable[[], None]:
