@@ -94,23 +94,20 @@ def _make_main(
     messages: Sequence[str], values: dict[str, Any], is_ping: bool, output: Output
 ) -> Coroutine[Any, Any, bool]:
     if values["udp"]:
-        return _ping_datagrams(messages, values, output)
-    session = (IdentifySession if values["identify"] else AsyncioSession)(make_endpoint(values, output.print_error))
+        refuse_conflicts(values, "udp", (*CONNECTION_OPTIONS, *TLS_OPTIONS))
+        if messages:
+            raise ConfigError("--udp conflicts with MESSAGE: datagrams are generated; use --size")
+    endpoint = make_endpoint(values, output.print_error)
+    if values["udp"]:
+        from . import datagram_ping
+
+        return datagram_ping.ping(endpoint, values["size"], values["count"], values["interval"], output)
+    session = (IdentifySession if values["identify"] else AsyncioSession)(endpoint)
     if not is_ping:
         return _send_messages(session, _line_source(messages), output)
     from .ping import ping
 
     return ping(session, _ping_message(messages), values["count"], values["interval"], output)
-
-
-def _ping_datagrams(messages: Sequence[str], values: dict[str, Any], output: Output) -> Coroutine[Any, Any, bool]:
-    refuse_conflicts(values, "udp", (*CONNECTION_OPTIONS, *TLS_OPTIONS))
-    if messages:
-        raise ConfigError("--udp conflicts with MESSAGE: datagrams are generated; use --size")
-    from .datagram_ping import ping
-
-    endpoint = make_endpoint(values, output.print_error)
-    return ping(endpoint, values["size"], values["count"], values["interval"], output)
 
 
 def _ping_message(messages: Sequence[str]) -> bytes:

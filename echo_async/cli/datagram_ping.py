@@ -26,20 +26,16 @@ async def ping(endpoint: Endpoint, size: int, count: int, interval: float, outpu
     Return whether each came back in time and nothing else was received. :exc:`ConnectError` if all addresses of the
     host refuse the first datagram; without an answer, the first address is used.
     """
-    *others, last = await _resolve(endpoint)
+    try:
+        async with asyncio.timeout(endpoint.config.connect_timeout):
+            *others, last = endpoint.numeric or await asyncio.wrap_future(start_resolver(endpoint.resolve))
+    except (OSError, UnicodeError) as error:
+        raise endpoint.connect_error(error, endpoint.config.connect_timeout) from error
     output.print_heading(f"ECHO {endpoint.name}: {size} bytes over UDP")
     for info in others:
         with suppress(ConnectError):
             return await _ping_address(endpoint, info, size, count, interval, output)
     return await _ping_address(endpoint, last, size, count, interval, output)
-
-
-async def _resolve(endpoint: Endpoint) -> list[AddressInfo]:
-    try:
-        async with asyncio.timeout(endpoint.config.connect_timeout):
-            return list(endpoint.numeric or await asyncio.wrap_future(start_resolver(endpoint.resolve)))
-    except (OSError, UnicodeError) as error:
-        raise endpoint.connect_error(error, endpoint.config.connect_timeout) from error
 
 
 async def _ping_address(
