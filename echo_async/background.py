@@ -30,14 +30,8 @@ def start_thread(run: Callable[[], object], name: str, *, stop: Callable[[], obj
     When the interpreter exits, ``stop`` is called to end it, unless it has ended. Without ``stop``, nothing waits
     for the thread.
     """
-
-    def run_until_end() -> None:
-        try:
-            run()
-        finally:
-            _stop_functions.pop(thread, None)
-
-    thread = threading.Thread(target=run_until_end, name=name, daemon=_HAS_DAEMONS)
+    target = run if stop is None else partial(_run_stoppable, run)
+    thread = threading.Thread(target=target, name=name, daemon=_HAS_DAEMONS)
     if stop is not None:
         _stop_functions[thread] = stop
     try:
@@ -46,6 +40,14 @@ def start_thread(run: Callable[[], object], name: str, *, stop: Callable[[], obj
         _stop_functions.pop(thread, None)
         raise
     return thread
+
+
+def _run_stoppable(run: Callable[[], object]) -> None:
+    """Call ``run`` in a thread that has to be stopped until it returns."""
+    try:
+        run()
+    finally:
+        _stop_functions.pop(threading.current_thread(), None)
 
 
 def call_in_thread(function: Callable[[], T], name: str) -> Future[T]:

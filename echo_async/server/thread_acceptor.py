@@ -6,6 +6,7 @@ import contextlib
 import selectors
 import socket
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -40,8 +41,8 @@ class ThreadAcceptor(Acceptor):
         :exc:`~echo_async.StartError` for lack of descriptors or threads; then the listeners are closed.
         """
         self._refusals = 0
-        self._threads: set[threading.Thread] = set()
-        self._finished: deque[threading.Thread] = deque()  # those that have ended, or are about to
+        # Weak, since on Python 3.13 and newer a thread that is referred to keeps its stack after its end.
+        self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._calls: deque[Callable[[], None]] = deque()  # for the accept thread
         resources = self._resources = contextlib.ExitStack()
         resources.callback(self.sockets.close)
@@ -142,7 +143,6 @@ class ThreadAcceptor(Acceptor):
                     self._wait(0)
                 else:
                     self._accept(key.data)
-            self._forget_finished()
             if self._calls:
                 self._drain_backlog()
             while self._calls:
@@ -193,15 +193,16 @@ class ThreadAcceptor(Acceptor):
     def _serve(self, slot: PendingSlot) -> None:
         """Serve a connection in a thread of its own; close it if there is none."""
         slot.connected = accepted_socket(slot.connected)
-        taken: PendingSlot | ThreadConnection = slot
-        run: Callable[[], None] = partial(self._establish, slot)
+        taken: PendingSlot | ThreadConnection
         if self.certificates is None and not self._admission.expects_header:
             taken = connection = ThreadConnection(self.registry, slot, slot.connected)
             connection.establish()
             slot.claim()
             run = connection.run
+        else:
+            taken, run = slot, partial(self._establish, slot)
         try:
-            self._threads.add(start_thread(partial(self._run_connection, run), "echo-async client"))
+            self._threads.add(start_thread(run, "echo-async client"))
         except Exception as error:  # RuntimeError: "can't start new thread"
             self._admission.on_accept_error(error)
             self.registry.withdraw(taken)
@@ -215,34 +216,20 @@ class ThreadAcceptor(Acceptor):
             with contextlib.suppress(OSError):  # it has ended
                 slot.connected.shutdown(how)
 
-    def _forget_finished(self) -> None:
-        """Forget threads that have ended; waiting for one that is about to would delay the next connection."""
-        while self._finished and not self._finished[0].is_alive():
-            self._threads.discard(self._finished.popleft())
-
     def _wait_for_connections(self, seconds: float, *, is_aborted: bool = False) -> None:
         """Wait until their threads have ended. Those that are not aborted are drained meanwhile."""
         now, swept_at = self.registry.now, self.registry.now()
         deadline = swept_at + seconds
-        while self._threads and now() < deadline and (is_aborted or not self._is_aborting):
-            if self._finished:
-                self._finished[0].join()
-            else:
-                self._wait(DRAIN_INTERVAL)
-            self._forget_finished()
+        running = list(self._threads)
+        while running and now() < deadline and (is_aborted or not self._is_aborting):
+            running[-1].join(DRAIN_INTERVAL)
+            while running and not running[-1].is_alive():
+                running.pop()
             if not is_aborted and now() - swept_at >= DRAIN_INTERVAL:  # not for each thread: that would be quadratic
                 self.registry.sweep()
                 swept_at = now()
 
     # A connection's thread.
-
-    def _run_connection(self, run: Callable[[], object]) -> None:
-        try:
-            run()
-        finally:
-            self._finished.append(threading.current_thread())
-            if self._is_stopping:
-                self._wake()
 
     def _establish(self, slot: PendingSlot) -> None:
         """Read the PROXY header, do the TLS handshake, whichever is configured; then serve the connection."""

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -93,6 +94,27 @@ def test_close_from_a_connection_thread_ends_the_server(
         client.sendall(b"Hola\n")
         assert receive_all(client) == b"Hola\n"
     server.wait_closed()
+
+
+def test_thread_that_has_ended_is_not_kept_for_the_next_client() -> None:
+    """On Python 3.13 and newer it would keep its stack, and each client would get a new one."""
+    threads: list[weakref.ref[threading.Thread]] = []
+
+    class WaitForThreads(logging.Handler):
+        def handle(self, record: logging.LogRecord) -> bool:  # not emit, which holds a lock that others need
+            if "connection established" in record.getMessage():  # logged by the thread that accepts
+                wait_until(lambda: all(each() is None for each in threads))
+            return True
+
+    log = logging.getLogger("echo_async.server")
+    log.setLevel(logging.DEBUG)
+    log.addHandler(WaitForThreads())
+    with sync.serve(port=0) as server:
+        for _ in range(2):
+            with socket.create_connection(server.address, TIMEOUT) as client:
+                assert is_echoed(client, b"Hola\n")
+                threads += [weakref.ref(each) for each in threading.enumerate() if each.name == "echo-async client"]
+    assert len(threads) == 2
 
 
 def test_close_by_many_threads_with_active_clients_ends() -> None:
