@@ -4,11 +4,10 @@ Replies are escaped if stdout is a terminal, and always those of ``identify`` mo
 If stdout is closed by its reader, the command ends without an error.
 """
 
-import json
 import os
 import select
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..client.verifier import escape_bytes
 from ..errors import EchoError, describe_error, failure_kind
@@ -137,7 +136,7 @@ class JsonOutput(Output):
     def print_numbered_failure(self, error: EchoError, number: int | None, what: str = "datagram") -> None:
         super().print_numbered_failure(error, number, what)
         details = {"kind": failure_kind(error), "message": str(error)}
-        self._write_line(json.dumps({"seq": number, "ok": False, "error": details}))
+        self._write_line(_to_json({"seq": number, "ok": False, "error": details}))
 
     def print_heading(self, text: str) -> None:
         pass
@@ -148,16 +147,18 @@ class JsonOutput(Output):
     def print_datagram(self, name: str, size: int, reply: "Reply") -> None:
         seconds = None if reply.seconds is None else round(reply.seconds, 6)
         facts = {"seq": reply.number, "bytes": size, "seconds": seconds, "ok": not reply.is_late}
-        self._write_line(json.dumps(facts | _datagram_marks(reply)))
+        self._write_line(_to_json(facts | _datagram_marks(reply)))
 
     def print_summary(self, text: str, counts: dict[str, int] | None = None) -> None:
         """Print the summary to stderr: stdout has JSON objects only."""
         if not self._quiet:
             print_to_stderr(text)
         if counts is not None:
-            self._write_line(json.dumps(counts))
+            self._write_line(_to_json(counts))
 
     def _format_replies(self, data: bytes, seconds: float) -> bytes:
+        import json
+
         objects = []
         for number, line in enumerate(data.split(b"\n")[:-1], self.number + 1):
             reply: dict[str, object] = {"seq": number, "bytes": len(line) + 1}
@@ -168,3 +169,9 @@ class JsonOutput(Output):
             reply |= {"seconds": round(seconds, 6), "ok": True}
             objects.append(json.dumps(reply) + "\n")
         return "".join(objects).encode()
+
+
+def _to_json(facts: dict[str, Any]) -> str:
+    import json  # which only --json needs
+
+    return json.dumps(facts)
