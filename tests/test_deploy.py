@@ -14,7 +14,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
@@ -71,11 +71,9 @@ def test_systemd_units_are_valid(tmp_path: Path) -> None:
     check("systemd-analyze", "verify", "--man=no", socket, service)
 
 
-def test_systemd_reload_reloads_the_certificates(tmp_path: Path) -> None:
+def test_systemd_reload_reloads_the_certificates(certificate: Path) -> None:
     [command] = re.findall("^ExecReload=(.+)", (DEPLOY / "echo-async.service").read_text(), re.M)
-    path = tmp_path / "server.pem"
-    trustme.CA().issue_cert("echo.example").private_key_and_cert_chain_pem.write_to_path(str(path))
-    with server_process("--workers", "2", "--ssl-certfile", str(path)) as server:
+    with server_process("--workers", "2", "--ssl-certfile", str(certificate)) as server:
         server.wait_for_log("server started")
         subprocess.run(command, shell=True, check=True, env={"MAINPID": str(server.process.pid)}, timeout=TIMEOUT)
         server.wait_for_log("SIGHUP received: certificates reloaded\n")
@@ -157,13 +155,6 @@ def documented_haproxy(name: str, directory: Path, *servers: tuple[str, int]) ->
         yield address, log
 
 
-def is_echoed(address: tuple[str, int]) -> bool:
-    with socket.create_connection(address, TIMEOUT) as client, suppress(ConnectionError):
-        client.sendall(b"Hola Server!\n")
-        return client.makefile("rb").readline() == b"Hola Server!\n"
-    return False
-
-
 @needs("haproxy")
 def test_haproxy_takes_a_faulty_server_out(tmp_path: Path) -> None:
     """After failed checks, every client gets a reply."""
@@ -173,7 +164,7 @@ def test_haproxy_takes_a_faulty_server_out(tmp_path: Path) -> None:
         documented_haproxy("health check", tmp_path, healthy.address, faulty.address) as (address, log),
     ):
         wait_for_line(log, "echo/faulty is DOWN")
-        assert all(is_echoed(address) for _ in range(20))
+        assert [sync.echo("Hola Server!", *address) for _ in range(20)] == 20 * ["Hola Server!"]
         assert " 13 bytes: Hola Server!" not in faulty.log
 
 
@@ -184,7 +175,7 @@ def test_haproxy_fails_over_from_a_silent_server(tmp_path: Path) -> None:
         HostedServer(fault="no-accept") as silent,
         documented_haproxy("failover", tmp_path, healthy.address, silent.address) as (address, _),
     ):
-        assert all(is_echoed(address) for _ in range(4))
+        assert [sync.echo("Hola Server!", *address) for _ in range(4)] == 4 * ["Hola Server!"]
         assert len(healthy.received) == 4
 
 
@@ -298,18 +289,17 @@ def test_alerts_are_raised_by_their_metrics_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"HOST": "127.0.0.1,::1", "PROXY_PROTOCOL": "auto", "SSL_CERTFILE": "server.pem"},
-        {"LISTEN": "unix:echo.sock,proxy-protocol=v1,tls", "SSL_CERTFILE": "server.pem"},
+        {"HOST": "127.0.0.1,::1", "PROXY_PROTOCOL": "auto"},
+        {"LISTEN": "unix:echo.sock,proxy-protocol=v1,tls"},
     ],
     ids=str,
 )
 def test_image_health_check_follows_the_environment(
-    options: dict[str, str], tmp_path: Path, reserved_port: int
+    options: dict[str, str], tmp_path: Path, certificate: Path, reserved_port: int
 ) -> None:
     """The server and its health check in a container have the same environment."""
-    trustme.CA().issue_cert("echo.example").private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
-    values = {"PORT": str(reserved_port), **options}
-    environment = {f"ECHO_ASYNC_{name}": value.replace("PORT", str(reserved_port)) for name, value in values.items()}
+    values = {"PORT": str(reserved_port), "SSL_CERTFILE": str(certificate), **options}
+    environment = {f"ECHO_ASYNC_{name}": value for name, value in values.items()}
     with command_process([sys.executable, "-m", "echo_async.server"], environment, cwd=tmp_path) as server:
         environment = {**os.environ, **environment, **PATH}
 

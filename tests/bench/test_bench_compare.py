@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import sys
@@ -13,7 +12,7 @@ from subprocess import PIPE
 from typing import Any
 
 import pytest
-from support import TIMEOUT, ChildProcess, Cli, Done, wait_until
+from support import TIMEOUT, ChildProcess, Cli, Done, child_processes, open_sockets, wait_until
 
 from echo_async import EchoError, StartError
 from echo_async.bench.disturbance import Disturbance
@@ -104,22 +103,18 @@ def test_compare_beside_idle_connections_reports_idle_cpu(cli: Cli) -> None:
 def test_compare_sigint_exits_130_without_output() -> None:
     command = [sys.executable, "-m", "echo_async.bench", "compare", "--engines", "protocol", "--duration", "60"]
     with ChildProcess(command, stdout=PIPE, stderr=PIPE) as process:
-        wait_until(
-            lambda: any("echo_async.bench.worker" in each and sockets >= 10 for each, sockets in children(process.pid))
-        )
+        wait_until(lambda: any(map(is_loading, child_processes(process.pid))))
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, out, err.strip()) == (130, b"", b"")
 
 
-def children(pid: int) -> list[tuple[str, int]]:
-    """Return the command line and the number of open sockets of each child process."""
-    found = []
-    for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        with suppress(OSError):  # the process exited
-            descriptors = [os.readlink(each) for each in Path(f"/proc/{number}/fd").iterdir()]
-            found.append((Path(f"/proc/{number}/cmdline").read_text(), sum("socket:" in each for each in descriptors)))
-    return found
+def is_loading(process: int) -> bool:
+    """Return whether a process is a load generator that has opened its connections."""
+    with suppress(OSError):  # it has exited
+        is_generator = "echo_async.bench.worker" in Path(f"/proc/{process}/cmdline").read_text()
+        return is_generator and sum("socket:" in each for each in open_sockets(process)) >= 10
+    return False
 
 
 def test_compare_server_without_replies_is_an_error(cli: Cli) -> None:

@@ -1,7 +1,10 @@
-"""What commands change in the process that runs them is restored after each test."""
+"""A terminal; and what commands change in the process that runs them is restored after each test."""
 
 from __future__ import annotations
 
+import io
+import os
+import pty
 import signal
 from collections.abc import Iterator
 
@@ -16,3 +19,11 @@ def restore_signal_handlers() -> Iterator[None]:
     yield
     for number, handler in handlers:
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[io.FileIO, io.TextIOWrapper]]:
+    """Both ends of a terminal: that of the user, and that of a program."""
+    primary, secondary = pty.openpty()
+    with os.fdopen(primary, "rb", 0) as user, os.fdopen(secondary, "w", encoding="utf-8") as program:
+        yield user, program

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import resource
 import signal
 import ssl
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
 from typing import Any
@@ -63,30 +60,22 @@ def test_check_json_prints_one_object_per_check(cli: Cli) -> None:
     [({}, "\x1b[32mok     \x1b[0m"), ({"NO_COLOR": "1"}, "ok     "), ({"TERM": "dumb"}, "ok     ")],
 )
 def test_check_on_a_terminal_shows_progress(
-    environment: dict[str, str], outcome: str, monkeypatch: pytest.MonkeyPatch
+    environment: dict[str, str], outcome: str, terminal: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    primary, secondary = pty.openpty()
-    with open(secondary, "w") as terminal:
-        monkeypatch.setattr(sys, "stdout", terminal)
+    user, program = terminal
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", program)
         for quiet in (False, True):
             output = Output(quiet=quiet, json=False)
             output.print_start("idle")
             output.print_result(Result("idle", "ok", "a reply", "seen", None, 0.1))
-        monkeypatch.undo()
-    assert read_terminal(primary) == f"idle ...\ridle          {outcome}  seen\r\nidle ...\r{' ' * 16}\r"
-
-
-def read_terminal(descriptor: int) -> str:
-    output = b""
-    with suppress(OSError):  # all of it was read
-        while data := os.read(descriptor, 65536):
-            output += data
-    os.close(descriptor)
-    return output.decode()
+        print(flush=True)
+    assert user.readline().decode() == f"idle ...\ridle          {outcome}  seen\r\n"
+    assert user.readline().decode() == f"idle ...\r{' ' * 16}\r\r\n"
 
 
 def test_check_without_a_reader_of_stdout_stops() -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 import os
-import pty
 import re
 import signal
 import socket
 import sys
 import tempfile
 import termios
-from collections.abc import Iterator
 from contextlib import ExitStack
 from subprocess import PIPE
 from typing import Any
@@ -35,14 +32,6 @@ MODES: list[Mode] = ["message", "stream"]
 
 def command(server: HostedServer, *arguments: str) -> list[str]:
     return [sys.executable, "-W", "error", "-m", "echo_async.client", "--port", str(server.port), *arguments]
-
-
-@pytest.fixture
-def terminal() -> Iterator[tuple[io.FileIO, io.TextIOWrapper]]:
-    """Both ends of a terminal: that of the user, and that of a program."""
-    primary, secondary = pty.openpty()
-    with os.fdopen(primary, "rb", 0) as user, os.fdopen(secondary, "w", encoding="utf-8") as program:
-        yield user, program
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -79,22 +79,10 @@ INVALID = [
     ("client --count=2 -", "--count requires exactly one MESSAGE of one line"),
     ("client --interval=2", "--interval requires --count"),
     ("client --size=10", "--size requires --udp"),
-    ("client --udp --ssl", "--udp conflicts with --ssl"),
-    ("client --udp --ssl-no-verify", "--udp conflicts with --ssl-no-verify"),
-    ("client --udp --server-hostname x", "--udp conflicts with --server-hostname"),
-    ("client --udp --identify", "--udp conflicts with --identify"),
-    ("client --udp --retry 1", "--udp conflicts with --retry"),
-    ("client --udp --uds x", "--udp conflicts with --uds"),
-    ("client --udp --send-proxy v1", "--udp conflicts with --send-proxy"),
     ("client --udp hola", "--udp conflicts with MESSAGE"),
     ("client --udp -", "--udp conflicts with MESSAGE"),
-    ("check --udp --uds path", "--udp conflicts with --uds"),
     ("check --proxy-source 192.0.2.1:1", "proxy_source requires send_proxy"),
     ("bench load --mode message --pipeline 2", "--pipeline 2 requires --mode stream"),
-    ("bench load --udp --ssl", "--udp conflicts with --ssl"),
-    ("bench load --udp --server-hostname x", "--udp conflicts with --server-hostname"),
-    ("bench load --udp --uds x", "--udp conflicts with --uds"),
-    ("bench load --udp --mode stream", "--udp conflicts with --mode"),
     ("bench load --udp --rate 1 --pipeline 2", "--udp --rate conflicts with --pipeline"),
     ("bench compare --disturb flood --mode message", "--disturb requires --mode stream"),
 ]
@@ -103,6 +91,17 @@ INVALID = [
 def test_invalid_command_line_exits_with_2(cli: Cli) -> None:
     for line, reason in INVALID:
         assert cli.error(line, code=2).startswith(f"error: {reason}")
+
+
+def test_udp_conflicts_with_what_needs_a_connection(cli: Cli) -> None:
+    for command, options in (
+        ("client", "--ssl --ssl-no-verify --server-hostname=x --identify --retry=1 --uds=x --send-proxy=v1"),
+        ("bench load", "--ssl --server-hostname=x --uds=x --mode=stream"),
+        ("check", "--uds=x"),
+    ):
+        for option in options.split():
+            name = option.partition("=")[0]
+            assert cli.error(f"{command} --udp {option}", code=2) == f"error: --udp conflicts with {name}\n"
 
 
 def test_invalid_variable_is_reported_by_its_name(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,6 @@ SERVICE_LINKS = {
     "ECHO_ASYNC_PORT_5500_TCP": "tcp://10.96.113.7:5500",
     "ECHO_ASYNC_PORT_5500_TCP_PROTO": "tcp",
 }
-# Subcommands
 
 
 def test_help_without_docstrings_is_the_same(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +77,6 @@ print(*set(sys.modules) - before)
         assert f"echo_async.cli.{arguments[0]}" in imported
         assert imported & {"json", "random", "multiprocessing", *(f"echo_async.{name}" for name in unused)} == set()
 
-
-# Event loops
 
 # Writes the process in which each loop is created to the file ``loops``.
 CUSTOM_LOOP = """
