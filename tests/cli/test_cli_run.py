@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import pty
 import signal
 import socket
 import sys
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from subprocess import PIPE
+from typing import Any
 
 import pytest
 from support import (
@@ -79,8 +79,8 @@ def test_run_keeps_server_options_from_the_command(
     """The server uses the password of the key, and the descriptor. The command, and what it starts, gets neither."""
     encrypt = ["openssl", "pkey", "-in", str(certificate), "-out", "key.pem", "-aes256", "-passout", "pass:secret"]
     run_process(encrypt)
-    for name, value in {"ECHO_ASYNC_SSL_KEYFILE_PASSWORD": "secret", "OTHER": "kept"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ECHO_ASYNC_SSL_KEYFILE_PASSWORD", "secret")
+    monkeypatch.setenv("OTHER", "kept")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         monkeypatch.setenv("ECHO_ASYNC_FD", str(os.dup(listener.fileno())))
         done = run("--ssl-certfile", str(certificate), "--ssl-keyfile", "key.pem", "--", "sh", "-c", "env")
@@ -118,24 +118,19 @@ def test_run_port_can_be_given(closed_port: int, run: Run, monkeypatch: pytest.M
 
 
 def test_run_unix_socket_replaces_host_and_port(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "ECHO_ASYNC_PORT": "1",
-        "ECHO_ASYNC_HOST": "missing.invalid",
-        "PYTHONIOENCODING": "ascii",
-    }.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ECHO_ASYNC_PORT", "1")
+    monkeypatch.setenv("ECHO_ASYNC_HOST", "missing.invalid")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     assert run("--uds", "echo.sock", "--", *PRINT_ADDRESS) == (0, "  echo.sock\n", "")
     assert run("--uds", os.fsdecode(b"a\\\xf1.sock"), "--", *CLIENT) == (0, "Hola Server!\n", "")
 
 
 def test_run_listen_gives_the_first_address(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     variables = {"ECHO_ASYNC_UDS=first.sock", "ECHO_ASYNC_RUN_UDS=first.sock"}
-    command = ("--", "sh", "-c", "env | grep ^ECHO_ASYNC_")
-    done = run("--listen", "unix:first.sock,mode=stream", "--listen", "0", *command)
-    assert (done.code, {*done.out.split()}, done.err) == (0, variables, "")
-    monkeypatch.setenv("ECHO_ASYNC_LISTEN", "unix:first.sock,mode=stream 0")
-    done = run(*command)
-    assert (done.code, {*done.out.split()}, done.err) == (0, variables, "")
+    for options in (["--listen", "unix:first.sock,mode=stream", "--listen", "0"], []):
+        done = run(*options, "--", "sh", "-c", "env | grep ^ECHO_ASYNC_")
+        assert (done.code, {*done.out.split()}, done.err) == (0, variables, "")
+        monkeypatch.setenv("ECHO_ASYNC_LISTEN", "unix:first.sock,mode=stream 0")
 
 
 def test_run_log_is_on_stderr(run: Run) -> None:
@@ -188,26 +183,20 @@ def test_run_signal_that_ends_the_command_exits_128_plus_n() -> None:
     assert all(map(has_exited, pids))
 
 
-def test_run_ctrl_c_in_the_terminal_reaches_the_command_once() -> None:
-    primary, secondary = pty.openpty()
-    with (
-        os.fdopen(primary, "r") as terminal,
-        ChildProcess(
-            [*RUN, "--", sys.executable, "-c", REPORT_SIGNALS],
-            stdin=secondary,
-            stdout=secondary,
-            stderr=secondary,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the terminal of the new session
-        ) as process,
-    ):
-        os.close(secondary)
-        assert terminal.readline() == "started\n"
+def test_run_ctrl_c_in_the_terminal_reaches_the_command_once(terminal: tuple[Any, Any]) -> None:
+    user, program = terminal
+    command = [*RUN, "--", sys.executable, "-c", REPORT_SIGNALS]
+    options = {
+        **dict.fromkeys(("stdin", "stdout", "stderr"), program),
+        "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the terminal of the new session
+    }
+    with ChildProcess(command, **options) as process:
+        assert user.readline() == b"started\r\n"
         for _ in range(2):
-            os.write(primary, b"\x03")
-            assert terminal.readline() == "^CSIGINT\n"
-
+            os.write(user.fileno(), b"\x03")
+            assert user.readline() == b"^CSIGINT\r\n"
         process.terminate()
-        assert terminal.readline() == "SIGTERM\n"
+        assert user.readline() == b"SIGTERM\r\n"
         assert process.wait(TIMEOUT) == 5
 
 
