@@ -52,14 +52,13 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 class FailingAccept:
-    """Replaces ``socket.accept``: after ``begin`` it fails up to ``max_failures`` times, until ``end``."""
+    """Replaces ``socket.accept``, which fails from ``begin`` until ``end``, or until it has failed often enough."""
 
     RETRY_DELAY = 0.02  # seconds
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, max_failures: int = 1000) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.error: Exception | None = None
         self.failures = 0
-        self._max_failures = max_failures
         self._lock = threading.Lock()  # an ``accept`` from before ``begin`` does not get what connects after it
         self._has_failed = threading.Condition(self._lock)
         set_constant(monkeypatch, "ACCEPT_RETRY_DELAY", self.RETRY_DELAY)
@@ -74,10 +73,10 @@ class FailingAccept:
                 raise self.error
             return self._accept(listener)
 
-    def begin(self, error: int | Exception) -> None:
+    def begin(self, error: int | Exception, max_failures: int = 1000) -> None:
         """Fail with an exception, or with the OSError of an error number."""
         with self._lock:
-            self.failures = 0
+            self.failures, self._max_failures = 0, max_failures
             self.error = OSError(error, os.strerror(error)) if isinstance(error, int) else error
 
     def wait(self, failures: int) -> None:
@@ -88,11 +87,14 @@ class FailingAccept:
         self.error = None
 
 
-ACCEPTORS = [(backend, tls) for backend in BACKENDS for tls in (False, True) if tls or backend.loop == "asyncio"]
+@pytest.fixture
+def accept(monkeypatch: pytest.MonkeyPatch) -> FailingAccept:
+    return FailingAccept(monkeypatch)
 
-each_acceptor = pytest.mark.parametrize(
-    ("backend", "tls"), ACCEPTORS, ids=["-".join(backend) + ("-tls" if tls else "") for backend, tls in ACCEPTORS]
-)
+
+ACCEPTORS = [(backend, tls) for backend in BACKENDS for tls in (False, True) if tls or backend.loop == "asyncio"]
+IDS = ["-".join(backend) + ("-tls" if tls else "") for backend, tls in ACCEPTORS]
+each_acceptor = pytest.mark.parametrize(("backend", "context"), ACCEPTORS, ids=IDS, indirect=["context"])
 
 PERSISTENT_ERRORS: list[int | Exception] = [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EPERM]
 PERSISTENT_ERRORS += [errno.EINVAL, MemoryError(), ValueError("a bug")]
@@ -101,15 +103,10 @@ TRANSIENT_ERRORS = [errno.ECONNABORTED, errno.EPROTO]
 
 @each_acceptor
 def test_accept_error_is_retried_after_a_pause(
-    start_server: StartServer,
-    tls: bool,
-    client_context: ssl.SSLContext,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    start_server: StartServer, context: ssl.SSLContext | None, accept: FailingAccept, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A stop does not wait for it."""
-    accept = FailingAccept(monkeypatch)
-    with start_server(tls=tls) as server:
+    with start_server(tls=context is not None) as server:
         started = monotonic()
         for error in PERSISTENT_ERRORS:
             start = monotonic()
@@ -118,7 +115,7 @@ def test_accept_error_is_retried_after_a_pause(
                 accept.wait(failures=3)
                 assert accept.failures <= 4 + (monotonic() - start) / accept.RETRY_DELAY  # no busy waiting
                 accept.end()
-                client = client_context.wrap_socket(plain, server_hostname="localhost") if tls else plain
+                client = context.wrap_socket(plain, server_hostname="localhost") if context else plain
                 assert is_echoed(client)
                 client.close()
         lines = log_lines(caplog, logging.WARNING)
@@ -135,25 +132,22 @@ def test_accept_error_is_retried_after_a_pause(
 
 @each_acceptor
 def test_accept_aborted_connection_does_not_delay_the_next(
-    start_server: StartServer,
-    tls: bool,
-    client_context: ssl.SSLContext,
-    monkeypatch: pytest.MonkeyPatch,
+    start_server: StartServer, context: ssl.SSLContext | None, accept: FailingAccept
 ) -> None:
-    accept = FailingAccept(monkeypatch, max_failures=50)  # a second after each would take too long
-    with start_server(tls=tls) as server:
+    with start_server(tls=context is not None) as server:
         for number in TRANSIENT_ERRORS:
-            accept.begin(number)
-            with connect(server, client_context if tls else None) as client:
+            accept.begin(number, max_failures=50)  # a second after each would take too long
+            with connect(server, context) as client:
                 assert is_echoed(client)
             assert accept.failures == 50
 
 
-def test_accept_by_another_worker_does_not_delay_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    accept = FailingAccept(monkeypatch, max_failures=1)
+def test_accept_by_another_worker_does_not_delay_the_next(
+    accept: FailingAccept, monkeypatch: pytest.MonkeyPatch
+) -> None:
     set_constant(monkeypatch, "ACCEPT_RETRY_DELAY", 2 * TIMEOUT)  # a pause would fail the test
     with sync.serve(port=0, mode="stream") as server:
-        accept.begin(errno.EAGAIN)
+        accept.begin(errno.EAGAIN, max_failures=1)
         with connect(server) as client:
             assert is_echoed(client)
         assert accept.failures == 1
@@ -179,6 +173,9 @@ def test_log_lines_account_for_every_refusal(
     assert logged() == server.stats.refused == 20
 
 
+HEADER = b"PROXY UNKNOWN\r\n"
+
+
 def lack_memory(function: Callable[..., Any], is_lacking: Callable[..., bool]) -> Callable[..., Any]:
     def call(*arguments: Any, **options: Any) -> Any:
         if is_lacking(*arguments):
@@ -189,11 +186,11 @@ def lack_memory(function: Callable[..., Any], is_lacking: Callable[..., bool]) -
 
 
 @pytest.mark.internal_errors
-@pytest.mark.parametrize("step", ["plain", "tls", "proxy"])
+@pytest.mark.parametrize(("context", "header"), [(False, b""), (True, b""), (False, HEADER)], indirect=["context"])
 def test_new_connection_raising_ends_only_itself(
     start_server: StartServer,
-    step: str,
-    client_context: ssl.SSLContext,
+    context: ssl.SSLContext | None,
+    header: bytes,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -202,9 +199,8 @@ def test_new_connection_raising_ends_only_itself(
         calls = itertools.count()
         is_first = lambda *_, calls=calls: next(calls) == 0  # noqa: E731
         monkeypatch.setattr(owner, name, lack_memory(getattr(owner, name), is_first))
-    context, header = (client_context if step == "tls" else None), b"PROXY UNKNOWN\r\n" if step == "proxy" else b""
-    proxy_protocol = "auto" if header else "off"
-    with start_server(limit_connections=1, tls=step == "tls", proxy_protocol=proxy_protocol) as server:
+    options: Any = {"tls": context is not None, "proxy_protocol": "auto" if header else "off"}
+    with start_server(limit_connections=1, **options) as server:
         for number in (1, 2):
             with suppress(ConnectionError, ssl.SSLError), connect(server, context) as client:
                 client.sendall(header)

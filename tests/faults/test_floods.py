@@ -95,7 +95,7 @@ SHARES = {"streams": CHUNKS_PER_TURN * 20, "protocol": 256 * 1024}
 
 
 @pytest.mark.parametrize(
-    ("engine", "loop", "tls", "fault", "line"),
+    ("engine", "loop", "context", "fault", "line"),
     [
         ("streams", "asyncio", False, None, b""),
         ("streams", "uvloop", True, None, b""),
@@ -103,27 +103,27 @@ SHARES = {"streams": CHUNKS_PER_TURN * 20, "protocol": 256 * 1024}
         ("protocol", "uvloop", True, None, b"one message of 20 b\n"),
         ("protocol", "uvloop", False, "close=100000000", b""),
     ],
+    indirect=["context"],
 )
 @in_its_loop
 async def test_flood_from_one_client_is_read_in_limited_shares(
     engine: EngineName,
     loop: LoopName,
-    tls: bool,
+    context: ssl.SSLContext | None,
     fault: str | None,
     line: bytes,
     certificate: Path,
-    client_context: ssl.SSLContext,
 ) -> None:
     """In one event loop iteration the server reads a limited number of bytes from one client."""
     size = 400_000 if engine == "streams" else 4_000_000
     flood = line * (size // 20) or b"x" * (size - 1) + b"\n"
     share = SHARES[engine] if line or engine == "streams" else LARGE_READS_PER_TURN * SHARES[engine]
-    if tls and engine == "protocol":
+    if context and engine == "protocol":
         share += MAX_DATA_SIZE  # of a record that was incomplete before
-    ssl_certfile = certificate if tls else None
+    ssl_certfile = certificate if context else None
     async with serve_quietly(engine=engine, limit_message_size=size, fault=fault, ssl_certfile=ssl_certfile) as server:
         with Samples(lambda: server.stats.bytes_in) as received:
-            assert await exchange(server, flood, client_context if tls else None) == flood
+            assert await exchange(server, flood, context) == flood
         assert received.max_share() <= share
         assert received[-1] == len(flood)
 
