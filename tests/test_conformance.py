@@ -12,15 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from support import (
-    StartServer,
-    connect,
-    is_closed,
-    is_echoed,
-    receive_all,
-    receive_line,
-    wait_for,
-)
+from support import StartServer, connect, is_closed, is_echoed, receive_all, receive_line, wait_for
 
 from echo_async.config import Mode
 

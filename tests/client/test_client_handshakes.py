@@ -155,10 +155,7 @@ def test_client_of_a_unix_socket_sends_a_header(echo: Echo, tmp_path: Path) -> N
 
 
 def test_connection_reset_before_the_header_is_closed(
-    connect: Connect,
-    faulty_server: MakeEchoServer,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    connect: Connect, faulty_server: MakeEchoServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     reset = threading.Event()
 

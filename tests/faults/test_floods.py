@@ -206,10 +206,7 @@ def start_flood(authority: trustme.CA, tmp_path: Path) -> StartFlood:
 
 
 def test_records_without_data_end_the_connection(
-    start_server: StartServer,
-    start_flood: StartFlood,
-    client_context: ssl.SSLContext,
-    caplog: pytest.LogCaptureFixture,
+    start_server: StartServer, start_flood: StartFlood, client_context: ssl.SSLContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = []
     with start_server(tls=True) as server, connect(server, client_context) as healthy:
@@ -241,12 +238,7 @@ def key_update_and_data(writer: RecordWriter) -> bytes:
 @pytest.mark.parametrize(("make_record", "share"), [(data, RECORDS_PER_TURN), (key_update_and_data, 1)])
 @in_its_loop
 async def test_small_records_are_read_in_limited_shares(
-    make_record: MakeRecord,
-    share: int,
-    engine: EngineName,
-    loop: LoopName,
-    start_flood: StartFlood,
-    certificate: Path,
+    make_record: MakeRecord, share: int, engine: EngineName, loop: LoopName, start_flood: StartFlood, certificate: Path
 ) -> None:
     """In one event loop iteration the server processes a limited number of records."""
     async with serve_quietly(engine=engine, ssl_certfile=str(certificate)) as server:
