@@ -103,6 +103,14 @@ def test_messages_after_the_last_reply_have_none(fault: str, options: dict[str, 
         assert (server.stats.failed, server.stats.ended) == (0, {"closed": 1})
 
 
+def test_reply_in_raw_mode_is_sent_for_each_read() -> None:
+    with HostedServer(reply=b"ok\n", mode="raw") as server, connect(server) as client:
+        client.sendall(b"one\ntwo\n")
+        client.shutdown(socket.SHUT_WR)
+        assert receive_all(client) == b"ok\n"
+        assert server.received == [b"one\ntwo\n"]
+
+
 def test_faults_and_limits_apply_to_greeting_and_replies() -> None:
     with HostedServer(greeting=b"220 ready\n", reply=b"ok\n", fault="reset=12") as server, connect(server) as client:
         assert receive_line(client) == b"220 ready\n"
