@@ -16,15 +16,10 @@ class ChunkReader(asyncio.Protocol):
     """Replaces the protocol of a transport, with the :meth:`read` of a StreamReader.
 
     The replaced protocol is still told everything but the input, so a StreamWriter works as before.
-
-    Args:
-        transport: The transport of the connection.
-        max_size: Bytes that are not read yet above which nothing more is received.
-        loop: The running event loop.
     """
 
     _transport: asyncio.Transport
-    _max_size: int
+    _max_size: int  # bytes that are not read yet above which nothing more is received
     _loop: asyncio.AbstractEventLoop
     _data: bytes = b""  # what is not read yet
     _is_paused: bool = False

@@ -29,16 +29,7 @@ TIMEOUT_DETAILS = {"idle": "", "message": ": incomplete message", "write": ": pe
 
 
 class Connection:
-    """One connection of any engine.
-
-    Attributes:
-        context: What all connections of a server share.
-        conversation: What the bytes mean.
-        timeouts: Since when the connection waits, and for what; None before the first sweep.
-        slot: What is known of the client.
-        runner: Sends the replies instead of the engine, if the connection has a script: a
-            :class:`~echo_async.engines.runner.Runner`, whose module imports this one.
-    """
+    """One connection of any engine."""
 
     conversation: Conversation
 
@@ -47,8 +38,8 @@ class Connection:
     def __init__(self, context: ServerContext, slot: Slot) -> None:
         self.context = context
         self.slot = slot
-        self.runner: Any = None
-        self.timeouts: Timeouts | None = None
+        self.runner: Any = None  # sends the replies of a script: a Runner, whose module imports this one
+        self.timeouts: Timeouts | None = None  # None before the first sweep
         self._peername = slot.peername
 
     def establish(self) -> None:

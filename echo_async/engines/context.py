@@ -66,20 +66,14 @@ class ServerContext:
 
 
 class Slot:
-    """The place of a connection, and what is known of its client before the engine serves it.
-
-    Attributes:
-        peername: The address of the client: of the peer, unless a PROXY header has another. None: its socket has it.
-        header: The PROXY header, if there was one, and the connection has a script.
-        make_script: Makes the script of the connection, if it has one.
-    """
+    """The place of a connection, and what is known of its client before the engine serves it."""
 
     __slots__ = ("header", "make_script", "peername")
 
     def __init__(self, peername: object = None, make_script: Callable[[Any], Script] | None = None) -> None:
-        self.peername = peername
-        self.header: Any = None
-        self.make_script = make_script
+        self.peername = peername  # the client: the peer, unless a PROXY header has another. None: its socket has it
+        self.header: Any = None  # the PROXY header, if there was one, and the connection has a script
+        self.make_script = make_script  # if the connection has one
 
     def set_header(self, header: Any) -> None:
         """Note the client that the PROXY header states, and the header if the connection's script can report it."""

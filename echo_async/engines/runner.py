@@ -20,22 +20,14 @@ MIN_WAIT = 0.75  # of the length of a wait, if the previous one took too long
 
 
 class Runner:
-    """The state of a script that runs. What its coroutines await blocks instead in a thread.
-
-    Attributes:
-        sent: Bytes that the actions so far have sent.
-        is_busy: Actions are left: replies are delayed.
-        is_stalled: Nothing more is read or sent.
-        is_ending: The server is about to end the connection.
-        is_cut: The actions that are left are not run: the time of the script is up, or the connection is aborted.
-    """
+    """The state of a script that runs. What its coroutines await blocks instead in a thread."""
 
     def __init__(self, connection: Connection, script: Script) -> None:
-        self.sent = 0
-        self.is_busy = False
-        self.is_stalled = False
-        self.is_ending = False
-        self.is_cut = False
+        self.sent = 0  # bytes, by the actions so far
+        self.is_busy = False  # actions are left: replies are delayed
+        self.is_stalled = False  # nothing more is read or sent
+        self.is_ending = False  # the server is about to end the connection
+        self.is_cut = False  # no more actions are run: the time of the script is up, or the connection is aborted
         self._connection = connection
         self._context = connection.context
         self._script = script

@@ -17,11 +17,7 @@ NO_PROTOCOL = asyncio.Protocol()  # ignores everything
 class TlsTransport(asyncio.Transport, asyncio.Protocol):
     """A protocol for the event loop and, once the handshake is complete, a transport for ``protocol``.
 
-    Args:
-        context: That of the server.
-        protocol: Gets its transport at the end of the handshake.
-        handshake: Gets the error of the handshake as its result, or None.
-        on_error: Is called with an error after the handshake, which ends the connection.
+    ``handshake`` gets the error of the handshake as its result, or None; ``on_error`` is called with a later one.
     """
 
     __slots__ = (

@@ -50,20 +50,14 @@ class Recorder(Registry):
     """A registry that also keeps what was received.
 
     It is noted before it is counted: what a client has a reply to, or a test has waited for, is there.
-
-    Attributes:
-        seen: Each connection that was established.
-        received: The messages of all connections, in the order of arrival.
-        datagrams: The datagrams that were answered.
-        errors: What the functions of the test raised.
     """
 
     def __init__(self, config: ServerConfig, *, has_handler: bool) -> None:
         super().__init__(config)
-        self.seen: list[RecordedConnection] = []
-        self.received: list[bytes] = []
-        self.datagrams: list[bytes] = []
-        self.errors: list[BaseException] = []
+        self.seen: list[RecordedConnection] = []  # each connection that was established
+        self.received: list[bytes] = []  # the messages of all connections, in the order of arrival
+        self.datagrams: list[bytes] = []  # that were answered
+        self.errors: list[BaseException] = []  # that functions of the test raised
         self.on_datagram = self.datagrams.append
         base = HandlerConversation if has_handler else MODES[config.mode]
         recording = _derive_recording(base, is_raw=config.mode == "raw", recorder=self)

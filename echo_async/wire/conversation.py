@@ -22,30 +22,17 @@ LARGE_CHUNK = 64 * 1024  # bytes; from this size on, a write of its own takes le
 
 @dataclass(slots=True, eq=False)
 class Conversation:
-    """The state of one connection's message exchange. ``MODES`` has the class of each mode.
+    """The state of one connection's message exchange. ``MODES`` has the class of each mode."""
 
-    A message has at most ``max_message_size`` bytes, including its newline.
-
-    Attributes:
-        finished: No further input is answered. Send the replies so far, close the sending side, discard input.
-        too_long: Finished because a message was longer than ``max_message_size`` bytes.
-        incomplete: Bytes of a message whose newline has not been received.
-        received: Bytes received.
-        discarded: Received bytes that are never answered.
-        messages: Complete messages that were answered.
-        has_parts: Whether a large reply is returned in parts, which takes less time than to join them. False at first.
-        parts: The parts of a reply before the one that ``receive`` returned, if there are any.
-    """
-
-    max_message_size: int
-    messages: int = 0
-    received: int = 0
-    discarded: int = 0
-    incomplete: int = 0
-    finished: bool = False
-    too_long: bool = False
-    has_parts: bool = False
-    parts: Sequence[bytes] = ()
+    max_message_size: int  # bytes, including the newline
+    messages: int = 0  # complete ones that were answered
+    received: int = 0  # bytes
+    discarded: int = 0  # bytes received that are never answered
+    incomplete: int = 0  # bytes of a message whose newline has not been received
+    finished: bool = False  # answer no further input: send the replies so far, close the sending side, discard input
+    too_long: bool = False  # finished because a message was longer than ``max_message_size``
+    has_parts: bool = False  # whether a large reply is returned in parts, which takes less time than to join them
+    parts: Sequence[bytes] = ()  # of a reply, before the one that ``receive`` returned
     _is_at_boundary: bool = True  # no message is incomplete: the next byte starts one
     _is_draining: bool = False  # finish after the incomplete message
     _parts: list[bytes] | None = None  # the incomplete message, up to its last large chunk

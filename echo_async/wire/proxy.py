@@ -38,24 +38,16 @@ class ProxyHeaderError(Exception):
 
 
 class ProxyHeader:
-    """Incremental parser of one header. ``versions`` is ``v1``, ``v2`` or ``auto`` (both).
-
-    Attributes:
-        finished: The header is complete, and the attributes below are set.
-        received: Bytes of the header received.
-        version: 1 or 2.
-        source: The client's address.
-        destination: The address that the client connected to.
-    """
+    """Incremental parser of one header. ``versions`` is ``v1``, ``v2`` or ``auto`` (both)."""
 
     __slots__ = ("_buffer", "_fields", "_size", "_versions", "destination", "finished", "received", "source", "version")
 
     def __init__(self, versions: str = "auto") -> None:
-        self.finished = False
-        self.received = 0
-        self.version = 0
-        self.source: Source = None
-        self.destination: Source = None
+        self.received = 0  # bytes of the header
+        self.finished = False  # the header is complete, and what follows is set
+        self.version = 0  # 1 or 2
+        self.source: Source = None  # the client's address
+        self.destination: Source = None  # the address that the client connected to
         self._fields = b""  # of version 2, valid
         self._versions = versions
         self._buffer = b""  # at most V2_MAX_SIZE bytes

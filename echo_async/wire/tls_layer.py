@@ -29,16 +29,6 @@ class TlsLayer:
 
     Both directions end independently of each other, as TLS 1.3 has it (RFC 8446 section 6.1): what came before the
     client's close_notify is answered after it. Clients of TLS 1.2 get the same.
-
-    Attributes:
-        session: What OpenSSL knows of the connection.
-        is_established: Whether the handshake is complete.
-        is_ended: Whether nothing more is received: the client has ended its side, or the connection has failed.
-        error: Why it has failed: mostly an :exc:`ssl.SSLError`.
-        server_name: The name that the client asked for (SNI, RFC 6066 section 3), escaped.
-        has_input: Whether the client has sent anything.
-        has_records: Whether complete records are left for the next turn.
-        has_news: Whether one of these has changed with the last :meth:`receive`, or there may be :meth:`output`.
     """
 
     __slots__ = (
@@ -62,13 +52,13 @@ class TlsLayer:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self.session = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
-        self.is_established = False
-        self.is_ended = False
-        self.error: Exception | None = None
-        self.has_input = False
-        self.has_records = False
-        self.has_news = False
-        self.server_name: str | None = None
+        self.is_established = False  # the handshake is complete
+        self.is_ended = False  # nothing more is received: the client has ended its side, or the connection has failed
+        self.error: Exception | None = None  # why it has failed: mostly an SSLError
+        self.server_name: str | None = None  # that the client asked for (SNI, RFC 6066 section 3), escaped
+        self.has_input = False  # the client has sent something
+        self.has_records = False  # complete ones are left for the next turn
+        self.has_news = False  # one of these has changed with the last :meth:`receive`, or there may be output
         self._handshake = bytearray()  # the beginning of what the client has sent, until the handshake is complete
         self._data: bytes | memoryview = b""  # that is not processed yet
         self._without_data = 0  # records in a row
