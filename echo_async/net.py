@@ -382,13 +382,6 @@ def get_file_id(path: str) -> tuple[int, int] | None:
     return None
 
 
-def remove_socket_file(path: str, file_id: tuple[int, int] | None) -> None:
-    """Remove ``path`` if it still is the file with ``file_id``, so that clients are refused."""
-    with contextlib.suppress(OSError):
-        if file_id is not None and get_file_id(path) == file_id:
-            os.unlink(path)
-
-
 def adopt(descriptor: int, *, has_udp: bool = False) -> socket.socket:
     """Return the inherited listening socket, or with ``has_udp`` a UDP socket.
 

@@ -188,7 +188,7 @@ class DatagramResponder:
             self.context.fail(format_address(route.peer), error)
 
     def refuse(self, source: SocketAddress | None, reason: str, error: OSError | None = None) -> None:
-        self._counters.refuse(reason)
+        self._counters.refused[reason] += 1
         text = REFUSALS[reason] if error is None else f"{REFUSALS[reason]}: {describe_error(error)}"
         self._log_refused(format_address(source), text)
 

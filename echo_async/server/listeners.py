@@ -127,9 +127,10 @@ class ListeningSockets:
             each.close()
 
     def close(self) -> None:
-        if self._path is not None:
-            net.remove_socket_file(self._path, self._file_id)
-            self._path = None
+        if self._path is not None and self._file_id is not None and net.get_file_id(self._path) == self._file_id:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)  # so that clients are refused
+        self._path = None
         self.shut_down()
         self.close_udp()
         for each in (*self._sockets, *self._backlog_fillers):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ssl
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Self, Unpack, cast, get_args
+from typing import TYPE_CHECKING, Any, Self, Unpack, cast, get_args
 
 from ..compat import is_closed_by_peer
-from ..config import Kind, Option, ServerConfig, ServerOptions
+from ..config import ServerConfig, ServerOptions
 from ..errors import ConfigError
 from ..server.base_server import CHECK_INTERVAL
 from ..server.scripts import Scripts
@@ -31,18 +31,15 @@ SETTLE_TIMEOUT = 1.0  # seconds for what serves a client that is gone
 NO_TLS_REPLY = b"this server does not speak TLS\n"
 
 _TLS_VALUES = (False, True, *get_args(TlsKind))
-_KINDS = {  # None is allowed as well
-    "tls": Kind("", f"choose from {', '.join(map(str, _TLS_VALUES))}", lambda value: value in _TLS_VALUES),
-    "greeting": Kind("", "must be bytes", is_reply),
-    "reply": Kind(
-        "", "must be bytes, or a function that returns bytes or None", lambda value: callable(value) or is_reply(value)
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # None is allowed as well
+    "tls": (f"choose from {', '.join(map(str, _TLS_VALUES))}", lambda each: each in _TLS_VALUES),
+    "greeting": ("must be bytes", is_reply),
+    "reply": ("must be bytes, or a function that returns bytes or None", lambda each: callable(each) or is_reply(each)),
+    "replies": (
+        "must be a list of bytes and None",
+        lambda each: isinstance(each, Sequence) and all(map(is_reply, each)),
     ),
-    "replies": Kind(
-        "", "must be a list of bytes and None", lambda value: isinstance(value, Sequence) and all(map(is_reply, value))
-    ),
-    "handler": Kind(
-        "", "must be a function, and not async", lambda value: callable(value) and not iscoroutinefunction(value)
-    ),
+    "handler": ("must be a function, and not async", lambda each: callable(each) and not iscoroutinefunction(each)),
 }
 
 
@@ -91,8 +88,9 @@ class HostedServer:
         **options: Unpack[ServerOptions],
     ) -> None:
         own = {"tls": tls, "greeting": greeting or None, "reply": reply, "replies": replies, "handler": handler}
-        for name, kind in _KINDS.items():
-            Option(None, "", kind).validate(name, own[name])
+        for name, (requirement, is_valid) in _CHECKS.items():
+            if own[name] is not None and not is_valid(own[name]):
+                raise ConfigError(f"invalid {name}: {own[name]!r} ({requirement})")
         _check_conflicts(handler, {**options, **own})
         if reply is not None and replies is not None:
             raise ConfigError("reply and replies are mutually exclusive")

@@ -8,6 +8,7 @@ to a port where another service may answer, to another echo server, or to an add
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -75,7 +76,4 @@ class DatagramCounters:
         self.answered = 0
         self.received = 0  # bytes
         self.sent = 0  # bytes
-        self.refused: dict[str, int] = {}
-
-    def refuse(self, reason: str) -> None:
-        self.refused[reason] = self.refused.get(reason, 0) + 1
+        self.refused = Counter[str]()  # by reason
