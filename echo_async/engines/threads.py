@@ -143,11 +143,6 @@ class ThreadConnection(Connection):
 
     # What a script of a test calls, in the thread of the connection.
 
-    @property
-    def is_ending(self) -> bool:
-        """Whether the server is about to end the connection."""
-        return self.runner is not None and self.runner.is_ending
-
     def receive(self, size: int) -> bytes:
         """Wait for input, and return at most ``size`` bytes of it; none at its end."""
         try:

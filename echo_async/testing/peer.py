@@ -34,6 +34,8 @@ class Peer:
 
     def __init__(self, connection: ThreadConnection) -> None:
         record = record_of(connection)
+        assert connection.runner is not None
+        self._runner = connection.runner
         self.number: int = record.number
         self.peer: Any = record.peer
         self._connection = connection
@@ -120,14 +122,13 @@ class Peer:
         return data
 
     def _check_end(self) -> None:
-        if self._connection.is_ending:
+        if self._runner.is_ending:
             raise ClientEnded(f"connection {self.number} ended by the server")
 
     def _perform(self, action: Action) -> None:
-        assert self._connection.runner is not None
         self._check_end()
         try:
-            run(self._connection.runner.perform(action))
+            run(self._runner.perform(action))
         except TimeoutError:
             raise
         except OSError as error:

@@ -61,7 +61,7 @@ class ReplyScript:
             yield End.CLOSE
 
     def reply(self, data: bytes) -> Iterator[Action]:
-        while self._options.holds and not self._connection.is_ending:
+        while self._options.holds and self._connection.runner and not self._connection.runner.is_ending:
             yield Wait(HOLD_INTERVAL)
             if len(data) < MAX_HELD_SIZE:
                 data += self._connection.receive_waiting()
