@@ -11,7 +11,6 @@ an incomplete message if the engine takes a reply in parts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from io import BytesIO
 
 NEWLINE = 10  # ord("\n"), to compare with data[-1]; bytes also search for an integer faster than for bytes
@@ -20,23 +19,39 @@ LARGE_MESSAGE = 4096  # bytes; from this size on, newlines are found one by one 
 LARGE_CHUNK = 64 * 1024  # bytes; from this size on, a write of its own takes less time than a copy
 
 
-@dataclass(slots=True, eq=False)
 class Conversation:
     """The state of one connection's message exchange. ``MODES`` has the class of each mode."""
 
-    max_message_size: int  # bytes, including the newline
-    messages: int = 0  # complete ones that were answered
-    received: int = 0  # bytes
-    discarded: int = 0  # bytes received that are never answered
-    incomplete: int = 0  # bytes of a message whose newline has not been received
-    finished: bool = False  # answer no further input: send the replies so far, close the sending side, discard input
-    too_long: bool = False  # finished because a message was longer than ``max_message_size``
-    has_parts: bool = False  # whether a large reply is returned in parts, which takes less time than to join them
-    parts: Sequence[bytes] = ()  # of a reply, before the one that ``receive`` returned
-    _is_at_boundary: bool = True  # no message is incomplete: the next byte starts one
-    _is_draining: bool = False  # finish after the incomplete message
-    _parts: list[bytes] | None = None  # the incomplete message, up to its last large chunk
-    _collected: BytesIO | None = None  # the rest of it
+    __slots__ = (
+        "_collected",
+        "_is_at_boundary",
+        "_is_draining",
+        "_parts",
+        "discarded",
+        "finished",
+        "has_parts",
+        "incomplete",
+        "max_message_size",
+        "messages",
+        "parts",
+        "received",
+        "too_long",
+    )
+
+    def __init__(self, max_message_size: int) -> None:
+        self.max_message_size = max_message_size  # bytes, including the newline
+        self.messages = 0  # complete ones that were answered
+        self.received = 0  # bytes
+        self.discarded = 0  # bytes received that are never answered
+        self.incomplete = 0  # bytes of a message whose newline has not been received
+        self.finished = False  # answer no further input: send the replies so far, close the sending side, discard input
+        self.too_long = False  # finished because a message was longer than ``max_message_size``
+        self.has_parts = False  # whether a large reply is returned in parts, which takes less time than to join them
+        self.parts: Sequence[bytes] = ()  # of a reply, before the one that ``receive`` returned
+        self._is_at_boundary = True  # no message is incomplete: the next byte starts one
+        self._is_draining = False  # finish after the incomplete message
+        self._parts: list[bytes] | None = None  # the incomplete message, up to its last large chunk
+        self._collected: BytesIO | None = None  # the rest of it
 
     @property
     def answered(self) -> int:
