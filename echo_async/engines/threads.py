@@ -37,6 +37,18 @@ class ThreadConnection(Connection):
     thread waits for the lock: another thread that finds it taken sets a flag, which the owner checks after release.
     """
 
+    # On Python 3.13 and newer, an instance dictionary takes 8 % more instructions per connection.
+    __slots__ = (
+        "_drain_requested",
+        "_io_lock",
+        "_is_resetting",
+        "_is_write_closed",
+        "_linger_requested",
+        "_socket",
+        "_unsent",
+        "ended_by",
+    )
+
     runner: ThreadRunner | None
 
     def __init__(self, context: ServerContext, slot: Slot, connected: socket.socket | TlsSocket) -> None:
