@@ -45,7 +45,7 @@ def encode(message: Message) -> bytes:
 def check_stream(messages: object, window: int) -> None:
     if isinstance(messages, str | bytes):
         raise TypeError(f"messages must be an iterable of messages, not {type(messages).__name__}; use echo() for one")
-    if window < 1:
+    if not isinstance(window, int) or window < 1:
         raise ConfigError(f"invalid window: {window} (must be an integer greater than 0)")
 
 

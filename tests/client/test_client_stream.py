@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from clients import ASYNC_SOURCE, CLIENTS, Connect, wait_disconnected
@@ -158,8 +158,9 @@ def test_stream_invalid_arguments_raise(connect: Connect, echo_server: HostedSer
     with connect(*echo_server.address) as client:
         with pytest.raises(TypeError, match="not str; use echo"):
             client.stream("Hola")
-        with pytest.raises(echo_async.ConfigError, match="invalid window: 0 "):
-            client.stream(["Hola"], window=0)
+        for window in (0, 1.5):
+            with pytest.raises(echo_async.ConfigError, match=f"invalid window: {window} "):
+                client.stream(["Hola"], window=cast(int, window))
 
 
 def test_stream_failed_reply_follows_earlier_replies(connect: Connect, faulty_server: MakeEchoServer) -> None:
