@@ -72,11 +72,11 @@ class AsyncioRunner(Runner):
                 self._transport.resume_reading()
 
 
-async def log_in_turns(lines: Iterator[Wait], transport: asyncio.WriteTransport) -> None:
-    """Log the messages of one reply, in turns with other connections; the rest at once if canceled or closed."""
+async def log_in_turns(lines: Iterator[Wait], connection: Connection) -> None:
+    """Log the messages of one reply, in turns with other connections; the rest at once if canceled or aborted."""
     try:
         for _ in lines:
-            if not transport.is_closing():
+            if not connection.is_aborted:
                 await asyncio.sleep(0)
     finally:
         for _ in lines:

@@ -33,13 +33,14 @@ class Connection:
 
     conversation: Conversation
 
-    __slots__ = ("_peername", "context", "conversation", "runner", "slot", "timeouts")
+    __slots__ = ("_peername", "context", "conversation", "is_aborted", "runner", "slot", "timeouts")
 
     def __init__(self, context: ServerContext, slot: Slot) -> None:
         self.context = context
         self.slot = slot
         self.runner: Any = None  # sends the replies of a script: a Runner, whose module imports this one
         self.timeouts: Timeouts | None = None  # None before the first sweep
+        self.is_aborted = False  # by the server: the rest of a reply is logged at once
         self._peername = slot.peername
 
     def establish(self) -> None:

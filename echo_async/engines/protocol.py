@@ -174,6 +174,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
             self._transport.abort()
 
     def abort(self, *, reset: bool = False) -> None:
+        self.is_aborted = True
         self.end_script()
         abort_transport(self._transport, reset=reset)
 
@@ -189,7 +190,7 @@ class ProtocolConnection(Connection, asyncio.Protocol):
         self._transport.write(reply)
         lines = self.log_reply(reply)
         if next(lines, None) is not None:
-            self._start_work(log_in_turns(lines, self._transport))
+            self._start_work(log_in_turns(lines, self))
 
     def _start_work(self, steps: Coroutine[Any, Any, None]) -> None:
         work = self._work = Work()

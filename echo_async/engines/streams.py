@@ -187,7 +187,7 @@ class StreamConnection(Connection):
         self.note_peername()
         self._transport.write(reply)
         if self.context.log_messages:
-            await log_in_turns(self.log_reply(reply), self._transport)
+            await log_in_turns(self.log_reply(reply), self)
         return not self._transport.is_closing()  # what has arrived since then is not answered
 
     async def _run_script(self, runner: AsyncioRunner) -> bool:
@@ -247,6 +247,7 @@ class StreamConnection(Connection):
         self._wake()
 
     def abort(self, *, reset: bool = False) -> None:
+        self.is_aborted = True
         self.end_script()
         self.conversation.end_input()  # input that is buffered is not answered
         abort_transport(self._transport, reset=reset)

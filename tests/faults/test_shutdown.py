@@ -28,6 +28,7 @@ from support import (
     in_its_loop,
     receive_all,
     receive_exactly,
+    reset,
     sends_at_once,
     serve_in_loop,
     set_constant,
@@ -39,7 +40,7 @@ from tls_client import TlsClient
 import echo_async
 from echo_async import sync
 from echo_async.compat import is_ready
-from echo_async.config import ServerOptions
+from echo_async.config import EngineName, ServerOptions
 from echo_async.engines.context import Slot
 from echo_async.engines.protocol import ProtocolConnection
 from echo_async.engines.threads import ThreadConnection
@@ -110,6 +111,43 @@ async def test_abort_logs_the_messages_that_were_answered(
             server.abort()
             await server.wait_closed()
             assert sum(each.name == "echo_async.access" for each in caplog.records) == 1000
+
+
+@pytest.mark.parametrize("engine", ["streams", "protocol"])
+@pytest.mark.parametrize("loop", LOOPS)
+@in_its_loop
+async def test_client_lost_during_log_keeps_turns(
+    loop: LoopName, engine: EngineName, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first line of a reply that is not sent yet is logged when the client resets the connection."""
+    monkeypatch.setattr("echo_async.engines.connection.LINES_PER_TURN", 1)
+    caplog.set_level(logging.INFO, "echo_async.access")
+    turn = 0
+    turns: list[int] = []
+
+    def note_turn(record: logging.LogRecord) -> bool:
+        if not turns:
+            reset(client)
+        turns.append(turn)
+        return True
+
+    def has_ended() -> bool:
+        nonlocal turn
+        turn += 1
+        return server.stats.accepted == 1 and not server.stats.active
+
+    async with serve_in_loop(Backend(engine, loop), host="127.0.0.1", chunk_size=2**20) as server:
+        server.sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(server.address)
+        client.sendall(500 * (99 * b"a" + b"\n"))
+        monkeypatch.setattr(logging.getLogger("echo_async.access"), "filters", [note_turn])
+        await wait_in_loop(has_ended)
+        server.close()
+        await server.wait_closed()
+    assert len(turns) > 50
+    assert max(map(turns.count, turns)) <= 2  # the first two can share a turn
 
 
 def test_close_with_buffered_replies_delivers_them(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
