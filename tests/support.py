@@ -539,19 +539,25 @@ class HasAddress(Protocol):
 
 
 def connect(server: HasAddress, context: ssl.SSLContext | None = None) -> socket.socket:
-    """Connect a blocking socket with a timeout and without Nagle's algorithm, over TLS if there is a ``context``."""
-    if isinstance(server.address, str):
-        with closed_on_error(socket.socket(socket.AF_UNIX)) as client:
-            client.settimeout(TIMEOUT)
-            client.connect(server.address)
-            return client
-    client = socket.create_connection(server.address, TIMEOUT)
-    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return client if context is None else context.wrap_socket(client, server_hostname="localhost")
+    """Connect a blocking socket with a timeout and without Nagle's algorithm, over TLS if there is a ``context``.
+
+    It gets its TLS before it is connected: one that was reset before that would stay open (``ssl.SSLSocket._create``).
+    """
+    address = server.address
+    is_unix = isinstance(address, str)
+    client = socket.socket(socket.AF_UNIX if is_unix else socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    if context is not None:
+        client = context.wrap_socket(client, server_hostname="localhost")
+    with closed_on_error(client):
+        client.settimeout(TIMEOUT)
+        client.connect(address)
+        if not is_unix:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return client
 
 
 def connect_tls(server: HasAddress, context: ssl.SSLContext) -> ssl.SSLSocket:
-    return context.wrap_socket(connect(server), server_hostname="localhost")
+    return cast(ssl.SSLSocket, connect(server, context))
 
 
 def reset(client: socket.socket) -> None:
