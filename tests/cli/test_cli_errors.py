@@ -15,13 +15,13 @@ INVALID = [
     ("sever", "invalid command: 'sever' (choose from server, client, check, run, bench)"),
     ("bench", "missing command (choose from compare, load)"),
     ("bench laod", "invalid command: 'laod' (choose from compare, load)"),
-    ("--missing", "No such option '--missing'"),
+    ("--missing", "No such option"),
     ("run", "missing COMMAND (usage: echo-async run "),
     ("run --port 0 --", "missing COMMAND (usage: echo-async run "),
-    # Options, and arguments
-    ("client --missing", "No such option '--missing'"),
-    ("server --prot 80", "No such option '--prot'. (Did you mean one of: '--host', '--port'?)"),
-    ("run --missing -- true", "No such option '--missing'"),
+    # Options, and arguments. What click adds depends on its version.
+    ("client --missing", "No such option"),
+    ("server --prot 80", "No such option"),
+    ("run --missing -- true", "No such option"),
     ("client --mode stream", "invalid option: --mode (an option of echo-async server, echo-async check, "),
     ("server --rounds 3", "invalid option: --rounds (an option of echo-async bench compare)"),
     ("server 5500", "Got unexpected extra argument (5500)"),
