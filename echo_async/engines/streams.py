@@ -5,7 +5,6 @@ microsecond of Python per chunk, however small.
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -94,8 +93,10 @@ class StreamConnection(Connection):
             if self._is_draining:
                 await self._drain_input()
             if isinstance(self._reader, ChunkReader) and self._transport.can_write_eof():
-                with contextlib.suppress(*TRANSPORT_ERRORS):  # the client is gone, which is no error after its end
+                try:  # noqa: SIM105 (suppress would take 2 % more instructions per connection)
                     self._transport.write_eof()  # closing is no end if a child process has a duplicate of the socket
+                except TRANSPORT_ERRORS:  # the client is gone, which is no error after its end
+                    pass
                 self._reader.discard(self.conversation.receive)
             else:
                 await self._discard_input()
