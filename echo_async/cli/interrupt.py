@@ -51,9 +51,9 @@ class ClientInterrupt:
             self._interrupted_at = monotonic()
             if self._task is None:
                 raise KeyboardInterrupt
-            self._task.cancel()
+            # Not here: a callback that is about to complete what the task waits for would find it canceled.
             with contextlib.suppress(RuntimeError):  # the event loop is closed
-                self._task.get_loop().call_soon_threadsafe(lambda: None)  # wakes the event loop
+                self._task.get_loop().call_soon_threadsafe(self._task.cancel)
         elif monotonic() - self._interrupted_at > SECOND_INTERRUPT_DELAY:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -19,6 +20,8 @@ import pytest
 from support import TIMEOUT, ChildProcess, Cli, Done, run_process, sends_at_once, wait_until
 
 from echo_async.cli import ping, stdin
+from echo_async.cli.interrupt import ClientInterrupt
+from echo_async.cli.output import Output
 from echo_async.cli.ping import RoundTrips
 from echo_async.cli.stdin import has_stdin_lines
 from echo_async.config import Mode
@@ -305,6 +308,33 @@ def test_ctrl_c_while_stdout_blocks_exits_with_130(faulty_server: MakeEchoServer
         assert process.wait(TIMEOUT) == 130
         assert process.stderr.read() == b""
         lines.kill()
+
+
+def test_ctrl_c_within_a_callback_does_not_disturb_it() -> None:
+    """What a callback is about to complete is not canceled meanwhile."""
+    errors: list[Any] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: errors.append(context))
+        reply = loop.create_future()
+
+        def complete() -> None:
+            signal.raise_signal(signal.SIGINT)
+            reply.set_result(None)
+
+        loop.call_soon(complete)
+        await reply
+        await loop.create_future()
+
+    before = signal.getsignal(signal.SIGINT)
+    interrupt = ClientInterrupt(Output(quiet=True, verbose=False))
+    try:
+        with interrupt.installed(), asyncio.Runner() as runner, pytest.raises(asyncio.CancelledError):
+            runner.run(interrupt.cancel_on_interrupt(main()))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert errors == []
 
 
 def test_ctrl_c_twice_at_once_prints_one_summary(faulty_server: MakeEchoServer) -> None:
