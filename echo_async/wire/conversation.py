@@ -160,8 +160,12 @@ class StreamConversation(Conversation):
             self.received += size
             if size <= SHORT_LINE or (end := data.find(NEWLINE) + 1) <= SHORT_LINE:
                 self.messages += data.count(NEWLINE)
+            elif end == size:
+                self.messages += 1
+            elif size < LARGE_CHUNK:  # bytes.count does not use memchr
+                self.messages += size - len(data.replace(b"\n", b""))
             else:
-                self.messages += 1 if end == size else _count_newlines(data)
+                self.messages += _count_newlines(data)
             return data
         if self._collected is not None and NEWLINE not in data:  # one more part of a message
             self.received += len(data)
