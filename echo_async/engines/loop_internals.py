@@ -81,8 +81,10 @@ async def start_serving(server: asyncio.Server, listener: socket.socket, backlog
 def make_transport(
     loop: asyncio.SelectorEventLoop, connected: socket.socket, protocol: asyncio.Protocol, peername: object
 ) -> None:
-    """Let ``protocol`` serve an accepted connection, as a server does in a task (selector_events.py,
-    ``_accept_connection2``): that only waits until ``connection_made`` was called.
+    """Let ``protocol`` serve an accepted connection.
+
+    A server of asyncio does this in a task, which only waits until ``connection_made`` was called
+    (selector_events.py, ``_accept_connection2``).
     """
     connected.setblocking(False)
     loop._make_socket_transport(connected, protocol, extra={"peername": peername})  # type: ignore[attr-defined]
